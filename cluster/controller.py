@@ -1,0 +1,55 @@
+"""Attempt, decide, retry or raise: the loop around one run's attempts. Called by trainer/run.py; decisions are `failures.decide`'s."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from cluster.config import FaultPolicy
+from cluster.failures import Failure, History, Raise, decide
+
+
+class RunFailed(Exception):
+    """The policy gave up. `failure` is the cause, `reason` why it was not retried."""
+
+    def __init__(self, failure: Failure, *, reason: str, attempts: int) -> None:
+        where = f"rank {failure.rank}: " if failure.rank is not None else ""
+        super().__init__(f"{where}{failure.message}\nnot retried: {reason}")
+        self.failure, self.reason, self.attempts = failure, reason, attempts
+
+
+def run_attempts(
+    attempt: Callable[[int], Failure | None],
+    *,
+    first_attempt: int,
+    committed_step: Callable[[], int],
+    policy: FaultPolicy,
+    on_failure: Callable[[int, Failure, History], None],
+    stopping: Callable[[], bool] = lambda: False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """Run `attempt(number)` until it returns None; the number of restarts. Raises RunFailed when the policy says so.
+
+    `committed_step()` is the newest commit's step (-1: none): progress is measured in commits, since only those survive.
+    A failure while `stopping()` ends the loop: the user asked for the end, what is committed is kept.
+    """
+    history = History()
+    number = first_attempt
+    before = committed_step()
+    while (failure := attempt(number)) is not None:
+        now = committed_step()
+        history = replace(
+            history,
+            failures=history.failures + (failure.kind == "infrastructure"),
+            without_progress=history.without_progress + 1 if now <= before else 0,
+        )
+        before = now
+        on_failure(number, failure, history)
+        if stopping():
+            break
+        match decide(failure, history, policy):
+            case Raise(reason=reason):
+                raise RunFailed(failure, reason=reason, attempts=number - first_attempt + 1)
+            case retry:
+                sleep(retry.delay_seconds)
+        number += 1
+    return number - first_attempt

@@ -1,0 +1,478 @@
+"""One per run: a checkpoint's way pending -> acked -> committed, who is alive and where, when to stop, where Prometheus finds the ranks.
+
+Pure Python and thread-safe; the driver runs it as a Ray actor with several threads. Ranks beat (see heartbeat), ack what they staged and
+hand in bad samples; the driver starts attempts, asks for status and for stops. It holds nothing that it cannot rebuild from the run's
+folder: attempt, ranks and a requested stop from the journal, commits from the store, bad samples from quarantine.jsonl."""
+
+import contextlib
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.exporter import serve_discovery, write_file_sd
+from cluster.heartbeat import Orders
+from cluster.journal import Journal, read_journal
+from cluster.metrics import Metrics
+from cluster.storage import Storage, open_storage
+from cluster.store import Fenced, Receipt, StorageFull, Store
+
+QUARANTINE = "quarantine.jsonl"
+FILE_SD = "prometheus-targets.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankInfo:
+    """Where a rank runs."""
+
+    host: str
+    pid: int
+    node_id: str
+    metrics_address: str
+    """host:port of its /metrics, empty if it serves none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankStatus:
+    """What is known of a rank."""
+
+    steps_done: int
+    stats: dict[str, float]
+    age_seconds: float
+    """Time since its last beat."""
+    info: RankInfo | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """What the driver's progress line shows."""
+
+    attempt: int
+    world_size: int
+    start_step: int
+    ranks: dict[int, RankStatus]
+    steps_done: int
+    """Steps that every rank has done."""
+    stats_sum: dict[str, float]
+    """Over the ranks that said it: images_per_second adds up."""
+    stats_mean: dict[str, float]
+    """Over the ranks that said it: a loss does not."""
+    last_commit_step: int | None
+    last_commit_time: float | None
+    failed_checkpoints: int
+    stop_reason: str | None
+    stop_at: int | None
+    stop_confirmed: bool
+    quarantined: int
+
+
+class StopVote:
+    """Agreement on a number of steps after which all ranks stop, with no synchronisation a step. No thread, no clock.
+
+    A proposal is ahead of every step begun. A rank promises it (`seen_stop`) if it has not begun that step, and then waits there.
+    Confirmed once all have promised. A rank that was faster says so by `steps_begun`, and a later proposal takes the place of the first;
+    the margin doubles, so that slow beats and fast steps meet. The ranks themselves are at most one step apart, as each step has a
+    collective."""
+
+    def __init__(self, ranks: int, margin: int = 2) -> None:
+        self._ranks, self._margin = ranks, margin
+        self._begun: dict[int, int] = {}
+        self._promised: dict[int, int] = {}
+        self.requested = False
+        self.stop_at: int | None = None
+        self.confirmed = False
+
+    def hear(self, rank: int, steps_begun: int, seen_stop: int | None) -> Orders:
+        self._begun[rank] = max(steps_begun, self._begun.get(rank, 0))
+        self._promised[rank] = max(seen_stop or 0, self._promised.get(rank, 0))
+        if self.requested and not self.confirmed and len(self._begun) == self._ranks:
+            self._decide(max(self._begun.values()), max(self._promised.values()))
+        return Orders(stop_at=self.stop_at, confirmed=self.confirmed)
+
+    def _decide(self, begun: int, promised: int) -> None:
+        if self.stop_at is None and promised >= begun:
+            self.stop_at = promised  # a coordinator before this one proposed it, and some ranks wait there
+        elif self.stop_at is None or begun > self.stop_at:
+            self.stop_at = begun + self._margin
+            self._margin *= 2
+        self.confirmed = all(promise == self.stop_at for promise in self._promised.values())
+
+
+@dataclass(kw_only=True, slots=True)
+class _Attempt:
+    """The current attempt; what is known of it is volatile, what was decided is in the journal."""
+
+    number: int
+    world_size: int
+    start_step: int
+    vote: StopVote
+    infos: dict[int, RankInfo] = field(default_factory=dict)
+    steps_done: dict[int, int] = field(default_factory=dict)
+    stats: dict[int, dict[str, float]] = field(default_factory=dict)
+    heard_at: dict[int, float] = field(default_factory=dict)
+    acks: dict[int, dict[int, list[Receipt]]] = field(default_factory=dict)
+    """step -> rank -> what it staged"""
+    metas: dict[int, dict[str, Any]] = field(default_factory=dict)
+    failed_steps: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """A checkpoint that all ranks have staged."""
+
+    attempt: int
+    step: int
+    receipts: Sequence[Receipt]
+    meta: Mapping[str, Any]
+
+
+class Coordinator:
+    """See the module. Every method may be called from any thread; only wait_committed() and finish() wait."""
+
+    def __init__(
+        self,
+        storage_uri: str | Storage,
+        run: str,
+        generation: int,
+        keep: int,
+        metrics_host: str = "127.0.0.1",
+        discovery_port: int = 0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._storage = storage_uri if isinstance(storage_uri, Storage) else open_storage(storage_uri)
+        self._run, self._generation, self._keep, self._clock, self._now = run, generation, keep, clock, now
+        self._store = Store.open(self._storage, run)
+        self._journal = Journal.open(self._storage, run, f"coordinator-g{generation:04d}", now)
+        self._metrics = Metrics(run, "coordinator", 0, owner="coordinator")
+        self._changed = threading.Condition()
+        self._attempt: _Attempt | None = None
+        self._stop_reason: str | None = None
+        self._failed_checkpoints = 0
+        commits = self._store.commits()
+        self._last_commit = (commits[0].step, commits[0].modified) if commits else None
+        self._quarantine_lock = threading.Lock()
+        self._bad = _read_quarantine(self._storage, run)
+        self._metrics.set("quarantined_samples", len(self._bad))
+        self._rebuild()
+        self._server = serve_discovery(metrics_host, discovery_port, self.targets, self._metrics.registry)
+        self._closed = False
+        self._work: queue.Queue[_Work | None] = queue.Queue()
+        self._pending = 0
+        self._committer = threading.Thread(target=self._commit_all, name="committer", daemon=True)
+        self._committer.start()
+
+    # The driver's side
+
+    def start_attempt(self, attempt: int, world_size: int, start_step: int) -> None:
+        """A new group of ranks, from a state after `start_step` steps; whatever older ranks still say is ignored from here on.
+
+        Call drain() before choosing the state, so that a checkpoint on its way is not lost."""
+        commits = self._store.commits()
+        with self._changed:
+            if self._attempt is not None and attempt <= self._attempt.number:
+                raise ValueError(f"attempt={attempt} is not above the attempt before, {self._attempt.number}; attempt numbers count on")
+            restarted = self._attempt is not None
+            self._attempt = self._new_attempt(attempt, world_size, start_step)
+            # Newer ones were found bad, or rolled back: they are no answer to wait_committed().
+            self._last_commit = next(((commit.step, commit.modified) for commit in commits if commit.step <= start_step), None)
+            self._changed.notify_all()
+        if restarted:
+            self._metrics.add("restarts_total")
+        self._metrics.set("workers", world_size)
+        self._journal.write("attempt_started", attempt=attempt, workers=world_size, start_step=start_step, generation=self._generation)
+
+    def request_stop(self, reason: str) -> None:
+        """Have all ranks stop after the same number of steps, as soon as they can agree on one. The first reason counts."""
+        with self._changed:
+            if self._stop_reason is not None:
+                return
+            self._stop_reason = reason
+            if self._attempt is not None:
+                self._attempt.vote.requested = True
+        self._journal.write("stop_requested", reason=reason, generation=self._generation)
+
+    def status(self) -> Status:
+        with self._changed:
+            attempt, now = self._attempt or self._new_attempt(0, 0, 0), self._clock()
+            ranks = {
+                rank: RankStatus(
+                    steps_done=attempt.steps_done.get(rank, attempt.start_step),
+                    stats=dict(attempt.stats.get(rank, {})),
+                    age_seconds=now - attempt.heard_at[rank],
+                    info=attempt.infos.get(rank),
+                )
+                for rank in sorted(attempt.heard_at)
+            }
+            stats = [rank.stats for rank in ranks.values()]
+            columns = {name: [s[name] for s in stats if name in s] for name in sorted(set().union(*stats))}
+            everyone = len(ranks) == attempt.world_size and attempt.world_size > 0
+            return Status(
+                attempt=attempt.number,
+                world_size=attempt.world_size,
+                start_step=attempt.start_step,
+                ranks=ranks,
+                steps_done=min(rank.steps_done for rank in ranks.values()) if everyone else attempt.start_step,
+                stats_sum={name: sum(values) for name, values in columns.items()},
+                stats_mean={name: sum(values) / len(values) for name, values in columns.items()},
+                last_commit_step=self._last_commit[0] if self._last_commit else None,
+                last_commit_time=self._last_commit[1] if self._last_commit else None,
+                failed_checkpoints=self._failed_checkpoints,
+                stop_reason=self._stop_reason,
+                stop_at=attempt.vote.stop_at,
+                stop_confirmed=attempt.vote.confirmed,
+                quarantined=len(self._bad),
+            )
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Into the journal; failures are counted by their `kind`."""
+        if event in ("worker_failed", "attempt_failed"):
+            self._metrics.add("failures_total", label=str(fields.get("kind", "unknown")))
+        if event == "goodput":
+            self._metrics.set("goodput_ratio", float(fields["ratio"]))
+        self._journal.write(event, **fields)
+
+    def discovery_address(self) -> str:
+        """host:port of http_sd (path /sd); the coordinator's own /metrics is there too."""
+        return self._server.address
+
+    def targets(self) -> list[dict[str, Any]]:
+        """http_sd: the ranks of the current attempt and the coordinator."""
+        with self._changed:
+            number = self._attempt.number if self._attempt else 0
+            infos = dict(self._attempt.infos) if self._attempt else {}
+        found = [(infos[rank].metrics_address, rank, number) for rank in sorted(infos)] + [(self._server.address, "coordinator", 0)]
+        return [
+            {"targets": [address], "labels": {"run": self._run, "rank": str(rank), "attempt": str(attempt)}}
+            for address, rank, attempt in found
+            if address
+        ]
+
+    def last_commit(self) -> tuple[int, float] | None:
+        """Step and unix time of the newest commit, of earlier drivers too."""
+        with self._changed:
+            return self._last_commit
+
+    def wait_committed(self, step: int, timeout: float) -> bool:
+        """True once the checkpoint of `step`, or a later one, is committed; False when it failed, or after `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._committed(step) or self._failed(step), timeout)
+            return self._committed(step)
+
+    def drain(self, timeout: float = 60.0) -> bool:
+        """Wait until every checkpoint that all ranks have acked is committed or failed; False after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._pending == 0, timeout)
+
+    def finish(self, timeout: float = 60.0) -> bool:
+        """drain(), then close()."""
+        done = self.drain(timeout)
+        self.close()
+        return done
+
+    def close(self) -> None:
+        """End the server and the threads; a checkpoint that is not committed yet stays uncommitted."""
+        if self._closed:
+            return
+        self._closed = True
+        self._work.put(None)
+        self._server.close()
+        self._write_targets([])
+
+    # The ranks' side
+
+    def register(self, attempt: int, rank: int, info: RankInfo) -> None:
+        """A rank is up: from now on it is a target of Prometheus."""
+        with self._changed:
+            if not self._is_current(attempt):
+                return
+            assert self._attempt is not None
+            self._attempt.infos[rank] = info
+            self._attempt.heard_at[rank] = self._clock()
+        self._journal.write(
+            "worker_registered",
+            attempt=attempt,
+            rank=rank,
+            host=info.host,
+            pid=info.pid,
+            node_id=info.node_id,
+            metrics_address=info.metrics_address,
+        )
+        self._write_targets(self.targets())
+
+    def beat(
+        self,
+        attempt: int,
+        rank: int,
+        steps_done: int,
+        seen_stop: int | None,
+        stats: Mapping[str, float],
+        steps_begun: int | None = None,
+    ) -> Orders:
+        """A rank's position, and the stop it has promised, if any; answers with the stop proposed to all. `steps_begun`: see
+        heartbeat.Gate."""
+        with self._changed:
+            if not self._is_current(attempt):
+                return Orders(stop_at=None, confirmed=False)
+            current = self._attempt
+            assert current is not None
+            current.steps_done[rank] = max(steps_done, current.steps_done.get(rank, 0))
+            current.heard_at[rank] = self._clock()
+            if stats:
+                current.stats[rank] = dict(stats)
+            return current.vote.hear(rank, steps_done if steps_begun is None else steps_begun, seen_stop)
+
+    def ack(self, attempt: int, rank: int, step: int, receipts: Iterable[Receipt], meta: Mapping[str, Any] | None = None) -> None:
+        """A rank has staged its files of the checkpoint after `step` steps. Committed in the background once all ranks of the attempt
+        said so; the metas of the ranks are merged. An ack of an older attempt is ignored."""
+        with self._changed:
+            if not self._is_current(attempt):
+                return
+            current = self._attempt
+            assert current is not None
+            current.acks.setdefault(step, {})[rank] = list(receipts)
+            current.metas.setdefault(step, {}).update(meta or {})
+            if len(current.acks[step]) < current.world_size or step in current.failed_steps:
+                return
+            everything = [receipt for rank in sorted(current.acks[step]) for receipt in current.acks[step][rank]]
+            self._pending += 1
+            self._work.put(_Work(attempt=attempt, step=step, receipts=everything, meta=current.metas[step]))
+            # Ranks save in the order of steps: what is still incomplete below this one never will be.
+            for older in [other for other in current.acks if other <= step]:
+                del current.acks[older], current.metas[older]
+
+    def fail_checkpoint(self, attempt: int, rank: int, step: int, message: str) -> None:
+        """A rank could not stage its part (disk full): this checkpoint will not be; training goes on with the one before."""
+        with self._changed:
+            if not self._is_current(attempt):
+                return
+            assert self._attempt is not None
+            self._attempt.acks.pop(step, None)
+            self._attempt.metas.pop(step, None)
+        self._checkpoint_failed(attempt, step, message, rank=rank)
+
+    def quarantine(self, records: list[dict[str, Any]]) -> int:
+        """Samples that could not be read: {"key", "reason", "split", "sample_id"}. Appends those not known yet to quarantine.jsonl;
+        answers with the number of distinct ones over all ranks and attempts, against which limits hold."""
+        with self._quarantine_lock:
+            fresh = []
+            for record in records:
+                identity = _sample(record)
+                if identity not in self._bad:
+                    self._bad[identity] = dict(record)
+                    fresh.append(record)
+            if fresh:
+                self._metrics.set("quarantined_samples", len(self._bad))
+                lines = [json.dumps(record, sort_keys=True) for record in self._bad.values()]
+                try:
+                    self._storage.write_atomic(f"{self._run}/{QUARANTINE}", ("\n".join(lines) + "\n").encode())
+                except OSError as error:  # the next record writes them all again, and the journal has them too
+                    self._journal.write("quarantine_not_written", message=str(error))
+            count = len(self._bad)
+        for record in fresh:
+            self._journal.write("sample_quarantined", **record)
+        return count
+
+    # Inside
+
+    def _write_targets(self, targets: list[dict[str, Any]]) -> None:
+        if self._storage.is_local:
+            with contextlib.suppress(OSError):  # a full disk costs monitoring its file, not the run its rank
+                write_file_sd(self._storage.at(f"{self._run}/{FILE_SD}"), targets)
+
+    def _rebuild(self) -> None:
+        """Take over from a coordinator of this generation that died: its attempt, ranks and requested stop are in the journal."""
+        for event in read_journal(self._storage, self._run):
+            match event:
+                case {"event": "attempt_started", "generation": self._generation, "attempt": int(), "workers": int(), "start_step": int()}:
+                    self._attempt = self._new_attempt(event["attempt"], event["workers"], event["start_step"])
+                case {"event": "stop_requested", "generation": self._generation}:
+                    self._stop_reason = str(event["reason"])
+                case {"event": "worker_registered"} if self._is_current(event["attempt"]):
+                    assert self._attempt is not None
+                    self._attempt.infos[event["rank"]] = RankInfo(
+                        host=event["host"], pid=event["pid"], node_id=event["node_id"], metrics_address=event["metrics_address"]
+                    )
+                    self._attempt.heard_at[event["rank"]] = self._clock()
+        if self._attempt is not None:
+            self._attempt.vote.requested = self._stop_reason is not None
+            self._metrics.set("workers", self._attempt.world_size)
+        if self._last_commit is not None:
+            self._metrics.set("checkpoint_commit_step", self._last_commit[0])
+            self._metrics.set("checkpoint_commit_time_seconds", self._last_commit[1])
+
+    def _new_attempt(self, number: int, world_size: int, start_step: int) -> _Attempt:
+        vote = StopVote(world_size)
+        vote.requested = self._stop_reason is not None
+        return _Attempt(number=number, world_size=world_size, start_step=start_step, vote=vote)
+
+    def _is_current(self, attempt: int) -> bool:
+        return self._attempt is not None and self._attempt.number == attempt
+
+    def _committed(self, step: int) -> bool:
+        return self._last_commit is not None and self._last_commit[0] >= step
+
+    def _failed(self, step: int) -> bool:
+        return self._attempt is not None and step in self._attempt.failed_steps
+
+    def _commit_all(self) -> None:
+        while (work := self._work.get()) is not None:
+            try:
+                self._commit(work)
+            except Fenced as error:
+                self._checkpoint_failed(work.attempt, work.step, str(error), kind="fenced")
+                self.request_stop(str(error))
+            except Exception as error:  # the thread must outlive any storage: the old checkpoint is unharmed and training goes on
+                kind = "storage_full" if isinstance(error, StorageFull) else type(error).__name__
+                self._checkpoint_failed(work.attempt, work.step, str(error), kind=kind)
+            finally:
+                with self._changed:
+                    self._pending -= 1
+                    self._changed.notify_all()
+
+    def _commit(self, work: _Work) -> None:
+        began = self._clock()
+        commit = self._store.commit(work.step, self._generation, work.receipts, work.meta)
+        seconds, now = self._clock() - began, self._now()
+        with self._changed:
+            if self._is_current(work.attempt):
+                self._last_commit = (work.step, now)
+            self._changed.notify_all()
+        self._metrics.set("checkpoint_commit_step", work.step)
+        self._metrics.set("checkpoint_commit_time_seconds", now)
+        self._metrics.set("checkpoint_bytes", commit.size_bytes)
+        self._metrics.observe("checkpoint_commit_seconds", seconds)
+        self._journal.write(
+            "checkpoint_committed", attempt=work.attempt, step=work.step, seconds=seconds, size_bytes=commit.size_bytes, path=commit.path
+        )
+        try:
+            self._store.prune(self._keep, self._generation, staged_below=work.step)
+        except (OSError, Fenced) as error:
+            self._journal.write("prune_failed", attempt=work.attempt, step=work.step, message=str(error))
+
+    def _checkpoint_failed(self, attempt: int, step: int, message: str, **fields: Any) -> None:
+        with self._changed:
+            known = self._is_current(attempt) and self._failed(step)  # another rank of it said so before
+            self._failed_checkpoints += not known
+            if self._is_current(attempt):
+                assert self._attempt is not None
+                self._attempt.failed_steps.add(step)
+            self._changed.notify_all()
+        if not known:
+            self._metrics.add("checkpoint_failures_total")
+        self._journal.write("checkpoint_failed", attempt=attempt, step=step, message=message, **fields)
+
+
+def _sample(record: Mapping[str, Any]) -> tuple[str, int]:
+    return record["split"], record["sample_id"]
+
+
+def _read_quarantine(storage: Storage, run: str) -> dict[tuple[str, int], dict[str, Any]]:
+    if not storage.exists(f"{run}/{QUARANTINE}"):
+        return {}
+    records = [json.loads(line) for line in storage.read(f"{run}/{QUARANTINE}").decode().splitlines() if line]
+    return {_sample(record): record for record in records}

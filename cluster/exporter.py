@@ -1,0 +1,102 @@
+"""How Prometheus finds and reads a run: /metrics of each process, http_sd of the coordinator, and a file_sd for those who prefer files.
+
+Everything listens on loopback unless told otherwise: metrics tell hosts, names and losses, and have no authentication."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from cluster.storage import write_atomic_local
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+JSON = "application/json"  # Prometheus refuses http_sd with any other type
+
+Route = tuple[str, Callable[[], bytes]]
+"""Content type and body."""
+
+
+class Server:
+    """An HTTP server in a thread of its own, until close()."""
+
+    def __init__(self, host: str, port: int, routes: dict[str, Route]) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server_class = type("_Http", (ThreadingHTTPServer,), {"address_family": family, "daemon_threads": True})
+        try:
+            self._server = server_class((host, port), _handler(routes))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"cannot listen on {host}:{port}: {error}; choose another host or port, port 0 takes a free one") from error
+        name = reachable_host(host)
+        self.address = f"[{name}]:{self._server.server_port}" if ":" in name else f"{name}:{self._server.server_port}"
+        """host:port by which others reach it."""
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name=f"http-{port}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def serve_metrics(registry: CollectorRegistry, host: str = "127.0.0.1", port: int = 0) -> Server:
+    """GET /metrics. ValueError where the port is taken."""
+    return Server(host, port, {"/metrics": (TEXT, lambda: generate_latest(registry))})
+
+
+def serve_discovery(host: str, port: int, targets: Callable[[], list[dict[str, Any]]], registry: CollectorRegistry | None = None) -> Server:
+    """GET /sd: Prometheus http_sd of the targets as they are now; with a registry also GET /metrics."""
+    routes: dict[str, Route] = {"/sd": (JSON, lambda: json.dumps(targets()).encode())}
+    if registry is not None:
+        routes["/metrics"] = (TEXT, lambda: generate_latest(registry))
+    return Server(host, port, routes)
+
+
+def write_file_sd(path: str | Path, targets: list[dict[str, Any]]) -> None:
+    """Prometheus file_sd, replaced as a whole. The name must end in .json for Prometheus to read it."""
+    if not str(path).endswith(".json"):
+        raise ValueError(f"file_sd path {str(path)!r} does not end in .json, Prometheus would not read it; name it {path}.json")
+    write_atomic_local(str(path), json.dumps(targets, indent=1).encode())
+
+
+def reachable_host(host: str) -> str:
+    """The name to give to others for a bound address: itself, or this machine's own address where it is a wildcard."""
+    if host not in ("", "0.0.0.0", "::"):
+        return host
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return socket.gethostname()
+
+
+def _handler(routes: dict[str, Route]) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10.0  # a client that sends nothing does not hold a thread
+
+        def do_GET(self) -> None:
+            route = routes.get(self.path.partition("?")[0])
+            if route is None:
+                self._answer(404, "text/plain", f"there are only {', '.join(sorted(routes))}\n".encode())
+                return
+            try:
+                body = route[1]()
+            except Exception as error:  # one bad answer must not end the server's thread in silence
+                self._answer(500, "text/plain", f"{type(error).__name__}: {error}\n".encode())
+                return
+            self._answer(200, route[0], body)
+
+        def _answer(self, status: int, content_type: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Scrapes are not worth a line each."""
+
+    return Handler

@@ -1,0 +1,128 @@
+"""The run's journal: one JSON object for each thing that happened, append-only. Written by driver, coordinator and workers, read by the
+report, by a restarted coordinator and by people.
+
+Locally it is `<run>/journal.jsonl`, one O_APPEND write a line, so that any number of processes can share it. On an object store, which
+cannot append, each event is a numbered object `<run>/journal/<writer>-000001.json`; a writer's name belongs to one process at a time."""
+
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.storage import Storage, make_dirs, write_all
+
+_SEGMENT = re.compile(r"(.+)-(\d{6,})\.json")
+_WRITER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """One writer's end. Safe to use from several threads."""
+
+    def __init__(self, storage: Storage, run: str, writer: str, clock: Callable[[], float] = time.time) -> None:
+        if not _WRITER.fullmatch(writer):
+            raise ValueError(f"writer={writer!r} is not a name; use letters, digits, '.', '_' and '-'")
+        self._storage, self._run, self._writer, self._clock = storage, run, writer, clock
+        self._lock = threading.Lock()
+        self._backlog: list[str] = []
+        self._torn = False
+        self._segments = 0
+        if storage.is_local:
+            make_dirs(storage.at(run))
+            self._torn = _ends_torn(storage.at(f"{run}/journal.jsonl"))
+        else:
+            found = (_SEGMENT.fullmatch(entry.name) for entry in storage.list(f"{run}/journal"))
+            self._segments = max((int(match[2]) for match in found if match and match[1] == writer), default=0)
+
+    @classmethod
+    def open(cls, storage: Storage, run: str, writer: str, clock: Callable[[], float] = time.time) -> "Journal":
+        return cls(storage, run, writer, clock)
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append an event with the time of now. A storage that fails does not stop the caller: the event waits for the next write."""
+        line = json.dumps({"time": self._clock(), "event": event, **_jsonable(fields)}, separators=(",", ":"))
+        with self._lock:
+            self._backlog.append(line)
+            try:
+                self._flush()
+            except OSError as error:
+                log.warning("journal of %s: %d event(s) wait for the storage: %s", self._run, len(self._backlog), error)
+
+    def _flush(self) -> None:
+        while self._backlog:
+            if self._storage.is_local:
+                self._append(self._backlog[0])
+            else:
+                path = f"{self._run}/journal/{self._writer}-{self._segments + 1:06d}.json"
+                self._storage.write_atomic(path, self._backlog[0].encode())
+                self._segments += 1
+            del self._backlog[0]
+
+    def _append(self, line: str) -> None:
+        # A line cut short by a full disk or a kill ends where the next one starts.
+        data = ("\n" * self._torn + line + "\n").encode()
+        descriptor = os.open(self._storage.at(f"{self._run}/journal.jsonl"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._torn = True
+            write_all(descriptor, data)
+            self._torn = False
+        finally:
+            os.close(descriptor)
+
+
+def read_journal(storage: Storage, run: str) -> list[dict[str, Any]]:
+    """All events in the order of their times. What a killed writer left half written is skipped."""
+    texts = []
+    if storage.exists(f"{run}/journal.jsonl"):
+        texts += storage.read(f"{run}/journal.jsonl").decode(errors="replace").split("\n")
+    for entry in storage.list(f"{run}/journal"):
+        if _SEGMENT.fullmatch(entry.name):
+            texts.append(storage.read(f"{run}/journal/{entry.name}").decode(errors="replace"))
+    events = [event for text in texts if (event := _event(text)) is not None]
+    return sorted(events, key=lambda event: float(event["time"]))
+
+
+def last_attempt(events: list[dict[str, Any]]) -> int:
+    """The highest attempt number in a journal, 0 if there is none: attempts count on over the drivers of a run."""
+    return max((event["attempt"] for event in events if event["event"] == "attempt_started"), default=0)
+
+
+def _event(text: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(text)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event and isinstance(event.get("time"), int | float) else None
+
+
+def _jsonable(value: Any) -> Any:
+    """NaN and infinities, which JSON lacks, become null; what JSON does not know becomes text."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case None | bool() | int() | str():
+            return value
+        case dict():
+            return {str(key): _jsonable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_jsonable(item) for item in value]
+        case _:
+            return str(value)
+
+
+def _ends_torn(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if not size:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,220 @@
+"""Ray, and nothing but Ray: the cluster a run uses, its coordinator actor, and one attempt = one `TorchTrainer.fit`.
+
+Called by trainer/run.py. What is run on each rank is handed in as a function; when to try again is controller.py's.
+Ray Train's own checkpoints, resume and retries are not used (store.py and controller.py say why): it starts workers, forms the
+process group and tells which of them died.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import ClusterConfig
+from cluster.coordinator import Coordinator
+from cluster.failures import Failure, classify, root_cause
+
+# Ray's own defaults are 2 s, 600 s and 30 s; measured effects are in docs/fault-tolerance.md.
+_RAY_TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}
+_TEMP_PREFIX = "finetune-ray-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """What the cluster offers. `local` is true for a Ray that this process started."""
+
+    local: bool
+    nodes: int
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What each worker gets."""
+
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: int
+    threads_per_worker: int
+
+
+@contextlib.contextmanager
+def ray_cluster(
+    config: ClusterConfig, *, project: Path, address: str, in_job: bool, cpus: int, verbose: bool = False
+) -> Iterator[Hardware]:
+    """Join the cluster at `address`, or start a Ray for this run alone and leave no process and no folder of it behind.
+
+    `project` is the checkout that workers import from; a cluster joined from outside a job gets a copy of it.
+    """
+    for name, value in _RAY_TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour Ray announces, without its warning
+    common: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    temp = None
+    if address:
+        runtime_env: dict[str, Any] = {} if in_job else {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "tests"]}
+        runtime_env["env_vars"] = _RAY_TRAIN_ENVIRONMENT
+        try:
+            ray.init(address=address, runtime_env=runtime_env, **common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); start one with `ray start --head`, "
+                "or leave out --cluster.address and RAY_ADDRESS to run on this machine alone"
+            ) from error
+    else:
+        _remove_stale_temp_folders()
+        # The path stays short: Ray makes Unix sockets below it, whose names may have 107 bytes.
+        temp = tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-")
+        python_path = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _temp_dir=temp,
+            runtime_env={"env_vars": {"PYTHONPATH": python_path}},
+            **common,
+        )
+    try:
+        total = ray.cluster_resources()
+        yield Hardware(
+            local=not address,
+            nodes=sum(node["Alive"] for node in ray.nodes()),
+            cpus=int(total.get("CPU", 0)),
+            gpus=int(total.get("GPU", 0)),
+        )
+    finally:
+        ray.shutdown()
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+def _remove_stale_temp_folders() -> None:
+    """Folders of runs that were killed before they could tidy up, told by the process id in their names."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_TEMP_PREFIX}*"):
+        owner = re.fullmatch(rf"{_TEMP_PREFIX}(\d+)-.*", folder.name)
+        if owner and not Path(f"/proc/{owner[1]}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def plan_resources(workers: str, config: ClusterConfig, hardware: Hardware) -> Resources:
+    """How many workers, and what each gets. Raises ValueError when the cluster cannot hold them."""
+    per_gpu = config.gpus_per_worker if config.gpus_per_worker >= 0 else int(hardware.gpus > 0)
+    one_a_gpu = max(1, hardware.gpus // per_gpu) if per_gpu else 1
+    count = one_a_gpu if workers == "auto" else int(workers)
+    if per_gpu * count > hardware.gpus:
+        raise ValueError(
+            f"--workers {count} with {per_gpu} GPU each needs {per_gpu * count} GPUs, the cluster has {hardware.gpus}; "
+            f"use --workers {max(1, hardware.gpus // per_gpu)} or --cluster.gpus-per-worker 0"
+        )
+    cpus: float
+    if config.cpus_per_worker:
+        cpus = config.cpus_per_worker
+        if cpus * count > hardware.cpus:
+            raise ValueError(
+                f"--workers {count} with --cluster.cpus-per-worker {config.cpus_per_worker} needs {cpus * count:g} CPUs, the cluster has "
+                f"{hardware.cpus}; use fewer of either"
+            )
+    else:
+        share = hardware.cpus / count
+        cpus = float(int(share)) if share >= 1 else int(share * 10_000) / 10_000
+    threads = config.threads_per_worker or max(1, int(cpus))
+    return Resources(workers=count, cpus_per_worker=cpus, gpus_per_worker=per_gpu, threads_per_worker=threads)
+
+
+class _CoordinatorActor(Coordinator):
+    """The coordinator with a place for what the ranks hand back at the end of an attempt."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._results: dict[int, dict[str, Any]] = {}
+
+    def put_result(self, attempt: int, result: dict[str, Any]) -> None:
+        self._results[attempt] = result
+
+    def result(self, attempt: int) -> dict[str, Any] | None:
+        return self._results.get(attempt)
+
+
+def start_coordinator(**kwargs: Any) -> Any:
+    """The coordinator as an actor on this node; `kwargs` are Coordinator's. Returns its handle."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_concurrency=64, scheduling_strategy=here)(_CoordinatorActor)
+    return actor.remote(**kwargs)
+
+
+class Attempt:
+    """One `TorchTrainer.fit` in a thread, so that the driver stays free to draw progress and to hear signals."""
+
+    def __init__(self, work: Callable[[dict[str, Any]], None], spec: dict[str, Any], *, name: str, resources: Resources) -> None:
+        self._failure: Failure | None = None
+        self._scratch = tempfile.mkdtemp(prefix="finetune-ray-train-")
+        self._thread = threading.Thread(target=self._fit, args=(work, spec, name, resources), name="fit", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """True once the attempt has ended."""
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def failure(self) -> Failure | None:
+        """Why the attempt failed; None if it went through. Only after `wait` said True."""
+        assert not self._thread.is_alive()
+        return self._failure
+
+    def _fit(self, work: Callable[[dict[str, Any]], None], spec: dict[str, Any], name: str, resources: Resources) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
+        if resources.gpus_per_worker:
+            per_worker["GPU"] = resources.gpus_per_worker
+        try:
+            TorchTrainer(
+                work,
+                train_loop_config=spec,
+                torch_config=TorchConfig(timeout_s=300),
+                scaling_config=ScalingConfig(
+                    num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+                ),
+                run_config=RunConfig(name=name, storage_path=self._scratch, failure_config=FailureConfig(max_failures=0)),
+            ).fit()
+        except BaseException as error:
+            self._failure = failure_of(error)
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The cause behind what `fit` raised: the first failing rank's own exception where there is one."""
+    by_rank: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
+    if by_rank:
+        return root_cause([_failure_of_one(one, rank) for rank, one in sorted(by_rank.items())])
+    return _failure_of_one(getattr(error, "controller_failure", error), None)
+
+
+def _failure_of_one(error: BaseException, rank: int | None) -> Failure:
+    cause: BaseException = getattr(error, "_base_exc", error)
+    trace = str(getattr(error, "_traceback_str", ""))
+    if isinstance(cause, ray.exceptions.RayTaskError):
+        trace = trace or str(cause)
+        cause = cause.cause or cause
+    bases = tuple(base.__name__ for base in type(cause).__mro__[1:])
+    message = f"{type(cause).__name__}: {cause}"
+    return classify(type(cause).__name__, message, rank=rank, traceback=trace, bases=bases)

@@ -1,0 +1,106 @@
+"""Checks before any worker starts: every node sees the storage and the data, and runs the same versions.
+
+Called by trainer/run.py. What "the data" are is a function handed in; what does not fit is an error that says what to do.
+"""
+
+import importlib.metadata
+import platform
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.launch import Hardware
+from cluster.storage import Storage, open_storage
+
+PACKAGES = ("torch", "torchvision", "ray", "nvidia-dali-cuda130", "pyarrow", "numpy", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeReport:
+    """What one node saw. `data` is what the probe returned there, or None where the data cannot be read."""
+
+    node: str
+    storage_error: str
+    data: str | None
+    versions: dict[str, str]
+
+
+def versions() -> dict[str, str]:
+    """Versions whose differences between nodes change results or break messages."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def check_node(uri: str, run: str, token: str, data_probe: Callable[[], str]) -> NodeReport:
+    """Read the driver's token from the storage, write one of our own, look for the data. Runs on the node that is checked."""
+    node, storage_error = platform.node(), ""
+    try:
+        storage = open_storage(uri)
+        seen = storage.read(f"{run}/.preflight-{token}")
+        storage_error = "" if seen == token.encode() else "reads another file than the driver wrote"
+        storage.write_atomic(f"{run}/.preflight-{token}-{uuid.uuid4().hex}", node.encode())
+    except (OSError, ValueError) as error:
+        storage_error = str(error)
+    try:
+        data: str | None = data_probe()
+    except (OSError, ValueError):
+        data = None
+    return NodeReport(node=node, storage_error=storage_error, data=data, versions=versions())
+
+
+def preflight(storage: Storage, run: str, hardware: Hardware, data_probe: Callable[[], str]) -> bool:
+    """True where every node can read the data; raises ValueError for storage that is not shared or versions that differ."""
+    token = uuid.uuid4().hex
+    try:
+        storage.write_atomic(f"{run}/.preflight-{token}", token.encode())
+        reports = _reports(storage, run, hardware, token, data_probe)
+    except OSError as error:
+        raise ValueError(
+            f"storage {storage.uri!r} cannot be written ({error}); give a folder or URI that can with --storage, "
+            "and check its permissions and free space"
+        ) from error
+    finally:
+        for entry in storage.list(run):
+            if entry.name.startswith(f".preflight-{token}"):
+                storage.delete_file(f"{run}/{entry.name}")
+    for report in reports:
+        if report.storage_error:
+            raise ValueError(
+                f"storage {storage.uri!r} is not shared: node {report.node} cannot use it ({report.storage_error}); "
+                "give --storage a network mount present on every node, or s3://..., gs://..."
+            )
+    first = reports[0]
+    for report in reports[1:]:
+        differing = {name: (first.versions[name], v) for name, v in report.versions.items() if first.versions[name] != v}
+        if differing:
+            listed = ", ".join(f"{name} {a} on {first.node} but {b} on {report.node}" for name, (a, b) in differing.items())
+            raise ValueError(f"versions differ between nodes: {listed}; install the same constraints.txt on every node")
+    here = data_probe()
+    return all(report.data == here for report in reports)
+
+
+def _reports(storage: Storage, run: str, hardware: Hardware, token: str, data_probe: Callable[[], str]) -> list[NodeReport]:
+    if hardware.nodes == 1:
+        return [check_node(storage.uri, run, token, data_probe)]
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    check: Any = ray.remote(num_cpus=0)(check_node)
+    nodes = [node for node in ray.nodes() if node["Alive"] and (node["Resources"].get("CPU", 0) or node["Resources"].get("GPU", 0))]
+    return list(
+        ray.get(
+            [
+                check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                    storage.uri, run, token, data_probe
+                )
+                for node in nodes
+            ],
+            timeout=120,
+        )
+    )

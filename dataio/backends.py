@@ -1,0 +1,203 @@
+"""Crop and flip of a batch, three ways with the same bits: numpy (host), torch (host or device), DALI (host or device).
+
+Called by the loader, from the one thread that prepares batches: a backend reuses its buffers and is not shared between threads. Which
+crop and which flip is `augment.py`'s; normalisation is the trainer's, on the device, so that it is the same for all three.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.utils.dlpack
+
+from dataio.augment import Draw
+
+Ids = npt.NDArray[np.int64]
+Store = npt.NDArray[np.uint8] | torch.Tensor
+"""Decoded images (N, H, W, 3) uint8: an array on the host or a tensor on the device."""
+
+NAMES = ("dali", "torch", "numpy")
+_PIXEL = np.dtype("V3")  # three channels moved as one element: mirroring costs 1 us an image instead of 3
+
+
+class Backend(Protocol):
+    """Makes augmented batches out of decoded images."""
+
+    name: str
+
+    def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
+        """Gather `rows` (n,) of `images` and apply their draw: (n, H, W, 3) uint8, contiguous, on the device; n may be 0."""
+        ...
+
+
+def choose_backend(name: str, device: torch.device, cache: str) -> str:
+    """What `data.backend` means for a device and a resolved cache (device, host, none).
+
+    auto: torch where the images are on the device already (no cost a sample on the host), else numpy: 3 us an image on a CPU core against
+    7 for torch and 12 for DALI (batches of 100, 28x28 pixels; "backend alone" in `benchmarks/loader.py`).
+    """
+    on_device = cache == "device" and device.type != "cpu"
+    if name == "auto":
+        return "torch" if on_device else "numpy"
+    if name == "numpy" and on_device:
+        raise ValueError("data.backend=numpy works on the host, data.cache=device is not there; use data.cache=host or data.backend=torch")
+    if name not in NAMES:
+        raise ValueError(f"data.backend={name} is unknown; use one of auto, {', '.join(NAMES)}")
+    return name
+
+
+def make_backend(name: str, *, height: int, width: int, pad: int, batch_size: int, device: torch.device, threads: int = 1) -> Backend:
+    """`batch_size` is the usual size of a batch, not a limit; `threads` are DALI's."""
+    device = exact_device(device)
+    match name:
+        case "numpy":
+            return _Numpy(height, width, pad, batch_size, device)
+        case "torch":
+            return _Torch(height, width, pad, device)
+        case "dali":
+            return _Dali(height, width, pad, batch_size, device, threads)
+        case _:
+            raise ValueError(f"data.backend={name} is unknown; use one of {', '.join(NAMES)}")
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """`cuda` with its index, so that it compares equal to the device of the tensors on it."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
+def gather(images: Store, rows: Ids, device: torch.device) -> torch.Tensor:
+    """Rows of a store as they are, (n, H, W, 3) uint8 on `device`; a copy from host to device is pinned and not waited for."""
+    if isinstance(images, torch.Tensor):
+        if images.device == device:
+            return images.index_select(0, upload(rows, device))
+        assert images.device.type == "cpu", f"images on {images.device} are wanted on {device}"
+        images = images.numpy()
+    out = torch.empty((len(rows), *images.shape[1:]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    # mode="clip" writes straight into `out`, the others go through a buffer; rows come from the order and are in range.
+    np.take(images, rows, axis=0, out=out.numpy(), mode="clip")
+    return out.to(device, non_blocking=True)
+
+
+def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array on the device; the host does not wait (torch frees a pinned buffer only after its copy is done)."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class _Numpy:
+    """Pads the gathered batch in a reused buffer, takes all crops at once through a window view, mirrors what is to be mirrored."""
+
+    name = "numpy"
+
+    def __init__(self, height: int, width: int, pad: int, batch_size: int, device: torch.device) -> None:
+        self._height, self._width, self._pad, self._device = height, width, pad, device
+        self._padded = self._room(batch_size)
+
+    def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
+        if isinstance(images, torch.Tensor):
+            images = images.numpy()
+        n, pad, height, width = len(rows), self._pad, self._height, self._width
+        if n > len(self._padded):
+            self._padded = self._room(n)
+        padded = self._padded[:n]
+        padded[:, pad : pad + height, pad : pad + width] = images[rows]
+        # (n, 2*pad+1, 2*pad+1, H, W, 3): a view in which every possible crop has an index.
+        windows = np.lib.stride_tricks.as_strided(
+            padded, (n, 2 * pad + 1, 2 * pad + 1, height, width, 3), padded.strides[:3] + padded.strides[1:]
+        )
+        crops = windows[np.arange(n), drawn.dy, drawn.dx]
+        pixels = crops.reshape(n, height, width * 3).view(_PIXEL)  # (n, H, W) of three bytes
+        mirrored = np.flatnonzero(drawn.flip)
+        pixels[mirrored] = pixels[mirrored, :, ::-1]
+        return upload(crops, self._device)
+
+    def _room(self, batch_size: int) -> npt.NDArray[np.uint8]:
+        return np.zeros((batch_size, self._height + 2 * self._pad, self._width + 2 * self._pad, 3), dtype=np.uint8)
+
+
+class _Torch:
+    """Computes where each pixel comes from and gathers once, on the device; pixels from outside the image are set to zero."""
+
+    name = "torch"
+
+    def __init__(self, height: int, width: int, pad: int, device: torch.device) -> None:
+        self._pad, self._device = pad, device
+        self._y = torch.arange(height, device=device)
+        self._x = torch.arange(width, device=device)
+
+    def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
+        n, height, width = len(rows), len(self._y), len(self._x)
+        if isinstance(images, torch.Tensor) and images.device == self._device:
+            source, picked = images, rows
+        elif self._device.type == "cpu" and isinstance(images, np.ndarray):
+            source, picked = torch.from_numpy(images), rows
+        else:
+            source, picked = gather(images, rows, self._device), np.arange(n)
+        where = upload(np.stack([picked, drawn.dy, drawn.dx, drawn.flip]).astype(np.int64, copy=False), self._device)  # (4, n): one copy
+        row, dy, dx, flip = where.unsqueeze(-1).unbind(0)  # (n, 1) each
+        y = self._y + dy - self._pad  # (n, H)
+        x = torch.where(flip > 0, width - 1 - self._x, self._x) + dx - self._pad  # (n, W)
+        inside = ((y >= 0) & (y < height)).unsqueeze(2) & ((x >= 0) & (x < width)).unsqueeze(1)  # (n, H, W)
+        line = row * height + y.clamp(0, height - 1)  # (n, H) of N * H
+        pixel = line.unsqueeze(2) * width + x.clamp(0, width - 1).unsqueeze(1)  # (n, H, W) of N * H * W
+        taken = source.reshape(-1, 3).index_select(0, pixel.reshape(-1)).view(n, height, width, 3)
+        return taken.mul_(inside.unsqueeze(3))
+
+
+class _Dali:
+    """A DALI pipeline: external source -> slice that pads with zeros -> flip, results handed over by DLPack.
+
+    Built at the first batch, hence inside the process that uses it (a pipeline does not survive a fork). On a GPU it runs on torch's
+    current stream and the host does not wait.
+    """
+
+    name = "dali"
+
+    def __init__(self, height: int, width: int, pad: int, batch_size: int, device: torch.device, threads: int) -> None:
+        self._height, self._width, self._pad, self._device = height, width, pad, device
+        self._most, self._threads = max(batch_size, 1), threads
+        self._pipeline: Any = None
+
+    def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
+        gathered = gather(images, rows, self._device)
+        start = np.stack([drawn.dy, drawn.dx], axis=1) - np.int32(self._pad)  # (n, 2) int32, negative in the padding
+        flip = drawn.flip.astype(np.int32)
+        pieces = [slice(at, at + self._most) for at in range(0, len(rows), self._most)]
+        done = [self._run(gathered[piece], start[piece], flip[piece]) for piece in pieces]
+        match done:
+            case []:
+                return gathered
+            case [one]:
+                return one
+            case _:
+                return torch.cat(done)
+
+    def _run(self, images: torch.Tensor, start: npt.NDArray[np.int32], flip: npt.NDArray[np.int32]) -> torch.Tensor:
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        self._pipeline.feed_input("images", images if stream else images.numpy(), cuda_stream=stream)
+        self._pipeline.feed_input("start", start)
+        self._pipeline.feed_input("flip", flip)
+        (out,) = self._pipeline.run(stream)
+        return torch.utils.dlpack.from_dlpack(out.as_tensor())
+
+    def _build(self) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        on_gpu = self._device.type == "cuda"
+        device_id = self._device.index if on_gpu else None
+        # exec_dynamic: without it a batch handed over by DLPack is overwritten two runs later. Depth 1: the loader is the queue.
+        pipeline = Pipeline(
+            batch_size=self._most, num_threads=self._threads, device_id=device_id, seed=0, prefetch_queue_depth=1, exec_dynamic=True
+        )
+        with pipeline:
+            images = fn.external_source(name="images", device="gpu" if on_gpu else "cpu", layout="HWC", dtype=types.UINT8, ndim=3)
+            start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+            shape = [self._height, self._width]
+            crops = fn.slice(images, start=start, shape=shape, axes=[0, 1], out_of_bounds_policy="pad", fill_values=[0])
+            pipeline.set_outputs(fn.flip(crops, horizontal=flip))
+        pipeline.build()
+        return pipeline

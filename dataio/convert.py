@@ -1,0 +1,549 @@
+"""A source becomes a converted folder: Parquet shards of checked images and, written last, their manifest.
+
+    python -m dataio.convert SOURCE DEST
+
+Called by the command line above and, through `prepare`, by whoever opens `data.path`. The work happens in DEST.partial, shard after shard;
+each complete shard is recorded beside it, so a conversion that was stopped goes on after its last complete shard. DEST appears in one
+rename, complete. What an image is worth is sniff's and decode's to say; where samples come from, sources'.
+"""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dataio.config import DataConfig
+from dataio.decode import Checker
+from dataio.manifest import MANIFEST_NAME, SPLITS, VERSION, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo
+from dataio.parquet import QUARANTINE_NAME, ROWS_PER_GROUP, Dataset, ShardWriter, Split, open_dataset
+from dataio.quarantine import BadSample, Quarantine
+from dataio.sniff import Header
+from dataio.sources import Balanced, Sample, Source, open_source
+
+SHARD_BYTES = 64 << 20
+_STATE_NAME = "conversion.json"
+
+
+class DiskFull(OSError):
+    """No space is left for the shards; what is complete is kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a conversion is."""
+
+    split: str
+    done: int
+    """Samples of the split seen so far, bad ones included."""
+    total: int | None
+    """Samples of the split; None if the source does not know."""
+    bad: int
+    """Bad samples of all splits so far."""
+    resumed: int
+    """Of `done`, those taken over from an earlier attempt."""
+
+
+def convert(
+    source: Source,
+    dest: Path,
+    *,
+    max_bad_fraction: float,
+    max_image_pixels: int,
+    on_progress: Callable[[Progress], None] | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    threads: int = 1,
+) -> Manifest:
+    """Converts `source` into the folder `dest`, or finds that this was done before.
+
+    Bad images are left out and recorded in quarantine.jsonl. A key met again in its split is made unique by "#2", "#3", ... in the
+    source's order. Raises ValueError if `dest` holds anything else (unless `force`, which replaces it once the new one is complete),
+    TooManyBadSamples above max_bad_fraction of the whole source, DiskFull. After any of these, or a kill, the same call goes on where it
+    stopped.
+    """
+    identity = conversion_identity(source, max_image_pixels)
+    dest = dest.expanduser()
+    dest = dest.parent.resolve() / dest.name
+    if not dest.name:
+        raise ValueError(f"DEST {dest} is no folder that can be made; name one")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    staging = dest.with_name(dest.name + ".partial")
+    with _locked(staging):
+        if dest.exists() and not force:
+            if not any(staging.iterdir()):
+                staging.rmdir()
+            existing = _intact(dest)
+            if existing is None or existing.identity != identity:
+                raise ValueError(
+                    f"{dest} exists and is not this source, converted with these settings; name another folder, remove it, "
+                    f"or add --force to replace it"
+                )
+            _check_limit(dest, existing, max_bad_fraction)
+            return existing
+        try:
+            manifest = _Conversion(source, staging, identity, max_bad_fraction, max_image_pixels, on_progress, shard_bytes, threads).run()
+            _publish(staging, dest)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+                raise DiskFull(
+                    error.errno or errno.ENOSPC,
+                    f"no space is left on the disk of {staging} ({shutil.disk_usage(staging).free} bytes free); complete shards are kept: "
+                    f"make room and run the same command again",
+                ) from error
+            raise
+    return manifest
+
+
+def is_converted(path: str | Path) -> bool:
+    """Whether `path` is a complete converted folder of this version."""
+    try:
+        Manifest.from_json((Path(path).expanduser() / MANIFEST_NAME).read_bytes())
+    except (OSError, ManifestError):
+        return False
+    return True
+
+
+def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None = None) -> Path:
+    """The converted folder of `config.path`: itself if it is one, else made in `config.root`, once.
+
+    Raises what convert and open_source raise.
+    """
+    path = Path(config.path).expanduser()
+    if (path / MANIFEST_NAME).is_file():
+        open_dataset(path)  # raises if it is damaged
+        return path
+    root = Path(config.root).expanduser()
+    source = open_source(config.path, root=root, test_fraction=config.test_fraction)
+    dest = root / f"{source.kind}-{conversion_identity(source, config.max_image_pixels)[:16]}"
+    convert(
+        source,
+        dest,
+        max_bad_fraction=config.max_bad_fraction,
+        max_image_pixels=config.max_image_pixels,
+        on_progress=on_progress,
+        force=_intact(dest) is None,
+    )
+    return dest
+
+
+def _intact(dest: Path) -> Manifest | None:
+    """The manifest of a converted folder whose files are all there."""
+    try:
+        return open_dataset(dest).manifest
+    except (ValueError, OSError):
+        return None
+
+
+def _check_limit(dest: Path, manifest: Manifest, max_bad_fraction: float) -> None:
+    """Holds what an earlier conversion left out, perhaps under a laxer limit, against this one."""
+    lines = (dest / QUARANTINE_NAME).read_text(encoding="utf-8").splitlines()
+    quarantine = Quarantine(max_bad_fraction, sum(split.count for split in manifest.splits.values()) + manifest.quarantined)
+    quarantine.restore(BadSample.from_json(json.loads(line)) for line in lines)
+
+
+def conversion_identity(source: Source, max_image_pixels: int) -> str:
+    """Hash of all that the converted folder's content depends on."""
+    return hashlib.sha256(json.dumps([VERSION, ROWS_PER_GROUP, source.kind, source.identity, max_image_pixels]).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A complete shard, and what was seen of the source on the way to it; the sidecar file of the shard."""
+
+    split: str
+    shard: ShardInfo | None
+    """None if the split's last samples were all bad."""
+    consumed: int
+    """Samples of the split seen up to the end of this part."""
+    last: bool
+    bad: tuple[BadSample, ...]
+    image_sizes: dict[str, int]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "_Part":
+        value: dict[str, Any] = json.loads(text)
+        shard = value.pop("shard")
+        return cls(
+            shard=ShardInfo(**(shard | {"row_group_rows": tuple(shard["row_group_rows"])})) if shard else None,
+            bad=tuple(BadSample.from_json(record) for record in value.pop("bad")),
+            **value,
+        )
+
+
+class _Conversion:
+    """One call's work in the staging folder, which it alone holds."""
+
+    def __init__(
+        self,
+        source: Source,
+        staging: Path,
+        identity: str,
+        max_bad_fraction: float,
+        max_image_pixels: int,
+        on_progress: Callable[[Progress], None] | None,
+        shard_bytes: int,
+        threads: int,
+    ) -> None:
+        self._source, self._staging, self._identity = source, staging, identity
+        self._on_progress, self._shard_bytes = on_progress, shard_bytes
+        self._checker = Checker(threads=threads, max_pixels=max_image_pixels)
+        self._max_bad_fraction = max_bad_fraction
+
+    def run(self) -> Manifest:
+        parts = self._resume()
+        counts = [self._source.count(split) for split in SPLITS]
+        total = None if None in counts else sum(count or 0 for count in counts)
+        self._quarantine = Quarantine(self._max_bad_fraction, total)
+        self._quarantine.restore(record for part in parts for record in part.bad)
+        try:
+            for split in SPLITS:
+                parts += self._convert_split(split, [part for part in parts if part.split == split])
+        finally:
+            self._checker.close()
+        self._quarantine.finish(sum(part.consumed for part in parts if part.last))
+        return self._finish(parts)
+
+    def _resume(self) -> list[_Part]:
+        """The parts of an earlier attempt that are complete and whole, in order; everything else in the folder is removed."""
+        state = self._staging / _STATE_NAME
+        kept: list[_Part] = []
+        names = {_STATE_NAME}
+        if state.is_file() and state.read_text() == self._identity:
+            for split in SPLITS:
+                for index in range(1 << 30):
+                    part = self._valid_part(split, index)
+                    if part is None:
+                        break
+                    kept.append(part)
+                    names |= {_part_name(split, index), _shard_name(split, index)}
+                if not kept or not (kept[-1].split == split and kept[-1].last):
+                    break
+        for path in self._staging.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _write(state, self._identity)
+        return kept
+
+    def _valid_part(self, split: str, index: int) -> _Part | None:
+        try:
+            part = _Part.from_json((self._staging / _part_name(split, index)).read_bytes())
+            if part.shard is not None:
+                with open(self._staging / part.shard.name, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != part.shard.sha256:
+                        return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return part
+
+    def _convert_split(self, split: str, done: list[_Part]) -> list[_Part]:
+        """The parts of a split that were not done yet."""
+        if done and done[-1].last:
+            return []
+        consumed = resumed = done[-1].consumed if done else 0
+        seen = {record.key for part in done for record in part.bad} | self._stored_keys(split, done)
+        samples = self._source.samples(split, resumed)
+        total = self._source.count(split)
+        parts: list[_Part] = []
+        index, last = len(done), False
+        while not last:
+            path = self._staging / _shard_name(split, index)
+            writer = ShardWriter(path)
+            bad: list[BadSample] = []
+            sizes: Counter[str] = Counter()
+            rows = 0
+            try:
+                while writer.size_bytes < self._shard_bytes and not last:
+                    group: list[tuple[Sample, Header]] = []
+                    while len(group) < ROWS_PER_GROUP and not last:
+                        wanted = ROWS_PER_GROUP - len(group)
+                        batch = [_unique(sample, seen) for sample in itertools.islice(samples, wanted)]
+                        last = len(batch) < wanted
+                        for offset, (sample, verdict) in enumerate(zip(batch, self._check(batch), strict=True)):
+                            if isinstance(verdict, Header):
+                                group.append((sample, verdict))
+                                sizes[f"{verdict.height}x{verdict.width}"] += 1
+                            else:
+                                bad.append(BadSample(key=sample.key, reason=verdict, split=split, sample_id=consumed + offset))
+                                self._quarantine.add(sample.key, verdict, split, consumed + offset)
+                        consumed += len(batch)
+                        self._report(split, consumed, total, resumed)
+                    if group:
+                        images = [sample.data for sample, _ in group]
+                        writer.write_group(
+                            images,
+                            [sample.label for sample, _ in group],
+                            [sample.key for sample, _ in group],
+                            [hashlib.sha256(image).digest() for image in images],
+                        )
+                        rows += len(group)
+                shard = writer.close()
+            except BaseException:
+                writer.abort()
+                raise
+            if not rows:
+                path.unlink()
+            part = _Part(
+                split=split,
+                shard=shard if rows else None,
+                consumed=consumed,
+                last=last,
+                bad=tuple(bad),
+                image_sizes=dict(sorted(sizes.items())),
+            )
+            _write(self._staging / _part_name(split, index), part.to_json())
+            parts.append(part)
+            index += 1
+        assert total in (None, consumed), f"{split} has {consumed} samples, its source announced {total}"
+        return parts
+
+    def _check(self, batch: list[Sample]) -> Iterator[Header | str]:
+        """For each sample the image's header, or the reason to leave it out."""
+        classes = len(self._source.classes)
+        verdicts = iter(self._checker.check([sample.data for sample in batch if sample.refusal is None]))
+        for sample in batch:
+            verdict = sample.refusal or next(verdicts)
+            if isinstance(verdict, Header) and not 0 <= sample.label < classes:
+                yield f"bad label: {sample.label} is not in 0..{classes - 1}"
+            else:
+                yield verdict if isinstance(verdict, Header | str) else verdict.reason
+
+    def _stored_keys(self, split: str, done: list[_Part]) -> set[str]:
+        shards = tuple(part.shard for part in done if part.shard is not None)
+        return {key for key, _, _ in self._read(split, shards)} if shards else set()
+
+    def _read(self, split: str, shards: tuple[ShardInfo, ...]) -> Iterator[tuple[str, int, bytes]]:
+        return Split(split, [(shard, self._staging / shard.name) for shard in shards]).content()
+
+    def _report(self, split: str, done: int, total: int | None, resumed: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(Progress(split=split, done=done, total=total, bad=self._quarantine.count, resumed=resumed))
+
+    def _finish(self, parts: list[_Part]) -> Manifest:
+        classes = self._source.classes
+        fingerprint = Fingerprint(classes)
+        splits = {}
+        for split in SPLITS:
+            shards = tuple(part.shard for part in parts if part.split == split and part.shard is not None)
+            if not shards:
+                raise ValueError(
+                    f"the source has no usable {split} image; "
+                    + (
+                        "hold out more: --data.test-fraction (of `dataio.convert`: --test-fraction)"
+                        if split == "test"
+                        else "look at the reasons above"
+                    )
+                )
+            for key, label, sha256 in self._read(split, shards):
+                fingerprint.add(split, key, label, sha256)
+            splits[split] = SplitInfo(count=sum(shard.rows for shard in shards), shards=shards)
+        sizes: Counter[str] = Counter()
+        for part in parts:
+            sizes.update(part.image_sizes)
+        manifest = Manifest(
+            classes=classes,
+            splits=splits,
+            fingerprint=fingerprint.hexdigest(),
+            image_sizes=dict(sorted(sizes.items())),
+            quarantined=self._quarantine.count,
+            source=self._source.kind,
+            identity=self._identity,
+        )
+        _write(self._staging / QUARANTINE_NAME, "".join(record.to_line() for part in parts for record in part.bad))
+        _write(self._staging / MANIFEST_NAME, manifest.to_json())
+        return manifest
+
+
+def _publish(staging: Path, dest: Path) -> None:
+    """Renames the complete staging folder to `dest`, replacing what is there; then drops the sidecar files, of no more use."""
+    _sync_folder(staging)
+    if dest.exists():
+        old = dest.with_name(f"{dest.name}.old-{os.getpid()}")
+        dest.rename(old)
+        staging.rename(dest)
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    else:
+        staging.rename(dest)
+    for path in [*dest.glob("*.part.json"), dest / _STATE_NAME]:
+        path.unlink()
+    _sync_folder(dest)
+    _sync_folder(dest.parent)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds `folder`, made if need be, against other conversions; the kernel lets go when the process ends, however it ends."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), folder.stat()):  # else another process renamed it meanwhile: take the new one
+                    yield
+                    return
+        finally:
+            os.close(descriptor)
+
+
+def _unique(sample: Sample, seen: set[str]) -> Sample:
+    key, number = sample.key, 1
+    while key in seen:
+        number += 1
+        key = f"{sample.key}#{number}"
+    seen.add(key)
+    return sample if number == 1 else replace(sample, key=key)
+
+
+def _shard_name(split: str, index: int) -> str:
+    return f"{split}-{index:05d}.parquet"
+
+
+def _part_name(split: str, index: int) -> str:
+    return f"{split}-{index:05d}.part.json"
+
+
+def _write(path: Path, text: str) -> None:
+    """Atomically: the file holds all of `text`, or is not there."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m dataio.convert`; the exit status."""
+    defaults = DataConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m dataio.convert",
+        description="Converts labelled images into a folder that training reads. Stopped, it goes on when run again.",
+    )
+    parser.add_argument("source", help="cifar10, an archive, a folder of Parquet or IDX files, or a folder of class folders")
+    parser.add_argument("dest", type=Path, help="the folder to make")
+    parser.add_argument("--root", type=Path, default=Path(defaults.root), help="where a download goes (%(default)s)")
+    parser.add_argument(
+        "--test-fraction", type=float, default=defaults.test_fraction, help="held out where there is no test split (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=defaults.max_bad_fraction, help="bad images tolerated, of all (%(default)s)"
+    )
+    parser.add_argument("--max-image-pixels", type=int, default=defaults.max_image_pixels, help="larger images are bad (%(default)s)")
+    parser.add_argument("--classes", help="class names in order, separated by commas, in place of the source's")
+    parser.add_argument("--sample", type=int, metavar="N", help="take N training images only, the same number of each class")
+    parser.add_argument("--sample-test", type=int, metavar="M", help="and M test images (N/4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (%(default)s)")
+    parser.add_argument("--threads", type=int, default=max(1, min(4, (os.cpu_count() or 2) - 1)), help="that decode (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace DEST")
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        source: Source = open_source(
+            options.source,
+            root=options.root.expanduser(),
+            test_fraction=options.test_fraction,
+            classes=tuple(name.strip() for name in options.classes.split(",")) if options.classes else None,
+        )
+        if options.sample is not None:
+            sizes = {"train": options.sample, "test": options.sample // 4 if options.sample_test is None else options.sample_test}
+            source = Balanced(source, sizes=sizes, seed=options.seed)
+        elif options.sample_test is not None:
+            raise ValueError("--sample-test goes with --sample; give both")
+        if source.ignored:
+            print(f"not read: {', '.join(source.ignored[:10])}{' ...' if len(source.ignored) > 10 else ''}", file=sys.stderr)
+        with _display() as on_progress:
+            manifest = convert(
+                source,
+                options.dest,
+                max_bad_fraction=options.max_bad_fraction,
+                max_image_pixels=options.max_image_pixels,
+                on_progress=on_progress,
+                force=options.force,
+                threads=options.threads,
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on after the last complete shard", file=sys.stderr)
+        return 130
+    print(_summary(open_dataset(options.dest), manifest, time.monotonic() - started))
+    return 0
+
+
+def _summary(dataset: Dataset, manifest: Manifest, seconds: float) -> str:
+    counts = ", ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
+    bad = f", {manifest.quarantined} left out (see {QUARANTINE_NAME})" if manifest.quarantined else ""
+    size = f"{dataset.size_bytes / 1e6:.1f} MB, {seconds:.1f} s"
+    return f"{counts} images of {len(manifest.classes)} classes{bad}; {size}\nfingerprint {manifest.fingerprint}"
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[Callable[[Progress], None]]:
+    """A bar per split on a terminal; elsewhere a plain line every few seconds."""
+    if not sys.stderr.isatty():
+        yield _plain_lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    timing = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[bad]}"), *timing)
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(progress: Progress) -> None:
+            if progress.split not in tasks:
+                tasks[progress.split] = bars.add_task(progress.split, total=progress.total, bad="")
+            bad = f"{progress.bad} bad" if progress.bad else ""
+            bars.update(tasks[progress.split], completed=progress.done, total=progress.total, bad=bad)
+
+        yield show
+
+
+def _plain_lines(every_seconds: float = 5.0) -> Callable[[Progress], None]:
+    shown = time.monotonic()
+
+    def show(progress: Progress) -> None:
+        nonlocal shown
+        finished = progress.done == progress.total
+        if not finished and time.monotonic() - shown < every_seconds:
+            return
+        shown = time.monotonic()
+        of = "" if progress.total is None else f" of {progress.total}"
+        resumed = f", {progress.resumed} of them before" if progress.resumed else ""
+        bad = f", {progress.bad} bad" if progress.bad else ""
+        print(f"{progress.split}: {progress.done}{of} images{resumed}{bad}", file=sys.stderr, flush=True)
+
+    return show
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,108 @@
+"""Counts the samples that cannot be used, by key and reason, and stops a run that has too many of them.
+
+Called by convert (what it drops) and by the loader (what turns out bad during a run). What is done with a record, a metric, a line in
+the journal or in quarantine.jsonl, is the caller's: it comes as a callback.
+"""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadSample:
+    """One unusable sample. `reason` reads `kind: detail`; `kind` is one of a handful of words, fit for a metric's label."""
+
+    key: str
+    reason: str
+    split: str
+    sample_id: int
+    """Position in the split; during a conversion, in the source's split."""
+
+    @property
+    def kind(self) -> str:
+        return self.reason.split(":", 1)[0]
+
+    def to_line(self) -> str:
+        """One line of quarantine.jsonl."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "BadSample":
+        return cls(key=str(value["key"]), reason=str(value["reason"]), split=str(value["split"]), sample_id=int(value["sample_id"]))
+
+
+class TooManyBadSamples(ValueError):
+    """More samples than `data.max_bad_fraction` allows are bad."""
+
+
+class Quarantine:
+    """The bad samples met so far; thread-safe.
+
+    `total` is the number of samples that the limit is a fraction of; None while it is not known yet: then nothing raises before
+    `finish`. A sample counts once however often it is met.
+    """
+
+    def __init__(self, limit_fraction: float, total: int | None, on_record: Callable[[BadSample], None] | None = None) -> None:
+        if not 0.0 <= limit_fraction <= 1.0:
+            raise ValueError(f"data.max_bad_fraction={limit_fraction} is not a fraction; use a number from 0 to 1, such as 0.001")
+        self._limit_fraction = limit_fraction
+        self._total = total
+        self._on_record = on_record
+        self._records: dict[tuple[str, int], BadSample] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def records(self) -> tuple[BadSample, ...]:
+        with self._lock:
+            return tuple(self._records.values())
+
+    @property
+    def count(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, place: tuple[str, int]) -> bool:
+        """Whether (split, sample id) is known to be bad."""
+        return place in self._records
+
+    def add(self, key: str, reason: str, split: str, sample_id: int) -> bool:
+        """Records a bad sample; False if it was known. Raises TooManyBadSamples once the limit is passed."""
+        record = BadSample(key=key, reason=reason, split=split, sample_id=sample_id)
+        with self._lock:
+            if (split, sample_id) in self._records:
+                return False
+            self._records[split, sample_id] = record
+        if self._on_record is not None:
+            self._on_record(record)
+        self._check()
+        return True
+
+    def restore(self, records: Iterable[BadSample]) -> None:
+        """Takes over records of an earlier part of the same work, without calling back."""
+        with self._lock:
+            self._records.update({(record.split, record.sample_id): record for record in records})
+        self._check()
+
+    def finish(self, total: int) -> None:
+        """Now the total is known: raises TooManyBadSamples if the limit is passed."""
+        self._total = total
+        self._check()
+
+    def _check(self) -> None:
+        if self._total is None or self.count <= self._limit_fraction * self._total:
+            return
+        records = self.records
+        needed = math.ceil(len(records) / max(self._total, 1) * 10_000) / 10_000
+        shown = "".join(f"\n  {record.split} {record.key}: {record.reason}" for record in records[:SHOWN])
+        more = f"\n  and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
+        raise TooManyBadSamples(
+            f"{len(records)} of {self._total} samples are bad so far, more than the {self._limit_fraction:.4%} that "
+            f"data.max_bad_fraction={self._limit_fraction:g} allows:{shown}{more}\n"
+            f"Repair or remove them, or let them be left out: --data.max-bad-fraction {needed:g} or more "
+            f"(of `dataio.convert`: --max-bad-fraction)"
+        )

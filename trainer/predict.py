@@ -1,0 +1,221 @@
+"""`python -m trainer.predict RUN IMAGE...`: what a finished run's model says about images. Reads `model/` of the run's folder.
+
+Images are decoded and resized by the same code and rules as in training. Training the model and exporting it are done elsewhere.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+import tyro
+from torch import Tensor, nn
+
+from dataio.config import Fit
+from dataio.decode import Decoder
+from dataio.sources import IMAGE_SUFFIXES
+from trainer.cli import fail
+from trainer.config import ModelConfig, RunConfig
+from trainer.export import CONFIG_FILE, MODEL_FOLDER, WEIGHTS_FILE
+from trainer.model import Preprocess, build_model
+from trainer.runs import RunFolder, find_run
+
+PROG = "python -m trainer.predict"
+BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Classify images with the model of a finished run."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder (path or URI), or its name under --storage."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files, or folders of them."""
+    top: int = 3
+    """Classes shown for each image."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One JSON object a line instead of text."""
+    fit: Literal["run", "refuse", "stretch", "crop"] = "run"
+    """What is done with images of another size than the model was trained on; `run` takes the run's own `data.fit`."""
+    storage: str = RunConfig().storage
+    """Folder or URI that holds the runs' folders."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """One image's result: classes with their probabilities, the most probable first; or the reason why there is none."""
+
+    image: str
+    classes: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+
+
+class Predictor:
+    """A run's model, ready to classify."""
+
+    def __init__(self, folder: RunFolder, *, fit: Fit | None = None, device: torch.device | None = None) -> None:
+        description = _description(folder)
+        self.classes: tuple[str, ...] = tuple(description["classes"])
+        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        height, width = description["data_image_size"]
+        config = ModelConfig(**description["model"])
+        # The run's weights replace all others: nothing is downloaded.
+        blank = dataclasses.replace(config, weights="none")
+        model = build_model(blank, classes=len(self.classes), seed=0, image_hw=(height, width))
+        model.load_state_dict(_weights(folder, description), strict=True)
+        self._model: nn.Module = model.to(self._device).eval()
+        self._preprocess = Preprocess(
+            mean=description["mean"], std=description["std"], image_size=config.image_size, interpolation=config.interpolation
+        ).to(self._device)
+        self._fit: Fit = fit or description["fit"]
+        self._size = (height, width)
+        self._decoder = Decoder(
+            height=height, width=width, fit=self._fit, max_pixels=int(description["max_image_pixels"]), batch_size=BATCH
+        )
+
+    def predict(self, paths: Sequence[str], *, top: int) -> Iterator[Prediction]:
+        """One Prediction for each of `paths`, in order, batch by batch."""
+        for start in range(0, len(paths), BATCH):
+            yield from self._batch(paths[start : start + BATCH], top=top)
+
+    @torch.inference_mode()
+    def _batch(self, paths: Sequence[str], *, top: int) -> Iterator[Prediction]:
+        results: dict[str, Prediction] = {}
+        encoded: dict[str, bytes] = {}
+        for path in paths:
+            try:
+                encoded[path] = Path(path).read_bytes()
+            except OSError as error:
+                results[path] = Prediction(image=path, error=f"cannot be read: {error.strerror or error}")
+        if encoded:
+            decoded = self._decoder.decode(list(encoded.values()))
+            reasons = dict(decoded.bad)
+            images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
+            probabilities = self._model(self._preprocess(images)).float().softmax(dim=1).cpu()  # (n, classes)
+            for index, path in enumerate(encoded):
+                if index in reasons:
+                    results[path] = Prediction(image=path, error=self._explained(reasons[index]))
+                else:
+                    results[path] = Prediction(image=path, classes=self._best(probabilities[index], top))
+        for path in paths:
+            yield results[path]
+
+    def _best(self, probabilities: Tensor, top: int) -> tuple[tuple[str, float], ...]:
+        values, indices = probabilities.topk(min(top, len(self.classes)))
+        return tuple((self.classes[index], value) for index, value in zip(indices.tolist(), values.tolist(), strict=True))
+
+    def _explained(self, reason: str) -> str:
+        """The decoder's reason, and what to do if it is only the size."""
+        if reason.startswith("wrong size") and self._fit == "refuse":
+            height, width = self._size
+            return f"{reason}; the model was trained on {width}x{height}: add --fit crop or --fit stretch to have it resized"
+        return reason
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 when all images were classified, 1 when some could not be, 2 (SystemExit) when there is nothing to do it with."""
+    arguments = tyro.cli(Arguments, prog=PROG, args=argv)
+    try:
+        if arguments.top < 1:
+            raise ValueError(f"--top {arguments.top} shows nothing; use 1 or more")
+        paths = list(image_paths(arguments.images))
+        folder = find_run(arguments.run, arguments.storage)
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda, but PyTorch sees no GPU here; use --device cpu or auto")
+        predictor = Predictor(
+            folder,
+            fit=None if arguments.fit == "run" else arguments.fit,
+            device=None if arguments.device == "auto" else torch.device(arguments.device),
+        )
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    bad = 0
+    for prediction in predictor.predict(paths, top=arguments.top):
+        bad += bool(prediction.error)
+        _show(prediction, as_json=arguments.json)
+    if bad:
+        print(f"{bad} of {len(paths)} images could not be classified", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def image_paths(arguments: Sequence[str]) -> Iterator[str]:
+    """The files that the arguments mean: a folder stands for the images in it and below, sorted. ValueError if a folder holds none."""
+    if not arguments:
+        raise ValueError("no IMAGE given; name image files, or a folder of them")
+    for argument in arguments:
+        if not os.path.isdir(argument):
+            yield argument
+            continue
+        found = sorted(
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(argument)
+            for name in names
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+        )
+        if not found:
+            raise ValueError(f"{argument} holds no image (.jpg, .png, .webp, ...); name another folder, or the files themselves")
+        yield from found
+
+
+def _show(prediction: Prediction, *, as_json: bool) -> None:
+    if as_json:
+        best = [{"class": name, "probability": probability} for name, probability in prediction.classes]
+        result = {"error": prediction.error} if prediction.error else {"predictions": best}
+        print(json.dumps({"image": prediction.image, **result}, ensure_ascii=False), flush=True)
+    elif prediction.error:
+        print(f"{prediction.image}: {prediction.error}", file=sys.stderr, flush=True)
+    else:
+        shown = "  ".join(f"{name} {100 * probability:.1f} %" for name, probability in prediction.classes)
+        print(f"{prediction.image}: {shown}", flush=True)
+
+
+def _description(folder: RunFolder) -> Mapping[str, Any]:
+    data = folder.read(f"{MODEL_FOLDER}/{CONFIG_FILE}")
+    if data is None:
+        raise ValueError(
+            f"{folder.location} has no {MODEL_FOLDER}/{CONFIG_FILE}: a run exports its model when it finishes; let it finish first"
+        )
+    try:
+        description = json.loads(data)
+        needed = ("classes", "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
+        missing = [key for key in needed if key not in description]
+        unknown = set(description.get("model", ())) - {field.name for field in dataclasses.fields(ModelConfig)}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} is damaged ({error}); finish the run again to export it anew"
+        ) from None
+    if missing or unknown:
+        what = f"lacks {', '.join(missing)}" if missing else f"has settings that this version does not know: {', '.join(sorted(unknown))}"
+        raise ValueError(f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} {what}; use the version of the program that wrote it")
+    return dict(description)
+
+
+def _weights(folder: RunFolder, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Verified before parsed."""
+    where = f"{folder.location}/{MODEL_FOLDER}/{WEIGHTS_FILE}"
+    data = folder.read(f"{MODEL_FOLDER}/{WEIGHTS_FILE}")
+    if data is None:
+        raise ValueError(f"{where} is missing; finish the run again to export it anew")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != description["file_sha256"]:
+        raise ValueError(
+            f"{where} is damaged: its SHA-256 is {digest[:16]}..., {CONFIG_FILE} says {str(description['file_sha256'])[:16]}...; "
+            "finish the run again to export it anew"
+        )
+    tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    return tensors
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""What came out of a run: `summary.json`, computed from the journal and from what rank 0 handed back. Pure; called by trainer/run.py."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.config import RunConfig
+
+Event = Mapping[str, Any]
+
+
+def sessions(events: Sequence[Event]) -> list[list[Event]]:
+    """The journal cut into the sessions of its drivers: each begins with `run_started`."""
+    out: list[list[Event]] = []
+    for event in events:
+        if event["event"] == "run_started":
+            out.append([])
+        if out:
+            out[-1].append(event)
+    return out
+
+
+def wall_seconds(events: Sequence[Event]) -> float:
+    """Seconds between each driver's first and last event, added up; the time in between nobody was running."""
+    return float(sum(session[-1]["time"] - session[0]["time"] for session in sessions(events)))
+
+
+def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[str, float]:
+    """Where every second of the drivers' lives went; the values add up to `wall_seconds`.
+
+    `history` are rank 0's totals over the steps that survived. start_up runs to an attempt's first step, recovery from a failure to the
+    next attempt's first step, lost_work from the last commit before a failure to that failure; other is what remains: preparing data,
+    the last checkpoint, the export, shutting down.
+    """
+    start_up = recovery = lost = 0.0
+    for session in sessions(events):
+        began, is_recovering, last_safe = session[0]["time"], False, None
+        for event in session:
+            match event["event"]:
+                case "training_started":
+                    waited = event["time"] - began
+                    recovery, start_up = (recovery + waited, start_up) if is_recovering else (recovery, start_up + waited)
+                    last_safe = event["time"]
+                case "checkpoint_committed":
+                    last_safe = event["time"]
+                case "attempt_failed":
+                    if last_safe is not None:
+                        lost += event["time"] - last_safe
+                    began, is_recovering, last_safe = event["time"], True, None
+    parts = {
+        "steps": history.get("step_seconds", 0.0) - history.get("data_wait_seconds", 0.0),
+        "data_wait": history.get("data_wait_seconds", 0.0),
+        "checkpoint_stall": history.get("checkpoint_stall_seconds", 0.0),
+        "evaluation": history.get("evaluation_seconds", 0.0),
+        "start_up": start_up,
+        "recovery": recovery,
+        "lost_work": lost,
+    }
+    parts["other"] = max(0.0, wall_seconds(events) - sum(parts.values()))
+    return parts
+
+
+def summarise(
+    *, config: RunConfig, status: str, events: Sequence[Event], result: Mapping[str, Any] | None, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """summary.json. `result` is rank 0's (None where an attempt never ended well), `facts` what the driver knows: workers, classes, ..."""
+    result = result or {}
+    history = result.get("history", {})
+    evaluation = result.get("evaluation", {})
+    parts = accounting(events, history)
+    wall = wall_seconds(events)
+    step_seconds = history.get("step_seconds", 0.0)
+    commits = [e for e in events if e["event"] == "checkpoint_committed"]
+    steps_per_epoch = facts.get("steps_per_epoch") or 1
+    steps = result.get("steps_done", commits[-1]["step"] if commits else 0)
+    return {
+        "run": config.run,
+        "status": status,
+        "steps": steps,
+        "epochs": steps / steps_per_epoch,
+        "workers": facts.get("workers"),
+        "virtual_ranks": config.train.virtual_ranks,
+        "restarts": sum(e["event"] == "attempt_failed" for e in events),
+        "resized": 0,  # --workers takes one number
+        "samples_seen": history.get("samples"),
+        "quarantined": facts.get("quarantined", 0),
+        "train_loss": history.get("train_loss"),
+        "test_accuracy": evaluation.get("test_accuracy"),
+        "test_loss": evaluation.get("test_loss"),
+        "images_per_second": history["samples"] / step_seconds if step_seconds else None,
+        "goodput": parts["steps"] / wall if wall and history else None,
+        "data_wait_ratio": history["data_wait_seconds"] / step_seconds if step_seconds else None,
+        "checkpoint_stall_seconds": history.get("checkpoint_stall_seconds"),
+        "recovery_seconds": parts["recovery"],
+        "weights_sha256": result.get("weights_sha256"),
+        "dataset_fingerprint": facts.get("dataset_fingerprint"),
+        "seconds": wall,
+        "checkpoints": len(commits),
+        "parameters": result.get("parameters"),
+        "device": result.get("device"),
+        "threads_per_worker": facts.get("threads"),
+        "backend": result.get("backend"),
+        "cache": result.get("cache"),
+        "classes": facts.get("classes"),
+        "test_count": evaluation.get("test_count"),
+        "per_class": evaluation.get("per_class"),
+        "confusion": evaluation.get("confusion"),
+        "accounting": parts if history else None,
+        "versions": facts.get("versions"),
+        "command": facts.get("command"),
+    }

@@ -1,0 +1,487 @@
+"""One rank's story, from its first line to its last. Ray Train calls `train_worker` on every worker; run.py hands it the spec.
+
+What is decided elsewhere: which samples (dataio.order), how a step is done (loop), when to stop together (cluster.heartbeat), what a
+committed checkpoint is (cluster.store and the coordinator).
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cluster.checkpointer import Buffers, Checkpointer, Files
+from cluster.coordinator import RankInfo
+from cluster.exporter import serve_metrics
+from cluster.heartbeat import Heartbeat
+from cluster.ledger import LedgerWriter
+from cluster.metrics import Metrics
+from cluster.preflight import versions
+from cluster.reduce import TreeReducer
+from cluster.storage import open_storage
+from cluster.store import Store
+from dataio.loader import Batch, Loader, available_memory_bytes
+from dataio.order import Order, blocks_of_virtual_ranks
+from dataio.parquet import Dataset, open_dataset
+from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
+from trainer.config import RunConfig
+from trainer.export import export_model
+from trainer.history import Curves, History, Speed
+from trainer.loop import Stepper, StepStats, evaluating, train_steps
+from trainer.metrics import EvalResult, Evaluation
+from trainer.model import Preprocess, build_model, head_of
+from trainer.optim import Ema, build_optimizer, clip_gradients, loss_sum, set_learning_rate, set_trainable
+from trainer.state import TrainState, weights_sha256
+
+HISTORY_FILE = "history.json"
+CURVES_FILE = "curves.parquet"
+EPOCH_STEPS_BETWEEN_CHECKPOINTS = 500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """What a rank is told. `dataset` is a converted folder, or its files in Ray's object store by name."""
+
+    config: RunConfig  # resolved: run, storage and virtual_ranks are set
+    dataset: str | Mapping[str, Any]
+    generation: int
+    attempt: int
+    resume: tuple[int, int] | None  # (step, generation) of the commit to go on from, which the driver found valid; None starts at zero
+    coordinator: Any
+    threads: int
+
+
+def train_worker(settings: Mapping[str, Any]) -> None:
+    """Everything one rank does in one attempt. `settings["spec"]` is a WorkerSpec."""
+    import ray
+    import ray.train
+    import ray.train.torch
+
+    spec: WorkerSpec = settings["spec"]
+    config = spec.config
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    make_repeatable(spec.threads)
+
+    def call(method: str, *args: Any, **kwargs: Any) -> Any:
+        return ray.get(getattr(spec.coordinator, method).remote(*args, **kwargs), timeout=60)
+
+    metrics = Metrics(config.run, rank, spec.attempt)
+    metrics.set("start_time_seconds", time.time())
+    server = serve_metrics(metrics.registry, config.cluster.metrics_host)
+    info = RankInfo(host=platform.node(), pid=os.getpid(), node_id=ray.get_runtime_context().get_node_id(), metrics_address=server.address)
+    call("register", spec.attempt, rank, info)
+
+    # Data: every rank can read every sample; the order says which are its own.
+    location = spec.dataset if isinstance(spec.dataset, str) else {name: memoryview(ray.get(ref)) for name, ref in spec.dataset.items()}
+    dataset = open_dataset(location)
+    order = make_order(config, dataset)
+    virtual_ranks = blocks_of_virtual_ranks(order.virtual_ranks, world_size, rank)
+    loader = Loader(
+        dataset,
+        config.data,
+        order=order,
+        virtual_ranks=virtual_ranks,
+        device=device,
+        seed=config.train.seed,
+        threads=spec.threads,
+        on_bad=quarantine(config, dataset, metrics, call),
+        memory_bytes=available_memory_bytes() // (2 * context.get_local_world_size()),
+    )
+
+    # Model, and its state from the commit to go on from.
+    model, preprocess = build(config, dataset, loader.image_size, device)
+    head_name, _ = head_of(model)
+    optimizer = build_optimizer(model, config.optim, head_name)
+    ema = Ema(model, config.train.ema) if config.train.ema else None
+    state = TrainState(model, optimizer, ema)
+    storage = open_storage(config.storage)
+    store = Store.open(storage, config.run)
+    start_step, history, curves = 0, History(), Curves()
+    if spec.resume is not None:
+        commit = store.load(*spec.resume)
+        state.load(commit.read)
+        start_step = commit.step
+        history, curves = History.from_json(commit.read(HISTORY_FILE)), Curves.from_parquet(commit.read(CURVES_FILE))
+
+    checkpointer = Checkpointer(
+        stage=lambda step, name, buffers: store.stage(step, spec.generation, name, buffers),
+        ack=lambda step, receipts, meta: call("ack", spec.attempt, rank, step, receipts, meta),
+        on_staged=lambda step, seconds, size_bytes: metrics.observe("checkpoint_stage_seconds", seconds),
+        on_failed=lambda step, error: call("event", "checkpoint_failed", step=step, rank=rank, message=str(error)),
+    )
+    stall_before = history.checkpoint_stall_seconds
+
+    def save(step: int) -> None:
+        stall = checkpointer.save(
+            step,
+            lambda: snapshot_files(state, history, curves, rank=rank, step=step, virtual_ranks=virtual_ranks, threads=spec.threads),
+            commit_meta(spec, order, world_size) if rank == 0 else {},
+        )
+        history.checkpoint_stall_seconds = stall_before + checkpointer.stall_seconds
+        metrics.add("checkpoint_stall_seconds_total", stall)
+
+    def evaluate_now(steps_done: int) -> None:
+        begin = time.perf_counter()
+        result = evaluate(model, preprocess, dataset, loader, rank=rank, world_size=world_size, ema=ema, precision=config.train.precision)
+        seconds = time.perf_counter() - begin
+        history.evaluation_seconds += seconds
+        metrics.set("test_loss", result.loss)
+        metrics.set("test_accuracy_ratio", result.accuracy)
+        metrics.add("evaluation_seconds_total", seconds)
+        entry = {"step": steps_done, "epoch": steps_done / order.steps_per_epoch, **evaluation_entry(result)}
+        history.evaluations.append(entry)
+        if rank == 0:
+            brief = {k: entry[k] for k in ("step", "epoch", "test_loss", "test_accuracy")}
+            call("event", "evaluation", attempt=spec.attempt, train_loss=history.train_loss, **brief)
+
+    total_steps = total_steps_of(config, order.steps_per_epoch)
+    every = checkpoint_interval(config, order.steps_per_epoch)
+    log_every = max(1, total_steps // 2000)
+    ledger = None
+    if config.train.ledger:  # run.py has checked that the storage is a local folder
+        ledger = LedgerWriter(Path(storage.at(f"{config.run}/ledger")), spec.attempt, rank, start_step=start_step)
+    heartbeat = Heartbeat(lambda *beat: call("beat", *beat), rank, spec.attempt, config.cluster.heartbeat_seconds, start_step=start_step)
+    speed, stopped = Speed(), False
+    if rank == 0:
+        call("event", "training_started", attempt=spec.attempt, step=start_step, cache=loader.cache, backend=loader.backend_name)
+    try:
+        for first, last in phases(config, start_step, total_steps, order.steps_per_epoch):
+            epoch = first // order.steps_per_epoch
+            set_trainable(model, config.model.freeze, epoch, lp_epochs=config.model.lp_epochs, head_name=head_name)
+            stepper = make_stepper(config, model, preprocess, optimizer, ema, world_size=world_size, rank=rank, device=device)
+            batches = loader.train(first, last)
+            for stats in train_steps(
+                stepper,
+                recorded(batches, ledger) if ledger else batches,
+                start_step=first,
+                stop_step=last,
+                steps_per_epoch=order.steps_per_epoch,
+                batch_count=order.batch_count,
+                set_learning_rate=lambda step: set_learning_rate(optimizer, config.optim, step, total_steps),
+                device=device,
+                sum_over_ranks=config.train.reduction == "ddp" and world_size > 1,
+            ):
+                done = stats.steps_done
+                history.stepped(stats)
+                speed.stepped(stats)
+                measure(metrics, stats, speed, share=len(virtual_ranks) / order.virtual_ranks, steps_per_epoch=order.steps_per_epoch)
+                for step, loss in stats.losses:
+                    if step % log_every == 0:
+                        curves.add(**curve_row(stats, step, loss, speed, attempt=spec.attempt, steps_per_epoch=order.steps_per_epoch))
+                heartbeat.progress(done, beat_stats(stats, history, speed))
+                ends_epoch = done % order.steps_per_epoch == 0
+                if done == total_steps or (ends_epoch and done // order.steps_per_epoch % config.train.eval_every_epochs == 0):
+                    evaluate_now(done)
+                stopped = done < total_steps and heartbeat.should_stop(done)
+                if stopped or ends_epoch or done == total_steps or done % every == 0:
+                    save(done)
+                if stopped:
+                    break
+            batches.close()
+            if stopped:
+                break
+        checkpointer.wait()
+        steps_done = max(start_step, history.steps_done)
+        if not call("wait_committed", steps_done, timeout=50.0):
+            raise OSError(f"the checkpoint of step {steps_done} was not committed in 50 s; the journal says why")
+        if rank == 0:
+            finish(spec, storage, model, ema, dataset, loader, history, curves, stopped=stopped, steps_done=steps_done, call=call)
+    finally:
+        heartbeat.close()
+        if ledger:
+            ledger.close()
+        server.close()
+
+
+def make_repeatable(threads: int) -> None:
+    """The same bits for the same input: a fixed thread count, no kernel chosen by timing."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def make_order(config: RunConfig, dataset: Dataset) -> Order:
+    return Order(
+        seed=config.train.seed,
+        fingerprint=dataset.manifest.fingerprint,
+        count=dataset.split("train").count,
+        batch_size=config.data.batch_size,
+        virtual_ranks=config.train.virtual_ranks,
+        window=config.data.shuffle_window,
+    )
+
+
+def total_steps_of(config: RunConfig, steps_per_epoch: int) -> int:
+    everything = config.train.epochs * steps_per_epoch
+    return min(everything, config.train.max_steps) if config.train.max_steps else everything
+
+
+def checkpoint_interval(config: RunConfig, steps_per_epoch: int) -> int:
+    """Steps between checkpoints; each end of an epoch has one as well."""
+    return config.train.checkpoint_every or min(steps_per_epoch, EPOCH_STEPS_BETWEEN_CHECKPOINTS)
+
+
+def phases(config: RunConfig, start: int, total: int, steps_per_epoch: int) -> Iterator[tuple[int, int]]:
+    """(first step, one past the last) of what is left from step `start` on, cut where the set of trained parameters changes."""
+    probe = min(total, config.model.lp_epochs * steps_per_epoch) if config.model.freeze == "lp-ft" else 0
+    for first, last in ((0, probe), (probe, total)):
+        if max(first, start) < last:
+            yield max(first, start), last
+
+
+def build(config: RunConfig, dataset: Dataset, image_size: tuple[int, int], device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """(model, preprocess) on `device`. The preprocess takes (n, 3, H, W) uint8 as the loader gives it."""
+    preprocess = Preprocess(
+        mean=config.data.mean,
+        std=config.data.std,
+        image_size=config.model.image_size,
+        interpolation=config.model.interpolation,
+        channels_last=config.train.channels_last,
+    )
+    model = build_model(config.model, classes=len(dataset.manifest.classes), seed=config.train.seed, image_hw=image_size)
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=layout), preprocess.to(device)
+
+
+def make_stepper(
+    config: RunConfig,
+    model: nn.Module,
+    preprocess: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    *,
+    world_size: int,
+    rank: int,
+    device: torch.device,
+) -> Stepper:
+    # A single virtual rank has nothing to add up: the plain step gives the same bits without the flat vector.
+    tree = config.train.reduction == "tree" and config.train.virtual_ranks > 1
+    return Stepper(
+        model=model,
+        preprocess=preprocess,
+        optimizer=optimizer,
+        ema=ema,
+        loss_sum=lambda logits, labels: loss_sum(logits, labels, label_smoothing=config.optim.label_smoothing),
+        clip=(lambda parameters: clip_gradients(parameters, config.optim.clip_norm)) if config.optim.clip_norm else None,
+        seed=config.train.seed,
+        precision=config.train.precision,
+        compile_model=config.train.compile,
+        reducer=TreeReducer(config.train.virtual_ranks, world_size, rank) if tree else None,
+        distributed=world_size > 1,
+        world_size=world_size,
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    preprocess: nn.Module,
+    dataset: Dataset,
+    loader: Loader,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    ema: Ema | None = None,
+    precision: str,
+    split: str = "test",
+) -> EvalResult:
+    """Exact metrics over all ranks: each takes a contiguous share of the split, nothing is padded or counted twice.
+
+    In ddp mode the ranks' BatchNorm statistics differ; rank 0's are the run's (they are what a checkpoint holds).
+    """
+    if world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+    device = next(model.parameters()).device
+    count = dataset.split(split).count
+    share = range(count * rank // world_size, count * (rank + 1) // world_size)
+    evaluation = Evaluation(len(loader.classes), device)
+    with (
+        evaluating(model),
+        ema.applied() if ema is not None else nullcontext(),
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        for batch in loader.evaluate(split, share, batch_size=256):
+            evaluation.update(model(preprocess(batch.images)), batch.labels)
+    if world_size > 1:
+        dist.all_reduce(evaluation.tensors())
+    return evaluation.result()
+
+
+def evaluation_entry(result: EvalResult) -> dict[str, Any]:
+    return {
+        "test_loss": result.loss,
+        "test_accuracy": result.accuracy,
+        "test_count": result.count,
+        "per_class": [asdict(score) for score in result.per_class],
+        "confusion": [list(row) for row in result.confusion],
+    }
+
+
+def quarantine(config: RunConfig, dataset: Dataset, metrics: Metrics, call: Callable[..., Any]) -> Callable[[BadSample], None]:
+    """What the loader does with a bad sample: count it, tell the coordinator, fail the run above the limit (over all ranks)."""
+    total = sum(split.count for split in dataset.manifest.splits.values())
+    limit = config.data.max_bad_fraction
+
+    def on_record(bad: BadSample) -> None:
+        metrics.add("quarantined_samples_total", label=bad.kind)
+        everywhere = call("quarantine", [asdict(bad)])
+        if everywhere > limit * total:
+            shown = "".join(f"\n  {record.split} {record.key}: {record.reason}" for record in own.records[:5])
+            raise TooManyBadSamples(
+                f"{everywhere} of {total} samples are bad, more than data.max_bad_fraction={limit:g} allows; the first met here:{shown}\n"
+                f"Repair or remove them, or let them be left out: --data.max-bad-fraction {everywhere / total:.2g} or more"
+            )
+
+    own = Quarantine(1.0, total, on_record)
+
+    def on_bad(bad: BadSample) -> None:
+        own.add(bad.key, bad.reason, bad.split, bad.sample_id)
+
+    return on_bad
+
+
+def recorded(batches: Iterator[tuple[Batch, ...]], ledger: LedgerWriter) -> Iterator[tuple[Batch, ...]]:
+    """`batches`, each written into the ledger when the step takes it."""
+    for step in batches:
+        for batch in step:
+            ledger.record(batch.epoch, batch.step, batch.virtual_rank, batch.ids)
+        yield step
+
+
+def snapshot_files(
+    state: TrainState, history: History, curves: Curves, *, rank: int, step: int, virtual_ranks: range, threads: int
+) -> Files:
+    """Copy what this rank saves now; the returned function gives the files' contents later. Rank 0 holds the replicated state."""
+    cursor = {"rank": rank, "step": step, "virtual_ranks": [virtual_ranks.start, virtual_ranks.stop], "threads": threads}
+    own: dict[str, Buffers] = {f"rank-{rank:05d}.json": [json.dumps(cursor).encode()]}
+    if rank != 0:
+        return lambda: own.items()
+    snapshot = state.snapshot()
+    own |= {HISTORY_FILE: [history.to_json()], CURVES_FILE: [curves.to_parquet()]}
+
+    def files() -> Iterator[tuple[str, Buffers]]:
+        try:
+            snapshot.wait()
+            yield from snapshot.files().items()
+            yield from own.items()
+        finally:
+            snapshot.release()
+
+    return files
+
+
+def commit_meta(spec: WorkerSpec, order: Order, world_size: int) -> dict[str, Any]:
+    """What the manifest says beside the files: enough to refuse a resume that could not give the same run."""
+    return {
+        "run": spec.config.run,
+        "attempt": spec.attempt,
+        "world_size": world_size,
+        "virtual_ranks": order.virtual_ranks,
+        "threads": spec.threads,
+        "dataset_fingerprint": order.fingerprint,
+        "steps_per_epoch": order.steps_per_epoch,
+        "versions": versions(),
+    }
+
+
+def curve_row(stats: StepStats, step: int, loss: float, speed: Speed, *, attempt: int, steps_per_epoch: int) -> dict[str, float]:
+    return {
+        "step": step,
+        "epoch": step / steps_per_epoch,
+        "attempt": attempt,
+        "time": time.time(),
+        "train_loss": loss,
+        "learning_rate": stats.learning_rate,
+        "images_per_second": speed.images_per_second,
+        "data_wait_seconds": stats.data_wait_seconds,
+        "step_seconds": stats.step_seconds,
+    }
+
+
+def measure(metrics: Metrics, stats: StepStats, speed: Speed, *, share: float, steps_per_epoch: int) -> None:
+    """One step's metrics; `share` is the part of the batch that this rank carries."""
+    metrics.add("steps_total")
+    metrics.add("samples_total", stats.samples * share)
+    metrics.add("data_wait_seconds_total", stats.data_wait_seconds)
+    metrics.add("compute_seconds_total", stats.step_seconds - stats.data_wait_seconds)
+    metrics.observe("step_seconds", stats.step_seconds)
+    metrics.set("step", stats.steps_done)
+    metrics.set("epoch", stats.steps_done / steps_per_epoch)
+    metrics.set("learning_rate", stats.learning_rate)
+    metrics.set("images_per_second", speed.images_per_second * share)
+    if stats.losses:
+        metrics.set("loss", stats.losses[-1][1])
+
+
+def beat_stats(stats: StepStats, history: History, speed: Speed) -> dict[str, float]:
+    accuracy = history.evaluations[-1]["test_accuracy"] if history.evaluations else float("nan")
+    return {
+        "loss": history.train_loss,
+        "learning_rate": stats.learning_rate,
+        "images_per_second": speed.images_per_second,
+        "data_wait_ratio": speed.data_wait_ratio,
+        "test_accuracy": accuracy,
+    }
+
+
+def finish(
+    spec: WorkerSpec,
+    storage: Any,
+    model: nn.Module,
+    ema: Ema | None,
+    dataset: Dataset,
+    loader: Loader,
+    history: History,
+    curves: Curves,
+    *,
+    stopped: bool,
+    steps_done: int,
+    call: Callable[..., Any],
+) -> None:
+    """Rank 0, once the last checkpoint is committed: curves, the exported model, and the result for the driver."""
+    config = spec.config
+    storage.write_atomic(f"{config.run}/curves.parquet", curves.to_parquet())
+    sha256 = weights_sha256(model)
+    last = history.evaluations[-1] if history.evaluations else {}
+    result = {
+        "stopped": stopped,
+        "steps_done": steps_done,
+        "weights_sha256": sha256,
+        "history": {k: v for k, v in asdict(history).items() if k != "evaluations"},
+        "evaluation": last,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cache": loader.cache,
+        "backend": loader.backend_name,
+        "decode_seconds": loader.decode_seconds,
+        "device": str(next(model.parameters()).device),
+    }
+    if not stopped:
+        tensors = ema.weights() if ema is not None else model.state_dict()
+        export_model(
+            storage=storage,
+            run=config.run,
+            tensors=tensors,
+            config=config,
+            classes=dataset.manifest.classes,
+            data_image_size=loader.image_size,
+            summary={
+                "test_accuracy": last.get("test_accuracy"),
+                "test_loss": last.get("test_loss"),
+                "steps": steps_done,
+                "weights_sha256": sha256,
+                "dataset_fingerprint": dataset.manifest.fingerprint,
+            },
+        )
+    call("put_result", spec.attempt, result)
