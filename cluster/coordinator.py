@@ -157,7 +157,7 @@ class Coordinator:
         self._last_commit = (commits[0].step, commits[0].modified) if commits else None
         self._quarantine_lock = threading.Lock()
         self._bad = _read_quarantine(self._storage, run)
-        self._metrics.set("quarantined_samples", len(self._bad))
+        self._metrics.set("run_quarantined_samples", len(self._bad))
         self._rebuild()
         self._server = serve_discovery(metrics_host, discovery_port, self.targets, self._metrics.registry)
         self._closed = False
@@ -366,7 +366,7 @@ class Coordinator:
                     self._bad[identity] = dict(record)
                     fresh.append(record)
             if fresh:
-                self._metrics.set("quarantined_samples", len(self._bad))
+                self._metrics.set("run_quarantined_samples", len(self._bad))
                 lines = [json.dumps(record, sort_keys=True) for record in self._bad.values()]
                 try:
                     self._storage.write_atomic(f"{self._run}/{QUARANTINE}", ("\n".join(lines) + "\n").encode())
@@ -438,10 +438,6 @@ class Coordinator:
         began = self._clock()
         commit = self._store.commit(work.step, self._generation, work.receipts, work.meta)
         seconds, now = self._clock() - began, self._now()
-        with self._changed:
-            if self._is_current(work.attempt):
-                self._last_commit = (work.step, now)
-            self._changed.notify_all()
         self._metrics.set("checkpoint_commit_step", work.step)
         self._metrics.set("checkpoint_commit_time_seconds", now)
         self._metrics.set("checkpoint_bytes", commit.size_bytes)
@@ -449,12 +445,17 @@ class Coordinator:
         self._journal.write(
             "checkpoint_committed", attempt=work.attempt, step=work.step, seconds=seconds, size_bytes=commit.size_bytes, path=commit.path
         )
+        with self._changed:
+            if self._is_current(work.attempt):
+                self._last_commit = (work.step, now)
+            self._changed.notify_all()
         try:
             self._store.prune(self._keep, self._generation, staged_below=work.step)
         except (OSError, Fenced) as error:
             self._journal.write("prune_failed", attempt=work.attempt, step=work.step, message=str(error))
 
     def _checkpoint_failed(self, attempt: int, step: int, message: str, **fields: Any) -> None:
+        self._journal.write("checkpoint_failed", attempt=attempt, step=step, message=message, **fields)
         with self._changed:
             known = self._is_current(attempt) and self._failed(step)  # another rank of it said so before
             self._failed_checkpoints += not known
@@ -464,7 +465,6 @@ class Coordinator:
             self._changed.notify_all()
         if not known:
             self._metrics.add("checkpoint_failures_total")
-        self._journal.write("checkpoint_failed", attempt=attempt, step=step, message=message, **fields)
 
 
 def _sample(record: Mapping[str, Any]) -> tuple[str, int]:

@@ -100,7 +100,7 @@ class Heartbeat:
                 if now - max(self._answered_at, waiting_since) > self._patience_seconds:
                     raise CoordinatorLost(
                         f"rank {self._rank} waits after {steps_done} steps for a stop to be confirmed; no answer from the coordinator for "
-                        f"{self._patience_seconds:.0f} s; last error: {self.last_error!r}"
+                        f"{self._patience_seconds:g} s; last error: {self.last_error!r}"
                     )
                 self._hurry = True
                 self._changed.notify_all()

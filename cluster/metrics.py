@@ -75,7 +75,9 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="checkpoint_failures_total", kind="counter", help="Checkpoints that could not be committed.", owner="coordinator"),
     Metric(name="restarts_total", kind="counter", help="Attempts after the first.", owner="coordinator"),
     Metric(name="failures_total", kind="counter", help="Failures of attempts and workers by kind.", owner="coordinator", label="kind"),
-    Metric(name="quarantined_samples", kind="gauge", help="Distinct samples set aside over all ranks and attempts.", owner="coordinator"),
+    Metric(
+        name="run_quarantined_samples", kind="gauge", help="Distinct samples set aside over all ranks and attempts.", owner="coordinator"
+    ),
     Metric(name="goodput_ratio", kind="gauge", help="Useful step time over wall time, 0 to 1.", owner="coordinator"),
 )
 

@@ -95,12 +95,15 @@ def convert(
         try:
             manifest = _Conversion(source, staging, identity, max_bad_fraction, max_image_pixels, on_progress, shard_bytes, threads).run()
             _publish(staging, dest)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        except BaseException as error:
+            if not any(staging.glob("*.part.json")):  # nothing to go on from
+                shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, OSError) and (error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)):
+                free = shutil.disk_usage(staging.parent).free
                 raise DiskFull(
                     error.errno or errno.ENOSPC,
-                    f"no space is left on the disk of {staging} ({shutil.disk_usage(staging).free} bytes free); complete shards are kept: "
-                    f"make room and run the same command again",
+                    f"no space is left for {staging} ({free} bytes free); complete shards are kept: make room, "
+                    f"then run the same command again",
                 ) from error
             raise
     return manifest
@@ -267,7 +270,7 @@ class _Conversion:
             sizes: Counter[str] = Counter()
             rows = 0
             try:
-                while writer.size_bytes < self._shard_bytes and not last:
+                while not last and (not rows or writer.size_bytes < self._shard_bytes):
                     group: list[tuple[Sample, Header]] = []
                     while len(group) < ROWS_PER_GROUP and not last:
                         wanted = ROWS_PER_GROUP - len(group)
@@ -391,11 +394,19 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), folder.stat()):  # else another process renamed it meanwhile: take the new one
-                    yield
-                    return
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (
+                    errno.ENOSYS,
+                    errno.ENOTSUP,
+                    errno.ENOLCK,
+                ):  # a file system without locks: one at a time is up to the user
+                    raise
+            if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+                yield
+                return
+            # else another process finished and renamed it while this one waited
         finally:
             os.close(descriptor)
 
@@ -463,6 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace DEST")
     options = parser.parse_args(arguments)
     started = time.monotonic()
+    worked = False
     try:
         source: Source = open_source(
             options.source,
@@ -477,7 +489,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("--sample-test goes with --sample; give both")
         if source.ignored:
             print(f"not read: {', '.join(source.ignored[:10])}{' ...' if len(source.ignored) > 10 else ''}", file=sys.stderr)
-        with _display() as on_progress:
+        with _display() as show:
+
+            def on_progress(progress: Progress) -> None:
+                nonlocal worked
+                worked = True
+                show(progress)
+
             manifest = convert(
                 source,
                 options.dest,
@@ -493,6 +511,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on after the last complete shard", file=sys.stderr)
         return 130
+    if not worked:
+        print(f"{options.dest} is there already, made from this source with these settings")
     print(_summary(open_dataset(options.dest), manifest, time.monotonic() - started))
     return 0
 

@@ -205,6 +205,7 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Leaves the file as it is: incomplete."""
+        self._writer.is_open = False  # else its destructor writes a footer, and fails
         self._file.close()
 
 

@@ -9,7 +9,7 @@ What is accepted; every line is compared with Pillow's `convert("RGB")` by tests
 |---|---|---|
 | PNG | gray 1/2/4/8 bits, palette, RGB, RGBA, gray+alpha, interlaced; alpha and transparency are dropped | exactly |
 | PNG | RGB, RGBA, gray+alpha of 16 bits | within 1 (DALI rounds, Pillow takes the high byte) |
-| JPEG | baseline, extended, progressive of 8 bits; gray, YCbCr, RGB, CMYK, YCCK | exactly on a CPU (both use libjpeg-turbo) |
+| JPEG | baseline, extended, progressive of 8 bits; gray, YCbCr, RGB, CMYK | exactly on a CPU (both use libjpeg-turbo) |
 | WebP | lossy, lossless; alpha is dropped, metadata (its orientation too) ignored | exactly |
 | BMP | uncompressed of 1, 4, 8, 24, 32 bits | exactly |
 | TIFF | one page, 8 bits: gray, RGB, RGBA, CMYK; palette and YCbCr within 1 | exactly |

@@ -347,7 +347,8 @@ def _read_archive(path: Path) -> dict[str, bytes]:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             plain: Any = gzip.GzipFile(fileobj=file) if packed else file
-            with tarfile.open(fileobj=_Limited(plain, MAX_ARCHIVE_BYTES), mode="r|") as archive:
+            limited = _Limited(plain, MAX_ARCHIVE_BYTES)
+            with tarfile.open(fileobj=limited, mode="r|") as archive:
                 for member in archive:
                     place = PurePosixPath(member.name)
                     if place.is_absolute() or ".." in place.parts:
@@ -365,6 +366,8 @@ def _read_archive(path: Path) -> dict[str, bytes]:
                     content = archive.extractfile(member)
                     assert content is not None
                     members[place.name] = content.read()
+            while limited.read(1 << 20):  # gzip's checksum is at its end, behind what tar reads
+                pass
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, OverflowError) as error:
         raise SourceError(f"{path} is no readable tar archive ({error}); get it again") from error
     except Exception as error:
@@ -476,7 +479,7 @@ def load_cifar_pickle(name: str, raw: bytes) -> dict[str, Any]:
                 raise pickle.UnpicklingError(f"numbers a memo entry {argument}")
         content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a hostile pickle can raise anything
-        raise SourceError(f"{name} is not a CIFAR-10 batch: its pickle {error}; nothing of it was executed") from error
+        raise SourceError(f"{name} is not a CIFAR-10 batch: its pickle is refused ({error}), nothing of it was executed") from error
     if not isinstance(content, dict) or not all(isinstance(key, bytes | str) for key in content):
         raise SourceError(f"{name} is not a CIFAR-10 batch: it holds a {type(content).__name__}, not a dict of named values")
     return {_text(key): value.value if isinstance(value, _Array) else value for key, value in content.items()}

@@ -331,7 +331,8 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
     side = min(image_size) if image_size else data.image_size
     if side > 0 and data.pad >= side:
         yield f"data.pad={data.pad} is not below the images' side of {side} pixels: a crop could miss the image; use at most {side // 2}"
-    steps = total_steps or train.max_steps
+    # A run cut short by max_steps is a trial: it may well end during the warm-up.
+    steps = 0 if train.max_steps else total_steps or 0
     if steps > 0 and optim.warmup_steps >= steps:
         fix = f"use at most {steps - 1}, or train longer" if steps > 1 else "use 0"
         yield f"optim.warmup_steps={optim.warmup_steps} does not end before the run's {steps} steps do; {fix}"

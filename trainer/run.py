@@ -7,6 +7,7 @@ The only file that reads the environment.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -43,6 +44,12 @@ FREE_SETTINGS = {
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
 }
 POLL_SECONDS = 0.25
+
+
+def process_started() -> float:
+    """Unix time at which this process began: imports are part of a run's seconds. From /proc/self/stat, field 22, clock ticks since boot."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,7 +111,7 @@ def open_data(config: RunConfig, console: Console) -> tuple[Path, Dataset]:
             console.print(f"converting {config.data.path}: {progress}")
 
     folder = prepare(config.data, on_progress=on_progress)
-    return folder, open_dataset(folder)
+    return folder.resolve(), open_dataset(folder)
 
 
 def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
@@ -202,7 +209,14 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
         check_same_run(config, storage, fingerprint)
         is_shared = preflight(storage, config.run, hardware, lambda: open_dataset(folder).manifest.fingerprint)
         journal = Journal.open(storage, config.run, writer=f"driver-{os.getpid()}-{int(time.time())}")
-        journal.write("run_started", command=command, versions=versions(), pid=os.getpid(), resources=dataclasses.asdict(resources))
+        journal.write(
+            "run_started",
+            command=command,
+            versions=versions(),
+            pid=os.getpid(),
+            process_started=process_started(),
+            resources=dataclasses.asdict(resources),
+        )
         store = Store.open(storage, config.run)
         start = find_start(config, store, journal, console, fingerprint)
         storage.write_atomic(f"{config.run}/config.toml", to_toml(config).encode())
@@ -378,6 +392,7 @@ class _Drive:
         )
         first_line = failure.message.splitlines()[0][:200]
         self.line.message(f"attempt {number} failed ({failure.kind}, rank {failure.rank}): {first_line}")
+        self.ask("drain", 30.0)  # a checkpoint that all ranks had staged still counts
         self.start = find_start(self.config, self.store, self.journal, self.console, self.dataset.manifest.fingerprint)
         if self.start is not None:
             self.journal.write("resumed", step=self.start.step, path=self.start.path)
@@ -403,9 +418,10 @@ class _Drive:
 
     def show(self, status: Any) -> None:
         ranks = status.ranks
-        steps = max((rank.steps_done for rank in ranks.values()), default=0)
+        started = self.start.step if self.start else 0
+        steps = max((rank.steps_done for rank in ranks.values()), default=started)
         stats = ranks[0].stats if 0 in ranks else {}
-        if steps > (self.start.step if self.start else 0):
+        if steps > started:
             self.phase = "stopping" if self.signal else "training"
         rate = stats.get("images_per_second") or 0.0
         left = (self.total_steps - steps) * self.config.data.batch_size / rate if rate else None
@@ -418,9 +434,9 @@ class _Drive:
             RunState(
                 run=self.config.run,
                 phase=self.phase,
-                step=max(0, steps),
+                step=steps,
                 total_steps=self.total_steps,
-                epoch=max(0, steps) / self.steps_per_epoch,
+                epoch=steps / self.steps_per_epoch,
                 epochs=self.config.train.epochs,
                 loss=known("loss"),
                 learning_rate=known("learning_rate"),
@@ -500,12 +516,20 @@ class _Drive:
                 "command": self.command,
             },
         )
-        self.storage.write_atomic(f"{self.config.run}/summary.json", json.dumps(summary, indent=1, allow_nan=False, default=_json).encode())
+        self.storage.write_atomic(f"{self.config.run}/summary.json", json.dumps(_finite(summary), indent=1, allow_nan=False).encode())
         return summary, str(write_report(f"{self.storage.uri}/{self.config.run}"))
 
 
-def _json(value: Any) -> Any:
-    raise TypeError(f"{value!r} of type {type(value).__name__} does not belong into summary.json")
+def _finite(value: Any) -> Any:
+    """`value` with null in place of NaN and infinity, which JSON does not have."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value
 
 
 if __name__ == "__main__":

@@ -21,7 +21,12 @@ def sessions(events: Sequence[Event]) -> list[list[Event]]:
 
 def wall_seconds(events: Sequence[Event]) -> float:
     """Seconds between each driver's first and last event, added up; the time in between nobody was running."""
-    return float(sum(session[-1]["time"] - session[0]["time"] for session in sessions(events)))
+    return float(sum(session[-1]["time"] - _began(session) for session in sessions(events)))
+
+
+def _began(session: Sequence[Event]) -> float:
+    """When the session's process began: its imports and the start of Ray come before its first event."""
+    return float(session[0].get("process_started", session[0]["time"]))
 
 
 def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[str, float]:
@@ -33,7 +38,7 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
     """
     start_up = recovery = lost = 0.0
     for session in sessions(events):
-        began, is_recovering, last_safe = session[0]["time"], False, None
+        began, is_recovering, last_safe = _began(session), False, None
         for event in session:
             match event["event"]:
                 case "training_started":

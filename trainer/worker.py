@@ -117,7 +117,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         stage=lambda step, name, buffers: store.stage(step, spec.generation, name, buffers),
         ack=lambda step, receipts, meta: call("ack", spec.attempt, rank, step, receipts, meta),
         on_staged=lambda step, seconds, size_bytes: metrics.observe("checkpoint_stage_seconds", seconds),
-        on_failed=lambda step, error: call("event", "checkpoint_failed", step=step, rank=rank, message=str(error)),
+        on_failed=lambda step, error: call("fail_checkpoint", spec.attempt, rank, step, str(error)),
     )
     stall_before = history.checkpoint_stall_seconds
 
@@ -152,6 +152,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         ledger = LedgerWriter(Path(storage.at(f"{config.run}/ledger")), spec.attempt, rank, start_step=start_step)
     heartbeat = Heartbeat(lambda *beat: call("beat", *beat), rank, spec.attempt, config.cluster.heartbeat_seconds, start_step=start_step)
     speed, stopped = Speed(), False
+    loader.load("train", "test")  # where images are cached this decodes them, so that no step does
     if rank == 0:
         call("event", "training_started", attempt=spec.attempt, step=start_step, cache=loader.cache, backend=loader.backend_name)
     try:
@@ -193,7 +194,10 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         checkpointer.wait()
         steps_done = max(start_step, history.steps_done)
         if not call("wait_committed", steps_done, timeout=50.0):
-            raise OSError(f"the checkpoint of step {steps_done} was not committed in 50 s; the journal says why")
+            raise OSError(
+                f"the checkpoint of step {steps_done} could not be committed (journal.jsonl says why); "
+                "make room on the storage, then give the same command again"
+            )
         if rank == 0:
             finish(spec, storage, model, ema, dataset, loader, history, curves, stopped=stopped, steps_done=steps_done, call=call)
     finally:

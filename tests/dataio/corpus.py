@@ -60,13 +60,13 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 def raw_png(
     *, color: int = 2, bits: int = 8, rows: np.ndarray | None = None, packed: bytes | None = None, extra: bytes = b"",
-    height: int = HEIGHT, width: int = WIDTH,
+    height: int = HEIGHT, width: int = WIDTH, interlace: int = 0,
 ) -> bytes:  # fmt: skip
     """A PNG from its parts; `rows` (height, bytes a row) uint8, or `packed`, the content of IDAT."""
     if packed is None:
         assert rows is not None
         packed = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, interlace)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
@@ -100,11 +100,14 @@ def good() -> tuple[Good, ...]:
         "png rgba": encode(alpha),
         "png gray alpha": encode(image.convert("LA")),
         "png gray, transparent": raw_png(color=0, rows=noise(WIDTH), extra=chunk(b"tRNS", b"\0\7")),
+        "png interlaced": raw_png(packed=zlib.compress(_adam7(array)), interlace=1),
         "png gamma": raw_png(rows=array.reshape(HEIGHT, -1), extra=chunk(b"gAMA", struct.pack(">I", 100_000))),
         "png, bytes behind": encode(image) + b"behind",
         "jpeg": encode(image, "JPEG", quality=90),
         "jpeg progressive": encode(image, "JPEG", quality=90, progressive=True),
         "jpeg 444": encode(image, "JPEG", quality=80, subsampling=0),
+        "jpeg rgb": encode(image, "JPEG", keep_rgb=True),
+        "jpeg extended": encode(image, "JPEG").replace(b"\xff\xc0", b"\xff\xc1", 1),
         "jpeg gray": encode(image.convert("L"), "JPEG"),
         "jpeg cmyk": encode(image.convert("CMYK"), "JPEG"),
         "jpeg, bytes behind": encode(image, "JPEG") + bytes(50),
@@ -130,6 +133,7 @@ def good() -> tuple[Good, ...]:
         "png rgba 16 bits": raw_png(color=6, bits=16, rows=deep.reshape(HEIGHT, -1)),
         "png gray alpha 16 bits": raw_png(color=4, bits=16, rows=deep[..., :2].reshape(HEIGHT, -1)),
         "tiff palette": encode(image.convert("P"), "TIFF"),
+        "tiff ycbcr": encode(image.convert("YCbCr"), "TIFF"),
     }
     turned = Image.fromarray(picture(2, WIDTH, HEIGHT))  # upright it is HEIGHT x WIDTH
     for number in (2, 3, 4):
@@ -244,6 +248,13 @@ def bad() -> tuple[Bad, ...]:
         }.items()
         for name, data in cases.items()
     )
+
+
+def _adam7(array: np.ndarray) -> bytes:
+    """The rows of an interlaced RGB PNG: seven passes, each a grid of (first row, first column, step down, step right)."""
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    grids = [array[top::down, left::right] for top, left, down, right in passes]
+    return b"".join(b"\0" + row.tobytes() for grid in grids for row in grid)
 
 
 def _orientation(number: int) -> Image.Exif:

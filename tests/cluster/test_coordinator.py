@@ -1,0 +1,459 @@
+"""The coordinator: checkpoints from acks to commits, one common stop, and nothing that dies with it."""
+
+import errno
+import json
+import pickle
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import fs as pafs
+
+from cluster import coordinator as module
+from cluster.coordinator import Coordinator, RankInfo, StopVote
+from cluster.heartbeat import CoordinatorLost, Gate, Heartbeat, Orders
+from cluster.journal import read_journal
+from cluster.storage import Storage, open_storage
+from cluster.store import Receipt, StorageFull, Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(open_storage(tmp_path), "run")
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path, store: Store) -> Iterator[Coordinator]:
+    coordinator = Coordinator(str(tmp_path), "run", store.claim_generation(), 2)
+    yield coordinator
+    coordinator.close()
+
+
+def info(rank: int) -> RankInfo:
+    return RankInfo(host="localhost", pid=100 + rank, node_id="node", metrics_address=f"127.0.0.1:{9000 + rank}")
+
+
+def events(store: Store, name: str) -> list[dict[str, Any]]:
+    return [event for event in read_journal(store.storage, "run") if event["event"] == name]
+
+
+def save(coordinator: Coordinator, store: Store, step: int, ranks: int = 2, attempt: int = 1, generation: int = 1) -> None:
+    for rank in range(ranks):
+        receipt = store.stage(step, generation, f"rank-{rank:04d}.json", f"{step}/{rank}".encode())
+        coordinator.ack(attempt, rank, step, [receipt], {"world": ranks} if rank == 0 else {f"rank{rank}": rank})
+
+
+def newest(store: Store) -> int | None:
+    commit = store.newest_valid(lambda path, reason: None)
+    return None if commit is None else commit.step
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_is_committed_when_all_ranks_acked_and_not_before(coordinator: Coordinator, store: Store) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    receipt = store.stage(5, 1, "rank-0000.json", b"5/0")
+    coordinator.ack(1, 0, 5, [receipt], {"world": 2})
+    coordinator.ack(1, 0, 5, [receipt], {"world": 2})  # the same rank again
+    assert not coordinator.wait_committed(5, 0.1)
+    assert newest(store) is None
+    coordinator.ack(1, 1, 5, [store.stage(5, 1, "rank-0001.json", b"5/1")], None)
+    assert coordinator.wait_committed(5, 10)
+    commit = store.newest_valid(print)
+    assert commit is not None
+    assert (commit.step, commit.meta, commit.read("rank-0001.json")) == (5, {"world": 2}, b"5/1")
+    last = coordinator.last_commit()
+    assert last is not None
+    assert last[0] == 5
+    assert abs(last[1] - time.time()) < 60
+    (event,) = events(store, "checkpoint_committed")
+    assert (event["step"], event["size_bytes"], event["attempt"]) == (5, 6, 1)
+
+
+def test_old_checkpoints_are_pruned_after_a_commit(coordinator: Coordinator, store: Store) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    for step in range(1, 6):
+        save(coordinator, store, step)
+    assert coordinator.finish(20)
+    assert [commit.step for commit in store.commits()] == [5, 4]
+
+
+def test_acks_of_an_older_attempt_are_ignored(coordinator: Coordinator, store: Store) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    coordinator.ack(1, 0, 5, [store.stage(5, 1, "rank-0000.json", b"old")], {})
+    coordinator.start_attempt(2, 2, 0)
+    coordinator.ack(1, 1, 5, [store.stage(5, 1, "rank-0001.json", b"old")], {})
+    coordinator.ack(2, 1, 5, [store.stage(5, 1, "rank-0001.json", b"new")], {})
+    assert not coordinator.wait_committed(5, 0.1)
+    coordinator.ack(2, 0, 5, [store.stage(5, 1, "rank-0000.json", b"new")], {})
+    assert coordinator.wait_committed(5, 10)
+    commit = store.newest_valid(print)
+    assert commit is not None
+    assert [commit.read(name) for name in sorted(commit.files)] == [b"new", b"new"]
+    with pytest.raises(ValueError, match="attempt=2"):
+        coordinator.start_attempt(2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(StorageFull(errno.ENOSPC, "no room"), "storage_full"), (OSError("outage"), "OSError"), (RuntimeError("bug"), "RuntimeError")],
+)
+def test_a_failed_commit_is_told_and_the_next_one_goes_through(
+    coordinator: Coordinator, store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
+) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    save(coordinator, store, 1)
+    assert coordinator.wait_committed(1, 10)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "commit", fail)
+        save(coordinator, store, 2)
+        began = time.monotonic()
+        assert not coordinator.wait_committed(2, 30)
+        assert time.monotonic() - began < 10  # a failure is an answer
+    assert newest(store) == 1
+    (event,) = events(store, "checkpoint_failed")
+    assert (event["step"], event["kind"]) == (2, kind)
+    assert coordinator.status().failed_checkpoints == 1
+    save(coordinator, store, 3)
+    assert coordinator.wait_committed(3, 10)
+    assert newest(store) == 3
+
+
+def test_a_rank_that_cannot_stage_fails_the_checkpoint_and_nothing_else(coordinator: Coordinator, store: Store) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    coordinator.ack(1, 1, 4, [store.stage(4, 1, "rank-0001.json", b"4/1")], {})
+    coordinator.fail_checkpoint(1, 0, 4, "no room")
+    assert not coordinator.wait_committed(4, 30)
+    coordinator.ack(1, 0, 4, [store.stage(4, 1, "rank-0000.json", b"4/0")], {})  # too late
+    coordinator.fail_checkpoint(1, 1, 4, "no room here either")
+    assert coordinator.drain(5)
+    assert newest(store) is None
+    assert coordinator.status().failed_checkpoints == 1
+    save(coordinator, store, 8)
+    assert coordinator.wait_committed(8, 10)
+
+
+def test_a_driver_that_was_replaced_stops(coordinator: Coordinator, store: Store) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    Store.open(store.storage, "run").claim_generation()
+    save(coordinator, store, 1)
+    assert not coordinator.wait_committed(1, 10)
+    assert coordinator.drain(10)
+    assert "taken over by generation 2" in str(coordinator.status().stop_reason)
+    assert newest(store) is None
+
+
+def test_what_is_newer_than_the_start_of_an_attempt_is_no_answer_to_its_waits(coordinator: Coordinator, store: Store) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    for step in (2, 6):
+        save(coordinator, store, step)
+    assert coordinator.drain(10)
+    coordinator.start_attempt(2, 2, 2)  # the driver found step 6 corrupt
+    assert not coordinator.wait_committed(4, 0.05)
+    last = coordinator.last_commit()
+    assert last is not None
+    assert last[0] == 2
+
+
+def test_commits_work_on_object_stores(tmp_path: Path) -> None:
+    storage = Storage(fs=pafs.SubTreeFileSystem("bucket", pafs._MockFileSystem()), root="runs", is_local=False, uri="mock://bucket/runs")
+    store = Store.open(storage, "run")
+    coordinator = Coordinator(storage, "run", store.claim_generation(), 2)
+    coordinator.start_attempt(1, 2, 0)
+    coordinator.quarantine([{"key": "k", "reason": "truncated", "split": "train", "sample_id": 4}])
+    save(coordinator, store, 3)
+    assert coordinator.finish(10)
+    assert newest(store) == 3
+    assert len(events(store, "checkpoint_committed")) == 1
+    assert json.loads(storage.read("run/quarantine.jsonl"))["key"] == "k"
+
+
+# Stopping
+
+Action = tuple[str, int]
+
+
+class Rank:
+    """A rank as the protocol sees it: at a gate, inside a step that needs all others, or stopped; and one beat on its way at most."""
+
+    def __init__(self, start: int) -> None:
+        self.gate, self.done, self.place = Gate(start), start, "step"
+        self.answer: Orders | None = None
+
+
+class World:
+    """Ranks in lockstep by the collective of each step, a StopVote, and beats whose answers arrive when the schedule says."""
+
+    def __init__(self, ranks: int, start: int, margin: int) -> None:
+        self.vote, self.ranks, self.size = StopVote(ranks, margin), [Rank(start) for _ in range(ranks)], ranks
+
+    def do(self, action: Action) -> None:
+        what, which = action
+        rank = self.ranks[which % self.size]
+        match what:
+            case "stop":
+                self.vote.requested = True
+            case "step" if rank.place == "step":
+                # A rank comes out of step n when every rank is in it, or past it.
+                if all(other.done > rank.done or (other.done == rank.done and other.place == "step") for other in self.ranks):
+                    rank.done, rank.place = rank.done + 1, "gate"
+            case "step" if rank.place == "gate":
+                passed = rank.gate.arrive(rank.done)
+                rank.place = {False: "step", True: "stopped", None: "gate"}[passed]
+            case "beat" if rank.answer is None:
+                rank.answer = self.vote.hear(which % self.size, rank.gate.steps_begun, rank.gate.stop_at)
+            case "hear" if rank.answer is not None:
+                rank.gate.take(rank.answer)
+                rank.answer = None
+            case "restart":  # a new coordinator that knows only that a stop was requested
+                requested, self.vote = self.vote.requested, StopVote(self.size)
+                self.vote.requested = requested
+            case _:
+                pass
+
+
+BEFORE = st.tuples(st.sampled_from(["step"] * 6 + ["beat", "hear"]), st.integers(0, 3))
+AFTER = st.tuples(st.sampled_from(["step"] * 5 + ["beat"] * 3 + ["hear"] * 3 + ["restart"]), st.integers(0, 3))
+
+
+@settings(max_examples=1000)
+@given(
+    ranks=st.sampled_from([1, 2, 2, 2, 3, 4]),
+    start=st.integers(0, 1000),
+    margin=st.integers(1, 3),
+    before=st.lists(BEFORE, max_size=30),
+    after=st.lists(AFTER, max_size=100),
+)
+def test_all_ranks_stop_after_the_same_number_of_steps_and_none_waits_for_ever(
+    ranks: int, start: int, margin: int, before: list[Action], after: list[Action]
+) -> None:
+    world = World(ranks, start, margin)
+    for action in [*before, ("stop", 0), *after]:
+        world.do(action)
+        stopped = {rank.done for rank in world.ranks if rank.place == "stopped"}
+        assert len(stopped) <= 1
+        assert all(rank.done <= stop for rank in world.ranks for stop in stopped)
+    for _ in range(60):  # then a fair schedule, with slow beats: ten steps for each
+        for rank in range(ranks):
+            world.do(("beat", rank))
+            for _ in range(10):
+                for other in range(ranks):
+                    world.do(("step", other))
+            world.do(("hear", rank))
+    assert all(rank.place == "stopped" for rank in world.ranks)
+    assert len({rank.done for rank in world.ranks}) == 1
+
+
+def test_a_new_coordinator_adopts_a_stop_that_some_ranks_have_already_taken() -> None:
+    vote = StopVote(2)
+    vote.requested = True
+    for rank in range(2):
+        stop = vote.hear(rank, 10, None).stop_at
+    confirmed = [vote.hear(rank, 10, stop) for rank in range(2)][-1]
+    assert confirmed.confirmed  # rank 1 stops; rank 0 waits, and the coordinator dies
+    heir = StopVote(2)
+    heir.requested = True
+    assert heir.hear(0, stop or 0, stop) == Orders(stop_at=None, confirmed=False)
+    assert heir.hear(1, stop or 0, stop) == confirmed
+    assert heir.hear(0, stop or 0, stop) == confirmed
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_real_ranks_with_real_heartbeats_stop_together_while_training(coordinator: Coordinator, ranks: int) -> None:
+    coordinator.start_attempt(1, ranks, 7)
+    barrier, stopped = threading.Barrier(ranks), {}
+
+    def rank_main(rank: int) -> None:
+        heartbeat = Heartbeat(coordinator.beat, rank, 1, 0.01 * (rank + 1), start_step=7)
+        step = 7
+        while True:
+            barrier.wait(20)  # the all-reduce of a step
+            time.sleep(0.0005)
+            step += 1
+            heartbeat.progress(step, {"images_per_second": 100.0, "loss": float(rank)})
+            if heartbeat.should_stop(step):
+                break
+        stopped[rank] = step
+        heartbeat.close()
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    status = coordinator.status()
+    assert status.steps_done > 7
+    assert set(status.ranks) == set(range(ranks))
+    assert status.stats_sum["images_per_second"] == 100.0 * ranks
+    assert status.stats_mean["loss"] == sum(range(ranks)) / ranks
+    coordinator.request_stop("SIGTERM")
+    for thread in threads:
+        thread.join(20)
+    assert len(stopped) == ranks
+    assert len(set(stopped.values())) == 1
+    final = coordinator.status()
+    assert (final.stop_reason, final.stop_at, final.stop_confirmed) == ("SIGTERM", stopped[0], True)
+
+
+def test_a_rank_does_not_wait_when_nobody_asks_it_to_stop(coordinator: Coordinator) -> None:
+    coordinator.start_attempt(1, 1, 0)
+    heartbeat = Heartbeat(coordinator.beat, 0, 1, 60.0, start_step=0)
+    began = time.perf_counter()
+    assert not any(heartbeat.should_stop(step) for step in range(1, 20_001))
+    assert time.perf_counter() - began < 2.0  # 0.1 ms a step on a busy machine; no call to the coordinator
+    heartbeat.close()
+    assert coordinator.status().steps_done == 20_000
+
+
+def test_training_goes_on_without_a_coordinator_and_a_waiting_rank_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([Orders(stop_at=5, confirmed=False)])
+
+    def call(*_: object) -> Orders:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise ConnectionError("the node is gone") from None
+
+    heartbeat = Heartbeat(call, 0, 1, 0.01, start_step=0, patience_seconds=0.2)
+    time.sleep(0.1)
+    assert not heartbeat.should_stop(3)
+    assert not heartbeat.should_stop(4)
+    with pytest.raises(CoordinatorLost, match=r"waits after 5 steps .* 0.2 s; .*the node is gone"):
+        heartbeat.should_stop(5)
+    heartbeat.close()
+
+
+def test_beats_of_an_older_attempt_get_no_orders_and_change_nothing(coordinator: Coordinator) -> None:
+    coordinator.start_attempt(1, 1, 0)
+    coordinator.beat(1, 0, 50, None, {})
+    coordinator.start_attempt(2, 1, 10)
+    coordinator.request_stop("SIGINT")
+    assert coordinator.beat(1, 0, 51, None, {}) == Orders(stop_at=None, confirmed=False)
+    assert coordinator.status().ranks == {}
+    orders = coordinator.beat(2, 0, 12, None, {})
+    assert orders.stop_at is not None
+    assert orders.stop_at > 12
+
+
+# What outlives it
+
+
+def test_a_new_coordinator_knows_what_the_dead_one_knew(tmp_path: Path, store: Store) -> None:
+    generation = store.claim_generation()
+    dead = Coordinator(str(tmp_path), "run", generation, 2)
+    dead.start_attempt(3, 2, 40)
+    for rank in range(2):
+        dead.register(3, rank, info(rank))
+    save(dead, store, 44, attempt=3)
+    dead.quarantine([{"key": "a", "reason": "truncated", "split": "train", "sample_id": 1}])
+    assert dead.drain(10)
+    dead.request_stop("SIGTERM")
+    heir = Coordinator(str(tmp_path), "run", generation, 2)
+    status = heir.status()
+    assert (status.attempt, status.world_size, status.start_step) == (3, 2, 40)
+    assert (status.last_commit_step, status.stop_reason, status.quarantined) == (44, "SIGTERM", 1)
+    assert {rank: known.info for rank, known in status.ranks.items()} == {0: info(0), 1: info(1)}
+    assert [target["targets"] for target in heir.targets()][:2] == [["127.0.0.1:9000"], ["127.0.0.1:9001"]]
+    save(heir, store, 48, attempt=3)
+    assert heir.wait_committed(48, 10)
+    for each in (dead, heir):
+        each.close()
+
+
+def test_the_stop_of_an_earlier_driver_does_not_stop_the_next(tmp_path: Path, store: Store) -> None:
+    first = Coordinator(str(tmp_path), "run", store.claim_generation(), 2)
+    first.start_attempt(1, 1, 0)
+    first.request_stop("SIGTERM")
+    first.close()
+    second = Coordinator(str(tmp_path), "run", store.claim_generation(), 2)
+    assert second.status().stop_reason is None
+    second.start_attempt(2, 1, 0)
+    assert second.beat(2, 0, 5, None, {}) == Orders(stop_at=None, confirmed=False)
+    second.close()
+
+
+# Samples, targets, metrics
+
+
+def test_a_bad_sample_counts_once_over_ranks_and_attempts(tmp_path: Path, coordinator: Coordinator, store: Store) -> None:
+    def bad(split: str, sample_id: int) -> dict[str, Any]:
+        return {"key": f"{split}/{sample_id}", "reason": "truncated", "split": split, "sample_id": sample_id}
+
+    assert coordinator.quarantine([bad("train", 1), bad("train", 2)]) == 2
+    assert coordinator.quarantine([bad("train", 2), bad("test", 2)]) == 3
+    assert coordinator.quarantine([]) == 3
+    heir = Coordinator(str(tmp_path), "run", 1, 2)
+    assert heir.quarantine([bad("train", 1)]) == 3
+    heir.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert lines == [bad("train", 1), bad("train", 2), bad("test", 2)]
+    assert len(events(store, "sample_quarantined")) == 3
+
+
+def test_prometheus_finds_the_ranks_of_the_current_attempt(tmp_path: Path, coordinator: Coordinator) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    coordinator.register(1, 0, info(5))
+    coordinator.start_attempt(2, 2, 0)
+    for rank in range(2):
+        coordinator.register(2, rank, info(rank))
+    coordinator.register(1, 1, info(6))
+    with urllib.request.urlopen(f"http://{coordinator.discovery_address()}/sd", timeout=10) as response:
+        assert response.headers["Content-Type"] == "application/json"
+        served = json.load(response)
+    assert served == [
+        {"targets": ["127.0.0.1:9000"], "labels": {"run": "run", "rank": "0", "attempt": "2"}},
+        {"targets": ["127.0.0.1:9001"], "labels": {"run": "run", "rank": "1", "attempt": "2"}},
+        {"targets": [coordinator.discovery_address()], "labels": {"run": "run", "rank": "coordinator", "attempt": "0"}},
+    ]
+    assert json.loads((tmp_path / "run" / module.FILE_SD).read_text()) == served
+    coordinator.close()
+    assert json.loads((tmp_path / "run" / module.FILE_SD).read_text()) == []
+
+
+def test_failures_restarts_and_commits_are_in_the_metrics(coordinator: Coordinator, store: Store) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    save(coordinator, store, 6)
+    assert coordinator.drain(10)
+    coordinator.event("worker_failed", kind="killed", message="SIGKILL", last_step=7)
+    coordinator.start_attempt(2, 2, 6)
+    with urllib.request.urlopen(f"http://{coordinator.discovery_address()}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    labels = 'attempt="0",rank="coordinator",run="run"'
+    assert f"finetune_checkpoint_commit_step{{{labels}}} 6.0" in text
+    assert f"finetune_restarts_total{{{labels}}} 1.0" in text
+    assert 'finetune_failures_total{attempt="0",kind="killed",rank="coordinator",run="run"} 1.0' in text
+    assert [event["last_step"] for event in events(store, "worker_failed")] == [7]
+
+
+def test_what_goes_over_the_wire_can_be_pickled(coordinator: Coordinator) -> None:
+    coordinator.start_attempt(1, 1, 0)
+    coordinator.register(1, 0, info(0))
+    coordinator.beat(1, 0, 3, None, {"loss": 1.0})
+    for message in (coordinator.status(), Orders(stop_at=4, confirmed=True), Receipt(name="a", size_bytes=1, sha256="0"), info(0)):
+        assert pickle.loads(pickle.dumps(message)) == message
+
+
+def test_close_ends_its_threads_and_frees_its_port(tmp_path: Path, store: Store) -> None:
+    before = set(threading.enumerate())
+    coordinator = Coordinator(str(tmp_path), "run", store.claim_generation(), 2)
+    port = int(coordinator.discovery_address().rpartition(":")[2])
+    with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}"):
+        Coordinator(str(tmp_path), "run", 1, 2, "127.0.0.1", port)
+    assert coordinator.finish(5)
+    coordinator.close()
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not set(threading.enumerate()) - before
+    again = Coordinator(str(tmp_path), "run", 1, 2, "127.0.0.1", port)
+    again.close()

@@ -1,0 +1,205 @@
+"""Metrics and how Prometheus finds them: lint-clean, served with the right types, and scraped by a real Prometheus."""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.exporter import Server, serve_discovery, serve_metrics, write_file_sd
+from cluster.metrics import LABELS, METRICS, PREFIX, Metrics
+
+PROMTOOL, PROMETHEUS = shutil.which("promtool"), shutil.which("prometheus")
+
+
+def filled(owner: str, rank: int | str) -> Metrics:
+    metrics = Metrics("run-1", rank, 2, owner=owner)  # type: ignore[arg-type]
+    for number, metric in enumerate(METRICS):
+        if metric.owner == owner:
+            match metric.kind:
+                case "counter":
+                    metrics.add(metric.name, number, label="a kind" if metric.label else "")
+                case "gauge":
+                    metrics.set(metric.name, number)
+                case "histogram":
+                    metrics.observe(metric.name, number)
+    return metrics
+
+
+def get(address: str, path: str = "/metrics") -> tuple[str, str]:
+    with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as response:
+        return response.headers["Content-Type"], response.read().decode()
+
+
+@pytest.fixture
+def servers() -> Iterator[list[Server]]:
+    found: list[Server] = []
+    yield found
+    for server in found:
+        server.close()
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian package prometheus)")
+@pytest.mark.parametrize("owner", ["rank", "coordinator"])
+def test_promtool_finds_nothing_to_say(servers: list[Server], owner: str) -> None:
+    servers.append(serve_metrics(filled(owner, 0).registry))
+    content_type, text = get(servers[0].address)
+    assert content_type.startswith("text/plain; version=0.0.4")
+    done = subprocess.run([str(PROMTOOL), "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_row_of_the_table_is_exported_with_the_labels_and_no_others() -> None:
+    seen = set()
+    for owner in ("rank", "coordinator"):
+        for family in filled(owner, 3).registry.collect():
+            row = next(m for m in METRICS if m.full_name.removesuffix("_total") == family.name)
+            seen.add(row.name)
+            assert family.documentation == row.help
+            for sample in family.samples:
+                assert set(sample.labels) - {"le"} == {*LABELS} | ({row.label} if row.label else set())
+                assert (sample.labels["run"], sample.labels["rank"], sample.labels["attempt"]) == ("run-1", "3", "2")
+    assert seen == {metric.name for metric in METRICS}
+
+
+def test_names_follow_prometheus_and_are_unique() -> None:
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    for metric in METRICS:
+        assert metric.full_name.startswith(PREFIX)
+        assert (metric.kind == "counter") == metric.name.endswith("_total"), metric.name
+        assert (metric.kind == "histogram") == bool(metric.buckets), metric.name
+        assert list(metric.buckets) == sorted(set(metric.buckets)), metric.name
+        assert metric.kind == "counter" or not metric.label, metric.name
+        assert not any(bad in metric.name for bad in ("_ms", "_mb", "_percent", "_minutes")), metric.name
+
+
+def test_a_gauge_is_absent_until_it_is_set_and_a_counter_starts_at_zero(servers: list[Server]) -> None:
+    metrics = Metrics("run", 0, 1)
+    servers.append(serve_metrics(metrics.registry))
+    _, text = get(servers[0].address)
+    assert "finetune_loss{" not in text
+    assert 'finetune_steps_total{attempt="1",rank="0",run="run"} 0.0' in text
+    metrics.set("loss", 0.25)
+    metrics.add("steps_total", 3)
+    metrics.observe("step_seconds", 0.05)
+    _, text = get(servers[0].address)
+    assert 'finetune_loss{attempt="1",rank="0",run="run"} 0.25' in text
+    assert 'finetune_steps_total{attempt="1",rank="0",run="run"} 3.0' in text
+    assert 'finetune_step_seconds_sum{attempt="1",rank="0",run="run"} 0.05' in text  # exact, not a bucket's midpoint
+
+
+def test_a_wrong_name_kind_or_label_is_our_mistake_and_found_at_once() -> None:
+    metrics = Metrics("run", 0, 1)
+    with pytest.raises(KeyError):
+        metrics.add("no_such_metric")
+    with pytest.raises(AssertionError, match="loss is a gauge"):
+        metrics.add("loss")
+    with pytest.raises(AssertionError, match="'reason'"):
+        metrics.add("quarantined_samples_total")
+
+
+def test_listens_on_loopback_unless_told_otherwise(servers: list[Server]) -> None:
+    servers.append(serve_metrics(Metrics("run", 0, 1).registry))
+    assert servers[0].address.startswith("127.0.0.1:")
+    servers.append(serve_metrics(Metrics("run", 0, 1).registry, "0.0.0.0"))
+    assert not servers[1].address.startswith("0.0.0.0")
+    get(servers[1].address)
+
+
+def test_a_broken_target_list_and_a_wrong_path_are_http_errors(servers: list[Server]) -> None:
+    servers.append(serve_discovery("127.0.0.1", 0, lambda: 1 // 0))  # type: ignore[arg-type, return-value]
+    for path, status in (("/sd", 500), ("/nothing", 404)):
+        with pytest.raises(urllib.error.HTTPError) as failure:
+            get(servers[0].address, path)
+        assert failure.value.code == status
+
+
+def test_a_port_in_use_is_the_users_to_choose_again(servers: list[Server]) -> None:
+    servers.append(serve_metrics(Metrics("run", 0, 1).registry))
+    port = int(servers[0].address.rpartition(":")[2])
+    with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: .* port 0 takes a free one"):
+        serve_metrics(Metrics("run", 0, 1).registry, "127.0.0.1", port)
+
+
+def test_file_sd_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "sd" / "targets.json"
+    write_file_sd(path, [{"targets": ["a:1"], "labels": {"rank": "0"}}])
+    write_file_sd(path, [{"targets": ["b:2"], "labels": {"rank": "1"}}])
+    assert json.loads(path.read_text()) == [{"targets": ["b:2"], "labels": {"rank": "1"}}]
+    assert [entry.name for entry in path.parent.iterdir()] == ["targets.json"]
+    with pytest.raises(ValueError, match=r"does not end in .json"):
+        write_file_sd(tmp_path / "targets.yaml", [])
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed (Debian package prometheus)")
+def test_a_real_prometheus_finds_and_scrapes_every_rank_both_ways(tmp_path: Path, servers: list[Server]) -> None:
+    targets: list[dict[str, Any]] = []
+    for rank in range(2):
+        metrics = Metrics("run-1", rank, 1)
+        metrics.set("loss", 0.5 + rank)
+        servers.append(serve_metrics(metrics.registry))
+        targets.append({"targets": [servers[-1].address], "labels": {"run": "run-1", "rank": str(rank), "attempt": "1"}})
+    servers.append(serve_discovery("127.0.0.1", 0, lambda: targets))
+    write_file_sd(tmp_path / "targets.json", targets)
+    (tmp_path / "prometheus.yml").write_text(
+        json.dumps(  # JSON is YAML
+            {
+                "global": {"scrape_interval": "300ms", "scrape_timeout": "250ms"},
+                "scrape_configs": [
+                    {
+                        "job_name": "http",
+                        "honor_labels": True,
+                        "http_sd_configs": [{"url": f"http://{servers[-1].address}/sd", "refresh_interval": "500ms"}],
+                    },
+                    {"job_name": "file", "honor_labels": True, "file_sd_configs": [{"files": [str(tmp_path / "targets.json")]}]},
+                ],
+            }
+        )
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        [
+            str(PROMETHEUS),
+            f"--config.file={tmp_path}/prometheus.yml",
+            f"--storage.tsdb.path={tmp_path}/data",
+            f"--web.listen-address={address}",
+        ],
+        stdout=log,
+        stderr=log,
+    )
+    try:
+        wanted = {(job, str(rank)) for job in ("http", "file") for rank in range(2)}
+        up = wait_for(address, 'up{run="run-1"} == 1', wanted, process)
+        assert set(up) == wanted, (tmp_path / "log").read_text()[-2000:]
+        losses = wait_for(address, 'finetune_loss{run="run-1",attempt="1"}', wanted, process)
+        assert losses == {(job, rank): 0.5 + int(rank) for job, rank in wanted}
+    finally:
+        process.kill()
+        process.wait(10)
+        log.close()
+
+
+def wait_for(address: str, query: str, wanted: set[tuple[str, str]], process: subprocess.Popen[bytes]) -> dict[tuple[str, str], float]:
+    """The query's values by (job, rank), as soon as all are there, or what there is after 40 s."""
+    found: dict[tuple[str, str], float] = {}
+    deadline = time.monotonic() + 40
+    while set(found) != wanted and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+        try:
+            _, text = get(address, "/api/v1/query?" + urllib.parse.urlencode({"query": query}))
+        except OSError:
+            continue
+        result = json.loads(text)["data"]["result"]
+        found = {(row["metric"]["job"], row["metric"]["rank"]): float(row["value"][1]) for row in result}
+    return found

@@ -1,0 +1,113 @@
+"""Runs that are killed, stopped and damaged end in the same bits, or say why not. Real Ray, real processes, real signals."""
+
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cluster.ledger import read_ledger
+from tests.e2e.conftest import TRAIN_IMAGES
+from tests.e2e.running import Run
+
+EPOCHS = 8
+STEPS_PER_EPOCH = TRAIN_IMAGES // 20
+STEPS = EPOCHS * STEPS_PER_EPOCH
+COMMON = ["--workers", "2", "--train.epochs", str(EPOCHS), "--train.checkpoint-every", "5", "--data.max-bad-fraction", "0.01"]
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(storage: Path, images: Path) -> Run:
+    run = Run(*COMMON, storage=storage, name="uninterrupted", data=images)
+    assert run.finish() == 0, run.output()
+    return run
+
+
+def assert_each_sample_once_an_epoch(run: Run) -> None:
+    seen = Counter((record.epoch, sample) for record in read_ledger(run.folder / "ledger") for sample in record.ids)
+    assert seen == Counter((epoch, sample) for epoch in range(EPOCHS) for sample in range(TRAIN_IMAGES))
+
+
+def test_a_run_ends_with_numbers_a_model_and_a_report(uninterrupted: Run) -> None:
+    summary = uninterrupted.summary()
+    assert summary["status"] == "finished"
+    assert (summary["steps"], summary["workers"], summary["restarts"]) == (STEPS, 2, 0)
+    assert summary["samples_seen"] == EPOCHS * TRAIN_IMAGES
+    assert summary["quarantined"] == 1  # the file that is no image
+    assert sum(map(sum, summary["confusion"])) == summary["test_count"] == 60
+    assert summary["test_accuracy"] == sum(summary["confusion"][c][c] for c in range(10)) / 60
+    assert abs(sum(summary["accounting"].values()) - summary["seconds"]) < 0.5
+    for name in ("config.toml", "journal.jsonl", "curves.parquet", "report.html", "model/model.safetensors", "model/config.json"):
+        assert (uninterrupted.folder / name).exists(), name
+    assert_each_sample_once_an_epoch(uninterrupted)
+
+
+def test_a_worker_killed_in_mid_epoch_changes_no_bit_and_loses_no_sample(uninterrupted: Run, storage: Path, images: Path) -> None:
+    run = Run(*COMMON, storage=storage, name="killed", data=images)
+    run.wait_for("checkpoint_committed", step=30)  # in the middle of the third epoch
+    run.kill_worker(rank=1)
+    assert run.finish() == 0, run.output()
+    assert run.summary()["weights_sha256"] == uninterrupted.summary()["weights_sha256"]
+    assert run.summary()["restarts"] == 1
+    assert run.summary()["recovery_seconds"] > 0
+    failed = run.wait_for("attempt_failed")
+    assert failed["kind"] == "infrastructure"
+    assert run.wait_for("resumed")["step"] >= 30
+    assert_each_sample_once_an_epoch(run)
+
+
+def test_ctrl_c_commits_and_says_how_to_go_on_and_damage_falls_back_or_refuses(uninterrupted: Run, storage: Path, images: Path) -> None:
+    run = Run(*COMMON, storage=storage, name="stopped", data=images)
+    run.wait_for("checkpoint_committed", step=20)
+    run.signal(signal.SIGINT)
+    assert run.finish() == 128 + signal.SIGINT, run.output()
+    stopped = run.wait_for("run_stopped")
+    assert f"step {stopped['step']} of {STEPS} is saved" in run.output()
+    assert "python -m trainer.run" in run.output()
+    newest = run.checkpoints()[-1]
+    assert newest.name.startswith(f"step-{stopped['step']:08d}")
+    assert run.summary()["status"] == "stopped"
+
+    # One flipped bit in the newest checkpoint: the one before is taken, and that is said.
+    flip_one_bit(newest / "model.safetensors")
+    before = run.checkpoints()[-2]
+    again = Run(*COMMON, storage=storage, name="stopped", data=images)
+    assert again.finish() == 0, again.output()
+    assert again.wait_for("checkpoint_corrupt")["path"].endswith(newest.name)
+    assert again.wait_for("resumed")["step"] == int(before.name[5:13])
+    assert "is damaged" in again.output()
+    assert again.summary()["weights_sha256"] == uninterrupted.summary()["weights_sha256"]
+    assert_each_sample_once_an_epoch(again)
+
+    # In all of them: no start from zero.
+    (again.folder / "summary.json").unlink()
+    for checkpoint in again.checkpoints():
+        flip_one_bit(checkpoint / "optimizer.safetensors")
+    refused = Run(*COMMON, storage=storage, name="stopped", data=images)
+    assert refused.finish() == 2, refused.output()
+    assert "none is intact" in refused.output()
+    assert not any(event["event"] == "attempt_started" for event in refused.new_events())
+
+
+def test_a_users_exception_ends_the_run_at_once_with_its_traceback(storage: Path, images: Path) -> None:
+    # The file is found by the driver's checks and unreadable for the model that every rank builds.
+    weights = storage / "weights.safetensors"
+    weights.write_bytes(b"not a safetensors file")
+    run = Run(*COMMON, "--model.weights", str(weights), storage=storage, name="broken-weights", data=images)
+    assert run.finish() == 1, run.output()
+    assert "WeightsError" in run.output()
+    assert str(weights) in run.output()
+    assert sum(event["event"] == "attempt_started" for event in run.events()) == 1
+
+
+def flip_one_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0b100
+    path.write_bytes(data)
