@@ -125,11 +125,11 @@ class Stepper:
             self._ema.update()
         return loss
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, scale: float, seed: int) -> Tensor:
+    def _forward_backward(self, images: Tensor, labels: Tensor, divisor: float, seed: int) -> Tensor:
         torch.manual_seed(seed)
         with self._autocast:
             logits = self._forward(self._preprocess(images))  # (n, classes)
-        loss = self._loss_sum(logits.float(), labels) * scale
+        loss = self._loss_sum(logits.float(), labels) / divisor
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -140,9 +140,10 @@ class Stepper:
         if full:
             images = full[0].images if len(full) == 1 else torch.cat([batch.images for batch in full])
             labels = full[0].labels if len(full) == 1 else torch.cat([batch.labels for batch in full])
+            if not self._ddp:
+                return self._forward_backward(images, labels, global_count, seed)
             # DDP averages over ranks; the sum is wanted.
-            scale = (self._world_size if self._ddp else 1) / global_count
-            return self._forward_backward(images, labels, scale, seed) * (1.0 if not self._ddp else 1.0 / self._world_size)
+            return self._forward_backward(images, labels, global_count / self._world_size, seed) / self._world_size
         # A rank without samples in the last step still has to answer DDP's all-reduce: one blank image that counts for nothing.
         size = batches[0].images.shape[1:]
         blank = torch.zeros((1, *size), dtype=torch.uint8, device=self._device)
