@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -67,12 +68,18 @@ def ray_cluster(
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour Ray announces, without its warning
     common: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
-    temp = None
+    temp, started = None, set[int]()
     if address:
         runtime_env: dict[str, Any] = {} if in_job else {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "tests"]}
         runtime_env["env_vars"] = _RAY_TRAIN_ENVIRONMENT
         try:
-            ray.init(address=address, runtime_env=runtime_env, **common)
+            with _sigterm_is_ours():
+                ray.init(address=address, runtime_env=runtime_env, **common)
+        except ray.exceptions.AuthenticationError as error:
+            raise ValueError(
+                f"the Ray cluster at {address!r} wants its token ({str(error).splitlines()[0]}); "
+                "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (docs/cluster.md, Token)"
+            ) from error
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); start one with `ray start --head`, "
@@ -83,14 +90,17 @@ def ray_cluster(
         # The path stays short: Ray makes Unix sockets below it, whose names may have 107 bytes.
         temp = tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-")
         python_path = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            _temp_dir=temp,
-            runtime_env={"env_vars": {"PYTHONPATH": python_path}},
-            **common,
-        )
+        before = _children()
+        with _sigterm_is_ours():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                _temp_dir=temp,
+                runtime_env={"env_vars": {"PYTHONPATH": python_path}},
+                **common,
+            )
+        started = _children().keys() - before.keys()
     try:
         total = ray.cluster_resources()
         yield Hardware(
@@ -100,9 +110,47 @@ def ray_cluster(
             gpus=int(total.get("GPU", 0)),
         )
     finally:
+        if temp is not None:
+            _kill_helpers(started)
         ray.shutdown()
         if temp is not None:
             shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _sigterm_is_ours() -> Iterator[None]:
+    """Keep the program's own SIGTERM handler, which `ray.init` replaces, and hide SIGTERM from every process started meanwhile. One that
+    comes meanwhile is heard at the end. Only in the main thread.
+
+    `timeout` sends SIGTERM to a whole process group, systemd to a whole control group. A local Ray would die of it before the checkpoint
+    that the driver wants to save. (Ray hides SIGINT from its processes in the same way.)"""
+    handler = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _children() -> dict[int, str]:
+    """This process's children: process id -> name."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                before, _, after = (folder / "stat").read_text().rpartition(")")
+                if int(after.split()[1]) == os.getpid():
+                    found[int(folder.name)] = before.partition("(")[2]
+    return found
+
+
+def _kill_helpers(started: set[int]) -> None:
+    """End Ray's processes that `ray.shutdown` needs no longer. It would send each one a SIGTERM, wait a second in vain, and then kill it;
+    only the raylet and the GCS still have something to say to it."""
+    for pid, name in _children().items():
+        if pid in started and name not in ("raylet", "gcs_server"):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _remove_stale_temp_folders() -> None:
@@ -172,6 +220,10 @@ class Attempt:
         """True once the attempt has ended."""
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """The attempt will not be waited for: its processes end with this one's connection to Ray, its folder now."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def failure(self) -> Failure | None:
         """Why the attempt failed; None if it went through. Only after `wait` said True."""

@@ -1,4 +1,5 @@
-"""The finished model as files anybody can use: `model/` in the run's folder. Rank 0 calls it at a run's end, `trainer.predict` reads it.
+"""The finished model as files anybody can use: `model/` in the run's folder. Rank 0 writes it at a run's end (`export_model`),
+`trainer.predict` and `trainer.evaluate` read it (`load_export`).
 
 `config.json` is written last and holds the SHA-256 of `model.safetensors`: a reader sees a whole model or knows that it does not.
 Choosing the weights (final or averaged) is the caller's.
@@ -8,19 +9,36 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from cluster.storage import Storage
-from trainer.config import RunConfig
+from dataio.config import Fit
+from trainer.config import ModelConfig, RunConfig
+from trainer.model import Preprocess, build_model
+from trainer.runs import RunFolder
 from trainer.units import percent
 
 MODEL_FOLDER = "model"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """A run's model, ready to be asked."""
+
+    model: nn.Module  # in eval mode
+    preprocess: nn.Module  # (n, 3, H, W) uint8, H and W those of `image_size`, -> what the model takes
+    classes: tuple[str, ...]  # in the order of the outputs
+    image_size: tuple[int, int]  # (height, width) of decoded images
+    fit: Fit
+    max_image_pixels: int
 
 
 def export_model(
@@ -57,6 +75,33 @@ def export_model(
     card = model_card(run=run, config=config, classes=classes, data_image_size=data_image_size, summary=summary)
     storage.write_atomic(f"{folder}/{CARD_FILE}", card.encode())
     storage.write_atomic(f"{folder}/{CONFIG_FILE}", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool = True) -> Exported:
+    """The model that `export_model` wrote. ValueError where there is none, or where it is damaged."""
+    description = _description(folder)
+    height, width = description["data_image_size"]
+    config = ModelConfig(**description["model"])
+    # The run's weights replace all others: nothing is downloaded.
+    blank = dataclasses.replace(config, weights="none")
+    model = build_model(blank, classes=len(description["classes"]), seed=0, image_hw=(height, width))
+    model.load_state_dict(_weights(folder, description), strict=True)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    preprocess = Preprocess(
+        mean=description["mean"],
+        std=description["std"],
+        image_size=config.image_size,
+        interpolation=config.interpolation,
+        channels_last=channels_last,
+    )
+    return Exported(
+        model=model.to(device).to(memory_format=layout).eval(),
+        preprocess=preprocess.to(device),
+        classes=tuple(description["classes"]),
+        image_size=(height, width),
+        fit=description["fit"],
+        max_image_pixels=int(description["max_image_pixels"]),
+    )
 
 
 def model_card(*, run: str, config: RunConfig, classes: Sequence[str], data_image_size: tuple[int, int], summary: Mapping[str, Any]) -> str:
@@ -120,3 +165,40 @@ def _last_part(path: str) -> str:
 def _optional(summary: Mapping[str, Any], key: str, text: str) -> str:
     value = summary.get(key)
     return "" if value is None else text.format(value)
+
+
+def _description(folder: RunFolder) -> Mapping[str, Any]:
+    data = folder.read(f"{MODEL_FOLDER}/{CONFIG_FILE}")
+    if data is None:
+        raise ValueError(
+            f"{folder.location} has no {MODEL_FOLDER}/{CONFIG_FILE}: a run exports its model when it finishes; let it finish first"
+        )
+    try:
+        description = json.loads(data)
+        needed = ("classes", "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
+        missing = [key for key in needed if key not in description]
+        unknown = set(description.get("model", ())) - {field.name for field in dataclasses.fields(ModelConfig)}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} is damaged ({error}); finish the run again to export it anew"
+        ) from None
+    if missing or unknown:
+        what = f"lacks {', '.join(missing)}" if missing else f"has settings that this version does not know: {', '.join(sorted(unknown))}"
+        raise ValueError(f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} {what}; use the version of the program that wrote it")
+    return dict(description)
+
+
+def _weights(folder: RunFolder, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Verified before parsed."""
+    where = f"{folder.location}/{MODEL_FOLDER}/{WEIGHTS_FILE}"
+    data = folder.read(f"{MODEL_FOLDER}/{WEIGHTS_FILE}")
+    if data is None:
+        raise ValueError(f"{where} is missing; finish the run again to export it anew")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != description["file_sha256"]:
+        raise ValueError(
+            f"{where} is damaged: its SHA-256 is {digest[:16]}..., {CONFIG_FILE} says {str(description['file_sha256'])[:16]}...; "
+            "finish the run again to export it anew"
+        )
+    tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    return tensors

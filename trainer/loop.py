@@ -162,7 +162,7 @@ class Stepper:
             n = len(batch.ids)
             if n:
                 loss = self._forward_backward(
-                    batch.images, batch.labels, 1.0 / global_count, step_seed(self._seed, step, batch.virtual_rank)
+                    batch.images, batch.labels, global_count, step_seed(self._seed, step, batch.virtual_rank)
                 )
                 offset = self._gradient_size
                 for statistic, old in zip(self._statistics, before, strict=True):

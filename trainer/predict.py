@@ -3,29 +3,24 @@
 Images are decoded and resized by the same code and rules as in training. Training the model and exporting it are done elsewhere.
 """
 
-import dataclasses
-import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import safetensors
-import safetensors.torch
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from dataio.config import Fit
 from dataio.decode import Decoder
 from dataio.sources import IMAGE_SUFFIXES
 from trainer.cli import fail
-from trainer.config import ModelConfig, RunConfig
-from trainer.export import CONFIG_FILE, MODEL_FOLDER, WEIGHTS_FILE
-from trainer.model import Preprocess, build_model
+from trainer.config import RunConfig
+from trainer.export import load_export
 from trainer.runs import RunFolder, find_run
 
 PROG = "python -m trainer.predict"
@@ -65,24 +60,13 @@ class Predictor:
     """A run's model, ready to classify."""
 
     def __init__(self, folder: RunFolder, *, fit: Fit | None = None, device: torch.device | None = None) -> None:
-        description = _description(folder)
-        self.classes: tuple[str, ...] = tuple(description["classes"])
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        height, width = description["data_image_size"]
-        config = ModelConfig(**description["model"])
-        # The run's weights replace all others: nothing is downloaded.
-        blank = dataclasses.replace(config, weights="none")
-        model = build_model(blank, classes=len(self.classes), seed=0, image_hw=(height, width))
-        model.load_state_dict(_weights(folder, description), strict=True)
-        self._model: nn.Module = model.to(self._device).eval()
-        self._preprocess = Preprocess(
-            mean=description["mean"], std=description["std"], image_size=config.image_size, interpolation=config.interpolation
-        ).to(self._device)
-        self._fit: Fit = fit or description["fit"]
-        self._size = (height, width)
-        self._decoder = Decoder(
-            height=height, width=width, fit=self._fit, max_pixels=int(description["max_image_pixels"]), batch_size=BATCH
-        )
+        exported = load_export(folder, self._device)
+        self.classes = exported.classes
+        self._model, self._preprocess, self._size = exported.model, exported.preprocess, exported.image_size
+        self._fit: Fit = fit or exported.fit
+        height, width = self._size
+        self._decoder = Decoder(height=height, width=width, fit=self._fit, max_pixels=exported.max_image_pixels, batch_size=BATCH)
 
     def predict(self, paths: Sequence[str], *, top: int) -> Iterator[Prediction]:
         """One Prediction for each of `paths`, in order, batch by batch."""
@@ -178,43 +162,6 @@ def _show(prediction: Prediction, *, as_json: bool) -> None:
     else:
         shown = "  ".join(f"{name} {100 * probability:.1f} %" for name, probability in prediction.classes)
         print(f"{prediction.image}: {shown}", flush=True)
-
-
-def _description(folder: RunFolder) -> Mapping[str, Any]:
-    data = folder.read(f"{MODEL_FOLDER}/{CONFIG_FILE}")
-    if data is None:
-        raise ValueError(
-            f"{folder.location} has no {MODEL_FOLDER}/{CONFIG_FILE}: a run exports its model when it finishes; let it finish first"
-        )
-    try:
-        description = json.loads(data)
-        needed = ("classes", "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
-        missing = [key for key in needed if key not in description]
-        unknown = set(description.get("model", ())) - {field.name for field in dataclasses.fields(ModelConfig)}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} is damaged ({error}); finish the run again to export it anew"
-        ) from None
-    if missing or unknown:
-        what = f"lacks {', '.join(missing)}" if missing else f"has settings that this version does not know: {', '.join(sorted(unknown))}"
-        raise ValueError(f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} {what}; use the version of the program that wrote it")
-    return dict(description)
-
-
-def _weights(folder: RunFolder, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Verified before parsed."""
-    where = f"{folder.location}/{MODEL_FOLDER}/{WEIGHTS_FILE}"
-    data = folder.read(f"{MODEL_FOLDER}/{WEIGHTS_FILE}")
-    if data is None:
-        raise ValueError(f"{where} is missing; finish the run again to export it anew")
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != description["file_sha256"]:
-        raise ValueError(
-            f"{where} is damaged: its SHA-256 is {digest[:16]}..., {CONFIG_FILE} says {str(description['file_sha256'])[:16]}...; "
-            "finish the run again to export it anew"
-        )
-    tensors: dict[str, Tensor] = safetensors.torch.load(data)
-    return tensors
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ FREE_SETTINGS = {
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
 }
 POLL_SECONDS = 0.25
+TAKEN_OVER_POLL_SECONDS = 5.0
 
 
 def process_started() -> float:
@@ -99,6 +100,15 @@ def dry_run(config: RunConfig, console: Console) -> int:
     if manifest is None:
         console.print(f"{config.data.path} is not converted yet: run `python -m dataio.convert {config.data.path} DEST` for exact counts")
     return 0
+
+
+def check_storage_outlives_job(storage: str) -> None:
+    """ValueError for a relative folder: a job's working directory is a copy that Ray deletes."""
+    if "://" not in storage and not Path(storage).expanduser().is_absolute():
+        raise ValueError(
+            f"--storage {storage} is relative, and a job's working directory is a copy that Ray deletes after it; "
+            "give an absolute path that every node mounts, or s3://..., gs://..."
+        )
 
 
 def open_data(config: RunConfig, console: Console) -> tuple[Path, Dataset]:
@@ -183,6 +193,9 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
     from cluster.launch import plan_resources, ray_cluster
     from cluster.preflight import preflight, versions
 
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if in_job:
+        check_storage_outlives_job(config.storage)
     folder, dataset = open_data(config, console)
     fingerprint = dataset.manifest.fingerprint
     image_size = image_size_of(dataset.manifest, config.data)
@@ -191,7 +204,7 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
         config.cluster,
         project=PROJECT,
         address=address,
-        in_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ,
+        in_job=in_job,
         cpus=os.cpu_count() or 1,
         verbose=bool(os.environ.get("FINETUNE_VERBOSE")),
     )
@@ -332,7 +345,9 @@ class _Drive:
                     stopping=lambda: self.signal != 0,
                 )
         except RunFailed as error:
-            return self.end_failed(error)
+            return self.end_taken_over() if self.is_taken_over() else self.end_failed(error)
+        if (self.result is None or self.result["stopped"]) and self.is_taken_over():
+            return self.end_taken_over()
         if self.result is None or self.result["stopped"]:
             return self.end_stopped()
         return self.end_finished()
@@ -357,18 +372,26 @@ class _Drive:
         self.phase = "starting" if not self.restarts else "restarting"
         fit = Attempt(train_worker, {"spec": spec}, name=f"{self.config.run}-{number}-{os.getpid()}", resources=self.resources)
         stop_asked_at = None
+        looked_at = time.monotonic()
         while not fit.wait(POLL_SECONDS):
             status = self.ask("status")
             self.show(status)
+            if time.monotonic() - looked_at > TAKEN_OVER_POLL_SECONDS:
+                looked_at = time.monotonic()
+                if self.is_taken_over():
+                    fit.abandon()
+                    return None
             if self.signal and stop_asked_at is None:
                 stop_asked_at = time.monotonic()
                 name = signal.Signals(self.signal).name
                 self.line.message(f"{name}: saving a checkpoint, then stopping (again to stop at once)")
                 self.ask("request_stop", name)
                 if status.steps_done <= status.start_step:
+                    fit.abandon()
                     return None  # no step was done in this attempt: there is nothing new to save
             if stop_asked_at is not None and time.monotonic() - stop_asked_at > self.config.cluster.stop_grace_seconds:
                 self.line.message(f"no checkpoint within cluster.stop_grace_seconds={self.config.cluster.stop_grace_seconds:g}; stopping")
+                fit.abandon()
                 return None
         failure = fit.failure()
         self.result = self.ask("result", number)
@@ -396,6 +419,13 @@ class _Drive:
         self.start = find_start(self.config, self.store, self.journal, self.console, self.dataset.manifest.fingerprint)
         if self.start is not None:
             self.journal.write("resumed", step=self.start.step, path=self.start.path)
+
+    def is_taken_over(self) -> bool:
+        """Another process drives this run now. A storage that does not answer says nothing about that."""
+        try:
+            return self.store.newest_generation() > self.generation
+        except OSError:
+            return False
 
     def tell(self, event: str, **fields: Any) -> None:
         """Into the journal by way of the coordinator, which counts failures; directly where it is gone."""
@@ -466,7 +496,7 @@ class _Drive:
             for number, old in before.items():
                 signal.signal(number, old)
 
-    # Three ways to end.
+    # Four ways to end.
 
     def end_finished(self) -> int:
         self.journal.write("run_finished", steps=self.total_steps)
@@ -483,6 +513,18 @@ class _Drive:
         done = f"step {commit.step:,} of {self.total_steps:,} is saved" if commit else "nothing was saved yet"
         self.console.print(f"stopped: {done}. The same command goes on from there:\n  {self.command}", soft_wrap=True)
         return 128 + self.signal if self.signal else 1
+
+    def end_taken_over(self) -> int:
+        """Nothing but the journal is written: summary and report are the other process's now."""
+        claim = json.loads(self.storage.read(f"{self.config.run}/generations/g{self.store.newest_generation():04d}"))
+        other = f"process {claim['pid']} on {claim['host']}"
+        self.journal.write("run_taken_over", by=other, generation=self.generation)
+        print(
+            f"error: run {self.config.run} was taken over by {other}, which goes on from the newest checkpoint; this process ends. "
+            "To have both, give one of them another --run NAME",
+            file=sys.stderr,
+        )
+        return 1
 
     def end_failed(self, error: RunFailed) -> int:
         self.journal.write(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.checkpointer import Buffers, Checkpointer, Files
 from cluster.coordinator import RankInfo
@@ -44,6 +44,7 @@ from trainer.state import TrainState, weights_sha256
 HISTORY_FILE = "history.json"
 CURVES_FILE = "curves.parquet"
 EPOCH_STEPS_BETWEEN_CHECKPOINTS = 500
+EVALUATION_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,26 +302,44 @@ def evaluate(
 ) -> EvalResult:
     """Exact metrics over all ranks: each takes a contiguous share of the split, nothing is padded or counted twice.
 
-    In ddp mode the ranks' BatchNorm statistics differ; rank 0's are the run's (they are what a checkpoint holds).
+    In ddp mode the ranks' BatchNorm statistics, and so their averages, differ; rank 0's are the run's (they are what a checkpoint holds).
     """
-    if world_size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-    device = next(model.parameters()).device
-    count = dataset.split(split).count
-    share = range(count * rank // world_size, count * (rank + 1) // world_size)
-    evaluation = Evaluation(len(loader.classes), device)
-    with (
-        evaluating(model),
-        ema.applied() if ema is not None else nullcontext(),
-        torch.inference_mode(),
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-    ):
-        for batch in loader.evaluate(split, share, batch_size=256):
-            evaluation.update(model(preprocess(batch.images)), batch.labels)
+    evaluation = Evaluation(len(loader.classes), next(model.parameters()).device)
+    with ema.applied() if ema is not None else nullcontext():
+        if world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+        share = share_of(dataset.split(split).count, rank, world_size)
+        evaluate_share(evaluation, model, preprocess, loader, split=split, share=share, precision=precision)
     if world_size > 1:
         dist.all_reduce(evaluation.tensors())
     return evaluation.result()
+
+
+def share_of(count: int, rank: int, world_size: int) -> range:
+    """The samples that a rank evaluates."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def evaluate_share(
+    evaluation: Evaluation,
+    model: nn.Module,
+    preprocess: nn.Module,
+    loader: Loader,
+    *,
+    split: str,
+    share: range,
+    precision: str,
+    to_class: Tensor | None = None,
+) -> None:
+    """Count the samples `share` of a split. `to_class` (data set's classes,) int64 says which output each of its labels stands for."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for batch in loader.evaluate(split, share, batch_size=EVALUATION_BATCH):
+            labels = batch.labels
+            if to_class is not None:
+                labels = torch.where(labels < 0, labels, to_class[labels.clamp(min=0)])  # a bad sample's -1 stays
+            evaluation.update(model(preprocess(batch.images)), labels)
 
 
 def evaluation_entry(result: EvalResult) -> dict[str, Any]:

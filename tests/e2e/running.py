@@ -24,7 +24,18 @@ class Run:
 
     def __init__(self, *args: str, storage: Path, name: str, data: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder = storage / name
-        self.args = [*SMALL, "--data.path", str(data), "--data.root", str(storage / "data"), "--storage", str(storage), "--run", name, *args]
+        self.args = [
+            *SMALL,
+            "--data.path",
+            str(data),
+            "--data.root",
+            str(storage / "data"),
+            "--storage",
+            str(storage),
+            "--run",
+            name,
+            *args,
+        ]
         self.log = storage / f"{name}.{time.monotonic_ns()}.log"
         storage.mkdir(parents=True, exist_ok=True)
         self.seen_before = len(self.events())
@@ -86,8 +97,10 @@ class Run:
             raise AssertionError(f"the run did not end in {timeout} s:\n{self.output()}") from None
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """SIGKILL to the driver and all it started, if it still runs."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def output(self) -> str:
         return self.log.read_text()
