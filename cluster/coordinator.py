@@ -63,6 +63,8 @@ class Status:
     last_commit_step: int | None
     last_commit_time: float | None
     failed_checkpoints: int
+    checkpoint_problem: str
+    """Why the newest one of them failed; "" if none did."""
     stop_reason: str | None
     stop_at: int | None
     stop_confirmed: bool
@@ -153,6 +155,7 @@ class Coordinator:
         self._attempt: _Attempt | None = None
         self._stop_reason: str | None = None
         self._failed_checkpoints = 0
+        self._checkpoint_problem = ""
         commits = self._store.commits()
         self._last_commit = (commits[0].step, commits[0].modified) if commits else None
         self._quarantine_lock = threading.Lock()
@@ -222,6 +225,7 @@ class Coordinator:
                 last_commit_step=self._last_commit[0] if self._last_commit else None,
                 last_commit_time=self._last_commit[1] if self._last_commit else None,
                 failed_checkpoints=self._failed_checkpoints,
+                checkpoint_problem=self._checkpoint_problem,
                 stop_reason=self._stop_reason,
                 stop_at=attempt.vote.stop_at,
                 stop_confirmed=attempt.vote.confirmed,
@@ -459,6 +463,7 @@ class Coordinator:
         with self._changed:
             known = self._is_current(attempt) and self._failed(step)  # another rank of it said so before
             self._failed_checkpoints += not known
+            self._checkpoint_problem = message
             if self._is_current(attempt):
                 assert self._attempt is not None
                 self._attempt.failed_steps.add(step)

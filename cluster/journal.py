@@ -31,11 +31,9 @@ class Journal:
         self._storage, self._run, self._writer, self._clock = storage, run, writer, clock
         self._lock = threading.Lock()
         self._backlog: list[str] = []
-        self._torn = False
         self._segments = 0
         if storage.is_local:
             make_dirs(storage.at(run))
-            self._torn = _ends_torn(storage.at(f"{run}/journal.jsonl"))
         else:
             found = (_SEGMENT.fullmatch(entry.name) for entry in storage.list(f"{run}/journal"))
             self._segments = max((int(match[2]) for match in found if match and match[1] == writer), default=0)
@@ -65,13 +63,12 @@ class Journal:
             del self._backlog[0]
 
     def _append(self, line: str) -> None:
-        # A line cut short by a full disk or a kill ends where the next one starts.
-        data = ("\n" * self._torn + line + "\n").encode()
-        descriptor = os.open(self._storage.at(f"{self._run}/journal.jsonl"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(self._storage.at(f"{self._run}/journal.jsonl"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            self._torn = True
-            write_all(descriptor, data)
-            self._torn = False
+            # A line cut short by a full disk or a kill, of whichever writer, ends where the next one starts.
+            size = os.fstat(descriptor).st_size
+            is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            write_all(descriptor, ("\n" * is_torn + line + "\n").encode())
         finally:
             os.close(descriptor)
 
@@ -114,15 +111,3 @@ def _jsonable(value: Any) -> Any:
             return [_jsonable(item) for item in value]
         case _:
             return str(value)
-
-
-def _ends_torn(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if not size:
-                return False
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
-    except FileNotFoundError:
-        return False

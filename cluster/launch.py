@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.worker as worker_module
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.coordinator import Coordinator
 from cluster.failures import Failure, classify, root_cause
 
-# Ray's own defaults are 2 s, 600 s and 30 s; measured effects are in docs/fault-tolerance.md.
+# Ray polls its workers every 2 s and waits 30 s for a broken process group; both are time in which nothing is trained.
 _RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -68,40 +69,26 @@ def ray_cluster(
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour Ray announces, without its warning
     common: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
-    temp, started = None, set[int]()
-    if address:
-        runtime_env: dict[str, Any] = {} if in_job else {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "tests"]}
-        runtime_env["env_vars"] = _RAY_TRAIN_ENVIRONMENT
-        try:
-            with _sigterm_is_ours():
-                ray.init(address=address, runtime_env=runtime_env, **common)
-        except ray.exceptions.AuthenticationError as error:
-            raise ValueError(
-                f"the Ray cluster at {address!r} wants its token ({str(error).splitlines()[0]}); "
-                "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (docs/cluster.md, Token)"
-            ) from error
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); start one with `ray start --head`, "
-                "or leave out --cluster.address and RAY_ADDRESS to run on this machine alone"
-            ) from error
-    else:
-        _remove_stale_temp_folders()
-        # The path stays short: Ray makes Unix sockets below it, whose names may have 107 bytes.
-        temp = tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-")
-        python_path = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
-        before = _children()
-        with _sigterm_is_ours():
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                _temp_dir=temp,
-                runtime_env={"env_vars": {"PYTHONPATH": python_path}},
-                **common,
-            )
-        started = _children().keys() - before.keys()
+    # A killed worker is a line of ours; Ray would print its own paragraph whatever log_to_driver says. The switch is its debugger's.
+    worker_module._worker_logs_enabled = verbose
+    _remove_stale_temp_folders()
+    temp = None
     try:
+        if address:
+            _join(address, in_job=in_job, project=project, **common)
+        else:
+            # The path stays short: Ray makes Unix sockets below it, whose names may have 107 bytes.
+            temp = _temp_folder()
+            python_path = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
+            with _sigterm_is_ours():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    _temp_dir=temp,
+                    runtime_env={"env_vars": {"PYTHONPATH": python_path}},
+                    **common,
+                )
         total = ray.cluster_resources()
         yield Hardware(
             local=not address,
@@ -111,10 +98,31 @@ def ray_cluster(
         )
     finally:
         if temp is not None:
-            _kill_helpers(started)
+            # They do not hear SIGTERM: ray.shutdown would wait a second for each. To raylet and GCS it still has something to say.
+            _kill_ray(temp, spare=("raylet", "gcs_server"))
         ray.shutdown()
         if temp is not None:
+            _kill_ray(temp)
             shutil.rmtree(temp, ignore_errors=True)
+
+
+def _join(address: str, *, in_job: bool, project: Path, **common: Any) -> None:
+    """`ray.init` on a cluster that is there. A job's environment has its working directory already."""
+    runtime_env: dict[str, Any] = {} if in_job else {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "tests"]}
+    runtime_env["env_vars"] = _RAY_TRAIN_ENVIRONMENT
+    try:
+        with _sigterm_is_ours():
+            ray.init(address=address, runtime_env=runtime_env, **common)
+    except ray.exceptions.AuthenticationError as error:
+        raise ValueError(
+            f"the Ray cluster at {address!r} wants its token ({str(error).splitlines()[0]}); "
+            "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (docs/cluster.md, Token)"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); start one with `ray start --head`, "
+            "or leave out --cluster.address and RAY_ADDRESS to run on this machine alone"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -128,29 +136,29 @@ def _sigterm_is_ours() -> Iterator[None]:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
+    except SystemExit as error:  # a thread that began earlier heard it, and Ray's handler was in our handler's place
+        if error.code == signal.SIGTERM and callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
     finally:
         signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _children() -> dict[int, str]:
-    """This process's children: process id -> name."""
-    found = {}
+def _kill_ray(temp: str, spare: tuple[str, ...] = ()) -> None:
+    """SIGKILL to the processes of a local Ray that are this process's children; all of them name its folder. What they started follows."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # gone meanwhile
                 before, _, after = (folder / "stat").read_text().rpartition(")")
-                if int(after.split()[1]) == os.getpid():
-                    found[int(folder.name)] = before.partition("(")[2]
-    return found
+                is_ours = int(after.split()[1]) == os.getpid() and temp.encode() in (folder / "cmdline").read_bytes()
+                if is_ours and before.partition("(")[2] not in spare:
+                    os.kill(int(folder.name), signal.SIGKILL)
 
 
-def _kill_helpers(started: set[int]) -> None:
-    """End Ray's processes that `ray.shutdown` needs no longer. It would send each one a SIGTERM, wait a second in vain, and then kill it;
-    only the raylet and the GCS still have something to say to it."""
-    for pid, name in _children().items():
-        if pid in started and name not in ("raylet", "gcs_server"):
-            os.kill(pid, signal.SIGKILL)
+def _temp_folder() -> str:
+    """A new folder that names its owner."""
+    return tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-")
 
 
 def _remove_stale_temp_folders() -> None:
@@ -212,7 +220,7 @@ class Attempt:
 
     def __init__(self, work: Callable[[dict[str, Any]], None], spec: dict[str, Any], *, name: str, resources: Resources) -> None:
         self._failure: Failure | None = None
-        self._scratch = tempfile.mkdtemp(prefix="finetune-ray-train-")
+        self._scratch = _temp_folder()
         self._thread = threading.Thread(target=self._fit, args=(work, spec, name, resources), name="fit", daemon=True)
         self._thread.start()
 

@@ -3,6 +3,7 @@
 Called by trainer/run.py. What "the data" are is a function handed in; what does not fit is an error that says what to do.
 """
 
+import contextlib
 import importlib.metadata
 import platform
 import uuid
@@ -66,9 +67,10 @@ def preflight(storage: Storage, run: str, hardware: Hardware, data_probe: Callab
             "and check its permissions and free space"
         ) from error
     finally:
-        for entry in storage.list(run):
-            if entry.name.startswith(f".preflight-{token}"):
-                storage.delete_file(f"{run}/{entry.name}")
+        with contextlib.suppress(OSError):  # what cannot be written cannot be tidied up either
+            for entry in storage.list(run):
+                if entry.name.startswith(f".preflight-{token}"):
+                    storage.delete_file(f"{run}/{entry.name}")
     for report in reports:
         if report.storage_error:
             raise ValueError(

@@ -76,12 +76,12 @@ class Storage:
         return bool(self.fs.get_file_info(self.at(path)).type != pafs.FileType.NotFound)
 
     def list(self, path: str) -> list[Entry]:
-        """Names in a folder, sorted; none where there is no such folder."""
+        """Names in a folder, sorted; none where there is no such folder (or a file in its place)."""
         if self.is_local:
             try:
                 with os.scandir(self.at(path)) as found:
                     return sorted((_local_entry(entry) for entry in found), key=lambda entry: entry.name)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
         infos = self.fs.get_file_info(pafs.FileSelector(self.at(path), allow_not_found=True))
         return sorted((_entry(info) for info in infos), key=lambda entry: entry.name)

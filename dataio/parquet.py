@@ -129,14 +129,14 @@ class Dataset:
         return dict(self._files)
 
 
-def open_dataset(location: str | Path | Mapping[str, pa.Buffer | bytes]) -> Dataset:
+def open_dataset(location: str | Path | Mapping[str, pa.Buffer | bytes | memoryview]) -> Dataset:
     """Opens a converted folder, or its files in memory. Reads the manifest only; a shard is opened when it is first read.
 
     Raises ValueError for a folder that is not a converted one, CorruptShard if a shard is missing or has another size.
     """
     files: dict[str, Path | pa.Buffer] = {}
     if isinstance(location, Mapping):
-        files = {name: pa.py_buffer(data) if isinstance(data, bytes) else data for name, data in location.items()}
+        files = {name: data if isinstance(data, pa.Buffer) else pa.py_buffer(data) for name, data in location.items()}
         where = "the files in memory"
     else:
         folder = Path(location).expanduser()

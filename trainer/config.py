@@ -88,7 +88,7 @@ class RunConfig:
     workers: str = "auto"
     """`N` workers, or `auto`: one a GPU, or one CPU worker where there is none."""
     run: str = ""
-    """The run's name and folder; empty makes one from the recipe and the time."""
+    """The run's name and folder; empty makes one from the recipe and the settings, so that the same command goes on with the same run."""
     storage: str = "~/finetune-runs"
     """Folder or URI (s3://..., gs://..., file:///...) that holds the runs' folders; readable and writable from every node."""
     resume: Literal["auto", "never", "must"] = "auto"

@@ -85,6 +85,7 @@ class Stepper:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=True)
+        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
         self._ddp = distributed and reducer is None
         forward: nn.Module = model
         if self._ddp:
@@ -98,9 +99,8 @@ class Stepper:
 
     def _lay_out(self) -> None:
         """Make every gradient a view of one flat vector, followed by room for the BatchNorm statistics and the loss."""
-        norms = [m for m in self._model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
-        self._statistics = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
-        self._counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._statistics = [b for m in self._norms for b in (m.running_mean, m.running_var) if b is not None]
+        self._counters = [m.num_batches_tracked for m in self._norms if m.num_batches_tracked is not None]
         sizes = [p.numel() for p in self._parameters]
         self._gradient_size = sum(sizes)
         total = self._gradient_size + sum(b.numel() for b in self._statistics) + 1
@@ -127,7 +127,8 @@ class Stepper:
 
     def _forward_backward(self, images: Tensor, labels: Tensor, divisor: float, seed: int) -> Tensor:
         torch.manual_seed(seed)
-        with self._autocast:
+        # The rest of an epoch may be a single image. It has no statistics of its own: where its maps have one pixel, BatchNorm refuses it.
+        with _norms_at_rest(self._norms if len(images) == 1 else ()), self._autocast:
             logits = self._forward(self._preprocess(images))  # (n, classes)
         loss = self._loss_sum(logits.float(), labels) / divisor
         loss.backward()  # type: ignore[no-untyped-call]
@@ -161,23 +162,24 @@ class Stepper:
             self._flat.zero_()
             n = len(batch.ids)
             if n:
-                loss = self._forward_backward(
-                    batch.images, batch.labels, global_count, step_seed(self._seed, step, batch.virtual_rank)
-                )
+                loss = self._forward_backward(batch.images, batch.labels, global_count, step_seed(self._seed, step, batch.virtual_rank))
                 offset = self._gradient_size
-                for statistic, old in zip(self._statistics, before, strict=True):
+                for statistic in self._statistics:
                     torch.mul(statistic.view(-1), n / global_count, out=self._flat[offset : offset + statistic.numel()])
-                    statistic.copy_(old)
                     offset += statistic.numel()
                 self._flat[-1] = loss
+                # Each virtual rank starts from the same statistics, and counters: BatchNorm may weigh by them.
+                for tensors, old in ((self._statistics, before), (self._counters, counted)):
+                    if tensors:
+                        torch._foreach_copy_(tensors, old)
             self._reducer.add(batch.virtual_rank, self._flat)
         self._flat.copy_(self._reducer.finish())
         offset = self._gradient_size
         for statistic in self._statistics:
             statistic.view(-1).copy_(self._flat[offset : offset + statistic.numel()])
             offset += statistic.numel()
-        for counter, old in zip(self._counters, counted, strict=True):
-            torch.add(old, 1, out=counter)  # steps, not forwards
+        if self._counters:
+            torch._foreach_add_(self._counters, 1)  # steps, not forwards
         return self._flat[-1].clone()
 
 
@@ -191,6 +193,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _norms_at_rest(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """`norms` normalise by their running statistics inside, and do not change them."""
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
 
 
 class _Arrivals:

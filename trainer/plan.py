@@ -148,7 +148,7 @@ def describe(config: RunConfig, manifest: Manifest | None, hardware: Hardware, m
         checkpoint_every=checkpoint_every,
         total_flops=work,
         seconds=work / (speed * hardware.workers) if work and speed else None,
-        destination=f"{config.storage.rstrip('/')}/{config.run or '<recipe and time>'}",
+        destination=f"{config.storage.rstrip('/')}/{config.run or '<named after the recipe and the settings>'}",
     )
 
 
@@ -167,7 +167,7 @@ def table(plan: Plan) -> Table:
     rows.append(("Model", f"{config.model.name}, {number(plan.model.parameters)} parameters{share}{resized}"))
     rows.append(("Weights", config.model.weights))
     rows.append(("Workers", f"{hardware.workers} on {hardware.device}, {config.train.precision}"))
-    parts = f", in {plan.virtual_ranks} virtual ranks of {plan.batch_per_virtual_rank}"
+    parts = f", in {plan.virtual_ranks} virtual ranks of {plan.batch_per_virtual_rank}" if plan.virtual_ranks > 1 else ""
     rows.append(("Batch", f"{config.data.batch_size} images{parts}"))
     if plan.total_steps is not None:
         epochs = "1 epoch" if config.train.epochs == 1 else f"{config.train.epochs} epochs"

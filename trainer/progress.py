@@ -18,6 +18,17 @@ from rich.text import Text
 
 from trainer.units import duration, number, percent, size
 
+# The causes of `accounting` for people; a cause that is not here explains itself.
+CAUSES = {
+    "steps": "computing the steps that count",
+    "data wait": "steps that waited for images",
+    "checkpoint stall": "steps that waited for a checkpoint's copy",
+    "evaluation": "testing",
+    "start up": "everything before the first step: imports, Ray, workers, data, model",
+    "recovery": "from a failure to the next step",
+    "lost work": "steps that a failure undid",
+    "other": "the last checkpoint, the export, ending",
+}
 PLAIN_EVERY_SECONDS = 10.0
 REDRAW_EVERY_SECONDS = 0.1
 
@@ -28,7 +39,9 @@ class RunState:
 
     run: str
     phase: str
-    """What it is doing, in a word: starting, training, evaluating, restarting, stopping."""
+    """What it is doing: starting workers, training, stopping, ..."""
+    phase_seconds: float | None = None
+    """How long it has been doing that; shown while nothing else changes."""
     step: int = 0
     """Steps done over the whole run."""
     total_steps: int = 0
@@ -51,7 +64,8 @@ class RunState:
 
 def describe(state: RunState) -> str:
     """One line of text."""
-    parts = [f"{state.run}: {state.phase}"]
+    waited = f" ({duration(int(state.phase_seconds))})" if state.phase_seconds is not None and state.phase_seconds >= 1 else ""
+    parts = [f"{state.run}: {state.phase}{waited}"]
     if state.total_steps:
         # The epoch being worked on, counted from 1; after the last step the last epoch, not one more.
         epoch = min(int(state.epoch) + 1, state.epochs) if state.epochs else int(state.epoch) + 1
@@ -111,7 +125,7 @@ class ProgressLine:
         is_news = last is None or state.phase != last.phase or state.restarts != last.restarts
         is_last_step = state.total_steps > 0 and state.step >= state.total_steps and (last is None or last.step < state.step)
         is_due = self._last_shown_at is None or now - self._last_shown_at >= wait
-        if not (is_news or is_last_step or is_due):
+        if not (is_news or is_last_step or is_due) or (not self._live and last is not None and describe(state) == describe(last)):
             return
         self._last_shown_at, self._last_state = now, state
         if self._live:
@@ -154,17 +168,18 @@ def final_table(
     parts: list[RenderableType] = [table]
     split = time_split(summary)
     if split:
-        times = Table(title="Where the time went", title_justify="left", show_header=False)
-        times.add_column(no_wrap=True)
-        times.add_column(justify="right")
-        times.add_column(justify="right")
+        times = Table(title=Text("Where the time went"), title_justify="left", show_header=False)
+        times.add_column(style="bold", no_wrap=True)
+        times.add_column(justify="right", no_wrap=True)
+        times.add_column(justify="right", no_wrap=True)
+        times.add_column(style="dim", overflow="fold")
         for cause, seconds, share in split:
-            times.add_row(Text(cause), duration(seconds), percent(share))
+            times.add_row(Text(cause), duration(seconds), percent(share), CAUSES.get(cause, ""))
         parts.append(times)
-    # Outside the tables: without a frame, a path or a command can be copied. Too long ones are folded, never cut.
+    # Outside the tables: without a frame, a path or a command can be copied. Printed with soft_wrap they stay in one piece.
     for what, line in (("Report", report), ("Predict", predict), ("Go on", go_on)):
         if line:
-            parts.append(Text(f"{what + ':':<9}{line}", overflow="fold"))
+            parts.append(Text(f"{what + ':':<9}{line}"))
     return Group(*parts)
 
 
@@ -184,12 +199,14 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("Images seen", "samples_seen", number)
     add("Images per second", "images_per_second", lambda value: f"{value:,.0f}")
     add("Workers", "workers", number)
-    add("Virtual ranks", "virtual_ranks", number)
+    if summary.get("virtual_ranks") != summary.get("workers"):
+        add("Virtual ranks", "virtual_ranks", number)
     add("Time", "seconds", duration)
     add("Goodput", "goodput", percent)
     add("Data wait", "data_wait_ratio", percent)
     add("Restarts", "restarts", number)
-    add("Recovery", "recovery_seconds", duration)
+    if summary.get("restarts"):
+        add("Recovery", "recovery_seconds", duration)
     add("Checkpoints", "checkpoints", number)
     add("Checkpoint size", "checkpoint_bytes", size)
     add("Checkpoint stall", "checkpoint_stall_seconds", duration)

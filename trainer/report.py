@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -23,11 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from cluster.journal import read_journal
 from trainer.cli import fail
 from trainer.config import RunConfig
-from trainer.progress import summary_rows, time_split
+from trainer.progress import CAUSES, summary_rows, time_split
 from trainer.runs import RunFolder, find_run
 from trainer.units import duration, number, percent
 
@@ -37,11 +38,25 @@ SHOWN_CLASSES = 30  # a larger confusion matrix becomes a picture
 SHOWN_QUARANTINED = 100
 SHOWN_FAILURES = 200
 CURVE_POINTS = 600  # more are below a pixel, and each costs bytes
+LOG_FROM = 20.0  # a loss that reaches this many times its median is drawn on a logarithmic axis
+
+# A colour for each cause, the same in every report: good green, lost red.
+_CAUSE_COLOURS = {
+    "steps": "s3",
+    "data wait": "s4",
+    "checkpoint stall": "s1",
+    "evaluation": "s0",
+    "start up": "s5",
+    "recovery": "s2",
+    "lost work": "bad",
+    "other": "line",
+}
 
 # What happens in every run; all other events are worth a line in the report.
 ROUTINE = frozenset(
     {
         "run_started",
+        "worker_registered",
         "training_started",
         "checkpoint_committed",
         "checkpoint_pruned",
@@ -92,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
 class Arguments:
     """Write report.html into a run's folder."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder (path or URI), or its name under --storage."""
     storage: str = RunConfig().storage
     """Folder or URI that holds the runs' folders."""
@@ -296,7 +311,18 @@ def _numbers(run: RunFiles) -> Html:
     rows = summary_rows(run.summary)
     if not rows:
         return Html("")
-    return _section("Key numbers", tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows)))
+    shown = {name for name, _ in rows}
+    explained = [sentence for name, sentence in _EXPLAINED if name in shown]
+    cards = tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows))
+    return _section("Key numbers", cards, tag("p", " ".join(explained), class_="soft") if explained else Html(""))
+
+
+_EXPLAINED = (
+    ("Goodput", "Goodput: the share of all the time that went into steps that count."),
+    ("Data wait", "Data wait: the share of the steps' time in which they waited for images."),
+    ("Recovery", "Recovery: from a failure to the next step."),
+    ("Checkpoint stall", "Checkpoint stall: what checkpoints held up training."),
+)
 
 
 def _times(run: RunFiles) -> Html:
@@ -305,14 +331,26 @@ def _times(run: RunFiles) -> Html:
         return Html("")
     bar = tag(
         "div",
-        *(tag("i", style=f"flex:{share:.6f};background:var(--s{index % 6})", title=cause) for index, (cause, _, share) in enumerate(split)),
+        *(
+            tag("i", style=f"flex:{share:.6f};background:{_colour(cause)}", title=f"{cause}: {duration(seconds)}, {percent(share)}")
+            for cause, seconds, share in split
+        ),
         class_="bar",
     )
     rows = [
-        (_join([tag("i", class_="key", style=f"background:var(--s{index % 6})"), tag("span", cause)]), duration(seconds), percent(share))
-        for index, (cause, seconds, share) in enumerate(split)
+        (
+            tag("span", tag("i", class_="key", style=f"background:{_colour(cause)}"), cause, class_="nobreak"),
+            tag("span", duration(seconds), class_="nobreak"),
+            tag("span", percent(share), class_="nobreak"),
+            tag("span", CAUSES.get(cause, ""), class_="soft"),
+        )
+        for cause, seconds, share in split
     ]
-    return _section("Where the time went", bar, _table(("", "time", "share"), rows, numeric=(1, 2)))
+    return _section("Where the time went", bar, _table(("", "time", "share", ""), rows, numeric=(1, 2)))
+
+
+def _colour(cause: str) -> str:
+    return f"var(--{_CAUSE_COLOURS.get(cause, 's5')})"
 
 
 def _failures(run: RunFiles) -> Html:
@@ -322,13 +360,67 @@ def _failures(run: RunFiles) -> Html:
     if not unusual:
         return _section("Failures", tag("p", "None."))
     begin = _number_or_none(run.events[0].get("time"))
-    rows = []
-    for event in unusual[:SHOWN_FAILURES]:
-        details = "  ".join(f"{key}={_short(value)}" for key, value in event.items() if key not in ("time", "event", "writer"))
-        rows.append((_moment(event.get("time"), begin), str(event.get("event")).replace("_", " "), tag("span", details, class_="wrap")))
-    rest = len(unusual) - SHOWN_FAILURES
+    groups = _grouped(unusual)
+    told = [_event(group, begin) for group in groups[:SHOWN_FAILURES]]
+    rest = sum(len(group) for group in groups[SHOWN_FAILURES:])
     more = tag("p", f"and {rest} more in journal.jsonl") if rest > 0 else Html("")
-    return _section("Failures, restarts and stops", _table(("when", "what", "details"), rows), more)
+    return _section("Failures, restarts and stops", tag("div", *told, class_="events"), more)
+
+
+def _grouped(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The events in order, those in a row that are alike but for time and step together: a full disk fails every checkpoint."""
+    groups: list[list[Mapping[str, Any]]] = []
+    for event in events:
+        if groups and _alike(groups[-1][-1]) == _alike(event):
+            groups[-1].append(event)
+        else:
+            groups.append([event])
+    return groups
+
+
+def _alike(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in ("time", "step")}
+
+
+def _event(group: Sequence[Mapping[str, Any]], begin: float | None) -> Html:
+    event = group[0]
+    what = str(event.get("event")).replace("_", " ")
+    times = "" if len(group) == 1 else f", {len(group)} times"
+    clock, since = _moment(event.get("time"), begin)
+    sentence, is_all = _sentence(event)
+    parts = [tag("p", tag("span", f"{what}{times}", class_="what"), tag("span", f" {sentence}", class_="wrap"))]
+    if len(group) > 1 and "step" in event:
+        parts.append(tag("p", f"steps {number(event['step'])} to {number(group[-1].get('step'))}", class_="soft"))
+    if not is_all:
+        fields = "\n".join(f"{key}={_short(value)}" for key, value in event.items() if key not in ("time", "event", "writer"))
+        parts.append(tag("details", tag("summary", "all of it"), tag("pre", fields)))
+    return tag("div", tag("span", since, class_="when", title=clock), tag("div", *parts))
+
+
+def _sentence(event: Mapping[str, Any]) -> tuple[str, bool]:
+    """What an event says, for people; and whether that is all it holds."""
+    kind = event.get("event")
+    message = str(event.get("message", ""))
+    first = _short(message.strip().partition("\n")[0], 300)
+    is_all = first == message.strip()
+    if kind == "attempt_failed":
+        where = f" on rank {event['rank']}" if event.get("rank") is not None else ""
+        lost = event.get("lost_steps")
+        cost = ""
+        if isinstance(lost, int):
+            reached = f" at step {number(event['last_step'])}" if isinstance(event.get("last_step"), int) else ""
+            cost = f" It came{reached}; {'no step was' if lost == 0 else '1 step was' if lost == 1 else f'{number(lost)} steps were'} lost."
+        dot = "" if first.endswith((".", "!")) else "."
+        return f"Attempt {event.get('attempt', '?')}{where} ({event.get('kind', '?')}): {first}{dot}{cost}", is_all
+    if kind == "resumed":
+        return f"Went on from the checkpoint of step {number(_number_or_none(event.get('step')))}.", True
+    if kind == "attempt_started":
+        workers = event.get("workers", "?")
+        start = number(_number_or_none(event.get("start_step")))
+        return f"Attempt {event.get('attempt', '?')}, {workers} {'worker' if workers == 1 else 'workers'}, from step {start}.", True
+    details = {key: value for key, value in event.items() if key not in ("time", "event", "writer", "message")}
+    words = "  ".join(f"{key}={_short(value)}" for key, value in details.items())
+    return "  ".join(part for part in (first, words) if part), is_all
 
 
 def _is_first_attempt(event: Mapping[str, Any]) -> bool:
@@ -340,12 +432,13 @@ def _short(value: object, limit: int = 600) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def _moment(when: object, begin: float | None) -> str:
+def _moment(when: object, begin: float | None) -> tuple[str, str]:
+    """The clock's time, and the time since `begin`."""
     seconds = _number_or_none(when)
     if seconds is None:
-        return "?"
+        return "", "?"
     clock = datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return clock if begin is None else f"{clock} (+{duration(seconds - begin)})"
+    return clock, clock if begin is None else f"+{duration(max(0.0, seconds - begin))}"
 
 
 def _number_or_none(value: object) -> float | None:
@@ -393,8 +486,8 @@ def _matrix(run: RunFiles) -> Html:
         numeric=(2, 3),
     )
     if count > SHOWN_CLASSES:
-        return _section("Confusion", tag("p", "Most frequent mistakes."), listed, _heat(share))
-    header = tag("tr", tag("th", "is \\ taken for"), *(tag("th", name, class_="up") for name in names))
+        return _section("Confusion", tag("h3", "Most frequent mistakes"), listed, _heat(share))
+    header = tag("tr", tag("th", "is ↓  taken for →", class_="corner"), *(tag("th", name, class_="up") for name in names))
     body = [
         tag(
             "tr",
@@ -413,8 +506,9 @@ def _matrix(run: RunFiles) -> Html:
         for i in range(count)
     ]
     grid = tag("div", tag("table", header, *body, class_="confusion"), class_="scroll")
-    mistakes = _join([tag("p", "Most frequent mistakes."), listed]) if top else tag("p", "No image was classified wrongly.")
-    return _section("Confusion", grid, mistakes)
+    explained = tag("p", "A row for each true class, a column for each answer: right ones are green, wrong ones red.", class_="soft")
+    mistakes = _join([tag("h3", "Most frequent mistakes"), listed]) if top else tag("p", "No image was classified wrongly.")
+    return _section("Confusion", explained, grid, mistakes)
 
 
 def _shade(share: float, *, is_right: bool) -> str:
@@ -471,10 +565,11 @@ def _curves(run: RunFiles) -> Html:
     evaluations = _evaluations(run.events)
     figures: list[Html] = []
 
-    def add(title: str, *lines: tuple[str, Values, Values, str], marks: Sequence[float] = (), x: str = "epoch") -> None:
+    def add(title: str, *lines: tuple[str, Values, Values, str], marks: Sequence[float] = (), x: str = "epoch", log: bool = False) -> None:
         drawn = [line for line in lines if len(line[1]) and np.isfinite(line[2]).any()]
         if drawn:
-            figures.append(tag("figure", tag("figcaption", title), _plot(drawn, marks=marks, x=x, ident=f"f{len(figures)}")))
+            plot = _plot(drawn, marks=marks, x=x, log=log, ident=f"f{len(figures)}")
+            figures.append(tag("figure", tag("figcaption", title), plot))
 
     def column(name: str) -> Values:
         return curves.get(name, np.full(len(epochs), np.nan))
@@ -484,23 +579,22 @@ def _curves(run: RunFiles) -> Html:
         return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
     test_epochs = tested("epoch")
-    add(
-        "Loss",
-        ("training", *_thinned(epochs, column("train_loss")), "-"),
-        ("test", test_epochs, tested("test_loss"), "o-"),
-    )
+    losses = (("training", *_thinned(epochs, column("train_loss")), "-"), ("test", test_epochs, tested("test_loss"), "o-"))
+    log = _spans_magnitudes(np.concatenate([losses[0][2], losses[1][2]]))
+    add("Loss (logarithmic)" if log else "Loss", *losses, log=log)
     add("Test accuracy, %", ("test", test_epochs, 100 * tested("test_accuracy"), "o-"))
     add("Learning rate", ("learning rate", *_thinned(epochs, column("learning_rate")), "-"))
     times = column("time")
     if len(times) and np.isfinite(times).any():
         begin = float(_number_or_none(run.events[0].get("time")) or np.nanmin(times)) if run.events else float(np.nanmin(times))
         failed = [event for event in run.events if event.get("event") in ("worker_failed", "attempt_failed", "resumed")]
-        marks = [(float(event["time"]) - begin) / 60 for event in failed if _number_or_none(event.get("time")) is not None]
+        unit, name = (60.0, "minutes") if np.nanmax(times) - begin > 300 else (1.0, "seconds")
+        marks = [(float(event["time"]) - begin) / unit for event in failed if _number_or_none(event.get("time")) is not None]
         add(
             "Images per second" + (" (dashed: failures and restarts)" if marks else ""),
-            ("images per second", *_thinned((times - begin) / 60, column("images_per_second")), "-"),
+            ("images per second", *_by_attempt((times - begin) / unit, column("images_per_second"), column("attempt")), "-"),
             marks=marks,
-            x="minutes since the start",
+            x=f"{name} since the start",
         )
     return _section("Curves", tag("div", *figures, class_="figures")) if figures else Html("")
 
@@ -523,16 +617,35 @@ def _thinned(x: Values, y: Values, points: int = CURVE_POINTS) -> tuple[Values, 
     return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
-def _plot(lines: Sequence[tuple[str, Values, Values, str]], *, marks: Sequence[float], x: str, ident: str) -> Html:
+def _by_attempt(x: Values, y: Values, attempt: Values) -> tuple[Values, Values]:
+    """Thinned, with a gap between attempts: while nothing was computed there is nothing to draw."""
+    starts = np.flatnonzero(np.diff(attempt) != 0) + 1 if np.isfinite(attempt).all() else np.zeros(0, dtype=np.int64)
+    each = max(2, CURVE_POINTS // (len(starts) + 1))
+    parts = [_thinned(xs, ys, each) for xs, ys in zip(np.split(x, starts), np.split(y, starts), strict=True)]
+    gap = (np.array([np.nan]), np.array([np.nan]))
+    joined = [part for known in parts if len(known[0]) for part in (known, gap)][:-1] or [gap]
+    return np.concatenate([xs for xs, _ in joined]), np.concatenate([ys for _, ys in joined])
+
+
+def _spans_magnitudes(values: Values) -> bool:
+    known = values[np.isfinite(values)]
+    return bool(len(known) and known.min() > 0 and known.max() > LOG_FROM * np.median(known))
+
+
+def _plot(lines: Sequence[tuple[str, Values, Values, str]], *, marks: Sequence[float], x: str, log: bool, ident: str) -> Html:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": ident, "font.size": 9.0, "axes.edgecolor": _INK}):
-        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
+        figure = Figure(figsize=(5.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
         for (label, xs, ys, style), colour in zip(lines, _SERIES, strict=False):
             axes.plot(xs, ys, style, color=colour, label=label, linewidth=1.4, markersize=3.5)
         for mark in marks:
             axes.axvline(mark, color=_SERIES[2], linestyle="--", linewidth=0.8)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # not 10^1 in mathematics' letters
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(x, color=_INK)
-        axes.tick_params(colors=_INK)
+        axes.tick_params(colors=_INK, which="both")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(visible=True, color=_INK, alpha=0.12, linewidth=0.6)
         if len(lines) > 1:
@@ -574,6 +687,8 @@ STYLE = """
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main{max-width:70rem;margin:auto;padding:1rem}
 header p{margin:0;color:var(--soft)}
+.soft{color:var(--soft);font-size:.85rem}
+.nobreak{white-space:nowrap}
 h1{margin:0;font-size:1.6rem;overflow-wrap:anywhere}
 h2{margin:2rem 0 .6rem;font-size:1.15rem;border-bottom:1px solid var(--line)}
 h3{margin:1.2rem 0 .4rem;font-size:1rem}
@@ -585,7 +700,7 @@ dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.
 dl div{padding:.5rem .7rem;background:var(--card);border-radius:6px}
 dt{color:var(--soft);font-size:.8rem}
 dd{margin:0;font-size:1.15rem;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem}
 figure{margin:0}
 figcaption{font-weight:600}
 svg{display:block;width:100%;height:auto}
@@ -595,11 +710,18 @@ svg text{font-family:system-ui,sans-serif!important}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-.n{text-align:right;font-variant-numeric:tabular-nums}
-td .wrap,code.wrap{overflow-wrap:anywhere;white-space:pre-wrap}
+.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.wrap{overflow-wrap:anywhere;white-space:pre-wrap}
+.events>div{display:grid;grid-template-columns:5.5rem minmax(0,1fr);padding:.5rem 0;border-bottom:1px solid var(--line);font-size:.9rem}
+.events p{margin:0}
+.what{font-weight:600}
+.when{color:var(--soft);font-variant-numeric:tabular-nums}
+summary{cursor:pointer;color:var(--soft)}
 .confusion td{min-width:2.4rem;border:1px solid var(--line)}
 .confusion .up{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;max-height:9rem;overflow:hidden}
-pre{overflow-x:auto;padding:.7rem;background:var(--card);border-radius:6px;font-size:.85rem}
+.confusion .corner{vertical-align:bottom;font-weight:400;color:var(--soft);white-space:nowrap}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:.7rem;background:var(--card);border-radius:6px;font-size:.85rem}
+@media(max-width:40rem){th,td{padding:.25rem .35rem}dl{grid-template-columns:repeat(auto-fill,minmax(8rem,1fr))}}
 """.strip()
 
 

@@ -48,7 +48,7 @@ TAKEN_OVER_POLL_SECONDS = 5.0
 
 
 def process_started() -> float:
-    """Unix time at which this process began: imports are part of a run's seconds. From /proc/self/stat, field 22, clock ticks since boot."""
+    """Unix time at which this process began: imports are part of a run's seconds. From /proc/self/stat, field 22, ticks since boot."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
@@ -132,14 +132,24 @@ def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
 
 def resolved(config: RunConfig, *, workers: int, fingerprint: str, recipe: str, image_size: tuple[int, int]) -> RunConfig:
     """`config` with everything decided that was left open: virtual ranks, the run's name, the storage's full address."""
-    train = dataclasses.replace(config.train, virtual_ranks=config.train.virtual_ranks or workers)
-    config = dataclasses.replace(config, train=train, storage=open_storage(config.storage).uri)
+    storage = open_storage(config.storage)
+    virtual_ranks = config.train.virtual_ranks or saved_virtual_ranks(storage, config.run, workers) or workers
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, virtual_ranks=virtual_ranks), storage=storage.uri)
     validate(config, workers=workers, image_size=image_size)
     if not config.run:
         # Named after what it is, so that the same command given again goes on with the same run.
         digest = hashlib.sha256(json.dumps(identity(config, fingerprint), sort_keys=True, default=list).encode()).hexdigest()
         config = dataclasses.replace(config, run=f"{recipe}-{digest[:8]}")
     return config
+
+
+def saved_virtual_ranks(storage: Storage, run: str, workers: int) -> int:
+    """Those that a named run was started with, if `workers` can carry them: it may go on with another number of workers. Else 0."""
+    name = f"{run}/config.toml"
+    if not run or not storage.exists(name):
+        return 0
+    saved = from_toml(storage.read(name).decode(), origin=name).train.virtual_ranks
+    return saved if saved >= workers else 0
 
 
 def check_same_run(config: RunConfig, storage: Storage, fingerprint: str) -> None:
@@ -150,6 +160,8 @@ def check_same_run(config: RunConfig, storage: Storage, fingerprint: str) -> Non
     before = identity(from_toml(storage.read(name).decode(), origin=name), fingerprint)
     now = identity(config, fingerprint)
     changed = [f"{key}: {before[key]!r} then, {now[key]!r} now" for key in now if before.get(key) != now[key]]
+    if changed and before["train.virtual_ranks"] < now["train.virtual_ranks"]:
+        changed.append(f"it can go on with at most {before['train.virtual_ranks']} workers")
     if changed:
         raise ValueError(
             f"run {config.run!r} was started with other settings ({'; '.join(changed)}); "
@@ -326,6 +338,8 @@ class _Drive:
         )
 
     def go(self, start: Commit | None) -> int:
+        if self.committed_step() > (start.step if start else 0):  # by a driver that was still at work when this one took over
+            start = find_start(self.config, self.store, self.journal, self.console, self.dataset.manifest.fingerprint)
         first = 1 + last_attempt(read_journal(self.storage, self.config.run))
         discovery = self.ask("discovery_address")
         file_sd = f", file_sd {self.storage.at(self.config.run)}/{FILE_SD}" if self.storage.is_local else ""
@@ -395,7 +409,7 @@ class _Drive:
                 return None
         failure = fit.failure()
         self.result = self.ask("result", number)
-        if failure is None:
+        if failure is None or self.is_taken_over():
             return None
         # An attempt that handed in its result had nothing left to do; what died after that does not matter.
         return None if self.result is not None else failure

@@ -30,38 +30,57 @@ def _began(session: Sequence[Event]) -> float:
 
 
 def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[str, float]:
-    """Where every second of the drivers' lives went; the values add up to `wall_seconds`.
+    """Where every second of the drivers' lives went; the values are not negative and add up to `wall_seconds`.
 
     `history` are rank 0's totals over the steps that survived. start_up runs to an attempt's first step, recovery from a failure to the
-    next attempt's first step, lost_work from the last commit before a failure to that failure; other is what remains: preparing data,
-    the last checkpoint, the export, shutting down.
+    next attempt's first step, lost_work is training after the commit that a later attempt went back to; other is what remains: preparing
+    data, steps between a snapshot and its commit where a failure followed, the last checkpoint, the export, shutting down.
     """
     start_up = recovery = lost = 0.0
+    training = kept = 0.0  # seconds between attempts' first steps and their ends; those of it that led to the present state
+    marks = {0: 0.0}  # step of a commit -> `kept` at that moment
     for session in sessions(events):
-        began, is_recovering, last_safe = _began(session), False, None
-        for event in session:
-            match event["event"]:
+        began, is_recovering, since = _began(session), False, None
+        for event in [*session, {"event": "session_ended", "time": session[-1]["time"]}]:
+            name, now = event["event"], event["time"]
+            if since is not None:
+                training, kept, since = training + now - since, kept + now - since, now
+            match name:
                 case "training_started":
-                    waited = event["time"] - began
-                    recovery, start_up = (recovery + waited, start_up) if is_recovering else (recovery, start_up + waited)
-                    last_safe = event["time"]
+                    if since is None:
+                        waited = now - began
+                        recovery, start_up = (recovery + waited, start_up) if is_recovering else (recovery, start_up + waited)
+                    since = now
                 case "checkpoint_committed":
-                    last_safe = event["time"]
+                    marks[event["step"]] = kept
+                case "attempt_started":
+                    start = event["start_step"]
+                    marks = {step: mark for step, mark in marks.items() if step <= start}
+                    survived = min(kept, marks[max(marks)])
+                    lost, kept = lost + kept - survived, survived
                 case "attempt_failed":
-                    if last_safe is not None:
-                        lost += event["time"] - last_safe
-                    began, is_recovering, last_safe = event["time"], True, None
+                    began, is_recovering, since = now, True, None
+                case "run_finished" | "run_stopped" | "run_failed":
+                    since = None
     parts = {
-        "steps": history.get("step_seconds", 0.0) - history.get("data_wait_seconds", 0.0),
+        "steps": max(0.0, history.get("step_seconds", 0.0) - history.get("data_wait_seconds", 0.0)),
         "data_wait": history.get("data_wait_seconds", 0.0),
         "checkpoint_stall": history.get("checkpoint_stall_seconds", 0.0),
         "evaluation": history.get("evaluation_seconds", 0.0),
-        "start_up": start_up,
-        "recovery": recovery,
-        "lost_work": lost,
     }
+    counted = sum(parts.values())
+    if counted > training:  # the ranks' clocks and the journal's are not the same
+        parts = {cause: seconds * training / counted for cause, seconds in parts.items()}
+        counted = training
+    # A commit that the journal missed (its driver died in between) makes more look lost than was.
+    parts |= {"start_up": start_up, "recovery": recovery, "lost_work": min(lost, training - counted)}
     parts["other"] = max(0.0, wall_seconds(events) - sum(parts.values()))
     return parts
+
+
+def restarts(events: Sequence[Event]) -> int:
+    """Attempts after the first of a driver's."""
+    return sum(max(0, sum(event["event"] == "attempt_started" for event in session) - 1) for session in sessions(events))
 
 
 def summarise(
@@ -84,7 +103,7 @@ def summarise(
         "epochs": steps / steps_per_epoch,
         "workers": facts.get("workers"),
         "virtual_ranks": config.train.virtual_ranks,
-        "restarts": sum(e["event"] == "attempt_failed" for e in events),
+        "restarts": restarts(events),
         "resized": 0,  # --workers takes one number
         "samples_seen": history.get("samples"),
         "quarantined": facts.get("quarantined", 0),

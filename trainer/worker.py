@@ -195,10 +195,8 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         checkpointer.wait()
         steps_done = max(start_step, history.steps_done)
         if not call("wait_committed", steps_done, timeout=50.0):
-            raise OSError(
-                f"the checkpoint of step {steps_done} could not be committed (journal.jsonl says why); "
-                "make room on the storage, then give the same command again"
-            )
+            why = call("status").checkpoint_problem or "no answer in 50 s"
+            raise OSError(f"the last checkpoint, of step {steps_done}, could not be saved: {why}")
         if rank == 0:
             finish(spec, storage, model, ema, dataset, loader, history, curves, stopped=stopped, steps_done=steps_done, call=call)
     finally:

@@ -112,3 +112,17 @@ class Run:
     def checkpoints(self) -> list[Path]:
         """Committed ones, oldest first."""
         return sorted(p for p in (self.folder / "checkpoints").iterdir() if (p / "COMMIT").exists() and ".corrupt" not in p.name)
+
+
+def processes_of_session(leader: int) -> list[int]:
+    """Living processes of the session that process `leader` began."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                state, _, _, session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(session) == leader and state != "Z":
+                found.append(int(folder.name))
+    return found

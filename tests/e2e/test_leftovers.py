@@ -1,29 +1,59 @@
-"""A run leaves no process and no folder of Ray behind."""
+"""A run leaves no process and no folder of Ray behind, however it ends."""
 
+import os
+import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import Run
+from tests.e2e.running import Run, processes_of_session
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
+COMMON = ["--data.max-bad-fraction", "0.01", "--train.checkpoint-every", "5", "--train.epochs", "200"]
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(200)
-def test_a_local_run_leaves_no_process_and_no_temporary_folder(tmp_path: Path, images: Path) -> None:
-    run = Run("--train.max-steps", "2", "--data.max-bad-fraction", "0.01", storage=tmp_path, name="tidy", data=images)
-    driver = run.process.pid
-    run.wait_for("training_started")
-    assert list(Path(tempfile.gettempdir()).glob(f"finetune-ray-{driver}-*"))
-    assert run.finish() == 0, run.output()
-    assert not list(Path(tempfile.gettempdir()).glob(f"finetune-ray-{driver}-*"))
+def folders_of(driver: int) -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob(f"finetune-ray-{driver}-*"))
+
+
+def assert_nothing_left(run: Run) -> None:
+    assert folders_of(run.process.pid) == []
     # The run was a session of its own: whoever is still in it was left behind.
-    left = [p.name for p in Path("/proc").iterdir() if p.name.isdigit() and _session(p) == driver]
-    assert left == []
+    assert processes_of_session(run.process.pid) == []
 
 
-def _session(process: Path) -> int | None:
-    try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[3])
-    except OSError:
-        return None
+def test_a_local_run_leaves_no_process_and_no_temporary_folder(tmp_path: Path, images: Path) -> None:
+    run = Run(*COMMON, "--train.max-steps", "2", storage=tmp_path, name="tidy", data=images)
+    run.wait_for("training_started")
+    assert folders_of(run.process.pid)
+    assert run.finish() == 0, run.output()
+    assert_nothing_left(run)
+
+
+def test_sigterm_to_the_whole_process_group_saves_a_checkpoint_and_ends(tmp_path: Path, images: Path) -> None:
+    """As `timeout` does it; systemd and container runtimes send SIGTERM to all processes as well."""
+    run = Run(*COMMON, "--workers", "2", storage=tmp_path, name="group", data=images)
+    run.wait_for("checkpoint_committed", step=5)
+    asked = time.monotonic()
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.finish() == 128 + signal.SIGTERM, run.output()
+    assert time.monotonic() - asked < 30
+    stopped = run.wait_for("run_stopped")
+    assert f"stopped: step {stopped['step']:,} of 2,400 is saved" in run.output()
+    assert run.checkpoints()[-1].name.startswith(f"step-{stopped['step']:08d}")
+    assert run.new_events()[-1] == stopped  # no attempt failed, none was begun again
+    assert_nothing_left(run)
+
+
+def test_sigterm_to_the_whole_process_group_while_ray_starts_ends_at_once(tmp_path: Path, images: Path) -> None:
+    run = Run(*COMMON, storage=tmp_path, name="early", data=images)
+    end = time.monotonic() + 60
+    while not folders_of(run.process.pid):
+        assert time.monotonic() < end, run.output()
+        time.sleep(0.02)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.finish(timeout=40) == 128 + signal.SIGTERM, run.output()
+    assert not run.events()
+    assert_nothing_left(run)

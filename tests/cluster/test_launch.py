@@ -1,0 +1,152 @@
+"""Claims about the Ray half of a run that need no Ray: resources, the cause of a failure, what is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from cluster import launch
+from cluster.config import ClusterConfig
+from cluster.launch import Hardware, failure_of, plan_resources
+from dataio.quarantine import TooManyBadSamples
+
+
+def hardware(cpus: int, gpus: int = 0) -> Hardware:
+    return Hardware(local=True, nodes=1, cpus=cpus, gpus=gpus)
+
+
+# What each worker gets
+
+
+@given(st.integers(1, 64), st.integers(1, 128), st.integers(0, 8))
+def test_a_plan_never_asks_for_more_than_the_cluster_has(workers: int, cpus: int, gpus: int) -> None:
+    try:
+        plan = plan_resources(str(workers), ClusterConfig(), hardware(cpus, gpus))
+    except ValueError:
+        assert 0 < gpus < workers  # the only thing that there can be too little of
+        return
+    assert plan.workers == workers
+    assert 0 < plan.cpus_per_worker * plan.workers <= cpus
+    assert plan.gpus_per_worker * plan.workers <= gpus
+    assert plan.threads_per_worker >= 1
+    assert plan.threads_per_worker <= max(1, plan.cpus_per_worker)
+
+
+@given(st.integers(1, 64), st.integers(0, 8), st.integers(-1, 8), st.integers(0, 4))
+def test_auto_is_one_worker_a_gpu_or_a_single_one(cpus: int, gpus: int, per_gpu: int, cpus_per_worker: int) -> None:
+    config = ClusterConfig(gpus_per_worker=per_gpu, cpus_per_worker=cpus_per_worker)
+    try:
+        plan = plan_resources("auto", config, hardware(cpus, gpus))
+    except ValueError:
+        return  # an impossible wish, refused below
+    each = per_gpu if per_gpu >= 0 else min(gpus, 1)
+    assert plan.workers == (gpus // each if each else 1)
+
+
+def test_too_few_gpus_is_an_error_that_names_what_would_fit() -> None:
+    with pytest.raises(ValueError, match=r"--workers 4 with 1 GPU each needs 4 GPUs, the cluster has 2; use --workers 2 or .*per-worker 0"):
+        plan_resources("4", ClusterConfig(), hardware(8, 2))
+
+
+def test_too_few_cpus_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"--cluster.cpus-per-worker 3 needs 12 CPUs, the cluster has 8"):
+        plan_resources("4", ClusterConfig(cpus_per_worker=3), hardware(8))
+
+
+def test_gpus_may_be_left_unused() -> None:
+    plan = plan_resources("4", ClusterConfig(gpus_per_worker=0), hardware(8, 2))
+    assert (plan.workers, plan.gpus_per_worker, plan.cpus_per_worker) == (4, 0, 2.0)
+
+
+# Why an attempt failed: Ray's own exceptions, built as Ray builds them
+
+
+def group_error(failures: dict[int, Exception]) -> WorkerGroupError:
+    return WorkerGroupError(error_message="worker group failed", worker_failures=failures)
+
+
+def raised(error: Exception) -> RayTaskError:
+    """`error` as it comes back from a remote task."""
+    return RayTaskError("train_worker", "Traceback: in train_worker", error).as_instanceof_cause()
+
+
+def test_a_users_exception_comes_back_with_rank_message_and_traceback() -> None:
+    failure = failure_of(group_error({1: raised(ZeroDivisionError("division by zero"))}))
+    assert (failure.kind, failure.rank) == ("user", 1)
+    assert failure.message == "ZeroDivisionError: division by zero"
+    assert "in train_worker" in failure.traceback
+
+
+def test_bad_data_are_told_from_a_users_mistake() -> None:
+    failure = failure_of(group_error({0: raised(TooManyBadSamples("9 of 100 samples are bad"))}))
+    assert (failure.kind, failure.message) == ("data", "TooManyBadSamples: 9 of 100 samples are bad")
+
+
+def test_a_dead_process_is_the_cause_and_the_closed_connection_its_echo() -> None:
+    died = WorkerHealthCheckFailedError("health check failed", failure=ActorDiedError())
+    echo = raised(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242"))
+    failure = failure_of(group_error({0: echo, 1: died}))
+    assert (failure.kind, failure.rank) == ("infrastructure", 1)
+
+
+def test_a_users_exception_is_the_cause_though_others_lost_their_connection() -> None:
+    echo = raised(RuntimeError("Connection reset by peer"))
+    failure = failure_of(group_error({0: echo, 3: raised(KeyError("label"))}))
+    assert (failure.kind, failure.rank, failure.message) == ("user", 3, "KeyError: 'label'")
+
+
+def test_a_failure_of_the_controller_has_no_rank() -> None:
+    failure = failure_of(ControllerError(ActorDiedError()))
+    assert (failure.kind, failure.rank) == ("infrastructure", None)
+
+
+# What is left behind
+
+
+def test_temporary_folders_of_dead_processes_are_removed_and_those_of_living_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as dead:
+        pass
+    ours, theirs = Path(launch._temp_folder()), tmp_path / f"finetune-ray-{dead.pid}-abc"
+    init, others = tmp_path / "finetune-ray-1-abc", tmp_path / "finetune-ray-notes"
+    for folder in (theirs / "session", init, others):
+        folder.mkdir(parents=True)
+    launch._remove_stale_temp_folders()
+    assert sorted(tmp_path.iterdir()) == sorted([ours, init, others])
+
+
+def test_sigterm_is_hidden_from_processes_started_meanwhile_and_heard_by_the_program_itself() -> None:
+    heard: list[int] = []
+    ours = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    wait = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+    try:
+        before = signal.getsignal(signal.SIGTERM)
+        with launch._sigterm_is_ours():
+            hidden = subprocess.Popen(wait, stdout=subprocess.PIPE)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as ray.init does, with a handler of its own
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == []
+        assert heard == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is before
+        open_to_it = subprocess.Popen(wait, stdout=subprocess.PIPE)
+        for process in (hidden, open_to_it):
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.terminate()
+        assert open_to_it.wait(10) == -signal.SIGTERM
+        assert hidden.poll() is None
+        hidden.kill()
+        assert hidden.wait(10) == -signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGTERM, ours)

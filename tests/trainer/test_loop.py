@@ -1,0 +1,549 @@
+"""The step and the loop, on small networks and real batches of the shipped sample: what a step computes, by plain PyTorch or by hand."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cluster.reduce import TreeReducer, block, tree_sum
+from dataio.config import DataConfig
+from dataio.loader import Batch, Loader
+from dataio.order import Order
+from dataio.parquet import open_dataset
+from trainer.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.loop import Stepper, StepStats, evaluating, step_seed, train_steps
+from trainer.model import Preprocess
+from trainer.optim import Ema, build_optimizer, loss_sum, set_learning_rate, set_trainable
+from trainer.state import TrainState, weights_sha256
+from trainer.worker import make_stepper, phases
+
+SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"  # 2,000 images of 28x28 to train with
+CLASSES = 10
+SEED = 7
+CPU = torch.device("cpu")
+PREPROCESS = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), image_size=0, interpolation="bilinear")
+OPTIM = OptimConfig(lr=0.05, momentum=0.9, schedule="constant", head_lr_factor=2.0)
+# (virtual ranks, batch) of which the last step of an epoch is small, and uneven where 2,000 is no multiple: 4 x 2; 1 1 1 1 1 0 0; 1 1 0.
+FOUR, SEVEN, THREE = (4, 332), (7, 133), (3, 333)
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm, dropout, and a head by the name of `head`."""
+
+    def __init__(self, *, norm: bool = True, dropout: float = 0.2, seed: int = 0, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.body = nn.Sequential(
+                nn.Conv2d(3, 6, 3, stride=2),
+                nn.BatchNorm2d(6, momentum=momentum) if norm else nn.Identity(),
+                nn.ReLU(),
+                nn.Conv2d(6, 8, 3, stride=2),
+                nn.BatchNorm2d(8, momentum=momentum) if norm else nn.Identity(),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                nn.AdaptiveAvgPool2d(2),
+                nn.Flatten(),
+            )
+            self.head = nn.Linear(32, CLASSES)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(images))
+        return logits
+
+
+def make_loader(virtual_ranks: int, batch_size: int) -> tuple[Loader, Order]:
+    dataset = open_dataset(SAMPLE)
+    order = Order(seed=SEED, fingerprint=dataset.manifest.fingerprint, count=2000, batch_size=batch_size, virtual_ranks=virtual_ranks)
+    loader = Loader(
+        dataset,
+        DataConfig(cache="host", backend="numpy", pad=2),
+        order=order,
+        virtual_ranks=range(virtual_ranks),
+        device=CPU,
+        seed=SEED,
+        on_bad=lambda bad: pytest.fail(str(bad)),
+    )
+    return loader, order
+
+
+_loaders: dict[tuple[int, int], tuple[Loader, Order]] = {}
+
+
+def order_of(shape: tuple[int, int]) -> Order:
+    return loader_of(shape)[1]
+
+
+def loader_of(shape: tuple[int, int]) -> tuple[Loader, Order]:
+    """Images are decoded once a process and shape."""
+    if shape not in _loaders:
+        _loaders[shape] = make_loader(*shape)
+    return _loaders[shape]
+
+
+def batches_of(shape: tuple[int, int], start: int, stop: int, carried: range | None = None) -> list[tuple[Batch, ...]]:
+    """Real batches of all virtual ranks, or of those that a rank carries."""
+    carried = carried or range(shape[0])
+    with closing(loader_of(shape)[0].train(start, stop)) as steps:
+        return [step[carried.start : carried.stop] for step in steps]
+
+
+def count_of(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.ids) for batch in batches)
+
+
+def make(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, virtual_ranks: int = 1, label_smoothing: float = 0.0, **changes: Any
+) -> Stepper:
+    """A step in one process; through the tree where there are several virtual ranks."""
+    settings: dict[str, Any] = {
+        "ema": None,
+        "clip": None,
+        "precision": "fp32",
+        "reducer": TreeReducer(virtual_ranks, 1, 0) if virtual_ranks > 1 else None,
+        "distributed": False,
+        "world_size": 1,
+        **changes,
+    }
+    return Stepper(
+        model=model,
+        preprocess=PREPROCESS,
+        optimizer=optimizer,
+        loss_sum=lambda logits, labels: loss_sum(logits, labels, label_smoothing=label_smoothing),
+        seed=SEED,
+        compile_model=False,
+        **settings,
+    )
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def loop(
+    stepper: Stepper, steps: Iterator[tuple[Batch, ...]], order: Order, start: int, stop: int, *, ranks_summed: bool = False
+) -> Iterator[StepStats]:
+    return train_steps(
+        stepper,
+        steps,
+        start_step=start,
+        stop_step=stop,
+        steps_per_epoch=order.steps_per_epoch,
+        batch_count=order.batch_count,
+        set_learning_rate=lambda step: 0.05,
+        device=CPU,
+        sum_over_ranks=ranks_summed,
+    )
+
+
+def same_bits(one: nn.Module, other: nn.Module) -> bool:
+    return weights_sha256(one) == weights_sha256(other)
+
+
+# --- what a step computes -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_virtual_rank_is_the_plain_pytorch_loop_bit_for_bit() -> None:
+    shape = (1, 300)  # 7 steps an epoch, the last of 200
+    model, plain = Net(), Net()
+    stepper, optimizer = make(model, sgd(model)), sgd(plain)
+    order = order_of(shape)
+    seen = list(loop(stepper, iter(batches_of(shape, 0, 9)), order, 0, 9))
+    losses = []
+    for step, (batch,) in enumerate(batches_of(shape, 0, 9)):
+        torch.manual_seed(step_seed(SEED, step, 0))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(plain(PREPROCESS(batch.images)), batch.labels)
+        loss.backward()
+        optimizer.step()
+        losses.append((step, loss.item()))
+    assert same_bits(model, plain)
+    assert [pair for stats in seen for pair in stats.losses] == losses
+    assert [stats.samples for stats in seen] == [300] * 6 + [200] + [300] * 2
+    assert [stats.epoch for stats in seen] == [0] * 7 + [1] * 2
+
+
+def by_hand(model: nn.Module, batches: Sequence[Batch], step: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(gradients, BatchNorm statistics, loss): each virtual rank on a copy of its own, summed in the tree's order."""
+    total = count_of(batches)
+    parts: list[list[Tensor]] = []
+    for batch in batches:
+        own = copy.deepcopy(model)
+        share = len(batch.ids) / total
+        loss = torch.zeros(())
+        if share:
+            torch.manual_seed(step_seed(SEED, step, batch.virtual_rank))
+            loss = F.cross_entropy(own(PREPROCESS(batch.images)), batch.labels, reduction="sum") / total
+        gradients = torch.autograd.grad(loss, list(own.parameters())) if share else [torch.zeros_like(p) for p in own.parameters()]
+        statistics = [buffer * share for buffer in own.buffers() if buffer.is_floating_point()]
+        parts.append([*gradients, *statistics, loss.detach()])
+    sums = [tree_sum([part[index] for part in parts], lambda a, b: a + b) for index in range(len(parts[0]))]
+    wanted = len(list(model.parameters()))
+    return sums[:wanted], sums[wanted:-1], sums[-1]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["moving-average", "cumulative-average"])
+@pytest.mark.parametrize("shape", [FOUR, SEVEN], ids=str)
+def test_gradients_and_statistics_are_the_tree_sum_over_virtual_ranks(shape: tuple[int, int], momentum: float | None) -> None:
+    model = Net(momentum=momentum)
+    stepper = make(model, sgd(model), virtual_ranks=shape[0])
+    for step, batches in enumerate(batches_of(shape, 0, 3)):
+        gradients, statistics, loss = by_hand(model, batches, step)
+        assert stepper.step(batches, global_count=count_of(batches), step=step).item() == loss.item()
+        for parameter, wanted in zip(model.parameters(), gradients, strict=True):
+            assert parameter.grad is not None
+            assert parameter.grad.stride() == parameter.stride()
+            assert torch.equal(parameter.grad, wanted)
+        floating = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        assert all(torch.equal(buffer, wanted) for buffer, wanted in zip(floating, statistics, strict=True))
+        counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+        assert [int(counter) for counter in counters] == [step + 1, step + 1]  # steps, not forwards
+
+
+@pytest.mark.parametrize("shape", [FOUR, SEVEN, THREE], ids=str)
+def test_the_last_uneven_batch_weighs_every_sample_the_same(shape: tuple[int, int]) -> None:
+    order = order_of(shape)
+    last = order.steps_per_epoch - 1
+    (batches,) = batches_of(shape, last, last + 1)
+    sizes = [len(batch.ids) for batch in batches]
+    assert sizes == {4: [2, 2, 2, 2], 7: [1, 1, 1, 1, 1, 0, 0], 3: [1, 1, 0]}[shape[0]]
+    model = Net(norm=False, dropout=0.0)
+    reference = copy.deepcopy(model)
+    loss = make(model, sgd(model), virtual_ranks=shape[0]).step(batches, global_count=order.batch_count(last), step=last)
+    images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+    wanted = F.cross_entropy(reference(PREPROCESS(images)), labels)
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 2])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_quarantined_sample_has_no_weight(virtual_ranks: int, label_smoothing: float) -> None:
+    (batches,) = batches_of((virtual_ranks, 40), 0, 1)
+    bad = torch.arange(len(batches[0].ids)) % 3 == 0
+    images, labels = batches[0].images.clone(), batches[0].labels.clone()
+    images[bad], labels[bad] = 0, -1
+    spoilt = [replace(batches[0], images=images, labels=labels), *batches[1:]]
+    without = [replace(batches[0], images=images[~bad], labels=labels[~bad], ids=batches[0].ids[~bad.numpy()]), *batches[1:]]
+    gradients = []
+    for given_batches in (spoilt, without):
+        model = Net(norm=False, dropout=0.0)
+        stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, label_smoothing=label_smoothing)
+        loss = stepper.step(given_batches, global_count=40, step=0)
+        gradients.append([loss, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 3])
+def test_a_single_image_left_over_is_no_error_where_maps_have_one_pixel(virtual_ranks: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 28), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, CLASSES))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.zeros(1, 3, 28, 28))
+    (batches,) = batches_of((virtual_ranks, 30), 0, 1)
+    single = [
+        replace(b, images=b.images[:n], labels=b.labels[:n], ids=b.ids[:n]) for b, n in zip(batches, [1, 1, 0][:virtual_ranks], strict=True)
+    ]
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    before, weight = norm.running_mean.clone(), model[0].weight.detach().clone()
+    make(model, sgd(model), virtual_ranks=virtual_ranks).step(single, global_count=count_of(single), step=0)
+    assert norm.training
+    torch.testing.assert_close(norm.running_mean, before)
+    assert not torch.equal(model[0].weight, weight)
+
+
+def test_step_seeds_differ_between_steps_virtual_ranks_and_runs() -> None:
+    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(8)}
+    assert len(seeds) == 3 * 50 * 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_evaluating_puts_each_module_back_into_the_mode_it_was_in() -> None:
+    model = Net()
+    model.body[1].eval()
+    modes = [module.training for module in model.modules()]
+    with contextlib.suppress(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == modes
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=8, deadline=None)
+@given(cut=st.integers(0, 8), name=st.sampled_from(["sgd", "adamw"]), ema=st.booleans(), virtual_ranks=st.sampled_from([1, 4]))
+def test_going_on_from_a_snapshot_at_any_step_ends_in_the_same_bits(cut: int, name: str, ema: bool, virtual_ranks: int) -> None:
+    shape, stop = (virtual_ranks, 332), 8  # step 6 is an epoch's last, with 8 images
+
+    def fresh(seed: int) -> tuple[nn.Module, TrainState, Stepper, Ema | None]:
+        model = Net(seed=seed)
+        optimizer = build_optimizer(model, replace(OPTIM, name=name, lr=0.01), "head")
+        average = Ema(model, 0.9) if ema else None
+        return model, TrainState(model, optimizer, average), make(model, optimizer, virtual_ranks=virtual_ranks, ema=average), average
+
+    order = order_of(shape)
+    model, state, stepper, average = fresh(0)
+    for _ in loop(stepper, iter(batches_of(shape, 0, cut)), order, 0, cut):
+        pass
+    snapshot = state.snapshot()
+    for _ in loop(stepper, iter(batches_of(shape, cut, stop)), order, cut, stop):
+        pass  # goes on over the snapshot
+
+    again, again_state, again_stepper, again_average = fresh(1)
+    assert not same_bits(model, again)
+    files = snapshot.files()
+    again_state.load(lambda file: b"".join(files[file]))
+    for _ in loop(again_stepper, iter(batches_of(shape, cut, stop)), order, cut, stop):
+        pass
+    assert same_bits(model, again)
+    if average is not None and again_average is not None:
+        assert weights_sha256(average.weights()) == weights_sha256(again_average.weights())
+
+
+# --- freezing -------------------------------------------------------------------------------------------------------------------------
+
+
+def backbone(model: nn.Module) -> str:
+    return weights_sha256({name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")})
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 4])
+@pytest.mark.parametrize("freeze", ["backbone", "lp-ft"])
+def test_a_frozen_backbone_keeps_its_bits_and_statistics_until_it_thaws(freeze: Any, virtual_ranks: int) -> None:
+    shape = (virtual_ranks, 1000)  # 2 steps an epoch
+    config = RunConfig(
+        model=ModelConfig(freeze=freeze, lp_epochs=2),
+        optim=OPTIM,
+        train=TrainConfig(seed=SEED, precision="fp32", virtual_ranks=virtual_ranks),
+    )
+    order = order_of(shape)
+    model = Net()
+    optimizer, ema = build_optimizer(model, OPTIM, "head"), Ema(model, 0.9)
+    start, head = backbone(model), model.head.weight.detach().clone()
+    cut = list(phases(config, 0, 6, order.steps_per_epoch))
+    assert cut == ([(0, 4), (4, 6)] if freeze == "lp-ft" else [(0, 6)])
+    for first, last in cut:
+        frozen = set_trainable(model, freeze, first // order.steps_per_epoch, lp_epochs=2, head_name="head")
+        assert frozen == (first == 0)
+        stepper = make_stepper(config, model, PREPROCESS, optimizer, ema, world_size=1, rank=0, device=CPU)
+        for stats in loop(stepper, iter(batches_of(shape, first, last)), order, first, last):
+            if stats.steps_done == 2:  # an evaluation in between
+                with evaluating(model), torch.inference_mode():
+                    model(torch.zeros(2, 3, 28, 28))
+            if frozen:
+                assert backbone(model) == start
+                assert backbone_of_average(ema) == start
+    assert not torch.equal(model.head.weight, head)
+    assert (backbone(model) == start) == (freeze == "backbone")
+    counters = [int(buffer) for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counters == ([2, 2] if freeze == "lp-ft" else [0, 0])
+
+
+def backbone_of_average(ema: Ema) -> str:
+    return weights_sha256({name: tensor for name, tensor in ema.weights().items() if not name.startswith("head.")})
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_phases_cut_what_is_left_where_the_backbone_thaws(start: int) -> None:
+    config = RunConfig(model=ModelConfig(freeze="lp-ft", lp_epochs=2))
+    steps = [step for first, last in phases(config, start, 6, 2) for step in range(first, last)]
+    assert steps == list(range(start, 6))
+    assert all(last <= 4 or first >= 4 for first, last in phases(config, start, 6, 2))
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(start=st.integers(0, 4), steps=st.integers(0, 5))
+def test_each_step_yields_once_and_its_loss_arrives_once_in_order(start: int, steps: int) -> None:
+    shape = (1, 1000)
+    model = Net()
+    order = Order(seed=SEED, fingerprint="", count=2000, batch_size=1000, virtual_ranks=1)
+    stop = start + steps
+    seen = list(loop(make(model, sgd(model)), iter(batches_of(shape, start, stop)), order, start, stop))
+    assert [stats.steps_done for stats in seen] == list(range(start + 1, stop + 1))
+    assert [step for stats in seen for step, _ in stats.losses] == list(range(start, stop))
+
+
+def test_step_and_wait_seconds_are_what_the_clock_says() -> None:
+    ticks = iter(range(1000))
+    model = Net()
+    order = Order(seed=SEED, fingerprint="", count=2000, batch_size=1000, virtual_ranks=1)
+
+    def slow() -> Iterator[tuple[Batch, ...]]:
+        for batches in batches_of((1, 1000), 0, 2):
+            for _ in range(4):
+                next(ticks)
+            yield batches
+
+    stats = list(
+        train_steps(
+            make(model, sgd(model)),
+            slow(),
+            start_step=0,
+            stop_step=2,
+            steps_per_epoch=2,
+            batch_count=order.batch_count,
+            set_learning_rate=lambda step: 0.5 * step,
+            device=CPU,
+            sum_over_ranks=False,
+            clock=lambda: float(next(ticks)),
+        )
+    )
+    assert [(s.data_wait_seconds, s.step_seconds, s.learning_rate) for s in stats] == [(5.0, 6.0, 0.0), (5.0, 6.0, 0.5)]
+
+
+# --- several real processes -----------------------------------------------------------------------------------------------------------
+
+TREE_CASES = [(world, precision) for precision in ("fp32", "bf16") for world in (1, 2, 3)]
+TREE_STEPS = (3, 9)  # over the end of an epoch of 7 steps
+
+
+def tree_run(world: int, rank: int, group: Any, precision: str) -> str:
+    """Weights and average after training as rank `rank` of `world`."""
+    model = Net()
+    optimizer = build_optimizer(model, OPTIM, "head")
+    ema = Ema(model, 0.9)
+    reducer = TreeReducer(FOUR[0], world, rank, group)
+    stepper = make(model, optimizer, ema=ema, precision=precision, reducer=reducer, distributed=world > 1, world_size=world)
+    batches = iter(batches_of(FOUR, *TREE_STEPS, carried=block(FOUR[0], world, rank)))
+    losses = [pair for stats in loop(stepper, batches, order_of(FOUR), *TREE_STEPS) for pair in stats.losses]
+    return f"{weights_sha256(model)} {weights_sha256(ema.weights())} {losses}"
+
+
+DDP_STOP = 9  # THREE has 7 steps an epoch; rank 1 of 2 carries virtual rank 2, which is empty in the last
+
+
+def ddp_run(rank: int, freeze: Any = "none") -> tuple[dict[str, Tensor], list[tuple[int, float]], list[int]]:
+    order = order_of(THREE)
+    config = RunConfig(
+        model=ModelConfig(freeze=freeze, lp_epochs=1),
+        optim=OPTIM,
+        train=TrainConfig(seed=SEED, precision="fp32", virtual_ranks=3, reduction="ddp"),
+    )
+    model = Net(seed=rank)  # DDP gives every rank the weights of rank 0
+    optimizer = build_optimizer(model, OPTIM, "head")
+    set_learning_rate(optimizer, OPTIM, 0, 1)
+    losses: list[tuple[int, float]] = []
+    sizes: list[int] = []
+    for first, last in phases(config, 0, DDP_STOP, order.steps_per_epoch):
+        set_trainable(model, freeze, first // order.steps_per_epoch, lp_epochs=1, head_name="head")
+        stepper = make_stepper(config, model, PREPROCESS, optimizer, None, world_size=2, rank=rank, device=CPU)
+        batches = batches_of(THREE, first, last, carried=block(3, 2, rank))
+        sizes += [count_of(step) for step in batches]
+        for stats in loop(stepper, iter(batches), order, first, last, ranks_summed=True):
+            losses += stats.losses
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, losses, sizes
+
+
+def rank_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/three", rank=rank, world_size=3)
+    groups = {world: dist.new_group(list(range(world))) for world in (1, 2, 3)}
+    results: dict[str, Any] = {}
+    for world, precision in TREE_CASES:
+        if rank < world:
+            results[f"tree {world} {precision}"] = tree_run(world, rank, groups[world], precision)
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank < 2:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/two", rank=rank, world_size=2)
+        results |= {"ddp": ddp_run(rank), "ddp again": ddp_run(rank), "ddp lp-ft": ddp_run(rank, "lp-ft")}
+        dist.barrier()
+        dist.destroy_process_group()
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What three real processes computed, in every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        mp.spawn(rank_main, (str(folder),), nprocs=3)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(3)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_tree_gives_the_same_weights_average_and_losses_for_any_number_of_workers(ranks: list[dict[str, Any]], precision: str) -> None:
+    alone = ranks[0][f"tree 1 {precision}"]
+    for world in (2, 3):
+        assert [ranks[rank][f"tree {world} {precision}"] for rank in range(world)] == [alone] * world
+
+
+def test_precision_shows_in_the_weights(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["tree 1 fp32"] != ranks[0]["tree 1 bf16"]
+
+
+def ddp_reference(rank_blocks: Sequence[range], freeze: str = "none") -> tuple[nn.Module, list[float]]:
+    """Gradients of the ranks' shares, each on a copy with its own BatchNorm batch, added up; one optimiser step."""
+    model = Net()
+    optimizer = build_optimizer(model, OPTIM, "head")
+    set_learning_rate(optimizer, OPTIM, 0, 1)
+    losses = []
+    for step, batches in enumerate(batches_of(THREE, 0, DDP_STOP)):
+        frozen = set_trainable(model, "lp-ft" if freeze == "lp-ft" else "none", step // 7, lp_epochs=1, head_name="head")
+        total, trained = count_of(batches), [p for p in model.parameters() if p.requires_grad]
+        sums, loss_total = [torch.zeros_like(p) for p in trained], 0.0
+        for blocks in rank_blocks:
+            own = [batches[v] for v in blocks if len(batches[v].ids)]
+            if not own:
+                continue
+            torch.manual_seed(step_seed(SEED, step, blocks.start))
+            images, labels = torch.cat([b.images for b in own]), torch.cat([b.labels for b in own])
+            replica = copy.deepcopy(model)
+            loss = F.cross_entropy(replica(PREPROCESS(images)), labels, reduction="sum") / total
+            for into, gradient in zip(sums, torch.autograd.grad(loss, [p for p in replica.parameters() if p.requires_grad]), strict=True):
+                into += gradient
+            loss_total += loss.item()
+            if blocks.start == 0:  # rank 0's statistics are the run's
+                for mine, theirs in zip(model.buffers(), replica.buffers(), strict=True):
+                    mine.copy_(theirs)
+        assert frozen == (freeze == "lp-ft" and step < 7)
+        for parameter, gradient in zip(trained, sums, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        losses.append(loss_total)
+    return model, losses
+
+
+@pytest.mark.parametrize(("case", "freeze"), [("ddp", "none"), ("ddp lp-ft", "lp-ft")])
+def test_ddp_is_the_sum_of_the_ranks_gradients_also_where_a_rank_has_no_sample(ranks: list[dict[str, Any]], case: str, freeze: str) -> None:
+    reference, losses = ddp_reference([range(2), range(2, 3)], freeze)
+    assert ranks[0][case][2] == [222] * 6 + [2] + [222] * 2
+    assert ranks[1][case][2] == [111] * 6 + [0] + [111] * 2
+    for rank in (0, 1):
+        state, seen, _ = ranks[rank][case]
+        for name, parameter in reference.named_parameters():
+            torch.testing.assert_close(state[name], parameter.detach(), rtol=1e-3, atol=2e-5)
+            assert torch.equal(state[name], ranks[0][case][0][name])
+        assert [step for step, _ in seen] == list(range(DDP_STOP))
+        assert [loss for _, loss in seen] == pytest.approx(losses, rel=1e-4)
+    for name, buffer in reference.named_buffers():
+        torch.testing.assert_close(ranks[0][case][0][name], buffer, rtol=1e-3, atol=2e-5)
+
+
+def test_ddp_gives_the_same_bits_again_for_the_same_number_of_workers(ranks: list[dict[str, Any]]) -> None:
+    for rank in (0, 1):
+        (first, first_losses, _), (second, second_losses, _) = ranks[rank]["ddp"], ranks[rank]["ddp again"]
+        assert weights_sha256(first) == weights_sha256(second)
+        assert first_losses == second_losses

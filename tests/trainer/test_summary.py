@@ -1,0 +1,258 @@
+"""Where a run's seconds went, from any journal: nothing twice, nothing missing."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from trainer.config import RunConfig, TrainConfig
+from trainer.summary import accounting, restarts, sessions, summarise, wall_seconds
+
+HISTORY = ("step_seconds", "data_wait_seconds", "checkpoint_stall_seconds", "evaluation_seconds")
+
+
+class Story:
+    """A run told by its parts: writes the journal and keeps the true account. A unit of time is a second."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.now = 1000.0
+        self.truth = {"start_up": 0.0, "recovery": 0.0, "training": 0.0, "lost_work": 0.0}
+        self.kept = 0.0  # seconds of training that led to the present state
+        self.step = 0
+        self.saved = {0: 0.0}
+        self.attempt = 0
+        self.waiting_for = "start_up"
+        self.waited = 0.0
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    def event(self, name: str, **fields: Any) -> None:
+        self.events.append({"time": self.now, "event": name, **fields})
+
+    def driver_starts(self, *, off: float, imports: float) -> None:
+        self.passes(off)
+        started = self.now
+        self.passes(imports)
+        self.event("run_started", process_started=started)
+        self.waiting_for, self.waited = "start_up", imports
+
+    def attempt_starts(self, *, seconds: float, back_to: int) -> None:
+        self.attempt += 1
+        self.truth["lost_work"] += self.kept - self.saved[back_to]
+        self.step, self.kept = back_to, self.saved[back_to]
+        self.saved = {step: kept for step, kept in self.saved.items() if step <= back_to}
+        self.passes(seconds / 2)
+        self.event("attempt_started", attempt=self.attempt, workers=1, start_step=back_to)
+        self.passes(seconds / 2)
+        self.event("training_started", attempt=self.attempt, step=back_to)
+        self.truth[self.waiting_for] += self.waited + seconds
+
+    def trains(self, seconds: float, *, commits: bool) -> None:
+        self.passes(seconds)
+        self.step += 1
+        self.kept += seconds
+        self.truth["training"] += seconds
+        if commits:
+            self.saved[self.step] = self.kept
+            self.event("checkpoint_committed", step=self.step)
+        else:
+            self.event("evaluation", step=self.step)
+
+    def fails(self, *, backoff: float, drained: bool) -> None:
+        self.event("attempt_failed", attempt=self.attempt)
+        if drained:  # all ranks had staged it
+            self.passes(backoff / 2)
+            self.saved[self.step] = self.kept
+            self.event("checkpoint_committed", step=self.step)
+            self.passes(backoff / 2)
+        else:
+            self.passes(backoff)
+        self.waiting_for, self.waited = "recovery", backoff
+
+    def ends(self, seconds: float) -> None:
+        self.event("run_finished")
+        self.passes(seconds)
+        self.event("report_written")
+
+
+seconds = st.integers(0, 40).map(lambda quarters: quarters / 4)  # exact in binary: sums are equal, not nearly equal
+
+
+@st.composite
+def stories(draw: st.DrawFn) -> Story:
+    story = Story()
+    drivers = draw(st.integers(1, 3))
+    for driver in range(drivers):
+        story.driver_starts(off=draw(seconds), imports=draw(seconds))
+        attempts = draw(st.integers(1, 3))
+        for attempt in range(attempts):
+            newest = max(story.saved)
+            damaged = draw(st.booleans())
+            back_to = draw(st.sampled_from(sorted(story.saved))) if damaged and story.attempt else newest
+            story.attempt_starts(seconds=draw(seconds), back_to=back_to)
+            for _ in range(draw(st.integers(0, 4))):
+                story.trains(draw(seconds), commits=draw(st.booleans()))
+            if attempt + 1 < attempts:
+                story.fails(backoff=draw(seconds), drained=draw(st.booleans()))
+        if driver + 1 == drivers:
+            story.ends(draw(seconds))
+        # An earlier driver was killed: no event says so.
+    return story
+
+
+@given(stories(), st.lists(st.integers(0, 4), min_size=4, max_size=4))
+def test_every_second_of_any_run_is_counted_once(story: Story, shares: list[int]) -> None:
+    whole = max(1, shares[0] + shares[2] + shares[3])
+    history = dict(zip(HISTORY, (share * story.kept / whole for share in shares), strict=True))
+    history["data_wait_seconds"] = min(history["data_wait_seconds"], history["step_seconds"])
+    parts = accounting(story.events, history)
+    assert all(value >= 0 for value in parts.values()), parts
+    assert sum(parts.values()) == pytest.approx(wall_seconds(story.events), abs=1e-9)
+    for cause in ("start_up", "recovery", "lost_work"):
+        assert parts[cause] == pytest.approx(story.truth[cause], abs=1e-9), cause
+    assert parts["steps"] + parts["data_wait"] == pytest.approx(history["step_seconds"], abs=1e-9)
+    assert parts["checkpoint_stall"] == pytest.approx(history["checkpoint_stall_seconds"], abs=1e-9)
+    assert parts["evaluation"] == pytest.approx(history["evaluation_seconds"], abs=1e-9)
+
+
+NAMES = (
+    "run_started",
+    "attempt_started",
+    "training_started",
+    "checkpoint_committed",
+    "attempt_failed",
+    "run_stopped",
+    "run_failed",
+    "other",
+)
+junk = st.lists(
+    st.builds(
+        lambda name, gap, step: {"event": name, "gap": gap, "step": step, "start_step": step, "attempt": 1},
+        st.sampled_from(NAMES),
+        st.floats(0, 100),
+        st.integers(0, 5),
+    ),
+    max_size=25,
+)
+
+
+@given(junk, st.lists(st.floats(0, 1000), min_size=4, max_size=4))
+@example([{"event": "run_started", "gap": 0.0, "step": 0, "start_step": 0, "attempt": 1}], [5.0, 1.0, 0.0, 0.0])
+def test_a_journal_and_a_history_that_contradict_each_other_still_add_up(events: list[dict[str, Any]], seconds_of: list[float]) -> None:
+    now = 0.0
+    for event in events:
+        now += event.pop("gap")
+        event["time"] = now
+    history = dict(zip(HISTORY, seconds_of, strict=True)) | {"samples": 10}
+    parts = accounting(events, history)
+    wall = wall_seconds(events)
+    assert all(value >= 0 for value in parts.values()), parts
+    assert sum(parts.values()) == pytest.approx(wall, abs=1e-6)
+    summary = summarise(config=RunConfig(), status="finished", events=events, result={"history": history}, facts={})
+    assert summary["goodput"] is None or 0 <= summary["goodput"] <= 1
+
+
+def at(time: float, event: str, **fields: Any) -> dict[str, Any]:
+    return {"time": time, "event": event, **fields}
+
+
+KILLED_ONCE = [
+    at(100, "run_started", process_started=95.0),
+    at(104, "attempt_started", attempt=1, start_step=0),
+    at(110, "training_started"),
+    at(130, "checkpoint_committed", step=20),
+    at(137, "attempt_failed", kind="infrastructure"),
+    at(139, "attempt_started", attempt=2, start_step=20),
+    at(141, "training_started"),
+    at(151, "checkpoint_committed", step=30),
+    at(152, "run_finished"),
+    at(153, "report_written"),
+]
+HISTORY_KILLED_ONCE = {
+    "step_seconds": 25.0,
+    "data_wait_seconds": 2.0,
+    "checkpoint_stall_seconds": 1.0,
+    "evaluation_seconds": 3.0,
+    "samples": 600,
+    "train_loss": 0.5,
+}
+
+
+def test_a_killed_worker_costs_recovery_and_lost_work() -> None:
+    assert accounting(KILLED_ONCE, HISTORY_KILLED_ONCE) == {
+        "steps": 23.0,
+        "data_wait": 2.0,
+        "checkpoint_stall": 1.0,
+        "evaluation": 3.0,
+        "start_up": 15.0,
+        "recovery": 4.0,
+        "lost_work": 7.0,
+        "other": 58.0 - 23 - 2 - 1 - 3 - 15 - 4 - 7,
+    }
+
+
+def test_a_damaged_checkpoint_makes_more_work_lost() -> None:
+    events = [event if event.get("attempt") != 2 else {**event, "start_step": 0} for event in KILLED_ONCE]
+    assert accounting(events, {})["lost_work"] == 27.0  # from the first step on
+
+
+def test_the_night_between_two_drivers_is_nobodys_time_but_what_the_first_did_not_save_is_lost() -> None:
+    night = 30_000.0
+    second = [
+        at(night, "run_started", process_started=night - 4),
+        at(night + 2, "attempt_started", attempt=2, start_step=20),
+        at(night + 6, "training_started"),
+        at(night + 16, "run_finished"),
+    ]
+    events = [*KILLED_ONCE[:4], at(135, "evaluation"), *second]  # killed with its node: nothing says that it ended
+    assert [len(session) for session in sessions(events)] == [5, 4]
+    assert wall_seconds(events) == (135 - 95) + 20
+    parts = accounting(events, {})
+    assert (parts["start_up"], parts["recovery"], parts["lost_work"]) == (15.0 + 10.0, 0.0, 5.0)
+    assert restarts(events) == 0
+    assert restarts(KILLED_ONCE) == 1
+
+
+def test_a_failure_that_was_not_retried_is_no_restart() -> None:
+    events = [*KILLED_ONCE[:5], at(138, "run_failed", kind="user")]
+    assert restarts(events) == 0
+
+
+def summary_of(**changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "config": RunConfig(run="r", train=TrainConfig(virtual_ranks=4)),
+        "status": "finished",
+        "events": KILLED_ONCE,
+        "result": {"history": HISTORY_KILLED_ONCE, "steps_done": 30, "evaluation": {"test_accuracy": 0.75}, "weights_sha256": "ab"},
+        "facts": {"workers": 2, "steps_per_epoch": 12, "dataset_fingerprint": "cd", "quarantined": 3},
+        **changes,
+    }
+    return summarise(**arguments)
+
+
+def test_the_summary_has_the_keys_that_other_tools_rely_on() -> None:
+    summary = summary_of()
+    relied_on = (
+        "run status steps epochs workers virtual_ranks restarts resized samples_seen quarantined train_loss test_accuracy images_per_second "
+        "goodput data_wait_ratio checkpoint_stall_seconds recovery_seconds weights_sha256 dataset_fingerprint seconds"
+    ).split()
+    values = ["r", "finished", 30, 2.5, 2, 4, 1, 0, 600, 3, 0.5, 0.75, 24.0, 23 / 58, 0.08, 1.0, 4.0, "ab", "cd", 58.0]
+    assert [summary[key] for key in relied_on] == values
+    assert sum(summary["accounting"].values()) == summary["seconds"]
+    json.dumps(summary, allow_nan=False)
+
+
+def test_without_a_result_the_summary_knows_what_the_journal_knows() -> None:
+    summary = summary_of(result=None, status="failed", events=KILLED_ONCE[:5])
+    assert (summary["steps"], summary["epochs"], summary["checkpoints"]) == (20, 20 / 12, 1)
+    assert (summary["goodput"], summary["accounting"], summary["test_accuracy"]) == (None, None, None)
+    assert summary["seconds"] == 42.0
+
+
+def test_an_empty_journal_has_no_seconds() -> None:
+    assert wall_seconds([]) == 0.0
+    assert set(accounting([], {}).values()) == {0.0}
