@@ -121,6 +121,7 @@ def _join(address: str, *, in_job: bool, project: Path, **common: Any) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); start one with `ray start --head`, "
+            "if it is up and wants a token, export RAY_AUTH_MODE=token (docs/cluster.md, Token); "
             "or leave out --cluster.address and RAY_ADDRESS to run on this machine alone"
         ) from error
 

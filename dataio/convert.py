@@ -33,11 +33,15 @@ from dataio.sniff import Header
 from dataio.sources import Balanced, Sample, Source, open_source
 
 SHARD_BYTES = 64 << 20
+SMALL_SOURCE = 5_000  # samples; such a source is looked at to its end, so that the error about bad ones can count them all
 _STATE_NAME = "conversion.json"
 
 
 class DiskFull(OSError):
     """No space is left for the shards; what is complete is kept."""
+
+    def __str__(self) -> str:
+        return self.strerror or ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +57,13 @@ class Progress:
     """Bad samples of all splits so far."""
     resumed: int
     """Of `done`, those taken over from an earlier attempt."""
+
+    def describe(self) -> str:
+        """`train: 512 of 2000 images, 3 bad`."""
+        of = "" if self.total is None else f" of {self.total}"
+        resumed = f", {self.resumed} of them before" if self.resumed else ""
+        bad = f", {self.bad} bad" if self.bad else ""
+        return f"{self.split}: {self.done}{of} images{resumed}{bad}"
 
 
 def convert(
@@ -78,8 +89,15 @@ def convert(
     dest = dest.parent.resolve() / dest.name
     if not dest.name:
         raise ValueError(f"DEST {dest} is no folder that can be made; name one")
-    dest.parent.mkdir(parents=True, exist_ok=True)
     staging = dest.with_name(dest.name + ".partial")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{staging} cannot be made ({error.strerror}); name a folder that can be written: --data.root (of `dataio.convert`: DEST)"
+        ) from error
     with _locked(staging):
         if dest.exists() and not force:
             if not any(staging.iterdir()):
@@ -96,14 +114,14 @@ def convert(
             manifest = _Conversion(source, staging, identity, max_bad_fraction, max_image_pixels, on_progress, shard_bytes, threads).run()
             _publish(staging, dest)
         except BaseException as error:
+            free = shutil.disk_usage(staging.parent).free
             if not any(staging.glob("*.part.json")):  # nothing to go on from
                 shutil.rmtree(staging, ignore_errors=True)
             if isinstance(error, OSError) and (error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)):
-                free = shutil.disk_usage(staging.parent).free
                 raise DiskFull(
                     error.errno or errno.ENOSPC,
-                    f"no space is left for {staging} ({free} bytes free); complete shards are kept: make room, "
-                    f"then run the same command again",
+                    f"no space is left for {staging} ({free / 1e6:.1f} MB free); complete shards are kept: make room, "
+                    f"then run the same command again; or name a folder elsewhere: --data.root (of `dataio.convert`: DEST)",
                 ) from error
             raise
     return manifest
@@ -211,7 +229,7 @@ class _Conversion:
         parts = self._resume()
         counts = [self._source.count(split) for split in SPLITS]
         total = None if None in counts else sum(count or 0 for count in counts)
-        self._quarantine = Quarantine(self._max_bad_fraction, total)
+        self._quarantine = Quarantine(self._max_bad_fraction, None if total is None or total <= SMALL_SOURCE else total)
         self._quarantine.restore(record for part in parts for record in part.bad)
         try:
             for split in SPLITS:
@@ -450,7 +468,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m dataio.convert`; the exit status."""
+    """`python -m dataio.convert`; the exit status: 0 done, 1 failed (a full disk), 2 a wrong setting or source, 130 interrupted."""
     defaults = DataConfig()
     parser = argparse.ArgumentParser(
         prog="python -m dataio.convert",
@@ -507,7 +525,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on after the last complete shard", file=sys.stderr)
         return 130
@@ -557,10 +575,7 @@ def _plain_lines(every_seconds: float = 5.0) -> Callable[[Progress], None]:
         if not finished and time.monotonic() - shown < every_seconds:
             return
         shown = time.monotonic()
-        of = "" if progress.total is None else f" of {progress.total}"
-        resumed = f", {progress.resumed} of them before" if progress.resumed else ""
-        bad = f", {progress.bad} bad" if progress.bad else ""
-        print(f"{progress.split}: {progress.done}{of} images{resumed}{bad}", file=sys.stderr, flush=True)
+        print(progress.describe(), file=sys.stderr, flush=True)
 
     return show
 

@@ -91,9 +91,9 @@ class Quarantine:
     def finish(self, total: int) -> None:
         """Now the total is known: raises TooManyBadSamples if the limit is passed."""
         self._total = total
-        self._check()
+        self._check(so_far="")
 
-    def _check(self) -> None:
+    def _check(self, so_far: str = " so far") -> None:
         if self._total is None or self.count <= self._limit_fraction * self._total:
             return
         records = self.records
@@ -101,7 +101,7 @@ class Quarantine:
         shown = "".join(f"\n  {record.split} {record.key}: {record.reason}" for record in records[:SHOWN])
         more = f"\n  and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
         raise TooManyBadSamples(
-            f"{len(records)} of {self._total} samples are bad so far, more than the {self._limit_fraction:.4%} that "
+            f"{len(records)} of {self._total} samples are bad{so_far}, more than the {math.floor(self._limit_fraction * self._total)} that "
             f"data.max_bad_fraction={self._limit_fraction:g} allows:{shown}{more}\n"
             f"Repair or remove them, or let them be left out: --data.max-bad-fraction {needed:g} or more "
             f"(of `dataio.convert`: --max-bad-fraction)"

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -57,7 +57,7 @@ class DataArguments:
 class Arguments:
     """Evaluate the model of a finished run."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder (path or URI), or its name under --storage."""
     data: DataArguments = field(default_factory=DataArguments)
     split: Literal["test", "train"] = "test"
@@ -186,7 +186,7 @@ def class_mapping(model: Sequence[str], data: Sequence[str], *, where: str) -> l
         ]
         raise ValueError(
             f"the classes of {where} are not the model's: {'; '.join(parts)}. The names must be the same: "
-            "rename the classes (of folders: the folders), or give a data set of these classes"
+            "rename the folders or convert the data with `python -m dataio.convert --classes ...`, or give a data set of these classes"
         )
     return [list(model).index(name) for name in data]
 
@@ -274,7 +274,7 @@ def _progress(path: str) -> Callable[[Progress], None]:
         nonlocal shown
         if time.monotonic() - shown > 5:
             shown = time.monotonic()
-            print(f"converting {path}: {progress.done:,} images of {progress.split}", file=sys.stderr)
+            print(f"converting {path}: {progress.describe()}", file=sys.stderr)
 
     return say
 

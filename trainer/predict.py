@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -31,9 +31,9 @@ BATCH = 64
 class Arguments:
     """Classify images with the model of a finished run."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder (path or URI), or its name under --storage."""
-    images: tyro.conf.Positional[tuple[str, ...]]
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Image files, or folders of them."""
     top: int = 3
     """Classes shown for each image."""

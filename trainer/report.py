@@ -207,12 +207,10 @@ def verdict(run: RunFiles) -> tuple[Mood, str]:
 
 def _trouble(run: RunFiles) -> str:
     parts = []
-    restarts = run.summary.get("restarts")
-    if restarts is None:
-        restarts = sum(event.get("event") == "attempt_failed" for event in run.events)
-    if restarts:
+    failed = sum(event.get("event") == "attempt_failed" for event in run.events) or run.summary.get("restarts")
+    if failed:
         lost = sum(event["lost_steps"] for event in run.events if isinstance(event.get("lost_steps"), int))
-        failures = "1 failure" if restarts == 1 else f"{number(restarts)} failures"
+        failures = "1 failure" if failed == 1 else f"{number(failed)} failures"
         parts.append(f"{failures} lost {'1 step' if lost == 1 else f'{number(lost)} steps'}.")
     corrupt = sum(event.get("event") == "checkpoint_corrupt" for event in run.events)
     if corrupt:

@@ -4,13 +4,17 @@ Reads downwards: settings -> data -> the run's folder and what to go on from -> 
 The only file that reads the environment.
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports below take seconds: Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -30,7 +34,8 @@ from cluster.store import Commit, NoValidCheckpoint, Store
 from dataio.convert import Progress as ConvertProgress
 from dataio.convert import is_converted, prepare
 from dataio.loader import image_size_of
-from dataio.parquet import Dataset, open_dataset
+from dataio.parquet import QUARANTINE_NAME, Dataset, open_dataset
+from dataio.sources import open_source
 from trainer.cli import fail, from_toml, parse, settings, to_toml, validate, worker_count
 from trainer.config import RunConfig
 from trainer.progress import ProgressLine, RunState, final_table
@@ -44,6 +49,8 @@ FREE_SETTINGS = {
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
 }
 POLL_SECONDS = 0.25
+CONVERT_LINE_SECONDS = 5.0
+CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
 TAKEN_OVER_POLL_SECONDS = 5.0
 
 
@@ -56,6 +63,7 @@ def process_started() -> float:
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line asks for; the exit status: 0 done, 1 failed, 2 a wrong setting, 128 + signal when stopped by one."""
     argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     invocation = parse(argv)
     if invocation.action == "print_config":
         print(to_toml(invocation.config), end="")
@@ -65,11 +73,14 @@ def main(argv: list[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=160, highlight=False)
     try:
         if invocation.action == "dry_run":
-            return dry_run(invocation.config, console)
-        recipe = "-".join(invocation.recipes) or invocation.config.model.name.replace("/", "-")
+            return dry_run(invocation.config, invocation.recipes, console)
+        recipe = run_prefix(invocation.config, invocation.recipes)
         return run(invocation.config, recipe=recipe, command=shlex.join(["python", "-m", "trainer.run", *argv]), console=console)
     except ValueError as error:
         fail(str(error))
+    except OSError as error:  # a full disk, a folder that is no longer there: not a bug, and no traceback helps
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted before training began; the same command starts again", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -82,23 +93,35 @@ def _raise_exit(number: int, frame: FrameType | None) -> None:
 # --- before training ----------------------------------------------------------------------------------------------------------
 
 
-def dry_run(config: RunConfig, console: Console) -> int:
+def run_prefix(config: RunConfig, recipes: tuple[str, ...]) -> str:
+    """How the name of a run begins that was given none."""
+    return "-".join(recipes) or config.model.name.replace("/", "-")
+
+
+def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> int:
     """Say what would run: steps, memory, cost."""
     import torch
 
     from trainer.plan import Hardware, describe, model_facts, table
 
     manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
+    classes = len(manifest.classes) if manifest else 10
+    if manifest is None:  # ValueError where there is nothing to convert
+        source = open_source(config.data.path, root=Path(config.data.root).expanduser(), test_fraction=config.data.test_fraction)
+        classes = 10 if source.kind.startswith("cifar") else len(source.classes)  # to count CIFAR's it would have to be downloaded
     gpus = torch.cuda.device_count()
     workers = worker_count(config) or max(1, gpus)
     device = torch.cuda.get_device_name(0) if gpus else "CPU"
     memory = torch.cuda.get_device_properties(0).total_memory if gpus else None
-    classes = len(manifest.classes) if manifest else 10
     size = image_size_of(manifest, config.data) if manifest else (config.data.image_size or 32,) * 2
+    if manifest is not None:
+        recipe = run_prefix(config, recipes)
+        config = resolved(config, workers=workers, fingerprint=manifest.fingerprint, recipe=recipe, image_size=size)
     facts = model_facts(config.model, classes=classes, image_size=size)
     console.print(table(describe(config, manifest, Hardware(workers=workers, device=device, device_bytes=memory), facts)))
     if manifest is None:
-        console.print(f"{config.data.path} is not converted yet: run `python -m dataio.convert {config.data.path} DEST` for exact counts")
+        command = shlex.join(["python", "-m", "dataio.convert", config.data.path, "DEST"])
+        console.print(f"For exact numbers convert the data first: {command}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -113,15 +136,53 @@ def check_storage_outlives_job(storage: str) -> None:
 
 def open_data(config: RunConfig, console: Console) -> tuple[Path, Dataset]:
     """The converted data set a run reads; a source that is not converted yet is converted into `data.root`."""
-    shown = [0.0]
+    shown_at: float | None = None
 
     def on_progress(progress: ConvertProgress) -> None:
-        if time.monotonic() - shown[0] > 5:
-            shown[0] = time.monotonic()
-            console.print(f"converting {config.data.path}: {progress}")
+        nonlocal shown_at
+        if shown_at is None or time.monotonic() - shown_at > CONVERT_LINE_SECONDS:
+            shown_at = time.monotonic()
+            console.print(f"converting {config.data.path}: {progress.describe()}", soft_wrap=True, markup=False)
 
-    folder = prepare(config.data, on_progress=on_progress)
-    return folder.resolve(), open_dataset(folder)
+    folder = prepare(config.data, on_progress=on_progress).resolve()
+    dataset = open_dataset(folder)
+    if shown_at is not None:
+        console.print(f"converted into {folder}", soft_wrap=True, markup=False)
+    if dataset.manifest.quarantined:
+        count = dataset.manifest.quarantined
+        left_out = f"{count} image{'' if count == 1 else 's'} that could not be used {'is' if count == 1 else 'are'} left out"
+        console.print(f"{left_out}: {folder / QUARANTINE_NAME}", soft_wrap=True, markup=False)
+    return folder, dataset
+
+
+def check_before_cluster(config: RunConfig, storage: Storage, dataset: Dataset) -> None:
+    """ValueError for what would fail on the workers, found in a second and before a cluster is started. Downloaded weights stay in the
+    library's cache, so that the workers of this node find them."""
+    from trainer.model import build_model
+
+    fingerprint, commits = dataset.manifest.fingerprint, []
+    if storage.is_local:
+        try:
+            storage.make_dir("")
+        except OSError as error:
+            raise ValueError(f"storage {storage.uri!r} cannot be made ({error.strerror}); give a folder that can with --storage") from None
+    check_same_run(config, storage, fingerprint)
+    commits = Store.open(storage, config.run).commits()
+    check_resume(config, has_checkpoint=bool(commits))
+    build_model(
+        config.model,
+        classes=len(dataset.manifest.classes),
+        seed=config.train.seed,
+        image_hw=image_size_of(dataset.manifest, config.data),
+    )
+
+
+def check_resume(config: RunConfig, *, has_checkpoint: bool) -> None:
+    """ValueError where --resume forbids what was found."""
+    if config.resume == "must" and not has_checkpoint:
+        raise ValueError(f"--resume must, but run {config.run!r} in {config.storage} has no checkpoint; give --run NAME of one that has")
+    if config.resume == "never" and has_checkpoint:
+        raise ValueError(f"--resume never, but run {config.run!r} in {config.storage} has a checkpoint; give another --run NAME")
 
 
 def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
@@ -169,8 +230,17 @@ def check_same_run(config: RunConfig, storage: Storage, fingerprint: str) -> Non
         )
 
 
+def check_same_data(config: RunConfig, saved: str, fingerprint: str) -> None:
+    """ValueError if the run of this name was trained on the data set `saved`, and that is another."""
+    if saved != fingerprint:
+        raise ValueError(
+            f"run {config.run!r} was trained on the data set {saved[:12]}, this is {fingerprint[:12]}; "
+            "give the same --data.path to go on, or another --run NAME to start anew"
+        )
+
+
 def find_start(config: RunConfig, store: Store, journal: Journal, console: Console, fingerprint: str) -> Commit | None:
-    """The commit to go on from; None starts at zero. ValueError where --resume forbids what was found."""
+    """The commit to go on from; None starts at zero."""
 
     def on_corrupt(path: str, reason: str) -> None:
         journal.write("checkpoint_corrupt", path=path, reason=reason)
@@ -181,19 +251,8 @@ def find_start(config: RunConfig, store: Store, journal: Journal, console: Conso
     except NoValidCheckpoint as error:
         raise ValueError(str(error)) from None
     if commit is None:
-        if config.resume == "must":
-            raise ValueError(
-                f"--resume must, but run {config.run!r} in {config.storage} has no checkpoint; give --run NAME of one that has"
-            )
         return None
-    if config.resume == "never":
-        raise ValueError(f"--resume never, but run {config.run!r} in {config.storage} has a checkpoint; give another --run NAME")
-    saved = commit.meta["dataset_fingerprint"]
-    if saved != fingerprint:
-        raise ValueError(
-            f"run {config.run!r} was trained on the data set {saved[:12]}, this is {fingerprint[:12]}; "
-            "give the same --data.path to go on, or another --run NAME to start anew"
-        )
+    check_same_data(config, commit.meta["dataset_fingerprint"], fingerprint)
     return commit
 
 
@@ -202,7 +261,9 @@ def find_start(config: RunConfig, store: Store, journal: Journal, console: Conso
 
 def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> int:
     """One run from its data to its report."""
-    from cluster.launch import plan_resources, ray_cluster
+    import torch
+
+    from cluster.launch import Hardware, plan_resources, ray_cluster
     from cluster.preflight import preflight, versions
 
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -221,10 +282,15 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
         verbose=bool(os.environ.get("FINETUNE_VERBOSE")),
     )
     wanted = worker_count(config)
+    if not address:
+        here = Hardware(local=True, nodes=1, cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count())
+        wanted = plan_resources(config.workers, config.cluster, here).workers
     if wanted is not None:  # everything that needs no cluster is checked before one is started
         early = resolved(config, workers=wanted, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
         if (done := finished_summary(early, fingerprint)) is not None:
             return show_finished(early, done, console)
+        check_before_cluster(early, open_storage(early.storage), dataset)
+    console.print(f"joining the Ray cluster at {address}" if address else "starting a local Ray")
     with cluster as hardware:
         resources = plan_resources(config.workers, config.cluster, hardware)
         config = resolved(config, workers=resources.workers, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
@@ -244,8 +310,9 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
         )
         store = Store.open(storage, config.run)
         start = find_start(config, store, journal, console, fingerprint)
+        check_resume(config, has_checkpoint=start is not None)
         storage.write_atomic(f"{config.run}/config.toml", to_toml(config).encode())
-        console.print(f"run {config.run} in {storage.uri}: {resources.workers} worker(s) on {hardware.cpus} CPUs, {hardware.gpus} GPUs")
+        console.print(f"run {config.run} in {storage.uri}: {described(resources.workers, hardware)}", soft_wrap=True)
         return _Drive(
             config=config,
             dataset=dataset,
@@ -259,6 +326,16 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
         ).go(start)
 
 
+def described(workers: int, hardware: Any) -> str:
+    """`2 workers on 8 CPUs`, `1 worker on 1 GPU and 16 CPUs`."""
+
+    def counted(count: int, what: str) -> str:
+        return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+    gpus = f"{counted(hardware.gpus, 'GPU')} and " if hardware.gpus else ""
+    return f"{counted(workers, 'worker')} on {gpus}{counted(hardware.cpus, 'CPU')}"
+
+
 def finished_summary(config: RunConfig, fingerprint: str) -> Mapping[str, Any] | None:
     """The summary of this run if it has ended well already."""
     storage = open_storage(config.storage)
@@ -267,7 +344,10 @@ def finished_summary(config: RunConfig, fingerprint: str) -> Mapping[str, Any] |
         return None
     check_same_run(config, storage, fingerprint)
     summary: dict[str, Any] = json.loads(storage.read(name))
-    return summary if summary.get("status") == "finished" else None
+    if summary.get("status") != "finished":
+        return None
+    check_same_data(config, summary["dataset_fingerprint"], fingerprint)
+    return summary
 
 
 def show_finished(config: RunConfig, summary: Mapping[str, Any], console: Console) -> int:
@@ -275,7 +355,7 @@ def show_finished(config: RunConfig, summary: Mapping[str, Any], console: Consol
         raise ValueError(f"--resume never, but run {config.run!r} in {config.storage} has finished; give another --run NAME")
     folder = f"{config.storage}/{config.run}"
     console.print(f"run {config.run} has finished already; --run NAME starts another")
-    console.print(final_table(summary, report=f"{folder}/report.html", predict=predict_command(folder)))
+    console.print(final_table(summary, report=f"{folder}/report.html", predict=predict_command(folder)), soft_wrap=True)
     return 0
 
 
@@ -325,6 +405,8 @@ class _Drive:
         self.steps_per_epoch = make_order(config, dataset).steps_per_epoch
         self.total_steps = total_steps_of(config, self.steps_per_epoch)
         self.signal = 0
+        self.phase, self.phase_began = "", time.monotonic()
+        self.failed_checkpoints, self.failure_told_at = 0, -math.inf
         self.result: dict[str, Any] | None = None
         self.restarts = 0
         self.generation = store.claim_generation()
@@ -343,10 +425,16 @@ class _Drive:
         first = 1 + last_attempt(read_journal(self.storage, self.config.run))
         discovery = self.ask("discovery_address")
         file_sd = f", file_sd {self.storage.at(self.config.run)}/{FILE_SD}" if self.storage.is_local else ""
-        self.console.print(f"Prometheus: http_sd http://{discovery}/sd{file_sd}")
+        self.console.print(f"Prometheus: http_sd http://{discovery}/sd{file_sd}", soft_wrap=True)
         if start is not None:
             self.journal.write("resumed", step=start.step, path=start.path)
             self.console.print(f"going on from step {start.step:,} of {self.total_steps:,}")
+            before, now = start.meta["threads"], self.resources.threads_per_worker
+            if before != now:
+                self.console.print(
+                    f"threads of a worker: {before} before, {now} now; the weights may differ in their last bits "
+                    f"from an uninterrupted run's (--cluster.threads-per-worker {before} keeps them)"
+                )
         self.start = start
         try:
             with ProgressLine(self.console) as self.line, self.signals():
@@ -383,13 +471,11 @@ class _Drive:
             coordinator=self.coordinator,
             threads=self.resources.threads_per_worker,
         )
-        self.phase = "starting" if not self.restarts else "restarting"
         fit = Attempt(train_worker, {"spec": spec}, name=f"{self.config.run}-{number}-{os.getpid()}", resources=self.resources)
         stop_asked_at = None
         looked_at = time.monotonic()
         while not fit.wait(POLL_SECONDS):
             status = self.ask("status")
-            self.show(status)
             if time.monotonic() - looked_at > TAKEN_OVER_POLL_SECONDS:
                 looked_at = time.monotonic()
                 if self.is_taken_over():
@@ -398,11 +484,13 @@ class _Drive:
             if self.signal and stop_asked_at is None:
                 stop_asked_at = time.monotonic()
                 name = signal.Signals(self.signal).name
-                self.line.message(f"{name}: saving a checkpoint, then stopping (again to stop at once)")
                 self.ask("request_stop", name)
                 if status.steps_done <= status.start_step:
+                    self.line.message(f"{name}: stopping; no step has been done yet")
                     fit.abandon()
                     return None  # no step was done in this attempt: there is nothing new to save
+                self.line.message(f"{name}: saving a checkpoint, then stopping (again to stop at once)")
+            self.show(status)
             if stop_asked_at is not None and time.monotonic() - stop_asked_at > self.config.cluster.stop_grace_seconds:
                 self.line.message(f"no checkpoint within cluster.stop_grace_seconds={self.config.cluster.stop_grace_seconds:g}; stopping")
                 fit.abandon()
@@ -427,12 +515,17 @@ class _Drive:
             last_step=reached,
             lost_steps=max(0, reached - max(0, self.committed_step())),
         )
-        first_line = failure.message.splitlines()[0][:200]
-        self.line.message(f"attempt {number} failed ({failure.kind}, rank {failure.rank}): {first_line}")
         self.ask("drain", 30.0)  # a checkpoint that all ranks had staged still counts
         self.start = find_start(self.config, self.store, self.journal, self.console, self.dataset.manifest.fingerprint)
         if self.start is not None:
             self.journal.write("resumed", step=self.start.step, path=self.start.path)
+        if failure.kind in ("infrastructure", "preempted"):  # others end the run, with the whole message
+            where = f" on rank {failure.rank}" if failure.rank is not None else ""
+            lost = reached - (self.start.step if self.start else 0)
+            cost = f"{lost} step{'' if lost == 1 else 's'} to do again, " if lost > 0 else ""
+            back = f"going on from step {self.start.step:,}" if self.start else "starting from the beginning"
+            first_line = failure.message.splitlines()[0][:200]
+            self.line.message(f"attempt {number} failed{where} at step {reached:,} ({failure.kind}: {first_line}); {cost}{back}")
 
     def is_taken_over(self) -> bool:
         """Another process drives this run now. A storage that does not answer says nothing about that."""
@@ -465,8 +558,20 @@ class _Drive:
         started = self.start.step if self.start else 0
         steps = max((rank.steps_done for rank in ranks.values()), default=started)
         stats = ranks[0].stats if 0 in ranks else {}
-        if steps > started:
-            self.phase = "stopping" if self.signal else "training"
+        if self.signal:
+            phase = "stopping"
+        elif steps > started:
+            phase = "training"
+        else:
+            again = "re" if self.restarts else ""
+            phase = f"{again}starting workers" if len(ranks) < self.resources.workers else "loading data and model"
+        if phase != self.phase:
+            self.phase, self.phase_began = phase, time.monotonic()
+        if status.failed_checkpoints > self.failed_checkpoints:
+            self.failed_checkpoints = status.failed_checkpoints
+            if time.monotonic() - self.failure_told_at > CHECKPOINT_WARNING_SECONDS:
+                self.failure_told_at = time.monotonic()
+                self.line.message(f"warning: a checkpoint was not saved, training goes on: {status.checkpoint_problem}")
         rate = stats.get("images_per_second") or 0.0
         left = (self.total_steps - steps) * self.config.data.batch_size / rate if rate else None
 
@@ -478,6 +583,7 @@ class _Drive:
             RunState(
                 run=self.config.run,
                 phase=self.phase,
+                phase_seconds=None if phase == "training" else time.monotonic() - self.phase_began,
                 step=steps,
                 total_steps=self.total_steps,
                 epoch=steps / self.steps_per_epoch,
@@ -500,6 +606,7 @@ class _Drive:
 
         def handler(number: int, frame: FrameType | None) -> None:
             if self.signal:
+                print("stopped at once; the same command goes on from the newest saved checkpoint", file=sys.stderr)
                 raise SystemExit(128 + number)
             self.signal = number
 
@@ -516,16 +623,19 @@ class _Drive:
         self.journal.write("run_finished", steps=self.total_steps)
         summary, report = self.write_summary("finished")
         folder = f"{self.storage.uri}/{self.config.run}"
-        self.console.print(final_table(summary, report=report, predict=predict_command(folder)))
+        self.console.print(final_table(summary, report=report, predict=predict_command(folder)), soft_wrap=True)
         return 0
 
     def end_stopped(self) -> int:
         commit = self.store.newest_valid(lambda path, reason: None)
         self.journal.write("run_stopped", step=commit.step if commit else 0, signal=signal.Signals(self.signal).name if self.signal else "")
         summary, report = self.write_summary("stopped")
-        self.console.print(final_table(summary, report=report, go_on=self.command))
-        done = f"step {commit.step:,} of {self.total_steps:,} is saved" if commit else "nothing was saved yet"
-        self.console.print(f"stopped: {done}. The same command goes on from there:\n  {self.command}", soft_wrap=True)
+        self.console.print(final_table(summary, report=report), soft_wrap=True)
+        if commit:
+            done = f"step {commit.step:,} of {self.total_steps:,} is saved. The same command goes on from there"
+        else:
+            done = "nothing was saved yet. The same command starts again"
+        self.console.print(f"stopped: {done}:\n  {self.command}", soft_wrap=True, markup=False, highlight=False)
         return 128 + self.signal if self.signal else 1
 
     def end_taken_over(self) -> int:
@@ -552,7 +662,8 @@ class _Drive:
             print(f"step {step} is saved; once the cause is mended the same command goes on from there", file=sys.stderr)
         return 1
 
-    def write_summary(self, status: str) -> tuple[dict[str, Any], str]:
+    def write_summary(self, status: str) -> tuple[dict[str, Any], str | None]:
+        """The summary, and where the report is; None where it could not be written."""
         from cluster.preflight import versions
 
         events = read_journal(self.storage, self.config.run)
@@ -572,8 +683,12 @@ class _Drive:
                 "command": self.command,
             },
         )
-        self.storage.write_atomic(f"{self.config.run}/summary.json", json.dumps(_finite(summary), indent=1, allow_nan=False).encode())
-        return summary, str(write_report(f"{self.storage.uri}/{self.config.run}"))
+        try:
+            self.storage.write_atomic(f"{self.config.run}/summary.json", json.dumps(_finite(summary), indent=1, allow_nan=False).encode())
+            return summary, str(write_report(f"{self.storage.uri}/{self.config.run}"))
+        except OSError as error:  # a full disk, most likely: what came out is still told, and the checkpoints are what they were
+            print(f"warning: summary.json and report.html could not be written: {error}", file=sys.stderr)
+            return summary, None
 
 
 def _finite(value: Any) -> Any:

@@ -1,10 +1,10 @@
 """Claims about the Ray half of a run that need no Ray: resources, the cause of a failure, what is left behind."""
 
-import os
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from cluster import launch
 from cluster.config import ClusterConfig
 from cluster.launch import Hardware, failure_of, plan_resources
 from dataio.quarantine import TooManyBadSamples
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def hardware(cpus: int, gpus: int = 0) -> Hardware:
@@ -126,27 +128,35 @@ def test_temporary_folders_of_dead_processes_are_removed_and_those_of_living_one
     assert sorted(tmp_path.iterdir()) == sorted([ours, init, others])
 
 
-def test_sigterm_is_hidden_from_processes_started_meanwhile_and_heard_by_the_program_itself() -> None:
-    heard: list[int] = []
-    ours = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+def test_processes_started_meanwhile_do_not_hear_sigterm_and_later_ones_do() -> None:
     wait = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
-    try:
-        before = signal.getsignal(signal.SIGTERM)
-        with launch._sigterm_is_ours():
-            hidden = subprocess.Popen(wait, stdout=subprocess.PIPE)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as ray.init does, with a handler of its own
+    with launch._sigterm_is_ours():
+        hidden = subprocess.Popen(wait, stdout=subprocess.PIPE)
+    open_to_it = subprocess.Popen(wait, stdout=subprocess.PIPE)
+    for process in (hidden, open_to_it):
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+    assert open_to_it.wait(10) == -signal.SIGTERM
+    assert hidden.poll() is None
+    hidden.kill()
+    assert hidden.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("with_thread", [False, True], ids=["main-thread-only", "another-thread-hears-it"])
+def test_the_programs_own_sigterm_handler_has_the_last_word_though_ray_sets_another(with_thread: bool) -> None:
+    script = f"""
+        import os, signal, sys, threading, time
+        from cluster.launch import _sigterm_is_ours
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        if {with_thread}:  # begun before, so that SIGTERM is not blocked in it
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        with _sigterm_is_ours():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
             os.kill(os.getpid(), signal.SIGTERM)
-            assert heard == []
-        assert heard == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) is before
-        open_to_it = subprocess.Popen(wait, stdout=subprocess.PIPE)
-        for process in (hidden, open_to_it):
-            assert process.stdout is not None
-            process.stdout.readline()
-            process.terminate()
-        assert open_to_it.wait(10) == -signal.SIGTERM
-        assert hidden.poll() is None
-        hidden.kill()
-        assert hidden.wait(10) == -signal.SIGKILL
-    finally:
-        signal.signal(signal.SIGTERM, ours)
+            for _ in range(5):
+                time.sleep(0.1)
+        time.sleep(60)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=PROJECT, timeout=60, check=False)
+    assert done.returncode == 128 + signal.SIGTERM

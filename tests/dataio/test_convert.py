@@ -226,8 +226,31 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["dest"]
 
 
+def test_a_small_source_is_looked_at_to_its_end_so_that_the_error_names_what_is_enough(tmp_path: Path):
+    with pytest.raises(TooManyBadSamples, match="32 of 3200 samples are bad, more than the 0 that") as caught:
+        run(Memory(bad_every=100), tmp_path / "dest", max_bad_fraction=0.0)
+    enough = float(str(caught.value).split("--data.max-bad-fraction ")[1].split(" ")[0])
+    assert run(Memory(bad_every=100), tmp_path / "dest", max_bad_fraction=enough).quarantined == 32
+
+
+@pytest.mark.parametrize("where", ["a file", "nowhere"])
+def test_a_folder_that_cannot_be_made_is_the_users_to_change(tmp_path: Path, where: str):
+    (tmp_path / "file").write_text("")
+    parent = tmp_path / "file" if where == "a file" else Path("/proc/none")
+    with pytest.raises(ValueError, match=r"cannot be made \(.*\); name a folder that can be written: --data.root"):
+        run(Memory(), parent / "dest")
+
+
+def test_progress_is_told_in_words():
+    assert Progress(split="train", done=512, total=2000, bad=3, resumed=0).describe() == "train: 512 of 2000 images, 3 bad"
+    assert Progress(split="test", done=512, total=None, bad=0, resumed=64).describe() == "test: 512 images, 64 of them before"
+
+
 @pytest.mark.parametrize("known", [True, False])
-def test_too_many_bad_samples_fail_naming_the_first_and_a_higher_limit_goes_on(tmp_path: Path, known: bool):
+def test_too_many_bad_samples_fail_naming_the_first_and_a_higher_limit_goes_on(
+    tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "SMALL_SOURCE", 100)
     with pytest.raises(TooManyBadSamples) as caught:
         run(Memory(bad_every=100, known=known), tmp_path / "dest", max_bad_fraction=0.005)
     text = str(caught.value)
@@ -401,12 +424,12 @@ def test_the_command_takes_names_and_a_balanced_sample(folder: Path, tmp_path: P
 
 
 def test_the_command_reports_a_users_mistake_in_one_line_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main([str(tmp_path / "gone"), str(tmp_path / "dest")]) == 1
+    assert main([str(tmp_path / "gone"), str(tmp_path / "dest")]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert "does not exist" in shown
     assert "Traceback" not in shown
-    assert main([str(tmp_path), str(tmp_path / "dest"), "--sample-test", "4"]) == 1
+    assert main([str(tmp_path), str(tmp_path / "dest"), "--sample-test", "4"]) == 2
     assert not (tmp_path / "dest").exists()
 
 

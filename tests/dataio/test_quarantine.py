@@ -37,7 +37,7 @@ def test_the_error_names_count_limit_the_first_keys_with_reasons_and_the_fix():
         add(quarantine, 6)
     text = str(caught.value)
     assert isinstance(caught.value, ValueError)
-    assert text.startswith("7 of 1000 samples are bad so far, more than the 0.6000% that data.max_bad_fraction=0.006 allows")
+    assert text.startswith("7 of 1000 samples are bad so far, more than the 6 that data.max_bad_fraction=0.006 allows")
     assert all(f"train key{number}: truncated: half of it" in text for number in range(5))
     assert "key5" not in text
     assert "and 2 more" in text

@@ -27,7 +27,7 @@ from trainer.loop import Stepper, StepStats, evaluating, step_seed, train_steps
 from trainer.model import Preprocess
 from trainer.optim import Ema, build_optimizer, loss_sum, set_learning_rate, set_trainable
 from trainer.state import TrainState, weights_sha256
-from trainer.worker import make_stepper, phases
+from trainer.worker import evaluate, make_stepper, phases
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"  # 2,000 images of 28x28 to train with
 CLASSES = 10
@@ -37,6 +37,7 @@ PREPROCESS = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), image_size=0,
 OPTIM = OptimConfig(lr=0.05, momentum=0.9, schedule="constant", head_lr_factor=2.0)
 # (virtual ranks, batch) of which the last step of an epoch is small, and uneven where 2,000 is no multiple: 4 x 2; 1 1 1 1 1 0 0; 1 1 0.
 FOUR, SEVEN, THREE = (4, 332), (7, 133), (3, 333)
+UNEVEN = (3, 300)  # 67 67 66
 
 
 class Net(nn.Module):
@@ -159,7 +160,8 @@ def same_bits(one: nn.Module, other: nn.Module) -> bool:
 def test_one_virtual_rank_is_the_plain_pytorch_loop_bit_for_bit() -> None:
     shape = (1, 300)  # 7 steps an epoch, the last of 200
     model, plain = Net(), Net()
-    stepper, optimizer = make(model, sgd(model)), sgd(plain)
+    ema, plain_ema = Ema(model, 0.9), Ema(plain, 0.9)
+    stepper, optimizer = make(model, sgd(model), ema=ema), sgd(plain)
     order = order_of(shape)
     seen = list(loop(stepper, iter(batches_of(shape, 0, 9)), order, 0, 9))
     losses = []
@@ -169,8 +171,10 @@ def test_one_virtual_rank_is_the_plain_pytorch_loop_bit_for_bit() -> None:
         loss = F.cross_entropy(plain(PREPROCESS(batch.images)), batch.labels)
         loss.backward()
         optimizer.step()
+        plain_ema.update()
         losses.append((step, loss.item()))
     assert same_bits(model, plain)
+    assert weights_sha256(ema.weights()) == weights_sha256(plain_ema.weights()) != weights_sha256(model)
     assert [pair for stats in seen for pair in stats.losses] == losses
     assert [stats.samples for stats in seen] == [300] * 6 + [200] + [300] * 2
     assert [stats.epoch for stats in seen] == [0] * 7 + [1] * 2
@@ -183,6 +187,9 @@ def by_hand(model: nn.Module, batches: Sequence[Batch], step: int) -> tuple[list
     for batch in batches:
         own = copy.deepcopy(model)
         share = len(batch.ids) / total
+        if len(batch.ids) == 1:  # a single image is normalised by the running statistics
+            own.get_submodule("body").eval()
+            own.get_submodule("body.6").train()  # dropout
         loss = torch.zeros(())
         if share:
             torch.manual_seed(step_seed(SEED, step, batch.virtual_rank))
@@ -196,11 +203,12 @@ def by_hand(model: nn.Module, batches: Sequence[Batch], step: int) -> tuple[list
 
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["moving-average", "cumulative-average"])
-@pytest.mark.parametrize("shape", [FOUR, SEVEN], ids=str)
+@pytest.mark.parametrize("shape", [FOUR, SEVEN, UNEVEN], ids=str)
 def test_gradients_and_statistics_are_the_tree_sum_over_virtual_ranks(shape: tuple[int, int], momentum: float | None) -> None:
     model = Net(momentum=momentum)
     stepper = make(model, sgd(model), virtual_ranks=shape[0])
-    for step, batches in enumerate(batches_of(shape, 0, 3)):
+    first = order_of(shape).steps_per_epoch - 2  # over the epoch's last step, the small one
+    for step, batches in enumerate(batches_of(shape, first, first + 4), start=first):
         gradients, statistics, loss = by_hand(model, batches, step)
         assert stepper.step(batches, global_count=count_of(batches), step=step).item() == loss.item()
         for parameter, wanted in zip(model.parameters(), gradients, strict=True):
@@ -210,16 +218,16 @@ def test_gradients_and_statistics_are_the_tree_sum_over_virtual_ranks(shape: tup
         floating = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         assert all(torch.equal(buffer, wanted) for buffer, wanted in zip(floating, statistics, strict=True))
         counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
-        assert [int(counter) for counter in counters] == [step + 1, step + 1]  # steps, not forwards
+        assert [int(counter) for counter in counters] == [step - first + 1] * 2  # steps, not forwards
 
 
-@pytest.mark.parametrize("shape", [FOUR, SEVEN, THREE], ids=str)
+@pytest.mark.parametrize("shape", [FOUR, SEVEN, THREE, UNEVEN], ids=str)
 def test_the_last_uneven_batch_weighs_every_sample_the_same(shape: tuple[int, int]) -> None:
     order = order_of(shape)
     last = order.steps_per_epoch - 1
     (batches,) = batches_of(shape, last, last + 1)
     sizes = [len(batch.ids) for batch in batches]
-    assert sizes == {4: [2, 2, 2, 2], 7: [1, 1, 1, 1, 1, 0, 0], 3: [1, 1, 0]}[shape[0]]
+    assert sizes == {FOUR: [2, 2, 2, 2], SEVEN: [1, 1, 1, 1, 1, 0, 0], THREE: [1, 1, 0], UNEVEN: [67, 67, 66]}[shape]
     model = Net(norm=False, dropout=0.0)
     reference = copy.deepcopy(model)
     loss = make(model, sgd(model), virtual_ranks=shape[0]).step(batches, global_count=order.batch_count(last), step=last)
@@ -455,6 +463,20 @@ def ddp_run(rank: int, freeze: Any = "none") -> tuple[dict[str, Tensor], list[tu
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, losses, sizes
 
 
+def ddp_average(rank: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(loss, accuracy) of the averaged weights after three steps: over both ranks, and by this rank alone with its own statistics."""
+    config = RunConfig(optim=OPTIM, train=TrainConfig(seed=SEED, precision="fp32", virtual_ranks=3, reduction="ddp"))
+    model = Net()
+    ema = Ema(model, 0.5)
+    stepper = make_stepper(config, model, PREPROCESS, build_optimizer(model, OPTIM, "head"), ema, world_size=2, rank=rank, device=CPU)
+    for step in loop(stepper, iter(batches_of(THREE, 0, 3, carried=block(3, 2, rank))), order_of(THREE), 0, 3, ranks_summed=True):
+        assert step.samples == 333
+    loader, dataset = loader_of(THREE)[0], open_dataset(SAMPLE)
+    alone = evaluate(model, PREPROCESS, dataset, loader, ema=ema, precision="fp32")
+    together = evaluate(model, PREPROCESS, dataset, loader, rank=rank, world_size=2, ema=ema, precision="fp32")
+    return (together.loss, together.accuracy), (alone.loss, alone.accuracy)
+
+
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/three", rank=rank, world_size=3)
@@ -468,6 +490,7 @@ def rank_main(rank: int, folder: str) -> None:
     if rank < 2:
         dist.init_process_group("gloo", init_method=f"file://{folder}/two", rank=rank, world_size=2)
         results |= {"ddp": ddp_run(rank), "ddp again": ddp_run(rank), "ddp lp-ft": ddp_run(rank, "lp-ft")}
+        results["ddp average"] = ddp_average(rank)
         dist.barrier()
         dist.destroy_process_group()
     torch.save(results, f"{folder}/{rank}.pt")
@@ -547,3 +570,10 @@ def test_ddp_gives_the_same_bits_again_for_the_same_number_of_workers(ranks: lis
         (first, first_losses, _), (second, second_losses, _) = ranks[rank]["ddp"], ranks[rank]["ddp again"]
         assert weights_sha256(first) == weights_sha256(second)
         assert first_losses == second_losses
+
+
+def test_ddp_evaluates_the_average_that_rank_0_saves_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    (together, saved), (other, others) = ranks[0]["ddp average"], ranks[1]["ddp average"]
+    assert together == other
+    assert together == pytest.approx(saved, rel=1e-6)
+    assert saved[0] != pytest.approx(others[0], rel=1e-6)  # the ranks' BatchNorm statistics differ

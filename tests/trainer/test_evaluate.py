@@ -1,0 +1,256 @@
+"""`python -m trainer.evaluate` on the folder of a run that was really trained, in this process: the run's own numbers come out again."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cluster.storage import open_storage
+from dataio.config import DataConfig
+from dataio.convert import convert
+from dataio.decode import Decoder, decode_split
+from dataio.loader import Loader
+from dataio.parquet import RowGroup, Split, open_dataset
+from dataio.sources import open_source
+from trainer.cli import to_toml
+from trainer.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.evaluate import class_mapping, main
+from trainer.export import export_model, load_export
+from trainer.loop import train_steps
+from trainer.model import Preprocess, head_of
+from trainer.optim import Ema, build_optimizer, set_trainable
+from trainer.runs import find_run
+from trainer.worker import build, evaluate, evaluation_entry, make_order, make_repeatable, make_stepper
+
+SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"
+CLASSES = open_dataset(SAMPLE).manifest.classes
+STEPS = 40  # one epoch
+SHOWN = 200  # of the 500 test images; all classes are among them
+BASE = RunConfig(
+    run="sample",
+    data=DataConfig(path=str(SAMPLE), batch_size=50, pad=2),
+    model=ModelConfig(name="shufflenet_v2_x0_5", weights="none", stem="native", image_size=32),
+    optim=OptimConfig(name="adamw", lr=0.01),
+    train=TrainConfig(virtual_ranks=2, precision="bf16", ema=0.5),
+)
+
+
+def train(storage: Path, config: RunConfig) -> Path:
+    """What a run does, without the cluster around it: the run's folder."""
+    make_repeatable(1)
+    dataset, device = open_dataset(SAMPLE), torch.device("cpu")
+    order = make_order(config, dataset)
+    loader = Loader(
+        dataset, config.data, order=order, virtual_ranks=range(2), device=device, seed=0, on_bad=lambda bad: pytest.fail(str(bad))
+    )
+    model, preprocess = build(config, dataset, loader.image_size, device)
+    optimizer = build_optimizer(model, config.optim, head_of(model)[0])
+    ema = Ema(model, config.train.ema)
+    set_trainable(model, "none", 0, lp_epochs=0, head_name=head_of(model)[0])
+    stepper = make_stepper(config, model, preprocess, optimizer, ema, world_size=1, rank=0, device=device)
+    for _ in train_steps(
+        stepper,
+        loader.train(0, STEPS),
+        start_step=0,
+        stop_step=STEPS,
+        steps_per_epoch=order.steps_per_epoch,
+        batch_count=order.batch_count,
+        set_learning_rate=lambda step: config.optim.lr,
+        device=device,
+        sum_over_ranks=False,
+    ):
+        pass
+    result = evaluation_entry(evaluate(model, preprocess, dataset, loader, ema=ema, precision=config.train.precision))
+    summary = {**result, "workers": 1, "threads_per_worker": 1, "dataset_fingerprint": dataset.manifest.fingerprint}
+    at = open_storage(storage)
+    at.write_atomic(f"{config.run}/config.toml", to_toml(replace(config, storage=at.uri)).encode())
+    at.write_atomic(f"{config.run}/summary.json", json.dumps(summary).encode())
+    export_model(
+        storage=at,
+        run=config.run,
+        tensors=ema.weights(),
+        config=config,
+        classes=dataset.manifest.classes,
+        data_image_size=loader.image_size,
+        summary=summary,
+    )
+    return storage / config.run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("runs"), BASE)
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--device", "cpu", "--json"]) == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--device", "cpu"])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def folders(root: Path, *, side: int = 28) -> Path:
+    """The first test images as an ImageFolder, for training too. A folder's name has no slash."""
+    pixels, labels = decoded("test")
+    for split in ("train", "test"):
+        for index in range(SHOWN):
+            folder = root / split / CLASSES[labels[index]].replace("/", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[index]).resize((side, side)).save(folder / f"{index:05d}.png")
+    return root
+
+
+@lru_cache
+def decoded(split: str) -> tuple[np.ndarray, np.ndarray]:
+    with Decoder(height=28, width=28, fit="refuse", max_pixels=10_000) as decoder:
+        images = decode_split(open_dataset(SAMPLE).split(split), decoder, on_bad=lambda bad: pytest.fail(str(bad)))
+    return images, open_dataset(SAMPLE).split(split).labels()
+
+
+def test_the_runs_own_test_split_gives_the_numbers_of_its_summary(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    answer = asked(capsys, str(run))
+    assert answer["accuracy"] == summary["test_accuracy"] == answer["recorded_accuracy"]
+    assert answer["loss"] == summary["test_loss"]
+    assert answer["confusion"] == summary["confusion"]
+    assert answer["per_class"] == summary["per_class"]
+    assert (answer["count"], answer["split"], answer["quarantined"]) == (500, "test", [])
+    assert answer["accuracy"] > 0.25  # it has learnt something: this is no test of a constant
+    assert main([str(run), "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{100 * summary['test_accuracy']:.2f} % (as in summary.json)" in shown
+    assert all(name in shown for name in CLASSES)
+
+
+def test_the_numbers_are_those_of_counting_by_hand(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In fp32, as bf16 depends on how samples are put into batches; the train split, which the summary says nothing of."""
+    config = replace(BASE, train=replace(BASE.train, precision="fp32"))
+    exact = tmp_path / "sample"
+    exact.mkdir()
+    (exact / "model").symlink_to(run / "model")
+    (exact / "config.toml").write_text(to_toml(config))
+    answer = asked(capsys, "sample", "--storage", str(tmp_path), "--split", "train")
+    exported = load_export(find_run(str(exact)), torch.device("cpu"))
+    images, labels = decoded("train")
+    preprocess = Preprocess(mean=BASE.data.mean, std=BASE.data.std, image_size=32, interpolation="bilinear")
+    with torch.inference_mode():
+        logits = torch.cat([exported.model(preprocess(part)) for part in torch.tensor(images).permute(0, 3, 1, 2).split(200)])
+    hits = int((logits.argmax(1).numpy() == labels).sum())
+    assert answer["count"] == len(labels) == 2000
+    assert answer["accuracy"] == pytest.approx(hits / 2000, abs=1 / 2000)
+    assert answer["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.tensor(labels))), rel=1e-4)
+    assert (answer["recorded_accuracy"], answer["precision"]) == (None, "fp32")
+
+
+def test_other_data_are_evaluated_in_whatever_order_their_classes_are(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    description = json.loads((run / "model" / "config.json").read_text())
+    renamed = [name.replace("/", "-") for name in description["classes"]]
+    other = tmp_path / "runs" / "renamed"
+    (other / "model").mkdir(parents=True)
+    for name in ("config.toml", "summary.json", "model/model.safetensors"):
+        (other / name).write_bytes((run / name).read_bytes())
+    (other / "model" / "config.json").write_text(json.dumps({**description, "classes": renamed}))
+    images = folders(tmp_path / "images")
+    converted = ["--data.root", str(tmp_path / "data"), "--data.path", str(images)]
+    answer = asked(capsys, str(other), *converted)
+    assert answer["classes"] == renamed != sorted(renamed)  # a folder's classes are sorted
+    whole = asked(capsys, str(run))
+    assert answer["recorded_accuracy"] is None
+    assert answer["dataset_fingerprint"] != whole["dataset_fingerprint"]
+    _, labels = decoded("test")
+    assert [score["support"] for score in answer["per_class"]] == np.bincount(labels[:SHOWN], minlength=10).tolist()
+    assert answer["accuracy"] > 0.25
+
+    message = refused(capsys, str(run), *converted)
+    assert "the model does not know 'T-shirt-top'; the data set lacks 'T-shirt/top'" in message
+    assert "--classes" in message
+
+
+def test_images_of_another_size_are_refused_with_the_way_out_which_works(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = folders(tmp_path / "images", side=40)
+    names = sorted(CLASSES, key=lambda name: name.replace("/", "-"))
+    source = open_source(str(images), root=tmp_path, test_fraction=0.1, classes=tuple(names))
+    convert(source, tmp_path / "large", max_bad_fraction=0.0, max_image_pixels=10_000, on_progress=None)
+    large = ["--data.path", str(tmp_path / "large")]
+    message = refused(capsys, str(run), *large)
+    assert "trained on images of 28x28 (HxW)" in message
+    assert "40x40" in message
+    assert "--data.fit stretch" in message
+    answer = asked(capsys, str(run), *large, "--data.fit", "stretch")
+    assert answer["count"] == SHOWN
+    assert answer["accuracy"] > 0.25
+
+
+def test_a_damaged_image_is_named_not_counted_and_above_the_limit_no_result(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Split.read_group
+
+    def spoilt(self: Split, group: int) -> RowGroup:
+        held = read(self, group)
+        if self.name == "test" and group == 0:
+            held = replace(held, encoded=[np.frombuffer(b"no image", np.uint8), *held.encoded[1:]])
+        return held
+
+    monkeypatch.setattr(Split, "read_group", spoilt)
+    message = refused(capsys, str(run))
+    assert "1 of 500 samples are bad" in message
+    assert "--data.max-bad-fraction 0.002" in message
+    answer = asked(capsys, str(run), "--data.max-bad-fraction", "0.002")
+    assert answer["count"] == 499
+    (bad,) = answer["quarantined"]
+    assert (bad["split"], bad["sample_id"]) == ("test", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nosuch"], ["there is no run nosuch"]),
+        (["{run}", "--split", "validation"], ["validation"]),
+        (["{run}", "--data.path", "/nowhere"], ["/nowhere"]),
+        (["{run}/../bare"], ["has no model/config.json", "let it finish first"]),
+        (["{run}/../headless"], ["has no config.toml", "give the folder that the run wrote"]),
+    ],
+    ids=["unknown run", "wrong split", "no data", "no model", "no settings"],
+)
+def test_a_mistake_is_said_and_ends_with_status_2(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str]
+) -> None:
+    (run.parent / "bare").mkdir(exist_ok=True)
+    (run.parent / "bare" / "config.toml").write_bytes((run / "config.toml").read_bytes())
+    (run.parent / "headless" / "model").mkdir(parents=True, exist_ok=True)
+    message = refused(capsys, *(argument.replace("{run}", str(run)) for argument in arguments))
+    assert all(part in message for part in said), message
+    assert "Traceback" not in message
+
+
+def test_class_names_decide_not_their_order() -> None:
+    assert class_mapping(["a", "b", "c"], ["c", "a", "b"], where="d") == [2, 0, 1]
+    with pytest.raises(ValueError, match="the model does not know 'z'; the data set lacks 'b', 'c'"):
+        class_mapping(["a", "b", "c"], ["a", "z"], where="d")

@@ -1,0 +1,275 @@
+"""Is it the same run, where does it go on, what is it called: the decisions of trainer/run.py that need no cluster."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.journal import Journal, read_journal
+from cluster.storage import Storage, open_storage
+from cluster.store import Commit, Store
+from trainer.cli import from_toml, settings, to_toml
+from trainer.config import RunConfig, TrainConfig
+from trainer.run import FREE_SETTINGS, _finite, check_resume, check_same_run, find_start, finished_summary, identity, resolved
+
+DATA, OTHER_DATA = "a" * 64, "b" * 64
+
+
+def changed(config: RunConfig, key: str) -> RunConfig:
+    """`config` with another value for one setting."""
+    table, _, leaf = key.rpartition(".")
+    owner: Any = config
+    parents = []
+    for name in table.split(".") if table else []:
+        parents.append((owner, name))
+        owner = getattr(owner, name)
+    value = getattr(owner, leaf)
+    match value:
+        case bool():
+            value = not value
+        case int() | float():
+            value = value + 1
+        case tuple():
+            value = tuple(item + 0.25 for item in value)
+        case str():
+            value = CHOICES.get(key, value + "-other")
+    result: Any = replace(owner, **{leaf: value})
+    for parent, name in reversed(parents):
+        result = replace(parent, **{name: result})
+    assert isinstance(result, RunConfig)
+    return result
+
+
+CHOICES = {
+    "resume": "must",
+    "data.backend": "numpy",
+    "data.cache": "none",
+    "data.fit": "crop",
+    "model.stem": "native",
+    "model.interpolation": "bicubic",
+    "model.freeze": "backbone",
+    "optim.name": "adamw",
+    "optim.schedule": "constant",
+    "train.precision": "fp32",
+    "train.reduction": "ddp",
+}
+ALL = sorted(settings(RunConfig()))
+# What a run may change on its way, and nothing else: where things are, how fast they go, how often they are saved, looked at and told.
+MAY_CHANGE = {
+    *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
+    *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
+    *(key for key in ALL if key.startswith("cluster.")),
+}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_storage(tmp_path / "runs")
+
+
+def started(storage: Storage, config: RunConfig) -> RunConfig:
+    """A run that got as far as writing its settings."""
+    config = replace(config, storage=storage.uri)
+    storage.write_atomic(f"{config.run}/config.toml", to_toml(config).encode())
+    return config
+
+
+# --- the same run -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ALL)
+def test_a_run_goes_on_with_a_changed_setting_only_if_that_does_not_touch_its_weights(storage: Storage, key: str) -> None:
+    config = started(storage, RunConfig(run="r", train=TrainConfig(virtual_ranks=4)))
+    check_same_run(config, storage, DATA)
+    now = replace(changed(config, key), run="r")
+    if key in MAY_CHANGE:
+        check_same_run(now, storage, DATA)
+        return
+    with pytest.raises(ValueError, match="started with other settings") as caught:
+        check_same_run(now, storage, DATA)
+    assert key in str(caught.value)
+    assert "--run NAME" in str(caught.value)
+    assert f"{settings(config)[key]!r} then, {settings(now)[key]!r} now" in str(caught.value)
+
+
+def test_free_settings_are_settings() -> None:
+    assert set(ALL) >= FREE_SETTINGS
+
+
+def test_weights_are_known_by_their_name_not_by_where_they_lie(storage: Storage) -> None:
+    config = RunConfig(run="r")
+    here = replace(config, model=replace(config.model, weights="/home/a/weights.safetensors"))
+    there = replace(config, model=replace(config.model, weights="/mnt/b/weights.safetensors"))
+    started(storage, here)
+    check_same_run(there, storage, DATA)
+
+
+def test_a_name_that_was_never_used_is_free(storage: Storage) -> None:
+    check_same_run(RunConfig(run="new"), storage, DATA)
+    assert finished_summary(RunConfig(run="new", storage=storage.uri), DATA) is None
+
+
+# --- its name ---------------------------------------------------------------------------------------------------------------------------
+
+
+def name_of(config: RunConfig, tmp_path: Path, *, workers: int = 2, data: str = DATA, recipe: str = "best") -> str:
+    config = replace(config, storage=str(tmp_path))
+    return resolved(config, workers=workers, fingerprint=data, recipe=recipe, image_size=(32, 32)).run
+
+
+def test_the_same_command_has_the_same_name_and_any_other_outcome_another(tmp_path: Path) -> None:
+    config = RunConfig()
+    name = name_of(config, tmp_path)
+    assert name.startswith("best-")
+    assert name_of(from_toml(to_toml(config)), tmp_path) == name
+    assert name_of(replace(config, resume="must", data=replace(config.data, path="elsewhere", cache="none")), tmp_path) == name
+    others = [
+        name_of(replace(config, train=replace(config.train, seed=1)), tmp_path),
+        name_of(replace(config, optim=replace(config.optim, lr=0.5)), tmp_path),
+        name_of(replace(config, model=replace(config.model, name="resnet34")), tmp_path),
+        name_of(config, tmp_path, data=OTHER_DATA),
+        name_of(config, tmp_path, workers=4),  # as many virtual ranks
+        name_of(config, tmp_path, recipe="article"),
+    ]
+    assert len({name, *others}) == 1 + len(others)
+
+
+def test_workers_do_not_matter_where_virtual_ranks_are_given(tmp_path: Path) -> None:
+    config = RunConfig(train=TrainConfig(virtual_ranks=4))
+    assert name_of(config, tmp_path, workers=1) == name_of(config, tmp_path, workers=4)
+
+
+def test_a_given_name_and_everything_left_open_is_decided(tmp_path: Path) -> None:
+    config = RunConfig(run="mine", storage=str(tmp_path))
+    done = resolved(config, workers=2, fingerprint=DATA, recipe="best", image_size=(32, 32))
+    assert (done.run, done.train.virtual_ranks, done.storage) == ("mine", 2, open_storage(tmp_path).uri)
+    with pytest.raises(ValueError, match=r"data\.batch_size=100 is not a multiple of .*=3; use 99 or 102"):
+        resolved(config, workers=3, fingerprint=DATA, recipe="best", image_size=(32, 32))
+
+
+# --- finished already -------------------------------------------------------------------------------------------------------------------
+
+
+def test_only_a_finished_run_of_the_same_settings_and_data_is_shown_again(storage: Storage) -> None:
+    config = started(storage, RunConfig(run="r"))
+
+    def ended(status: str) -> None:
+        summary = {"status": status, "dataset_fingerprint": DATA, "test_accuracy": 0.5}
+        storage.write_atomic("r/summary.json", json.dumps(summary).encode())
+
+    for status in ("stopped", "failed"):
+        ended(status)
+        assert finished_summary(config, DATA) is None
+    ended("finished")
+    summary = finished_summary(config, DATA)
+    assert summary is not None
+    assert summary["test_accuracy"] == 0.5
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        finished_summary(replace(config, optim=replace(config.optim, lr=9.0)), DATA)
+    with pytest.raises(ValueError, match=f"trained on the data set {DATA[:12]}, this is {OTHER_DATA[:12]}.*--run NAME"):
+        finished_summary(config, OTHER_DATA)
+
+
+# --- where it goes on -------------------------------------------------------------------------------------------------------------------
+
+
+def commit(storage: Storage, *steps: int) -> Store:
+    store = Store.open(storage, "r")
+    generation = store.claim_generation()
+    for step in steps:
+        receipt = store.stage(step, generation, "model.safetensors", [b"weights" * 100])
+        store.commit(step, generation, [receipt], {"dataset_fingerprint": DATA})
+    return store
+
+
+def start_of(storage: Storage, resume: Any = "auto", *, fingerprint: str = DATA) -> tuple[Commit | None, str]:
+    config = RunConfig(run="r", storage=storage.uri, resume=resume)
+    said = io.StringIO()
+    journal = Journal.open(storage, "r", "driver")
+    start = find_start(config, Store.open(storage, "r"), journal, Console(file=said, width=500), fingerprint)
+    check_resume(config, has_checkpoint=start is not None)
+    return start, said.getvalue()
+
+
+def test_without_a_commit_auto_and_never_start_from_zero_and_must_refuses(storage: Storage) -> None:
+    for resume in ("auto", "never"):
+        assert start_of(storage, resume) == (None, "")
+    with pytest.raises(ValueError, match=r"--resume must, but run 'r' in .* has no checkpoint; give --run NAME"):
+        start_of(storage, "must")
+
+
+def test_with_commits_auto_and_must_take_the_newest_and_never_refuses(storage: Storage) -> None:
+    commit(storage, 10, 20)
+    for resume in ("auto", "must"):
+        start, said = start_of(storage, resume)
+        assert start is not None
+        assert (start.step, said) == (20, "")
+    with pytest.raises(ValueError, match=r"--resume never, but run 'r' in .* has a checkpoint; give another --run NAME"):
+        start_of(storage, "never")
+
+
+def test_a_damaged_commit_is_passed_over_aloud_and_if_all_are_nothing_starts(storage: Storage, tmp_path: Path) -> None:
+    commit(storage, 10, 20)
+
+    def damage(step: int) -> None:
+        (file,) = (tmp_path / "runs" / "r" / "checkpoints").glob(f"step-{step:08d}*/model.safetensors")
+        file.write_bytes(b"weighty" * 100)
+
+    damage(20)
+    start, said = start_of(storage)
+    assert start is not None
+    assert start.step == 10
+    assert "step-00000020" in said
+    assert "damaged" in said
+    (corrupt,) = (event for event in read_journal(storage, "r") if event["event"] == "checkpoint_corrupt")
+    assert "step-00000020" in corrupt["path"]
+    damage(10)
+    for resume in ("auto", "must", "never"):
+        with pytest.raises(ValueError, match="none is intact"):
+            start_of(storage, resume)
+
+
+def test_a_fresh_run_that_forbade_resuming_goes_on_after_its_own_failure(storage: Storage) -> None:
+    commit(storage, 10)
+    config = RunConfig(run="r", storage=storage.uri, resume="never")
+    start = find_start(config, Store.open(storage, "r"), Journal.open(storage, "r", "driver"), Console(quiet=True), DATA)
+    assert start is not None
+    assert start.step == 10
+
+
+def test_a_commit_of_other_data_is_refused(storage: Storage) -> None:
+    commit(storage, 10)
+    with pytest.raises(ValueError, match=r"was trained on the data set aaaaaaaaaaaa, this is bbbbbbbbbbbb; give the same --data\.path"):
+        start_of(storage, fingerprint=OTHER_DATA)
+
+
+# --- small ones -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_json_gets_null_for_what_it_does_not_have() -> None:
+    value = {"a": [1, math.nan, (math.inf, -math.inf, 0.5)], "b": {"c": math.nan, "d": "nan", "e": True, "f": None}}
+    plain = _finite(value)
+    assert plain == {"a": [1, None, [None, None, 0.5]], "b": {"c": None, "d": "nan", "e": True, "f": None}}
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+
+
+def test_a_process_knows_when_it_began() -> None:
+    before = time.time()
+    code = "import time; first = time.time(); time.sleep(0.3); from trainer.run import process_started; print(process_started(), first)"
+    root = Path(__file__).resolve().parents[2]
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+    began, first = map(float, printed.split())
+    assert before - 0.05 <= began <= first + 0.05  # the kernel counts in hundredths of a second
+
+
+def test_identity_names_the_data_by_content() -> None:
+    assert identity(RunConfig(), DATA) != identity(RunConfig(), OTHER_DATA)
+    assert identity(RunConfig(), DATA)["dataset"] == DATA
