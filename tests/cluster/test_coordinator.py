@@ -125,6 +125,7 @@ def test_a_failed_commit_is_told_and_the_next_one_goes_through(
     (event,) = events(store, "checkpoint_failed")
     assert (event["step"], event["kind"]) == (2, kind)
     assert coordinator.status().failed_checkpoints == 1
+    assert coordinator.status().checkpoint_problem == str(error)
     save(coordinator, store, 3)
     assert coordinator.wait_committed(3, 10)
     assert newest(store) == 3

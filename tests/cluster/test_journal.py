@@ -85,6 +85,17 @@ def test_a_line_cut_anywhere_by_a_kill_costs_that_line_only(tmp_path: Path) -> N
         assert names(storage)[-1] == "third"
 
 
+def test_a_line_that_another_writer_left_half_written_costs_that_line_only(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    driver = Journal.open(storage, "run", "driver")
+    driver.write("first")
+    with (tmp_path / "run" / "journal.jsonl").open("a") as file:
+        file.write('{"time":2.0,"event":"cut sho')  # the coordinator's, on a disk that was full for a moment
+    driver.write("second")
+    driver.write("third")
+    assert names(storage) == ["first", "second", "third"]
+
+
 def test_events_of_an_outage_are_written_after_it(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal.open(storage, "run", "driver")
     journal.write("before")

@@ -36,6 +36,11 @@ def test_what_is_not_there_is_not_there(storage: Storage) -> None:
         storage.read("nothing")
 
 
+def test_below_a_file_there_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert open_storage(tmp_path).list("file") == []
+
+
 def test_deleted_is_gone(storage: Storage) -> None:
     storage.write_atomic("a/one", b"1")
     storage.write_atomic("a/b/two", b"2")

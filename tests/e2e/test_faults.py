@@ -60,6 +60,8 @@ def test_a_worker_killed_in_mid_epoch_changes_no_bit_and_loses_no_sample(uninter
     failed = run.wait_for("attempt_failed")
     assert failed["kind"] == "infrastructure"
     assert run.wait_for("resumed")["step"] >= 30
+    assert f"attempt 1 failed on rank {failed['rank']} at step" in run.output()
+    assert "(raylet)" not in run.output()  # our line is all there is
     assert_each_sample_once_an_epoch(run)
 
 

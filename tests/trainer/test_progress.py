@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from trainer.progress import ProgressLine, RunState, describe, final_table, time_split
+from trainer.progress import CAUSES, ProgressLine, RunState, describe, final_table, summary_rows, time_split
+from trainer.summary import accounting
 from trainer.units import duration, flops, number, percent, size
 
 STATE = RunState(
@@ -61,8 +62,8 @@ def log_console() -> tuple[Console, io.StringIO]:
 
 def test_line_tells_everything_that_is_known() -> None:
     assert describe(STATE) == (
-        "pets: training  epoch 1/10  step 350/5,000  loss 1.2346  test 87.4 %  lr 0.02  12,346 img/s  data wait 2.1 %  "
-        "saved at 300 (12 s ago)  1 restart  3:07 min left"
+        "pets: training  epoch 1/10  step 350/5,000  3:07 min left  loss 1.2346  test 87.4 %  lr 0.02  12,346 img/s  data wait 2.1 %  "
+        "saved at 300 (12 s ago)  1 restart"
     )
 
 
@@ -83,7 +84,7 @@ def test_a_log_gets_a_whole_line_now_and_then() -> None:
             line.update(replace(STATE, step=350 + second))
     lines = written.getvalue().splitlines()
     assert [re.search(r"step (\d+)", text)[1] for text in lines] == ["350", "360", "370"]  # type: ignore[index]
-    assert all(text.endswith("left") for text in lines)  # longer than the console, and not broken
+    assert all(text.endswith("1 restart") for text in lines)  # longer than the console, and not broken
     assert "\x1b" not in written.getvalue()
 
 
@@ -97,6 +98,21 @@ def test_a_log_gets_news_at_once() -> None:
         line.update(replace(STATE, step=5000))
         line.update(replace(STATE, step=5000))  # told already
     assert len(written.getvalue().splitlines()) == 4
+
+
+def test_a_log_does_not_repeat_itself_while_nothing_happens() -> None:
+    console, written = log_console()
+    clock = Clock()
+    with ProgressLine(console, every_seconds=10, clock=clock) as line:
+        for second in range(60):
+            clock.now = float(second)
+            line.update(RunState(run="pets", phase="starting workers"))
+    assert written.getvalue() == "pets: starting workers\n"
+
+
+def test_waiting_says_how_long_it_has_been() -> None:
+    assert describe(RunState(run="pets", phase="starting workers", phase_seconds=12.7)) == "pets: starting workers (12 s)"
+    assert describe(RunState(run="pets", phase="starting workers", phase_seconds=0.7)) == "pets: starting workers"
 
 
 def test_a_message_is_text_and_not_markup() -> None:
@@ -141,6 +157,26 @@ def test_final_table_tells_result_costs_and_what_to_do_next() -> None:
     assert path in shown.replace("\n", "")  # longer than the console, but all there
     assert "Predict: python -m trainer.predict runs/pets IMAGE...\n" in shown
     assert "other" not in shown  # took no time
+
+
+def test_paths_and_commands_can_be_copied_whole() -> None:
+    console, written = log_console()
+    path, command = "/data/" + "long" * 40 + "/report.html", "python -m trainer.predict /data/" + "long" * 40 + " IMAGE..."
+    console.print(final_table(SUMMARY, report=path, predict=command), soft_wrap=True)
+    assert f"Report:  {path}\nPredict: {command}\n" in written.getvalue()
+    assert all(len(line) <= 80 for line in written.getvalue().splitlines() if "long" not in line)  # the tables keep to the console
+
+
+def test_rows_that_say_nothing_are_left_out() -> None:
+    plain = dict(summary_rows({"workers": 2, "virtual_ranks": 2, "restarts": 0, "recovery_seconds": 0.0}))
+    assert plain == {"Workers": "2", "Restarts": "0"}
+    eventful = dict(summary_rows({"workers": 2, "virtual_ranks": 4, "restarts": 1, "recovery_seconds": 12.0}))
+    assert eventful == {"Workers": "2", "Virtual ranks": "4", "Restarts": "1", "Recovery": "12 s"}
+
+
+def test_every_cause_of_the_accounting_is_explained() -> None:
+    causes = [cause for cause, _, _ in time_split({"accounting": dict.fromkeys(accounting([], {}), 1.0)})]
+    assert set(causes) == set(CAUSES)
 
 
 def test_final_table_of_a_run_that_knows_nothing() -> None:

@@ -19,7 +19,20 @@ from cluster.storage import open_storage
 from trainer.cli import to_toml
 from trainer.config import RunConfig
 from trainer.history import CURVE_SCHEMA
-from trainer.report import CURVE_POINTS, SHOWN_CLASSES, Html, _thinned, main, read_files, render, tag, verdict, write_report
+from trainer.report import (
+    CURVE_POINTS,
+    SHOWN_CLASSES,
+    Html,
+    _by_attempt,
+    _spans_magnitudes,
+    _thinned,
+    main,
+    read_files,
+    render,
+    tag,
+    verdict,
+    write_report,
+)
 from trainer.runs import find_run
 
 CLASSES = ["cat", "dog", "bird"]
@@ -239,6 +252,55 @@ def test_failures_are_told_with_their_cost(tmp_path: Path) -> None:
     for words in ("killed by signal 9", "sha256 differs", "img-7", "truncated: no IEND", "dashed: failures and restarts"):
         assert words in page.text
     assert "None." not in page.text
+
+
+def test_what_fails_again_and_again_is_told_once_with_its_count(tmp_path: Path) -> None:
+    events: list[tuple[str, dict[str, Any]]] = [
+        ("checkpoint_failed", {"attempt": 1, "step": step, "message": "no space left"}) for step in range(10, 60, 10)
+    ]
+    text = re.sub(r"\s+", " ", page_of(write_run(tmp_path / "pets", summary=summary_of(), events=events)).text)
+    assert text.count("no space left") == 1
+    assert "checkpoint failed, 5 times" in text
+    assert "steps 10 to 50" in text
+
+
+def test_a_failure_is_a_sentence_and_its_long_message_waits_to_be_opened(tmp_path: Path) -> None:
+    message = "WorkerDied: a worker died.\nWorker info: Worker(\n  actor=..."
+    failure = {"attempt": 1, "rank": 1, "kind": "infrastructure", "message": message, "last_step": 37, "lost_steps": 1}
+    events: list[tuple[str, dict[str, Any]]] = [
+        ("worker_registered", {"attempt": 1, "rank": 1, "pid": 4711}),
+        ("attempt_failed", failure),
+        ("resumed", {"step": 36, "path": "x"}),
+        ("attempt_started", {"attempt": 2, "workers": 2, "start_step": 36}),
+    ]
+    folder = write_run(tmp_path / "pets", summary=summary_of(), events=events)
+    page = page_of(folder)
+    assert "Attempt 1 on rank 1 (infrastructure): WorkerDied: a worker died. It came at step 37; 1 step was lost." in page.text
+    assert "Went on from the checkpoint of step 36." in page.text
+    assert "Attempt 2, 2 workers, from step 36." in page.text
+    details = re.findall(r"<details>.*?</details>", (folder / "report.html").read_text(), flags=re.DOTALL)
+    assert ["Worker info" in text for text in details] == [True, False]  # the other one holds the settings
+    assert "4711" not in page.text  # a worker's start is no failure
+
+
+def test_a_curve_has_a_gap_where_nothing_was_computed() -> None:
+    x = np.arange(10.0)
+    attempt = np.array([1.0] * 4 + [2.0] * 6)
+    xs, ys = _by_attempt(x, 2 * x, attempt)
+    assert np.array_equal(xs, [0, 1, 2, 3, np.nan, 4, 5, 6, 7, 8, 9], equal_nan=True)
+    assert np.array_equal(ys, 2 * xs, equal_nan=True)
+    xs, ys = _by_attempt(np.arange(50_000.0), np.ones(50_000), np.repeat(np.arange(10.0), 5_000))
+    assert len(xs) <= CURVE_POINTS + 10
+    assert np.isnan(ys).sum() == 9
+    xs, _ = _by_attempt(np.zeros(0), np.zeros(0), np.zeros(0))
+    assert not np.isfinite(xs).any()
+
+
+def test_a_loss_that_spans_magnitudes_is_drawn_on_a_logarithmic_axis() -> None:
+    assert _spans_magnitudes(np.array([70.0, 1.0, 0.5, 0.1, np.nan]))
+    assert not _spans_magnitudes(np.array([2.3, 1.0, 0.5, 0.3]))
+    assert not _spans_magnitudes(np.array([70.0, 1.0, 0.5, 0.0]))  # a zero has no logarithm
+    assert not _spans_magnitudes(np.full(3, np.nan))
 
 
 def test_a_run_without_failures_says_so(tmp_path: Path) -> None:
