@@ -89,15 +89,17 @@ def convert(
     dest = dest.parent.resolve() / dest.name
     if not dest.name:
         raise ValueError(f"DEST {dest} is no folder that can be made; name one")
-    staging = dest.with_name(dest.name + ".partial")
     try:
-        staging.mkdir(parents=True, exist_ok=True)
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(dest.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ValueError(
-            f"{staging} cannot be made ({error.strerror}); name a folder that can be written: --data.root (of `dataio.convert`: DEST)"
+            f"{dest} cannot be made ({error.strerror}); name a folder that can be written: --data.root (of `dataio.convert`: DEST)"
         ) from error
+    staging = dest.with_name(dest.name + ".partial")
     with _locked(staging):
         if dest.exists() and not force:
             if not any(staging.iterdir()):

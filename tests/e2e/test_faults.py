@@ -99,14 +99,23 @@ def test_ctrl_c_commits_and_says_how_to_go_on_and_damage_falls_back_or_refuses(u
 
 
 def test_a_users_exception_ends_the_run_at_once_with_its_traceback(storage: Path, images: Path) -> None:
-    # The file is found by the driver's checks and unreadable for the model that every rank builds.
+    # One image for each virtual rank: nothing is wrong until BatchNorm meets a single value a channel in the first step.
+    run = Run(*COMMON, "--data.batch-size", "2", "--train.virtual-ranks", "2", storage=storage, name="one-image", data=images)
+    assert run.finish() == 1, run.output()
+    assert "ValueError: Expected more than 1 value per channel" in run.output()
+    assert "in train_steps" in run.output()  # the traceback, to the user's line
+    assert sum(event["event"] == "attempt_started" for event in run.events()) == 1
+
+
+def test_weights_that_cannot_be_read_cost_no_cluster(storage: Path, images: Path) -> None:
     weights = storage / "weights.safetensors"
     weights.write_bytes(b"not a safetensors file")
     run = Run(*COMMON, "--model.weights", str(weights), storage=storage, name="broken-weights", data=images)
-    assert run.finish() == 1, run.output()
-    assert "WeightsError" in run.output()
-    assert str(weights) in run.output()
-    assert sum(event["event"] == "attempt_started" for event in run.events()) == 1
+    assert run.finish() == 2, run.output()
+    assert f"error: model.weights={weights} cannot be read" in run.output()
+    assert "Traceback" not in run.output()
+    assert "Ray" not in run.output()
+    assert not run.folder.exists()
 
 
 def flip_one_bit(path: Path) -> None:
