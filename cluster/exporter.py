@@ -30,7 +30,9 @@ class Server:
         try:
             self._server = server_class((host, port), _handler(routes))
         except (OSError, OverflowError) as error:
-            raise ValueError(f"cannot listen on {host}:{port}: {error}; choose another host or port, port 0 takes a free one") from error
+            raise ValueError(
+                f"cannot listen on {host}:{port} ({error}); choose another cluster.metrics_host or port, port 0 takes a free one"
+            ) from error
         name = reachable_host(host)
         self.address = f"[{name}]:{self._server.server_port}" if ":" in name else f"{name}:{self._server.server_port}"
         """host:port by which others reach it."""

@@ -412,7 +412,10 @@ def _locked(folder: Path) -> Iterator[None]:
     """Holds `folder`, made if need be, against other conversions; the kernel lets go when the process ends, however it ends."""
     while True:
         folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # published or tidied away by another conversion since
+            continue
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

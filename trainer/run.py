@@ -27,6 +27,7 @@ from rich.console import Console
 
 from cluster.controller import RunFailed, run_attempts
 from cluster.coordinator import FILE_SD
+from cluster.exporter import serve_discovery
 from cluster.failures import Failure, History
 from cluster.journal import Journal, last_attempt, read_journal
 from cluster.storage import Storage, open_storage
@@ -168,6 +169,7 @@ def check_before_cluster(config: RunConfig, storage: Storage, dataset: Dataset) 
             raise ValueError(f"storage {storage.uri!r} cannot be made ({error.strerror}); give a folder that can with --storage") from None
     check_same_run(config, storage, dataset.manifest.fingerprint)
     check_resume(config, has_checkpoint=bool(Store.open(storage, config.run).commits()))
+    serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()  # the coordinator will, on this node
     build_model(
         config.model,
         classes=len(dataset.manifest.classes),

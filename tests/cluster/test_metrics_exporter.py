@@ -125,7 +125,7 @@ def test_a_broken_target_list_and_a_wrong_path_are_http_errors(servers: list[Ser
 def test_a_port_in_use_is_the_users_to_choose_again(servers: list[Server]) -> None:
     servers.append(serve_metrics(Metrics("run", 0, 1).registry))
     port = int(servers[0].address.rpartition(":")[2])
-    with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: .* port 0 takes a free one"):
+    with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port} .* port 0 takes a free one"):
         serve_metrics(Metrics("run", 0, 1).registry, "127.0.0.1", port)
 
 

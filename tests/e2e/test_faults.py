@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torchvision
+from safetensors.torch import save_file
 
 from cluster.ledger import read_ledger
 from tests.e2e.conftest import TRAIN_IMAGES
@@ -99,11 +101,15 @@ def test_ctrl_c_commits_and_says_how_to_go_on_and_damage_falls_back_or_refuses(u
 
 
 def test_a_users_exception_ends_the_run_at_once_with_its_traceback(storage: Path, images: Path) -> None:
-    # One image for each virtual rank: nothing is wrong until BatchNorm meets a single value a channel in the first step.
-    run = Run(*COMMON, "--data.batch-size", "2", "--train.virtual-ranks", "2", storage=storage, name="one-image", data=images)
+    # The driver's check finds good weights; they are damaged before the workers read them.
+    weights = storage / "good.safetensors"
+    save_file(torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict(), weights)
+    run = Run(*COMMON, "--model.weights", str(weights), storage=storage, name="late", data=images)
+    run.wait_for("run_started")
+    weights.write_bytes(b"not a safetensors file")
     assert run.finish() == 1, run.output()
-    assert "ValueError: Expected more than 1 value per channel" in run.output()
-    assert "in train_steps" in run.output()  # the traceback, to the user's line
+    assert f"rank 0: WeightsError: model.weights={weights} cannot be read" in run.output()
+    assert "in train_worker" in run.output()
     assert sum(event["event"] == "attempt_started" for event in run.events()) == 1
 
 

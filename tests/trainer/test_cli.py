@@ -247,10 +247,6 @@ def test_unknown_recipe_and_unreadable_file(capsys: pytest.CaptureFixture[str], 
         (["--data.batch-size", "100", "--workers", "3"], "data.batch_size=100 is not a multiple of workers=3; use 99 or 102"),
         (["--workers", "4", "--train.virtual-ranks", "2"], "use --workers 2 or fewer"),
         (["--data.image-size", "8", "--data.pad", "8"], "data.pad=8 is not below the images' side of 8 pixels"),
-        (
-            ["--train.max-steps", "5", "--optim.warmup-steps", "5"],
-            "optim.warmup_steps=5 does not end before the run's 5 steps do; use at most 4",
-        ),
         (["--optim.nesterov", "--optim.name", "adamw"], "optim.nesterov=true belongs to SGD"),
         (["--optim.nesterov", "--optim.momentum", "0"], "optim.nesterov=true needs momentum"),
         (["--model.freeze", "lp-ft", "--train.epochs", "1"], "model.lp_epochs=1 leaves nothing of train.epochs=1"),
@@ -330,3 +326,11 @@ def test_a_wrong_setting_ends_a_program_with_status_2_and_one_short_message() ->
         [sys.executable, "-c", code, "--train.epochs", "0"], cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: train.epochs=0 must be at least 1\n")
+
+
+def test_warm_up_must_end_before_the_run_does_unless_the_run_is_cut_short_for_a_trial() -> None:
+    config = RunConfig(optim=OptimConfig(warmup_steps=48))
+    validate(config, total_steps=49)
+    with pytest.raises(ValueError, match=r"optim.warmup_steps=48 does not end before the run's 48 steps do; use at most 47"):
+        validate(config, total_steps=48)
+    validate(dataclasses.replace(config, train=TrainConfig(max_steps=5)), total_steps=5)

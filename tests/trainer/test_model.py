@@ -388,8 +388,8 @@ def test_resizing_is_torchvisions(height: int, width: int, side: int, mode: Any,
 
 def test_nearest_repeats_pixels() -> None:
     images = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)
-    resized = Preprocess(mean=(0, 0, 0), std=(1 / 255,) * 3, image_size=4, interpolation="nearest")(images)
-    assert torch.equal(resized, images.repeat_interleave(2, 2).repeat_interleave(2, 3).float())
+    resized = Preprocess(mean=(0, 0, 0), std=(1, 1, 1), image_size=4, interpolation="nearest")(images)
+    assert torch.equal(resized, images.repeat_interleave(2, 2).repeat_interleave(2, 3).float() / 255)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -100,6 +100,7 @@ def test_what_would_fail_on_the_workers_is_found_before_a_cluster_is_started(
         (["--data.root", "/proc/none"], "--data.root"),
         (["--data.path", "/nowhere"], "does not exist"),
         (["--data.max-bad-fraction", "0"], "--data.max-bad-fraction"),
+        (["--cluster.metrics-host", "203.0.113.1"], "choose another cluster.metrics_host"),
         (["--cluster.gpus-per-worker", "99"], "--cluster.gpus-per-worker 0"),
     ],
 )
