@@ -268,13 +268,25 @@ def failure_of(error: BaseException) -> Failure:
     """The cause behind what `fit` raised: the first failing rank's own exception where there is one."""
     by_rank: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
     if by_rank:
-        return root_cause([_failure_of_one(one, rank) for rank, one in sorted(by_rank.items())])
-    return _failure_of_one(getattr(error, "controller_failure", error), None)
+        traces = _traces(str(error))
+        return root_cause([_failure_of_one(one, rank, traces.get(rank, "")) for rank, one in sorted(by_rank.items())])
+    return _failure_of_one(getattr(error, "controller_failure", error), None, "")
 
 
-def _failure_of_one(error: BaseException, rank: int | None) -> Failure:
+def _traces(text: str) -> dict[int, str]:
+    """Rank -> traceback. A rank's exception loses its own on the way to the driver; Ray's message about all of them quotes it."""
+    parts = re.split(r"^\[Rank ([\d,]+) Error Snippet\]:\n", text, flags=re.MULTILINE)
+    return {
+        int(rank): trace.strip()
+        for ranks, trace in zip(parts[1::2], parts[2::2], strict=True)
+        for rank in ranks.split(",")
+        if trace.startswith("Traceback")
+    }
+
+
+def _failure_of_one(error: BaseException, rank: int | None, trace: str) -> Failure:
     cause: BaseException = getattr(error, "_base_exc", error)
-    trace = str(getattr(error, "_traceback_str", ""))
+    trace = trace or str(getattr(error, "_traceback_str", ""))
     if isinstance(cause, ray.exceptions.RayTaskError):
         trace = trace or str(cause)
         cause = cause.cause or cause

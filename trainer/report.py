@@ -366,18 +366,18 @@ def _failures(run: RunFiles) -> Html:
 
 
 def _grouped(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The events in order, those in a row that are alike but for time and step together: a full disk fails every checkpoint."""
+    """The events in order; failed checkpoints in a row that differ in numbers only are one group: a full disk fails them all."""
     groups: list[list[Mapping[str, Any]]] = []
     for event in events:
-        if groups and _alike(groups[-1][-1]) == _alike(event):
+        if groups and event.get("event") == "checkpoint_failed" and _alike(groups[-1][-1]) == _alike(event):
             groups[-1].append(event)
         else:
             groups.append([event])
     return groups
 
 
-def _alike(event: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key not in ("time", "step")}
+def _alike(event: Mapping[str, Any]) -> dict[str, str]:
+    return {key: re.sub(r"\d+", "0", str(value)) for key, value in event.items() if key not in ("time", "step")}
 
 
 def _event(group: Sequence[Mapping[str, Any]], begin: float | None) -> Html:

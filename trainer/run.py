@@ -49,6 +49,7 @@ FREE_SETTINGS = {
     *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
 }
+SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:")  # on a rank; where in the program they came up helps nobody
 POLL_SECONDS = 0.25
 SAME_SIGNAL_SECONDS = 0.3
 CONVERT_LINE_SECONDS = 5.0
@@ -659,7 +660,7 @@ class _Drive:
             "run_failed", kind=error.failure.kind, rank=error.failure.rank, message=error.failure.message, reason=error.reason
         )
         self.write_summary("failed")
-        if error.failure.traceback:
+        if error.failure.kind == "user" and not error.failure.message.startswith(SAYS_IT_ALL):
             print(error.failure.traceback, file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
         if (step := self.committed_step()) >= 0:

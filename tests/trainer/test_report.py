@@ -256,7 +256,7 @@ def test_failures_are_told_with_their_cost(tmp_path: Path) -> None:
 
 def test_what_fails_again_and_again_is_told_once_with_its_count(tmp_path: Path) -> None:
     events: list[tuple[str, dict[str, Any]]] = [
-        ("checkpoint_failed", {"attempt": 1, "step": step, "message": "no space left"}) for step in range(10, 60, 10)
+        ("checkpoint_failed", {"attempt": 1, "step": step, "message": f"no space left for step-{step:08d}"}) for step in range(10, 60, 10)
     ]
     text = re.sub(r"\s+", " ", page_of(write_run(tmp_path / "pets", summary=summary_of(), events=events)).text)
     assert text.count("no space left") == 1
