@@ -17,7 +17,7 @@ from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 VARIANTS = {"pretrained": [], "random": ["--model.weights", "none"]}
-KEYS = ("test_accuracy", "test_count", "images_per_second", "seconds", "goodput", "weights_sha256", "accounting", "versions", "command")
+KEYS = ("test_accuracy", "test_count", "images_per_second", "seconds", "goodput", "weights_sha256", "accounting", "versions")
 
 
 def measure(storage: Path) -> dict[str, Any]:
