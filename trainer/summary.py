@@ -61,7 +61,7 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
                 case "attempt_failed":
                     began, is_recovering, since = now, True, None
                 case "run_finished" | "run_stopped" | "run_failed":
-                    since = None
+                    began, since = now, None
     parts = {
         "steps": max(0.0, history.get("step_seconds", 0.0) - history.get("data_wait_seconds", 0.0)),
         "data_wait": history.get("data_wait_seconds", 0.0),

@@ -144,6 +144,13 @@ junk = st.lists(
 @settings(deadline=None, max_examples=300)
 @given(junk, st.lists(st.floats(0, 1000), min_size=4, max_size=4))
 @example([{"event": "run_started", "gap": 0.0, "step": 0, "start_step": 0, "attempt": 1}], [5.0, 1.0, 0.0, 0.0])
+@example(
+    [
+        {"event": name, "gap": gap, "step": 0, "start_step": 0, "attempt": 1}
+        for name, gap in (("run_started", 0.0), ("training_started", 0.0), ("run_stopped", 1.0), ("training_started", 0.0))
+    ],
+    [0.0, 0.0, 0.0, 1.0],
+)
 def test_a_journal_and_a_history_that_contradict_each_other_still_add_up(events: list[dict[str, Any]], seconds_of: list[float]) -> None:
     now = 0.0
     for event in events:
