@@ -1,5 +1,7 @@
-"""What all tests share: hypothesis without deadlines, as speed is shown in benchmarks and never asserted in a test. CI tries the same examples each
-time, so that its verdict is about the change; everywhere else they are new ones."""
+"""What all tests share: hypothesis without deadlines, as speed is shown in benchmarks and never asserted in a test.
+
+CI tries the same examples each time, so that its verdict is about the change; everywhere else they are new ones.
+"""
 
 import os
 
