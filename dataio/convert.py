@@ -411,7 +411,8 @@ def _publish(staging: Path, dest: Path) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Holds `folder`, made if need be, against other conversions; the kernel lets go when the process ends, however it ends."""
     while True:
-        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # mkdir's own exist_ok looks again, and fails if the folder has gone since
+            folder.mkdir()
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # published or tidied away by another conversion since
@@ -426,10 +427,14 @@ def _locked(folder: Path) -> Iterator[None]:
                     errno.ENOLCK,
                 ):  # a file system without locks: one at a time is up to the user
                     raise
-            if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+            try:
+                held = os.path.samestat(os.fstat(descriptor), folder.stat())
+            except FileNotFoundError:
+                held = False
+            if held:
                 yield
                 return
-            # else another process finished and renamed it while this one waited
+            # else another conversion finished and renamed it while this one waited
         finally:
             os.close(descriptor)
 

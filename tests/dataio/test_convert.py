@@ -308,6 +308,34 @@ def test_two_conversions_into_one_folder_do_the_work_once(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["dest"]
 
 
+def test_the_folder_is_held_by_one_at_a_time_while_others_make_and_remove_it(tmp_path: Path):
+    folder, holders, most, failures = tmp_path / "dest.partial", 0, 0, []
+
+    def hold_often() -> None:
+        nonlocal holders, most
+        try:
+            for _ in range(200):
+                with module._locked(folder):
+                    holders += 1
+                    most = max(most, holders)
+                    holders -= 1
+                    folder.rmdir()
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # the race is between two system calls of one thread
+    try:
+        threads = [threading.Thread(target=hold_often) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert (failures, most) == ([], 1)
+
+
 def test_repeated_keys_are_made_unique_in_order_also_across_a_resumption(tmp_path: Path):
     class Repeating(Memory):
         def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
