@@ -481,7 +481,14 @@ def test_a_real_interrupt_of_the_real_command_goes_on_to_the_same_dataset(tmp_pa
             header = bytes([0, 0, 8, array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
             (source / f"{split}-{what}-idx{array.ndim}-ubyte").write_bytes(header + array.tobytes())
     command = [sys.executable, "-m", "dataio.convert", str(source), str(tmp_path / "dest")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job has it ignored, and so has its child
+    )
     while not (tmp_path / "dest.partial" / "train-00000.parquet").exists():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
