@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from cluster.agent import Order, Payload, RankEnd, Report
 from cluster.exporter import serve_discovery, write_file_sd
 from cluster.heartbeat import Orders
 from cluster.journal import Journal, read_journal
@@ -44,6 +45,10 @@ class RankStatus:
     age_seconds: float
     """Time since its last beat."""
     info: RankInfo | None
+    pulse: Mapping[str, int | str]
+    """What it was doing: heartbeat.Heartbeat says what is in it."""
+    report: Report | None
+    """What its agent last said of its process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +74,16 @@ class Status:
     stop_at: int | None
     stop_confirmed: bool
     quarantined: int
+    reports: dict[int, Report]
+    """What the agents of the current fleet last said, by rank."""
+    agent_ages: dict[int, float]
+    """Seconds since they did."""
+    notices: tuple[str, ...]
+    """Why nodes of the current fleet are about to go."""
+    ended_ranks: frozenset[int]
+    """Ranks whose processes have ended; all of them: the attempt is over."""
+    stacks: frozenset[int]
+    """Ranks whose stacks have come in since they were asked for."""
 
 
 class StopVote:
@@ -115,6 +130,14 @@ class _Attempt:
     steps_done: dict[int, int] = field(default_factory=dict)
     stats: dict[int, dict[str, float]] = field(default_factory=dict)
     heard_at: dict[int, float] = field(default_factory=dict)
+    pulses: dict[int, dict[str, int | str]] = field(default_factory=dict)
+    fleet: int = 0
+    payload: Payload | None = None
+    command: Literal["run", "stacks", "kill"] = "run"
+    ends: dict[int, RankEnd] = field(default_factory=dict)
+    stacks: set[int] = field(default_factory=set)
+    board: dict[str, Any] = field(default_factory=dict)
+    """What ranks publish for each other."""
     acks: dict[int, dict[int, list[Receipt]]] = field(default_factory=dict)
     """step -> rank -> what it staged"""
     metas: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -153,6 +176,8 @@ class Coordinator:
         self._metrics = Metrics(run, "coordinator", 0, owner="coordinator")
         self._changed = threading.Condition()
         self._attempt: _Attempt | None = None
+        self._reports: dict[tuple[int, int], tuple[Report, float]] = {}  # (fleet, rank) -> its agent's last report, and when
+        self._over: set[int] = set()  # fleets that are to end
         self._stop_reason: str | None = None
         self._failed_checkpoints = 0
         self._checkpoint_problem = ""
@@ -171,8 +196,9 @@ class Coordinator:
 
     # The driver's side
 
-    def start_attempt(self, attempt: int, world_size: int, start_step: int) -> None:
-        """A new group of ranks, from a state after `start_step` steps; whatever older ranks still say is ignored from here on.
+    def start_attempt(self, attempt: int, world_size: int, start_step: int, fleet: int = 0, payload: Payload | None = None) -> None:
+        """A new group of ranks, from a state after `start_step` steps; whatever older ranks still say is ignored from here on. The agents of
+        `fleet` begin it when they next ask for orders. A stop asked of an older attempt to change the workers is over.
 
         Call drain() before choosing the state, so that a checkpoint on its way is not lost."""
         commits = self._store.commits()
@@ -181,6 +207,8 @@ class Coordinator:
                 raise ValueError(f"attempt={attempt} is not above the attempt before, {self._attempt.number}; attempt numbers count on")
             restarted = self._attempt is not None
             self._attempt = self._new_attempt(attempt, world_size, start_step)
+            self._attempt.fleet, self._attempt.payload = fleet, payload
+            self._reports = {key: known for key, known in self._reports.items() if key[0] >= fleet}
             # Newer ones were found bad, or rolled back: they are no answer to wait_committed().
             self._last_commit = next(((commit.step, commit.modified) for commit in commits if commit.step <= start_step), None)
             self._changed.notify_all()
@@ -190,7 +218,7 @@ class Coordinator:
         self._journal.write("attempt_started", attempt=attempt, workers=world_size, start_step=start_step, generation=self._generation)
 
     def request_stop(self, reason: str) -> None:
-        """Have all ranks stop after the same number of steps, as soon as they can agree on one. The first reason counts."""
+        """Have all ranks stop after the same number of steps, as soon as they can agree on one, and start no more. The first reason counts."""
         with self._changed:
             if self._stop_reason is not None:
                 return
@@ -199,15 +227,54 @@ class Coordinator:
                 self._attempt.vote.requested = True
         self._journal.write("stop_requested", reason=reason, generation=self._generation)
 
+    def request_pause(self, attempt: int, reason: str) -> None:
+        """As request_stop, but for this attempt alone: another one, with other workers, goes on from the commit."""
+        with self._changed:
+            if not self._is_current(attempt):
+                return
+            assert self._attempt is not None
+            if self._attempt.vote.requested:
+                return
+            self._attempt.vote.requested = True
+        self._journal.write("pause_requested", attempt=attempt, reason=reason)
+
+    def ask_stacks(self, attempt: int) -> None:
+        """Have every agent of the attempt send the stacks of its rank, into the journal."""
+        with self._changed:
+            if self._is_current(attempt):
+                assert self._attempt is not None
+                self._attempt.command = "stacks"
+                self._attempt.stacks.clear()
+
+    def kill_attempt(self, attempt: int) -> None:
+        """Have every agent of the attempt kill its rank."""
+        with self._changed:
+            if self._is_current(attempt):
+                assert self._attempt is not None
+                self._attempt.command = "kill"
+
+    def ends(self, attempt: int) -> dict[int, RankEnd]:
+        """How the ranks of the attempt ended, as far as they have."""
+        with self._changed:
+            return dict(self._attempt.ends) if self._attempt is not None and self._is_current(attempt) else {}
+
+    def end_fleet(self, fleet: int) -> None:
+        """Have its agents end."""
+        with self._changed:
+            self._over.add(fleet)
+
     def status(self) -> Status:
         with self._changed:
             attempt, now = self._attempt or self._new_attempt(0, 0, 0), self._clock()
+            reports = {rank: known for (fleet, rank), known in self._reports.items() if fleet == attempt.fleet}
             ranks = {
                 rank: RankStatus(
                     steps_done=attempt.steps_done.get(rank, attempt.start_step),
                     stats=dict(attempt.stats.get(rank, {})),
                     age_seconds=now - attempt.heard_at[rank],
                     info=attempt.infos.get(rank),
+                    pulse=dict(attempt.pulses.get(rank, {})),
+                    report=reports[rank][0] if rank in reports else None,
                 )
                 for rank in sorted(attempt.heard_at)
             }
@@ -230,6 +297,11 @@ class Coordinator:
                 stop_at=attempt.vote.stop_at,
                 stop_confirmed=attempt.vote.confirmed,
                 quarantined=len(self._bad),
+                reports={rank: report for rank, (report, _) in reports.items()},
+                agent_ages={rank: now - heard for rank, (_, heard) in reports.items()},
+                notices=tuple(sorted({report.notice for report, _ in reports.values() if report.notice})),
+                ended_ranks=frozenset(attempt.ends),
+                stacks=frozenset(attempt.stacks),
             )
 
     def event(self, event: str, **fields: Any) -> None:
@@ -287,7 +359,60 @@ class Coordinator:
         self._server.close()
         self._write_targets([])
 
+    # The agents' side
+
+    def order(self, fleet: int, rank: int, report: Report) -> Order:
+        """What the agent of this rank should be doing now."""
+        with self._changed:
+            self._reports[fleet, rank] = report, self._clock()
+            current = self._attempt
+            if fleet in self._over or (current is not None and fleet < current.fleet):
+                return Order(command="end")
+            if current is None or current.fleet != fleet or current.payload is None:
+                return Order(command="wait")
+            fresh = report.attempt != current.number and current.command == "run"
+            return Order(
+                command=current.command,
+                attempt=current.number,
+                world_size=current.world_size,
+                payload=current.payload if fresh else None,
+            )
+
+    def rank_ended(self, attempt: int, rank: int, end: RankEnd) -> None:
+        """A rank's process has ended. If not well, the others will not get on without it: they are ended too."""
+        with self._changed:
+            if not self._is_current(attempt):
+                return
+            current = self._attempt
+            assert current is not None
+            current.ends[rank] = end
+            current.infos.pop(rank, None)
+            if end.status != 0:
+                current.command = "kill"
+            self._changed.notify_all()
+        self._write_targets(self.targets())
+
+    def stacks(self, attempt: int, rank: int, text: str) -> None:
+        """The stacks of a rank, as asked for."""
+        self._journal.write("stacks", attempt=attempt, rank=rank, text=text)
+        with self._changed:
+            if self._is_current(attempt):
+                assert self._attempt is not None
+                self._attempt.stacks.add(rank)
+
     # The ranks' side
+
+    def publish(self, attempt: int, key: str, value: Any) -> None:
+        """Tell the other ranks of the attempt."""
+        with self._changed:
+            if self._is_current(attempt):
+                assert self._attempt is not None
+                self._attempt.board[key] = value
+
+    def lookup(self, attempt: int, key: str) -> Any:
+        """What a rank of the attempt published; None if nothing yet."""
+        with self._changed:
+            return self._attempt.board.get(key) if self._attempt is not None and self._is_current(attempt) else None
 
     def register(self, attempt: int, rank: int, info: RankInfo) -> None:
         """A rank is up: from now on it is a target of Prometheus."""
@@ -316,6 +441,7 @@ class Coordinator:
         seen_stop: int | None,
         stats: Mapping[str, float],
         steps_begun: int | None = None,
+        pulse: Mapping[str, int | str] | None = None,
     ) -> Orders:
         """A rank's position, and the stop it has promised, if any; answers with the stop proposed to all. `steps_begun`: see
         heartbeat.Gate."""
@@ -328,6 +454,8 @@ class Coordinator:
             current.heard_at[rank] = self._clock()
             if stats:
                 current.stats[rank] = dict(stats)
+            if pulse:
+                current.pulses[rank] = dict(pulse)
             return current.vote.hear(rank, steps_done if steps_begun is None else steps_begun, seen_stop)
 
     def ack(self, attempt: int, rank: int, step: int, receipts: Iterable[Receipt], meta: Mapping[str, Any] | None = None) -> None:

@@ -53,8 +53,8 @@ class Gate:
 class Heartbeat:
     """Beats every `interval` seconds from a thread of its own.
 
-    `call(attempt, rank, steps_done, seen_stop, stats, steps_begun)` is Coordinator.beat, by whatever way leads there. `start_step`: steps
-    done when this attempt began. A coordinator that does not answer is no reason to stop training; a rank that must wait for it gives up
+    `call(attempt, rank, steps_done, seen_stop, stats, steps_begun, pulse)` is Coordinator.beat, by whatever way leads there. `start_step`:
+    steps done when this attempt began. The pulse says what the rank is at (`phase`) and that it gets on with it (`ticks`). A coordinator that does not answer is no reason to stop training; a rank that must wait for it gives up
     after `patience_seconds` (CoordinatorLost)."""
 
     def __init__(
@@ -72,6 +72,7 @@ class Heartbeat:
         self._patience_seconds, self._clock = patience_seconds, clock
         self._gate = Gate(start_step)
         self._stats: dict[str, float] = {}
+        self._phase, self._ticks = "starting", 0
         self._changed = threading.Condition()
         self._hurry = False
         self._closed = False
@@ -85,8 +86,16 @@ class Heartbeat:
         """Remember where this rank is for the next beat; no call, no wait."""
         with self._changed:
             self._gate.steps_done = steps_done
+            self._ticks += 1
             if stats is not None:
                 self._stats = dict(stats)
+
+    def tick(self, phase: str | None = None) -> None:
+        """Something got done, or something else begins: "starting", "step", "exchange" (waiting for other ranks), "evaluation", "checkpoint".
+        No call, no wait."""
+        self._ticks += 1
+        if phase is not None:
+            self._phase = phase
 
     def should_stop(self, steps_done: int) -> bool:
         """Call after `steps_done` steps are done, before the next begins; True on all ranks after the same number of steps.
@@ -131,7 +140,8 @@ class Heartbeat:
     def _beat(self) -> None:
         with self._changed:
             gate = self._gate
-            said = (self._attempt, self._rank, gate.steps_done, gate.stop_at, dict(self._stats), gate.steps_begun)
+            pulse = {"phase": self._phase, "ticks": self._ticks}
+            said = (self._attempt, self._rank, gate.steps_done, gate.stop_at, dict(self._stats), gate.steps_begun, pulse)
         try:
             orders = self._call(*said)
         except Exception as error:  # whatever the way to the coordinator raises: training does not depend on it

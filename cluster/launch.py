@@ -1,8 +1,8 @@
-"""Ray, and nothing but Ray: the cluster a run uses, its coordinator actor, and one attempt = one `TorchTrainer.fit`.
+"""Ray, and nothing but Ray: the cluster a run uses, its coordinator actor, and a fleet of agents = one `fit` of Ray Train.
 
-Called by trainer/run.py. What is run on each rank is handed in as a function; when to try again is controller.py's.
-Ray Train's own checkpoints, resume and retries are not used (store.py and controller.py say why): it starts workers, forms the
-process group and tells which of them died.
+Called by trainer/run.py. What the agents do is agent.py's, when to try again controller.py's. Ray Train's own checkpoints, resume and retries
+are not used (store.py and controller.py say why): it places one worker a rank, gives it its GPU, and tells which of them died. A fleet
+carries many attempts, as it is the rank processes below the agents that die most often, and a `fit` takes several seconds to start.
 """
 
 import contextlib
@@ -12,15 +12,17 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray._private.worker as worker_module
+from ray.train.backend import Backend, BackendConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.agent import RankEnd, agent_main, explain
 from cluster.config import ClusterConfig
 from cluster.coordinator import Coordinator
 from cluster.failures import Failure, classify, root_cause
@@ -32,7 +34,6 @@ _RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 _TEMP_PREFIX = "finetune-ray-"
 
@@ -49,12 +50,17 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What each worker gets."""
+    """What each worker gets, and how many there are: with `--workers N:M` between `fewest` and `most`."""
 
     workers: int
+    fewest: int
+    most: int
     cpus_per_worker: float
     gpus_per_worker: int
     threads_per_worker: int
+
+    def with_workers(self, workers: int) -> "Resources":
+        return replace(self, workers=workers)
 
 
 @contextlib.contextmanager
@@ -173,28 +179,75 @@ def _remove_stale_temp_folders() -> None:
 
 
 def plan_resources(workers: str, config: ClusterConfig, hardware: Hardware) -> Resources:
-    """How many workers, and what each gets. Raises ValueError when the cluster cannot hold them."""
+    """How many workers, and what each gets. Raises ValueError when the cluster cannot hold them, or with N:M not N of them."""
     per_gpu = config.gpus_per_worker if config.gpus_per_worker >= 0 else int(hardware.gpus > 0)
     one_a_gpu = max(1, hardware.gpus // per_gpu) if per_gpu else 1
-    count = one_a_gpu if workers == "auto" else int(workers)
-    if per_gpu * count > hardware.gpus:
+    fewest, most = (one_a_gpu, one_a_gpu) if workers == "auto" else worker_range(workers)
+    if per_gpu * fewest > hardware.gpus:
         raise ValueError(
-            f"--workers {count} with {per_gpu} GPU each needs {per_gpu * count} GPUs, the cluster has {hardware.gpus}; "
+            f"--workers {fewest} with {per_gpu} GPU each needs {per_gpu * fewest} GPUs, the cluster has {hardware.gpus}; "
             f"use --workers {max(1, hardware.gpus // per_gpu)} or --cluster.gpus-per-worker 0"
         )
     cpus: float
     if config.cpus_per_worker:
         cpus = config.cpus_per_worker
-        if cpus * count > hardware.cpus:
+        if cpus * fewest > hardware.cpus:
             raise ValueError(
-                f"--workers {count} with --cluster.cpus-per-worker {config.cpus_per_worker} needs {cpus * count:g} CPUs, the cluster has "
+                f"--workers {fewest} with --cluster.cpus-per-worker {config.cpus_per_worker} needs {cpus * fewest:g} CPUs, the cluster has "
                 f"{hardware.cpus}; use fewer of either"
             )
+    elif fewest < most:  # what there will be is not known: a share that does not depend on it
+        cpus = float(max(1, hardware.cpus // hardware.gpus)) if per_gpu else 1.0
     else:
-        share = hardware.cpus / count
+        share = hardware.cpus / most
         cpus = float(int(share)) if share >= 1 else int(share * 10_000) / 10_000
     threads = config.threads_per_worker or max(1, int(cpus))
-    return Resources(workers=count, cpus_per_worker=cpus, gpus_per_worker=per_gpu, threads_per_worker=threads)
+    fitting = min(int(hardware.cpus / cpus + 1e-9), hardware.gpus // per_gpu if per_gpu else most)
+    return Resources(
+        workers=max(fewest, min(most, fitting)),
+        fewest=fewest,
+        most=most,
+        cpus_per_worker=cpus,
+        gpus_per_worker=per_gpu,
+        threads_per_worker=threads,
+    )
+
+
+def worker_range(workers: str) -> tuple[int, int]:
+    """(N, M) of "N:M", (N, N) of "N"."""
+    fewest, _, most = workers.partition(":")
+    return int(fewest), int(most or fewest)
+
+
+def workers_that_fit(resources: Resources, nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many more workers the free resources of `nodes` hold, {"CPU": ..., "GPU": ...} each."""
+    count = 0
+    for free in nodes:
+        fits = int(free.get("CPU", 0.0) / resources.cpus_per_worker + 1e-6)
+        if resources.gpus_per_worker:
+            fits = min(fits, int(free.get("GPU", 0.0) // resources.gpus_per_worker))
+        count += fits
+    return count
+
+
+def free_resources() -> list[dict[str, float]]:
+    """What is free now on each living node that is not about to leave."""
+    leaving = draining_nodes()
+    return [free for node, free in ray._private.state.available_resources_per_node().items() if node not in leaving]
+
+
+def draining_nodes() -> dict[str, float]:
+    """Node id -> unix time at which it goes (0: nobody said) of the nodes that Ray drains."""
+    return {node: deadline / 1000 for node, deadline in ray._private.state.state.get_draining_nodes().items()}
+
+
+def remove_placement_group(group: str) -> None:
+    """Free what a fleet holds, and end what runs there; `group` is its id in hex."""
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup
+    from ray.util.placement_group import remove_placement_group as remove
+
+    remove(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 class _CoordinatorActor(Coordinator):
@@ -218,41 +271,67 @@ def start_coordinator(**kwargs: Any) -> Any:
     return actor.remote(**kwargs)
 
 
-class Attempt:
-    """One `TorchTrainer.fit` in a thread, so that the driver stays free to draw progress and to hear signals."""
+class _GpusSeenByAll(Backend):  # type: ignore[misc]
+    """No process group: the agents' ranks form their own. NCCL wants every rank of a node to see the GPUs of all of them."""
 
-    def __init__(self, work: Callable[[dict[str, Any]], None], spec: dict[str, Any], *, name: str, resources: Resources) -> None:
+    share_cuda_visible_devices = True
+
+
+class _AgentsOnly(BackendConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _GpusSeenByAll
+
+
+class Fleet:
+    """One `fit` of Ray Train, in a thread: it places an agent for each rank and holds it there, attempt after attempt, until the
+    coordinator says "end" or a worker of Ray's dies. What Ray Train cannot place within `placement_seconds` is a failure."""
+
+    def __init__(
+        self,
+        number: int,
+        coordinator: Any,
+        *,
+        name: str,
+        resources: Resources,
+        modules: Sequence[str],
+        notice: str,
+        placement_seconds: float,
+    ) -> None:
+        self.number, self.workers = number, resources.workers
         self._failure: Failure | None = None
         self._scratch = _temp_folder()
-        self._thread = threading.Thread(target=self._fit, args=(work, spec, name, resources), name="fit", daemon=True)
+        settings = {"coordinator": coordinator, "fleet": number, "modules": list(modules), "notice": notice}
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{placement_seconds:g}"
+        self._thread = threading.Thread(target=self._fit, args=(settings, name, resources), name="fit", daemon=True)
         self._thread.start()
 
     def wait(self, timeout_seconds: float) -> bool:
-        """True once the attempt has ended."""
+        """True once it has ended."""
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
     def abandon(self) -> None:
-        """The attempt will not be waited for: its processes end with this one's connection to Ray, its folder now."""
+        """It will not be waited for: its processes end with this one's connection to Ray, its folder now."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def failure(self) -> Failure | None:
-        """Why the attempt failed; None if it went through. Only after `wait` said True."""
+        """Why it failed; None if its agents were told to end. Only after `wait` said True."""
         assert not self._thread.is_alive()
         return self._failure
 
-    def _fit(self, work: Callable[[dict[str, Any]], None], spec: dict[str, Any], name: str, resources: Resources) -> None:
+    def _fit(self, settings: dict[str, Any], name: str, resources: Resources) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
         if resources.gpus_per_worker:
             per_worker["GPU"] = resources.gpus_per_worker
         try:
-            TorchTrainer(
-                work,
-                train_loop_config=spec,
-                torch_config=TorchConfig(timeout_s=300),
+            DataParallelTrainer(
+                agent_main,
+                train_loop_config=settings,
+                backend_config=_AgentsOnly(),
                 scaling_config=ScalingConfig(
                     num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
                 ),
@@ -262,6 +341,18 @@ class Attempt:
             self._failure = failure_of(error)
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def failure_of_ranks(ends: Mapping[int, RankEnd]) -> Failure | None:
+    """Why an attempt failed whose ranks ended like this; None if all went through."""
+    failures = []
+    for rank, end in sorted(ends.items()):
+        if end.error is not None:
+            error = end.error
+            failures.append(classify(error.name, error.message, rank=rank, traceback=error.traceback, bases=error.bases))
+        elif end.status != 0 and not end.killed_by_order:
+            failures.append(classify("WorkerCrashedError", f"the rank's process was {explain(end.status)}", rank=rank))
+    return root_cause(failures) if failures else None
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -4,7 +4,6 @@ Called by trainer/run.py. What "the data" are is a function handed in; what does
 """
 
 import contextlib
-import importlib.metadata
 import platform
 import uuid
 from collections.abc import Callable
@@ -13,8 +12,7 @@ from typing import Any
 
 from cluster.launch import Hardware
 from cluster.storage import Storage, open_storage
-
-PACKAGES = ("torch", "torchvision", "ray", "nvidia-dali-cuda130", "pyarrow", "numpy", "safetensors")
+from cluster.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,17 +23,6 @@ class NodeReport:
     storage_error: str
     data: str | None
     versions: dict[str, str]
-
-
-def versions() -> dict[str, str]:
-    """Versions whose differences between nodes change results or break messages."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
 
 
 def check_node(uri: str, run: str, token: str, data_probe: Callable[[], str]) -> NodeReport:

@@ -282,17 +282,16 @@ def _key_of(flag: str) -> str:
 
 
 def worker_count(config: RunConfig) -> int | None:
-    """Number of workers asked for; None for `auto`."""
+    """Number of workers asked for, of a range `N:M` the larger; None for `auto`."""
     value = config.workers
     if value == "auto":
         return None
-    if re.fullmatch(r"\d+:\d+", value):
-        raise ValueError(
-            f"workers={value}: a range (elastic workers) is not supported yet; give one number, such as --workers {value.split(':')[0]}"
-        )
-    if not re.fullmatch(r"\d+", value) or int(value) < 1:
-        raise ValueError(f"workers={value} is not a number of workers; give a whole number from 1 up, or auto")
-    return int(value)
+    numbers = [int(number) for number in value.split(":")] if re.fullmatch(r"\d+(:\d+)?", value) else []
+    if not numbers or numbers[0] < 1:
+        raise ValueError(f"workers={value} is not a number of workers; give a whole number from 1 up, a range such as 1:4, or auto")
+    if numbers[-1] < numbers[0]:
+        raise ValueError(f"workers={value} is an empty range: the fewest come first; give --workers {numbers[-1]}:{numbers[0]}")
+    return numbers[-1]
 
 
 def validate(

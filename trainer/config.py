@@ -86,7 +86,8 @@ class RunConfig:
     """One fine-tuning run."""
 
     workers: str = "auto"
-    """`N` workers, or `auto`: one a GPU, or one CPU worker where there is none."""
+    """`N` workers; `N:M`, as many as the cluster has room for, fewer when a node goes and more when one comes; or `auto`: one a GPU, or one
+    CPU worker where there is none."""
     run: str = ""
     """The run's name and folder; empty makes one from the recipe and the settings, so that the same command goes on with the same run."""
     storage: str = "~/finetune-runs"

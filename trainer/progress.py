@@ -4,6 +4,7 @@ On a terminal one line is redrawn in place; elsewhere (a job's log) a plain line
 in `update`.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -219,3 +220,8 @@ def time_split(summary: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     accounting = {str(cause): float(seconds) for cause, seconds in (summary.get("accounting") or {}).items() if seconds and seconds > 0}
     total = sum(accounting.values())
     return [(cause.replace("_", " "), seconds, seconds / total) for cause, seconds in sorted(accounting.items(), key=lambda item: -item[1])]
+
+
+def predict_command(folder: str) -> str:
+    """What to type to use the model of a run's folder."""
+    return f"python -m trainer.predict {shlex.quote(folder)} IMAGE..."

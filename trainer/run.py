@@ -12,24 +12,19 @@ if __name__ == "__main__":  # the imports below take seconds: Ctrl-C ends them w
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from cluster.controller import RunFailed, run_attempts
-from cluster.coordinator import FILE_SD
 from cluster.exporter import serve_discovery
-from cluster.failures import Failure, History
-from cluster.journal import Journal, last_attempt, read_journal
+from cluster.journal import Journal
 from cluster.storage import Storage, open_storage
 from cluster.store import Commit, NoValidCheckpoint, Store
 from dataio.convert import Progress as ConvertProgress
@@ -39,9 +34,7 @@ from dataio.parquet import QUARANTINE_NAME, Dataset, open_dataset
 from dataio.sources import open_source
 from trainer.cli import fail, from_toml, parse, settings, to_toml, validate, worker_count
 from trainer.config import RunConfig
-from trainer.progress import ProgressLine, RunState, final_table
-from trainer.report import write_report
-from trainer.summary import summarise
+from trainer.progress import final_table, predict_command
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Settings that change neither the weights nor the evaluation; all others must be the same when a run goes on.
@@ -49,12 +42,7 @@ FREE_SETTINGS = {
     *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
 }
-SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:")  # on a rank; where in the program they came up helps nobody
-POLL_SECONDS = 0.25
-SAME_SIGNAL_SECONDS = 0.3
 CONVERT_LINE_SECONDS = 5.0
-CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
-TAKEN_OVER_POLL_SECONDS = 5.0
 
 
 def process_started() -> float:
@@ -266,7 +254,9 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
     import torch
 
     from cluster.launch import Hardware, plan_resources, ray_cluster
-    from cluster.preflight import preflight, versions
+    from cluster.preflight import preflight
+    from cluster.versions import versions
+    from trainer.drive import Drive
 
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if in_job:
@@ -286,7 +276,7 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
     wanted = worker_count(config)
     if not address:
         here = Hardware(local=True, nodes=1, cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count())
-        wanted = plan_resources(config.workers, config.cluster, here).workers
+        wanted = plan_resources(config.workers, config.cluster, here).most
     if wanted is not None:  # everything that needs no cluster is checked before one is started
         early = resolved(config, workers=wanted, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
         if (done := finished_summary(early, fingerprint)) is not None:
@@ -295,7 +285,7 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
     console.print(f"joining the Ray cluster at {address}" if address else "starting a local Ray")
     with cluster as hardware:
         resources = plan_resources(config.workers, config.cluster, hardware)
-        config = resolved(config, workers=resources.workers, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
+        config = resolved(config, workers=resources.most, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
         if (done := finished_summary(config, fingerprint)) is not None:
             return show_finished(config, done, console)
         storage = open_storage(config.storage)
@@ -315,7 +305,7 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
         check_resume(config, has_checkpoint=start is not None)
         storage.write_atomic(f"{config.run}/config.toml", to_toml(config).encode())
         console.print(f"run {config.run} in {storage.uri}: {described(resources.workers, hardware)}", soft_wrap=True)
-        return _Drive(
+        return Drive(
             config=config,
             dataset=dataset,
             location=str(folder) if is_shared else ship(dataset, folder, config),
@@ -325,6 +315,7 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
             resources=resources,
             command=command,
             console=console,
+            find_start=lambda: find_start(config, store, journal, console, fingerprint),
         ).go(start)
 
 
@@ -361,10 +352,6 @@ def show_finished(config: RunConfig, summary: Mapping[str, Any], console: Consol
     return 0
 
 
-def predict_command(folder: str) -> str:
-    return f"python -m trainer.predict {shlex.quote(folder)} IMAGE..."
-
-
 def ship(dataset: Dataset, folder: Path, config: RunConfig) -> dict[str, Any]:
     """The data set's files in Ray's object store, for nodes that cannot read `folder`."""
     import numpy as np
@@ -380,332 +367,6 @@ def ship(dataset: Dataset, folder: Path, config: RunConfig) -> dict[str, Any]:
         name: ray.put(np.fromfile(file, dtype=np.uint8) if isinstance(file, Path) else np.frombuffer(file, dtype=np.uint8))
         for name, file in dataset.files().items()
     }
-
-
-class _Drive:
-    """The driver's part of a run: attempts, progress, signals, and the end. Lives as long as one command."""
-
-    def __init__(
-        self,
-        *,
-        config: RunConfig,
-        dataset: Dataset,
-        location: str | Mapping[str, Any],
-        storage: Storage,
-        store: Store,
-        journal: Journal,
-        resources: Any,
-        command: str,
-        console: Console,
-    ) -> None:
-        from cluster.launch import start_coordinator
-        from trainer.worker import make_order, total_steps_of
-
-        self.config, self.dataset, self.location = config, dataset, location
-        self.storage, self.store, self.journal = storage, store, journal
-        self.resources, self.command, self.console = resources, command, console
-        self.steps_per_epoch = make_order(config, dataset).steps_per_epoch
-        self.total_steps = total_steps_of(config, self.steps_per_epoch)
-        self.signal, self.signal_at = 0, 0.0
-        self.phase, self.phase_began = "", time.monotonic()
-        self.failed_checkpoints, self.failure_told_at = 0, -math.inf
-        self.result: dict[str, Any] | None = None
-        self.restarts = 0
-        self.generation = store.claim_generation()
-        self.coordinator = start_coordinator(
-            storage_uri=storage.uri,
-            run=config.run,
-            generation=self.generation,
-            keep=config.cluster.keep_checkpoints,
-            metrics_host=config.cluster.metrics_host,
-            discovery_port=config.cluster.discovery_port,
-        )
-
-    def go(self, start: Commit | None) -> int:
-        if self.committed_step() > (start.step if start else 0):  # by a driver that was still at work when this one took over
-            start = find_start(self.config, self.store, self.journal, self.console, self.dataset.manifest.fingerprint)
-        first = 1 + last_attempt(read_journal(self.storage, self.config.run))
-        discovery = self.ask("discovery_address")
-        file_sd = f", file_sd {self.storage.at(self.config.run)}/{FILE_SD}" if self.storage.is_local else ""
-        self.console.print(f"Prometheus: http_sd http://{discovery}/sd{file_sd}", soft_wrap=True)
-        if start is not None:
-            self.journal.write("resumed", step=start.step, path=start.path)
-            self.console.print(f"going on from step {start.step:,} of {self.total_steps:,}")
-            before, now = start.meta["threads"], self.resources.threads_per_worker
-            if before != now:
-                self.console.print(
-                    f"threads of a worker: {before} before, {now} now; the weights may differ in their last bits "
-                    f"from an uninterrupted run's (--cluster.threads-per-worker {before} keeps them)"
-                )
-        self.start = start
-        try:
-            with ProgressLine(self.console) as self.line, self.signals():
-                self.restarts = run_attempts(
-                    self.attempt,
-                    first_attempt=first,
-                    committed_step=self.committed_step,
-                    policy=self.config.cluster.faults,
-                    on_failure=self.on_failure,
-                    stopping=lambda: self.signal != 0,
-                )
-        except RunFailed as error:
-            return self.end_taken_over() if self.is_taken_over() else self.end_failed(error)
-        if (self.result is None or self.result["stopped"]) and self.is_taken_over():
-            return self.end_taken_over()
-        if self.result is None or self.result["stopped"]:
-            return self.end_stopped()
-        return self.end_finished()
-
-    # One attempt, from the driver's side.
-
-    def attempt(self, number: int) -> Failure | None:
-        from cluster.launch import Attempt
-        from trainer.worker import WorkerSpec, train_worker
-
-        start = self.start
-        self.ask("start_attempt", number, self.resources.workers, start.step if start else 0)
-        spec = WorkerSpec(
-            config=self.config,
-            dataset=self.location,
-            generation=self.generation,
-            attempt=number,
-            resume=(start.step, start.generation) if start else None,
-            coordinator=self.coordinator,
-            threads=self.resources.threads_per_worker,
-        )
-        fit = Attempt(train_worker, {"spec": spec}, name=f"{self.config.run}-{number}-{os.getpid()}", resources=self.resources)
-        stop_asked_at = None
-        looked_at = time.monotonic()
-        while not fit.wait(POLL_SECONDS):
-            status = self.ask("status")
-            if time.monotonic() - looked_at > TAKEN_OVER_POLL_SECONDS:
-                looked_at = time.monotonic()
-                if self.is_taken_over():
-                    fit.abandon()
-                    return None
-            if self.signal and stop_asked_at is None:
-                stop_asked_at = time.monotonic()
-                name = signal.Signals(self.signal).name
-                self.ask("request_stop", name)
-                if status.steps_done <= status.start_step:
-                    self.line.message(f"{name}: stopping; no step has been done yet")
-                    fit.abandon()
-                    return None  # no step was done in this attempt: there is nothing new to save
-                self.line.message(f"{name}: saving a checkpoint, then stopping (again to stop at once)")
-            self.show(status)
-            if stop_asked_at is not None and time.monotonic() - stop_asked_at > self.config.cluster.stop_grace_seconds:
-                self.line.message(f"no checkpoint within cluster.stop_grace_seconds={self.config.cluster.stop_grace_seconds:g}; stopping")
-                fit.abandon()
-                return None
-        failure = fit.failure()
-        self.result = self.ask("result", number)
-        if failure is None or self.is_taken_over():
-            return None
-        # An attempt that handed in its result had nothing left to do; what died after that does not matter.
-        return None if self.result is not None else failure
-
-    def on_failure(self, number: int, failure: Failure, history: History) -> None:
-        self.restarts += 1
-        status = self.ask("status")
-        reached = max((rank.steps_done for rank in status.ranks.values()), default=0)
-        self.tell(
-            "attempt_failed",
-            attempt=number,
-            kind=failure.kind,
-            rank=failure.rank,
-            message=failure.message,
-            last_step=reached,
-            lost_steps=max(0, reached - max(0, self.committed_step())),
-        )
-        self.ask("drain", 30.0)  # a checkpoint that all ranks had staged still counts
-        self.start = find_start(self.config, self.store, self.journal, self.console, self.dataset.manifest.fingerprint)
-        if self.start is not None:
-            self.journal.write("resumed", step=self.start.step, path=self.start.path)
-        if failure.kind in ("infrastructure", "preempted"):  # others end the run, with the whole message
-            where = f" on rank {failure.rank}" if failure.rank is not None else ""
-            lost = reached - (self.start.step if self.start else 0)
-            cost = f"{lost} step{'' if lost == 1 else 's'} to do again, " if lost > 0 else ""
-            back = f"going on from step {self.start.step:,}" if self.start else "starting from the beginning"
-            first_line = failure.message.splitlines()[0][:200]
-            self.line.message(f"attempt {number} failed{where} at step {reached:,} ({failure.kind}: {first_line}); {cost}{back}")
-
-    def is_taken_over(self) -> bool:
-        """Another process drives this run now. A storage that does not answer says nothing about that."""
-        try:
-            return self.store.newest_generation() > self.generation
-        except OSError:
-            return False
-
-    def tell(self, event: str, **fields: Any) -> None:
-        """Into the journal by way of the coordinator, which counts failures; directly where it is gone."""
-        import ray
-
-        try:
-            ray.get(self.coordinator.event.remote(event, **fields), timeout=60)
-        except ray.exceptions.RayError:
-            self.journal.write(event, **fields)
-
-    def committed_step(self) -> int:
-        """Of the newest commit; -1 where there is none."""
-        commits = self.store.commits()
-        return commits[0].step if commits else -1
-
-    def ask(self, method: str, *args: Any) -> Any:
-        import ray
-
-        return ray.get(getattr(self.coordinator, method).remote(*args), timeout=60)
-
-    def show(self, status: Any) -> None:
-        ranks = status.ranks
-        started = self.start.step if self.start else 0
-        steps = max((rank.steps_done for rank in ranks.values()), default=started)
-        stats = ranks[0].stats if 0 in ranks else {}
-        if self.signal:
-            phase = "stopping"
-        elif steps > started:
-            phase = "training"
-        else:
-            again = "re" if self.restarts else ""
-            phase = f"{again}starting workers" if len(ranks) < self.resources.workers else "loading data and model"
-        if phase != self.phase:
-            self.phase, self.phase_began = phase, time.monotonic()
-        if status.failed_checkpoints > self.failed_checkpoints:
-            self.failed_checkpoints = status.failed_checkpoints
-            if time.monotonic() - self.failure_told_at > CHECKPOINT_WARNING_SECONDS:
-                self.failure_told_at = time.monotonic()
-                self.line.message(f"warning: a checkpoint was not saved, training goes on: {status.checkpoint_problem}")
-        rate = stats.get("images_per_second") or 0.0
-        left = (self.total_steps - steps) * self.config.data.batch_size / rate if rate else None
-
-        def known(name: str) -> float | None:
-            value = stats.get(name)
-            return None if value is None or value != value else value
-
-        self.line.update(
-            RunState(
-                run=self.config.run,
-                phase=self.phase,
-                phase_seconds=None if phase == "training" else time.monotonic() - self.phase_began,
-                step=steps,
-                total_steps=self.total_steps,
-                epoch=steps / self.steps_per_epoch,
-                epochs=self.config.train.epochs,
-                loss=known("loss"),
-                learning_rate=known("learning_rate"),
-                images_per_second=known("images_per_second"),
-                data_wait_ratio=known("data_wait_ratio"),
-                test_accuracy=known("test_accuracy"),
-                checkpoint_step=status.last_commit_step,
-                checkpoint_age_seconds=time.time() - status.last_commit_time if status.last_commit_time else None,
-                remaining_seconds=left,
-                restarts=self.restarts,
-            )
-        )
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a checkpoint first; the second one ends the program at once."""
-
-        def handler(number: int, frame: FrameType | None) -> None:
-            now = time.monotonic()
-            if self.signal and now - self.signal_at < SAME_SIGNAL_SECONDS:
-                return  # `timeout` and some schedulers send theirs to the process and to its group
-            if self.signal:
-                print("stopped at once; the same command goes on from the newest saved checkpoint", file=sys.stderr)
-                raise SystemExit(128 + number)
-            self.signal, self.signal_at = number, now
-
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
-
-    # Four ways to end.
-
-    def end_finished(self) -> int:
-        self.journal.write("run_finished", steps=self.total_steps)
-        summary, report = self.write_summary("finished")
-        folder = f"{self.storage.uri}/{self.config.run}"
-        self.console.print(final_table(summary, report=report, predict=predict_command(folder)), soft_wrap=True)
-        return 0
-
-    def end_stopped(self) -> int:
-        commit = self.store.newest_valid(lambda path, reason: None)
-        self.journal.write("run_stopped", step=commit.step if commit else 0, signal=signal.Signals(self.signal).name if self.signal else "")
-        summary, report = self.write_summary("stopped")
-        self.console.print(final_table(summary, report=report), soft_wrap=True)
-        if commit:
-            done = f"step {commit.step:,} of {self.total_steps:,} is saved. The same command goes on from there"
-        else:
-            done = "nothing was saved yet. The same command starts again"
-        self.console.print(f"stopped: {done}:\n  {self.command}", soft_wrap=True, markup=False, highlight=False)
-        return 128 + self.signal if self.signal else 1
-
-    def end_taken_over(self) -> int:
-        """Nothing but the journal is written: summary and report are the other process's now."""
-        claim = json.loads(self.storage.read(f"{self.config.run}/generations/g{self.store.newest_generation():04d}"))
-        other = f"process {claim['pid']} on {claim['host']}"
-        self.journal.write("run_taken_over", by=other, generation=self.generation)
-        print(
-            f"error: run {self.config.run} was taken over by {other}, which goes on from the newest checkpoint; this process ends. "
-            "To have both, give one of them another --run NAME",
-            file=sys.stderr,
-        )
-        return 1
-
-    def end_failed(self, error: RunFailed) -> int:
-        self.journal.write(
-            "run_failed", kind=error.failure.kind, rank=error.failure.rank, message=error.failure.message, reason=error.reason
-        )
-        self.write_summary("failed")
-        if error.failure.kind == "user" and not error.failure.message.startswith(SAYS_IT_ALL):
-            print(error.failure.traceback, file=sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
-        if (step := self.committed_step()) >= 0:
-            print(f"step {step} is saved; once the cause is mended the same command goes on from there", file=sys.stderr)
-        return 1
-
-    def write_summary(self, status: str) -> tuple[dict[str, Any], str | None]:
-        """The summary, and where the report is; None where it could not be written."""
-        from cluster.preflight import versions
-
-        events = read_journal(self.storage, self.config.run)
-        summary = summarise(
-            config=self.config,
-            status=status,
-            events=events,
-            result=self.result,
-            facts={
-                "workers": self.resources.workers,
-                "threads": self.resources.threads_per_worker,
-                "steps_per_epoch": self.steps_per_epoch,
-                "classes": list(self.dataset.manifest.classes),
-                "dataset_fingerprint": self.dataset.manifest.fingerprint,
-                "quarantined": self.dataset.manifest.quarantined + self.ask("status").quarantined,
-                "versions": versions(),
-                "command": self.command,
-            },
-        )
-        try:
-            self.storage.write_atomic(f"{self.config.run}/summary.json", json.dumps(_finite(summary), indent=1, allow_nan=False).encode())
-            return summary, str(write_report(f"{self.storage.uri}/{self.config.run}"))
-        except OSError as error:  # a full disk, most likely: what came out is still told, and the checkpoints are what they were
-            print(f"warning: summary.json and report.html could not be written: {error}", file=sys.stderr)
-            return summary, None
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null in place of NaN and infinity, which JSON does not have."""
-    match value:
-        case float() if not math.isfinite(value):
-            return None
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-    return value
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One rank's story, from its first line to its last. Ray Train calls `train_worker` on every worker; run.py hands it the spec.
+"""One rank's story, from its first line to its last. The agents' ranks call `train_rank` (cluster.rank); drive.py hands it the spec.
 
 What is decided elsewhere: which samples (dataio.order), how a step is done (loop), when to stop together (cluster.heartbeat), what a
 committed checkpoint is (cluster.store and the coordinator).
@@ -6,9 +6,8 @@ committed checkpoint is (cluster.store and the coordinator).
 
 import json
 import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +23,11 @@ from cluster.exporter import serve_metrics
 from cluster.heartbeat import Heartbeat
 from cluster.ledger import LedgerWriter
 from cluster.metrics import Metrics
-from cluster.preflight import versions
+from cluster.rank import RankContext
 from cluster.reduce import TreeReducer
 from cluster.storage import open_storage
 from cluster.store import Store
+from cluster.versions import versions
 from dataio.loader import Batch, Loader, available_memory_bytes
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, open_dataset
@@ -45,46 +45,46 @@ HISTORY_FILE = "history.json"
 CURVES_FILE = "curves.parquet"
 EPOCH_STEPS_BETWEEN_CHECKPOINTS = 500
 EVALUATION_BATCH = 256
+GROUP_TIMEOUT_SECONDS = 300.0
+TARGET = "trainer.worker:train_rank"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """What a rank is told. `dataset` is a converted folder, or its files in Ray's object store by name."""
+    """What a rank is told. `dataset` is a converted folder; None if its files travel with the task."""
 
     config: RunConfig  # resolved: run, storage and virtual_ranks are set
-    dataset: str | Mapping[str, Any]
+    dataset: str | None
     generation: int
     attempt: int
     resume: tuple[int, int] | None  # (step, generation) of the commit to go on from, which the driver found valid; None starts at zero
-    coordinator: Any
     threads: int
 
 
-def train_worker(settings: Mapping[str, Any]) -> None:
-    """Everything one rank does in one attempt. `settings["spec"]` is a WorkerSpec."""
-    import ray
-    import ray.train
-    import ray.train.torch
-
-    spec: WorkerSpec = settings["spec"]
-    config = spec.config
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+def train_rank(spec: WorkerSpec, context: RankContext) -> None:
+    """Everything one rank does in one attempt."""
+    config, call, place = spec.config, context.call, context.place
+    rank, world_size = context.rank, context.world_size
     make_repeatable(spec.threads)
-
-    def call(method: str, *args: Any, **kwargs: Any) -> Any:
-        return ray.get(getattr(spec.coordinator, method).remote(*args, **kwargs), timeout=60)
+    device = torch.device("cpu") if place.device_index is None else torch.device("cuda", place.device_index)
 
     metrics = Metrics(config.run, rank, spec.attempt)
     metrics.set("start_time_seconds", time.time())
     server = serve_metrics(metrics.registry, config.cluster.metrics_host)
-    info = RankInfo(host=platform.node(), pid=os.getpid(), node_id=ray.get_runtime_context().get_node_id(), metrics_address=server.address)
+    info = RankInfo(host=place.host, pid=os.getpid(), node_id=place.node_id, metrics_address=server.address)
     call("register", spec.attempt, rank, info)
+    heartbeat = Heartbeat(
+        lambda *beat: call("beat", *beat),
+        rank,
+        spec.attempt,
+        config.cluster.heartbeat_seconds,
+        start_step=spec.resume[0] if spec.resume else 0,
+    )
+    if world_size > 1:
+        context.join_group(GROUP_TIMEOUT_SECONDS)
 
     # Data: every rank can read every sample; the order says which are its own.
-    location = spec.dataset if isinstance(spec.dataset, str) else {name: memoryview(ray.get(ref)) for name, ref in spec.dataset.items()}
-    dataset = open_dataset(location)
+    dataset = open_dataset(context.files if spec.dataset is None else spec.dataset)
     order = make_order(config, dataset)
     virtual_ranks = blocks_of_virtual_ranks(order.virtual_ranks, world_size, rank)
     loader = Loader(
@@ -96,7 +96,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         seed=config.train.seed,
         threads=spec.threads,
         on_bad=quarantine(config, dataset, metrics, call),
-        memory_bytes=available_memory_bytes() // (2 * context.get_local_world_size()),
+        memory_bytes=available_memory_bytes() // (2 * place.local_world_size),
     )
 
     # Model, and its state from the commit to go on from.
@@ -133,7 +133,19 @@ def train_worker(settings: Mapping[str, Any]) -> None:
 
     def evaluate_now(steps_done: int) -> None:
         begin = time.perf_counter()
-        result = evaluate(model, preprocess, dataset, loader, rank=rank, world_size=world_size, ema=ema, precision=config.train.precision)
+        heartbeat.tick("evaluation")
+        result = evaluate(
+            model,
+            preprocess,
+            dataset,
+            loader,
+            rank=rank,
+            world_size=world_size,
+            ema=ema,
+            precision=config.train.precision,
+            on_batch=heartbeat.tick,
+        )
+        heartbeat.tick("step")
         seconds = time.perf_counter() - begin
         history.evaluation_seconds += seconds
         metrics.set("test_loss", result.loss)
@@ -151,9 +163,9 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     ledger = None
     if config.train.ledger:  # run.py has checked that the storage is a local folder
         ledger = LedgerWriter(Path(storage.at(f"{config.run}/ledger")), spec.attempt, rank, start_step=start_step)
-    heartbeat = Heartbeat(lambda *beat: call("beat", *beat), rank, spec.attempt, config.cluster.heartbeat_seconds, start_step=start_step)
     speed, stopped = Speed(), False
     loader.load("train", "test")  # where images are cached this decodes them, so that no step does
+    heartbeat.tick("step")
     if rank == 0:
         call("event", "training_started", attempt=spec.attempt, step=start_step, cache=loader.cache, backend=loader.backend_name)
     try:
@@ -297,6 +309,7 @@ def evaluate(
     ema: Ema | None = None,
     precision: str,
     split: str = "test",
+    on_batch: Callable[[], None] = lambda: None,
 ) -> EvalResult:
     """Exact metrics over all ranks: each takes a contiguous share of the split, nothing is padded or counted twice.
 
@@ -308,7 +321,7 @@ def evaluate(
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
         share = share_of(dataset.split(split).count, rank, world_size)
-        evaluate_share(evaluation, model, preprocess, loader, split=split, share=share, precision=precision)
+        evaluate_share(evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch)
     if world_size > 1:
         dist.all_reduce(evaluation.tensors())
     return evaluation.result()
@@ -329,6 +342,7 @@ def evaluate_share(
     share: range,
     precision: str,
     to_class: Tensor | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Count the samples `share` of a split. `to_class` (data set's classes,) int64 says which output each of its labels stands for."""
     device = next(model.parameters()).device
@@ -338,6 +352,7 @@ def evaluate_share(
             if to_class is not None:
                 labels = torch.where(labels < 0, labels, to_class[labels.clamp(min=0)])  # a bad sample's -1 stays
             evaluation.update(model(preprocess(batch.images)), labels)
+            on_batch()
 
 
 def evaluation_entry(result: EvalResult) -> dict[str, Any]:

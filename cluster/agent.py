@@ -1,0 +1,285 @@
+"""What Ray Train runs on every worker: an agent that forks this worker's rank process for each attempt, speaks for it, and outlives it.
+
+A rank that dies takes nothing with it that is slow to get back: Ray's worker, its place in the cluster and the imports stay. The agent asks
+the coordinator for orders, a few times a second; what it does on its own is to say how its rank ended, and to end with its worker.
+
+    coordinator.order(fleet, rank, report) -> Order      "run" an attempt | "stacks" | "kill" | "wait" | "end"
+    coordinator.rank_ended(attempt, rank, end)
+
+Imports no torch: the agent's own start is as short as Ray's."""
+
+import contextlib
+import os
+import platform
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.rank import STACKS_SIGNAL, Place, RankError, Task, serve_calls
+from cluster.zygote import ZYGOTE_LOST, Forked, Zygote
+
+POLL_SECONDS = 0.5  # how a rank ends, and what it says, does not wait for the next poll
+POLL_IDLE_SECONDS = 0.05
+PATIENCE_SECONDS = 60.0
+STACKS_SECONDS = 2.0
+MOST_STACK_BYTES = 64_000
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Payload:
+    """What the ranks of an attempt do. `files`: name -> reference into Ray's object store, for what travels that way."""
+
+    target: str
+    spec: Any
+    files: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What an agent should be doing."""
+
+    command: Literal["wait", "run", "stacks", "kill", "end"]
+    attempt: int = 0
+    world_size: int = 0
+    payload: Payload | None = None
+    """With "run", to an agent that has not begun this attempt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """An agent's view of its rank's process."""
+
+    attempt: int
+    """The newest attempt begun here."""
+    pid: int
+    state: str
+    """Its letter in /proc: R, S, D, T (stopped), ...; "" where there is no process."""
+    cpu_seconds: float
+    notice: str
+    """Why this node is about to go; "" if nothing is known of that."""
+    node_id: str
+    placement_group: str
+    """Of its fleet, in hex."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankEnd:
+    """How a rank's process ended. `status` is its exit code or minus a signal's number."""
+
+    status: int
+    error: RankError | None
+    killed_by_order: bool
+
+
+class Agent:
+    """One worker's agent. `ask(method, *args, **kwargs)` asks the coordinator; `fetch(reference)` reads Ray's object store."""
+
+    def __init__(
+        self,
+        ask: Callable[..., Any],
+        *,
+        fleet: int,
+        rank: int,
+        place: Place,
+        modules: Sequence[str],
+        placement_group: str = "",
+        fetch: Callable[[Any], Any] = lambda reference: reference,
+        notice: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._ask, self._fetch, self._notice, self._placement_group = ask, fetch, notice, placement_group
+        self._fleet, self._rank, self._place, self._modules = fleet, rank, place, tuple(modules)
+        self._wake = threading.Event()
+        self._running: _Running | None = None
+        self._begun = 0
+        self._files: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Until the coordinator says "end", or has not answered for PATIENCE_SECONDS."""
+        zygote = self._new_zygote()
+        answered = time.monotonic()
+        try:
+            while True:
+                self._wake.clear()
+                try:
+                    order: Order = self._ask("order", self._fleet, self._rank, self._report())
+                    answered = time.monotonic()
+                except Exception:
+                    if time.monotonic() - answered > PATIENCE_SECONDS:
+                        raise
+                    order = Order(command="wait")
+                if order.command == "end":
+                    return
+                if zygote.lost:
+                    zygote.close()
+                    zygote = self._new_zygote()
+                self._obey(order, zygote)
+                self._wake.wait(POLL_SECONDS if self._running else POLL_IDLE_SECONDS)
+        finally:
+            zygote.close()
+            for descriptor in self._files.values():
+                os.close(descriptor)
+
+    def _new_zygote(self) -> Zygote:
+        return Zygote(self._modules, on_ended=lambda forked: self._wake.set())
+
+    def _obey(self, order: Order, zygote: Zygote) -> None:
+        running = self._running
+        if running is not None:
+            mine = order.attempt == running.attempt
+            if running.forked.status is None and mine and order.command == "stacks" and not running.stacks_told:
+                running.stacks_told = True
+                self._ask("stacks", running.attempt, self._rank, running.stacks())
+            if running.forked.status is None and ((mine and order.command == "kill") or order.attempt > running.attempt):
+                running.killed_by_order = True
+                running.forked.signal(signal.SIGKILL)
+                running.forked.wait(5.0)
+            if running.forked.status is not None:
+                self._ask("rank_ended", running.attempt, self._rank, running.end())
+                self._running = None
+        if self._running is None and order.command == "run" and order.payload is not None and order.attempt > self._begun:
+            self._begun = order.attempt
+            task = Task(
+                target=order.payload.target,
+                spec=order.payload.spec,
+                rank=self._rank,
+                world_size=order.world_size,
+                attempt=order.attempt,
+                place=self._place,
+                files={name: index for index, name in enumerate(self._take_in(order.payload.files))},
+            )
+            self._running = _Running(task, zygote, list(self._files.values()), self._ask)
+
+    def _take_in(self, files: Mapping[str, Any]) -> Sequence[str]:
+        """Files in memory, made once for all attempts of this agent."""
+        for name, reference in files.items():
+            if name not in self._files:
+                descriptor = os.memfd_create(name)
+                with open(descriptor, "wb", closefd=False) as file:
+                    file.write(memoryview(self._fetch(reference)))
+                self._files[name] = descriptor
+        return tuple(self._files)
+
+    def _report(self) -> Report:
+        running = self._running
+        pid = running.forked.pid if running else 0
+        state, cpu_seconds = process_state(pid) if pid else ("", 0.0)
+        return Report(
+            attempt=self._begun,
+            pid=pid,
+            state=state,
+            cpu_seconds=cpu_seconds,
+            notice=self._notice(),
+            node_id=self._place.node_id,
+            placement_group=self._placement_group,
+        )
+
+
+class _Running:
+    """A rank's process, and the thread that answers its calls."""
+
+    def __init__(self, task: Task, zygote: Zygote, files: Sequence[int], ask: Callable[..., Any]) -> None:
+        self.attempt = task.attempt
+        self.killed_by_order = self.stacks_told = False
+        self._error: RankError | None = None
+        self._stacks = os.memfd_create("stacks")
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        with theirs:
+            self.forked: Forked = zygote.fork("cluster.rank:run_rank", [theirs.fileno(), self._stacks, *files])
+        self._answering = threading.Thread(
+            target=serve_calls, args=(self._connection, ask, self._failed), name=f"calls-{task.attempt}", daemon=True
+        )
+        self._answering.start()
+        with contextlib.suppress(OSError):  # it has ended already
+            self._connection.send(task)
+
+    def stacks(self) -> str:
+        """The stack of each of its threads, as far as it answers; a stopped process goes on for as long as it takes to say."""
+        before = os.fstat(self._stacks).st_size
+        self.forked.signal(STACKS_SIGNAL)
+        self.forked.signal(signal.SIGCONT)
+        end = time.monotonic() + STACKS_SECONDS
+        size, quiet = before, 0
+        while time.monotonic() < end and quiet < 5:
+            time.sleep(0.02)
+            now = os.fstat(self._stacks).st_size
+            quiet = quiet + 1 if now == size > before else 0
+            size = now
+        text = os.pread(self._stacks, MOST_STACK_BYTES, before).decode(errors="replace")
+        return text or f"no answer in {STACKS_SECONDS:g} s; state {process_state(self.forked.pid)[0] or 'gone'}"
+
+    def end(self) -> RankEnd:
+        """Once it has ended."""
+        self._answering.join(timeout=5.0)  # what it said last is still on its way
+        self._connection.close()
+        os.close(self._stacks)
+        assert self.forked.status is not None
+        return RankEnd(status=self.forked.status, error=self._error, killed_by_order=self.killed_by_order and self._error is None)
+
+    def _failed(self, error: RankError) -> None:
+        self._error = error
+
+
+def process_state(pid: int) -> tuple[str, float]:
+    """Its letter in /proc and the CPU seconds it has used; ("", 0) once it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", 0.0
+    return fields[0], (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
+
+
+def agent_main(settings: Mapping[str, Any]) -> None:
+    """The train function of a fleet. `settings`: coordinator, fleet, modules, notice (a path)."""
+    import ray
+    import ray.train
+
+    coordinator = settings["coordinator"]
+    context = ray.train.get_context()
+    runtime = ray.get_runtime_context()
+    notice_path = settings["notice"]
+
+    def ask(method: str, *args: Any, **kwargs: Any) -> Any:
+        return ray.get(getattr(coordinator, method).remote(*args, **kwargs), timeout=PATIENCE_SECONDS)
+
+    def notice() -> str:
+        return f"{notice_path} on {platform.node()}" if notice_path and os.path.exists(notice_path) else ""
+
+    mine = [str(gpu) for gpu in ray.get_gpu_ids()]
+    seen = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    place = Place(
+        host=platform.node(),
+        address=ray.util.get_node_ip_address(),
+        node_id=runtime.get_node_id(),
+        local_rank=context.get_local_rank(),
+        local_world_size=context.get_local_world_size(),
+        device_index=(seen.index(mine[0]) if mine[0] in seen else 0) if mine else None,
+    )
+    group = ray.util.get_current_placement_group()
+    Agent(
+        ask,
+        fleet=settings["fleet"],
+        rank=context.get_world_rank(),
+        place=place,
+        modules=settings["modules"],
+        placement_group=group.id.hex() if group else "",
+        fetch=ray.get,
+        notice=notice,
+    ).run()
+
+
+def explain(status: int) -> str:
+    """An exit status in words."""
+    if status == ZYGOTE_LOST:
+        return "its zygote died"
+    if status >= 0:
+        return f"ended with status {status} without an exception"
+    name = signal.Signals(-status).name
+    return f"killed by {name}" + (", by hand or by the kernel for want of memory" if status == -signal.SIGKILL else "")

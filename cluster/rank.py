@@ -1,0 +1,249 @@
+"""A rank's process, seen from inside: its task, its way to the coordinator, and the group it joins. No Ray in here.
+
+agent.py starts the process (by way of zygote.py) with two open files: one end of a connection, and a file for stack traces. The agent sends
+a Task; the process sends calls for the coordinator, which the agent passes on, and if it fails, why. The agent's end is serve_calls.
+"""
+
+import contextlib
+import faulthandler
+import fcntl
+import importlib
+import mmap
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+STACKS_SIGNAL = signal.SIGUSR1
+_SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where an agent, and so its rank, runs."""
+
+    host: str
+    address: str
+    """The node's address in the cluster."""
+    node_id: str
+    local_rank: int
+    local_world_size: int
+    device_index: int | None
+    """Of the rank's GPU among those that the process sees; None without one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What a rank's process is to do."""
+
+    target: str
+    """"module:function", called with (spec, RankContext)."""
+    spec: Any
+    rank: int
+    world_size: int
+    attempt: int
+    place: Place
+    files: Mapping[str, int]
+    """Name -> open file in memory, of the files that travel with the task."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankError:
+    """An exception that ended a rank, as far as it can be told without its class."""
+
+    name: str
+    bases: tuple[str, ...]
+    message: str
+    traceback: str
+
+
+class AgentLost(RuntimeError):
+    """The agent does not answer any more: this process has no business left."""
+
+
+class CallFailed(RuntimeError):
+    """The coordinator could not be asked, or raised what cannot travel."""
+
+
+class Calls:
+    """The process's end of the connection. Any thread may call."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending, self._lock = threading.Lock(), threading.Lock()
+        self._waiting: dict[int, Future[Any]] = {}
+        self._number = 0
+
+    def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """The coordinator's answer; raises what its method raised, CallFailed where it does not answer, AgentLost."""
+        answer: Future[Any] = Future()
+        with self._lock:
+            self._number += 1
+            number = self._number
+            self._waiting[number] = answer
+        self._send(("call", number, method, args, kwargs))
+        return answer.result()
+
+    def failed(self, error: RankError) -> None:
+        with contextlib.suppress(AgentLost):
+            self._send(("failed", error))
+
+    def listen(self) -> None:
+        """Take in answers until the agent is gone; then end this process: what it would save or say has nowhere to go."""
+        threading.Thread(target=self._listen, name="agent", daemon=True).start()
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        try:
+            with self._sending:
+                self._connection.send(message)
+        except OSError as error:
+            raise AgentLost("the agent of this rank has ended") from error
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                number, answer, error = self._connection.recv()
+            except (EOFError, OSError):
+                os._exit(1)
+            with self._lock:
+                future = self._waiting.pop(number)
+            if error is None:
+                future.set_result(answer)
+            else:
+                future.set_exception(error)
+
+
+def serve_calls(connection: Connection, ask: Callable[..., Any], on_failed: Callable[[RankError], None]) -> None:
+    """The agent's end: answer calls by `ask(method, *args, **kwargs)` until the process has ended. Several at a time: some wait."""
+
+    sending = threading.Lock()
+
+    def answer(number: int, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        result, failure = None, None
+        try:
+            result = ask(method, *args, **kwargs)
+        except Exception as error:
+            failure = _that_can_travel(error)
+        with sending, contextlib.suppress(OSError):  # the process has ended meanwhile
+            connection.send((number, result, failure))
+
+    with ThreadPoolExecutor(max_workers=8, thread_name_prefix="calls") as pool:
+        while True:
+            try:
+                match connection.recv():
+                    case ("call", number, method, args, kwargs):
+                        pool.submit(answer, number, method, args, kwargs)
+                    case ("failed", error):
+                        on_failed(error)
+            except (EOFError, OSError):
+                return
+
+
+def _that_can_travel(error: Exception) -> Exception:
+    """`error`, or what can be said of it where the other side lacks Ray."""
+    if isinstance(error, OSError | ValueError) and type(error).__module__ == "builtins":
+        with contextlib.suppress(Exception):
+            pickle.loads(pickle.dumps(error))
+            return error
+    return CallFailed(f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankContext:
+    """What a rank's work is given beside its spec."""
+
+    rank: int
+    world_size: int
+    attempt: int
+    place: Place
+    files: Mapping[str, memoryview]
+    call: Calls
+
+    def join_group(self, timeout_seconds: float) -> None:
+        """torch.distributed's default group of this attempt's ranks: NCCL where they have GPUs, else gloo. Rank 0 keeps the store."""
+        import torch
+        import torch.distributed as dist
+        from torch._C._distributed_c10d import TCPStore
+
+        timeout = timedelta(seconds=timeout_seconds)
+        if self.place.device_index is not None:
+            torch.cuda.set_device(self.place.device_index)
+        elif interface := interface_of(self.place.address):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if self.rank == 0:
+            store = TCPStore(self.place.address, 0, self.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+            self.call("publish", self.attempt, "store", (self.place.address, store.port))
+        else:
+            end = time.monotonic() + timeout_seconds
+            while (where := self.call("lookup", self.attempt, "store")) is None:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"timed out waiting {timeout_seconds:g} s for rank 0 to open the group's store")
+                time.sleep(0.02)
+            address, port = where
+            store = TCPStore(address, port, self.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+        dist.init_process_group(
+            "gloo" if self.place.device_index is None else "nccl",
+            store=store,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+        )
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this IPv4 address; None if none has. gloo would take the one of the host's name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def run_rank(descriptors: list[int]) -> None:
+    """What a forked process calls: take the task, do it, and say why if it fails. Exit status 1 then."""
+    connection, stacks, *files = descriptors
+    faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL})
+    pipe = Connection(connection)
+    task: Task = pipe.recv()
+    calls = Calls(pipe)
+    calls.listen()
+    context = RankContext(
+        rank=task.rank,
+        world_size=task.world_size,
+        attempt=task.attempt,
+        place=task.place,
+        files={name: memoryview(mmap.mmap(files[index], 0, access=mmap.ACCESS_READ)) for name, index in task.files.items()},
+        call=calls,
+    )
+    try:
+        module, _, function = task.target.partition(":")
+        getattr(importlib.import_module(module), function)(task.spec, context)
+    except AgentLost:
+        raise SystemExit(1) from None
+    except BaseException as error:
+        calls.failed(describe(error))
+        traceback.print_exc(file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def describe(error: BaseException) -> RankError:
+    return RankError(
+        name=type(error).__name__,
+        bases=tuple(base.__name__ for base in type(error).__mro__[1:]),
+        message=f"{type(error).__name__}: {error}",
+        traceback="".join(traceback.format_exception(error)).strip(),
+    )
