@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cluster.config import FaultPolicy
-from cluster.failures import Failure, History, Raise, decide
+from cluster.failures import Failure, History, Raise, Retry, counted, decide
 
 
 class RunFailed(Exception):
@@ -24,6 +24,8 @@ def run_attempts(
     committed_step: Callable[[], int],
     policy: FaultPolicy,
     on_failure: Callable[[int, Failure, History], None],
+    on_skip: Callable[[int, Failure], None] = lambda step, failure: None,
+    history: History | None = None,
     stopping: Callable[[], bool] = lambda: False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
@@ -31,17 +33,15 @@ def run_attempts(
 
     `committed_step()` is the newest commit's step (-1: none): progress is measured in commits, since only those survive.
     A failure while `stopping()` ends the loop: the user asked for the end, what is committed is kept.
+    `history` is what earlier drivers of the run left (failures.history_of). `on_skip(step, failure)` is told, before the next attempt, of a
+    step whose batch all attempts from now on must leave out.
     """
-    history = History()
+    history = history or History()
     number = first_attempt
     before = committed_step()
     while (failure := attempt(number)) is not None:
         now = committed_step()
-        history = replace(
-            history,
-            failures=history.failures + (failure.kind == "infrastructure"),
-            without_progress=history.without_progress + 1 if now <= before else 0,
-        )
+        history = counted(history, failure, progressed=now > before)
         before = now
         on_failure(number, failure, history)
         if stopping():
@@ -49,7 +49,10 @@ def run_attempts(
         match decide(failure, history, policy):
             case Raise(reason=reason):
                 raise RunFailed(failure, reason=reason, attempts=number - first_attempt + 1)
-            case retry:
-                sleep(retry.delay_seconds)
+            case Retry(delay_seconds=seconds, skip_step=step):
+                if step is not None:
+                    on_skip(step, failure)
+                    history = replace(history, skipped=history.skipped | {step})
+                sleep(seconds)
         number += 1
     return number - first_attempt

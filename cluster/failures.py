@@ -1,14 +1,18 @@
 """What went wrong, and what to do about it: pure functions over small values.
 
-`launch` turns an exception into a `Failure` with `classify`; `controller` asks `decide` and acts. Nothing here sleeps, retries or prints.
+`launch` turns an exception into a `Failure` with `classify`, a dead process with `exit_failure`; `controller` counts with `counted`, asks
+`decide` and acts. Nothing here sleeps, retries or prints.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+import signal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from cluster.config import FaultPolicy
 
-Kind = Literal["infrastructure", "preempted", "data", "user"]
+Kind = Literal["infrastructure", "preempted", "hang", "numbers", "data", "user"]
 
 # A collective's error says that a peer went away; the peer's own failure is the cause. Texts of gloo, NCCL and c10d's TCPStore.
 _PEER_LOST = (
@@ -45,6 +49,47 @@ _RAY_LOST = frozenset(
 )
 
 
+# An exception reaches the driver as its class's name and its text. BadNumbers.__str__ writes what this reads.
+_STEP = re.compile(r"(?:\w+: )?step (\d+): ")
+# Signals that a process gets for a reason worth telling.
+_SIGNALS = {
+    signal.SIGKILL: "by hand, or by the kernel for want of memory",
+    signal.SIGSEGV: "a crash in native code",
+    signal.SIGBUS: "a crash in native code, a failing memory or a full /dev/shm",
+    signal.SIGABRT: "native code gave up; its last words are on stderr",
+    signal.SIGILL: "native code for another kind of CPU",
+    signal.SIGFPE: "a crash in native code",
+}
+
+
+class BadNumbers(ArithmeticError):
+    """A step made numbers that training cannot go on from. `step` is the one whose batch to leave out, `loss` what it came to."""
+
+    def __init__(self, step: int, loss: float, reason: str) -> None:
+        super().__init__(step, loss, reason)
+        self.step, self.loss, self.reason = step, loss, reason
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.reason}"
+
+
+class WeightsDiffer(ArithmeticError):
+    """After `steps_done` steps the ranks' weights are not the same bits. `ranks` differ from the majority; without one, all are named."""
+
+    def __init__(self, steps_done: int, ranks: tuple[int, ...], hashes: tuple[int, ...]) -> None:
+        super().__init__(steps_done, ranks, hashes)
+        self.steps_done, self.ranks, self.hashes = steps_done, ranks, hashes
+
+    def __str__(self) -> str:
+        hashes = ", ".join(f"rank {rank} {value & (1 << 64) - 1:016x}" for rank, value in enumerate(self.hashes))
+        named = ", ".join(map(str, self.ranks))
+        if len(self.ranks) == len(self.hashes):
+            who = f"the weights of ranks {named} differ, and no majority says which are right"
+        else:
+            who = f"the weights of rank{'s' if len(self.ranks) > 1 else ''} {named} differ from the others'"
+        return f"after {self.steps_done} steps {who}: {hashes}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
     """Why an attempt ended early."""
@@ -53,21 +98,32 @@ class Failure:
     rank: int | None
     message: str
     traceback: str = ""
+    step: int | None = None
+    """Of bad numbers: the step whose batch made them. None where no batch is to blame, as with weights that differ between ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
-    """The failures of this run so far, as far as the policy cares."""
+    """The failures of this run so far, as far as the policy cares: each kind has a count of its own."""
 
     failures: int = 0
     """Attempts lost to infrastructure, this one included."""
+    preemptions: int = 0
+    hangs: int = 0
+    rollbacks: int = 0
+    """Attempts ended by wrong numbers, this one included; batches that earlier drivers of the run left out count too."""
+    skipped: frozenset[int] = frozenset()
+    """Steps whose batches are left out since."""
     without_progress: int = 0
-    """Attempts in a row, this one included, after which the newest commit was the same as before."""
+    """Attempts in a row lost to infrastructure or a hang, this one included, after which the newest commit was the same as before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retry:
+    """Try again after `delay_seconds`, from the newest commit, without the batch of `skip_step` if there is one."""
+
     delay_seconds: float
+    skip_step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,44 +136,88 @@ def classify(name: str, message: str, *, rank: int | None = None, traceback: str
     names = {name, *bases}
     text = message.lower()
     kind: Kind
+    step = None
     if names & {"TooManyBadSamples", "CorruptShard"}:
         kind = "data"
+    elif "BadNumbers" in names:
+        kind = "numbers"
+        found = _STEP.match(message)
+        step = int(found[1]) if found else None
+    elif "WeightsDiffer" in names:
+        kind = "numbers"
     elif names & {"PreemptionError", "ActorPreemptedError"}:
         kind = "preempted"
     elif names & _RAY_LOST or (names & {"RuntimeError", "DistBackendError", "DistNetworkError"} and any(t in text for t in _PEER_LOST)):
         kind = "infrastructure"
     else:
         kind = "user"
-    return Failure(kind=kind, rank=rank, message=message.strip() or name, traceback=traceback)
+    return Failure(kind=kind, rank=rank, message=message.strip() or name, traceback=traceback, step=step)
+
+
+def exit_failure(rank: int | None, exit_code: int) -> Failure:
+    """The failure of a process that ended without an exception that anybody caught. `exit_code` is subprocess's: -N for signal N."""
+    if exit_code < 0:
+        try:
+            name, why = signal.Signals(-exit_code).name, _SIGNALS.get(signal.Signals(-exit_code), "")
+        except ValueError:  # a real-time signal has no name
+            name, why = f"signal {-exit_code}", ""
+        message = f"killed ({name})" + (f": {why}" if why else "")
+    elif exit_code > 0:
+        message = f"ended with exit status {exit_code} and no exception: os._exit or a native library's exit()"
+    else:
+        message = "ended with exit status 0 before its work was done"
+    return Failure(kind="infrastructure", rank=rank, message=message)
 
 
 def root_cause(failures: list[Failure]) -> Failure:
-    """The failure of several ranks that explains the others: a user's or data error before a dead process, a dead process before the
-    broken connections it left behind; the lowest rank of equals."""
+    """The failure of several ranks that explains the others: a data or user's error or wrong numbers before a dead process, a dead process
+    before the broken connections it left behind; the lowest rank of equals."""
     assert failures
 
     def weight(failure: Failure) -> tuple[int, int]:
-        order = {"data": 0, "user": 1, "preempted": 2, "infrastructure": 3}[failure.kind]
+        order = {"data": 0, "user": 1, "numbers": 2, "preempted": 3, "hang": 4, "infrastructure": 5}[failure.kind]
         echo = failure.kind == "infrastructure" and any(t in failure.message.lower() for t in _PEER_LOST)
         return order + echo, failure.rank if failure.rank is not None else 1 << 30
 
     return min(failures, key=weight)
 
 
+def counted(history: History, failure: Failure, *, progressed: bool) -> History:
+    """`history` with `failure` in it. `progressed`: the newest commit is newer than before the attempt.
+
+    A preemption is nobody's fault and wrong numbers have their own budget: neither adds to the attempts without progress."""
+    without_progress = 0 if progressed else history.without_progress + (failure.kind in ("infrastructure", "hang"))
+    return replace(
+        history,
+        failures=history.failures + (failure.kind == "infrastructure"),
+        preemptions=history.preemptions + (failure.kind == "preempted"),
+        hangs=history.hangs + (failure.kind == "hang"),
+        rollbacks=history.rollbacks + (failure.kind == "numbers"),
+        without_progress=without_progress,
+    )
+
+
 def decide(failure: Failure, history: History, policy: FaultPolicy) -> Retry | Raise:
-    """Retry or raise. A user's or data error is raised at once: the same code on the same data fails again."""
+    """Retry or raise; `history` counts `failure` already. A user's or data error is raised at once: the same code on the same data fails
+    again."""
     match failure.kind:
         case "user":
             return Raise(reason="the training code raised an exception, which a retry would meet again")
         case "data":
             return Raise(reason="the data are outside their limit, which a retry would meet again")
-        case "preempted" | "infrastructure":
-            pass
-    if failure.kind == "infrastructure" and history.failures > policy.max_failures:
-        return Raise(
-            reason=f"{history.failures} attempts failed, more than cluster.faults.max_failures={policy.max_failures}; "
-            "mend the cluster, then give the same command again: the run goes on from its newest checkpoint"
-        )
+        case "preempted":
+            if history.preemptions > policy.max_preemptions:
+                return _spent("preemptions", history.preemptions, "max_preemptions", policy.max_preemptions, f"{_AGAIN} {_OTHER_NODES}")
+            return Retry(delay_seconds=0.0)
+        case "numbers":
+            return _decide_numbers(failure, history, policy)
+        case "infrastructure":
+            if history.failures > policy.max_failures:
+                return _spent("attempts failed", history.failures, "max_failures", policy.max_failures, f"mend the cluster, then {_AGAIN}")
+        case "hang":
+            if history.hangs > policy.max_hangs:
+                fix = f"see the stacks of all ranks in the run's journal.jsonl, mend what hangs, then {_AGAIN}"
+                return _spent("attempts hung", history.hangs, "max_hangs", policy.max_hangs, fix)
     if history.without_progress >= policy.max_failures_without_progress:
         return Raise(
             reason=f"{history.without_progress} attempts in a row committed nothing new "
@@ -126,3 +226,44 @@ def decide(failure: Failure, history: History, policy: FaultPolicy) -> Retry | R
         )
     repeats = max(0, history.without_progress - 1)
     return Retry(delay_seconds=0.0 if repeats == 0 else min(30.0, policy.backoff_seconds * 2 ** (repeats - 1)))
+
+
+_AGAIN = "give the same command again: the run goes on from its newest checkpoint"
+_OTHER_NODES = "(on nodes that stay longer, or with a larger --cluster.faults.max-preemptions)"
+_CALMER = (
+    "try a lower --optim.lr, --optim.clip-norm 1, a longer --optim.warmup-steps or --train.precision fp32, as a new run (--run NEW_NAME)"
+)
+
+
+def _spent(what: str, count: int, key: str, limit: int, fix: str) -> Raise:
+    return Raise(reason=f"{count} {what}, more than cluster.faults.{key}={limit}; {fix}")
+
+
+def _decide_numbers(failure: Failure, history: History, policy: FaultPolicy) -> Retry | Raise:
+    """Roll back, and leave out the batch that was bad. Where another batch cannot help, say what may."""
+    if failure.step == 0:
+        return Raise(reason=f"the first step of the run is bad already, so that no checkpoint and no other batch helps; {_CALMER}")
+    if failure.step in history.skipped:
+        return Raise(reason=f"the batch of step {failure.step} was left out already, and the step is bad again; {_CALMER}")
+    if history.rollbacks > policy.max_rollbacks:
+        if failure.step is None:
+            fix = "a rank named each time has a faulty memory, GPU or node: take it out, then " + _AGAIN
+        else:
+            fix = f"the run diverges, whatever the batch: {_CALMER}"
+        return _spent("times numbers were wrong", history.rollbacks, "max_rollbacks", policy.max_rollbacks, fix)
+    return Retry(delay_seconds=0.0, skip_step=failure.step)
+
+
+# --- what a run's journal says about earlier drivers' failures --------------------------------------------------------------------------
+
+
+def history_of(events: Iterable[Mapping[str, Any]]) -> History:
+    """What a new driver of a run must know of the old ones': the batches left out. A person who gives the command again has seen to the
+    cluster, so that the other counts start anew."""
+    skipped = skipped_steps(events)
+    return History(rollbacks=len(skipped), skipped=skipped)
+
+
+def skipped_steps(events: Iterable[Mapping[str, Any]]) -> frozenset[int]:
+    """Steps whose batches a run leaves out, from its `batch_skipped` events."""
+    return frozenset(int(event["step"]) for event in events if event["event"] == "batch_skipped")

@@ -1,7 +1,9 @@
-"""Which samples each step saw: the proof that every sample of an epoch was seen once. Written by each rank into the run's `ledger/`
+"""Which samples each step saw: the proof that every sample of an epoch was met once. Written by each rank into the run's `ledger/`
 folder, read by tests, the fault campaign and the report. What the ids should have been is dataio's business.
 
-    ledger/attempt-0002.rank-0001.jsonl      {"attempt", "rank", "start_step"}, then {"epoch", "step", "virtual_rank", "ids"} a line"""
+    ledger/attempt-0002.rank-0001.jsonl      {"attempt", "rank", "start_step"}, then {"epoch", "step", "virtual_rank", "ids"} a line
+
+A batch that was left out for its bad numbers is there too, with "skipped": true: each sample of an epoch is trained on or skipped, once."""
 
 import json
 import os
@@ -25,6 +27,8 @@ class Record:
     virtual_rank: int
     ids: tuple[int, ...]
     attempt: int
+    skipped: bool = False
+    """Taken and left out: the weights know nothing of these samples."""
 
 
 class LedgerWriter:
@@ -39,9 +43,10 @@ class LedgerWriter:
             raise FileExistsError(f"{path} exists: attempt numbers must count on over the drivers of a run") from error
         self._write({"attempt": attempt, "rank": rank, "start_step": start_step})
 
-    def record(self, epoch: int, step: int, virtual_rank: int, ids: Iterable[int]) -> None:
+    def record(self, epoch: int, step: int, virtual_rank: int, ids: Iterable[int], *, skipped: bool = False) -> None:
         """One line, in the file when this returns: a killed process loses none that it recorded."""
-        self._write({"epoch": epoch, "step": step, "virtual_rank": virtual_rank, "ids": [int(i) for i in ids]})
+        line = {"epoch": epoch, "step": step, "virtual_rank": virtual_rank, "ids": [int(i) for i in ids]}
+        self._write(line | {"skipped": True} if skipped else line)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -72,7 +77,12 @@ def read_ledger(folder: Path) -> list[Record]:
         effective = {key: record for key, record in effective.items() if record.step < starts[attempt]}
         for line in lines[attempt]:
             record = Record(
-                epoch=line["epoch"], step=line["step"], virtual_rank=line["virtual_rank"], ids=tuple(line["ids"]), attempt=attempt
+                epoch=line["epoch"],
+                step=line["step"],
+                virtual_rank=line["virtual_rank"],
+                ids=tuple(line["ids"]),
+                attempt=attempt,
+                skipped=line.get("skipped", False),
             )
             former = effective.get((record.step, record.virtual_rank))
             if former is not None:

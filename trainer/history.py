@@ -7,12 +7,13 @@ import io
 import json
 import statistics
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.guard import Guard
 from trainer.loop import StepStats
 
 CURVE_SCHEMA = pa.schema(
@@ -35,21 +36,35 @@ class History:
     """Totals over the steps that lead to the present state; steps lost in a failure are not in it."""
 
     steps_done: int = 0
-    samples: int = 0
+    samples: int = 0  # trained on
+    skipped_samples: int = 0  # of batches left out for their bad numbers
     step_seconds: float = 0.0  # data wait included
     data_wait_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     checkpoint_stall_seconds: float = 0.0
     train_loss: float = float("nan")  # of the newest step whose loss has arrived
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    guard: dict[str, Any] = field(default_factory=dict)  # trainer.guard.Guard's memory; filled in by `settled`
 
     def stepped(self, stats: StepStats) -> None:
         self.steps_done = stats.steps_done
-        self.samples += stats.samples
+        if stats.skipped:
+            self.skipped_samples += stats.samples
+        else:
+            self.samples += stats.samples
         self.step_seconds += stats.step_seconds
         self.data_wait_seconds += stats.data_wait_seconds
         if stats.losses:
             self.train_loss = stats.losses[-1][1]
+
+    def copy(self) -> "History":
+        """As it is now, for a checkpoint; entries of `evaluations` are never changed once they are there."""
+        return replace(self, evaluations=list(self.evaluations))
+
+    def settled(self, guard: Guard) -> bytes:
+        """`to_json`, once `guard` (Guard.proof) has seen every loss up to now, those too that arrived after the steps went on."""
+        newest = guard.newest_loss
+        return replace(self, guard=guard.state(), train_loss=self.train_loss if newest is None else newest).to_json()
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -84,13 +99,15 @@ class Curves:
 
 
 class Speed:
-    """Images per second and data wait over the last steps (median step, so that one hiccup does not show as a dip)."""
+    """Images per second and data wait over the last steps (median step, so that one hiccup does not show as a dip). Skipped steps, which
+    compute nothing, do not count."""
 
     def __init__(self, window: int = 20) -> None:
         self._steps: deque[StepStats] = deque(maxlen=window)
 
     def stepped(self, stats: StepStats) -> None:
-        self._steps.append(stats)
+        if not stats.skipped:
+            self._steps.append(stats)
 
     @property
     def images_per_second(self) -> float:

@@ -7,7 +7,7 @@ later step's stats, once it has arrived on the host by itself.
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,6 +35,54 @@ class Average(Protocol):
     def update(self) -> None: ...
 
 
+class Arriving:
+    """A step's mean loss on its way from the device to the host. `wait` may be called from any thread, the rest is the loop's."""
+
+    def __init__(self, step: int, loss: Tensor, work: dist.Work | None = None, aside: torch.cuda.Stream | None = None) -> None:
+        """`loss`: () on the device; `work`: the all-reduce that is still adding up the ranks' shares of it; `aside`: on a GPU a stream that
+        is not the steps'."""
+        self.step = step
+        self._loss, self._work, self._aside = loss, work, aside
+        self._host: Tensor | None = None
+        self._sent: torch.cuda.Event | None = None
+        if work is None:
+            self._send()
+
+    def reduced(self) -> None:
+        """Call a step later, when the all-reduce is over long ago."""
+        if self._work is not None and self._host is None:
+            self._work.wait()
+            self._send()
+
+    def is_here(self) -> bool:
+        return self._host is not None and (self._sent is None or bool(self._sent.query()))  # type: ignore[no-untyped-call]
+
+    def wait(self) -> float:
+        """The loss, once it has arrived; nothing but this thread waits."""
+        if self._host is not None:
+            if self._sent is not None:
+                self._sent.synchronize()
+            return float(self._host)
+        assert self._work is not None
+        if not self._loss.is_cuda:
+            self._work.wait()
+            return float(self._loss)
+        with torch.cuda.stream(self._aside):
+            self._work.wait()  # makes this stream wait for the all-reduce's, while the steps' goes on
+            return float(self._loss)
+
+    def _send(self) -> None:
+        """Queue the copy to the host behind the steps."""
+        if not self._loss.is_cuda:
+            self._host = self._loss
+            return
+        host = torch.empty((), dtype=self._loss.dtype, pin_memory=True)
+        host.copy_(self._loss, non_blocking=True)
+        sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        sent.record()
+        self._sent, self._host = sent, host  # in this order: another thread may be in wait()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepStats:
     """One step, seen from the host. `losses` are the (step, mean loss) that have arrived since the last stats."""
@@ -46,6 +94,10 @@ class StepStats:
     step_seconds: float
     data_wait_seconds: float
     losses: tuple[tuple[int, float], ...]
+    late: tuple[Arriving, ...] = ()
+    """Losses of this step and those before it that have not arrived, in order."""
+    skipped: bool = False
+    """The batch was taken and left out: no update, no loss."""
 
 
 def step_seed(seed: int, step: int, virtual_rank: int) -> int:
@@ -118,8 +170,9 @@ class Stepper:
             loss = self._reduced_gradients(batches, global_count, step)
         else:
             loss = self._plain_gradients(batches, global_count, step)
-        if self._clip is not None:
-            self._clip(self._parameters)
+        norm = self._clip(self._parameters) if self._clip is not None else None
+        if self._reducer is None:
+            loss = _nan_unless_finite(loss, self._parameters, norm)  # the tree's sums show it by themselves
         self._optimizer.step()
         if self._ema is not None:
             self._ema.update()
@@ -183,6 +236,14 @@ class Stepper:
         return self._flat[-1].clone()
 
 
+def _nan_unless_finite(loss: Tensor, parameters: Sequence[nn.Parameter], norm: Tensor | None) -> Tensor:
+    """`loss`, or NaN where a gradient is not finite: what it does to the weights would else be seen a step late, in a checkpoint perhaps.
+    `norm`: of all gradients, where it is known."""
+    if norm is None:
+        norm = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])).sum()
+    return loss + 0.0 * norm
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """`model` in eval mode inside; afterwards each module in the mode it was in (a frozen backbone stays in eval mode)."""
@@ -207,37 +268,6 @@ def _norms_at_rest(norms: Sequence[nn.Module]) -> Iterator[None]:
             norm.training = True
 
 
-class _Arrivals:
-    """Scalars on their way from the device to the host, in order, without anybody waiting for them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._queue: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-
-    def send(self, step: int, value: Tensor) -> None:
-        if not self._cuda:
-            self._queue.append((step, value, None))
-            return
-        host = torch.empty((), dtype=value.dtype, pin_memory=True)
-        host.copy_(value, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._queue.append((step, host, event))
-
-    def arrived(self, *, wait: bool = False) -> tuple[tuple[int, float], ...]:
-        out = []
-        while self._queue:
-            step, value, event = self._queue[0]
-            if event is not None:
-                if wait:
-                    event.synchronize()
-                elif not event.query():  # type: ignore[no-untyped-call]
-                    break
-            out.append((step, float(value)))
-            self._queue.popleft()
-        return tuple(out)
-
-
 def train_steps(
     stepper: Stepper,
     batches: Iterator[tuple[Batch, ...]],
@@ -249,33 +279,33 @@ def train_steps(
     set_learning_rate: Callable[[int], float],
     device: torch.device,
     sum_over_ranks: bool,
+    skip: Container[int] = frozenset(),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[StepStats]:
     """Do steps `start_step` .. `stop_step` - 1, yielding after each.
 
     `batches` yields one tuple a step, in order. `batch_count(step_in_epoch)` is the global batch's size; `set_learning_rate(step)` sets and
-    returns the learning rate. `sum_over_ranks` adds the ranks' loss shares (ddp mode) in an all-reduce that nobody waits for.
+    returns the learning rate. `sum_over_ranks` adds the ranks' loss shares (ddp mode) in an all-reduce that nobody waits for. The batches
+    of the steps in `skip` are taken and left out: no forward, no update; learning rate and step count go on. All ranks skip the same ones.
     """
-    arrivals = _Arrivals(device)
-    pending: tuple[int, Tensor, dist.Work] | None = None
+    losses: deque[Arriving] = deque()
+    aside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     for step in range(start_step, stop_step):
         begin = clock()
         batch = next(batches)
         loaded = clock()
         count = batch_count(step % steps_per_epoch)
         rate = set_learning_rate(step)
-        loss = stepper.step(batch, global_count=count, step=step)
-        if sum_over_ranks:
-            if pending is not None:
-                pending[2].wait()  # of the step before: over long ago
-                arrivals.send(pending[0], pending[1])
-            pending = (step, loss, dist.all_reduce(loss, async_op=True))
-        else:
-            arrivals.send(step, loss)
-        last = step + 1 == stop_step
-        if last and pending is not None:
-            pending[2].wait()
-            arrivals.send(pending[0], pending[1])
+        skipped, last = step in skip, step + 1 == stop_step
+        loss = None if skipped else stepper.step(batch, global_count=count, step=step)
+        if losses:
+            losses[-1].reduced()  # of the step before: over long ago
+        if loss is not None:
+            losses.append(Arriving(step, loss, dist.all_reduce(loss, async_op=True) if sum_over_ranks else None, aside))
+        arrived = []
+        while losses and (last or losses[0].is_here()):
+            arrived.append((losses[0].step, losses[0].wait()))
+            losses.popleft()
         yield StepStats(
             steps_done=step + 1,
             epoch=step // steps_per_epoch,
@@ -283,5 +313,7 @@ def train_steps(
             learning_rate=rate,
             step_seconds=clock() - begin,
             data_wait_seconds=loaded - begin,
-            losses=arrivals.arrived(wait=last),
+            losses=tuple(arrived),
+            late=tuple(losses),
+            skipped=skipped,
         )

@@ -1,0 +1,177 @@
+"""How many steps between checkpoints: so many that saving costs little, so few that a failure does not cost much. Young and Daly's answer
+to what this run's checkpoints, steps and failures were measured to be.
+
+Called by the trainer's worker: `SharedInterval` says after which steps to save, the same on all ranks.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+AUTO = -1
+"""`train.checkpoint_every` that leaves the interval to IntervalChooser."""
+FIRST_STEPS = 50
+"""Steps before an automatic run's first checkpoint, which nothing is measured for yet."""
+DEFAULT_STEPS = 500
+MAX_STALL = 0.01
+"""Largest part of the time that checkpoints may take."""
+_WINDOW = 20
+
+
+def optimal_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
+    """Seconds of work between checkpoints that lose the least time, each checkpoint costing `stall_seconds` and failures coming every
+    `mtbf_seconds` on average: Daly's higher-order estimate (J. T. Daly 2006, "A higher order estimate of the optimum checkpoint interval
+    for restart dumps"), whose first term is Young's sqrt(2 * stall * mtbf)."""
+    if not (stall_seconds >= 0 and mtbf_seconds > 0):
+        raise ValueError(f"stall_seconds={stall_seconds} must be at least 0 and mtbf_seconds={mtbf_seconds} above 0")
+    if stall_seconds >= 2 * mtbf_seconds:
+        return mtbf_seconds
+    x = stall_seconds / (2 * mtbf_seconds)
+    return math.sqrt(2 * stall_seconds * mtbf_seconds) * (1 + math.sqrt(x) / 3 + x / 9) - stall_seconds
+
+
+def mean_time_between_failures(prior_seconds: float, observed_seconds: float, failures: int) -> float:
+    """The prior belief, weighing as much as one failure, with what was observed: (prior + observed) / (1 + failures)."""
+    return (prior_seconds + observed_seconds) / (1 + failures)
+
+
+class IntervalChooser:
+    """Proposes steps between checkpoints from what one rank measures.
+
+    `mtbf_hours` is the prior of one worker: W workers fail W times as often. `failures` and `observed_seconds` are the run's until now
+    (`observed_failures`); `stepped` counts on from there.
+    """
+
+    def __init__(
+        self, *, workers: int, steps_per_epoch: int, mtbf_hours: float = 24.0, failures: int = 0, observed_seconds: float = 0.0
+    ) -> None:
+        assert workers >= 1
+        assert steps_per_epoch >= 1
+        self._prior_seconds, self._failures, self._observed_seconds = mtbf_hours * 3600 / workers, failures, observed_seconds
+        self._steps_per_epoch = steps_per_epoch
+        self._stalls: deque[float] = deque(maxlen=_WINDOW)
+        self._steps: deque[float] = deque(maxlen=_WINDOW)
+        self._writes: deque[float] = deque(maxlen=_WINDOW)
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so long, data wait included."""
+        self._steps.append(seconds)
+        self._observed_seconds += seconds
+
+    def saved(self, stall_seconds: float) -> None:
+        """A checkpoint held the steps up for so long."""
+        self._stalls.append(stall_seconds)
+
+    def staged(self, seconds: float) -> None:
+        """A checkpoint was on its way, beside the steps, for so long. Safe to call from another thread."""
+        self._writes.append(seconds)
+
+    @property
+    def mtbf_seconds(self) -> float:
+        """Of the whole run, by now."""
+        return mean_time_between_failures(self._prior_seconds, self._observed_seconds, self._failures)
+
+    def propose(self) -> int:
+        """Steps between checkpoints, from 1 to an epoch's. At least so many that stalls take no more than 1 % of the time and that a
+        checkpoint is over before the next begins; an epoch's end has a checkpoint whatever this says."""
+        if not self._stalls or not self._steps:
+            return min(FIRST_STEPS, self._steps_per_epoch)
+        step_seconds = max(statistics.median(self._steps), 1e-9)
+        stall_seconds = statistics.median(self._stalls)
+        writes = list(self._writes)
+        wanted = optimal_interval_seconds(stall_seconds, self.mtbf_seconds)
+        least = max(stall_seconds * (1 - MAX_STALL) / MAX_STALL, statistics.median(writes) if writes else 0.0)
+        return max(1, min(math.ceil(max(wanted, least) / step_seconds), self._steps_per_epoch))
+
+
+def observed_failures(events: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
+    """(failures, seconds in which attempts ran) by a run's journal: what an IntervalChooser starts from. A user's or data error is no
+    failure of this kind; an attempt whose end is not in the journal lasts until the last event before the next driver."""
+    failures, seconds = 0, 0.0
+    began: float | None = None
+    newest = 0.0
+    for event in events:
+        name, now = event["event"], float(event["time"])
+        if name == "run_started":
+            if began is not None:
+                seconds += newest - began
+                failures += 1  # the driver before died with its attempt
+            began = None
+        elif name == "attempt_started":
+            if began is not None:
+                seconds += newest - began
+            began = now
+        elif began is not None and name in ("attempt_failed", "run_finished", "run_stopped", "run_failed", "run_taken_over"):
+            seconds += now - began
+            began = None
+            failures += name == "attempt_failed" and event.get("kind") in ("infrastructure", "preempted", "hang")
+        newest = now
+    return failures, seconds + (newest - began if began is not None else 0.0)
+
+
+class SharedInterval:
+    """After which steps to save: every `every` steps, or with `every` = AUTO as rank 0's chooser proposes.
+
+    All ranks must save after the same steps. Rank 0's proposal is broadcast right after a save, where all ranks are, and taken in when the
+    next step is done, by which time it has long arrived: nobody waits for it in between.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        *,
+        start_step: int,
+        steps_per_epoch: int,
+        chooser: IntervalChooser | None = None,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        group: Any = None,
+    ) -> None:
+        """`every` as train.checkpoint_every: 0 takes one an epoch, and at least one every 500 steps. `chooser`: rank 0's; others' are not
+        asked. `start_step`: steps done when this attempt began."""
+        self._every = every or min(steps_per_epoch, DEFAULT_STEPS)
+        self._chooser, self._world_size, self._device, self._group = chooser, world_size, device, group
+        self._saved_at = start_step
+        self._steps = min(FIRST_STEPS, steps_per_epoch)
+        self._coming: tuple[Tensor, dist.Work] | None = None
+        is_cuda = device is not None and device.type == "cuda"
+        self._aside = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+
+    @property
+    def steps(self) -> int:
+        """Steps between checkpoints, as far as this rank knows."""
+        return self._steps if self._every == AUTO else self._every
+
+    def due(self, steps_done: int) -> bool:
+        """Save now? Call it after every step, on all ranks."""
+        if self._every != AUTO:
+            return steps_done % self._every == 0
+        if self._coming is not None and steps_done > self._saved_at:
+            self._steps, self._coming = self._read(*self._coming), None
+        return steps_done - self._saved_at >= self._steps
+
+    def saved(self, steps_done: int) -> None:
+        """A checkpoint was taken after `steps_done` steps, on all ranks; for whatever reason, so that the next one is counted from here."""
+        self._saved_at = steps_done
+        if self._every != AUTO:
+            return
+        proposal = self._chooser.propose() if self._chooser is not None else 0
+        if self._world_size == 1:
+            self._steps = proposal
+            return
+        value = torch.full((), proposal, dtype=torch.int64, device=self._device)  # not tensor(): that would wait for a GPU
+        self._coming = (value, cast(dist.Work, dist.broadcast(value, src=0, group=self._group, async_op=True)))
+
+    def _read(self, value: Tensor, work: dist.Work) -> int:
+        if self._aside is None:
+            work.wait()
+            return int(value)
+        with torch.cuda.stream(self._aside):  # waits for the broadcast, which is behind the saved step, and not for the step after it
+            work.wait()
+            return int(value)
