@@ -1,7 +1,13 @@
 """A rank's half of a checkpoint, off the step path: snapshot (on the step path, a copy) -> stage -> ack (in a thread).
 
-Called by the trainer's worker. At most one checkpoint is in flight: a second `save` waits for the first, and that wait is counted as stall.
-The commit itself is the coordinator's.
+Called by the trainer's worker. At most one checkpoint is in flight: a second `save` waits for the first, and that wait is counted as stall,
+and apart as back-pressure. The commit itself is the coordinator's.
+
+A remote storage that does not answer holds up nobody. The checkpoint goes to the node's own disk (spill.py) and a second thread uploads it
+when the storage is back; a `save` that finds the one before still waiting for the storage sends it there at once. Order:
+  - while anything is spilled, every later checkpoint is spilled behind it, and they are uploaded and acknowledged one after the other;
+  - two are kept. A third drops the oldest that is not on its way just now, and says so: a newer whole one has taken its place.
+So a checkpoint is never acknowledged before an older one that will be, and the newest is never dropped.
 """
 
 import threading
@@ -9,16 +15,25 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from cluster.spill import Spill, SpillDamaged, Spilled
+from cluster.storage import StorageOutage
 from cluster.store import Receipt
 
 Buffers = Iterable[bytes | bytearray | memoryview]
 Files = Callable[[], Iterable[tuple[str, Buffers]]]
 
+SPILLED_KEPT = 2
+UPLOAD_PAUSE_SECONDS = 1.0
+"""Between two tries to upload, each of which has its own waits (storage.Retry)."""
+OUTAGE_PATIENCE_SECONDS = 3600.0
+_CLOSE_SECONDS = 5.0
+
 
 class Checkpointer:
     """Stages what `snapshot()` returns and acknowledges it.
 
-    `stage(step, name, buffers) -> Receipt` writes one file; `ack(step, receipts, meta)` tells the coordinator.
+    `stage(step, name, buffers) -> Receipt` writes one file; `ack(step, receipts, meta)` tells the coordinator; `on_event(event, fields)` is
+    told of an outage: storage_outage, checkpoint_spilled, storage_recovered. Without `spill` (a local storage) what cannot be staged fails.
     """
 
     def __init__(
@@ -28,11 +43,29 @@ class Checkpointer:
         ack: Callable[[int, list[Receipt], dict[str, Any]], None],
         on_staged: Callable[[int, float, int], None] = lambda step, seconds, size_bytes: None,
         on_failed: Callable[[int, OSError], None] = lambda step, error: None,
+        on_event: Callable[[str, dict[str, Any]], None] = lambda event, fields: None,
+        spill: Spill | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], object] | None = None,
     ) -> None:
-        self._stage, self._ack, self._on_staged, self._on_failed = stage, ack, on_staged, on_failed
+        self._stage, self._ack, self._on_staged, self._on_failed, self._on_event = stage, ack, on_staged, on_failed, on_event
+        self._spill, self._clock = spill, clock
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._hurry = threading.Event()
+        self._changed = threading.Condition()
+        self._spilled: list[Spilled] = []  # oldest first
+        self._on_its_way: Spilled | None = None
+        self._uploader: threading.Thread | None = None
+        self._uploading = False
+        self._outage_since: float | None = None
+        self._problem = ""
+        self._closed = threading.Event()
+        self._pause = pause or self._closed.wait
         self.stall_seconds = 0.0
+        """Time that save() held up the steps."""
+        self.backpressure_seconds = 0.0
+        """The part of it that was waiting for the checkpoint before; the rest is the copy."""
 
     def save(self, step: int, snapshot: Callable[[], Files], meta: dict[str, Any]) -> float:
         """Take `snapshot()` now and stage its files in the background; the seconds this call held up the steps.
@@ -41,31 +74,174 @@ class Checkpointer:
         function runs in the background thread. An error of an earlier background write is raised here.
         """
         begin = time.perf_counter()
-        self.wait()
+        self._hurry.set()
+        self._join()
+        self._hurry.clear()
+        waited = time.perf_counter() - begin
         files = snapshot()
         self._thread = threading.Thread(target=self._write, args=(step, files, meta), name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
         stall = time.perf_counter() - begin
         self.stall_seconds += stall
+        self.backpressure_seconds += waited
         return stall
 
-    def wait(self) -> None:
-        """Wait until nothing is in flight; raise what went wrong there."""
+    def hurried(self) -> bool:
+        """For `stage`: the next checkpoint waits for this one. A storage that fails is not worth the wait where there is another disk."""
+        return self._spill is not None and (self._hurry.is_set() or self._closed.is_set())
+
+    def wait(self, timeout_seconds: float = OUTAGE_PATIENCE_SECONDS) -> None:
+        """Wait until nothing is in flight or spilled; raise what went wrong there. StorageOutage after `timeout_seconds` of an outage."""
+        self._join()
+        with self._changed:
+            done = self._changed.wait_for(lambda: not self._spilled or self._error is not None, timeout_seconds)
+            steps = ", ".join(str(spilled.step) for spilled in self._spilled)
+        self._raise()
+        if not done:
+            assert self._spill is not None
+            raise StorageOutage(
+                f"checkpoint(s) of step {steps} wait in {self._spill.folder} for a storage that does not answer ({self._problem}); "
+                "see that it is up, then run the same command again"
+            )
+
+    def close(self) -> None:
+        """Give up what is not acknowledged yet and leave nothing on the node's disk."""
+        self._closed.set()
+        for thread in (self._thread, self._uploader):
+            if thread is not None:
+                thread.join(_CLOSE_SECONDS)  # one that hangs in a request has nothing left to lose
+        if self._spill is not None:
+            self._spill.close()
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._raise()
+
+    def _raise(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
+    # The thread of one checkpoint
+
     def _write(self, step: int, files: Files, meta: dict[str, Any]) -> None:
-        begin = time.perf_counter()
         try:
-            receipts = [self._stage(step, name, buffers) for name, buffers in files()]
-            self._ack(step, receipts, meta)
-        except OSError as error:  # a full disk or a lost mount: the older checkpoints stay, training goes on, the journal says so
-            self._on_failed(step, error)
-        except BaseException as error:  # handed to the next save() or wait(), in the thread that can act on it
-            self._error = error
-        else:
+            begin = time.perf_counter()
+            spilled: Spilled | None = None
+            receipts: list[Receipt] = []
+            try:
+                for name, buffers in files():
+                    parts = list(buffers)
+                    if spilled is None:
+                        receipt = self._stage_unless_out(step, name, parts)
+                        if receipt is not None:
+                            receipts.append(receipt)
+                            continue
+                        assert self._spill is not None
+                        spilled = self._spill.begin(step, receipts, meta)
+                    spilled.add(name, parts)
+                if spilled is None:
+                    self._ack(step, receipts, meta)
+            except OSError as error:  # a full disk or a lost mount: the older checkpoints stay, training goes on, the journal says so
+                if spilled is not None:
+                    spilled.remove()
+                return self._on_failed(step, error)
+            if spilled is not None:
+                self._on_event("checkpoint_spilled", {"step": step, "size_bytes": spilled.size_bytes})
+                return self._queue(spilled)
+            self._note_recovery(step)
             self._on_staged(step, time.perf_counter() - begin, sum(receipt.size_bytes for receipt in receipts))
+        except BaseException as error:  # handed to the next save() or wait(), in the thread that can act on it
+            self._fail(error)
+
+    def _stage_unless_out(self, step: int, name: str, buffers: Buffers) -> Receipt | None:
+        with self._changed:
+            if self._spilled:
+                return None
+        try:
+            return self._stage(step, name, buffers)
+        except StorageOutage as error:
+            if self._spill is None:
+                raise
+            self._note_outage(step, error)
+            return None
+
+    def _queue(self, spilled: Spilled) -> None:
+        with self._changed:
+            self._spilled.append(spilled)
+            dropped = []
+            while len(self._spilled) > SPILLED_KEPT:
+                victim = next(other for other in self._spilled if other is not self._on_its_way)
+                self._spilled.remove(victim)
+                dropped.append(victim)
+            if not self._uploading:
+                self._uploading = True
+                self._uploader = threading.Thread(target=self._upload_all, name="checkpoint-upload", daemon=True)
+                self._uploader.start()
+        for victim in dropped:
+            victim.remove()
+            why = f"dropped in an outage of the storage, as the one of step {spilled.step} is whole ({self._problem})"
+            self._on_failed(victim.step, StorageOutage(why))
+
+    def _note_outage(self, step: int, error: StorageOutage) -> None:
+        with self._changed:
+            self._problem = str(error)
+            begins = self._outage_since is None
+            if begins:
+                self._outage_since = self._clock()
+        if begins:
+            self._on_event("storage_outage", {"step": step, "message": str(error)})
+
+    def _note_recovery(self, step: int) -> None:
+        with self._changed:
+            if self._outage_since is None or self._spilled:
+                return
+            seconds, self._outage_since = self._clock() - self._outage_since, None
+        self._on_event("storage_recovered", {"step": step, "seconds": seconds})
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    # The thread that uploads what was spilled; it lives while there is any
+
+    def _upload_all(self) -> None:
+        try:
+            while (spilled := self._next()) is not None:
+                begin = time.perf_counter()
+                try:
+                    for receipt in spilled.waiting:
+                        if self._stage(spilled.step, receipt.name, [spilled.read(receipt)]) != receipt:
+                            raise SpillDamaged(f"{receipt.name} of step {spilled.step} changed on its way from the node's disk")
+                        spilled.uploaded(receipt)
+                    self._ack(spilled.step, spilled.staged, spilled.meta)
+                except StorageOutage as error:
+                    self._problem = str(error)
+                    with self._changed:
+                        self._on_its_way = None  # may be dropped meanwhile
+                    self._pause(UPLOAD_PAUSE_SECONDS)
+                except OSError as error:
+                    self._remove(spilled)
+                    self._on_failed(spilled.step, error)
+                else:
+                    self._remove(spilled)
+                    self._note_recovery(spilled.step)
+                    self._on_staged(spilled.step, time.perf_counter() - begin, sum(receipt.size_bytes for receipt in spilled.staged))
+        except BaseException as error:
+            self._fail(error)
+
+    def _next(self) -> Spilled | None:
+        with self._changed:
+            self._uploading = bool(self._spilled) and not self._closed.is_set()
+            self._on_its_way = self._spilled[0] if self._uploading else None
+            return self._on_its_way
+
+    def _remove(self, spilled: Spilled) -> None:
+        spilled.remove()
+        with self._changed:
+            self._spilled.remove(spilled)
+            self._on_its_way = None
+            self._changed.notify_all()

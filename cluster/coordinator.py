@@ -18,11 +18,16 @@ from cluster.exporter import serve_discovery, write_file_sd
 from cluster.heartbeat import Orders
 from cluster.journal import Journal, read_journal
 from cluster.metrics import Metrics
-from cluster.storage import Storage, open_storage
-from cluster.store import Fenced, Receipt, StorageFull, Store
+from cluster.storage import RETRY_SECONDS, Storage, StorageOutage, open_storage
+from cluster.store import Commit, Fenced, Receipt, StorageFull, Store
 
 QUARANTINE = "quarantine.jsonl"
 FILE_SD = "prometheus-targets.json"
+COMMIT_PAUSE_SECONDS = 1.0
+"""Between two tries to commit in an outage, each of which has its own waits (storage.Retry)."""
+COMMITS_WAITING = 2
+JOURNAL_SECONDS = 10.0
+"""A run that ends in an outage waits for so long for the storage to take its last events."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,11 +170,12 @@ class Coordinator:
         keep: int,
         metrics_host: str = "127.0.0.1",
         discovery_port: int = 0,
+        storage_retry_seconds: float = RETRY_SECONDS,
         *,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._storage = storage_uri if isinstance(storage_uri, Storage) else open_storage(storage_uri)
+        self._storage = storage_uri if isinstance(storage_uri, Storage) else open_storage(storage_uri, storage_retry_seconds)
         self._run, self._generation, self._keep, self._clock, self._now = run, generation, keep, clock, now
         self._store = Store.open(self._storage, run)
         self._journal = Journal.open(self._storage, run, f"coordinator-g{generation:04d}", now)
@@ -188,7 +194,7 @@ class Coordinator:
         self._metrics.set("run_quarantined_samples", len(self._bad))
         self._rebuild()
         self._server = serve_discovery(metrics_host, discovery_port, self.targets, self._metrics.registry)
-        self._closed = False
+        self._closed = threading.Event()
         self._work: queue.Queue[_Work | None] = queue.Queue()
         self._pending = 0
         self._committer = threading.Thread(target=self._commit_all, name="committer", daemon=True)
@@ -345,16 +351,17 @@ class Coordinator:
             return self._changed.wait_for(lambda: self._pending == 0, timeout)
 
     def finish(self, timeout: float = 60.0) -> bool:
-        """drain(), then close()."""
+        """drain(), then close(), with what happened in the journal."""
         done = self.drain(timeout)
+        self._journal.flush(JOURNAL_SECONDS)
         self.close()
         return done
 
     def close(self) -> None:
         """End the server and the threads; a checkpoint that is not committed yet stays uncommitted."""
-        if self._closed:
+        if self._closed.is_set():
             return
-        self._closed = True
+        self._closed.set()
         self._work.put(None)
         self._server.close()
         self._write_targets([])
@@ -501,7 +508,7 @@ class Coordinator:
                 self._metrics.set("run_quarantined_samples", len(self._bad))
                 lines = [json.dumps(record, sort_keys=True) for record in self._bad.values()]
                 try:
-                    self._storage.write_atomic(f"{self._run}/{QUARANTINE}", ("\n".join(lines) + "\n").encode())
+                    self._storage.without_retries().write_atomic(f"{self._run}/{QUARANTINE}", ("\n".join(lines) + "\n").encode())
                 except OSError as error:  # the next record writes them all again, and the journal has them too
                     self._journal.write("quarantine_not_written", message=str(error))
             count = len(self._bad)
@@ -568,7 +575,7 @@ class Coordinator:
 
     def _commit(self, work: _Work) -> None:
         began = self._clock()
-        commit = self._store.commit(work.step, self._generation, work.receipts, work.meta)
+        commit = self._commit_through_outages(work)
         seconds, now = self._clock() - began, self._now()
         self._metrics.set("checkpoint_commit_step", work.step)
         self._metrics.set("checkpoint_commit_time_seconds", now)
@@ -585,6 +592,24 @@ class Coordinator:
             self._store.prune(self._keep, self._generation, staged_below=work.step)
         except (OSError, Fenced) as error:
             self._journal.write("prune_failed", attempt=work.attempt, step=work.step, message=str(error))
+
+    def _commit_through_outages(self, work: _Work) -> Commit:
+        """In the order of steps: the checkpoints behind this one wait with it. Given up when the coordinator ends, or when so many wait
+        that they would fill the storage, where ranks reach it and this process does not."""
+        began: float | None = None
+        while True:
+            try:
+                commit = self._store.commit(work.step, self._generation, work.receipts, work.meta)
+            except StorageOutage as error:
+                if began is None:
+                    began = self._clock()
+                    self._journal.write("storage_outage", attempt=work.attempt, step=work.step, message=str(error))
+                if self._work.qsize() > COMMITS_WAITING or self._closed.wait(COMMIT_PAUSE_SECONDS):
+                    raise
+            else:
+                if began is not None:
+                    self._journal.write("storage_recovered", attempt=work.attempt, step=work.step, seconds=self._clock() - began)
+                return commit
 
     def _checkpoint_failed(self, attempt: int, step: int, message: str, **fields: Any) -> None:
         self._journal.write("checkpoint_failed", attempt=attempt, step=step, message=message, **fields)

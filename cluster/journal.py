@@ -2,8 +2,12 @@
 report, by a restarted coordinator and by people.
 
 Locally it is `<run>/journal.jsonl`, one O_APPEND write a line, so that any number of processes can share it. On an object store, which
-cannot append, each event is a numbered object `<run>/journal/<writer>-000001.json`; a writer's name belongs to one process at a time."""
+cannot append, each event is a numbered object `<run>/journal/<writer>-000001.json`; a writer's name belongs to one process at a time.
 
+A storage that fails holds up nobody. Locally the events wait for the next write. On a remote storage the first one that fails costs its
+caller one try; from then on events go to a buffer in memory, and a thread tries until all of them are written, in order."""
+
+import atexit
 import json
 import logging
 import math
@@ -11,6 +15,7 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,18 +24,33 @@ from cluster.storage import Storage, make_dirs, write_all
 _SEGMENT = re.compile(r"(.+)-(\d{6,})\.json")
 _WRITER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
+BACKLOG_EVENTS = 10_000
+"""Kept in memory through an outage; beyond it the oldest are lost, and `events_lost` counts them."""
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0
+EXIT_SECONDS = 10.0
+"""A process that ends in an outage waits for so long for the storage to take its last events."""
+
 log = logging.getLogger(__name__)
 
 
 class Journal:
     """One writer's end. Safe to use from several threads."""
 
-    def __init__(self, storage: Storage, run: str, writer: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        run: str,
+        writer: str,
+        clock: Callable[[], float] = time.time,
+        pause: Callable[[float], object] = time.sleep,
+    ) -> None:
         if not _WRITER.fullmatch(writer):
             raise ValueError(f"writer={writer!r} is not a name; use letters, digits, '.', '_' and '-'")
-        self._storage, self._run, self._writer, self._clock = storage, run, writer, clock
-        self._lock = threading.Lock()
-        self._backlog: list[str] = []
+        self._storage, self._run, self._writer, self._clock, self._pause = storage.without_retries(), run, writer, clock, pause
+        self._changed = threading.Condition()
+        self._backlog: deque[str] = deque()
+        self._lost = 0
+        self._is_out = False
         self._segments = 0
         if storage.is_local:
             make_dirs(storage.at(run))
@@ -43,24 +63,71 @@ class Journal:
         return cls(storage, run, writer, clock)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append an event with the time of now. A storage that fails does not stop the caller: the event waits for the next write."""
-        line = json.dumps({"time": self._clock(), "event": event, **_jsonable(fields)}, separators=(",", ":"))
-        with self._lock:
+        """Append an event with the time of now. A storage that fails does not stop the caller: the event waits, see the module."""
+        line = self._line(event, **fields)
+        with self._changed:
             self._backlog.append(line)
+            if len(self._backlog) > BACKLOG_EVENTS:
+                self._backlog.popleft()
+                self._lost += 1
+            if self._is_out:
+                return
             try:
                 self._flush()
             except OSError as error:
                 log.warning("journal of %s: %d event(s) wait for the storage: %s", self._run, len(self._backlog), error)
+                if not self._storage.is_local:
+                    self._is_out = True
+                    threading.Thread(target=self._flush_later, name="journal", daemon=True).start()
+                    atexit.register(self.flush, EXIT_SECONDS)
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until no event waits for a remote storage; False after `timeout_seconds`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._is_out, timeout_seconds)
+
+    def _flush_later(self) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            self._pause(pause)
+            with self._changed:
+                line = self._backlog[0]
+            try:
+                self._write_segment(line)  # without the lock: it may take seconds to fail
+            except OSError:
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                continue
+            pause = 0.0
+            with self._changed:
+                self._segments += 1
+                if self._backlog[0] is line:
+                    self._backlog.popleft()
+                else:
+                    self._lost -= 1  # it made way for a newer one while it was written after all
+                if self._lost and not self._backlog:
+                    self._backlog.append(self._line("events_lost", count=self._lost, writer=self._writer))
+                    self._lost = 0
+                if not self._backlog:
+                    self._is_out = False
+                    self._changed.notify_all()
+                    atexit.unregister(self.flush)
+                    return
 
     def _flush(self) -> None:
         while self._backlog:
             if self._storage.is_local:
                 self._append(self._backlog[0])
             else:
-                path = f"{self._run}/journal/{self._writer}-{self._segments + 1:06d}.json"
-                self._storage.write_atomic(path, self._backlog[0].encode())
+                self._write_segment(self._backlog[0])
                 self._segments += 1
-            del self._backlog[0]
+            self._backlog.popleft()
+
+    def _write_segment(self, line: str) -> None:
+        # Written again with other content only if it was never seen to be written.
+        self._storage.write_atomic(f"{self._run}/journal/{self._writer}-{self._segments + 1:06d}.json", line.encode())
+
+    def _line(self, event: str, **fields: Any) -> str:
+        return json.dumps({"time": self._clock(), "event": event, **_jsonable(fields)}, separators=(",", ":"))
 
     def _append(self, line: str) -> None:
         descriptor = os.open(self._storage.at(f"{self._run}/journal.jsonl"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,16 +1,25 @@
 """Where runs live: a local folder or any pyarrow file system, behind the few operations that runs need.
 
 Used by store, journal and coordinator, and by trainer for the run's other files. What a checkpoint is, and when it counts, is store's
-business."""
+business.
 
+Every operation on a remote storage may be done twice with the result of once, so what fails for a while is tried again, for a budget of
+seconds; then it is an outage (StorageOutage), which those above outlive. What the storage refuses is not tried again (StorageRefused)."""
+
+import datetime
+import errno
+import math
 import os
+import random
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 from pyarrow import fs as pafs
 
@@ -18,8 +27,120 @@ SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 
 CHUNK_BYTES = 8 << 20
 
+RETRY_SECONDS = 20.0
+"""How long an operation on a remote storage is tried, unless told."""
+
+# The clients' own patience, kept well below ours. Measured with what pyarrow takes for s3:// URIs: a call took 6 s where nobody listens and
+# 99 s where the server accepts and stays silent; with these, 0.1 s and 10 s. GCS would try for 15 minutes.
+_CLIENT_ATTEMPTS = 2
+_CONNECT_SECONDS = 3.0
+_SILENCE_SECONDS = 5.0
+
+_FIRST_WAIT_SECONDS = 0.1
+_LONGEST_WAIT_SECONDS = 5.0
+
 # Object stores have no directories: making them costs requests, and rights that a bucket's user may lack.
 _WITHOUT_DIRECTORIES = {"s3", "gcs", "abfs"}
+
+
+T = TypeVar("T")
+
+
+class StorageOutage(OSError):
+    """A remote storage that did not answer, or not usefully, for as long as it was tried. Later it may."""
+
+
+class StorageRefused(OSError):
+    """A remote storage that answered, and said no. Trying again does not help."""
+
+
+# An answer to a question, not a failure: callers know what to do with these.
+_ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+_REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG})
+# Statuses at which the same request may succeed a moment later; of the others below 500 none does.
+_PASSING_STATUSES = frozenset({408, 425, 429})
+_REFUSING_STATUSES = frozenset({501, 505, 507})
+# Names that Arrow gives to S3's errors (cpp/src/arrow/filesystem/s3_internal.h), and gRPC's codes, which GCS uses.
+_AWS = re.compile(r"AWS Error ([A-Z_]+)(?: \(HTTP status (\d+)\))?")
+_AWS_REFUSALS = frozenset(
+    {
+        *("ACCESS_DENIED", "INCOMPLETE_SIGNATURE", "INVALID_ACCESS_KEY_ID", "INVALID_ACTION", "INVALID_CLIENT_TOKEN_ID"),
+        *("INVALID_PARAMETER_COMBINATION", "INVALID_PARAMETER_VALUE", "INVALID_QUERY_PARAMETER", "INVALID_SIGNATURE"),
+        *("MALFORMED_QUERY_STRING", "MISSING_ACTION", "MISSING_AUTHENTICATION_TOKEN", "MISSING_PARAMETER", "NO_SUCH_BUCKET"),
+        *("OPT_IN_REQUIRED", "REQUEST_EXPIRED", "REQUEST_TIME_TOO_SKEWED", "SIGNATURE_DOES_NOT_MATCH", "UNRECOGNIZED_CLIENT", "VALIDATION"),
+    }
+)
+_GOOGLE = re.compile(r"google::cloud::Status\(([A-Z_]+)")
+_GOOGLE_REFUSALS = frozenset(
+    {"PERMISSION_DENIED", "UNAUTHENTICATED", "NOT_FOUND", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "OUT_OF_RANGE", "UNIMPLEMENTED"}
+)
+_AZURE = re.compile(r"Azure Error: \[\w*\] (\d{3})")
+
+
+def is_transient(error: OSError) -> bool:
+    """Whether the same call on a remote storage may succeed later. What is not known to be a refusal may: a needless retry costs seconds,
+    an outage taken for a refusal costs a checkpoint."""
+    if isinstance(error, StorageOutage):
+        return True
+    if isinstance(error, (StorageRefused, PermissionError, *_ANSWERS)) or error.errno in _REFUSALS:
+        return False
+    text = str(error)
+    if aws := _AWS.search(text):
+        return aws[1] not in _AWS_REFUSALS and (aws[2] is None or _passes(int(aws[2])))
+    if google := _GOOGLE.search(text):
+        return google[1] not in _GOOGLE_REFUSALS
+    if azure := _AZURE.search(text):
+        return _passes(int(azure[1]))
+    return True
+
+
+def _passes(status: int) -> bool:
+    return status in _PASSING_STATUSES or (status >= 500 and status not in _REFUSING_STATUSES)
+
+
+def _remedy(text: str) -> str:
+    """What the user can do about a refusal."""
+    if re.search(r"NO_SUCH_BUCKET|ContainerNotFound|NOT_FOUND", text):
+        return "there is no such bucket: make it, or give another --storage"
+    if re.search(r"TOO_SKEWED|REQUEST_EXPIRED", text):
+        return "the clock of this machine is wrong: set it"
+    if re.search(r"ExpiredToken|INVALID_ACCESS_KEY|TOKEN|SIGNATURE|UNAUTHENTICATED|AuthenticationFailed", text):
+        return "the credentials are not valid (any more): give ones that are, by the environment or a profile"
+    if re.search(r"ACCESS_DENIED|PERMISSION_DENIED|Authorization|\b403\b|Permission denied", text):
+        return "the credentials may not do this: give ones that may list, read, write and delete below it"
+    return "trying again would not help: correct --storage, or see what the storage says"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """How long what fails is tried again: waits of 0.05 to 0.1 s that double up to 5 s, half of each drawn, so that ranks do not come back
+    in step. `seconds` is all of it, from the first try; 0 tries once."""
+
+    seconds: float
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    draw: Callable[[], float] = random.random
+
+    def call(self, operation: Callable[[], T], where: str, give_up: Callable[[], bool] = lambda: False) -> T:
+        """`operation()`, which must do no harm when done twice. StorageOutage when the time is up, or after a failure where `give_up()`
+        says that nobody has the time; StorageRefused at once where trying again is useless. FileNotFoundError and its like pass."""
+        began, wait = self.clock(), _FIRST_WAIT_SECONDS
+        while True:
+            try:
+                return operation()
+            except (StorageRefused, *_ANSWERS):
+                raise
+            except OSError as error:
+                if not is_transient(error):
+                    raise StorageRefused(f"the storage refuses {where}; {_remedy(str(error))} ({error})") from error
+                spent = self.clock() - began
+                delay = wait * (1 + self.draw()) / 2
+                if spent + delay > self.seconds or give_up():
+                    cause = error.__cause__ if isinstance(error, StorageOutage) else error  # of an operation that tried once by itself
+                    raise StorageOutage(f"the storage did not answer for {where}, tried for {spent:.1f} s ({cause})") from cause
+            self.sleep(delay)
+            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +163,17 @@ class Storage:
     root: str
     is_local: bool
     uri: str
+    retry: Retry = Retry(seconds=0.0)
+    """Of every operation on a remote storage; a local one has no weather."""
+
+    @property
+    def address(self) -> str:
+        """The URI without credentials, to be shown."""
+        return self.uri if "://" not in self.uri else _without_secrets(self.uri)
+
+    def without_retries(self) -> "Storage":
+        """The same place for a caller that can wait by itself."""
+        return replace(self, retry=replace(self.retry, seconds=0.0))
 
     def at(self, path: str) -> str:
         """The file system's own path of `path`."""
@@ -51,29 +183,61 @@ class Storage:
         """A whole file; FileNotFoundError where there is none."""
         if self.is_local:
             return Path(self.at(path)).read_bytes()
-        with self.fs.open_input_stream(self.at(path)) as stream:
-            return bytes(stream.read())
+
+        def read() -> bytes:
+            with self.fs.open_input_stream(self.at(path), compression=None) as stream:
+                return bytes(stream.read())
+
+        return self._try(read, path)
 
     def read_chunks(self, path: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """A file piece by piece, for those that need not be in memory at once."""
-        stream = open(self.at(path), "rb", buffering=0) if self.is_local else self.fs.open_input_stream(self.at(path))  # noqa: SIM115
-        with stream:
-            while chunk := stream.read(chunk_bytes):
-                yield chunk
+        if self.is_local:
+            with open(self.at(path), "rb", buffering=0) as file:
+                while piece := file.read(chunk_bytes):
+                    yield piece
+            return
+        stream, offset = None, 0
+
+        def read() -> bytes:
+            nonlocal stream
+            try:
+                if stream is None:
+                    stream = self.fs.open_input_file(self.at(path))
+                    stream.seek(offset)
+                return bytes(stream.read(chunk_bytes))
+            except OSError:
+                stream = None  # opened anew, at the same place
+                raise
+
+        while piece := self._try(read, path):
+            offset += len(piece)
+            yield piece
 
     def write_atomic(self, path: str, data: bytes) -> None:
         """Create or replace a file: a reader sees the old bytes or the new ones. Object stores publish an upload when it ends."""
         if self.is_local:
             return write_atomic_local(self.at(path), data)
-        self.make_dir(path.rpartition("/")[0])
-        with self.fs.open_output_stream(self.at(path)) as stream:
-            stream.write(data)
-        return None
+        return self.write_stream(path, lambda write: write(data))
+
+    def write_stream(
+        self, path: str, fill: Callable[[Callable[[bytes | memoryview], None]], T], give_up: Callable[[], bool] = lambda: False
+    ) -> T:
+        """write_atomic() on a remote storage of what `fill(write)` writes, piece by piece; its result. `fill` is called again where the
+        storage fails on the way."""
+        assert not self.is_local
+
+        def write() -> T:
+            self._make_dir(path.rpartition("/")[0])
+            with self.fs.open_output_stream(self.at(path), compression=None) as stream:
+                return fill(stream.write)
+
+        return self._try(write, path, give_up)
 
     def exists(self, path: str) -> bool:
         if self.is_local:
             return os.path.lexists(self.at(path))
-        return bool(self.fs.get_file_info(self.at(path)).type != pafs.FileType.NotFound)
+        return self._try(lambda: bool(self.fs.get_file_info(self.at(path)).type != pafs.FileType.NotFound), path)
 
     def list(self, path: str) -> list[Entry]:
         """Names in a folder, sorted; none where there is no such folder (or a file in its place)."""
@@ -83,39 +247,48 @@ class Storage:
                     return sorted((_local_entry(entry) for entry in found), key=lambda entry: entry.name)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        infos = self.fs.get_file_info(pafs.FileSelector(self.at(path), allow_not_found=True))
+        infos = self._try(lambda: self.fs.get_file_info(pafs.FileSelector(self.at(path), allow_not_found=True)), path)
         return sorted((_entry(info) for info in infos), key=lambda entry: entry.name)
 
     def make_dir(self, path: str) -> None:
         if self.is_local:
             make_dirs(self.at(path))
-        elif self.fs.type_name not in _WITHOUT_DIRECTORIES:
-            self.fs.create_dir(self.at(path), recursive=True)
+        else:
+            self._try(lambda: self._make_dir(path), path)
 
     def delete_file(self, path: str) -> None:
         """Delete a file if it is there."""
-        try:
-            if self.is_local:
-                os.unlink(self.at(path))
-            else:
-                self.fs.delete_file(self.at(path))
-        except FileNotFoundError:
-            pass
+        self._delete(path, os.unlink, self.fs.delete_file)
 
     def delete_dir(self, path: str) -> None:
         """Delete a folder and what is in it, if it is there."""
+        self._delete(path, shutil.rmtree, self.fs.delete_dir)
+
+    def _delete(self, path: str, locally: Callable[[str], None], remotely: Callable[[str], None]) -> None:
         try:
             if self.is_local:
-                shutil.rmtree(self.at(path))
+                locally(self.at(path))
             else:
-                self.fs.delete_dir(self.at(path))
+                self._try(lambda: remotely(self.at(path)), path)
         except FileNotFoundError:
             pass
 
+    def _make_dir(self, path: str) -> None:
+        if self.fs.type_name not in _WITHOUT_DIRECTORIES:
+            self.fs.create_dir(self.at(path), recursive=True)
 
-def open_storage(uri: str | Path) -> Storage:
-    """A local path (made absolute), file://, or a URI of pyarrow's: s3://, gs://, abfs://, hdfs://. ValueError for anything else."""
+    def _try(self, operation: Callable[[], T], path: str, give_up: Callable[[], bool] = lambda: False) -> T:
+        return self.retry.call(operation, self.at(path), give_up)
+
+
+def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Storage:
+    """A local path (made absolute), file://, or a URI of pyarrow's: s3://, gs://, abfs://, hdfs://. ValueError for anything else.
+
+    What fails on a remote one is tried again for `retry_seconds`. An S3-compatible service of one's own is named in the URI:
+    s3://bucket/runs?endpoint_override=host:port&scheme=http"""
     text = str(uri)
+    if not (math.isfinite(retry_seconds) and retry_seconds >= 0):
+        raise ValueError(f"cluster.storage_retry_seconds={retry_seconds:g} is not a number of seconds from 0 up; use 20, or 0 to try once")
     if not text:
         raise ValueError("storage is empty; give a folder or a URI, such as --storage runs or --storage s3://bucket/runs")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
@@ -124,12 +297,42 @@ def open_storage(uri: str | Path) -> Storage:
         return Storage(fs=pafs.LocalFileSystem(), root=root, is_local=True, uri=root)
     if scheme[1] not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"storage={text!r} has the unknown scheme {scheme[1]!r}; use a local folder or one of {known}")
+        raise ValueError(f"storage={_without_secrets(text)!r} has the unknown scheme {scheme[1]!r}; use a local folder or one of {known}")
     try:
         filesystem, root = pafs.FileSystem.from_uri(text)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise ValueError(f"storage={text!r} cannot be opened: {error}") from error
-    return Storage(fs=filesystem, root=root.rstrip("/"), is_local=isinstance(filesystem, pafs.LocalFileSystem), uri=text)
+        raise ValueError(f"storage={_without_secrets(text)!r} cannot be opened: {error}") from error
+    return Storage(
+        fs=_impatient(filesystem),
+        root=root.rstrip("/"),
+        is_local=isinstance(filesystem, pafs.LocalFileSystem),
+        uri=text,
+        retry=Retry(seconds=retry_seconds),
+    )
+
+
+def _impatient(filesystem: Any) -> Any:
+    """The same file system with a client that fails soon, so that trying again and giving up are decided here. A URI cannot say that; what
+    it did say is what pickle would carry."""
+    match filesystem.type_name:
+        case "s3":
+            options = {
+                "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=_CLIENT_ATTEMPTS),
+                "connect_timeout": _CONNECT_SECONDS,
+                "request_timeout": _SILENCE_SECONDS,
+            }
+        case "gcs":
+            options = {"retry_time_limit": datetime.timedelta(seconds=_CLIENT_ATTEMPTS * _SILENCE_SECONDS)}
+        case _:
+            return filesystem
+    _, (said,) = filesystem.__reduce__()[:2]
+    return type(filesystem)(**{**said, **options})
+
+
+def _without_secrets(uri: str) -> str:
+    """`uri` without user, password and query."""
+    parts = urlsplit(uri)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def make_dirs(path: str) -> None:

@@ -13,8 +13,13 @@ Writing, on a local file system, every file and every changed folder fsynced bef
   4. `step-N.gG.tmp` is renamed to `step-N.gG`;
   5. COMMIT, the manifest's SHA-256, by COMMIT.tmp and a rename. Only now does the checkpoint exist.
 Object stores cannot rename: the files go under a prefix that no other driver uses (the claim's random token is in its name), then the
-manifest, then the object COMMIT, after a last look that no newer driver has claimed the run. That look and that write are not one
-operation: a driver that stalls between them can still commit once, under its own prefix, a valid checkpoint that harms nobody.
+manifest, then the object COMMIT.
+
+One winner: before and after COMMIT its driver looks whether a newer one has claimed the run. commit() returns only where none had after
+COMMIT was there, so a newer driver, which reads after it has claimed, sees every checkpoint that was acknowledged. One that stalls between
+look and COMMIT leaves a whole checkpoint, under a name of its own, and is told that it was fenced off.
+
+On a remote storage all of this may be done again after a failure, in part or in whole, with the same result.
 
 Reading trusts no pointer: newest first, COMMIT -> manifest -> every hash, before anything is parsed. A bad one is reported and set
 aside."""
@@ -45,6 +50,8 @@ _FOLDER = re.compile(r"step-(\d{8,})\.g(\d{4,})(?:-[0-9a-f]{8})?(\.tmp|\.corrupt
 _CLAIM = re.compile(r"g(\d{4,})")
 _BID = re.compile(r"bid-(\d{4,})-[0-9a-f]{8}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+_FIX = "free some space, lower --cluster.keep-checkpoints or move --storage"
 
 
 class StorageFull(OSError):
@@ -205,49 +212,27 @@ class Store:
 
     # Writing
 
-    def stage(self, step: int, generation: int, name: str, data: Chunks) -> Receipt:
+    def stage(self, step: int, generation: int, name: str, data: Chunks, *, give_up: Callable[[], bool] = lambda: False) -> Receipt:
         """Write one file of a checkpoint that nobody sees before commit().
 
         `data` is a buffer or an iterable of buffers, written and hashed without a copy. StorageFull if the disk has not twice the room. A
-        file left by a dead attempt is replaced."""
+        file left by a dead attempt is replaced. A remote storage that fails is tried again, unless `give_up()` (see storage.Retry)."""
         _check_name(name)
-        buffers = _buffers(data)
+        buffers = buffers_of(data)
         if self.storage.is_local:
-            return self._stage_local(step, generation, name, buffers)
-        path = f"{self._checkpoints}/{self._folder(step, generation)}/{name}"
-        self.storage.make_dir(path.rpartition("/")[0])
-        digest = hashlib.sha256()
-        with self.storage.fs.open_output_stream(self.storage.at(path)) as stream:
-            for piece in _pieces(buffers):
-                digest.update(piece)
-                stream.write(piece)
-        return Receipt(name=name, size_bytes=sum(buffer.nbytes for buffer in buffers), sha256=digest.hexdigest())
+            folder = self.storage.at(f"{self._checkpoints}/{self._folder(step, generation)}.tmp")
+            return write_file(folder, name, buffers, fix=_FIX)
 
-    def _stage_local(self, step: int, generation: int, name: str, buffers: list[memoryview]) -> Receipt:
-        folder = self.storage.at(f"{self._checkpoints}/{self._folder(step, generation)}.tmp")
-        size_bytes = sum(buffer.nbytes for buffer in buffers)
-        make_dirs(folder)
-        _check_room(folder, size_bytes)
-        path = f"{folder}/{name}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        digest = hashlib.sha256()
-        try:
+        def fill(write: Callable[[memoryview], None]) -> str:
+            digest = hashlib.sha256()
             for piece in _pieces(buffers):
                 digest.update(piece)
-                write_all(descriptor, piece)
-            os.fsync(descriptor)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull(error.errno, _no_room(size_bytes, "the disk filled up on the way"), path) from error
-            raise
-        finally:
-            os.close(descriptor)
-        sync_dir(folder)
-        return Receipt(name=name, size_bytes=size_bytes, sha256=digest.hexdigest())
+                write(piece)
+            return digest.hexdigest()
+
+        path = f"{self._checkpoints}/{self._folder(step, generation)}/{name}"
+        sha256 = self.storage.write_stream(path, fill, give_up)
+        return Receipt(name=name, size_bytes=sum(buffer.nbytes for buffer in buffers), sha256=sha256)
 
     def commit(self, step: int, generation: int, receipts: Sequence[Receipt], meta: Mapping[str, Any]) -> Commit:
         """Make the staged files of all ranks one checkpoint. `meta` is JSON-able and comes back in Commit.meta.
@@ -290,19 +275,35 @@ class Store:
             write_new(f"{final}/{COMMIT}.tmp", _seal(manifest))
             os.rename(f"{final}/{COMMIT}.tmp", f"{final}/{COMMIT}")
             sync_dir(final)
+            self._check_fence(generation)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull(error.errno, _no_room(len(manifest), "the disk filled up on the way"), final) from error
+                raise StorageFull(error.errno, _no_room(len(manifest), "the disk filled up on the way", _FIX), final) from error
             raise
 
     def _commit_objects(self, path: str, generation: int, receipts: Sequence[Receipt], manifest: bytes) -> None:
         strays = _check_staged(self.storage.list(path), receipts, path)
-        for stray in sorted(strays, key=lambda name: name != COMMIT):  # COMMIT first
-            self.storage.delete_file(f"{path}/{stray}")
-        self.storage.write_atomic(f"{path}/{MANIFEST}", manifest)
+        if not self._is_sealed(path, strays, manifest):
+            for stray in sorted(strays, key=lambda name: name != COMMIT):  # COMMIT first
+                self.storage.delete_file(f"{path}/{stray}")
+            self.storage.write_atomic(f"{path}/{MANIFEST}", manifest)
+            once = self.storage.without_retries()
+
+            def seal() -> None:
+                self._check_fence(generation)  # as short a time before COMMIT as can be, also after an outage
+                once.write_atomic(f"{path}/{COMMIT}", _seal(manifest))
+
+            self.storage.retry.call(seal, self.storage.at(f"{path}/{COMMIT}"))
         self._check_fence(generation)
-        self.storage.write_atomic(f"{path}/{COMMIT}", _seal(manifest))
         self._sound.add(path)  # uploads are checksummed on the way; reading them back would double the traffic
+
+    def _is_sealed(self, path: str, names: Sequence[str], manifest: bytes) -> bool:
+        """A commit of exactly this was done before, and its answer was lost. A driver that came meanwhile may have begun from it."""
+        return (
+            {COMMIT, MANIFEST} == set(names)
+            and self.storage.read(f"{path}/{MANIFEST}") == manifest
+            and self.storage.read(f"{path}/{COMMIT}") == _seal(manifest)
+        )
 
     def prune(self, keep: int, generation: int, *, staged_below: int = 0) -> list[str]:
         """Delete all but the newest `keep` checkpoints that verify, and what dead drivers and dead attempts left half staged.
@@ -459,6 +460,34 @@ class Store:
         return ("corrupt" if CORRUPT in files and not self.storage.is_local else "committed"), files[COMMIT].modified
 
 
+def write_file(folder: str, name: str, buffers: Sequence[memoryview], *, fix: str) -> Receipt:
+    """A new durable file of a local `folder`, in place of any that is there. StorageFull, which names `fix`, if the disk has not twice the
+    room."""
+    size_bytes = sum(buffer.nbytes for buffer in buffers)
+    make_dirs(folder)
+    _check_room(folder, size_bytes, fix)
+    path = f"{folder}/{name}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    digest = hashlib.sha256()
+    try:
+        for piece in _pieces(buffers):
+            digest.update(piece)
+            write_all(descriptor, piece)
+        os.fsync(descriptor)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull(error.errno, _no_room(size_bytes, "the disk filled up on the way", fix), path) from error
+        raise
+    finally:
+        os.close(descriptor)
+    sync_dir(folder)
+    return Receipt(name=name, size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
 def _claim_note(token: str) -> bytes:
     return json.dumps({"token": token, "host": socket.gethostname(), "pid": os.getpid()}).encode()
 
@@ -494,18 +523,18 @@ def _check_staged(entries: Iterable[Entry], receipts: Sequence[Receipt], where: 
     return sorted(set(sizes) - {receipt.name for receipt in receipts})
 
 
-def _check_room(folder: str, size_bytes: int) -> None:
+def _check_room(folder: str, size_bytes: int, fix: str) -> None:
     status = os.statvfs(folder)
     free_bytes = status.f_bavail * status.f_frsize
     if free_bytes < 2 * size_bytes:
-        raise StorageFull(errno.ENOSPC, _no_room(size_bytes, f"{free_bytes / 1e6:.1f} MB are free and twice its size must be"), folder)
+        raise StorageFull(errno.ENOSPC, _no_room(size_bytes, f"{free_bytes / 1e6:.1f} MB are free and twice its size must be", fix), folder)
 
 
-def _no_room(size_bytes: int, why: str) -> str:
-    return f"no room for a file of {size_bytes / 1e6:.1f} MB: {why}; free some space, lower --cluster.keep-checkpoints or move --storage"
+def _no_room(size_bytes: int, why: str, fix: str) -> str:
+    return f"no room for a file of {size_bytes / 1e6:.1f} MB: {why}; {fix}"
 
 
-def _buffers(data: Chunks) -> list[memoryview]:
+def buffers_of(data: Chunks) -> list[memoryview]:
     try:
         views = [memoryview(data)]  # type: ignore[arg-type]
     except TypeError:
@@ -513,7 +542,7 @@ def _buffers(data: Chunks) -> list[memoryview]:
     return [view.cast("B") for view in views if view.nbytes]
 
 
-def _pieces(buffers: list[memoryview]) -> Iterator[memoryview]:
+def _pieces(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
     """Pieces small enough to be hashed and then written while they are in the cache."""
     for buffer in buffers:
         for start in range(0, buffer.nbytes, CHUNK_BYTES):

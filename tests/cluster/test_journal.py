@@ -109,6 +109,7 @@ def test_events_of_an_outage_are_written_after_it(storage: Storage, monkeypatch:
         journal.write("during")
         assert names(storage) == ["before"]
     journal.write("after")
+    assert journal.flush(10)
     assert names(storage) == ["before", "during", "after"]
 
 
