@@ -58,7 +58,8 @@ class ClusterConfig:
     grow_after_seconds: float = 30.0
     """With `--workers N:M`: room for more workers must have been there for so long before the run takes it, at its next commit."""
     preemption_notice: str = ""
-    """A file whose appearance on a node says that the node is about to go (a spot instance's hook makes it): the run commits and leaves it."""
+    """A file whose appearance on a node says that the node is about to go (a spot instance's hook makes it): the run commits and leaves
+    it."""
     mtbf_hours: float = 24.0
     """Expected hours between failures of one worker; `--train.checkpoint-every auto` starts from it and learns from what fails."""
     storage_retry_seconds: float = 20.0

@@ -26,6 +26,7 @@ FILE_SD = "prometheus-targets.json"
 COMMIT_PAUSE_SECONDS = 1.0
 """Between two tries to commit in an outage, each of which has its own waits (storage.Retry)."""
 COMMITS_WAITING = 2
+"""Checkpoints that may wait behind the one that is tried; with more of them it is given up."""
 JOURNAL_SECONDS = 10.0
 """A run that ends in an outage waits for so long for the storage to take its last events."""
 
@@ -203,8 +204,8 @@ class Coordinator:
     # The driver's side
 
     def start_attempt(self, attempt: int, world_size: int, start_step: int, fleet: int = 0, payload: Payload | None = None) -> None:
-        """A new group of ranks, from a state after `start_step` steps; whatever older ranks still say is ignored from here on. The agents of
-        `fleet` begin it when they next ask for orders. A stop asked of an older attempt to change the workers is over.
+        """A new group of ranks, from a state after `start_step` steps; whatever older ranks still say is ignored from here on. The agents
+        of `fleet` begin it when they next ask for orders. A stop asked of an older attempt to change the workers is over.
 
         Call drain() before choosing the state, so that a checkpoint on its way is not lost."""
         commits = self._store.commits()
@@ -224,7 +225,8 @@ class Coordinator:
         self._journal.write("attempt_started", attempt=attempt, workers=world_size, start_step=start_step, generation=self._generation)
 
     def request_stop(self, reason: str) -> None:
-        """Have all ranks stop after the same number of steps, as soon as they can agree on one, and start no more. The first reason counts."""
+        """Have all ranks stop after the same number of steps, as soon as they can agree on one, and start no more. The first reason
+        counts."""
         with self._changed:
             if self._stop_reason is not None:
                 return

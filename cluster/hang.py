@@ -4,8 +4,8 @@ Three budgets, as the three can be told apart with different certainty:
 - stopped: the kernel says so (state T in /proc: SIGSTOP, a debugger); STOPPED_SECONDS are enough;
 - silent: the process runs and its heartbeat thread does not (a C call that never gives the interpreter back, a storage in state D);
 - stuck: the heart beats and nobody gets on: a rank sleeps or spins, and the others wait for it in a collective.
-A step that once took long may do so again: nobody is stuck before ten times the longest step so far. Time in which the driver itself did not
-run (a suspended machine, a starved one) is not held against the ranks."""
+A step that once took long may do so again: nobody is stuck before ten times the longest step so far. Time in which the driver itself did
+not run (a suspended machine, a starved one) is not held against the ranks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -54,8 +54,8 @@ class Heartbeat:
     """Beats every `interval` seconds from a thread of its own.
 
     `call(attempt, rank, steps_done, seen_stop, stats, steps_begun, pulse)` is Coordinator.beat, by whatever way leads there. `start_step`:
-    steps done when this attempt began. The pulse says what the rank is at (`phase`) and that it gets on with it (`ticks`). A coordinator that does not answer is no reason to stop training; a rank that must wait for it gives up
-    after `patience_seconds` (CoordinatorLost)."""
+    steps done when this attempt began. The pulse says what the rank is at (`phase`) and that it gets on with it (`ticks`). A coordinator
+    that does not answer is no reason to stop training; a rank that must wait for it gives up after `patience_seconds` (CoordinatorLost)."""
 
     def __init__(
         self,
@@ -91,8 +91,8 @@ class Heartbeat:
                 self._stats = dict(stats)
 
     def tick(self, phase: str | None = None) -> None:
-        """Something got done, or something else begins: "starting", "step", "exchange" (waiting for other ranks), "evaluation", "checkpoint".
-        No call, no wait."""
+        """Something got done, or something else begins: "starting", "step", "exchange" (waiting for other ranks), "evaluation",
+        "checkpoint". No call, no wait."""
         self._ticks += 1
         if phase is not None:
             self._phase = phase

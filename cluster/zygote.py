@@ -1,7 +1,7 @@
 """A process that has imported everything a rank needs and forks ranks from itself: a new rank begins in milliseconds, not in seconds.
 
-Used by agent.py on every node. The zygote (`python -m cluster.zygote`) has one thread, no GPU context and no state: what it forks is as good
-as new. It ends when its agent does, and what it forked ends with it, whatever way they end.
+Used by agent.py on every node. The zygote (`python -m cluster.zygote`) has one thread, no GPU context and no state: what it forks is as
+good as new. It ends when its agent does, and what it forked ends with it, whatever way they end.
 
     agent --SEQPACKET--> zygote    {"target": "module:function"}, with the file descriptors for that function
     agent <--SEQPACKET-- zygote    {"ready": seconds} | {"started": pid} | {"ended": pid, "status": exit code, or minus a signal's number}

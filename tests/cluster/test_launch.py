@@ -16,7 +16,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cluster import launch
 from cluster.config import ClusterConfig
-from cluster.launch import Hardware, failure_of, plan_resources
+from cluster.launch import Hardware, failure_of, plan_resources, workers_that_fit
 from dataio.quarantine import TooManyBadSamples
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,29 @@ def test_too_few_cpus_is_an_error() -> None:
 def test_gpus_may_be_left_unused() -> None:
     plan = plan_resources("4", ClusterConfig(gpus_per_worker=0), hardware(8, 2))
     assert (plan.workers, plan.gpus_per_worker, plan.cpus_per_worker) == (4, 0, 2.0)
+
+
+@given(st.integers(1, 8), st.integers(0, 8), st.integers(1, 64), st.integers(0, 8))
+def test_an_elastic_plan_starts_with_what_fits_and_each_gets_the_same_however_many_there_are(fewest, more, cpus, gpus) -> None:
+    try:
+        plan = plan_resources(f"{fewest}:{fewest + more}", ClusterConfig(), hardware(cpus, gpus))
+    except ValueError:
+        assert 0 < gpus < fewest
+        return
+    assert (plan.fewest, plan.most) == (fewest, fewest + more)
+    assert fewest <= plan.workers <= fewest + more
+    if gpus and more:
+        assert plan.workers <= gpus
+    again = plan_resources(f"{fewest}:{fewest + more + 1}", ClusterConfig(), hardware(cpus, gpus))
+    if more:
+        assert (again.cpus_per_worker, again.threads_per_worker) == (plan.cpus_per_worker, plan.threads_per_worker)
+
+
+def test_room_is_counted_node_by_node() -> None:
+    plan = plan_resources("1:8", ClusterConfig(cpus_per_worker=2), hardware(16))
+    assert workers_that_fit(plan, [{"CPU": 5.0}, {"CPU": 1.0}, {}, {"CPU": 2.0, "GPU": 1.0}]) == 3
+    with_gpus = plan_resources("1:8", ClusterConfig(cpus_per_worker=2), hardware(16, 4))
+    assert workers_that_fit(with_gpus, [{"CPU": 8.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 4.0}]) == 1
 
 
 # Why an attempt failed: Ray's own exceptions, built as Ray builds them

@@ -1,4 +1,4 @@
-"""One attempt of the real Ray Train: what the driver learns of a rank that raised."""
+"""A fleet of the real Ray Train: what the driver learns of a rank that raised, and that the fleet is there for the next attempt."""
 
 import json
 import subprocess
@@ -9,30 +9,47 @@ import pytest
 from tests.e2e.running import PROJECT
 
 SCRIPT = """
-import dataclasses, json, sys
+import dataclasses, json, sys, time
 from pathlib import Path
+import ray
+from cluster.agent import Payload
 from cluster.config import ClusterConfig
-from cluster.launch import Attempt, Resources, ray_cluster
+from cluster.launch import Fleet, Resources, failure_of_ranks, ray_cluster, start_coordinator
 
-def work(settings):
-    def look_up(table):
-        return table["learning rate"]
-    look_up({})
+def ask(method, *arguments):
+    return ray.get(getattr(coordinator, method).remote(*arguments))
 
-with ray_cluster(ClusterConfig(), project=Path(sys.argv[1]), address="", in_job=False, cpus=2):
-    attempt = Attempt(work, {}, name="raises", resources=Resources(workers=2, cpus_per_worker=1.0, gpus_per_worker=0, threads_per_worker=1))
-    assert attempt.wait(200)
-    print(json.dumps(dataclasses.asdict(attempt.failure())))
+def ends(attempt):
+    while len(ask("ends", attempt)) < 2:
+        assert not fleet.wait(0.1), fleet.failure()
+    return ask("ends", attempt)
+
+project = Path(sys.argv[1])
+with ray_cluster(ClusterConfig(), project=project, address="", in_job=False, cpus=2):
+    coordinator = start_coordinator(storage_uri=sys.argv[2], run="fleet", generation=1, keep=2)
+    resources = Resources(workers=2, fewest=2, most=2, cpus_per_worker=1.0, gpus_per_worker=0, threads_per_worker=1)
+    fleet = Fleet(1, coordinator, name="fleet", resources=resources, modules=["torch"], notice="", placement_seconds=60)
+    ask("start_attempt", 1, 2, 0, 1, Payload(target="tests.cluster.ranks:raise_key_error", spec=None))
+    print(json.dumps(dataclasses.asdict(failure_of_ranks(ends(1)))))
+    ask("start_attempt", 2, 2, 0, 1, Payload(target="tests.cluster.ranks:join_and_publish", spec=None, files={"a": ray.put(b"travels")}))
+    print(json.dumps([end.status for end in ends(2).values()]))
+    print(json.dumps(ask("lookup", 2, "total")))
+    ask("end_fleet", 1)
+    print(json.dumps([fleet.wait(60), fleet.failure()]))
 """
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_an_exception_on_a_rank_reaches_the_driver_with_its_traceback() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(PROJECT)], cwd=PROJECT, capture_output=True, text=True, timeout=280)
+def test_an_exception_on_a_rank_reaches_the_driver_and_the_next_attempt_runs_on_the_same_fleet(tmp_path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(PROJECT), str(tmp_path)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    failure = json.loads(done.stdout.splitlines()[-1])
+    failure, statuses, total, end = (json.loads(line) for line in done.stdout.splitlines()[-4:])
     assert (failure["kind"], failure["message"]) == ("user", "KeyError: 'learning rate'")
     assert failure["rank"] in (0, 1)
     assert failure["traceback"].startswith("Traceback (most recent call last):")
     assert "in look_up" in failure["traceback"]
+    assert statuses == [0, 0]
+    assert total == [3.0, "travels"]
+    assert end == [True, None]

@@ -18,7 +18,8 @@ from cluster.storage import Storage, open_storage
 from cluster.store import Commit, Store
 from trainer.cli import from_toml, settings, to_toml
 from trainer.config import RunConfig, TrainConfig
-from trainer.run import FREE_SETTINGS, _finite, check_resume, check_same_run, find_start, finished_summary, identity, resolved
+from trainer.drive import _finite
+from trainer.run import FREE_SETTINGS, check_resume, check_same_run, find_start, finished_summary, identity, resolved
 
 DATA, OTHER_DATA = "a" * 64, "b" * 64
 
