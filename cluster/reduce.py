@@ -1,20 +1,30 @@
 """Sums over virtual ranks that have the same bits for any number of real ranks: one fixed binary tree.
 
-Called by the training loop with flat float32 vectors (gradients, BatchNorm statistics). Which virtual rank a rank carries is block();
-what is in a vector is the caller's business. Floating-point sums depend on their brackets, so the brackets are fixed: the tree over V
-virtual ranks splits at the largest power of two below V, and so on down. A rank carries a contiguous block and adds up, as it goes, the
-largest subtrees that lie wholly inside; the other nodes are added from all ranks' subtrees, each rank one chunk of the vector:
+Called by the training loop with the parts of a virtual rank (its gradients, BatchNorm statistics and loss), each as soon as it is there.
+Which virtual rank a rank carries is block(); what the parts mean is the caller's business. Floating-point sums depend on their brackets, so
+the brackets are fixed: the tree over V virtual ranks splits at the largest power of two below V, and so on down. A rank carries a
+contiguous block and adds up, as it goes, the largest subtrees that lie wholly inside; the other nodes are added from all ranks' subtrees,
+each rank one chunk of the vector:
 
     V=8, W=3   rank 0: 0 1 2 -> (0+1), 2      rank 1: 3 4 5 -> 3, (4+5)      rank 2: 6 7 -> (6+7)
-               all_to_all of chunks, then ((0+1)+(2+3)) + ((4+5)+(6+7)) for one's own chunk, then all_gather
+               everyone sends everyone its chunk, then ((0+1)+(2+3)) + ((4+5)+(6+7)) for one's own chunk, then sends the sum to everyone
+
+The parts lie in one flat vector, cut into buckets in the order in which they are expected. The brackets are those of single elements: they
+know nothing of buckets. A bucket of the rank's last virtual rank is exchanged as soon as its parts are there, beside the rest of the
+backward pass: on a GPU in a stream of its own, on a CPU in a thread of its own. Only finish() waits. Buckets are exchanged in their order,
+which is the same on all ranks whatever order the parts came in.
 
 For a vector of n floats a rank with k subtrees sends k*n*(W-1)/W floats, then n*(W-1)/W. With k = 1 (V and W powers of two) that is the
-volume of a ring all-reduce; k <= 2*log2(V). Memory: at most 2*log2(V) + 1 buffers of n floats for the carry, log2 of the block's size where
-it is one subtree (none where V = 1), and for the exchange K*n/W floats, K the number of all ranks' subtrees, and k*n more if k > 1. All
-are kept between steps."""
+volume of a ring all-reduce; k <= 2*log2(V). Memory: one vector of n floats for each subtree that is kept at one time (1 where V = W, at
+most 2*log2(V) + 1), and for the exchange what a bucket receives. All are kept between steps."""
 
+import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +33,13 @@ from torch import Tensor
 
 Node = tuple[int, int]
 """A subtree: the virtual ranks from the first to before the second."""
+
+BUCKET_BYTES = 25 * 2**20
+SMALL_BUCKET_BYTES = 2**20
+"""The first bucket is small so that the exchange begins early, the last because nothing runs beside it. (DDP's: 25 and, the first, 1 MiB.)
+"""
+LINE = 16
+"""Floats in 64 bytes: parts and chunks begin at such multiples, for kernels that read many floats at a time."""
 
 T = TypeVar("T")
 
@@ -63,119 +80,314 @@ def fold(virtual_ranks: int, carry: list[tuple[Node, T]], merge: Callable[[T, T]
 
 
 class TreeReducer:
-    """add() the vectors of this rank's virtual ranks in order, then finish() for the sum over all virtual ranks, on every rank.
+    """lay_out() once; then in each step begin(), put() and end() for each of this rank's virtual ranks in order, and finish() for the sums.
 
-    The sum lives in a buffer of the reducer until the next add(). With one virtual rank it is the vector that was added."""
+    finish() is the only call that waits for other ranks; `wait_seconds` is how long the host has waited in it so far (on a GPU the stream
+    waits, not the host). All ranks must lay out the same parts in the same order, with the same bucket sizes."""
 
-    def __init__(self, virtual_ranks: int, world_size: int, rank: int, group: Any = None) -> None:
-        self._virtual_ranks, self._world_size, self._rank, self._group = virtual_ranks, world_size, rank, group
+    def __init__(
+        self,
+        virtual_ranks: int,
+        world_size: int,
+        rank: int,
+        group: Any = None,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        small_bucket_bytes: int = SMALL_BUCKET_BYTES,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.wait_seconds = 0.0
+        self._world_size, self._rank, self._group, self._clock = world_size, rank, group, clock
+        self._bucket_bytes, self._small_bucket_bytes = bucket_bytes, small_bucket_bytes
         self._carried = block(virtual_ranks, world_size, rank)
-        self._nodes = [subtrees(virtual_ranks, block(virtual_ranks, world_size, r)) for r in range(world_size)]
-        self._next = self._carried.start
-        self._carry: list[tuple[Node, Tensor]] = []
-        self._free: list[Tensor] = []  # padded buffers, all of one size
-        self._received: Tensor | None = None
-        self._numel = 0
+        self._leaves = _leaves(virtual_ranks, self._carried)
+        self._counts = [len(subtrees(virtual_ranks, block(virtual_ranks, world_size, r))) for r in range(world_size)]
+        self._merges = _merges(virtual_ranks, world_size)
+        self._flats: list[Tensor] = []
+        self._views: list[list[Tensor]] = []
+        self._buckets: list[_Bucket] = []
+        self._bucket_of: list[int] = []  # of a part
+        self._next, self._open = self._carried.start, False
+        self._arrived: list[dict[int, Tensor] | None] = []  # of each bucket, part -> its value; None once they are taken in
+        self._launched = 0
+        self._stream: torch.cuda.Stream | None = None
+        self._thread: _Thread | None = None
 
     @property
     def carried(self) -> range:
         """The virtual ranks that this rank adds."""
         return self._carried
 
-    def add(self, virtual_rank: int, flat: Tensor) -> None:
-        """`flat`: (n,) float32, the same n for all. It is not kept, unless it is the only one, and not changed."""
-        self._expect(virtual_rank, flat)
-        if self._virtual_ranks == 1:
-            self._carry = [((0, 1), flat)]
-        elif self._is_right(virtual_rank):
-            self._carry[-1][1][: flat.numel()].add_(flat)
-            self._added(virtual_rank)
-        else:
-            buffer = self._buffer(flat)
-            buffer[: flat.numel()].copy_(flat)
-            self._carry.append(((virtual_rank, virtual_rank + 1), buffer))
-        self._next += 1
+    @property
+    def is_open(self) -> bool:
+        """Between begin() and end()."""
+        return self._open
 
-    def skip(self, virtual_rank: int, like: Tensor) -> None:
-        """Add zeros shaped as `like` for a virtual rank with no samples, without making them."""
-        self._expect(virtual_rank, like)
-        if self._virtual_ranks == 1:
-            self._carry = [((0, 1), torch.zeros_like(like))]
-        elif self._is_right(virtual_rank):
-            self._carry[-1][1].add_(0.0)  # not nothing: -0.0 + 0.0 is 0.0
-            self._added(virtual_rank)
-        else:
-            self._carry.append(((virtual_rank, virtual_rank + 1), self._buffer(like).zero_()))
-        self._next += 1
+    def lay_out(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Make room for parts shaped and strided as `like`, float32, in the order in which put() is expected to bring them.
+
+        What is returned are views of one vector, into which finish() puts the sums. A part lies in one bucket as a whole."""
+        assert not self._buckets, "laid out before"
+        assert like, "nothing to add up"
+        strange = [
+            f"{tensor.dtype} on {tensor.device}" for tensor in like if (tensor.dtype, tensor.device) != (torch.float32, like[0].device)
+        ]
+        assert not strange, f"expected float32 on {like[0].device}, got {strange[0]}"
+        offsets, high = [], 0
+        for parts in _cut([4 * tensor.numel() for tensor in like], self._bucket_bytes, self._small_bucket_bytes):
+            low = high
+            for part in parts:
+                offsets.append(high)
+                self._bucket_of.append(len(self._buckets))
+                high += _up(like[part].numel(), LINE)
+            high = low + _up(high - low, LINE * self._world_size)  # W equal chunks
+            self._buckets.append(_Bucket(low=low, high=high, parts=len(parts)))
+        # Zeros, also between the parts: that room is added and sent with the rest.
+        self._flats = [like[0].new_zeros(high) for _ in range(1 + max(leaf.place for leaf in self._leaves))]
+        self._views = [[_view(flat, start, tensor) for start, tensor in zip(offsets, like, strict=True)] for flat in self._flats]
+        self._arrived = [None] * len(self._buckets)
+        if self._world_size > 1:
+            foreign = sum(self._counts) - self._counts[self._rank]
+            widest = max(bucket.high - bucket.low for bucket in self._buckets) // self._world_size
+            self._received = like[0].new_empty(foreign * widest)
+            if self._received.is_cuda:
+                self._stream = torch.cuda.Stream(self._received.device)  # type: ignore[no-untyped-call]
+        return list(self._views[0])
+
+    def begin(self, virtual_rank: int) -> None:
+        """`virtual_rank`'s parts follow. The views that lay_out() returned are no longer the last step's sums."""
+        assert self._buckets, "lay_out() comes first"
+        assert not self._open, "end() of the virtual rank before comes first"
+        assert virtual_rank == self._next, f"virtual rank {virtual_rank} came when {self._next} of {self._carried} was due"
+        self._open = True
+        self._arrived = [{} for _ in self._buckets]
+
+    def put(self, part: int, value: Tensor) -> None:
+        """`part` (its number in lay_out()) of the open virtual rank, once, in any order. `value` must not change before end()."""
+        assert self._open, "begin() comes first"
+        bucket = self._bucket_of[part]
+        arrived = self._arrived[bucket]
+        assert arrived is not None, f"part {part} came twice"
+        assert part not in arrived, f"part {part} came twice"
+        view = self._views[0][part]
+        assert (value.dtype, value.shape) == (view.dtype, view.shape), (
+            f"part {part} is {value.dtype} {tuple(value.shape)}, not {view.shape}"
+        )
+        arrived[part] = value
+        if len(arrived) == self._buckets[bucket].parts:
+            self._take_in(bucket)
+
+    def end(self) -> None:
+        """No more parts from this virtual rank: those that did not come are zeros (no samples, or a parameter that was not used)."""
+        for bucket, arrived in enumerate(self._arrived):
+            if arrived is not None:
+                self._take_in(bucket)
+        self._next, self._open = self._next + 1, False
 
     def finish(self) -> Tensor:
-        """The sum (n,) over all virtual ranks; a collective if there is more than one rank."""
+        """The sums over all virtual ranks are in the views of lay_out() until the next begin(); the vector that these are views of.
+
+        (n,) float32; between the parts are zeros. A collective if there is more than one rank, begun in put() and end()."""
+        assert not self._open, "end() comes first"
         assert self._next == self._carried.stop, f"virtual ranks {self._next}..{self._carried.stop - 1} were not added"
-        mine = [tensor for _, tensor in self._carry]
-        self._carry, self._next = [], self._carried.start
-        if self._virtual_ranks == 1:
-            return mine[0]
-        self._free.extend(mine)
-        if self._world_size > 1:
-            self._exchange(mine)
-        return mine[0][: self._numel]
+        self._next, launched, self._launched = self._carried.start, self._launched, 0
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        elif self._thread is not None:
+            begin = self._clock()
+            self._thread.join(launched)
+            self.wait_seconds += self._clock() - begin
+        return self._flats[0]
 
-    def _exchange(self, mine: list[Tensor]) -> None:
-        """Sum over all ranks' subtrees into mine[0]."""
-        width = mine[0].numel() // self._world_size
-        counts = [len(nodes) for nodes in self._nodes]
-        # sent: for each receiving rank the chunk of each of my subtrees, (W, k, width); with k = 1 that is the buffer as it is.
-        sent = mine[0] if len(mine) == 1 else torch.stack([tensor.view(self._world_size, width) for tensor in mine], dim=1).view(-1)
-        if self._received is None or self._received.numel() != sum(counts) * width or self._received.device != sent.device:
-            self._received = sent.new_empty(sum(counts) * width)
-        receive_sizes, send_sizes = [count * width for count in counts], [len(mine) * width] * self._world_size
-        dist.all_to_all_single(self._received, sent, receive_sizes, send_sizes, self._group)
-        rows = self._received.view(-1, width)  # (all subtrees, width), from left to right in the tree
-        carry: list[tuple[Node, Tensor]] = []
-        for node, row in zip((node for nodes in self._nodes for node in nodes), rows, strict=True):
-            carry.append((node, row))
-            fold(self._virtual_ranks, carry, Tensor.add_)
-        ((node, chunk),) = carry
-        assert node == (0, self._virtual_ranks)
-        dist.all_gather_into_tensor(mine[0], chunk, self._group)
+    def _take_in(self, bucket: int) -> None:
+        """Fold a bucket's parts into this rank's subtrees; exchange what is complete."""
+        arrived, self._arrived[bucket] = self._arrived[bucket], None
+        assert arrived is not None
+        leaf, here = self._leaves[self._next - self._carried.start], self._buckets[bucket]
+        views = self._views[leaf.place]
+        if len(arrived) < here.parts:
+            missing = [view for part, view in enumerate(views) if self._bucket_of[part] == bucket and part not in arrived]
+            if leaf.adds:
+                torch._foreach_add_(missing, 0.0)  # not nothing: -0.0 + 0.0 is 0.0
+            else:
+                torch._foreach_zero_(missing)
+        if arrived:
+            into, values = [views[part] for part in arrived], list(arrived.values())
+            if leaf.adds:
+                torch._foreach_add_(into, values)
+            else:
+                torch._foreach_copy_(into, values)
+        for left, right in leaf.merges:
+            self._flats[left][here.low : here.high].add_(self._flats[right][here.low : here.high])
+        if self._world_size > 1 and self._next == self._carried.stop - 1:
+            while self._launched < len(self._buckets) and self._arrived[self._launched] is None:
+                self._launch(self._buckets[self._launched])
+                self._launched += 1
 
-    def _expect(self, virtual_rank: int, flat: Tensor) -> None:
-        assert virtual_rank == self._next, f"virtual rank {virtual_rank} came when {self._next} of {self._carried} was due"
-        assert (flat.dim(), flat.dtype) == (1, torch.float32), f"expected a flat float32 vector, got {flat.dtype} {tuple(flat.shape)}"
-        if self._carry:
-            assert flat.numel() == self._numel, f"vectors of {self._numel} and of {flat.numel()} elements in one sum"
-        self._numel = flat.numel()
+    def _launch(self, bucket: "_Bucket") -> None:
+        if self._stream is None:
+            if self._thread is None:
+                self._thread = _Thread("tree reduction")
+            self._thread.start(partial(self._exchange, bucket))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            self._exchange(bucket)
 
-    def _is_right(self, virtual_rank: int) -> bool:
-        """The subtree on the left of this leaf is its sibling: add to it in place, with no buffer of its own."""
-        parents = _parents(self._virtual_ranks)
-        return bool(self._carry) and parents[virtual_rank, virtual_rank + 1] == parents.get(self._carry[-1][0], ())
+    def _exchange(self, bucket: "_Bucket") -> None:
+        """The sum over all ranks' subtrees into the first of mine, for one bucket."""
+        width = (bucket.high - bucket.low) // self._world_size
+        # My subtrees, each (W, width): a row for each rank that adds it up.
+        mine = [flat[bucket.low : bucket.high].view(self._world_size, width) for flat in self._flats[: self._counts[self._rank]]]
+        own = mine[0][self._rank]
+        peers = [peer for peer in range(self._world_size) if peer != self._rank]
+        received = iter(self._received[: (sum(self._counts) - len(mine)) * width].view(-1, width))
+        rows = []  # of each rank, its subtrees' chunks that I add up, each (width,)
+        for peer, count in enumerate(self._counts):
+            rows.append([each[peer] for each in mine] if peer == self._rank else [next(received) for _ in range(count)])
+        self._swap([(peer, row) for peer in peers for row in rows[peer]], [(peer, each[peer]) for peer in peers for each in mine])
+        chunks = [row for each in rows for row in each]
+        *inner, (left, right) = self._merges
+        for into, other in inner:
+            chunks[into].add_(chunks[other])
+        torch.add(chunks[left], chunks[right], out=own)  # whichever chunk `own` was, it is in the sum by now
+        # All of a peer's chunk of mine has reached it by the time that it sends the sum, so that the sum may come to the same place.
+        if own.is_cuda:
+            dist.all_gather_into_tensor(mine[0].view(-1), own, self._group)
+        else:
+            self._swap([(peer, mine[0][peer]) for peer in peers], [(peer, own) for peer in peers])
 
-    def _added(self, virtual_rank: int) -> None:
-        node, tensor = self._carry.pop()
-        self._carry.append(((node[0], virtual_rank + 1), tensor))
-        fold(self._virtual_ranks, self._carry, self._merge)
-
-    def _merge(self, left: Tensor, right: Tensor) -> Tensor:
-        self._free.append(right)
-        return left.add_(right)
-
-    def _buffer(self, like: Tensor) -> Tensor:
-        # Padded to a multiple of W so that chunks are equal. What is in the padding is never read.
-        padded = -(-like.numel() // self._world_size) * self._world_size
-        if self._free and (self._free[-1].numel() != padded or self._free[-1].device != like.device):
-            self._free.clear()
-        return self._free.pop() if self._free else like.new_zeros(padded)
+    def _swap(self, receive: Sequence[tuple[int, Tensor]], send: Sequence[tuple[int, Tensor]]) -> None:
+        """Receive and send (rank, tensor). By pairs: with gloo that takes half the time of its all_to_all and all_gather."""
+        pairs = [dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer) for peer, tensor in receive]
+        pairs += [dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer) for peer, tensor in send]
+        for work in dist.batch_isend_irecv(pairs):
+            work.wait()
 
 
 def tree_sum(values: Sequence[T], merge: Callable[[T, T], T]) -> T:
-    """The same tree over values that are all here; what finish() computes, for those who need it of other things than vectors."""
+    """The same tree over values that are all here: what finish() computes, for tests and for other things than tensors."""
     carry: list[tuple[Node, T]] = []
     for index, value in enumerate(values):
         carry.append(((index, index + 1), value))
         fold(len(values), carry, merge)
     ((_, total),) = carry
     return total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Bucket:
+    """Elements `low` to before `high` of the flat vector; `parts` of them lie there."""
+
+    low: int
+    high: int
+    parts: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Leaf:
+    """What is done with a virtual rank: put into, or added to, vector `place`; then each (left, right) of `merges`: left += right."""
+
+    place: int
+    adds: bool
+    merges: tuple[tuple[int, int], ...]
+
+
+class _Thread:
+    """Does jobs one after the other, beside the caller. It does not keep the process alive: it may wait for a rank that is gone."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._results: SimpleQueue[BaseException | None] = SimpleQueue()
+        threading.Thread(target=_work, args=(self._jobs, self._results), name=name, daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
+
+    def start(self, job: Callable[[], None]) -> None:
+        self._jobs.put(job)
+
+    def join(self, jobs: int) -> None:
+        """Wait for the next `jobs` jobs; the first error is raised."""
+        for _ in range(jobs):
+            error = self._results.get()
+            if error is not None:
+                raise error
+
+
+def _work(jobs: "SimpleQueue[Callable[[], None] | None]", results: "SimpleQueue[BaseException | None]") -> None:
+    failure: BaseException | None = None
+    while (job := jobs.get()) is not None:
+        try:
+            if failure is None:  # after it, the ranks no longer agree on what comes next
+                job()
+        except BaseException as error:
+            failure = error
+        results.put(failure)
+        del job  # it holds the reducer
+
+
+def _leaves(virtual_ranks: int, carried: range) -> list[_Leaf]:
+    """The plan of a rank: its subtrees, while they grow, are vectors 0, 1, ... from left to right."""
+    carry: list[tuple[Node, int]] = []
+    leaves = []
+    for virtual_rank in carried:
+        place = len(carry)
+        merges: list[tuple[int, int]] = []
+
+        def merge(left: int, right: int, merges: list[tuple[int, int]] = merges) -> int:
+            merges.append((left, right))
+            return left
+
+        carry.append(((virtual_rank, virtual_rank + 1), place))
+        fold(virtual_ranks, carry, merge)
+        # A right sibling is added to the left one in place and needs no vector of its own.
+        adds = bool(merges)
+        leaves.append(_Leaf(place=place - adds, adds=adds, merges=tuple(merges[1:])))
+    return leaves
+
+
+def _merges(virtual_ranks: int, world_size: int) -> list[tuple[int, int]]:
+    """(left, right) of each addition above the ranks' subtrees, as positions among all ranks' subtrees; the sum goes to the left."""
+    carry: list[tuple[Node, int]] = []
+    merges: list[tuple[int, int]] = []
+
+    def merge(left: int, right: int) -> int:
+        merges.append((left, right))
+        return left
+
+    nodes = [node for rank in range(world_size) for node in subtrees(virtual_ranks, block(virtual_ranks, world_size, rank))]
+    for position, node in enumerate(nodes):
+        carry.append((node, position))
+        fold(virtual_ranks, carry, merge)
+    assert carry == [((0, virtual_ranks), 0)]
+    return merges
+
+
+def _cut(sizes: Sequence[int], limit: int, small: int) -> list[range]:
+    """Parts of `sizes` bytes into buckets of `limit` bytes or one part more; the first and the last are `small`. No part is cut."""
+    last, held = len(sizes), 0
+    while last > 0 and held + sizes[last - 1] <= small:
+        last -= 1
+        held += sizes[last]
+    if last == 0:
+        return [range(len(sizes))]
+    buckets: list[range] = []
+    start = held = 0
+    for part in range(last):
+        held += sizes[part]
+        if part + 1 == last or held >= (limit if buckets else small):
+            buckets.append(range(start, part + 1))
+            start, held = part + 1, 0
+    return [*buckets, range(last, len(sizes))] if last < len(sizes) else buckets
+
+
+def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
+    """Room for `like` in `flat`, with its strides (channels_last); gaps and overlaps in its storage are not copied."""
+    strides = torch.empty_like(like, device="meta").stride()
+    return flat[offset : offset + like.numel()].as_strided(like.shape, strides)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _split(low: int, high: int) -> int:

@@ -6,6 +6,7 @@ later step's stats, once it has arrived on the host by itself.
 
 import hashlib
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,20 @@ from dataio.loader import Batch
 
 
 class Reducer(Protocol):
-    """Sums flat vectors over all virtual ranks in an order that does not depend on who carries them (cluster.reduce.TreeReducer)."""
+    """Sums tensors over all virtual ranks in an order that does not depend on who carries them (cluster.reduce.TreeReducer)."""
 
-    def add(self, virtual_rank: int, flat: Tensor) -> None: ...
+    wait_seconds: float
+
+    @property
+    def is_open(self) -> bool: ...
+
+    def lay_out(self, like: Sequence[Tensor]) -> list[Tensor]: ...
+
+    def begin(self, virtual_rank: int) -> None: ...
+
+    def put(self, part: int, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
 
     def finish(self) -> Tensor: ...
 
@@ -109,8 +121,8 @@ def step_seed(seed: int, step: int, virtual_rank: int) -> int:
 class Stepper:
     """One optimisation step over the virtual ranks this rank carries.
 
-    `reducer` (tree mode) receives one flat vector a virtual rank: gradients, BatchNorm statistics weighted by the virtual rank's share of
-    the batch, and the loss. Without one, `distributed` decides between DDP's own all-reduce and a single process.
+    `reducer` (tree mode) receives each virtual rank's loss, BatchNorm statistics weighted by the virtual rank's share of the batch, and
+    gradients, these from inside the backward pass. Without one, `distributed` decides between DDP's own all-reduce and a single process.
     `loss_sum(logits, labels)` is the summed loss of a batch; it is divided by the global batch's count, so that a last, smaller batch
     and uneven shares weigh every sample the same.
     """
@@ -143,26 +155,39 @@ class Stepper:
         if self._ddp:
             forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._forward: Callable[[Tensor], Tensor] = torch.compile(forward) if compile_model else forward
-        self._flat: Tensor | None = None
-        self._statistics: list[Tensor] = []
-        self._counters: list[Tensor] = []
+        self._ddp_waits: _DdpWaits | None = None
+        if self._ddp and self._device.type == "cpu":
+            self._ddp_waits = _DdpWaits(self._parameters)
         if reducer is not None:
-            self._lay_out()
+            self._lay_out(reducer)
 
-    def _lay_out(self) -> None:
-        """Make every gradient a view of one flat vector, followed by room for the BatchNorm statistics and the loss."""
+    def _lay_out(self, reducer: Reducer) -> None:
+        """Tell the reducer what will come, in the order in which it will; have autograd hand over each gradient as soon as it is there.
+
+        Hooks on the parameters, not DistributedDataParallel with a communication hook: that adds up a rank's virtual ranks one after the
+        other in its buckets, which are other brackets than the tree's, and gives a rank one sum to send where uneven blocks need several.
+        A hook takes each gradient by itself, and is the same for frozen and unused parameters, autocast and compiled models.
+        """
         self._statistics = [b for m in self._norms for b in (m.running_mean, m.running_var) if b is not None]
         self._counters = [m.num_batches_tracked for m in self._norms if m.num_batches_tracked is not None]
-        sizes = [p.numel() for p in self._parameters]
-        self._gradient_size = sum(sizes)
-        total = self._gradient_size + sum(b.numel() for b in self._statistics) + 1
-        flat = torch.zeros(total, dtype=torch.float32, device=self._device)  # (gradients | statistics | loss,)
-        offset = 0
-        for parameter, size in zip(self._parameters, sizes, strict=True):
-            # The parameter's own strides (channels_last), so that the optimiser's fused kernels meet equal layouts.
-            parameter.grad = flat[offset : offset + size].as_strided(parameter.shape, parameter.stride())
-            offset += size
-        self._flat = flat
+        self._statistics_before = [torch.empty_like(b) for b in self._statistics]
+        self._counters_before = [torch.empty_like(c) for c in self._counters]
+        # The loss and the statistics are there before the backward pass begins; it goes through the parameters from the last to the first.
+        loss = torch.zeros((), device=self._device)
+        first = 1 + len(self._statistics)
+        sums = reducer.lay_out([loss, *self._statistics, *reversed(self._parameters)])
+        self._loss_sums, self._statistic_sums, self._gradient_sums = sums[0], sums[1:first], sums[first:][::-1]
+        for part, parameter in enumerate(reversed(self._parameters), start=first):
+            hook = _hand_over(weakref.ref(reducer), part)
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            weakref.finalize(self, handle.remove)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the host has waited in steps for the other ranks' gradients so far. On a GPU the device waits and this stays about 0."""
+        if self._reducer is not None:
+            return self._reducer.wait_seconds
+        return self._ddp_waits.seconds if self._ddp_waits is not None else 0.0
 
     def step(self, batches: Sequence[Batch], *, global_count: int, step: int) -> Tensor:
         """Do global step `step`; its mean loss over the whole batch, () float32 on the device (over this rank's share in ddp mode)."""
@@ -178,14 +203,13 @@ class Stepper:
             self._ema.update()
         return loss
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, divisor: float, seed: int) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor, divisor: float, seed: int) -> Tensor:
+        """() float32, with its graph."""
         torch.manual_seed(seed)
         # The rest of an epoch may be a single image. It has no statistics of its own: where its maps have one pixel, BatchNorm refuses it.
         with _norms_at_rest(self._norms if len(images) == 1 else ()), self._autocast:
             logits = self._forward(self._preprocess(images))  # (n, classes)
-        loss = self._loss_sum(logits.float(), labels) / divisor
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        return self._loss_sum(logits.float(), labels) / divisor
 
     def _plain_gradients(self, batches: Sequence[Batch], global_count: int, step: int) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
@@ -194,46 +218,89 @@ class Stepper:
         if full:
             images = full[0].images if len(full) == 1 else torch.cat([batch.images for batch in full])
             labels = full[0].labels if len(full) == 1 else torch.cat([batch.labels for batch in full])
-            if not self._ddp:
-                return self._forward_backward(images, labels, global_count, seed)
             # DDP averages over ranks; the sum is wanted.
-            return self._forward_backward(images, labels, global_count / self._world_size, seed) / self._world_size
-        # A rank without samples in the last step still has to answer DDP's all-reduce: one blank image that counts for nothing.
-        size = batches[0].images.shape[1:]
-        blank = torch.zeros((1, *size), dtype=torch.uint8, device=self._device)
-        with evaluating(self._model), self._autocast:
-            nothing = self._forward(self._preprocess(blank)).float().sum() * 0.0
-        nothing.backward()  # type: ignore[no-untyped-call]
-        return nothing.detach()
+            ranks = self._world_size if self._ddp else 1
+            loss = self._loss(images, labels, global_count / ranks, seed)
+        else:
+            # A rank without samples in the last step still has to answer DDP's all-reduce: one blank image that counts for nothing.
+            ranks = 1
+            blank = torch.zeros((1, *batches[0].images.shape[1:]), dtype=torch.uint8, device=self._device)
+            with evaluating(self._model), self._autocast:
+                loss = self._forward(self._preprocess(blank)).float().sum() * 0.0
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._ddp_waits is not None:
+            self._ddp_waits.backward_returned()
+        return loss.detach() / ranks
 
     def _reduced_gradients(self, batches: Sequence[Batch], global_count: int, step: int) -> Tensor:
-        assert self._flat is not None
-        assert self._reducer is not None
-        before = [b.clone() for b in self._statistics]
-        counted = [c.clone() for c in self._counters]
+        reducer = self._reducer
+        assert reducer is not None
+        for parameter in self._parameters:
+            parameter.grad = None  # autograd hands over the gradient that it made, and adds it to nothing
+        _copy(self._statistics, self._statistics_before)
+        _copy(self._counters, self._counters_before)
         for batch in batches:
-            self._flat.zero_()
+            reducer.begin(batch.virtual_rank)
             n = len(batch.ids)
             if n:
-                loss = self._forward_backward(batch.images, batch.labels, global_count, step_seed(self._seed, step, batch.virtual_rank))
-                offset = self._gradient_size
-                for statistic in self._statistics:
-                    torch.mul(statistic.view(-1), n / global_count, out=self._flat[offset : offset + statistic.numel()])
-                    offset += statistic.numel()
-                self._flat[-1] = loss
-                # Each virtual rank starts from the same statistics, and counters: BatchNorm may weigh by them.
-                for tensors, old in ((self._statistics, before), (self._counters, counted)):
-                    if tensors:
-                        torch._foreach_copy_(tensors, old)
-            self._reducer.add(batch.virtual_rank, self._flat)
-        self._flat.copy_(self._reducer.finish())
-        offset = self._gradient_size
-        for statistic in self._statistics:
-            statistic.view(-1).copy_(self._flat[offset : offset + statistic.numel()])
-            offset += statistic.numel()
+                loss = self._loss(batch.images, batch.labels, global_count, step_seed(self._seed, step, batch.virtual_rank))
+                reducer.put(0, loss.detach())
+                shares = torch._foreach_mul(self._statistics, n / global_count) if self._statistics else ()
+                for part, share in enumerate(shares, start=1):
+                    reducer.put(part, share)
+                loss.backward()  # type: ignore[no-untyped-call]
+            reducer.end()
+            # Each virtual rank starts from the same statistics, and counters: BatchNorm may weigh by them.
+            _copy(self._statistics_before, self._statistics)
+            _copy(self._counters_before, self._counters)
+        sums = reducer.finish()
+        for parameter, gradient in zip(self._parameters, self._gradient_sums, strict=True):
+            parameter.grad = gradient
+        _copy(self._statistic_sums, self._statistics)
         if self._counters:
             torch._foreach_add_(self._counters, 1)  # steps, not forwards
-        return self._flat[-1].clone()
+        # NaN or infinite wherever a sum is: what that does to the weights would else be seen a step late, in a checkpoint perhaps.
+        return self._loss_sums + 0.0 * sums.sum()
+
+
+class _DdpWaits:
+    """How long backward passes took from this rank's last gradient to their return: DDP's wait for the other ranks, on a CPU."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds, self._clock = 0.0, clock
+        self._last_gradient = [0.0]
+        for parameter in parameters:
+            hook = _note_time(self._last_gradient, clock)
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            weakref.finalize(self, handle.remove)
+
+    def backward_returned(self) -> None:
+        self.seconds += self._clock() - self._last_gradient[0]
+
+
+def _note_time(into: list[float], clock: Callable[[], float]) -> Callable[[Tensor], None]:
+    def accumulated(parameter: Tensor) -> None:
+        into[0] = clock()
+
+    return accumulated
+
+
+def _hand_over(reducer: "weakref.ref[Reducer]", part: int) -> Callable[[Tensor], None]:
+    """A hook that gives a parameter's gradient to the reducer, inside the reducer's own steps. It does not keep the reducer alive."""
+
+    def accumulated(parameter: Tensor) -> None:
+        into = reducer()
+        if into is not None and into.is_open:
+            assert parameter.grad is not None
+            into.put(part, parameter.grad)
+            parameter.grad = None
+
+    return accumulated
+
+
+def _copy(source: list[Tensor], into: list[Tensor]) -> None:
+    if source:
+        torch._foreach_copy_(into, source)
 
 
 def _nan_unless_finite(loss: Tensor, parameters: Sequence[nn.Parameter], norm: Tensor | None) -> Tensor:

@@ -1,6 +1,12 @@
 """The tree reduction: the same bits for any number of ranks, by real gloo processes and by the shape of the tree for every size."""
 
 import os
+import random
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +17,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from cluster.reduce import TreeReducer, block, fold, subtrees, tree_sum
+from cluster.reduce import TreeReducer, _cut, block, fold, subtrees, tree_sum
 
-SIZES = (1, 2, 7, 1000)
-STEPS = 3
-CASES = [(v, w) for v in (1, 2, 3, 4, 8) for w in (1, 2, 3, 4) if w <= v]
+PROJECT = Path(__file__).resolve().parents[2]
+# Parts of a step: a scalar, odd sizes, nothing at all, a matrix, a channels_last kernel, more than a small bucket.
+SHAPES = ((), (1,), (7,), (0,), (33, 3), (4, 3, 3, 3), (1000,))
+BUCKETS = ((1, 1), (200, 64), (25 * 2**20, 2**20))  # (bucket_bytes, small_bucket_bytes): a bucket each, several, one
+STEPS = 4
+CASES = [(v, w) for v in (1, 2, 3, 4, 5, 7, 8) for w in (1, 2, 3, 4) if w <= v]
 
 
 def vectors(virtual_ranks: int, size: int, step: int) -> np.ndarray:
@@ -26,6 +36,23 @@ def vectors(virtual_ranks: int, size: int, step: int) -> np.ndarray:
     if step:
         values[step % virtual_ranks] = 0.0
     return values.astype(np.float32)
+
+
+def room(shape: tuple[int, ...]) -> Tensor:
+    tensor = torch.empty(shape)
+    return tensor.to(memory_format=torch.channels_last) if len(shape) == 4 else tensor
+
+
+def parts(virtual_ranks: int, step: int) -> list[Tensor]:
+    """Of each part (V, *shape), channels_last where the part is."""
+    made = []
+    for number, shape in enumerate(SHAPES):
+        size = int(np.prod(shape))
+        rows = torch.from_numpy(vectors(virtual_ranks, size, step + 100 * number)).view(virtual_ranks, *shape)
+        if step % 2 == 0 and number == 4:  # a part that no virtual rank has in this step
+            rows = torch.zeros_like(rows)
+        made.append(rows)
+    return made
 
 
 def reference(rows: np.ndarray) -> np.ndarray:
@@ -39,24 +66,42 @@ def reference(rows: np.ndarray) -> np.ndarray:
     return total
 
 
+def reduce_steps(reducer: TreeReducer, virtual_ranks: int, random_order: random.Random) -> Iterator[list[Tensor]]:
+    """The sums of each step. Parts come in an order of this rank's own; those of zeros do not come at all."""
+    sums = reducer.lay_out([room(shape) for shape in SHAPES])
+    for step in range(STEPS):
+        rows = parts(virtual_ranks, step)
+        for v in reducer.carried:
+            reducer.begin(v)
+            order = [number for number in range(len(SHAPES)) if rows[number][v].any()]
+            random_order.shuffle(order)
+            for number in order:
+                value = rows[number][v].clone()
+                reducer.put(number, value.to(memory_format=torch.channels_last) if number == 5 else value)
+            reducer.end()
+        reducer.finish()
+        yield sums
+
+
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4)
     groups = {world: dist.new_group(list(range(world))) for world in (1, 2, 3, 4)}
     for virtual_ranks, world in CASES:
-        if rank < world:
-            reducer = TreeReducer(virtual_ranks, world, rank, groups[world])
-            results = []
-            for size in SIZES:
-                for step in range(STEPS):
-                    rows = torch.from_numpy(vectors(virtual_ranks, size, step))
-                    for v in block(virtual_ranks, world, rank):
-                        if v == step % virtual_ranks and step:
-                            reducer.skip(v, rows[v])
-                        else:
-                            reducer.add(v, rows[v])
-                    results.append(reducer.finish().clone().numpy())
-            np.savez(f"{folder}/{virtual_ranks}-{world}-{rank}.npz", *results)
+        for number, (large, small) in enumerate(BUCKETS):
+            if rank < world:
+                ticks = count()
+                reducer = TreeReducer(
+                    *(virtual_ranks, world, rank, groups[world]),
+                    bucket_bytes=large,
+                    small_bucket_bytes=small,
+                    clock=lambda ticks=ticks: float(next(ticks)),  # type: ignore[misc]
+                )
+                shuffle = random.Random(f"{rank}/{virtual_ranks}/{world}/{number}")
+                results = [[t.contiguous().numpy().copy() for t in sums] for sums in reduce_steps(reducer, virtual_ranks, shuffle)]
+                # One wait a step, in finish(), if there is anyone to wait for: as this clock counts, each lasts 1.
+                assert reducer.wait_seconds == (STEPS if world > 1 else 0)
+                np.savez(f"{folder}/{virtual_ranks}-{world}-{number}-{rank}.npz", *[part for sums in results for part in sums])
     dist.barrier()
     dist.destroy_process_group()
 
@@ -77,13 +122,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("buckets", range(len(BUCKETS)))
 @pytest.mark.parametrize(("virtual_ranks", "world"), CASES)
-def test_the_sum_has_the_same_bits_for_any_number_of_ranks(folder: Path, virtual_ranks: int, world: int) -> None:
-    wanted = [reference(vectors(virtual_ranks, size, step)) for size in SIZES for step in range(STEPS)]
+def test_the_sum_has_the_same_bits_for_any_number_of_ranks_and_any_buckets(
+    folder: Path, virtual_ranks: int, world: int, buckets: int
+) -> None:
+    wanted = [reference(rows.numpy()) for step in range(STEPS) for rows in parts(virtual_ranks, step)]
     for rank in range(world):
-        got = np.load(folder / f"{virtual_ranks}-{world}-{rank}.npz")
-        assert len(got.files) == len(wanted)
+        got = np.load(folder / f"{virtual_ranks}-{world}-{buckets}-{rank}.npz")
+        assert len(got.files) == len(wanted) == STEPS * len(SHAPES)
         for name, want in zip(got.files, wanted, strict=True):
+            assert got[name].shape == want.shape
             assert got[name].tobytes() == want.tobytes()
 
 
@@ -139,60 +188,186 @@ def test_more_workers_than_virtual_ranks_are_refused() -> None:
         TreeReducer(4, 5, 0)
 
 
-def test_one_virtual_rank_alone_is_handed_back_untouched() -> None:
-    reducer, flat = TreeReducer(1, 1, 0), torch.randn(10)
-    reducer.add(0, flat)
-    assert reducer.finish() is flat
+def in_one_process(virtual_ranks: int, **changes: Any) -> TreeReducer:
+    return TreeReducer(virtual_ranks, 1, 0, **changes)
 
 
-def test_added_vectors_are_not_changed_and_buffers_are_used_again() -> None:
-    reducer = TreeReducer(8, 1, 0)
-    rows = torch.from_numpy(vectors(8, 1000, 0))
-    before, places = rows.clone(), []
-    for _ in range(4):
-        for v in range(8):
-            reducer.add(v, rows[v])
-        total = reducer.finish()
-        places.append(total.data_ptr())
-        assert total.numpy().tobytes() == reference(rows.numpy()).tobytes()
-    assert torch.equal(rows, before)
-    assert len(set(places)) <= 3
-    assert len(reducer._free) == 3  # log2(8) buffers, for ever
+@given(virtual_ranks=st.integers(1, 40), seed=st.integers(0, 2**32), data=st.data())
+def test_values_are_not_changed_and_the_sums_stay_in_one_place(virtual_ranks: int, seed: int, data: st.DataObject) -> None:
+    large, small = data.draw(st.tuples(st.integers(1, 8000), st.integers(1, 8000)))
+    reducer = in_one_process(virtual_ranks, bucket_bytes=large, small_bucket_bytes=small)
+    rows = parts(virtual_ranks, 1)
+    before = [part.clone() for part in rows]
+    places = set()
+    for sums in reduce_steps(reducer, virtual_ranks, random.Random(seed)):
+        places.add(tuple(total.data_ptr() for total in sums))
+        assert [total.stride() for total in sums] == [room(shape).stride() for shape in SHAPES]
+    assert len(places) == 1
+    assert all(torch.equal(part, old) for part, old in zip(rows, before, strict=True))
+    assert len(reducer._flats) <= 1 + (virtual_ranks - 1).bit_length()  # log2(V) subtrees wait for their siblings at most
 
 
-def test_a_skipped_virtual_rank_is_a_vector_of_zeros_to_the_bit() -> None:
-    rows = -torch.zeros(4, 5)  # -0.0 + 0.0 is 0.0, -0.0 + -0.0 is not
-    for skipped in range(4):
-        added, skipping = TreeReducer(4, 1, 0), TreeReducer(4, 1, 0)
-        for v in range(4):
-            added.add(v, torch.zeros(5) if v == skipped else rows[v])
-            if v == skipped:
-                skipping.skip(v, rows[v])
-            else:
-                skipping.add(v, rows[v])
-        assert added.finish().numpy().tobytes() == skipping.finish().numpy().tobytes()
+@given(virtual_ranks=st.integers(1, 64), data=st.data())
+def test_a_rank_keeps_as_many_vectors_as_it_has_subtrees_or_waiting_siblings(virtual_ranks: int, data: st.DataObject) -> None:
+    world = data.draw(st.integers(1, virtual_ranks))
+    rank = data.draw(st.integers(0, world - 1))
+    carried = block(virtual_ranks, world, rank)
+    reducer = TreeReducer(virtual_ranks, world, rank)
+    reducer.lay_out([torch.zeros(3)])
+    most, carry = 0, []
+    for v in carried:
+        carry.append(((v, v + 1), ""))
+        is_leaf_of_its_own = len(carry)
+        fold(virtual_ranks, carry, join)
+        most = max(most, is_leaf_of_its_own if len(carry) == is_leaf_of_its_own else is_leaf_of_its_own - 1)
+    assert len(reducer._flats) == most
+    if virtual_ranks == world:
+        assert most == 1
+
+
+def test_the_vector_holds_the_sums_and_zeros_between_them() -> None:
+    reducer = in_one_process(3)
+    for sums in reduce_steps(reducer, 3, random.Random(0)):
+        flat = reducer._flats[0]
+        inside = torch.zeros_like(flat, dtype=torch.bool)
+        for total in sums:
+            assert total.numel() == 0 or total.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+            inside[total.storage_offset() : total.storage_offset() + total.numel()] = True
+        assert int(inside.sum()) == sum(int(np.prod(shape)) for shape in SHAPES)
+        assert not flat[~inside].any()
+
+
+def test_a_part_that_does_not_come_is_zeros_to_the_bit() -> None:
+    negative = torch.full((5,), -0.0)  # -0.0 + 0.0 is 0.0, -0.0 + -0.0 is not
+    for missing in range(4):
+        totals = []
+        for comes in (True, False):
+            reducer = in_one_process(4)
+            reducer.lay_out([torch.zeros(5), torch.zeros(2)])
+            for v in range(4):
+                reducer.begin(v)
+                if v != missing or comes:
+                    reducer.put(0, torch.zeros(5) if v == missing else negative)
+                reducer.end()
+            totals.append(reducer.finish().numpy().tobytes())
+        assert totals[0] == totals[1]
+
+
+@given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=40), limit=st.integers(1, 200), small=st.integers(1, 200))
+def test_buckets_hold_each_part_once_in_order_and_the_first_and_last_are_small(sizes: list[int], limit: int, small: int) -> None:
+    buckets = _cut(sizes, limit, small)
+    assert [part for bucket in buckets for part in bucket] == list(range(len(sizes)))
+    assert all(len(bucket) for bucket in buckets)
+    held = [[sizes[part] for part in bucket] for bucket in buckets]
+    assert sum(held[0][:-1]) < small or sum(held[0]) <= small
+    assert all(sum(bucket[:-1]) < limit for bucket in held[1:-1])
+    if len(buckets) > 1:
+        # As small as the first could be and still be worth a message: the last is never more, unless it is one part.
+        assert sum(held[-1]) <= small or sum(held[-1][:-1]) < max(limit, small)
+        assert sum(held[-1]) <= small or sizes[-1] > small
+
+
+def opened(*parts: Tensor) -> TreeReducer:
+    reducer = in_one_process(2)
+    reducer.lay_out(parts)
+    reducer.begin(0)
+    return reducer
 
 
 @pytest.mark.parametrize(
-    ("calls", "said"),
+    ("misuse", "said"),
     [
-        ([(1, torch.zeros(3))], "virtual rank 1 came when 0"),
-        ([(0, torch.zeros(3, dtype=torch.float64))], "float32"),
-        ([(0, torch.zeros(3, 1))], "flat"),
-        ([(0, torch.zeros(3)), (1, torch.zeros(4))], "3 and of 4"),
+        (lambda: in_one_process(2).begin(0), "lay_out"),
+        (lambda: in_one_process(2).lay_out([]), "nothing to add up"),
+        (
+            lambda: in_one_process(2).lay_out([torch.zeros(3), torch.zeros(3, dtype=torch.float64)]),
+            "expected float32 on cpu, got torch.float64",
+        ),
+        (lambda: opened(torch.zeros(3)).lay_out([torch.zeros(3)]), "laid out before"),
+        (lambda: opened(torch.zeros(3)).begin(1), "virtual rank before"),
+        (lambda: opened(torch.zeros(3)).finish(), "end"),
+        (lambda: opened(torch.zeros(3)).put(0, torch.zeros(4)), r"part 0 is torch.float32 \(4,\)"),
+        (lambda: opened(torch.zeros(3)).put(0, torch.zeros(3, dtype=torch.bfloat16)), "part 0 is torch.bfloat16"),
     ],
 )
-def test_misuse_is_found_at_once(calls: list[tuple[int, Any]], said: str) -> None:
-    reducer = TreeReducer(2, 1, 0)
-    *good, (v, bad) = calls
-    for each in good:
-        reducer.add(*each)
+def test_misuse_is_found_at_once(misuse: Any, said: str) -> None:
     with pytest.raises(AssertionError, match=said):
-        reducer.add(v, bad)
+        misuse()
+
+
+@pytest.mark.parametrize("others", [0, 1])  # whether the part's bucket was complete
+def test_a_part_that_comes_twice_is_found(others: int) -> None:
+    reducer = opened(torch.zeros(3), *[torch.zeros(2)] * others)
+    reducer.put(0, torch.ones(3))
+    with pytest.raises(AssertionError, match="part 0 came twice"):
+        reducer.put(0, torch.ones(3))
 
 
 def test_a_forgotten_virtual_rank_is_found() -> None:
-    reducer = TreeReducer(4, 1, 0)
-    reducer.add(0, torch.zeros(2))
+    reducer = in_one_process(4)
+    reducer.lay_out([torch.zeros(2)])
+    reducer.begin(0)
+    reducer.end()
+    with pytest.raises(AssertionError, match="virtual rank 2 came when 1"):
+        reducer.begin(2)
     with pytest.raises(AssertionError, match=r"1..3 were not added"):
         reducer.finish()
+
+
+RANK_THAT_LOSES_ITS_PEER = """
+    import sys, torch, torch.distributed as dist
+    from cluster.reduce import TreeReducer
+
+    rank, folder, story = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{story}", rank=rank, world_size=2)
+    dist.barrier()
+    if rank == 1:
+        if story == "dies":
+            sys.exit(0)
+        sys.stdin.read()  # lives, and never answers, until the test lets it go
+        sys.exit(0)
+    reducer = TreeReducer(2, 2, 0)
+    reducer.lay_out([torch.zeros(100), torch.zeros(100)])
+    reducer.begin(0)
+    reducer.put(0, torch.ones(100))
+    reducer.end()
+    if story == "never answers":
+        raise ValueError("of this rank's own, while the exchange is under way")
+    for _ in range(2):
+        try:
+            reducer.finish()
+        except RuntimeError as error:
+            print("finish:", type(error).__name__, flush=True)
+        reducer.begin(0)
+        reducer.end()
+"""
+
+
+def start_rank(rank: int, folder: Path, story: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(RANK_THAT_LOSES_ITS_PEER), str(rank), str(folder), story],
+        cwd=PROJECT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_peer_that_dies_is_an_error_in_finish_and_in_every_later_one(tmp_path: Path) -> None:
+    ranks = [start_rank(rank, tmp_path, "dies") for rank in range(2)]
+    said, errors = ranks[0].communicate(timeout=120)
+    assert said.splitlines() == ["finish: RuntimeError"] * 2, errors
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+
+
+def test_a_rank_that_fails_ends_although_its_exchange_waits_for_a_peer_that_never_answers(tmp_path: Path) -> None:
+    ranks = [start_rank(rank, tmp_path, "never answers") for rank in range(2)]
+    try:
+        _, errors = ranks[0].communicate(timeout=120)
+        assert ranks[1].poll() is None
+        assert "ValueError: of this rank's own" in errors
+        assert ranks[0].returncode == 1
+    finally:
+        ranks[1].communicate(timeout=120)
