@@ -32,6 +32,8 @@ class ClusterConfig:
 
     address: str = ""
     """A Ray cluster to join (`auto`, host:port, ray://...); empty takes RAY_ADDRESS, or starts a local Ray for this run."""
+    allow_unauthenticated: bool = False
+    """Join a Ray head that other machines can reach though it asks for no token."""
     gpus_per_worker: int = -1
     """-1 takes one where the cluster has GPUs and none elsewhere."""
     cpus_per_worker: int = 0

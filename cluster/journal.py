@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from cluster.redact import redacted
 from cluster.storage import Storage, make_dirs, write_all
 
 _SEGMENT = re.compile(r"(.+)-(\d{6,})\.json")
@@ -127,7 +128,7 @@ class Journal:
         self._storage.write_atomic(f"{self._run}/journal/{self._writer}-{self._segments + 1:06d}.json", line.encode())
 
     def _line(self, event: str, **fields: Any) -> str:
-        return json.dumps({"time": self._clock(), "event": event, **_jsonable(fields)}, separators=(",", ":"))
+        return json.dumps({"time": self._clock(), "event": event, **redacted(_jsonable(fields))}, separators=(",", ":"))
 
     def _append(self, line: str) -> None:
         descriptor = os.open(self._storage.at(f"{self._run}/journal.jsonl"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

@@ -6,6 +6,7 @@ fleet carries many attempts, as it is the rank processes below the agents that d
 """
 
 import contextlib
+import ipaddress
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 
 import ray
 import ray._private.worker as worker_module
+from ray._raylet import AuthenticationMode, get_authentication_mode
 from ray.train.backend import Backend, BackendConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -84,6 +86,8 @@ def ray_cluster(
     try:
         if address:
             _join(address, in_job=in_job, project=project, **common)
+            if not config.allow_unauthenticated:
+                check_guarded(ray.get_runtime_context().gcs_address, get_authentication_mode() == AuthenticationMode.TOKEN)
         else:
             # The path stays short: Ray makes Unix sockets below it, whose names may have 107 bytes.
             temp = _temp_folder()
@@ -112,6 +116,17 @@ def ray_cluster(
         if temp is not None:
             _kill_ray(temp)
             shutil.rmtree(temp, ignore_errors=True)
+
+
+def check_guarded(head: str, has_token: bool) -> None:
+    """ValueError for a Ray head that other machines reach and that asks for no token: who reaches its ports runs code on its nodes."""
+    host = head.rpartition(":")[0].strip("[]")
+    if not has_token and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
+        raise ValueError(
+            f"the Ray head at {head} can be reached from other machines and asks for no token, so who reaches it runs code on its nodes; "
+            "start it with one (`ray get-auth-token --generate`, RAY_AUTH_MODE=token: docs/cluster.md, Token), or, where the network keeps "
+            "others out, add --cluster.allow-unauthenticated"
+        )
 
 
 def _join(address: str, *, in_job: bool, project: Path, **common: Any) -> None:

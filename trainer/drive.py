@@ -34,6 +34,7 @@ from cluster.launch import (
     start_coordinator,
     workers_that_fit,
 )
+from cluster.redact import redact, redacted
 from cluster.storage import Storage
 from cluster.store import Commit, Store
 from cluster.versions import versions
@@ -504,7 +505,7 @@ class Drive:
             done = f"step {commit.step:,} of {self.total_steps:,} is saved. The same command goes on from there"
         else:
             done = "nothing was saved yet. The same command starts again"
-        self.console.print(f"stopped: {done}:\n  {self.command}", soft_wrap=True, markup=False, highlight=False)
+        self.console.print(f"stopped: {done}:\n  {redact(self.command)}", soft_wrap=True, markup=False, highlight=False)
         return 128 + self.signal if self.signal else 1
 
     def end_taken_over(self) -> int:
@@ -551,7 +552,8 @@ class Drive:
             },
         )
         try:
-            self.storage.write_atomic(f"{self.config.run}/summary.json", json.dumps(_finite(summary), indent=1, allow_nan=False).encode())
+            encoded = json.dumps(redacted(_finite(summary)), indent=1, allow_nan=False).encode()
+            self.storage.write_atomic(f"{self.config.run}/summary.json", encoded)
             return summary, str(write_report(f"{self.storage.uri}/{self.config.run}"))
         except OSError as error:  # a full disk, most likely: what came out is still told, and the checkpoints are what they were
             print(f"warning: summary.json and report.html could not be written: {error}", file=sys.stderr)

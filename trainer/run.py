@@ -25,6 +25,7 @@ from rich.console import Console
 
 from cluster.exporter import serve_discovery
 from cluster.journal import Journal
+from cluster.redact import redact
 from cluster.storage import Storage, open_storage
 from cluster.store import Commit, NoValidCheckpoint, Store
 from dataio.convert import Progress as ConvertProgress
@@ -303,8 +304,8 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
         store = Store.open(storage, config.run)
         start = find_start(config, store, journal, console, fingerprint)
         check_resume(config, has_checkpoint=start is not None)
-        storage.write_atomic(f"{config.run}/config.toml", to_toml(config).encode())
-        console.print(f"run {config.run} in {storage.uri}: {described(resources.workers, hardware)}", soft_wrap=True)
+        storage.write_atomic(f"{config.run}/config.toml", redact(to_toml(config)).encode())
+        console.print(f"run {config.run} in {redact(storage.uri)}: {described(resources.workers, hardware)}", soft_wrap=True)
         return Drive(
             config=config,
             dataset=dataset,
