@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from dataio.loader import Batch, Loader
 from dataio.order import Order
 from dataio.parquet import open_dataset
 from trainer.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from trainer.loop import Stepper, StepStats, evaluating, step_seed, train_steps
+from trainer.loop import Stepper, StepStats, _DdpWaits, evaluating, step_seed, train_steps
 from trainer.model import Preprocess
 from trainer.optim import Ema, build_optimizer, loss_sum, set_learning_rate, set_trainable
 from trainer.state import TrainState, weights_sha256
@@ -63,6 +66,39 @@ class Net(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(images))
+        return logits
+
+
+class Residual(nn.Module):
+    """A small ResNet: a stem, two blocks, the second with a projection; and a parameter that no forward pass uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+            self.blocks = nn.ModuleList([self.block(8, 8, 1), self.block(8, 12, 2)])
+            self.project = nn.Sequential(nn.Conv2d(8, 12, 1, stride=2, bias=False), nn.BatchNorm2d(12))
+            self.unused = nn.Linear(5, 3)
+            self.dropout = nn.Dropout(0.2)
+            self.head = nn.Linear(12, CLASSES)
+        self.to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def block(inputs: int, outputs: int, stride: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        maps = F.relu(maps + self.blocks[0](maps))
+        maps = F.relu(self.project(maps) + self.blocks[1](maps))
+        logits: Tensor = self.head(self.dropout(maps.mean((2, 3))))
         return logits
 
 
@@ -117,6 +153,7 @@ def make(
         "reducer": TreeReducer(virtual_ranks, 1, 0) if virtual_ranks > 1 else None,
         "distributed": False,
         "world_size": 1,
+        "compile_model": False,
         **changes,
     }
     return Stepper(
@@ -125,7 +162,6 @@ def make(
         optimizer=optimizer,
         loss_sum=lambda logits, labels: loss_sum(logits, labels, label_smoothing=label_smoothing),
         seed=SEED,
-        compile_model=False,
         **settings,
     )
 
@@ -277,6 +313,91 @@ def test_a_single_image_left_over_is_no_error_where_maps_have_one_pixel(virtual_
     assert not torch.equal(model[0].weight, weight)
 
 
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), bad=st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30]), clip=st.booleans())
+def test_a_loss_is_a_number_exactly_if_every_summed_gradient_is(data: st.DataObject, bad: float, clip: bool) -> None:
+    (batches,) = batches_of((3, 30), 0, 1)
+    clip_norm = partial(nn.utils.clip_grad_norm_, max_norm=1.0) if clip else None
+    want = make(model := Net(), sgd(model), virtual_ranks=3, clip=clip_norm).step(batches, global_count=30, step=0)
+    model = Net()
+    stepper = make(model, sgd(model), virtual_ranks=3, clip=clip_norm)
+    parameters = list(model.parameters())
+    poisoned = parameters[data.draw(st.integers(0, len(parameters) - 1))]
+    victim, place, calls = data.draw(st.integers(0, 2)), data.draw(st.integers(0, poisoned.numel() - 1)), iter(range(3))
+
+    def poison(gradient: Tensor) -> Tensor:
+        """In one virtual rank's gradient, of which the loss knows nothing, one element."""
+        spoilt = gradient.clone().contiguous()
+        if next(calls) == victim:
+            spoilt.view(-1)[place] = bad
+        return spoilt
+
+    poisoned.register_hook(poison)  # type: ignore[no-untyped-call]
+    loss = stepper.step(batches, global_count=30, step=0)
+    assert loss.isfinite() == (bad == 1e30)
+    if bad == 1e30:
+        assert torch.equal(loss, want)
+
+
+def test_a_stepper_that_is_gone_leaves_no_hook_and_no_buffers() -> None:
+    model = Net()
+    optimizer = sgd(model)
+    (batches,) = batches_of((2, 40), 0, 1)
+    first = make(model, optimizer, virtual_ranks=2)
+    reducer = weakref.ref(first._reducer)
+    first.step(batches, global_count=40, step=0)
+    second = make(model, optimizer, virtual_ranks=2)  # the first is still there, as it is where the backbone thaws
+    reference = copy.deepcopy(model)
+    wanted, _, _ = by_hand(reference, batches, 1)
+    second.step(batches, global_count=40, step=1)
+    assert all(torch.equal(p.grad, want) for p, want in zip(model.parameters(), wanted, strict=True) if p.grad is not None)
+    del first, second
+    gc.collect()
+    assert reducer() is None
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())  # type: ignore[attr-defined]
+
+
+def test_someone_elses_backward_pass_keeps_its_gradients() -> None:
+    model = Net()
+    stepper = make(model, sgd(model), virtual_ranks=2)
+    model.zero_grad()
+    model(torch.zeros(2, 3, 28, 28)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    (batches,) = batches_of((2, 40), 0, 1)
+    wanted, _, _ = by_hand(model_as_it_is(model), batches, 0)
+    stepper.step(batches, global_count=40, step=0)
+    assert all(torch.equal(p.grad, want) for p, want in zip(model.parameters(), wanted, strict=True) if p.grad is not None)
+
+
+def model_as_it_is(model: nn.Module) -> nn.Module:
+    """A copy without gradients and hooks."""
+    same = Net()
+    same.load_state_dict(model.state_dict())
+    return same
+
+
+def test_wait_seconds_are_the_reducers_and_none_where_nobody_is_waited_for() -> None:
+    reducer = TreeReducer(2, 1, 0)
+    model = Net()
+    stepper = make(model, sgd(model), reducer=reducer)
+    (batches,) = batches_of((2, 40), 0, 1)
+    stepper.step(batches, global_count=40, step=0)
+    assert stepper.wait_seconds == 0.0
+    reducer.wait_seconds = 1.5
+    assert stepper.wait_seconds == 1.5
+    assert make(model, sgd(model)).wait_seconds == 0.0
+
+
+def test_ddp_waits_from_the_last_gradient_to_the_end_of_the_backward_pass() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    now = iter(range(100))
+    waits = _DdpWaits(list(model.parameters()), clock=lambda: float(next(now)))
+    for seconds in (1.0, 2.0):
+        model(torch.ones(1, 2)).sum().backward()  # four gradients, at four moments
+        waits.backward_returned()  # the moment after the last
+        assert waits.seconds == seconds
+
+
 def test_step_seeds_differ_between_steps_virtual_ranks_and_runs() -> None:
     seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(8)}
     assert len(seeds) == 3 * 50 * 8
@@ -422,20 +543,110 @@ def test_step_and_wait_seconds_are_what_the_clock_says() -> None:
 
 # --- several real processes -----------------------------------------------------------------------------------------------------------
 
-TREE_CASES = [(world, precision) for precision in ("fp32", "bf16") for world in (1, 2, 3)]
-TREE_STEPS = (3, 9)  # over the end of an epoch of 7 steps
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeCase:
+    """A training run that any number of workers must do alike."""
+
+    shape: tuple[int, int]  # (virtual ranks, batch)
+    steps: tuple[int, int]  # over the end of an epoch, with its small last step
+    net: type[nn.Module] = Net
+    precision: Any = "fp32"
+    freeze: Any = "none"
+    compile_model: bool = False
+    buckets: tuple[int, int] = (25 * 2**20, 2**20)  # bytes: (most, first and last)
+    worlds: tuple[int, ...] = (1, 2, 3, 4)
 
 
-def tree_run(world: int, rank: int, group: Any, precision: str) -> str:
-    """Weights and average after training as rank `rank` of `world`."""
-    model = Net()
-    optimizer = build_optimizer(model, OPTIM, "head")
-    ema = Ema(model, 0.9)
-    reducer = TreeReducer(FOUR[0], world, rank, group)
-    stepper = make(model, optimizer, ema=ema, precision=precision, reducer=reducer, distributed=world > 1, world_size=world)
-    batches = iter(batches_of(FOUR, *TREE_STEPS, carried=block(FOUR[0], world, rank)))
-    losses = [pair for stats in loop(stepper, batches, order_of(FOUR), *TREE_STEPS) for pair in stats.losses]
+TREE_CASES = {
+    "four": TreeCase(shape=FOUR, steps=(3, 9)),
+    "four, bf16": TreeCase(shape=FOUR, steps=(3, 9), precision="bf16"),
+    # Ranks of 2 2 2 1 and 3 2 2 virtual ranks: several subtrees a rank. The last step's are of 1 1 1 1 1 0 0 images. A bucket a part.
+    "seven": TreeCase(shape=SEVEN, steps=(13, 18), net=Residual, buckets=(1, 1)),
+    # The backbone thaws at step 7.
+    "eight, bf16, lp-ft": TreeCase(shape=(8, 304), steps=(4, 10), net=Residual, precision="bf16", freeze="lp-ft", buckets=(2000, 500)),
+    "four, compiled": TreeCase(shape=FOUR, steps=(4, 8), compile_model=True, buckets=(2000, 500), worlds=(1, 2)),
+}
+
+
+def tree_config(case: TreeCase) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(freeze=case.freeze, lp_epochs=1), optim=OPTIM, train=TrainConfig(seed=SEED, precision=case.precision)
+    )
+
+
+def tree_run(case: TreeCase, world: int, rank: int, group: Any) -> str:
+    """Weights, average and losses after training as rank `rank` of `world`."""
+    model = case.net()
+    optimizer, ema = build_optimizer(model, OPTIM, "head"), Ema(model, 0.9)
+    order, virtual_ranks = order_of(case.shape), case.shape[0]
+    losses = []
+    for first, last in phases(tree_config(case), *case.steps, order.steps_per_epoch):
+        set_trainable(model, case.freeze, first // order.steps_per_epoch, lp_epochs=1, head_name="head")
+        large, small = case.buckets
+        stepper = make(
+            model,
+            optimizer,
+            ema=ema,
+            precision=case.precision,
+            reducer=TreeReducer(virtual_ranks, world, rank, group, bucket_bytes=large, small_bucket_bytes=small),
+            distributed=world > 1,
+            world_size=world,
+            compile_model=case.compile_model,
+        )
+        batches = iter(batches_of(case.shape, first, last, carried=block(virtual_ranks, world, rank)))
+        losses += [pair for stats in loop(stepper, batches, order, first, last) for pair in stats.losses]
     return f"{weights_sha256(model)} {weights_sha256(ema.weights())} {losses}"
+
+
+def tree_by_hand(case: TreeCase) -> str:
+    """The same, synchronously: every virtual rank on a copy of its own, summed in the tree's order after all backward passes."""
+    model = case.net()
+    optimizer, ema = build_optimizer(model, OPTIM, "head"), Ema(model, 0.9)
+    losses = []
+    for step, batches in enumerate(batches_of(case.shape, *case.steps), start=case.steps[0]):
+        set_trainable(model, case.freeze, step // order_of(case.shape).steps_per_epoch, lp_epochs=1, head_name="head")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+        parts = []
+        for batch in batches:
+            if not len(batch.ids):
+                parts.append(
+                    [*map(torch.zeros_like, trained), *(torch.zeros_like(b) for m in norms for b in statistics(m)), torch.zeros(())]
+                )
+                continue
+            own = copy.deepcopy(model)
+            own_norms = [m for m in own.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+            if len(batch.ids) == 1:
+                for norm in own_norms:
+                    norm.eval()
+            torch.manual_seed(step_seed(SEED, step, batch.virtual_rank))
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bf16"):
+                logits = own(PREPROCESS(batch.images))
+            loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum") / count_of(batches)
+            own_trained = [p for p in own.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(loss, own_trained, allow_unused=True)
+            shares = [b * (len(batch.ids) / count_of(batches)) for m in own_norms for b in statistics(m)]
+            known = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True)]
+            parts.append([*known, *shares, loss.detach()])
+        sums = [tree_sum([part[index] for part in parts], lambda a, b: a + b) for index in range(len(parts[0]))]
+        for parameter, gradient in zip(trained, sums, strict=False):
+            parameter.grad = gradient
+        for buffer, total in zip((b for m in norms for b in statistics(m)), sums[len(trained) : -1], strict=True):
+            buffer.copy_(total)
+        for norm in norms:
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked += 1
+        optimizer.step()
+        ema.update()
+        losses.append((step, sums[-1].item()))
+    return f"{weights_sha256(model)} {weights_sha256(ema.weights())} {losses}"
+
+
+def statistics(norm: nn.BatchNorm2d) -> list[Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return [norm.running_mean, norm.running_var]
 
 
 # A small rate: what is compared differs in the order of additions, and larger steps through BatchNorm grow that (1.7e-3 of a weight in nine
@@ -482,12 +693,19 @@ def ddp_average(rank: int) -> tuple[tuple[float, float], tuple[float, float]]:
 
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/three", rank=rank, world_size=3)
-    groups = {world: dist.new_group(list(range(world))) for world in (1, 2, 3)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/four", rank=rank, world_size=4)
+    groups = {world: dist.new_group(list(range(world))) for world in (1, 2, 3, 4)}
     results: dict[str, Any] = {}
-    for world, precision in TREE_CASES:
-        if rank < world:
-            results[f"tree {world} {precision}"] = tree_run(world, rank, groups[world], precision)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "compile", partial(torch.compile, backend="aot_eager")
+        )  # autograd as in a compiled model, without a C++ compiler
+        for name, case in TREE_CASES.items():
+            for world in case.worlds:
+                if rank < world:
+                    results[f"{name}, {world}"] = tree_run(case, world, rank, groups[world])
+            if rank == 0 and not case.compile_model:
+                results[f"{name}, by hand"] = tree_by_hand(case)
     dist.barrier()
     dist.destroy_process_group()
     if rank < 2:
@@ -501,23 +719,28 @@ def rank_main(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What three real processes computed, in every case."""
+    """What four real processes computed, in every case."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        mp.spawn(rank_main, (str(folder),), nprocs=3)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(3)]
+        mp.spawn(rank_main, (str(folder),), nprocs=4)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_tree_gives_the_same_weights_average_and_losses_for_any_number_of_workers(ranks: list[dict[str, Any]], precision: str) -> None:
-    alone = ranks[0][f"tree 1 {precision}"]
-    for world in (2, 3):
-        assert [ranks[rank][f"tree {world} {precision}"] for rank in range(world)] == [alone] * world
+@pytest.mark.parametrize("name", TREE_CASES)
+def test_the_tree_gives_the_same_weights_average_and_losses_for_any_number_of_workers(ranks: list[dict[str, Any]], name: str) -> None:
+    alone = ranks[0][f"{name}, 1"]
+    for world in TREE_CASES[name].worlds:
+        assert [ranks[rank][f"{name}, {world}"] for rank in range(world)] == [alone] * world
+
+
+@pytest.mark.parametrize("name", [name for name, case in TREE_CASES.items() if not case.compile_model])
+def test_what_runs_beside_the_backward_pass_is_what_a_synchronous_tree_gives(ranks: list[dict[str, Any]], name: str) -> None:
+    assert ranks[0][f"{name}, 1"] == ranks[0][f"{name}, by hand"]
 
 
 def test_precision_shows_in_the_weights(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["tree 1 fp32"] != ranks[0]["tree 1 bf16"]
+    assert ranks[0]["four, 1"] != ranks[0]["four, bf16, 1"]
 
 
 def ddp_reference(rank_blocks: Sequence[range], freeze: str = "none") -> tuple[nn.Module, list[float]]:
