@@ -24,6 +24,11 @@ MAX_STALL = 0.01
 _WINDOW = 20
 
 
+def steps_between(every: int, steps_per_epoch: int) -> int | None:
+    """`train.checkpoint_every` in steps: 0 is one an epoch, and at least one every 500 steps; None where AUTO leaves it to measurements."""
+    return None if every == AUTO else every or min(steps_per_epoch, DEFAULT_STEPS)
+
+
 def optimal_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
     """Seconds of work between checkpoints that lose the least time, each checkpoint costing `stall_seconds` and failures coming every
     `mtbf_seconds` on average: Daly's higher-order estimate (J. T. Daly 2006, "A higher order estimate of the optimum checkpoint interval
@@ -33,7 +38,7 @@ def optimal_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float
     if stall_seconds >= 2 * mtbf_seconds:
         return mtbf_seconds
     x = stall_seconds / (2 * mtbf_seconds)
-    return math.sqrt(2 * stall_seconds * mtbf_seconds) * (1 + math.sqrt(x) / 3 + x / 9) - stall_seconds
+    return max(0.0, math.sqrt(2 * stall_seconds * mtbf_seconds) * (1 + math.sqrt(x) / 3 + x / 9) - stall_seconds)
 
 
 def mean_time_between_failures(prior_seconds: float, observed_seconds: float, failures: int) -> float:
@@ -133,9 +138,9 @@ class SharedInterval:
         device: torch.device | None = None,
         group: Any = None,
     ) -> None:
-        """`every` as train.checkpoint_every: 0 takes one an epoch, and at least one every 500 steps. `chooser`: rank 0's; others' are not
-        asked. `start_step`: steps done when this attempt began."""
-        self._every = every or min(steps_per_epoch, DEFAULT_STEPS)
+        """`every` as train.checkpoint_every. `chooser`: with AUTO, rank 0's; others have none. `start_step`: steps done when this attempt
+        began."""
+        self._every = steps_between(every, steps_per_epoch)
         self._chooser, self._world_size, self._device, self._group = chooser, world_size, device, group
         self._saved_at = start_step
         self._steps = min(FIRST_STEPS, steps_per_epoch)
@@ -146,11 +151,11 @@ class SharedInterval:
     @property
     def steps(self) -> int:
         """Steps between checkpoints, as far as this rank knows."""
-        return self._steps if self._every == AUTO else self._every
+        return self._every or self._steps
 
     def due(self, steps_done: int) -> bool:
         """Save now? Call it after every step, on all ranks."""
-        if self._every != AUTO:
+        if self._every is not None:
             return steps_done % self._every == 0
         if self._coming is not None and steps_done > self._saved_at:
             self._steps, self._coming = self._read(*self._coming), None
@@ -159,10 +164,11 @@ class SharedInterval:
     def saved(self, steps_done: int) -> None:
         """A checkpoint was taken after `steps_done` steps, on all ranks; for whatever reason, so that the next one is counted from here."""
         self._saved_at = steps_done
-        if self._every != AUTO:
+        if self._every is not None:
             return
         proposal = self._chooser.propose() if self._chooser is not None else 0
         if self._world_size == 1:
+            assert self._chooser is not None, "rank 0 has no chooser"
             self._steps = proposal
             return
         value = torch.full((), proposal, dtype=torch.int64, device=self._device)  # not tensor(): that would wait for a GPU

@@ -33,7 +33,7 @@ class _Rank:
     total_seconds: float
     average: float | None = None
     slow_since: int | None = None
-    """Steps it had done when it was last not slow."""
+    """Steps it had done when it was first seen to be slow."""
     is_reported: bool = False
 
 
@@ -63,7 +63,7 @@ class StragglerWatch:
         new = steps_done - known.steps_done
         if new <= 0:
             return None
-        before, each = known.steps_done, max(0.0, own_seconds - known.total_seconds) / new
+        each = max(0.0, own_seconds - known.total_seconds) / new
         known.steps_done, known.total_seconds = steps_done, own_seconds
         kept = _KEPT**new
         known.average = each if known.average is None else kept * known.average + (1 - kept) * each
@@ -79,7 +79,7 @@ class StragglerWatch:
                 return Straggler(rank=rank, begins=False, steps_done=steps_done, own_seconds=known.average, others_seconds=middle)
             return None
         if known.slow_since is None:
-            known.slow_since = before
+            known.slow_since = steps_done
         if known.is_reported or steps_done - known.slow_since < self._needed:
             return None
         known.is_reported = True

@@ -32,7 +32,7 @@ Action = Literal["run", "dry_run", "print_config"]
 
 # Relative to the file that holds them; and ~ is expanded, which neither TOML does nor the shell in --data.path=~/images.
 _PATH_KEYS = ("data.path", "model.weights")
-_AUTO_KEYS = ("train.checkpoint_every",)  # 0 lets the program choose; so does the word `auto`
+_AUTO_KEYS = ("train.checkpoint_every",)  # the word `auto` is kept as -1, so that the setting is a number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +155,7 @@ def _merged(base: Any, table: Mapping[str, Any], *, origin: str, prefix: str) ->
 def _checked(value: Any, hint: Any, *, origin: str, key: str) -> Any:
     """`value` of a TOML file as the type `hint`; an integer is a good float, nothing else is converted."""
     if key in _AUTO_KEYS and value == "auto":
-        return 0
+        return -1
     if get_origin(hint) is Literal:
         if not isinstance(value, str) or value not in get_args(hint):
             options = list(get_args(hint))
@@ -260,7 +260,7 @@ def _normalised(argv: Sequence[str]) -> list[str]:
             table, _, leaf = key.rpartition(".")
             words[position - 1 : position + 1] = [f"--{table}.{'' if value == 'true' else 'no-'}{leaf.replace('_', '-')}"]
         elif key in _AUTO_KEYS and value == "auto":
-            words[position] = "0"
+            words[position] = "-1"
     return words
 
 
@@ -436,7 +436,9 @@ _RANGES: dict[str, tuple[_Bound, _Bound, str]] = {
     "train.max_steps": (_FROM_0, _ANY, "0 runs all epochs"),
     "train.seed": (_FROM_0, _Bound("<", 2**63), ""),
     "train.virtual_ranks": (_FROM_0, _ANY, "0 takes --workers"),
-    "train.checkpoint_every": (_FROM_0, _ANY, "auto (or 0) takes one an epoch"),
+    "train.checkpoint_every": (_Bound(">=", -1), _ANY, "0 takes one an epoch, auto (or -1) what measurements say"),
+    "train.spike_factor": (_FROM_0, _ANY, "0 looks for NaN and infinity only, 10 is the default"),
+    "train.verify_every": (_FROM_0, _ANY, "0 compares no weights, 100 is the default"),
     "train.eval_every_epochs": (_FROM_1, _ANY, ""),
     "train.ema": (_FROM_0, _BELOW_1, "0 turns it off, 0.999 is usual"),
     "cluster.gpus_per_worker": (_Bound(">=", -1), _ANY, "-1 takes one where there are GPUs"),
@@ -446,8 +448,19 @@ _RANGES: dict[str, tuple[_Bound, _Bound, str]] = {
     "cluster.keep_checkpoints": (_Bound(">=", 2), _ANY, "with one, a single damaged checkpoint would lose the run"),
     "cluster.heartbeat_seconds": (_ABOVE_0, _ANY, "0.25 is the default"),
     "cluster.object_store_limit_bytes": (_FROM_0, _ANY, ""),
+    "cluster.hang_seconds": (_ABOVE_0, _ANY, "60 is the default"),
+    "cluster.start_seconds": (_ABOVE_0, _ANY, "600 is the default"),
+    "cluster.placement_seconds": (_ABOVE_0, _ANY, "300 is the default"),
+    "cluster.grow_after_seconds": (_FROM_0, _ANY, "0 grows at once"),
+    "cluster.storage_retry_seconds": (_FROM_0, _ANY, "0 tries once"),
     "cluster.stop_grace_seconds": (_FROM_0, _ANY, ""),
     "cluster.faults.max_failures": (_FROM_0, _ANY, "0 gives up at the first failure"),
     "cluster.faults.max_failures_without_progress": (_FROM_0, _ANY, ""),
+    "cluster.faults.max_preemptions": (_FROM_0, _ANY, "0 gives up at the first one"),
+    "cluster.faults.max_hangs": (_FROM_0, _ANY, "0 gives up at the first one"),
+    "cluster.faults.max_rollbacks": (_FROM_0, _ANY, "0 gives up at the first NaN or spike"),
+    "cluster.faults.straggler_ratio": (_Bound(">", 1), _ANY, "1 is as fast as the others, 1.5 is the default"),
+    "cluster.faults.straggler_steps": (_FROM_1, _ANY, "20 is the default"),
+    "cluster.mtbf_hours": (_ABOVE_0, _ANY, "24 is the default"),
     "cluster.faults.backoff_seconds": (_FROM_0, _ANY, ""),
 }

@@ -73,7 +73,13 @@ class TrainConfig:
     reduction: Literal["tree", "ddp"] = "tree"
     """`tree`: the same bits for any number of workers up to `virtual_ranks`; `ddp`: PyTorch's own all-reduce."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 takes one an epoch, and at least one every 500 steps."""
+    """Steps between checkpoints; 0 takes one an epoch, and at least one every 500 steps. `auto` (or -1) measures what a checkpoint costs
+    and saves as often as loses the least time (Young/Daly, with cluster.mtbf_hours); each end of an epoch has one in any case."""
+    spike_factor: float = 10.0
+    """A loss this many robust standard deviations above the last 100 losses' median, and more than twice that median, is a spike: the run
+    goes back to its last checkpoint and leaves that batch out, as it does for NaN. 0 looks for NaN and infinity only."""
+    verify_every: int = 100
+    """Steps between comparisons of all ranks' weights, bit by bit; each checkpoint is compared as well. 0 compares none."""
     eval_every_epochs: int = 1
     ema: float = 0.0
     """Decay of an exponential moving average of the weights that is evaluated and exported; 0 has none."""

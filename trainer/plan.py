@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from cluster.interval import AUTO, steps_between
 from dataio.loader import image_size_of
 from dataio.manifest import Manifest
 from dataio.order import Order
@@ -71,7 +72,7 @@ class Plan:
     """Decoded images of both splits, all workers together."""
     checkpoint_bytes: int
     checkpoint_every: int | None
-    """Steps."""
+    """Steps; None where measurements will say."""
     total_flops: float | None
     seconds: float | None
     destination: str
@@ -115,7 +116,7 @@ def describe(config: RunConfig, manifest: Manifest | None, hardware: Hardware, m
         total_steps = steps_per_epoch * config.train.epochs
         if config.train.max_steps:
             total_steps = min(total_steps, config.train.max_steps)
-        checkpoint_every = config.train.checkpoint_every or min(steps_per_epoch, 500)
+        checkpoint_every = steps_between(config.train.checkpoint_every, steps_per_epoch)
     validate(config, workers=hardware.workers, image_size=image_size, total_steps=total_steps)
 
     weights = model.parameters * _FLOAT32_BYTES + model.buffer_bytes
@@ -180,6 +181,8 @@ def table(plan: Plan) -> Table:
         rows.append(("Data memory", cache if plan.cache_bytes else "none: images are decoded every epoch"))
     keep = config.cluster.keep_checkpoints
     every = f", every {number(plan.checkpoint_every)} steps" if plan.checkpoint_every else ""
+    if config.train.checkpoint_every == AUTO:
+        every = ", as often as measurements say"
     rows.append(("Checkpoints", f"{size(plan.checkpoint_bytes)} x {keep} kept = {size(plan.checkpoint_bytes * keep)}{every}"))
     if plan.total_flops is not None:
         rows.append(("Work", f"{flops(plan.total_flops)} ({flops(plan.model.flops_per_image)} an image)"))

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import FaultPolicy
 from cluster.controller import RunFailed, run_attempts
-from cluster.failures import Failure, History
+from cluster.failures import Failure, History, Raise, decide
 
 LOST = Failure(kind="infrastructure", rank=1, message="worker killed")
 BUG = Failure(kind="user", rank=0, message="ZeroDivisionError: division by zero", traceback="Traceback ...")
@@ -70,3 +70,55 @@ def test_a_crash_loop_stops_with_its_cause() -> None:
 def test_a_failure_while_stopping_ends_the_run_without_a_retry() -> None:
     restarts, seen, slept = drive([(5, LOST), (10, None)], stopping=lambda: True)
     assert (restarts, len(seen), slept) == (0, 1, [])
+
+
+def test_a_bad_batch_is_told_before_the_next_attempt_and_never_twice() -> None:
+    told: list[object] = []
+    skip: set[int] = set()
+
+    def attempt(number: int) -> Failure | None:
+        told.append(("attempt", number, frozenset(skip)))
+        bad = [step for step in (10, 25) if step not in skip]
+        return Failure(kind="numbers", rank=0, message="NaN", step=bad[0]) if bad else None
+
+    def on_skip(step: int, failure: Failure) -> None:
+        told.append(("skip", step, failure.message))
+        skip.add(step)
+
+    restarts = run_attempts(
+        attempt,
+        first_attempt=4,
+        committed_step=lambda: 5,
+        policy=FaultPolicy(max_rollbacks=2),
+        on_failure=lambda number, failure, history: told.append(("failed", number, history.rollbacks)),
+        on_skip=on_skip,
+        sleep=lambda seconds: None,
+    )
+    assert restarts == 2
+    assert told == [
+        ("attempt", 4, frozenset()),
+        ("failed", 4, 1),
+        ("skip", 10, "NaN"),
+        ("attempt", 5, {10}),
+        ("failed", 5, 2),
+        ("skip", 25, "NaN"),
+        ("attempt", 6, {10, 25}),
+    ]
+
+
+@pytest.mark.parametrize("step", [0, 30])
+def test_a_batch_that_is_not_worth_another_try_is_not_left_out(step: int) -> None:
+    """The first step, and a budget that earlier drivers have used up."""
+    failure = Failure(kind="numbers", rank=0, message="NaN", step=step)
+    earlier = History(rollbacks=3, skipped=frozenset({1, 2, 3}))
+    assert isinstance(decide(failure, History(rollbacks=4), FaultPolicy()), Raise)
+    with pytest.raises(RunFailed, match=r"lower --optim\.lr"):
+        run_attempts(
+            lambda number: failure,
+            first_attempt=1,
+            committed_step=lambda: 5,
+            policy=FaultPolicy(max_rollbacks=3),
+            on_failure=lambda number, failure, history: None,
+            on_skip=lambda step, failure: pytest.fail("left out"),
+            history=earlier,
+        )

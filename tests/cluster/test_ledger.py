@@ -71,3 +71,16 @@ def test_ranks_that_disagree_about_the_start_are_found_out(tmp_path: Path) -> No
         LedgerWriter(tmp_path, 1, rank, start_step=rank)
     with pytest.raises(ValueError, match="started at step 1, another rank says 0"):
         read_ledger(tmp_path)
+
+
+@given(skipped=st.sets(st.integers(0, 9)), cut=st.integers(0, 10))
+def test_a_batch_left_out_is_in_the_ledger_once_and_says_so(tmp_path_factory: pytest.TempPathFactory, skipped: set[int], cut: int) -> None:
+    folder = tmp_path_factory.mktemp("ledger")
+    for attempt, start, stop in ((1, 0, 10), (2, cut, 10)):  # the first trained on them all
+        writer = LedgerWriter(folder, attempt, 0, start_step=start)
+        for step in range(start, stop):
+            writer.record(0, step, 0, [step], skipped=attempt == 2 and step in skipped)
+        writer.close()
+    records = read_ledger(folder)
+    assert [record.ids for record in records] == [(step,) for step in range(10)]
+    assert {record.step for record in records if record.skipped} == {step for step in skipped if step >= cut}

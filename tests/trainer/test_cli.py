@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.interval import AUTO
 from trainer.cli import from_toml, load, parse, recipe_names, settings, to_toml, validate, worker_count
 from trainer.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 
@@ -87,8 +88,8 @@ def test_later_files_win_and_flags_win_over_all(tmp_path: Path) -> None:
     "flags",
     [
         ["--train.max-steps", "9", "--data.no-flip", "--train.checkpoint-every", "0"],
-        ["--train.max_steps", "9", "--data.no_flip", "--train.checkpoint_every", "auto"],
-        ["--train.max_steps=9", "--data.flip=false", "--train.checkpoint-every=auto"],
+        ["--train.max_steps", "9", "--data.no_flip", "--train.checkpoint_every", "0"],
+        ["--train.max_steps=9", "--data.flip=false", "--train.checkpoint-every=0"],
         ["--train.max-steps=9", "--data.flip", "False"],
     ],
 )
@@ -97,9 +98,14 @@ def test_flags_are_taken_with_hyphens_or_underscores_and_booleans_with_a_word(fl
     assert parse(flags).config == expected
 
 
-def test_auto_is_a_checkpoint_interval_in_toml_too() -> None:
-    base = RunConfig(train=TrainConfig(checkpoint_every=5))
-    assert from_toml('[train]\ncheckpoint_every = "auto"\n', base=base).train.checkpoint_every == 0
+@pytest.mark.parametrize("words", ["--train.checkpoint-every auto", "--train.checkpoint_every=auto", "--train.checkpoint-every -1"])
+def test_auto_is_a_checkpoint_interval_as_a_flag_and_in_toml(words: str) -> None:
+    config = parse(words.split()).config
+    assert config == RunConfig(train=TrainConfig(checkpoint_every=AUTO))
+    assert from_toml('[train]\ncheckpoint_every = "auto"\n', base=RunConfig(train=TrainConfig(checkpoint_every=5))) == config
+    assert from_toml(to_toml(config)) == config
+    with pytest.raises(ValueError, match=r"train\.checkpoint_every=-2 must be at least -1; 0 takes one an epoch, auto"):
+        validate(RunConfig(train=TrainConfig(checkpoint_every=-2)))
 
 
 def test_a_whole_number_is_a_good_float() -> None:
@@ -238,7 +244,9 @@ def test_unknown_recipe_and_unreadable_file(capsys: pytest.CaptureFixture[str], 
         (["--config"], "Missing value for argument '--config'"),
         (["quickstart"], "did you mean --config quickstart?"),
         (["--dry-run", "--print-config"], "give one of them"),
-        (["--workers", "1:4"], "workers=1:4: a range (elastic workers) is not supported yet; give one number, such as --workers 1"),
+        (["--workers", "4:1"], "workers=4:1 is an empty range: the fewest come first; give --workers 1:4"),
+        (["--workers", "0:4"], "workers=0:4 is not a number of workers"),
+        (["--workers", "1:2:3"], "workers=1:2:3 is not a number of workers; give a whole number from 1 up, a range such as 1:4, or auto"),
         (["--workers", "0"], "workers=0 is not a number of workers"),
         (["--workers", "many"], "workers=many is not a number of workers"),
         (["--run", "../x"], "run='../x' is not a folder's name"),

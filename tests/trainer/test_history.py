@@ -1,19 +1,28 @@
 """What a run remembers comes back exactly; totals and curves are what the steps were."""
 
+import json
 import math
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.guard import Guard
 from trainer.history import CURVE_SCHEMA, Curves, History, Speed
-from trainer.loop import StepStats
+from trainer.loop import Arriving, StepStats
 
 
 def step(
-    number: int, *, samples: int = 10, seconds: float = 0.5, wait: float = 0.125, losses: tuple[tuple[int, float], ...] = ()
+    number: int,
+    *,
+    samples: int = 10,
+    seconds: float = 0.5,
+    wait: float = 0.125,
+    losses: tuple[tuple[int, float], ...] = (),
+    skipped: bool = False,
 ) -> StepStats:
     return StepStats(
         steps_done=number,
@@ -23,6 +32,7 @@ def step(
         step_seconds=seconds,
         data_wait_seconds=wait,
         losses=losses,
+        skipped=skipped,
     )
 
 
@@ -96,3 +106,43 @@ def test_speed_is_the_median_steps_so_that_one_hiccup_does_not_show() -> None:
     for number in range(5):
         speed.stepped(step(number, samples=40, seconds=0.5))
     assert speed.images_per_second == 80.0  # what is older than the window does not count
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_each_sample_is_trained_on_or_skipped_and_skipped_steps_are_not_fast_ones(skips: list[bool]) -> None:
+    history, speed, without = History(), Speed(), Speed()
+    for number, skipped in enumerate(skips, start=1):
+        stats = step(number, samples=number, seconds=0.0 if skipped else 0.5 * number, wait=0.0, skipped=skipped)
+        history.stepped(stats)
+        speed.stepped(stats)
+        if not skipped:
+            without.stepped(stats)
+    assert history.steps_done == len(skips)
+    assert history.samples + history.skipped_samples == sum(range(1, len(skips) + 1))
+    assert history.skipped_samples == sum(number for number, skipped in enumerate(skips, start=1) if skipped)
+    assert speed.images_per_second == without.images_per_second
+
+
+def test_a_saved_history_holds_the_losses_that_arrived_after_its_step() -> None:
+    guard = Guard(spike_factor=0.0, batch_size=1, samples_of=lambda step: 1)
+    history = History()
+    history.stepped(step(2, losses=((0, 3.0),)))
+    guard.check(0, 3.0)
+    saved, proof = history.copy(), guard.proof((Arriving(1, torch.tensor(0.1)),))
+    history.stepped(step(3, losses=((1, 0.1), (2, 9.0))))
+    history.evaluations.append({"step": 3})
+    again = History.from_json(saved.settled(proof()))
+    assert again.steps_done == 2
+    assert again.train_loss == torch.tensor(0.1).item()
+    assert again.evaluations == []
+    assert again.guard == {"last_step": 1, "losses": [3.0, torch.tensor(0.1).item()]}
+
+
+def test_a_checkpoint_of_before_there_were_guards_is_still_read() -> None:
+    old = json.loads(History(steps_done=5, samples=50).to_json())
+    del old["guard"], old["skipped_samples"]
+    history = History.from_json(json.dumps(old).encode())
+    guard = Guard(spike_factor=8.0, batch_size=1, samples_of=lambda step: 1)
+    guard.load(history.guard)
+    guard.check(5, 1.0)
+    assert (history.steps_done, history.skipped_samples, guard.newest_loss) == (5, 0, 1.0)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from cluster.interval import AUTO
 from dataio.manifest import Manifest, ShardInfo, SplitInfo
 from dataio.order import Order
 from trainer.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -69,6 +70,12 @@ def test_planned_steps_are_those_of_the_run(
     assert plan.total_steps == total_steps_of(config, order.steps_per_epoch)
     assert plan.checkpoint_every == checkpoint_interval(config, order.steps_per_epoch)
     assert plan.batch_per_virtual_rank == batch_per_virtual_rank
+
+
+def test_an_interval_that_measurements_will_say_is_not_made_up() -> None:
+    plan = describe(RunConfig(train=TrainConfig(checkpoint_every=AUTO)), manifest_of(), CPU, FACTS)
+    assert plan.checkpoint_every is None
+    assert "as often as measurements say" in shown(plan)
 
 
 @pytest.mark.parametrize(
