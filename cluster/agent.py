@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.rank import STACKS_SIGNAL, Place, RankError, Task, serve_calls
-from cluster.zygote import ZYGOTE_LOST, Forked, Zygote
+from cluster.zygote import Forked, Zygote
 
 POLL_SECONDS = 0.5  # how a rank ends, and what it says, does not wait for the next poll
 POLL_IDLE_SECONDS = 0.05
@@ -273,13 +273,3 @@ def agent_main(settings: Mapping[str, Any]) -> None:
         fetch=ray.get,
         notice=notice,
     ).run()
-
-
-def explain(status: int) -> str:
-    """An exit status in words."""
-    if status == ZYGOTE_LOST:
-        return "its zygote died"
-    if status >= 0:
-        return f"ended with status {status} without an exception"
-    name = signal.Signals(-status).name
-    return f"killed by {name}" + (", by hand or by the kernel for want of memory" if status == -signal.SIGKILL else "")

@@ -20,6 +20,7 @@ from cluster.journal import Journal, read_journal
 from cluster.metrics import Metrics
 from cluster.storage import RETRY_SECONDS, Storage, StorageOutage, open_storage
 from cluster.store import Commit, Fenced, Receipt, StorageFull, Store
+from cluster.straggler import StragglerWatch
 
 QUARANTINE = "quarantine.jsonl"
 FILE_SD = "prometheus-targets.json"
@@ -76,6 +77,8 @@ class Status:
     failed_checkpoints: int
     checkpoint_problem: str
     """Why the newest one of them failed; "" if none did."""
+    failed_steps: frozenset[int]
+    """Of the attempt: steps whose checkpoints will not be."""
     stop_reason: str | None
     stop_at: int | None
     stop_confirmed: bool
@@ -132,6 +135,7 @@ class _Attempt:
     world_size: int
     start_step: int
     vote: StopVote
+    stragglers: StragglerWatch
     infos: dict[int, RankInfo] = field(default_factory=dict)
     steps_done: dict[int, int] = field(default_factory=dict)
     stats: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -173,6 +177,7 @@ class Coordinator:
         discovery_port: int = 0,
         storage_retry_seconds: float = RETRY_SECONDS,
         *,
+        straggler: tuple[float, int] = (1.5, 20),
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -181,6 +186,7 @@ class Coordinator:
         self._store = Store.open(self._storage, run)
         self._journal = Journal.open(self._storage, run, f"coordinator-g{generation:04d}", now)
         self._metrics = Metrics(run, "coordinator", 0, owner="coordinator")
+        self._straggler = straggler  # ratio, steps in a row: see StragglerWatch
         self._changed = threading.Condition()
         self._attempt: _Attempt | None = None
         self._reports: dict[tuple[int, int], tuple[Report, float]] = {}  # (fleet, rank) -> its agent's last report, and when
@@ -301,6 +307,7 @@ class Coordinator:
                 last_commit_time=self._last_commit[1] if self._last_commit else None,
                 failed_checkpoints=self._failed_checkpoints,
                 checkpoint_problem=self._checkpoint_problem,
+                failed_steps=frozenset(attempt.failed_steps),
                 stop_reason=self._stop_reason,
                 stop_at=attempt.vote.stop_at,
                 stop_confirmed=attempt.vote.confirmed,
@@ -465,7 +472,20 @@ class Coordinator:
                 current.stats[rank] = dict(stats)
             if pulse:
                 current.pulses[rank] = dict(pulse)
-            return current.vote.hear(rank, steps_done if steps_begun is None else steps_begun, seen_stop)
+            straggler = current.stragglers.hear(rank, steps_done, stats["own_seconds"]) if "own_seconds" in stats else None
+            skew = current.stragglers.skew
+            orders = current.vote.hear(rank, steps_done if steps_begun is None else steps_begun, seen_stop)
+        self._metrics.set("straggler_skew_ratio", skew)
+        if straggler is not None:
+            self._journal.write(
+                "straggler" if straggler.begins else "straggler_recovered",
+                attempt=attempt,
+                rank=rank,
+                step=straggler.steps_done,
+                own_seconds=straggler.own_seconds,
+                others_seconds=straggler.others_seconds,
+            )
+        return orders
 
     def ack(self, attempt: int, rank: int, step: int, receipts: Iterable[Receipt], meta: Mapping[str, Any] | None = None) -> None:
         """A rank has staged its files of the checkpoint after `step` steps. Committed in the background once all ranks of the attempt
@@ -549,7 +569,9 @@ class Coordinator:
     def _new_attempt(self, number: int, world_size: int, start_step: int) -> _Attempt:
         vote = StopVote(world_size)
         vote.requested = self._stop_reason is not None
-        return _Attempt(number=number, world_size=world_size, start_step=start_step, vote=vote)
+        ratio, steps = self._straggler
+        stragglers = StragglerWatch(world_size, ratio=ratio, steps=steps)
+        return _Attempt(number=number, world_size=world_size, start_step=start_step, vote=vote, stragglers=stragglers)
 
     def _is_current(self, attempt: int) -> bool:
         return self._attempt is not None and self._attempt.number == attempt

@@ -20,14 +20,15 @@ from typing import Any
 
 import ray
 import ray._private.worker as worker_module
-from ray._raylet import AuthenticationMode, get_authentication_mode
+from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 from ray.train.backend import Backend, BackendConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.agent import RankEnd, agent_main, explain
+from cluster.agent import RankEnd, agent_main
 from cluster.config import ClusterConfig
 from cluster.coordinator import Coordinator
-from cluster.failures import Failure, classify, root_cause
+from cluster.failures import Failure, classify, exit_failure, root_cause
+from cluster.zygote import ZYGOTE_LOST
 
 # Ray polls its workers every 2 s and waits 30 s for a broken process group; both are time in which nothing is trained.
 _RAY_TRAIN_ENVIRONMENT = {
@@ -365,8 +366,10 @@ def failure_of_ranks(ends: Mapping[int, RankEnd]) -> Failure | None:
         if end.error is not None:
             error = end.error
             failures.append(classify(error.name, error.message, rank=rank, traceback=error.traceback, bases=error.bases))
+        elif end.status == ZYGOTE_LOST:
+            failures.append(Failure(kind="infrastructure", rank=rank, message="the process that it was forked from died"))
         elif end.status != 0 and not end.killed_by_order:
-            failures.append(classify("WorkerCrashedError", f"the rank's process was {explain(end.status)}", rank=rank))
+            failures.append(exit_failure(rank, end.status))
     return root_cause(failures) if failures else None
 
 

@@ -46,7 +46,13 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="step_seconds", kind="histogram", help="Wall time of a step.", buckets=STEP_BUCKETS),
     Metric(name="data_wait_seconds_total", kind="counter", help="Time steps waited for a batch."),
     Metric(name="compute_seconds_total", kind="counter", help="Time spent in forward, backward and the optimiser."),
-    Metric(name="reduce_seconds_total", kind="counter", help="Time spent in sums over ranks, waiting for slower ranks included."),
+    Metric(name="reduce_seconds_total", kind="counter", help="Time steps waited for other ranks' gradients."),
+    Metric(
+        name="straggler_skew_ratio",
+        kind="gauge",
+        help="The slowest rank's own work on a step over the ranks' median; 1 where all are equally fast.",
+        owner="coordinator",
+    ),
     Metric(name="evaluation_seconds_total", kind="counter", help="Time spent in evaluation."),
     Metric(name="checkpoint_stall_seconds_total", kind="counter", help="Time steps waited for a checkpoint."),
     Metric(

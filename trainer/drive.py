@@ -21,8 +21,9 @@ from rich.console import Console
 from cluster.agent import Payload
 from cluster.controller import RunFailed, run_attempts
 from cluster.coordinator import FILE_SD, Status
-from cluster.failures import Failure, History
+from cluster.failures import Failure, History, history_of
 from cluster.hang import Hang, HangWatch, Sign
+from cluster.interval import observed_failures
 from cluster.journal import Journal, last_attempt, read_journal
 from cluster.launch import (
     Fleet,
@@ -95,6 +96,7 @@ class Drive:
         self.result: dict[str, Any] | None = None
         self.restarts = 0
         self.start: Commit | None = None
+        self.skip: frozenset[int] = frozenset()  # steps whose batches are left out
         self.number = 0  # of the newest attempt
         self.fleet: Fleet | None = None
         self.fleets = 0
@@ -111,13 +113,17 @@ class Drive:
             keep=config.cluster.keep_checkpoints,
             metrics_host=config.cluster.metrics_host,
             discovery_port=config.cluster.discovery_port,
+            storage_retry_seconds=config.cluster.storage_retry_seconds,
+            straggler=(config.cluster.faults.straggler_ratio, config.cluster.faults.straggler_steps),
         )
 
     def go(self, start: Commit | None) -> int:
         """The whole run; the exit status. `start` is the commit to go on from."""
         if self.committed_step() > (start.step if start else 0):  # by a driver that was still at work when this one took over
             start = self.find_start()
-        self.number = last_attempt(read_journal(self.storage, self.config.run))
+        events = read_journal(self.storage, self.config.run)
+        self.number, history = last_attempt(events), history_of(events)
+        self.skip = history.skipped
         discovery = self.ask("discovery_address")
         file_sd = f", file_sd {self.storage.at(self.config.run)}/{FILE_SD}" if self.storage.is_local else ""
         self.console.print(f"Prometheus: http_sd http://{discovery}/sd{file_sd}", soft_wrap=True)
@@ -139,6 +145,8 @@ class Drive:
                     committed_step=self.committed_step,
                     policy=self.config.cluster.faults,
                     on_failure=self.on_failure,
+                    on_skip=self.on_skip,
+                    history=history,
                     stopping=lambda: self.signal != 0,
                 )
         except RunFailed as error:
@@ -173,6 +181,7 @@ class Drive:
                 return failure
         fleet, number = self.fleet, self.number
         start_step = self.start.step if self.start else 0
+        failures, observed_seconds = observed_failures(read_journal(self.storage, self.config.run))
         spec = WorkerSpec(
             config=self.config,
             dataset=self.location if isinstance(self.location, str) else None,
@@ -180,6 +189,9 @@ class Drive:
             attempt=number,
             resume=(self.start.step, self.start.generation) if self.start else None,
             threads=self.resources.threads_per_worker,
+            skip=self.skip,
+            failures=failures,
+            observed_seconds=observed_seconds,
         )
         files = {} if isinstance(self.location, str) else self.location
         payload = Payload(target=TARGET, spec=spec, files=files)
@@ -246,12 +258,17 @@ class Drive:
         )
         self.go_back()
         if failure.kind not in ("user", "data"):  # those end the run, with the whole message
-            where = f" on rank {failure.rank}" if failure.rank is not None else ""
+            where = f" on rank {failure.rank}" if failure.rank is not None and failure.kind != "numbers" else ""
             lost = reached - (self.start.step if self.start else 0)
             cost = f"{lost} step{'' if lost == 1 else 's'} to do again, " if lost > 0 else ""
             back = f"going on from step {self.start.step:,}" if self.start else "starting from the beginning"
             first_line = failure.message.splitlines()[0][:200]
             self.line.message(f"attempt {self.number} failed{where} at step {reached:,} ({failure.kind}: {first_line}); {cost}{back}")
+
+    def on_skip(self, step: int, failure: Failure) -> None:
+        self.skip |= {step}
+        self.tell("batch_skipped", attempt=self.number, step=step, reason=failure.message)
+        self.line.message(f"the batch of step {step:,} is left out from now on")
 
     def go_back(self) -> None:
         """To the newest commit; a checkpoint that all ranks had staged still counts."""

@@ -40,6 +40,7 @@ class History:
     skipped_samples: int = 0  # of batches left out for their bad numbers
     step_seconds: float = 0.0  # data wait included
     data_wait_seconds: float = 0.0
+    exchange_wait_seconds: float = 0.0  # of the steps: waiting for the other ranks' gradients
     evaluation_seconds: float = 0.0
     checkpoint_stall_seconds: float = 0.0
     train_loss: float = float("nan")  # of the newest step whose loss has arrived

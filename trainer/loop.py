@@ -151,6 +151,8 @@ class Stepper:
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=True)
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
         self._ddp = distributed and reducer is None
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        """Told "exchange" when the host begins to wait for the other ranks, and "step" when it goes on."""
         forward: nn.Module = model
         if self._ddp:
             forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -253,14 +255,16 @@ class Stepper:
             # Each virtual rank starts from the same statistics, and counters: BatchNorm may weigh by them.
             _copy(self._statistics_before, self._statistics)
             _copy(self._counters_before, self._counters)
+        self.on_phase("exchange")
         sums = reducer.finish()
+        self.on_phase("step")
         for parameter, gradient in zip(self._parameters, self._gradient_sums, strict=True):
             parameter.grad = gradient
         _copy(self._statistic_sums, self._statistics)
         if self._counters:
             torch._foreach_add_(self._counters, 1)  # steps, not forwards
         # NaN or infinite wherever a sum is: what that does to the weights would else be seen a step late, in a checkpoint perhaps.
-        return self._loss_sums + 0.0 * sums.sum()
+        return self._loss_sums + 0.0
 
 
 class _DdpWaits:

@@ -7,7 +7,7 @@ committed checkpoint is (cluster.store and the coordinator).
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,16 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster.checkpointer import Buffers, Checkpointer, Files
+from cluster.checkpointer import OUTAGE_PATIENCE_SECONDS, Buffers, Checkpointer, Files
 from cluster.coordinator import RankInfo
 from cluster.exporter import serve_metrics
 from cluster.heartbeat import Heartbeat
+from cluster.interval import AUTO, IntervalChooser, SharedInterval
 from cluster.ledger import LedgerWriter
 from cluster.metrics import Metrics
 from cluster.rank import RankContext
 from cluster.reduce import TreeReducer
-from cluster.storage import open_storage
+from cluster.spill import Spill
+from cluster.storage import StorageOutage, open_storage
 from cluster.store import Store
+from cluster.verify import WeightsCheck
 from cluster.versions import versions
 from dataio.loader import Batch, Loader, available_memory_bytes
 from dataio.order import Order, blocks_of_virtual_ranks
@@ -34,8 +37,9 @@ from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
 from trainer.config import RunConfig
 from trainer.export import export_model
+from trainer.guard import Guard
 from trainer.history import Curves, History, Speed
-from trainer.loop import Stepper, StepStats, evaluating, train_steps
+from trainer.loop import Arriving, Stepper, StepStats, evaluating, train_steps
 from trainer.metrics import EvalResult, Evaluation
 from trainer.model import Preprocess, build_model, head_of
 from trainer.optim import Ema, build_optimizer, clip_gradients, loss_sum, set_learning_rate, set_trainable
@@ -43,7 +47,6 @@ from trainer.state import TrainState, weights_sha256
 
 HISTORY_FILE = "history.json"
 CURVES_FILE = "curves.parquet"
-EPOCH_STEPS_BETWEEN_CHECKPOINTS = 500
 EVALUATION_BATCH = 256
 GROUP_TIMEOUT_SECONDS = 300.0
 TARGET = "trainer.worker:train_rank"
@@ -59,6 +62,9 @@ class WorkerSpec:
     attempt: int
     resume: tuple[int, int] | None  # (step, generation) of the commit to go on from, which the driver found valid; None starts at zero
     threads: int
+    skip: frozenset[int] = frozenset()  # steps whose batches are left out for their bad numbers
+    failures: int = 0  # of the run so far, and the seconds in which its attempts ran: how often to save with checkpoint_every auto
+    observed_seconds: float = 0.0
 
 
 def train_rank(spec: WorkerSpec, context: RankContext) -> None:
@@ -105,7 +111,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     optimizer = build_optimizer(model, config.optim, head_name)
     ema = Ema(model, config.train.ema) if config.train.ema else None
     state = TrainState(model, optimizer, ema)
-    storage = open_storage(config.storage)
+    storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     store = Store.open(storage, config.run)
     start_step, history, curves = 0, History(), Curves()
     if spec.resume is not None:
@@ -114,22 +120,70 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         start_step = commit.step
         history, curves = History.from_json(commit.read(HISTORY_FILE)), Curves.from_parquet(commit.read(CURVES_FILE))
 
+    thaws = (config.model.lp_epochs * order.steps_per_epoch,) if config.model.freeze == "lp-ft" else ()
+    guard = Guard(
+        spike_factor=config.train.spike_factor,
+        batch_size=config.data.batch_size,
+        samples_of=lambda step: order.batch_count(step % order.steps_per_epoch),
+        fresh_at=thaws,
+    )
+    guard.load(history.guard)
+    # In ddp mode the ranks' BatchNorm statistics differ by design.
+    same = [*model.parameters(), *(() if config.train.reduction == "ddp" and world_size > 1 else model.buffers())]
+    weights = WeightsCheck(same, world_size=world_size) if config.train.verify_every else None
+    chooser = None
+    if rank == 0 and config.train.checkpoint_every == AUTO:
+        chooser = IntervalChooser(
+            workers=world_size,
+            steps_per_epoch=order.steps_per_epoch,
+            mtbf_hours=config.cluster.mtbf_hours,
+            failures=spec.failures,
+            observed_seconds=spec.observed_seconds,
+        )
+    interval = SharedInterval(
+        config.train.checkpoint_every,
+        start_step=start_step,
+        steps_per_epoch=order.steps_per_epoch,
+        chooser=chooser,
+        world_size=world_size,
+        device=device,
+    )
+
+    def on_staged(step: int, seconds: float, size_bytes: int) -> None:
+        metrics.observe("checkpoint_stage_seconds", seconds)
+        if chooser is not None:
+            chooser.staged(seconds)
+
     checkpointer = Checkpointer(
-        stage=lambda step, name, buffers: store.stage(step, spec.generation, name, buffers),
+        stage=lambda step, name, buffers: store.stage(step, spec.generation, name, buffers, give_up=checkpointer.hurried),
         ack=lambda step, receipts, meta: call("ack", spec.attempt, rank, step, receipts, meta),
-        on_staged=lambda step, seconds, size_bytes: metrics.observe("checkpoint_stage_seconds", seconds),
+        on_staged=on_staged,
         on_failed=lambda step, error: call("fail_checkpoint", spec.attempt, rank, step, str(error)),
+        on_event=lambda event, fields: call("event", event, attempt=spec.attempt, rank=rank, **fields),
+        spill=None if storage.is_local else Spill(config.cluster.spill_dir, config.run, spec.generation, rank, storage),
     )
     stall_before = history.checkpoint_stall_seconds
 
-    def save(step: int) -> None:
+    def save(step: int, late: Sequence[Arriving]) -> None:
+        verdict = weights.start(step) if weights is not None else None
+
+        def proven() -> Guard:
+            """In the checkpoint's thread: none counts before every loss up to it and the weights themselves were found good."""
+            if verdict is not None:
+                verdict.wait()
+            return proof()
+
+        proof = guard.proof(late)
         stall = checkpointer.save(
             step,
-            lambda: snapshot_files(state, history, curves, rank=rank, step=step, virtual_ranks=virtual_ranks, threads=spec.threads),
+            lambda: snapshot_files(state, history, curves, proven, rank=rank, step=step, virtual_ranks=virtual_ranks, threads=spec.threads),
             commit_meta(spec, order, world_size) if rank == 0 else {},
         )
         history.checkpoint_stall_seconds = stall_before + checkpointer.stall_seconds
         metrics.add("checkpoint_stall_seconds_total", stall)
+        if chooser is not None:
+            chooser.saved(stall)
+        interval.saved(step)
 
     def evaluate_now(steps_done: int) -> None:
         begin = time.perf_counter()
@@ -158,12 +212,11 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
             call("event", "evaluation", attempt=spec.attempt, train_loss=history.train_loss, **brief)
 
     total_steps = total_steps_of(config, order.steps_per_epoch)
-    every = checkpoint_interval(config, order.steps_per_epoch)
     log_every = max(1, total_steps // 2000)
     ledger = None
     if config.train.ledger:  # run.py has checked that the storage is a local folder
         ledger = LedgerWriter(Path(storage.at(f"{config.run}/ledger")), spec.attempt, rank, start_step=start_step)
-    speed, stopped = Speed(), False
+    speed, stopped, own_seconds = Speed(), False, 0.0
     loader.load("train", "test")  # where images are cached this decodes them, so that no step does
     heartbeat.tick("step")
     if rank == 0:
@@ -173,10 +226,12 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
             epoch = first // order.steps_per_epoch
             set_trainable(model, config.model.freeze, epoch, lp_epochs=config.model.lp_epochs, head_name=head_name)
             stepper = make_stepper(config, model, preprocess, optimizer, ema, world_size=world_size, rank=rank, device=device)
+            stepper.on_phase = heartbeat.tick
+            waited = 0.0
             batches = loader.train(first, last)
             for stats in train_steps(
                 stepper,
-                recorded(batches, ledger) if ledger else batches,
+                recorded(batches, ledger, spec.skip) if ledger else batches,
                 start_step=first,
                 stop_step=last,
                 steps_per_epoch=order.steps_per_epoch,
@@ -184,38 +239,77 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
                 set_learning_rate=lambda step: set_learning_rate(optimizer, config.optim, step, total_steps),
                 device=device,
                 sum_over_ranks=config.train.reduction == "ddp" and world_size > 1,
+                skip=spec.skip,
             ):
                 done = stats.steps_done
+                for step, loss in stats.losses:
+                    guard.check(step, loss)
+                exchange_seconds, waited = stepper.wait_seconds - waited, stepper.wait_seconds
+                own_seconds += stats.step_seconds - exchange_seconds
                 history.stepped(stats)
+                history.exchange_wait_seconds += exchange_seconds
                 speed.stepped(stats)
-                measure(metrics, stats, speed, share=len(virtual_ranks) / order.virtual_ranks, steps_per_epoch=order.steps_per_epoch)
+                if chooser is not None:
+                    chooser.stepped(stats.step_seconds)
+                measure(
+                    metrics,
+                    stats,
+                    speed,
+                    exchange_seconds,
+                    share=len(virtual_ranks) / order.virtual_ranks,
+                    steps_per_epoch=order.steps_per_epoch,
+                )
                 for step, loss in stats.losses:
                     if step % log_every == 0:
                         curves.add(**curve_row(stats, step, loss, speed, attempt=spec.attempt, steps_per_epoch=order.steps_per_epoch))
-                heartbeat.progress(done, beat_stats(stats, history, speed))
+                heartbeat.progress(done, beat_stats(stats, history, speed, own_seconds))
+                if weights is not None:
+                    if done % config.train.verify_every == 0:
+                        weights.start(done)
+                    weights.poll()
                 ends_epoch = done % order.steps_per_epoch == 0
                 if done == total_steps or (ends_epoch and done // order.steps_per_epoch % config.train.eval_every_epochs == 0):
                     evaluate_now(done)
                 stopped = done < total_steps and heartbeat.should_stop(done)
-                if stopped or ends_epoch or done == total_steps or done % every == 0:
-                    save(done)
+                is_due = interval.due(done)  # on all ranks, whatever else has them save
+                if stopped or ends_epoch or done == total_steps or is_due:
+                    save(done, stats.late)
                 if stopped:
                     break
             batches.close()
             if stopped:
                 break
-        checkpointer.wait()
+        if weights is not None:
+            weights.poll(wait=True)
         steps_done = max(start_step, history.steps_done)
-        if not call("wait_committed", steps_done, timeout=50.0):
-            why = call("status").checkpoint_problem or "no answer in 50 s"
-            raise OSError(f"the last checkpoint, of step {steps_done}, could not be saved: {why}")
+        wait_until_saved(checkpointer, heartbeat, call, steps_done)
         if rank == 0:
             finish(spec, storage, model, ema, dataset, loader, history, curves, stopped=stopped, steps_done=steps_done, call=call)
     finally:
+        checkpointer.close()
         heartbeat.close()
         if ledger:
             ledger.close()
         server.close()
+
+
+def wait_until_saved(checkpointer: Checkpointer, heartbeat: Heartbeat, call: Callable[..., Any], steps_done: int) -> None:
+    """Until the last checkpoint is committed, through an outage of the storage too, whose end nobody knows; OSError where it cannot be."""
+    heartbeat.tick("checkpoint")
+    end = time.monotonic() + OUTAGE_PATIENCE_SECONDS
+    while True:
+        try:
+            checkpointer.wait(2.0)
+            break
+        except StorageOutage:
+            heartbeat.tick()
+            if time.monotonic() > end:
+                raise
+    while not call("wait_committed", steps_done, timeout=2.0):
+        heartbeat.tick()
+        status = call("status")
+        if steps_done in status.failed_steps or time.monotonic() > end:
+            raise OSError(f"the last checkpoint, of step {steps_done}, could not be saved: {status.checkpoint_problem or 'no answer'}")
 
 
 def make_repeatable(threads: int) -> None:
@@ -240,11 +334,6 @@ def make_order(config: RunConfig, dataset: Dataset) -> Order:
 def total_steps_of(config: RunConfig, steps_per_epoch: int) -> int:
     everything = config.train.epochs * steps_per_epoch
     return min(everything, config.train.max_steps) if config.train.max_steps else everything
-
-
-def checkpoint_interval(config: RunConfig, steps_per_epoch: int) -> int:
-    """Steps between checkpoints; each end of an epoch has one as well."""
-    return config.train.checkpoint_every or min(steps_per_epoch, EPOCH_STEPS_BETWEEN_CHECKPOINTS)
 
 
 def phases(config: RunConfig, start: int, total: int, steps_per_epoch: int) -> Iterator[tuple[int, int]]:
@@ -388,28 +477,43 @@ def quarantine(config: RunConfig, dataset: Dataset, metrics: Metrics, call: Call
     return on_bad
 
 
-def recorded(batches: Iterator[tuple[Batch, ...]], ledger: LedgerWriter) -> Iterator[tuple[Batch, ...]]:
+def recorded(batches: Iterator[tuple[Batch, ...]], ledger: LedgerWriter, skip: frozenset[int]) -> Iterator[tuple[Batch, ...]]:
     """`batches`, each written into the ledger when the step takes it."""
     for step in batches:
         for batch in step:
-            ledger.record(batch.epoch, batch.step, batch.virtual_rank, batch.ids)
+            ledger.record(batch.epoch, batch.step, batch.virtual_rank, batch.ids, skipped=batch.step in skip)
         yield step
 
 
 def snapshot_files(
-    state: TrainState, history: History, curves: Curves, *, rank: int, step: int, virtual_ranks: range, threads: int
+    state: TrainState,
+    history: History,
+    curves: Curves,
+    proven: Callable[[], Guard],
+    *,
+    rank: int,
+    step: int,
+    virtual_ranks: range,
+    threads: int,
 ) -> Files:
-    """Copy what this rank saves now; the returned function gives the files' contents later. Rank 0 holds the replicated state."""
+    """Copy what this rank saves now; the returned function gives the files' contents later, once `proven` says that they are good. Rank 0
+    holds the replicated state."""
     cursor = {"rank": rank, "step": step, "virtual_ranks": [virtual_ranks.start, virtual_ranks.stop], "threads": threads}
     own: dict[str, Buffers] = {f"rank-{rank:05d}.json": [json.dumps(cursor).encode()]}
     if rank != 0:
-        return lambda: own.items()
-    snapshot = state.snapshot()
-    own |= {HISTORY_FILE: [history.to_json()], CURVES_FILE: [curves.to_parquet()]}
+
+        def cursor_alone() -> Iterator[tuple[str, Buffers]]:
+            proven()
+            yield from own.items()
+
+        return cursor_alone
+    snapshot, past = state.snapshot(), history.copy()
+    own[CURVES_FILE] = [curves.to_parquet()]
 
     def files() -> Iterator[tuple[str, Buffers]]:
         try:
             snapshot.wait()
+            own[HISTORY_FILE] = [past.settled(proven())]
             yield from snapshot.files().items()
             yield from own.items()
         finally:
@@ -428,6 +532,7 @@ def commit_meta(spec: WorkerSpec, order: Order, world_size: int) -> dict[str, An
         "threads": spec.threads,
         "dataset_fingerprint": order.fingerprint,
         "steps_per_epoch": order.steps_per_epoch,
+        "skipped": sorted(spec.skip),
         "versions": versions(),
     }
 
@@ -446,12 +551,13 @@ def curve_row(stats: StepStats, step: int, loss: float, speed: Speed, *, attempt
     }
 
 
-def measure(metrics: Metrics, stats: StepStats, speed: Speed, *, share: float, steps_per_epoch: int) -> None:
+def measure(metrics: Metrics, stats: StepStats, speed: Speed, exchange_seconds: float, *, share: float, steps_per_epoch: int) -> None:
     """One step's metrics; `share` is the part of the batch that this rank carries."""
     metrics.add("steps_total")
     metrics.add("samples_total", stats.samples * share)
     metrics.add("data_wait_seconds_total", stats.data_wait_seconds)
-    metrics.add("compute_seconds_total", stats.step_seconds - stats.data_wait_seconds)
+    metrics.add("reduce_seconds_total", exchange_seconds)
+    metrics.add("compute_seconds_total", max(0.0, stats.step_seconds - stats.data_wait_seconds - exchange_seconds))
     metrics.observe("step_seconds", stats.step_seconds)
     metrics.set("step", stats.steps_done)
     metrics.set("epoch", stats.steps_done / steps_per_epoch)
@@ -461,7 +567,7 @@ def measure(metrics: Metrics, stats: StepStats, speed: Speed, *, share: float, s
         metrics.set("loss", stats.losses[-1][1])
 
 
-def beat_stats(stats: StepStats, history: History, speed: Speed) -> dict[str, float]:
+def beat_stats(stats: StepStats, history: History, speed: Speed, own_seconds: float) -> dict[str, float]:
     accuracy = history.evaluations[-1]["test_accuracy"] if history.evaluations else float("nan")
     return {
         "loss": history.train_loss,
@@ -469,6 +575,7 @@ def beat_stats(stats: StepStats, history: History, speed: Speed) -> dict[str, fl
         "images_per_second": speed.images_per_second,
         "data_wait_ratio": speed.data_wait_ratio,
         "test_accuracy": accuracy,
+        "own_seconds": own_seconds,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.agent import Agent, Order, Payload, RankEnd, Report, explain, process_state
+from cluster.agent import Agent, Order, Payload, RankEnd, Report, process_state
 from cluster.coordinator import Coordinator, RankInfo
 from cluster.journal import read_journal
 from cluster.launch import failure_of_ranks
@@ -226,13 +226,6 @@ def test_the_cause_is_the_rank_that_failed_by_itself():
         failure = failure_of_ranks(ends)
         assert failure is not None
         assert (failure.kind, failure.rank) == (kind, rank)
-
-
-def test_exit_statuses_in_words():
-    assert explain(-9) == "killed by SIGKILL, by hand or by the kernel for want of memory"
-    assert explain(-11) == "killed by SIGSEGV"
-    assert explain(3) == "ended with status 3 without an exception"
-    assert explain(ZYGOTE_LOST) == "its zygote died"
 
 
 def test_the_interface_of_an_address():
