@@ -1,15 +1,19 @@
 """The training state as files: model, optimiser and moving average, to the bit. Called by `trainer.worker`; the files' way is cluster's.
 
 A snapshot is taken on the step path (a copy into private buffers) and written out elsewhere, while steps go on. The buffers are laid out as
-safetensors files from the start, so that nothing is copied or serialised again, and nothing is ever pickled.
+safetensors files from the start, so that nothing is serialised again, and nothing is ever pickled. What the step path copies keeps the
+order in memory that the tensors have (channels_last); the order of the file is made elsewhere too.
 """
 
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -31,6 +35,10 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+_PIECE_BYTES = 1 << 20
+_COPY_THREADS = 4  # memory gives no more to further ones
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 # What each optimiser keeps for a parameter, from its first step on.
 _SLOTS: dict[type[torch.optim.Optimizer], Callable[[dict[str, Any]], tuple[str, ...]]] = {
@@ -208,9 +216,17 @@ class _FileImage:
         self._file = torch.empty(8 + self._header_room + size, dtype=torch.uint8, pin_memory=cuda is not None)
         body = self._file[8 + self._header_room :]
         self._host = {name: _view(body, self._spans[name], tensors[name]) for name in order}
+        # name -> (its span as bytes, the same in the tensor's own order or None if that is the file's): copied as they lie.
+        self._as_they_lie: dict[str, tuple[np.ndarray[Any, Any], Tensor | None]] = {}
+        self._is_in_file_order = True
         self._device: _DeviceCopy | None = None
         if cuda is not None:
             self._device = _DeviceCopy(body, {name: (self._spans[name], tensors[name]) for name in order}, cuda)
+        else:
+            for name in filter(lambda name: _is_dense(tensors[name]), order):
+                begin, end = self._spans[name]
+                own = None if tensors[name].is_contiguous() else self._host[name].as_strided(tensors[name].shape, tensors[name].stride())
+                self._as_they_lie[name] = body[begin:end].numpy(), own
 
     def fits(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
         return self._layout == _layout(tensors) and len(self._header(metadata)) <= self._header_room
@@ -222,14 +238,22 @@ class _FileImage:
         if self._device is not None:
             self._device.start(tensors, self._host)
             return
-        for name, view in self._host.items():
-            view.copy_(tensors[name])
+        for name in self._host.keys() - self._as_they_lie.keys():
+            self._host[name].copy_(tensors[name])
+        _copy_bytes([(into, _bytes_as_they_lie(tensors[name])) for name, (into, _) in self._as_they_lie.items()], torch.get_num_threads())
+        self._is_in_file_order = False
 
     def wait(self) -> None:
         if self._device is not None:
             self._device.finish()
 
     def contents(self) -> memoryview:
+        if not self._is_in_file_order:
+            for name, (_, own) in self._as_they_lie.items():
+                if own is not None:
+                    integers = _INTEGERS[own.itemsize]  # numpy knows no bfloat16
+                    self._host[name].view(integers).numpy()[...] = np.ascontiguousarray(own.view(integers).numpy())
+            self._is_in_file_order = True
         return self._file.numpy().data
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
@@ -269,8 +293,52 @@ class _DeviceCopy:
         self._late = []
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, bool]]:
-    return {name: (tensor.dtype, tensor.shape, tensor.is_cuda) for name, tensor in tensors.items()}
+def _copy_bytes(pairs: Sequence[tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]], threads: int) -> None:
+    """Each second array into the first, both (n,) uint8, by up to `threads` threads.
+
+    Piece by piece for whoever is free, so that a thread that gets no core holds up nobody. torch cuts each tensor evenly instead and waits
+    for all; on two cores with other work, 89.5 MB took 90 ms by it, 158 ms where it turned channels_last around, and 20 ms by this."""
+    pieces = deque(
+        (into[start : start + _PIECE_BYTES], source[start : start + _PIECE_BYTES])
+        for into, source in pairs
+        for start in range(0, into.size, _PIECE_BYTES)
+    )
+    if not pieces:
+        return
+    left, lock, done = len(pieces), threading.Lock(), threading.Event()
+
+    def work() -> None:
+        nonlocal left
+        while True:
+            try:
+                into, source = pieces.popleft()
+            except IndexError:
+                return
+            np.copyto(into, source)
+            with lock:
+                left -= 1
+                if left == 0:
+                    done.set()
+
+    for number in range(min(threads, _COPY_THREADS) - 1):
+        threading.Thread(target=work, name=f"snapshot-{number}", daemon=True).start()
+    work()
+    done.wait()
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, tuple[int, ...] | None]]:
+    """Type, shape and, on the host, strides."""
+    return {name: (tensor.dtype, tensor.shape, None if tensor.is_cuda else tensor.stride()) for name, tensor in tensors.items()}
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Its elements lie side by side, in whatever order."""
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride() == tensor.stride()
+
+
+def _bytes_as_they_lie(tensor: Tensor) -> "np.ndarray[Any, Any]":
+    flat: np.ndarray[Any, Any] = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+    return flat
 
 
 def _view(body: Tensor, span: tuple[int, int], like: Tensor) -> Tensor:
