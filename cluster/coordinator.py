@@ -83,6 +83,8 @@ class Status:
     stop_at: int | None
     stop_confirmed: bool
     quarantined: int
+    is_orphan: bool
+    """The coordinator took up from the journal, and waits for adopt()."""
     reports: dict[int, Report]
     """What the agents of the current fleet last said, by rank."""
     agent_ages: dict[int, float]
@@ -230,6 +232,13 @@ class Coordinator:
         self._metrics.set("workers", world_size)
         self._journal.write("attempt_started", attempt=attempt, workers=world_size, start_step=start_step, generation=self._generation)
 
+    def adopt(self, attempt: int, fleet: int, payload: Payload) -> None:
+        """Tell a coordinator that took up from the journal what it cannot read there: whom the attempt's agents belong to, and its task."""
+        with self._changed:
+            if self._is_current(attempt):
+                assert self._attempt is not None
+                self._attempt.fleet, self._attempt.payload = fleet, payload
+
     def request_stop(self, reason: str) -> None:
         """Have all ranks stop after the same number of steps, as soon as they can agree on one, and start no more. The first reason
         counts."""
@@ -312,6 +321,7 @@ class Coordinator:
                 stop_at=attempt.vote.stop_at,
                 stop_confirmed=attempt.vote.confirmed,
                 quarantined=len(self._bad),
+                is_orphan=attempt.number > 0 and attempt.payload is None,
                 reports={rank: report for rank, (report, _) in reports.items()},
                 agent_ages={rank: now - heard for rank, (_, heard) in reports.items()},
                 notices=tuple(sorted({report.notice for report, _ in reports.values() if report.notice})),

@@ -45,6 +45,7 @@ _RAY_LOST = frozenset(
         "WorkerGroupStartupTimeoutError",
         "RaytrainWorkerDied",
         "CoordinatorLost",
+        "CallFailed",
     }
 )
 

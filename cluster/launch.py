@@ -283,7 +283,8 @@ class _CoordinatorActor(Coordinator):
 def start_coordinator(**kwargs: Any) -> Any:
     """The coordinator as an actor on this node; `kwargs` are Coordinator's. Returns its handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_concurrency=64, scheduling_strategy=here)(_CoordinatorActor)
+    # Started again where it dies, it takes up from the journal; calls that came meanwhile are made again: each may be made twice.
+    actor = ray.remote(num_cpus=0, max_concurrency=64, max_restarts=5, max_task_retries=-1, scheduling_strategy=here)(_CoordinatorActor)
     return actor.remote(**kwargs)
 
 

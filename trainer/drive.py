@@ -4,12 +4,14 @@ A fleet is a set of agents that Ray Train placed; an attempt is one life of the 
 next begins on the same fleet, in seconds. A dead agent or node costs the fleet, and so does a change of the number of workers.
 """
 
+import contextlib
 import json
 import math
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -151,6 +153,11 @@ class Drive:
                 )
         except RunFailed as error:
             return self.end_taken_over() if self.is_taken_over() else self.end_failed(error)
+        except (OSError, ValueError):
+            raise
+        except Exception:
+            traceback.print_exc()  # now: Ray, whose calls in other threads fail from here on, ends the process without it
+            raise
         finally:
             self.end_fleet(wait_seconds=0.0 if self.signal else 2.0)
         if (self.result is None or self.result["stopped"]) and self.is_taken_over():
@@ -208,6 +215,11 @@ class Drive:
             self.placement_group = next((r.placement_group for r in status.reports.values()), "") or self.placement_group
             if len(status.ended_ranks) == fleet.workers:
                 break
+            if status.is_orphan:
+                self.ask("adopt", number, fleet.number, payload)
+                self.tell("coordinator_restarted", attempt=number)
+                self.line.message("the coordinator died and was started again; the ranks trained on")
+                continue
             if silent := self.silent_agents(status):
                 return self.agents_lost(silent, status)
             if hang := watch.look(time.monotonic(), signs(status)):
@@ -327,7 +339,8 @@ class Drive:
         fleet, self.fleet = self.fleet, None
         if fleet is None:
             return
-        self.ask("end_fleet", fleet.number)
+        with contextlib.suppress(ray.exceptions.RayError):  # without a coordinator the agents end by themselves
+            self.ask("end_fleet", fleet.number)
         if not fleet.wait(wait_seconds / 2) and wait_seconds and self.placement_group:
             remove_placement_group(self.placement_group)
             fleet.wait(wait_seconds / 2)
