@@ -388,7 +388,7 @@ def outage(*, seconds: float = 600.0, speed: float = 200.0, ranks: int = 2, stor
         f"{seconds:.0f} s away, {during} of {last} checkpoints saved meanwhile, {len(failed)} given way to newer ones, "
         f"{gap:.0f} s without a commit, longest stall {max(stalls):.1f} s"
     )
-    return _row("outage of the storage", ranks, problems, detail, began)
+    return _row("outage of the storage, 10 minutes" if seconds == 600 else "outage of the storage", ranks, problems, detail, began)
 
 
 class FastClock:

@@ -19,7 +19,7 @@ from cluster import coordinator as module
 from cluster.coordinator import Coordinator, RankInfo, StopVote
 from cluster.heartbeat import CoordinatorLost, Gate, Heartbeat, Orders
 from cluster.journal import read_journal
-from cluster.storage import Storage, open_storage
+from cluster.storage import Storage, StorageOutage, open_storage
 from cluster.store import Receipt, StorageFull, Store
 
 
@@ -178,6 +178,65 @@ def test_commits_work_on_object_stores(tmp_path: Path) -> None:
     assert newest(store) == 3
     assert len(events(store, "checkpoint_committed")) == 1
     assert json.loads(storage.read("run/quarantine.jsonl"))["key"] == "k"
+
+
+class Away:
+    """A store's commit that finds nobody for so many calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+        self.left, self.real, self.tried = calls, Store.commit, []
+        monkeypatch.setattr(module, "COMMIT_PAUSE_SECONDS", 0.005)
+        monkeypatch.setattr(Store, "commit", self.bound())
+
+    def bound(self) -> Any:
+        def commit(store: Store, step: int, *rest: Any) -> Any:
+            self.tried.append(step)
+            self.left -= 1
+            if self.left >= 0:
+                raise StorageOutage("nobody answers")
+            return self.real(store, step, *rest)
+
+        return commit
+
+
+def test_a_commit_waits_for_a_storage_that_is_away_and_the_next_ones_with_it(
+    coordinator: Coordinator, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    away = Away(monkeypatch, 10)
+    for step in (4, 8, 12):
+        save(coordinator, store, step)
+    assert coordinator.wait_committed(12, 20)
+    assert away.tried == [4] * 11 + [8, 12]
+    assert [event["step"] for event in events(store, "checkpoint_committed")] == [4, 8, 12]
+    assert [event["step"] for event in events(store, "storage_outage")] == [4]
+    assert [event["step"] for event in events(store, "storage_recovered")] == [4]
+    assert coordinator.status().failed_checkpoints == 0
+
+
+def test_commits_do_not_pile_up_without_end_where_ranks_reach_the_storage_and_the_coordinator_does_not(
+    coordinator: Coordinator, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    away = Away(monkeypatch, 10**9)
+    for step in range(1, 11):
+        save(coordinator, store, step)
+    assert not coordinator.wait_committed(7, 20)  # given up
+    assert sorted({event["step"] for event in events(store, "checkpoint_failed")}) == list(range(1, 8))
+    away.left = 0
+    assert coordinator.wait_committed(10, 20)
+    assert [event["step"] for event in events(store, "checkpoint_committed")] == [8, 9, 10]
+
+
+def test_an_outage_that_outlasts_the_run_does_not_hold_up_its_end(
+    coordinator: Coordinator, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator.start_attempt(1, 2, 0)
+    Away(monkeypatch, 10**9)
+    save(coordinator, store, 4)
+    assert not coordinator.finish(0.05)
+    assert coordinator.drain(20)
+    assert [event["kind"] for event in events(store, "checkpoint_failed")] == ["StorageOutage"]
 
 
 # Stopping

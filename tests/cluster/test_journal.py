@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
+from benchmarks.faults.storage import Weather
 from cluster import journal as journal_module
 from cluster.journal import Journal, last_attempt, read_journal
-from cluster.storage import Storage, open_storage
+from cluster.storage import Retry, Storage, open_storage
 
 
 @pytest.fixture(params=["local", "objects"])
@@ -111,6 +112,27 @@ def test_events_of_an_outage_are_written_after_it(storage: Storage, monkeypatch:
     journal.write("after")
     assert journal.flush(10)
     assert names(storage) == ["before", "during", "after"]
+
+
+def test_a_remote_journal_holds_up_nobody_in_an_outage_and_keeps_the_newest_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    weather = Weather(pafs.SubTreeFileSystem("bucket", pafs._MockFileSystem()))
+    storage = Storage(fs=weather, root="runs", is_local=False, uri="mock://bucket/runs", retry=Retry(seconds=3600.0))
+    monkeypatch.setattr(journal_module, "BACKLOG_EVENTS", 10)
+    monkeypatch.setattr(journal_module, "FIRST_PAUSE_SECONDS", 0.01)
+    journal = Journal.open(storage, "run", "driver")
+    journal.write("before")
+    weather.is_down = True
+    for number in range(25):
+        journal.write("during", number=number)  # would take hours if it retried
+    assert not journal.flush(0.05)
+    weather.is_down = False
+    assert journal.flush(20)
+    journal.write("after")
+    events = sorted(read_journal(storage, "run"), key=lambda event: event.get("number", -1))
+    assert [event["number"] for event in events if event["event"] == "during"] == list(range(15, 25))
+    assert [event["count"] for event in events if event["event"] == "events_lost"] == [15]
+    assert names(storage)[0] == "before"
+    assert names(storage)[-1] == "after"
 
 
 json_values = st.recursive(

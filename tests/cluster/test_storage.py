@@ -1,12 +1,19 @@
 """Storage: the same few operations on local files and on pyarrow file systems."""
 
+import errno
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
-from cluster.storage import Storage, open_storage
+from benchmarks.faults.storage import Weather
+from cluster.storage import Retry, Storage, StorageOutage, StorageRefused, is_transient, open_storage
 
 
 @pytest.fixture(params=["local", "objects"])
@@ -84,3 +91,147 @@ def test_object_stores_open_without_a_request() -> None:
 def test_an_unknown_scheme_is_refused_with_the_known_ones(uri: str) -> None:
     with pytest.raises(ValueError, match="s3://"):
         open_storage(uri)
+
+
+def test_credentials_are_not_shown() -> None:
+    storage = open_storage("s3://user:pa%2Fss@bucket/runs?endpoint_override=localhost%3A1&scheme=http&region=x")
+    assert storage.address == "s3://bucket/runs"
+    assert open_storage("/tmp/x").address == "/tmp/x"
+    with pytest.raises(ValueError, match="s4://bucket/x") as failure:
+        open_storage("s4://user:pass@bucket/x?secret_key=1")
+    assert "pass" not in str(failure.value)
+    assert "secret_key" not in str(failure.value)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_time_to_retry_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"cluster.storage_retry_seconds=.*from 0 up"):
+        open_storage("runs", seconds)
+
+
+# Retries
+
+
+class Clock:
+    """Stands still but for those who sleep."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.sleeps: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.now += seconds
+
+    def retry(self, seconds: float, draw: Callable[[], float] = lambda: 0.5) -> Retry:
+        return Retry(seconds=seconds, clock=self, sleep=self.sleep, draw=draw)
+
+
+class Failing:
+    """Raises `error` so many times, then answers."""
+
+    def __init__(self, times: int, error: OSError) -> None:
+        self.times, self.error, self.calls = times, error, 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise self.error
+        return "done"
+
+
+@given(seconds=st.floats(0, 1000), draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=20), times=st.integers(0, 60))
+def test_tries_end_within_the_time_and_come_ever_later(seconds: float, draws: list[float], times: int) -> None:
+    clock, drawn = Clock(), iter(draws * 1000)
+    operation = Failing(times, OSError("gone"))
+    try:
+        assert clock.retry(seconds, lambda: next(drawn)).call(operation, "there") == "done"
+        assert operation.calls == times + 1
+    except StorageOutage:
+        assert operation.calls <= times
+        assert clock.now - 100 + 5 > seconds - 1e-6  # it was not given up with time left for one more
+    assert clock.now - 100 <= seconds + 1e-6
+    for number, slept in enumerate(clock.sleeps):
+        full = min(0.1 * 2**number, 5.0)
+        assert full / 2 <= slept <= full
+
+
+def test_who_has_no_time_gives_up_after_a_failure_and_not_before() -> None:
+    clock = Clock()
+    assert clock.retry(60).call(Failing(0, OSError("gone")), "there", lambda: True) == "done"
+    operation = Failing(1, OSError("gone"))
+    with pytest.raises(StorageOutage):
+        clock.retry(60).call(operation, "there", lambda: True)
+    assert operation.calls == 1
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "no"), FileExistsError(17, "yes"), StorageRefused("no")])
+def test_answers_are_not_failures(error: OSError) -> None:
+    operation = Failing(1, error)
+    with pytest.raises(type(error)) as failure:
+        Clock().retry(60).call(operation, "there")
+    assert failure.value is error
+    assert operation.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7, Could not connect to server"), True),
+        (OSError("AWS Error SLOW_DOWN during CreateMultipartUpload operation: slow"), True),
+        (OSError("AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response body."), True),
+        (OSError("AWS Error UNKNOWN (HTTP status 429) during HeadObject operation: No response body."), True),
+        (OSError("AWS Error NO_SUCH_UPLOAD during UploadPart operation: gone"), True),
+        (OSError("google::cloud::Status(UNAVAILABLE: try again)"), True),
+        (OSError("Azure Error: [ServerBusy] 503 The server is busy."), True),
+        (OSError(errno.ETIMEDOUT, "Connection timed out"), True),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), True),
+        (OSError("something new"), True),
+        (StorageOutage("gone"), True),
+        (OSError("AWS Error ACCESS_DENIED during HeadObject operation: No response body."), False),
+        (OSError("AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation: x"), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation: No response body."), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 301) during HeadObject operation: No response body."), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 507) during HeadObject operation: No response body."), False),
+        (OSError("google::cloud::Status(PERMISSION_DENIED: no)"), False),
+        (OSError("Azure Error: [AuthorizationFailure] 403 This request is not authorized."), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (FileNotFoundError(errno.ENOENT, "no"), False),
+        (StorageRefused("no"), False),
+    ],
+)
+def test_what_may_pass_is_told_from_what_will_not(error: OSError, transient: bool) -> None:
+    assert is_transient(error) == transient
+
+
+class Flaky(Weather):
+    """Fails at two calls of five."""
+
+    def __init__(self, fs: Any) -> None:
+        super().__init__(fs)
+        self._draw = random.Random(0)
+
+    def check(self) -> None:
+        self.is_down = self._draw.random() < 0.4
+        super().check()
+
+
+def test_every_operation_is_done_once_in_effect_where_many_calls_fail() -> None:
+    flaky = Flaky(pafs.SubTreeFileSystem("bucket", pafs._MockFileSystem()))
+    storage = Storage(fs=flaky, root="runs", is_local=False, uri="mock://bucket/runs", retry=Clock().retry(1e9))
+    data = os.urandom(1000)
+    storage.make_dir("a")
+    storage.write_atomic("a/file", data)
+    assert storage.read("a/file") == data
+    assert b"".join(storage.read_chunks("a/file", 10)) == data
+    assert [entry.name for entry in storage.list("a")] == ["file"]
+    assert storage.exists("a/file")
+    storage.delete_file("a/file")
+    assert not storage.exists("a/file")
+    storage.delete_dir("a")
+    assert storage.list("") == []
+    assert flaky.refused > 50
