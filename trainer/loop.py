@@ -264,7 +264,7 @@ class Stepper:
         if self._counters:
             torch._foreach_add_(self._counters, 1)  # steps, not forwards
         # NaN or infinite wherever a sum is: what that does to the weights would else be seen a step late, in a checkpoint perhaps.
-        return self._loss_sums + 0.0
+        return self._loss_sums + 0.0 * sums.sum()
 
 
 class _DdpWaits:
