@@ -22,6 +22,8 @@ DEFAULT_STEPS = 500
 MAX_STALL = 0.01
 """Largest part of the time that checkpoints may take."""
 _WINDOW = 20
+_MAY_BE_FAILURES = ("attempt_failed", "attempt_paused")
+_ENDS = (*_MAY_BE_FAILURES, "run_finished", "run_stopped", "run_failed", "run_taken_over")
 
 
 def steps_between(every: int, steps_per_epoch: int) -> int | None:
@@ -96,8 +98,9 @@ class IntervalChooser:
 
 
 def observed_failures(events: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
-    """(failures, seconds in which attempts ran) by a run's journal: what an IntervalChooser starts from. A user's or data error is no
-    failure of this kind; an attempt whose end is not in the journal lasts until the last event before the next driver."""
+    """(failures, seconds in which attempts ran) by a run's journal: what an IntervalChooser starts from. What checkpoints help against are
+    failures here: lost processes, preemptions (announced or not), hangs, a driver that died. An attempt whose end is not in the journal
+    lasts until the last event before the next."""
     failures, seconds = 0, 0.0
     began: float | None = None
     newest = 0.0
@@ -112,10 +115,10 @@ def observed_failures(events: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
             if began is not None:
                 seconds += newest - began
             began = now
-        elif began is not None and name in ("attempt_failed", "run_finished", "run_stopped", "run_failed", "run_taken_over"):
+        elif began is not None and name in _ENDS:
             seconds += now - began
             began = None
-            failures += name == "attempt_failed" and event.get("kind") in ("infrastructure", "preempted", "hang")
+            failures += name in _MAY_BE_FAILURES and event.get("kind") in ("infrastructure", "preempted", "hang")
         newest = now
     return failures, seconds + (newest - began if began is not None else 0.0)
 

@@ -130,15 +130,16 @@ class WeightsCheck:
         self._world_size, self._group = world_size, group
         device = tensors[0].device
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._newest: Verdict | None = None
         self._pending: deque[Verdict] = deque()
         self.verified_steps = -1
         """Steps after which the newest check passed; -1 before the first one."""
 
     def start(self, steps_done: int) -> Verdict:
         """Hash the weights as they are now and ask the other ranks for theirs; nothing waits. A second call after the same step is the same
-        check."""
-        if self._pending and self._pending[-1].steps_done == steps_done:
-            return self._pending[-1]
+        check, whether its verdict is here or not: ranks must agree about how many there are."""
+        if self._newest is not None and self._newest.steps_done == steps_done:
+            return self._newest
         finite = self._fingerprint.is_finite().to(torch.int64)
         if self._world_size == 1:  # nobody to compare with
             verdict = Verdict(steps_done, torch.stack([torch.zeros_like(finite), finite]).view(1, 2), None, self._aside)
@@ -148,6 +149,7 @@ class WeightsCheck:
             work = dist.all_gather_into_tensor(gathered.view(-1), mine, self._group, async_op=True)
             verdict = Verdict(steps_done, gathered, work, self._aside)
         self._pending.append(verdict)
+        self._newest = verdict
         return verdict
 
     def poll(self, *, wait: bool = False) -> None:

@@ -110,14 +110,19 @@ def test_a_journal_says_how_often_a_run_failed_and_how_long_it_ran() -> None:
         (135.0, "attempt_started", {}),
         (145.0, "attempt_failed", {"kind": "numbers"}),
         (150.0, "attempt_started", {}),
-        (155.0, "run_stopped", {}),
+        (155.0, "attempt_paused", {"kind": "preempted"}),
+        (200.0, "attempt_started", {}),
+        (203.0, "attempt_paused", {"kind": "grow"}),
+        (210.0, "attempt_started", {}),
+        (211.0, "run_stopped", {}),
         (300.0, "run_started", {}),
         (310.0, "attempt_started", {}),
         (317.0, "evaluation", {}),
     ]
     assert observed_failures([]) == (0, 0.0)
     assert observed_failures(events(*killed_driver)) == (0, 30.0)
-    assert observed_failures(events(*killed_driver, *resumed)) == (2, 30.0 + 20.0 + 10.0 + 5.0 + 7.0)
+    # The driver, the worker, the preemption.
+    assert observed_failures(events(*killed_driver, *resumed)) == (3, 30.0 + 20.0 + 10.0 + 5.0 + 3.0 + 1.0 + 7.0)
 
 
 # --- when to save ---------------------------------------------------------------------------------------------------------------------
