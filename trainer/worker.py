@@ -242,6 +242,8 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
                 skip=spec.skip,
             ):
                 done = stats.steps_done
+                if rank == 0 and done == start_step + 1:
+                    call("event", "first_step", attempt=spec.attempt, step=done, workers=world_size)
                 for step, loss in stats.losses:
                     guard.check(step, loss)
                 exchange_seconds, waited = stepper.wait_seconds - waited, stepper.wait_seconds
