@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cluster.interval import AUTO
+from cluster.interval import AUTO, SharedInterval
 from dataio.manifest import Manifest, ShardInfo, SplitInfo
 from dataio.order import Order
 from trainer.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.model import build_model
 from trainer.plan import Hardware, ModelFacts, describe, model_facts, table
-from trainer.worker import checkpoint_interval, total_steps_of
+from trainer.worker import total_steps_of
 
 CPU = Hardware(workers=1, device="CPU")
 FACTS = ModelFacts(parameters=1000, trainable=1000, buffer_bytes=80, flops_per_image=1e6)
@@ -68,7 +68,7 @@ def test_planned_steps_are_those_of_the_run(
     order = Order(seed=0, fingerprint="0" * 64, count=train, batch_size=batch_size, virtual_ranks=virtual_ranks)
     assert plan.steps_per_epoch == order.steps_per_epoch
     assert plan.total_steps == total_steps_of(config, order.steps_per_epoch)
-    assert plan.checkpoint_every == checkpoint_interval(config, order.steps_per_epoch)
+    assert plan.checkpoint_every == SharedInterval(checkpoint_every, start_step=0, steps_per_epoch=order.steps_per_epoch).steps
     assert plan.batch_per_virtual_rank == batch_per_virtual_rank
 
 
