@@ -46,7 +46,9 @@ def main() -> None:
     if options.json == "-":
         print(text)
         return
-    print(f"{result['hardware']}; {result['state_bytes'] / 1e6:.1f} MB; {result['rounds']} rounds; median (quartiles)")
+    print(
+        f"{result['hardware']}; {result['state_bytes'] / 1e6:.1f} MB; {result['rounds']} rounds; median (quartiles); load {result['load_average']}"
+    )
     for name, row in result["seconds"].items():
         low, high = row["quartiles"]
         print(f"{name:22} {1e3 * row['median']:8.2f} ms  ({1e3 * low:.2f} to {1e3 * high:.2f})")
@@ -65,6 +67,7 @@ def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
     store = Store.open(open_storage(folder), "run")
     generation = store.claim_generation()
     staged: list[Receipt] = []
+    load_before = os.getloadavg()[0]
     seconds: dict[str, list[float]] = {
         name: [] for name in ("stall", "torch_save", "torch_save_fsync", "stage", "commit", "verify", "load")
     }
@@ -107,6 +110,7 @@ def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
         "hardware": f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": ["python", "-m", "benchmarks.checkpoint", *sys.argv[1:]],
+        "load_average": [round(load_before, 1), round(os.getloadavg()[0], 1)],  # other work makes every figure larger and wider
         "rounds": rounds,
         "state_bytes": sum(receipt.size_bytes for receipt in staged),
         "seconds": rows,
