@@ -98,7 +98,7 @@ class TreeReducer:
     ) -> None:
         self.wait_seconds = 0.0
         self._world_size, self._rank, self._group, self._clock = world_size, rank, group, clock
-        self._bucket_bytes, self._small_bucket_bytes = bucket_bytes, small_bucket_bytes
+        self.bucket_bytes, self.small_bucket_bytes = bucket_bytes, small_bucket_bytes
         self._carried = block(virtual_ranks, world_size, rank)
         self._leaves = _leaves(virtual_ranks, self._carried)
         self._counts = [len(subtrees(virtual_ranks, block(virtual_ranks, world_size, r))) for r in range(world_size)]
@@ -134,7 +134,7 @@ class TreeReducer:
         ]
         assert not strange, f"expected float32 on {like[0].device}, got {strange[0]}"
         offsets, high = [], 0
-        for parts in _cut([4 * tensor.numel() for tensor in like], self._bucket_bytes, self._small_bucket_bytes):
+        for parts in _cut([4 * tensor.numel() for tensor in like], self.bucket_bytes, self.small_bucket_bytes):
             low = high
             for part in parts:
                 offsets.append(high)

@@ -357,6 +357,27 @@ def test_a_stepper_that_is_gone_leaves_no_hook_and_no_buffers() -> None:
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("buckets", "pieces"), [((25 * 2**20, 2**20), 1), ((1500, 1000), 3)])
+def test_a_compiled_model_hands_over_its_gradients_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, buckets: tuple[int, int], pieces: int
+) -> None:
+    """The head, of 1,320 bytes; the second convolution and its norm, of 1,824; the first ones."""
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("trainer.loop.COMPILER", compiler)
+    model, eager = Net(dropout=0.0), Net(dropout=0.0)
+    (batches,) = batches_of((2, 40), 0, 1)
+    reducer = TreeReducer(2, 1, 0, bucket_bytes=buckets[0], small_bucket_bytes=buckets[1])
+    make(model, sgd(model), reducer=reducer, compile_model=True).step(batches, global_count=40, step=0)
+    make(eager, sgd(eager), virtual_ranks=2).step(batches, global_count=40, step=0)
+    assert len(graphs) == pieces
+    assert same_bits(model, eager)
+
+
 def test_someone_elses_backward_pass_keeps_its_gradients() -> None:
     model = Net()
     stepper = make(model, sgd(model), virtual_ranks=2)
@@ -697,9 +718,7 @@ def rank_main(rank: int, folder: str) -> None:
     groups = {world: dist.new_group(list(range(world))) for world in (1, 2, 3, 4)}
     results: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch, "compile", partial(torch.compile, backend="aot_eager")
-        )  # autograd as in a compiled model, without a C++ compiler
+        patch.setattr("trainer.loop.COMPILER", "aot_eager")  # autograd as in a compiled model, without a C++ compiler
         for name, case in TREE_CASES.items():
             for world in case.worlds:
                 if rank < world:
