@@ -37,7 +37,8 @@ class Payload:
     """What the ranks of an attempt do. `files`: name -> reference into Ray's object store, for what travels that way."""
 
     target: str
-    spec: Any
+    spec: bytes
+    """Pickled: only the rank knows its classes, whose modules take seconds to import."""
     files: Mapping[str, Any] = field(default_factory=dict)
 
 

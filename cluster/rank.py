@@ -49,7 +49,8 @@ class Task:
 
     target: str
     """"module:function", called with (spec, RankContext)."""
-    spec: Any
+    spec: bytes
+    """Pickled, by the driver."""
     rank: int
     world_size: int
     attempt: int
@@ -231,7 +232,7 @@ def run_rank(descriptors: list[int]) -> None:
     )
     try:
         module, _, function = task.target.partition(":")
-        getattr(importlib.import_module(module), function)(task.spec, context)
+        getattr(importlib.import_module(module), function)(pickle.loads(task.spec), context)
     except AgentLost:
         raise SystemExit(1) from None
     except BaseException as error:

@@ -8,12 +8,14 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -125,7 +127,9 @@ class Drive:
             start = self.find_start()
         events = read_journal(self.storage, self.config.run)
         self.number, history = last_attempt(events), history_of(events)
-        self.skip = history.skipped
+        # An outage may have cost the journal its last lines; the commit has what counts.
+        self.skip = history.skipped | frozenset(start.meta.get("skipped", ()) if start is not None else ())
+        history = replace(history, skipped=self.skip, rollbacks=max(history.rollbacks, len(self.skip)))
         discovery = self.ask("discovery_address")
         file_sd = f", file_sd {self.storage.at(self.config.run)}/{FILE_SD}" if self.storage.is_local else ""
         self.console.print(f"Prometheus: http_sd http://{discovery}/sd{file_sd}", soft_wrap=True)
@@ -201,7 +205,7 @@ class Drive:
             observed_seconds=observed_seconds,
         )
         files = {} if isinstance(self.location, str) else self.location
-        payload = Payload(target=TARGET, spec=spec, files=files)
+        payload = Payload(target=TARGET, spec=pickle.dumps(spec), files=files)
         self.ask("start_attempt", number, fleet.workers, start_step, fleet.number, payload)
         cluster = self.config.cluster
         watch = HangWatch(hang_seconds=cluster.hang_seconds, start_seconds=cluster.start_seconds, now=time.monotonic())
@@ -269,6 +273,7 @@ class Drive:
             lost_steps=max(0, reached - max(0, self.committed_step())),
         )
         self.go_back()
+        assert failure.step is None or self.start is None or self.start.step <= failure.step, "a commit was acknowledged after a bad step"
         if failure.kind not in ("user", "data"):  # those end the run, with the whole message
             where = f" on rank {failure.rank}" if failure.rank is not None and failure.kind != "numbers" else ""
             lost = reached - (self.start.step if self.start else 0)

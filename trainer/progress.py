@@ -23,10 +23,13 @@ from trainer.units import duration, number, percent, size
 CAUSES = {
     "steps": "computing the steps that count",
     "data wait": "steps that waited for images",
+    "exchange wait": "steps that waited for other ranks: slower ones, and the network",
     "checkpoint stall": "steps that waited for a checkpoint's copy",
     "evaluation": "testing",
     "start up": "everything before the first step: imports, Ray, workers, data, model",
     "recovery": "from a failure to the next step",
+    "resize": "from the end of some workers to the first step of others",
+    "hang": "ranks that lived and got nowhere",
     "lost work": "steps that a failure undid",
     "other": "the last checkpoint, the export, ending",
 }
@@ -208,6 +211,9 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("Restarts", "restarts", number)
     if summary.get("restarts"):
         add("Recovery", "recovery_seconds", duration)
+    for name, key in (("Resized", "resized"), ("Hangs", "hangs"), ("Batches left out", "batches_skipped")):
+        if summary.get(key):
+            add(name, key, number)
     add("Checkpoints", "checkpoints", number)
     add("Checkpoint size", "checkpoint_bytes", size)
     add("Checkpoint stall", "checkpoint_stall_seconds", duration)

@@ -410,6 +410,16 @@ def _sentence(event: Mapping[str, Any]) -> tuple[str, bool]:
             cost = f" It came{reached}; {'no step was' if lost == 0 else '1 step was' if lost == 1 else f'{number(lost)} steps were'} lost."
         dot = "" if first.endswith((".", "!")) else "."
         return f"Attempt {event.get('attempt', '?')}{where} ({event.get('kind', '?')}): {first}{dot}{cost}", is_all
+    if kind == "hang":
+        ranks = event.get("ranks") or []
+        who = f"Rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"
+        return f"{who}: {event.get('kind', '?')} for {duration(_number_or_none(event.get('seconds')) or 0.0)}.", True
+    if kind == "stacks":
+        return f"What rank {event.get('rank', '?')} was doing.", False
+    if kind == "attempt_paused":
+        return f"Attempt {event.get('attempt', '?')} ended at step {number(event.get('step'))}: {event.get('reason', '')}.", True
+    if kind == "batch_skipped":
+        return f"The batch of step {number(event.get('step'))} is left out: {_short(event.get('reason', ''), 300)}", True
     if kind == "resumed":
         return f"Went on from the checkpoint of step {number(_number_or_none(event.get('step')))}.", True
     if kind == "attempt_started":

@@ -33,14 +33,17 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
     """Where every second of the drivers' lives went; the values are not negative and add up to `wall_seconds`.
 
     `history` are rank 0's totals over the steps that survived. start_up runs to an attempt's first step, recovery from a failure to the
-    next attempt's first step, lost_work is training after the commit that a later attempt went back to; other is what remains: preparing
-    data, steps between a snapshot and its commit where a failure followed, the last checkpoint, the export, shutting down.
+    next attempt's first step, resize the same from a change of the number of workers, hang from the last sign of life to the failure,
+    lost_work is training after the commit that a later attempt went back to; exchange_wait is what steps waited for other ranks, for slower
+    ones (stragglers) and the network; other is what remains: preparing data, steps between a snapshot and its commit where a failure followed,
+    the last checkpoint, the export, shutting down.
     """
-    start_up = recovery = lost = 0.0
+    waits = {"start_up": 0.0, "recovery": 0.0, "resize": 0.0, "hang": 0.0}
+    lost = 0.0
     training = kept = 0.0  # seconds between attempts' first steps and their ends; those of it that led to the present state
     marks = {0: 0.0}  # step of a commit -> `kept` at that moment
     for session in sessions(events):
-        began, is_recovering, since = _began(session), False, None
+        began, cause, since = _began(session), "start_up", None
         for event in [*session, {"event": "session_ended", "time": session[-1]["time"]}]:
             name, now = event["event"], event["time"]
             if since is not None:
@@ -48,8 +51,7 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
             match name:
                 case "training_started":
                     if since is None:
-                        waited = now - began
-                        recovery, start_up = (recovery + waited, start_up) if is_recovering else (recovery, start_up + waited)
+                        waits[cause] += now - began
                     since = now
                 case "checkpoint_committed":
                     marks[event["step"]] = kept
@@ -58,13 +60,24 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
                     marks = {step: mark for step, mark in marks.items() if step <= start}
                     survived = min(kept, marks[max(marks)])
                     lost, kept = lost + kept - survived, survived
-                case "attempt_failed":
-                    began, is_recovering, since = now, True, None
+                case "hang":
+                    if since is not None:  # its seconds were no training; what came before them may have been
+                        still = min(float(event.get("seconds", 0.0)), kept - marks[max(marks)])
+                        training, kept = training - still, kept - still
+                        waits["hang"] += still
+                        began, cause, since = now, "hang", None
+                case "attempt_failed" | "attempt_paused":
+                    if cause == "hang" and since is None:
+                        waits["hang"] += now - began
+                    began, cause, since = now, "recovery" if name == "attempt_failed" else "resize", None
                 case "run_finished" | "run_stopped" | "run_failed":
                     began, since = now, None
     parts = {
-        "steps": max(0.0, history.get("step_seconds", 0.0) - history.get("data_wait_seconds", 0.0)),
+        "steps": max(
+            0.0, history.get("step_seconds", 0.0) - history.get("data_wait_seconds", 0.0) - history.get("exchange_wait_seconds", 0.0)
+        ),
         "data_wait": history.get("data_wait_seconds", 0.0),
+        "exchange_wait": history.get("exchange_wait_seconds", 0.0),
         "checkpoint_stall": history.get("checkpoint_stall_seconds", 0.0),
         "evaluation": history.get("evaluation_seconds", 0.0),
     }
@@ -73,14 +86,18 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
         parts = {cause: seconds * training / counted for cause, seconds in parts.items()}
         counted = training
     # A commit that the journal missed (its driver died in between) makes more look lost than was.
-    parts |= {"start_up": start_up, "recovery": recovery, "lost_work": min(lost, training - counted)}
+    parts |= waits | {"lost_work": min(lost, training - counted)}
     parts["other"] = max(0.0, wall_seconds(events) - sum(parts.values()))
     return parts
 
 
 def restarts(events: Sequence[Event]) -> int:
-    """Attempts after the first of a driver's."""
-    return sum(max(0, sum(event["event"] == "attempt_started" for event in session) - 1) for session in sessions(events))
+    """Attempts after the first of a driver's, but for those that a change of the number of workers began."""
+    return sum(max(0, _count(session, "attempt_started") - 1 - _count(session, "attempt_paused")) for session in sessions(events))
+
+
+def _count(events: Sequence[Event], name: str) -> int:
+    return sum(event["event"] == name for event in events)
 
 
 def summarise(
@@ -104,7 +121,9 @@ def summarise(
         "workers": facts.get("workers"),
         "virtual_ranks": config.train.virtual_ranks,
         "restarts": restarts(events),
-        "resized": 0,  # --workers takes one number
+        "resized": _count(events, "attempt_paused"),
+        "hangs": _count(events, "hang"),
+        "batches_skipped": len({event["step"] for event in events if event["event"] == "batch_skipped"}),
         "samples_seen": history.get("samples"),
         "quarantined": facts.get("quarantined", 0),
         "train_loss": history.get("train_loss"),

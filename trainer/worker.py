@@ -128,8 +128,9 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         fresh_at=thaws,
     )
     guard.load(history.guard)
-    # In ddp mode the ranks' BatchNorm statistics differ by design.
-    same = [*model.parameters(), *(() if config.train.reduction == "ddp" and world_size > 1 else model.buffers())]
+    same: list[Tensor] = list(model.parameters())
+    if config.train.reduction == "tree" or world_size == 1:  # in ddp mode the ranks' BatchNorm statistics differ by design
+        same += [*model.buffers(), *(ema.weights().values() if ema is not None else ())]
     weights = WeightsCheck(same, world_size=world_size) if config.train.verify_every else None
     chooser = None
     if rank == 0 and config.train.checkpoint_every == AUTO:
@@ -535,6 +536,7 @@ def commit_meta(spec: WorkerSpec, order: Order, world_size: int) -> dict[str, An
         "dataset_fingerprint": order.fingerprint,
         "steps_per_epoch": order.steps_per_epoch,
         "skipped": sorted(spec.skip),
+        "verified": bool(spec.config.train.verify_every),  # compared between ranks, and found finite, before it was acknowledged
         "versions": versions(),
     }
 
@@ -604,7 +606,7 @@ def finish(
         "stopped": stopped,
         "steps_done": steps_done,
         "weights_sha256": sha256,
-        "history": {k: v for k, v in asdict(history).items() if k != "evaluations"},
+        "history": {k: v for k, v in asdict(history).items() if k not in ("evaluations", "guard")},
         "evaluation": last,
         "parameters": sum(p.numel() for p in model.parameters()),
         "cache": loader.cache,

@@ -1,6 +1,7 @@
 """Claims about an agent and its ranks, with real processes and a coordinator of lists: what is asked is answered, what ends is told why."""
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -50,7 +51,7 @@ class Fleet:
         return None
 
     def start(self, attempt: int, function: str, spec: Any = None, **files: bytes) -> None:
-        payload = Payload(target=f"tests.cluster.ranks:{function}", spec=spec, files=files)
+        payload = Payload(target=f"tests.cluster.ranks:{function}", spec=pickle.dumps(spec), files=files)
         self.coordinator.start_attempt(attempt, len(self.agents), 0, 1, payload)
 
     def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -175,7 +176,7 @@ def test_a_later_fleet_ends_the_earlier_one(tmp_path: Path):
     fleet = Fleet(tmp_path)
     fleet.start(1, "hang_in_python")
     fleet.until(lambda: len(fleet.here) == 1)
-    fleet.coordinator.start_attempt(2, 1, 0, 2, Payload(target="tests.cluster.ranks:echo", spec=[]))
+    fleet.coordinator.start_attempt(2, 1, 0, 2, Payload(target="tests.cluster.ranks:echo", spec=pickle.dumps([])))
     for thread in fleet.threads:
         thread.join(20)
         assert not thread.is_alive()
@@ -186,7 +187,7 @@ def test_orders_follow_the_attempts(tmp_path: Path):
     coordinator = Coordinator(str(tmp_path), "run", 1, 2)
     report = Report(attempt=0, pid=0, state="", cpu_seconds=0.0, notice="", node_id="n", placement_group="")
     assert coordinator.order(1, 0, report) == Order(command="wait")
-    payload = Payload(target="m:f", spec=1)
+    payload = Payload(target="m:f", spec=b"")
     coordinator.start_attempt(1, 2, 0, 1, payload)
     assert coordinator.order(1, 0, report) == Order(command="run", attempt=1, world_size=2, payload=payload)
     begun = Report(attempt=1, pid=5, state="R", cpu_seconds=0.0, notice="spot", node_id="n", placement_group="")

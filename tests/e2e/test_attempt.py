@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.running import PROJECT
 
 SCRIPT = """
-import dataclasses, json, sys, time
+import dataclasses, json, pickle, sys, time
 from pathlib import Path
 import ray
 from cluster.agent import Payload
@@ -24,14 +24,15 @@ def ends(attempt):
         assert not fleet.wait(0.1), fleet.failure()
     return ask("ends", attempt)
 
+NOTHING = pickle.dumps(None)
 project = Path(sys.argv[1])
 with ray_cluster(ClusterConfig(), project=project, address="", in_job=False, cpus=2):
     coordinator = start_coordinator(storage_uri=sys.argv[2], run="fleet", generation=1, keep=2)
     resources = Resources(workers=2, fewest=2, most=2, cpus_per_worker=1.0, gpus_per_worker=0, threads_per_worker=1)
     fleet = Fleet(1, coordinator, name="fleet", resources=resources, modules=["torch"], notice="", placement_seconds=60)
-    ask("start_attempt", 1, 2, 0, 1, Payload(target="tests.cluster.ranks:raise_key_error", spec=None))
+    ask("start_attempt", 1, 2, 0, 1, Payload(target="tests.cluster.ranks:raise_key_error", spec=NOTHING))
     print(json.dumps(dataclasses.asdict(failure_of_ranks(ends(1)))))
-    ask("start_attempt", 2, 2, 0, 1, Payload(target="tests.cluster.ranks:join_and_publish", spec=None, files={"a": ray.put(b"travels")}))
+    ask("start_attempt", 2, 2, 0, 1, Payload(target="tests.cluster.ranks:join_and_publish", spec=NOTHING, files={"a": ray.put(b"travels")}))
     print(json.dumps([end.status for end in ends(2).values()]))
     print(json.dumps(ask("lookup", 2, "total")))
     ask("end_fleet", 1)

@@ -126,13 +126,15 @@ NAMES = (
     "training_started",
     "checkpoint_committed",
     "attempt_failed",
+    "attempt_paused",
+    "hang",
     "run_stopped",
     "run_failed",
     "other",
 )
 junk = st.lists(
     st.builds(
-        lambda name, gap, step: {"event": name, "gap": gap, "step": step, "start_step": step, "attempt": 1},
+        lambda name, gap, step: {"event": name, "gap": gap, "step": step, "start_step": step, "attempt": 1, "seconds": 3.0 * step},
         st.sampled_from(NAMES),
         st.floats(0, 100),
         st.integers(0, 5),
@@ -197,8 +199,11 @@ def test_a_killed_worker_costs_recovery_and_lost_work() -> None:
         "data_wait": 2.0,
         "checkpoint_stall": 1.0,
         "evaluation": 3.0,
+        "exchange_wait": 0.0,
         "start_up": 15.0,
         "recovery": 4.0,
+        "resize": 0.0,
+        "hang": 0.0,
         "lost_work": 7.0,
         "other": 58.0 - 23 - 2 - 1 - 3 - 15 - 4 - 7,
     }
@@ -224,6 +229,27 @@ def test_the_night_between_two_drivers_is_nobodys_time_but_what_the_first_did_no
     assert (parts["start_up"], parts["recovery"], parts["lost_work"]) == (15.0 + 10.0, 0.0, 5.0)
     assert restarts(events) == 0
     assert restarts(KILLED_ONCE) == 1
+
+
+def test_a_hang_counts_from_its_last_sign_of_life() -> None:
+    events = [*KILLED_ONCE[:4], at(136, "hang", seconds=5.0, kind="stopped", ranks=[1]), *KILLED_ONCE[4:]]
+    parts = accounting(events, HISTORY_KILLED_ONCE)
+    assert (parts["hang"], parts["lost_work"], parts["recovery"]) == (6.0, 1.0, 4.0)
+    assert sum(parts.values()) == 58.0
+
+
+def test_a_change_of_the_number_of_workers_is_no_restart_and_has_its_own_seconds() -> None:
+    events = [
+        *KILLED_ONCE[:4],
+        at(131, "attempt_paused", kind="grow", step=20),
+        at(137, "attempt_started", attempt=2, start_step=20),
+        at(141, "training_started"),
+        *KILLED_ONCE[7:],
+    ]
+    parts = accounting(events, {})
+    assert (parts["resize"], parts["recovery"], parts["lost_work"]) == (10.0, 0.0, 1.0)
+    assert restarts(events) == 0
+    assert summary_of(events=events)["resized"] == 1
 
 
 def test_a_failure_that_was_not_retried_is_no_restart() -> None:
