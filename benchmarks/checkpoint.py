@@ -46,9 +46,8 @@ def main() -> None:
     if options.json == "-":
         print(text)
         return
-    print(
-        f"{result['hardware']}; {result['state_bytes'] / 1e6:.1f} MB; {result['rounds']} rounds; median (quartiles); load {result['load_average']}"
-    )
+    print(f"{result['hardware']}; load {result['load_average']}")
+    print(f"{result['state_bytes'] / 1e6:.1f} MB; {result['rounds']} rounds; median (quartiles)")
     for name, row in result["seconds"].items():
         low, high = row["quartiles"]
         print(f"{name:22} {1e3 * row['median']:8.2f} ms  ({1e3 * low:.2f} to {1e3 * high:.2f})")
