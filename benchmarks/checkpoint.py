@@ -157,7 +157,7 @@ def timed(act: Callable[[], object]) -> float:
 
 
 def summary(values: list[float]) -> dict[str, Any]:
-    low, median, high = statistics.quantiles(values, n=4)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "quartiles": [low, high], "least": min(values), "most": max(values)}
 
 
