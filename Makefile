@@ -1,10 +1,11 @@
 # make run    sets up what the quickstart needs, then fine-tunes a pretrained model on real images (minutes on a laptop's CPU)
 # make test   sets up everything, then lints, type-checks and tests
+# make faults runs the fault campaign (an hour), and writes benchmarks/results/faults.json
 # Both work on a fresh machine with Python >= 3.11; a second call takes seconds.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check unit debian clean
+.PHONY: run test check unit faults debian clean
 .DELETE_ON_ERROR:
 
 run: .venv/.quickstart
@@ -20,6 +21,9 @@ check: .venv/.dev
 
 unit: .venv/.dev
 	$(BIN)/python -m pytest
+
+faults: .venv/.dev
+	$(BIN)/python -m benchmarks.faults --out benchmarks/results/faults.json
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old, 3.11 or newer is needed; use make PYTHON=/path/to/python3.11"; exit 1; }
