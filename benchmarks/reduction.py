@@ -5,6 +5,7 @@
 Real processes on this CPU, one thread each, gloo. ResNet-18 on 32x32 images, the same batch in every case. The cases take turns in every
 round, in an order that rotates; a step's time is the slowest rank's, its CPU time that of all ranks and all their threads. The best round
 of each case counts, as other work on the machine only ever makes a round slower; the median of the rounds' differences stands beside it.
+Where the machine is shared (see the load in the result) the CPU time is the figure to trust: it hardly knows of others.
 "two virtual ranks each" cuts a rank's batch in two: its price is also that of smaller batches, so "none, two halves" does the same
 without a reduction.
 """
@@ -219,8 +220,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    load = os.getloadavg()[0]
     result = measure(workers=options.workers, rounds=options.rounds, batch=options.batch, precision=options.precision)
     result |= {"command": " ".join(["python -m benchmarks.reduction", *sys.argv[1:]]), "hardware": options.hardware, "versions": versions()}
+    result["load_average"] = {"before": load, "after": os.getloadavg()[0]}  # of one minute; this benchmark's own ranks are in `after`
     if options.json:
         print(json.dumps(result, indent=1))
         return
