@@ -333,9 +333,14 @@ class Coordinator:
         """Into the journal; failures are counted by their `kind`."""
         if event in ("worker_failed", "attempt_failed"):
             self._metrics.add("failures_total", label=str(fields.get("kind", "unknown")))
-        if event == "goodput":
-            self._metrics.set("goodput_ratio", float(fields["ratio"]))
         self._journal.write(event, **fields)
+
+    def account(self, seconds: Mapping[str, float]) -> None:
+        """Where the run's seconds went so far, by cause, for Prometheus; `steps` are the useful ones."""
+        for cause, value in seconds.items():
+            self._metrics.set("run_seconds", value, label=cause)
+        if total := sum(seconds.values()):
+            self._metrics.set("goodput_ratio", seconds.get("steps", 0.0) / total)
 
     def discovery_address(self) -> str:
         """host:port of http_sd (path /sd); the coordinator's own /metrics is there too."""

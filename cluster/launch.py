@@ -37,6 +37,7 @@ _RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _TEMP_PREFIX = "finetune-ray-"
 
@@ -300,6 +301,16 @@ class _AgentsOnly(BackendConfig):  # type: ignore[misc]
         return _GpusSeenByAll
 
 
+# Ray Train starts an actor, a process with two seconds of imports, for each of these. Agents read no Ray Data; a placement group goes with
+# the actor that made it; draining nodes are the driver's to watch (RAY_TRAIN_ENABLE_PREEMPTION_WATCHER is off).
+_IDLE = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+
+
+def _without_idle_actors(trainer: Any) -> list[Any]:
+    """A trainer's own callbacks, but for those in _IDLE."""
+    return [one for one in super(type(trainer), trainer)._create_default_callbacks() if type(one).__name__ not in _IDLE]
+
+
 class Fleet:
     """One `fit` of Ray Train, in a thread: it places an agent for each rank and holds it there, attempt after attempt, until the
     coordinator says "end" or a worker of Ray's dies. What Ray Train cannot place within `placement_seconds` is a failure."""
@@ -345,7 +356,8 @@ class Fleet:
         if resources.gpus_per_worker:
             per_worker["GPU"] = resources.gpus_per_worker
         try:
-            DataParallelTrainer(
+            fit = type("Fit", (DataParallelTrainer,), {"_create_default_callbacks": _without_idle_actors})
+            fit(
                 agent_main,
                 train_loop_config=settings,
                 backend_config=_AgentsOnly(),

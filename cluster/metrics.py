@@ -84,6 +84,13 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         name="run_quarantined_samples", kind="gauge", help="Distinct samples set aside over all ranks and attempts.", owner="coordinator"
     ),
+    Metric(
+        name="run_seconds",
+        kind="gauge",
+        help="Wall time of the run's drivers by what it went to: steps, data_wait, start_up, recovery, ...; adds up to all of it.",
+        owner="coordinator",
+        label="cause",
+    ),
     Metric(name="goodput_ratio", kind="gauge", help="Useful step time over wall time, 0 to 1.", owner="coordinator"),
 )
 
@@ -106,9 +113,9 @@ class Metrics:
         """Raise a counter. `label`: the value of the row's own label."""
         self._child(name, "counter", label).inc(amount)
 
-    def set(self, name: str, value: float) -> None:
+    def set(self, name: str, value: float, label: str = "") -> None:
         """Set a gauge."""
-        self._child(name, "gauge", "").set(value)
+        self._child(name, "gauge", label).set(value)
 
     def observe(self, name: str, value: float) -> None:
         """Put a value into a histogram."""

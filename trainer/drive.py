@@ -45,18 +45,21 @@ from cluster.store import Commit, Store
 from cluster.versions import versions
 from dataio.parquet import Dataset
 from trainer.config import RunConfig
+from trainer.history import ACCOUNTED
 from trainer.progress import ProgressLine, RunState, final_table, predict_command
 from trainer.report import write_report
-from trainer.summary import summarise
+from trainer.summary import accounting, summarise
 from trainer.worker import TARGET, WorkerSpec, make_order, total_steps_of
 
-SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:")  # on a rank; where in the program they came up helps nobody
+# On a rank; where in the program they came up helps nobody.
+SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:", "StorageOutage:", "StorageRefused:")
 RANK_MODULES = ("trainer.worker", "nvidia.dali.fn")  # what a rank's process needs, imported once a node
 POLL_SECONDS = 0.25
 SAME_SIGNAL_SECONDS = 0.3
 CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
 TAKEN_OVER_POLL_SECONDS = 5.0
 CLUSTER_POLL_SECONDS = 2.0
+ACCOUNT_SECONDS = 10.0
 AGENT_SILENT_SECONDS = 5.0
 STACKS_SECONDS = 5.0
 FLEET_END_SECONDS = 20.0
@@ -107,7 +110,7 @@ class Drive:
         self.workers = resources.workers  # of the present fleet
         self.placement_group = ""
         self.room_since: float | None = None
-        self.looked_at_cluster = 0.0
+        self.looked_at_cluster = self.accounted_at = 0.0
         self.waiting = ""
         self.generation = store.claim_generation()
         self.coordinator = start_coordinator(
@@ -246,6 +249,7 @@ class Drive:
                 self.ask("request_pause", number, pause.reason)
                 self.line.message(f"{pause.reason}; saving a checkpoint, then going on with other workers")
             self.show(status)
+            self.account(status)
             if stop_asked_at is not None and time.monotonic() - stop_asked_at > cluster.stop_grace_seconds:
                 self.line.message(f"no checkpoint within cluster.stop_grace_seconds={cluster.stop_grace_seconds:g}; stopping")
                 self.abandon_fleet()
@@ -421,6 +425,16 @@ class Drive:
             self.end_fleet()  # a process in an uninterruptible wait: leave the node's worker with it
         return Failure(kind="hang", rank=hang.ranks[0] if len(hang.ranks) == 1 else None, message=hang.describe())
 
+    def account(self, status: Status) -> None:
+        """Every few seconds: tell Prometheus where the run's seconds went so far."""
+        every = ACCOUNT_SECONDS if self.storage.is_local else 6 * ACCOUNT_SECONDS  # elsewhere each event is an object to fetch
+        if time.monotonic() - self.accounted_at < every or 0 not in status.ranks:
+            return
+        self.accounted_at = time.monotonic()
+        stats = status.ranks[0].stats
+        events = [*read_journal(self.storage, self.config.run), {"time": time.time(), "event": "now"}]
+        self.ask("account", accounting(events, {name: stats.get(f"total_{name}", 0.0) for name in ACCOUNTED}))
+
     def wait_until(self, condition: Callable[[Status], bool], seconds: float) -> bool:
         end = time.monotonic() + seconds
         while not (done := condition(self.ask("status"))) and time.monotonic() < end:
@@ -586,6 +600,8 @@ class Drive:
                 "command": self.command,
             },
         )
+        if summary["accounting"]:
+            self.journal.write("account", seconds=summary["accounting"], goodput=summary["goodput"])
         try:
             encoded = json.dumps(redacted(_finite(summary)), indent=1, allow_nan=False).encode()
             self.storage.write_atomic(f"{self.config.run}/summary.json", encoded)

@@ -44,10 +44,13 @@ LOG_FROM = 20.0  # a loss that reaches this many times its median is drawn on a 
 _CAUSE_COLOURS = {
     "steps": "s3",
     "data wait": "s4",
+    "exchange wait": "s2",
     "checkpoint stall": "s1",
     "evaluation": "s0",
     "start up": "s5",
     "recovery": "s2",
+    "resize": "s2",
+    "hang": "bad",
     "lost work": "bad",
     "other": "line",
 }
@@ -63,6 +66,8 @@ ROUTINE = frozenset(
         "evaluation",
         "sample_quarantined",
         "run_finished",
+        "first_step",
+        "account",
     }
 )
 

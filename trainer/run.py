@@ -185,7 +185,7 @@ def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
 
 def resolved(config: RunConfig, *, workers: int, fingerprint: str, recipe: str, image_size: tuple[int, int]) -> RunConfig:
     """`config` with everything decided that was left open: virtual ranks, the run's name, the storage's full address."""
-    storage = open_storage(config.storage)
+    storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     virtual_ranks = config.train.virtual_ranks or saved_virtual_ranks(storage, config.run, workers) or workers
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, virtual_ranks=virtual_ranks), storage=storage.uri)
     validate(config, workers=workers, image_size=image_size)
@@ -283,14 +283,14 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
         early = resolved(config, workers=wanted, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
         if (done := finished_summary(early, fingerprint)) is not None:
             return show_finished(early, done, console)
-        check_before_cluster(early, open_storage(early.storage), dataset)
+        check_before_cluster(early, open_storage(early.storage, early.cluster.storage_retry_seconds), dataset)
     console.print(f"joining the Ray cluster at {address}" if address else "starting a local Ray")
     with cluster as hardware:
         resources = plan_resources(config.workers, config.cluster, hardware)
         config = resolved(config, workers=resources.most, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
         if (done := finished_summary(config, fingerprint)) is not None:
             return show_finished(config, done, console)
-        storage = open_storage(config.storage)
+        storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
         check_same_run(config, storage, fingerprint)
         is_shared = preflight(storage, config.run, hardware, lambda: open_dataset(folder).manifest.fingerprint)
         journal = Journal.open(storage, config.run, writer=f"driver-{os.getpid()}-{int(time.time())}")
@@ -333,7 +333,7 @@ def described(workers: int, hardware: Any) -> str:
 
 def finished_summary(config: RunConfig, fingerprint: str) -> Mapping[str, Any] | None:
     """The summary of this run if it has ended well already."""
-    storage = open_storage(config.storage)
+    storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     name = f"{config.run}/summary.json"
     if not storage.exists(name):
         return None

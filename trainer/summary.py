@@ -35,8 +35,8 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
     `history` are rank 0's totals over the steps that survived. start_up runs to an attempt's first step, recovery from a failure to the
     next attempt's first step, resize the same from a change of the number of workers, hang from the last sign of life to the failure,
     lost_work is training after the commit that a later attempt went back to; exchange_wait is what steps waited for other ranks, for slower
-    ones (stragglers) and the network; other is what remains: preparing data, steps between a snapshot and its commit where a failure followed,
-    the last checkpoint, the export, shutting down.
+    ones (stragglers) and the network; other is what remains: preparing data, steps between a snapshot and its commit where a failure
+    followed, the last checkpoint, the export, shutting down.
     """
     waits = {"start_up": 0.0, "recovery": 0.0, "resize": 0.0, "hang": 0.0}
     lost = 0.0

@@ -38,7 +38,7 @@ from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
 from trainer.config import RunConfig
 from trainer.export import export_model
 from trainer.guard import Guard
-from trainer.history import Curves, History, Speed
+from trainer.history import ACCOUNTED, Curves, History, Speed
 from trainer.loop import Arriving, Stepper, StepStats, evaluating, train_steps
 from trainer.metrics import EvalResult, Evaluation
 from trainer.model import Preprocess, build_model, head_of
@@ -580,6 +580,7 @@ def beat_stats(stats: StepStats, history: History, speed: Speed, own_seconds: fl
         "data_wait_ratio": speed.data_wait_ratio,
         "test_accuracy": accuracy,
         "own_seconds": own_seconds,
+        **{f"total_{name}": getattr(history, name) for name in ACCOUNTED},
     }
 
 

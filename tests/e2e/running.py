@@ -80,10 +80,10 @@ class Run:
         self.kill()
         raise AssertionError(f"no {what} in {timeout} s:\n{self.output()}")
 
-    def kill_worker(self, rank: int) -> None:
-        """SIGKILL to the process of `rank` in the newest attempt."""
+    def kill_worker(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """A signal to the process of `rank` in the newest attempt."""
         registered = [e for e in self.new_events() if e["event"] == "worker_registered" and e["rank"] == rank]
-        os.kill(registered[-1]["pid"], signal.SIGKILL)
+        os.kill(registered[-1]["pid"], number)
 
     def signal(self, number: signal.Signals) -> None:
         """To the driver alone, as `kill PID` does."""

@@ -1,0 +1,105 @@
+"""A run on three nodes, two of which come and go: the same bits and the same samples as on one machine. Real raylets, killed for real."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.ledger import read_ledger
+from tests.e2e.conftest import TRAIN_IMAGES
+from tests.e2e.running import PROJECT, Run
+
+EPOCHS = 10
+COMMON = [
+    *("--train.epochs", str(EPOCHS), "--train.eval-every-epochs", "10", "--train.checkpoint-every", "5", "--data.max-bad-fraction", "0.01"),
+    *("--train.virtual-ranks", "2", "--cluster.cpus-per-worker", "1", "--cluster.grow-after-seconds", "1"),
+]
+# In a process of its own: the tests' process is no driver of this cluster. Nodes are added and removed by a line on its standard input.
+NODES = """
+import sys
+from ray.cluster_utils import Cluster
+
+def add(cpus):
+    return cluster.add_node(num_cpus=cpus, object_store_memory=100 << 20)
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20})
+nodes = [add(1), add(1)]
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    command, _, node_id = line.strip().partition(" ")
+    if command == "add":
+        nodes.append(add(1))
+    elif command == "remove":
+        (node,) = [node for node in nodes if node.node_id == node_id]
+        cluster.remove_node(node, allow_graceful=False)
+        nodes.remove(node)
+    print("done", flush=True)
+cluster.shutdown()
+"""
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
+
+
+class Nodes:
+    def __init__(self) -> None:
+        environment = {**os.environ, "RAY_worker_niceness": "0", "RAY_TRAIN_V2_ENABLED": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NODES], cwd=PROJECT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.address = self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        assert line, "the cluster ended"
+        return line
+
+    def tell(self, command: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        assert self._answer() == "done"
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    nodes = Nodes()
+    yield nodes
+    nodes.close()
+
+
+def test_a_run_shrinks_and_grows_and_ends_in_the_same_bits(nodes: Nodes, tmp_path: Path, images: Path) -> None:
+    elastic = Run(
+        *(*COMMON, "--workers", "1:2", "--cluster.address", nodes.address, "--cluster.allow-unauthenticated"),
+        storage=tmp_path,
+        name="elastic",
+        data=images,
+    )
+    elastic.wait_for("checkpoint_committed", step=15)
+    registered = [event for event in elastic.new_events() if event["event"] == "worker_registered" and event["rank"] == 1]
+    nodes.tell(f"remove {registered[-1]['node_id']}")
+    elastic.wait_for("first_step", workers=1)
+    nodes.tell("add")
+    assert elastic.finish() == 0, elastic.output()
+    assert [event["workers"] for event in elastic.events() if event["event"] == "attempt_started"] == [2, 1, 2]
+    summary = elastic.summary()
+    assert (summary["restarts"], summary["resized"]) == (1, 1)
+    assert elastic.wait_for("attempt_paused")["kind"] == "grow"
+    assert "there is room for 2 workers, 1 are at work" in elastic.output()
+    seen = Counter((record.epoch, sample) for record in read_ledger(elastic.folder / "ledger") for sample in record.ids)
+    assert seen == Counter((epoch, sample) for epoch in range(EPOCHS) for sample in range(TRAIN_IMAGES))
+
+    alone = Run(*COMMON, "--workers", "1", storage=tmp_path, name="alone", data=images)
+    assert alone.finish() == 0, alone.output()
+    assert alone.summary()["weights_sha256"] == summary["weights_sha256"]
+    assert abs(sum(summary["accounting"].values()) - summary["seconds"]) < 0.5
