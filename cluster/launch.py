@@ -253,6 +253,12 @@ def free_resources() -> list[dict[str, float]]:
     return [free for node, free in ray._private.state.available_resources_per_node().items() if node not in leaving]
 
 
+def total_resources() -> list[dict[str, float]]:
+    """What each living node has that is not about to leave, in use or not."""
+    leaving = draining_nodes()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+
 def draining_nodes() -> dict[str, float]:
     """Node id -> unix time at which it goes (0: nobody said) of the nodes that Ray drains."""
     return {node: deadline / 1000 for node, deadline in ray._private.state.state.get_draining_nodes().items()}

@@ -37,6 +37,7 @@ from cluster.launch import (
     free_resources,
     remove_placement_group,
     start_coordinator,
+    total_resources,
     workers_that_fit,
 )
 from cluster.redact import redact, redacted
@@ -61,8 +62,9 @@ TAKEN_OVER_POLL_SECONDS = 5.0
 CLUSTER_POLL_SECONDS = 2.0
 ACCOUNT_SECONDS = 10.0
 AGENT_SILENT_SECONDS = 5.0
+SETTLE_SECONDS = 3.0
 STACKS_SECONDS = 5.0
-FLEET_END_SECONDS = 20.0
+FLEET_END_SECONDS = 10.0
 
 
 class _Pause(Exception):
@@ -166,7 +168,7 @@ class Drive:
             traceback.print_exc()  # now: Ray, whose calls in other threads fail from here on, ends the process without it
             raise
         finally:
-            self.end_fleet(wait_seconds=0.0 if self.signal else 2.0)
+            self.end_fleet()  # before Ray goes: a thread that is inside it then takes the process down
         if (self.result is None or self.result["stopped"]) and self.is_taken_over():
             return self.end_taken_over()
         if self.result is None or self.result["stopped"]:
@@ -234,7 +236,7 @@ class Drive:
             if time.monotonic() - looked_at > TAKEN_OVER_POLL_SECONDS:
                 looked_at = time.monotonic()
                 if self.is_taken_over():
-                    self.abandon_fleet()
+                    self.end_fleet()
                     return None
             if self.signal and stop_asked_at is None:
                 stop_asked_at = time.monotonic()
@@ -242,7 +244,7 @@ class Drive:
                 self.ask("request_stop", name)
                 if status.steps_done <= status.start_step:
                     self.line.message(f"{name}: stopping; no step has been done yet")
-                    self.abandon_fleet()
+                    self.end_fleet()
                     return None  # no step was done in this attempt: there is nothing new to save
                 self.line.message(f"{name}: saving a checkpoint, then stopping (again to stop at once)")
             if pause is None and not self.signal and status.steps_done > status.start_step and (pause := self.reason_to_pause(status)):
@@ -252,7 +254,7 @@ class Drive:
             self.account(status)
             if stop_asked_at is not None and time.monotonic() - stop_asked_at > cluster.stop_grace_seconds:
                 self.line.message(f"no checkpoint within cluster.stop_grace_seconds={cluster.stop_grace_seconds:g}; stopping")
-                self.abandon_fleet()
+                self.end_fleet()
                 return None
         failure = failure_of_ranks(self.ask("ends", number))
         self.result = self.ask("result", number)
@@ -322,18 +324,21 @@ class Drive:
         return None
 
     def wait_for_room(self) -> int | None:
-        """How many workers the cluster holds now, at least the fewest; None if it did not in time, or a signal came."""
+        """How many workers the cluster holds now, at least the fewest; None if it did not in time, or a signal came. What the fleet before
+        this one held comes back within a second or two: that is waited for."""
         began = time.monotonic()
         while True:
             room = min(self.resources.most, workers_that_fit(self.resources, free_resources()))
-            if room >= self.resources.fewest:
+            possible = min(self.resources.most, workers_that_fit(self.resources, total_resources()))
+            if room >= self.resources.fewest and (room >= possible or time.monotonic() - began > SETTLE_SECONDS):
                 self.waiting = ""
                 return room
             if self.signal or time.monotonic() - began > self.config.cluster.placement_seconds:
                 return None
-            self.waiting = f"waiting for room for {self.resources.fewest} workers, there is for {room}"
+            if room < self.resources.fewest:
+                self.waiting = f"waiting for room for {self.resources.fewest} workers, there is for {room}"
             self.show(self.ask("status"))
-            time.sleep(0.5)
+            time.sleep(0.2)
 
     def no_room(self) -> Failure:
         return Failure(
@@ -343,23 +348,18 @@ class Drive:
             f"{self.config.cluster.placement_seconds:g}; add nodes, or ask for fewer with --workers",
         )
 
-    def end_fleet(self, wait_seconds: float = FLEET_END_SECONDS) -> None:
+    def end_fleet(self) -> None:
         """Have its agents end, and wait for that; what does not end by itself loses its place."""
         fleet, self.fleet = self.fleet, None
         if fleet is None:
             return
         with contextlib.suppress(ray.exceptions.RayError):  # without a coordinator the agents end by themselves
             self.ask("end_fleet", fleet.number)
-        if not fleet.wait(wait_seconds / 2) and wait_seconds and self.placement_group:
-            remove_placement_group(self.placement_group)
-            fleet.wait(wait_seconds / 2)
+        if not fleet.wait(FLEET_END_SECONDS) and self.placement_group:
+            with contextlib.suppress(ray.exceptions.RayError):
+                remove_placement_group(self.placement_group)
+            fleet.wait(FLEET_END_SECONDS)
         fleet.abandon()
-
-    def abandon_fleet(self) -> None:
-        """This command is about to end: so are all processes of its fleet."""
-        if self.fleet is not None:
-            self.fleet.abandon()
-            self.fleet = None
 
     def fleet_died(self, fleet: Fleet) -> Failure | None:
         """Ray Train gave up on a worker: the ranks went with it."""

@@ -28,8 +28,8 @@ WORKERS = {
     "workers 1, 2, 3, 4, bf16": ("--train.precision", "bf16"),
 }
 RESNET = (
-    *("--model.name", "resnet18", "--model.stem", "native", "--train.max-steps", "12", "--train.ema", "0.99", "--train.virtual-ranks", "4"),
-    *("--data.batch-size", "20", "--cluster.threads-per-worker", "1"),
+    *("--model.name", "resnet18", "--model.stem", "native", "--train.max-steps", "60", "--train.ema", "0.99", "--train.virtual-ranks", "4"),
+    *("--data.batch-size", "20", "--cluster.threads-per-worker", "1", "--train.eval-every-epochs", "10"),
 )
 PEER = {
     "plain Ray Train: kill, as it comes": ("kill", ""),

@@ -286,17 +286,27 @@ class Campaign:
     # Workers
 
     def any_number_of_workers(self, flags: tuple[str, ...], counts: tuple[int, ...]) -> Row:
-        """The same configuration with each number of workers: one hash."""
+        """The same configuration with each number of workers, and with one that changes (a node lost, a node added): one hash."""
         began = time.perf_counter()
         hashes = {}
         for count in counts:
             trial = self.start("--workers", str(count), "--cluster.cpus-per-worker", "0", *flags)
-            hashes[count] = trial.summary()["weights_sha256"] if trial.finish(900) == 0 else trial.tail()
-            self.say(f"{count} workers: {hashes[count][:16]}")
+            hashes[str(count)] = trial.summary()["weights_sha256"] if trial.finish(900) == 0 else trial.tail()
+            self.say(f"{count} workers: {hashes[str(count)][:16]}")
+        trial = self.start("--workers", "1:2", "--cluster.grow-after-seconds", "1", *flags)
+        trial.wait_for_step(5)
+        self.nodes.remove(trial.node_of(1))
+        trial.until(lambda: trial.events("first_step", workers=1), "a step with one worker", 180)
+        self.nodes.nodes.append(self.nodes.add())
+        hashes["elastic"] = trial.summary()["weights_sha256"] if trial.finish(900) == 0 else trial.tail()
+        worlds = [event["workers"] for event in trial.events("attempt_started")]
+        self.say(f"elastic, {worlds} workers: {hashes['elastic'][:16]}")
+        if worlds != [2, 1, 2]:
+            hashes["elastic"] = f"workers {worlds} instead of [2, 1, 2]"
         return {
-            "fault": f"workers {', '.join(map(str, counts))}: {' '.join(flags)}",
+            "fault": f"workers {', '.join(map(str, counts))}, and 2 -> 1 -> 2: {' '.join(flags)}",
             "promise": "one weights_sha256",
-            "trials": len(counts),
+            "trials": len(hashes),
             "violations": len(set(hashes.values())) - 1,
             "detail": "" if len(set(hashes.values())) == 1 else str(hashes),
             "detection_seconds": None,

@@ -368,6 +368,6 @@ def test_a_rank_that_fails_ends_although_its_exchange_waits_for_a_peer_that_neve
         _, errors = ranks[0].communicate(timeout=120)
         assert ranks[1].poll() is None
         assert "ValueError: of this rank's own" in errors
-        assert ranks[0].returncode == 1
+        assert ranks[0].returncode != 0  # 1, or an abort where torch's own threads find the interpreter gone
     finally:
         ranks[1].communicate(timeout=120)
