@@ -50,6 +50,8 @@ class Hardware:
     nodes: int
     cpus: int
     gpus: int
+    node_cpus: tuple[int, ...] = ()
+    """CPUs of each node; empty: all on one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +111,7 @@ def ray_cluster(
             nodes=sum(node["Alive"] for node in ray.nodes()),
             cpus=int(total.get("CPU", 0)),
             gpus=int(total.get("GPU", 0)),
+            node_cpus=tuple(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]),
         )
     finally:
         if temp is not None:
@@ -216,8 +219,7 @@ def plan_resources(workers: str, config: ClusterConfig, hardware: Hardware) -> R
     elif fewest < most:  # what there will be is not known: a share that does not depend on it
         cpus = float(max(1, hardware.cpus // hardware.gpus)) if per_gpu else 1.0
     else:
-        share = hardware.cpus / most
-        cpus = float(int(share)) if share >= 1 else int(share * 10_000) / 10_000
+        cpus = even_share(hardware.node_cpus or (hardware.cpus,), most)
     threads = config.threads_per_worker or max(1, int(cpus))
     fitting = min(int(hardware.cpus / cpus + 1e-9), hardware.gpus // per_gpu if per_gpu else most)
     return Resources(
@@ -228,6 +230,19 @@ def plan_resources(workers: str, config: ClusterConfig, hardware: Hardware) -> R
         gpus_per_worker=per_gpu,
         threads_per_worker=threads,
     )
+
+
+def even_share(node_cpus: Sequence[int], workers: int) -> float:
+    """The most CPUs that each of so many workers can have, none of which is cut among nodes: whole ones where there is one for each, else
+    a fraction."""
+
+    def fits(share: float) -> bool:
+        return sum(int(cpus / share + 1e-9) for cpus in node_cpus) >= workers
+
+    whole = max((cpus for cpus in range(1, max(node_cpus) + 1) if fits(cpus)), default=0)
+    if whole:
+        return float(whole)
+    return max(share for cpus in node_cpus for parts in range(1, workers + 1) if fits(share := int(cpus / parts * 10_000) / 10_000 or 1e-4))
 
 
 def worker_range(workers: str) -> tuple[int, int]:

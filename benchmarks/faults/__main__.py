@@ -86,6 +86,17 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(found: list[dict[str, Any]]) -> str:
+    def shown(values: dict[str, float] | None) -> str:
+        return f"{values['median']:.1f} ({values['min']:.1f}-{values['max']:.1f})" if values else ""
+
+    lines = ["| fault | trials | violations | detected after, s | training again after, s |", "|---|---|---|---|---|"]
+    for row in found:
+        times = f"{shown(row.get('detection_seconds'))} | {shown(row.get('recovery_seconds'))}"
+        lines.append(f"| {row['fault']} | {row['trials']} | {row['violations']} | {times} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("rows", nargs="*", help="parts of the names of the rows; all of them if none is given")
@@ -95,7 +106,11 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, help="write the JSON there too, after each row")
+    parser.add_argument("--show", type=Path, help="print the table of an earlier result, as Markdown, and do nothing else")
     options = parser.parse_args()
+    if options.show:
+        print(markdown(json.loads(options.show.read_text())["rows"]))
+        return 0
     result: dict[str, Any] = {
         "command": "python -m benchmarks.faults",
         "hardware": options.hardware,

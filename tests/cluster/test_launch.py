@@ -85,6 +85,19 @@ def test_an_elastic_plan_starts_with_what_fits_and_each_gets_the_same_however_ma
         assert (again.cpus_per_worker, again.threads_per_worker) == (plan.cpus_per_worker, plan.threads_per_worker)
 
 
+@given(st.lists(st.integers(0, 16), min_size=1, max_size=6).filter(any), st.integers(1, 24))
+def test_an_even_share_fits_on_the_nodes_and_no_larger_whole_one_does(node_cpus: list[int], workers: int) -> None:
+    plan = plan_resources(
+        str(workers), ClusterConfig(), Hardware(local=False, nodes=1, cpus=sum(node_cpus), gpus=0, node_cpus=tuple(node_cpus))
+    )
+    assert workers_that_fit(plan, [{"CPU": float(cpus)} for cpus in node_cpus]) >= workers
+    assert plan.threads_per_worker == max(1, int(plan.cpus_per_worker))
+    if plan.cpus_per_worker >= 1:
+        assert sum(cpus // int(plan.cpus_per_worker + 1) for cpus in node_cpus) < workers
+    else:
+        assert sum(node_cpus) < workers  # less than one for each
+
+
 def test_room_is_counted_node_by_node() -> None:
     plan = plan_resources("1:8", ClusterConfig(cpus_per_worker=2), hardware(16))
     assert workers_that_fit(plan, [{"CPU": 5.0}, {"CPU": 1.0}, {}, {"CPU": 2.0, "GPU": 1.0}]) == 3
