@@ -1,8 +1,9 @@
 """Ray, and nothing but Ray: the cluster a run uses, its coordinator actor, and a fleet of agents = one `fit` of Ray Train.
 
-Called by trainer/run.py. What the agents do is agent.py's, when to try again controller.py's. Ray Train's own checkpoints, resume and
-retries are not used (store.py and controller.py say why): it places one worker a rank, gives it its GPU, and tells which of them died. A
-fleet carries many attempts, as it is the rank processes below the agents that die most often, and a `fit` takes several seconds to start.
+Called by trainer/run.py and drive.py. What the agents do is agent.py's, when to try again controller.py's. Ray Train's own checkpoints,
+resume and retries are not used (store.py and controller.py say why): it places one worker a rank, gives it its GPU, and tells which of them
+died. A fleet carries many attempts, as it is the rank processes below the agents that die most often, and a `fit` takes several seconds to
+start.
 """
 
 import contextlib

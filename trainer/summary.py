@@ -1,4 +1,4 @@
-"""What came out of a run: `summary.json`, computed from the journal and from what rank 0 handed back. Pure; called by trainer/run.py."""
+"""What came out of a run: `summary.json`, computed from the journal and from what rank 0 handed back. Pure; called by trainer/drive.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
