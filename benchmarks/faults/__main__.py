@@ -111,6 +111,10 @@ def main() -> int:
     if options.show:
         print(markdown(json.loads(options.show.read_text())["rows"]))
         return 0
+    known = [*(f"storage {name}" for name in storage.CAMPAIGN), *ROWS, *WORKERS, *PEER]
+    for part in options.rows:
+        if not any(part.lower() in name.lower() for name in known):
+            parser.error(f"no row is called {part!r}; give a part of one of these names: {'; '.join(known)}")
     result: dict[str, Any] = {
         "command": "python -m benchmarks.faults",
         "hardware": options.hardware,
