@@ -93,8 +93,11 @@ class Agent:
         placement_group: str = "",
         fetch: Callable[[Any], Any] = lambda reference: reference,
         notice: Callable[[], str] = lambda: "",
+        zygote: str = "",
     ) -> None:
+        """`zygote`: the name of the one that this node's agents share; without it this agent has its own."""
         self._ask, self._fetch, self._notice, self._placement_group = ask, fetch, notice, placement_group
+        self._zygote_name = zygote
         self._fleet, self._rank, self._place, self._modules = fleet, rank, place, tuple(modules)
         self._wake = threading.Event()
         self._running: _Running | None = None
@@ -128,7 +131,7 @@ class Agent:
                 os.close(descriptor)
 
     def _new_zygote(self) -> Zygote:
-        return Zygote(self._modules, on_ended=lambda forked: self._wake.set())
+        return Zygote(self._modules, on_ended=lambda forked: self._wake.set(), name=self._zygote_name)
 
     def _obey(self, order: Order, zygote: Zygote) -> None:
         running = self._running
@@ -238,7 +241,7 @@ def process_state(pid: int) -> tuple[str, float]:
 
 
 def agent_main(settings: Mapping[str, Any]) -> None:
-    """The train function of a fleet. `settings`: coordinator, fleet, modules, notice (a path)."""
+    """The train function of a fleet. `settings`: coordinator, fleet, modules, zygote (a name), notice (a path)."""
     import ray
     import ray.train
 
@@ -273,4 +276,5 @@ def agent_main(settings: Mapping[str, Any]) -> None:
         placement_group=group.id.hex() if group else "",
         fetch=ray.get,
         notice=notice,
+        zygote=settings["zygote"],
     ).run()

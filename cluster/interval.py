@@ -8,11 +8,12 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:  # the driver asks for observed_failures, and has no other use for torch
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor
 
 AUTO = -1
 """`train.checkpoint_every` that leaves the interval to IntervalChooser."""
@@ -138,7 +139,7 @@ class SharedInterval:
         steps_per_epoch: int,
         chooser: IntervalChooser | None = None,
         world_size: int = 1,
-        device: torch.device | None = None,
+        device: "torch.device | None" = None,
         group: Any = None,
     ) -> None:
         """`every` as train.checkpoint_every. `chooser`: with AUTO, rank 0's; others have none. `start_step`: steps done when this attempt
@@ -148,8 +149,7 @@ class SharedInterval:
         self._saved_at = start_step
         self._steps = min(FIRST_STEPS, steps_per_epoch)
         self._coming: tuple[Tensor, dist.Work] | None = None
-        is_cuda = device is not None and device.type == "cuda"
-        self._aside = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._aside = _side_stream(device) if device is not None and device.type == "cuda" else None
 
     @property
     def steps(self) -> int:
@@ -174,13 +174,24 @@ class SharedInterval:
             assert self._chooser is not None, "rank 0 has no chooser"
             self._steps = proposal
             return
+        import torch
+        import torch.distributed as dist
+
         value = torch.full((), proposal, dtype=torch.int64, device=self._device)  # not tensor(): that would wait for a GPU
         self._coming = (value, cast(dist.Work, dist.broadcast(value, src=0, group=self._group, async_op=True)))
 
-    def _read(self, value: Tensor, work: dist.Work) -> int:
+    def _read(self, value: "Tensor", work: "dist.Work") -> int:
         if self._aside is None:
             work.wait()
             return int(value)
+        import torch
+
         with torch.cuda.stream(self._aside):  # waits for the broadcast, which is behind the saved step, and not for the step after it
             work.wait()
             return int(value)
+
+
+def _side_stream(device: "torch.device") -> "torch.cuda.Stream":
+    import torch
+
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.accelerators as accelerators
 import ray._private.worker as worker_module
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 from ray.train.backend import Backend, BackendConfig
@@ -96,16 +97,10 @@ def ray_cluster(
         else:
             # The path stays short: Ray makes Unix sockets below it, whose names may have 107 bytes.
             temp = _temp_folder()
-            python_path = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
+            # By inheritance, not in a runtime_env: the workers that Ray starts beforehand would not have it, and not be used.
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
             with _sigterm_is_ours():
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    include_dashboard=False,
-                    _temp_dir=temp,
-                    runtime_env={"env_vars": {"PYTHONPATH": python_path}},
-                    **common,
-                )
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temp, **common)
         total = ray.cluster_resources()
         yield Hardware(
             local=not address,
@@ -122,6 +117,13 @@ def ray_cluster(
         if temp is not None:
             _kill_ray(temp)
             shutil.rmtree(temp, ignore_errors=True)
+
+
+def gpus_here() -> int:
+    """GPUs that a local Ray would find."""
+    count = accelerators.NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    visible = accelerators.NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    return int(count) if visible is None else min(int(count), len(visible))
 
 
 def check_guarded(head: str, has_token: bool) -> None:
@@ -345,13 +347,15 @@ class Fleet:
         name: str,
         resources: Resources,
         modules: Sequence[str],
+        zygote: str,
         notice: str,
         placement_seconds: float,
     ) -> None:
+        """`modules` are what the ranks' zygotes import, `zygote` is their name (one a node)."""
         self.number, self.workers = number, resources.workers
         self._failure: Failure | None = None
         self._scratch = _temp_folder()
-        settings = {"coordinator": coordinator, "fleet": number, "modules": list(modules), "notice": notice}
+        settings = {"coordinator": coordinator, "fleet": number, "modules": list(modules), "zygote": zygote, "notice": notice}
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{placement_seconds:g}"
         self._thread = threading.Thread(target=self._fit, args=(settings, name, resources), name="fit", daemon=True)
         self._thread.start()

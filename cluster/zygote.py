@@ -1,30 +1,38 @@
 """A process that has imported everything a rank needs and forks ranks from itself: a new rank begins in milliseconds, not in seconds.
 
-Used by agent.py on every node. The zygote (`python -m cluster.zygote`) has one thread, no GPU context and no state: what it forks is as
-good as new. It ends when its agent does, and what it forked ends with it, whatever way they end.
+Used by agent.py on every node, and by the driver, whose imports then go on while Ray starts. Who asks for a zygote of a name gets the one
+that is there, or starts it: the agents of a node share one. It has one thread, no GPU context and no state: what it forks is as good as
+new, with the environment, folder and output of who asked for it. It ends when nobody is connected any more; what it forked ends with who
+asked for it, and with the zygote, whatever way they end.
 
     agent --SEQPACKET--> zygote    {"target": "module:function"}, with the file descriptors for that function
-    agent <--SEQPACKET-- zygote    {"ready": seconds} | {"started": pid} | {"ended": pid, "status": exit code, or minus a signal's number}
+    agent <--SEQPACKET-- zygote    {"ready": seconds, "pid": pid} | {"started": pid} | {"ended": pid, "status": its exit code, or minus a
+                                   signal's number}
 """
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 _MESSAGE_BYTES = 1 << 16
-_MOST_DESCRIPTORS = 250  # Linux hands over 253 in one message
+_OWN_DESCRIPTORS = 3  # surroundings, standard output, standard error
+_MOST_DESCRIPTORS = 253 - _OWN_DESCRIPTORS  # Linux hands over 253 in one message
+_BACKLOG = 256
 _PR_SET_PDEATHSIG = 1
 ZYGOTE_LOST = -1000
 """Exit status of a process whose zygote died, and took it along."""
@@ -53,34 +61,64 @@ class Forked:
 
 
 class Zygote:
-    """The agent's end: starts the process, has it fork, hears how each forked process ended. Thread-safe."""
+    """Its user's end: reaches or starts the process, has it fork, hears how each forked process ended. Thread-safe."""
 
-    def __init__(self, modules: Sequence[str], on_ended: Callable[[Forked], None] = lambda forked: None) -> None:
-        """`modules` are imported by the zygote; `on_ended` is called, from another thread, for each process that has ended."""
+    def __init__(self, modules: Sequence[str], on_ended: Callable[[Forked], None] = lambda forked: None, *, name: str = "") -> None:
+        """`modules` are imported by the zygote; `on_ended` is called, from another thread, for each process that has ended. Users of this
+        machine's account that give the same `name` share one; without a name it is nobody else's."""
         self._on_ended = on_ended
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        # Neither library may start threads before the fork: they would be missing after it.
-        environment |= {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.zygote", str(theirs.fileno()), *modules],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=environment,
-            )
-        self._socket = ours
+        self._is_shared = bool(name)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket = self._reach(f"\0finetune-zygote-{name or uuid.uuid4().hex}", modules)
         self._lock = threading.Lock()
         self._starting: list[Forked] = []
         self._living: dict[int, Forked] = {}
         self._lost = False
+        self._ready, self._pid = threading.Event(), 0
         self.import_seconds: float | None = None
         """How long the imports took, once they are done."""
         threading.Thread(target=self._listen, name="zygote", daemon=True).start()
 
+    def _reach(self, address: str, modules: Sequence[str]) -> socket.socket:
+        """A connection to the zygote that listens at `address`; to a new one where none does."""
+        while True:
+            ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with contextlib.suppress(ConnectionRefusedError):
+                ours.connect(address)
+                if _uid_of_peer(ours) != os.getuid():
+                    ours.close()
+                    raise PermissionError(f"the zygote at @{address[1:]} is another user's")
+                return ours
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                try:
+                    listener.bind(address)
+                except OSError as error:
+                    ours.close()
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+                    continue  # somebody else was quicker
+                listener.listen(_BACKLOG)
+                ours.connect(address)  # before the process lives: it ends when nobody is connected
+                self._process = self._spawn(listener.fileno(), modules)
+            return ours
+
+    def _spawn(self, listener: int, modules: Sequence[str]) -> "subprocess.Popen[bytes]":
+        environment = {**os.environ, **_AS_IF_ALONE, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        return subprocess.Popen(
+            [sys.executable, "-m", "cluster.zygote", str(listener), *modules],
+            pass_fds=[listener],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            process_group=0,  # Ctrl-C in a terminal is its user's to hear
+        )
+
     @property
     def pid(self) -> int:
-        return self._process.pid
+        if self._process is not None:
+            return self._process.pid
+        self._ready.wait()
+        return self._pid
 
     @property
     def lost(self) -> bool:
@@ -97,21 +135,27 @@ class Zygote:
         with self._lock:
             if not self._lost:
                 self._starting.append(forked)
-                with contextlib.suppress(OSError):  # it has died: the listening thread will say so
-                    socket.send_fds(self._socket, [json.dumps({"target": target}).encode()], list(descriptors))
+                with contextlib.suppress(OSError), _surroundings() as surroundings:  # it has died: the listening thread will say so
+                    message = json.dumps({"target": target}).encode()
+                    socket.send_fds(self._socket, [message], [surroundings, *_outputs(), *descriptors])
                 return forked
         self._end(forked, ZYGOTE_LOST)
         return forked
 
-    def close(self) -> None:
-        """End it, and with it whatever it forked."""
+    def close(self, *, kill: bool = False) -> None:
+        """Leave it. What was forked for this user ends; the zygote does if nobody else is connected. `kill` ends one that this process
+        started at once, whoever is connected."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        try:
-            self._process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None:
+            if kill:
+                self._process.kill()
+            try:
+                self._process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                if not self._is_shared:
+                    self._process.kill()
+                    self._process.wait()
         self._socket.close()
 
     def _listen(self) -> None:
@@ -123,8 +167,9 @@ class Zygote:
             if not message:
                 break
             match json.loads(message):
-                case {"ready": seconds}:
-                    self.import_seconds = seconds
+                case {"ready": seconds, "pid": pid}:
+                    self.import_seconds, self._pid = seconds, pid
+                    self._ready.set()
                 case {"started": pid}:
                     with self._lock:
                         forked = self._starting.pop(0)
@@ -139,6 +184,7 @@ class Zygote:
             self._lost = True
             left = [*self._starting, *self._living.values()]
             self._starting, self._living = [], {}
+        self._ready.set()
         for forked in left:
             self._end(forked, ZYGOTE_LOST)
 
@@ -149,57 +195,136 @@ class Zygote:
         self._on_ended(forked)
 
 
+# Neither library may start threads before the fork: they would be missing after it.
+_AS_IF_ALONE = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+
+
+@contextlib.contextmanager
+def _surroundings() -> Iterator[int]:
+    """An open file that says in what environment and folder this process works."""
+    descriptor = os.memfd_create("surroundings")
+    try:
+        with open(descriptor, "w", closefd=False) as file:
+            json.dump({"environment": {**os.environ, **_AS_IF_ALONE}, "folder": os.getcwd()}, file)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _outputs() -> tuple[int, int]:
+    """The open files behind standard output and standard error."""
+    return 1, 2
+
+
+def _uid_of_peer(connection: socket.socket) -> int:
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(uid)
+
+
 # The zygote's end
 
 
+class _Server:
+    """The loop of the one thread."""
+
+    def __init__(self, listener: socket.socket, import_seconds: float) -> None:
+        self._listener, self._import_seconds = listener, import_seconds
+        self._users: dict[int, socket.socket] = {}  # by descriptor
+        self._living: dict[int, tuple[int, int]] = {}  # pidfd -> (pid, descriptor of the user)
+        self._poll = select.poll()
+        self._poll.register(listener, select.POLLIN)
+
+    def serve(self) -> None:
+        """Until the last user has gone."""
+        while True:
+            for descriptor, _ in self._poll.poll():
+                if descriptor == self._listener.fileno():
+                    self._welcome()
+                elif descriptor in self._living:
+                    self._bury(descriptor)
+                elif descriptor in self._users:
+                    self._hear(self._users[descriptor])
+            if not self._users:
+                return
+
+    def _welcome(self) -> None:
+        user, _ = self._listener.accept()
+        if _uid_of_peer(user) != os.getuid():
+            user.close()
+            return
+        self._users[user.fileno()] = user
+        self._poll.register(user, select.POLLIN)
+        self._tell(user, {"ready": self._import_seconds, "pid": os.getpid()})
+
+    def _hear(self, user: socket.socket) -> None:
+        try:
+            message, descriptors, _, _ = socket.recv_fds(user, _MESSAGE_BYTES, _OWN_DESCRIPTORS + _MOST_DESCRIPTORS)
+        except OSError:
+            message, descriptors = b"", []
+        if not message:
+            self._poll.unregister(user)
+            del self._users[user.fileno()]
+            for pid, owner in self._living.values():
+                if owner == user.fileno():
+                    os.kill(pid, signal.SIGKILL)
+            self._living = {pidfd: (pid, -1 if owner == user.fileno() else owner) for pidfd, (pid, owner) in self._living.items()}
+            user.close()
+            return
+        zygote = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            inherited = [self._listener.detach(), *(one.detach() for one in self._users.values()), *self._living]
+            _be_a_rank(zygote, inherited, descriptors, json.loads(message)["target"])
+        for copy in descriptors:
+            os.close(copy)
+        watched = os.pidfd_open(pid)
+        self._living[watched] = (pid, user.fileno())
+        self._poll.register(watched, select.POLLIN)
+        self._tell(user, {"started": pid})
+
+    def _bury(self, pidfd: int) -> None:
+        self._poll.unregister(pidfd)
+        pid, owner = self._living.pop(pidfd)
+        _, status = os.waitpid(pid, 0)
+        os.close(pidfd)
+        if owner in self._users:
+            self._tell(self._users[owner], {"ended": pid, "status": os.waitstatus_to_exitcode(status)})
+
+    def _tell(self, user: socket.socket, message: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it has gone: the next poll says so
+            user.send(json.dumps(message).encode())
+
+
 def main(arguments: list[str]) -> int:
-    """`python -m cluster.zygote FD MODULE...`"""
+    """`python -m cluster.zygote LISTENER MODULE...`"""
     began = time.perf_counter()
-    orders = socket.socket(fileno=int(arguments[0]))
+    listener = socket.socket(fileno=int(arguments[0]))
     for module in arguments[1:]:
         importlib.import_module(module)
-    living: dict[int, int] = {}  # pidfd -> pid
-    with contextlib.suppress(OSError):
-        orders.send(json.dumps({"ready": time.perf_counter() - began}).encode())
-    poll = select.poll()
-    poll.register(orders, select.POLLIN)
-    while True:
-        for descriptor, _ in poll.poll():
-            if descriptor != orders.fileno():
-                poll.unregister(descriptor)
-                pid = living.pop(descriptor)
-                _, status = os.waitpid(pid, 0)
-                os.close(descriptor)
-                with contextlib.suppress(OSError):
-                    orders.send(json.dumps({"ended": pid, "status": os.waitstatus_to_exitcode(status)}).encode())
-                continue
-            message, descriptors, _, _ = socket.recv_fds(orders, _MESSAGE_BYTES, _MOST_DESCRIPTORS)
-            if not message:  # the agent has ended
-                for pid in living.values():
-                    os.kill(pid, signal.SIGKILL)
-                return 0
-            zygote = os.getpid()
-            pid = os.fork()
-            if pid == 0:
-                _be_a_rank(zygote, orders, list(living), descriptors, json.loads(message)["target"])
-            for copy in descriptors:
-                os.close(copy)
-            watched = os.pidfd_open(pid)
-            living[watched] = pid
-            poll.register(watched, select.POLLIN)
-            with contextlib.suppress(OSError):
-                orders.send(json.dumps({"started": pid}).encode())
+    _Server(listener, time.perf_counter() - began).serve()
+    return 0
 
 
-def _be_a_rank(zygote: int, orders: socket.socket, others: list[int], descriptors: list[int], target: str) -> None:
+def _be_a_rank(zygote: int, inherited: list[int], descriptors: list[int], target: str) -> None:
     """The forked process, to its end."""
     status = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != zygote:  # it died before the line above
             return
-        for descriptor in (orders.detach(), *others):
+        for descriptor in inherited:
             os.close(descriptor)
+        surroundings, output, errors, *descriptors = descriptors
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        with open(surroundings) as file:
+            file.seek(0)  # its writer's place in it is ours
+            told = json.load(file)
+        for descriptor in (output, errors):
+            os.close(descriptor)
+        os.environ.clear()
+        os.environ.update(told["environment"])
+        os.chdir(told["folder"])
         module, _, function = target.partition(":")
         entry: Callable[[list[int]], Any] = getattr(importlib.import_module(module), function)
         entry(descriptors)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from dataio.config import DataConfig
+
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "test")
@@ -192,3 +194,18 @@ _READ: dict[str, Any] = {
     "identity": _hex,
     "version": _count,
 }
+
+
+def image_size_of(manifest: Manifest, config: DataConfig) -> tuple[int, int]:
+    """(height, width) of the decoded images: `data.image_size`, or the size that all images share."""
+    if config.image_size > 0:
+        return config.image_size, config.image_size
+    if len(manifest.image_sizes) == 1:
+        height, _, width = next(iter(manifest.image_sizes)).partition("x")
+        return int(height), int(width)
+    common = sorted(manifest.image_sizes.items(), key=lambda item: (-item[1], item[0]))
+    seen = ", ".join(f"{size} ({count:,} images)" for size, count in common[:3])
+    raise ValueError(
+        f"data.image_size=0 takes the size that all images share, but there are {len(common)} sizes (HxW): {seen}"
+        f"{', ...' if len(common) > 3 else ''}; choose one and how to get there, e.g. --data.image-size 224 --data.fit crop"
+    )

@@ -46,15 +46,12 @@ from cluster.store import Commit, Store
 from cluster.versions import versions
 from dataio.parquet import Dataset
 from trainer.config import RunConfig
-from trainer.history import ACCOUNTED
 from trainer.progress import ProgressLine, RunState, final_table, predict_command
-from trainer.report import write_report
-from trainer.summary import accounting, summarise
-from trainer.worker import TARGET, WorkerSpec, make_order, total_steps_of
+from trainer.spec import RANK_MODULES, TARGET, WorkerSpec, make_order, total_steps_of
+from trainer.summary import ACCOUNTED, accounting, summarise
 
 # On a rank; where in the program they came up helps nobody.
 SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:", "StorageOutage:", "StorageRefused:")
-RANK_MODULES = ("trainer.worker", "nvidia.dali.fn")  # what a rank's process needs, imported once a node
 POLL_SECONDS = 0.25
 SAME_SIGNAL_SECONDS = 0.3
 CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
@@ -90,13 +87,14 @@ class Drive:
         resources: Resources,
         command: str,
         console: Console,
+        zygote: str,
         find_start: Callable[[], Commit | None],
     ) -> None:
-        """`find_start` finds the commit to go on from, and says which are damaged."""
+        """`find_start` finds the commit to go on from, and says which are damaged; `zygote` is the name of the nodes' zygotes."""
         self.config, self.dataset, self.location = config, dataset, location
         self.storage, self.store, self.journal = storage, store, journal
         self.resources, self.command, self.console = resources, command, console
-        self.find_start = find_start
+        self.find_start, self.zygote = find_start, zygote
         self.steps_per_epoch = make_order(config, dataset).steps_per_epoch
         self.total_steps = total_steps_of(config, self.steps_per_epoch)
         self.signal, self.signal_at = 0, 0.0
@@ -318,6 +316,7 @@ class Drive:
             name=f"{self.config.run}-{self.number}-{os.getpid()}",
             resources=self.resources.with_workers(workers),
             modules=RANK_MODULES,
+            zygote=self.zygote,
             notice=self.config.cluster.preemption_notice,
             placement_seconds=self.config.cluster.placement_seconds,
         )
@@ -583,6 +582,8 @@ class Drive:
 
     def write_summary(self, status: str) -> tuple[dict[str, Any], str | None]:
         """The summary, and where the report is; None where it could not be written."""
+        from trainer.report import write_report  # half a second of imports that nobody waits for before training
+
         events = read_journal(self.storage, self.config.run)
         summary = summarise(
             config=self.config,

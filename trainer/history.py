@@ -31,10 +31,6 @@ CURVE_SCHEMA = pa.schema(
 )
 
 
-ACCOUNTED = ("step_seconds", "data_wait_seconds", "exchange_wait_seconds", "evaluation_seconds", "checkpoint_stall_seconds")
-"""Of History: what a run's account needs (summary.accounting)."""
-
-
 @dataclass(kw_only=True, slots=True)
 class History:
     """Totals over the steps that lead to the present state; steps lost in a failure are not in it."""

@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.interval import AUTO, steps_between
-from dataio.loader import image_size_of
-from dataio.manifest import Manifest
+from dataio.manifest import Manifest, image_size_of
 from dataio.order import Order
 from trainer.cli import validate
 from trainer.config import ModelConfig, RunConfig

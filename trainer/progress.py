@@ -211,7 +211,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("Restarts", "restarts", number)
     if summary.get("restarts"):
         add("Recovery", "recovery_seconds", duration)
-    for name, key in (("Resized", "resized"), ("Hangs", "hangs"), ("Batches left out", "batches_skipped")):
+    for name, key in (("Preemptions", "preemptions"), ("Resized", "resized"), ("Hangs", "hangs"), ("Batches left out", "batches_skipped")):
         if summary.get(key):
             add(name, key, number)
     add("Checkpoints", "checkpoints", number)

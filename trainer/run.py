@@ -16,6 +16,7 @@ import os
 import shlex
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -28,14 +29,17 @@ from cluster.journal import Journal
 from cluster.redact import redact
 from cluster.storage import Storage, open_storage
 from cluster.store import Commit, NoValidCheckpoint, Store
+from cluster.zygote import Zygote
 from dataio.convert import Progress as ConvertProgress
 from dataio.convert import is_converted, prepare
-from dataio.loader import image_size_of
+from dataio.manifest import image_size_of
 from dataio.parquet import QUARANTINE_NAME, Dataset, open_dataset
 from dataio.sources import open_source
+from trainer.check import ModelCheck
 from trainer.cli import fail, from_toml, parse, settings, to_toml, validate, worker_count
 from trainer.config import RunConfig
 from trainer.progress import final_table, predict_command
+from trainer.spec import RANK_MODULES
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Settings that change neither the weights nor the evaluation; all others must be the same when a run goes on.
@@ -149,10 +153,7 @@ def open_data(config: RunConfig, console: Console) -> tuple[Path, Dataset]:
 
 
 def check_before_cluster(config: RunConfig, storage: Storage, dataset: Dataset) -> None:
-    """ValueError for what would fail on the workers, found in a second and before a cluster is started. Downloaded weights stay in the
-    library's cache, so that the workers of this node find them."""
-    from trainer.model import build_model
-
+    """ValueError for what would fail on the workers, found in a second and before a cluster is started."""
     if storage.is_local:
         try:
             storage.make_dir("")
@@ -161,12 +162,6 @@ def check_before_cluster(config: RunConfig, storage: Storage, dataset: Dataset) 
     check_same_run(config, storage, dataset.manifest.fingerprint)
     check_resume(config, has_checkpoint=bool(Store.open(storage, config.run).commits()))
     serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()  # the coordinator will, on this node
-    build_model(
-        config.model,
-        classes=len(dataset.manifest.classes),
-        seed=config.train.seed,
-        image_hw=image_size_of(dataset.manifest, config.data),
-    )
 
 
 def check_resume(config: RunConfig, *, has_checkpoint: bool) -> None:
@@ -253,9 +248,22 @@ def find_start(config: RunConfig, store: Store, journal: Journal, console: Conso
 
 def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> int:
     """One run from its data to its report."""
-    import torch
+    name = uuid.uuid4().hex
+    # It imports what the ranks need while this process imports Ray and starts it. Two seconds, and the ranks of this node share it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # what a process group or a control group is sent is for the driver
+    try:
+        zygote = Zygote(RANK_MODULES, name=name)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        return run_with(zygote, name, config, recipe=recipe, command=command, console=console)
+    finally:
+        zygote.close(kill=True)
 
-    from cluster.launch import Hardware, plan_resources, ray_cluster
+
+def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str, command: str, console: Console) -> int:
+    """The run, with a zygote on this node that the ranks come from."""
+    from cluster.launch import Hardware, gpus_here, plan_resources, ray_cluster
     from cluster.preflight import preflight
     from cluster.versions import versions
     from trainer.drive import Drive
@@ -277,13 +285,15 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
     )
     wanted = worker_count(config)
     if not address:
-        here = Hardware(local=True, nodes=1, cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count())
+        here = Hardware(local=True, nodes=1, cpus=os.cpu_count() or 1, gpus=gpus_here())
         wanted = plan_resources(config.workers, config.cluster, here).most
     if wanted is not None:  # everything that needs no cluster is checked before one is started
         early = resolved(config, workers=wanted, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
         if (done := finished_summary(early, fingerprint)) is not None:
             return show_finished(early, done, console)
+        checked = ModelCheck(zygote, early.model, classes=len(dataset.manifest.classes), seed=early.train.seed, image_size=image_size)
         check_before_cluster(early, open_storage(early.storage, early.cluster.storage_retry_seconds), dataset)
+        checked.wait()
     console.print(f"joining the Ray cluster at {address}" if address else "starting a local Ray")
     with cluster as hardware:
         resources = plan_resources(config.workers, config.cluster, hardware)
@@ -317,6 +327,7 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
             resources=resources,
             command=command,
             console=console,
+            zygote=zygote_name,
             find_start=lambda: find_start(config, store, journal, console, fingerprint),
         ).go(start)
 

@@ -1,9 +1,13 @@
 """What came out of a run: `summary.json`, computed from the journal and from what rank 0 handed back. Pure; called by trainer/drive.py."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.config import RunConfig
+
+ACCOUNTED = ("step_seconds", "data_wait_seconds", "exchange_wait_seconds", "evaluation_seconds", "checkpoint_stall_seconds")
+"""Of History: what a run's account needs (summary.accounting)."""
 
 Event = Mapping[str, Any]
 
@@ -96,6 +100,15 @@ def restarts(events: Sequence[Event]) -> int:
     return sum(max(0, _count(session, "attempt_started") - 1 - _count(session, "attempt_paused")) for session in sessions(events))
 
 
+def resizes(events: Sequence[Event]) -> int:
+    """How often the number of workers changed, from one attempt to the next of one driver."""
+    count = 0
+    for session in sessions(events):
+        workers = [event.get("workers") for event in session if event["event"] == "attempt_started"]
+        count += sum(before != now for before, now in itertools.pairwise(workers))
+    return count
+
+
 def _count(events: Sequence[Event], name: str) -> int:
     return sum(event["event"] == name for event in events)
 
@@ -121,7 +134,8 @@ def summarise(
         "workers": facts.get("workers"),
         "virtual_ranks": config.train.virtual_ranks,
         "restarts": restarts(events),
-        "resized": _count(events, "attempt_paused"),
+        "preemptions": sum(event["event"] == "attempt_paused" and event.get("kind") == "preempted" for event in events),
+        "resized": resizes(events),
         "hangs": _count(events, "hang"),
         "batches_skipped": len({event["step"] for event in events if event["event"] == "batch_skipped"}),
         "samples_seen": history.get("samples"),

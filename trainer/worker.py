@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,33 +38,19 @@ from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
 from trainer.config import RunConfig
 from trainer.export import export_model
 from trainer.guard import Guard
-from trainer.history import ACCOUNTED, Curves, History, Speed
+from trainer.history import Curves, History, Speed
 from trainer.loop import Arriving, Stepper, StepStats, evaluating, train_steps
 from trainer.metrics import EvalResult, Evaluation
 from trainer.model import Preprocess, build_model, head_of
 from trainer.optim import Ema, build_optimizer, clip_gradients, loss_sum, set_learning_rate, set_trainable
+from trainer.spec import WorkerSpec, make_order, total_steps_of
 from trainer.state import TrainState, weights_sha256
+from trainer.summary import ACCOUNTED
 
 HISTORY_FILE = "history.json"
 CURVES_FILE = "curves.parquet"
 EVALUATION_BATCH = 256
 GROUP_TIMEOUT_SECONDS = 300.0
-TARGET = "trainer.worker:train_rank"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerSpec:
-    """What a rank is told. `dataset` is a converted folder; None if its files travel with the task."""
-
-    config: RunConfig  # resolved: run, storage and virtual_ranks are set
-    dataset: str | None
-    generation: int
-    attempt: int
-    resume: tuple[int, int] | None  # (step, generation) of the commit to go on from, which the driver found valid; None starts at zero
-    threads: int
-    skip: frozenset[int] = frozenset()  # steps whose batches are left out for their bad numbers
-    failures: int = 0  # of the run so far, and the seconds in which its attempts ran: how often to save with checkpoint_every auto
-    observed_seconds: float = 0.0
 
 
 def train_rank(spec: WorkerSpec, context: RankContext) -> None:
@@ -321,22 +307,6 @@ def make_repeatable(threads: int) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def make_order(config: RunConfig, dataset: Dataset) -> Order:
-    return Order(
-        seed=config.train.seed,
-        fingerprint=dataset.manifest.fingerprint,
-        count=dataset.split("train").count,
-        batch_size=config.data.batch_size,
-        virtual_ranks=config.train.virtual_ranks,
-        window=config.data.shuffle_window,
-    )
-
-
-def total_steps_of(config: RunConfig, steps_per_epoch: int) -> int:
-    everything = config.train.epochs * steps_per_epoch
-    return min(everything, config.train.max_steps) if config.train.max_steps else everything
 
 
 def phases(config: RunConfig, start: int, total: int, steps_per_epoch: int) -> Iterator[tuple[int, int]]:

@@ -167,16 +167,8 @@ class Trial:
         return float(min(steps)) - since if steps else float("nan")
 
 
-def family(pid: int) -> list[int]:
-    """A process's parent, that one's parent, and so on."""
-    found = []
-    while pid > 1:
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            break
-        found.append(pid)
-    return found
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def process_named(text: str) -> int:
@@ -236,4 +228,4 @@ def pick(seed: int) -> random.Random:
     return random.Random(seed)
 
 
-__all__ = ["STEPS", "Nodes", "Trial", "family", "pick", "process_named", "process_state", "saturated", "spread", "throttled"]
+__all__ = ["STEPS", "Nodes", "Trial", "parent_of", "pick", "process_named", "process_state", "saturated", "spread", "throttled"]

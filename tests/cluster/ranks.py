@@ -80,3 +80,8 @@ def join_and_publish(spec: Any, context: RankContext) -> None:
     dist.all_reduce(total)
     if context.rank == 0:
         context.call("publish", context.attempt, "total", (float(total), bytes(context.files["a"]).decode()))
+
+
+def say_where(descriptors: list[int]) -> None:
+    print(os.environ.get("OF_ITS_USER"), os.getcwd(), flush=True)
+    print("and a word on standard error", file=sys.stderr)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,46 @@ def test_more_files_than_one_message_carries_are_refused():
             zygote.fork("tests.cluster.ranks:sleep", [0] * 251)
     finally:
         zygote.close()
+
+
+def test_users_of_one_name_share_a_zygote_and_each_keeps_its_own():
+    name = f"test-{os.getpid()}-shared"
+    with ThreadPoolExecutor(8) as pool:  # all at once: one of them starts it
+        users = list(pool.map(lambda _: Zygote([], name=name), range(8)))
+    try:
+        assert len({user.pid for user in users}) == 1
+        pipes = [os.pipe() for _ in users]
+        forked = [user.fork("tests.cluster.ranks:sleep", [writing]) for user, (_, writing) in zip(users, pipes, strict=True)]
+        for reading, _ in pipes:
+            assert os.read(reading, 10) == b"awake"
+        users[3].close()
+        assert soon(lambda: gone(forked[3].pid))
+        assert not any(gone(one.pid) for one in forked[:3] + forked[4:])
+        latecomer = Zygote([], name=name)
+        assert latecomer.pid == users[0].pid
+        latecomer.close()
+    finally:
+        for user in users:
+            user.close()
+    assert soon(lambda: gone(users[0].pid))
+    another = Zygote([], name=name)
+    assert another.pid != users[0].pid
+    another.close()
+
+
+def test_what_is_forked_has_the_environment_folder_and_output_of_who_asked(tmp_path: Path):
+    script = (
+        "import sys\nfrom cluster.zygote import Zygote\nzygote = Zygote([], name=sys.argv[1])\n"
+        "assert zygote.fork('tests.cluster.ranks:say_where', []).wait(30) == 0\nprint(zygote.pid)\n"
+    )
+    name = f"test-{os.getpid()}-places"
+    first = Zygote([], name=name)  # of this process: another environment, folder and output
+    try:
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OF_ITS_USER": "yes"}
+        user = subprocess.run(
+            [sys.executable, "-c", script, name], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+    finally:
+        first.close()
+    assert user.stdout.splitlines() == [f"yes {tmp_path}", str(first.pid)]
+    assert user.stderr.splitlines() == ["and a word on standard error"]

@@ -82,8 +82,17 @@ class Run:
 
     def kill_worker(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
         """A signal to the process of `rank` in the newest attempt."""
-        registered = [e for e in self.new_events() if e["event"] == "worker_registered" and e["rank"] == rank]
-        os.kill(registered[-1]["pid"], number)
+        os.kill(self.pid_of(rank), number)
+
+    def pid_of(self, rank: int) -> int:
+        return int(self._registered(rank)["pid"])
+
+    def node_of(self, rank: int) -> str:
+        """The id of the Ray node that `rank` is on in the newest attempt."""
+        return str(self._registered(rank)["node_id"])
+
+    def _registered(self, rank: int) -> Event:
+        return [e for e in self.new_events() if e["event"] == "worker_registered" and e["rank"] == rank][-1]
 
     def signal(self, number: signal.Signals) -> None:
         """To the driver alone, as `kill PID` does."""

@@ -1,4 +1,4 @@
-"""A run on three nodes, two of which come and go: the same bits and the same samples as on one machine. Real raylets, killed for real."""
+"""A run on nodes that come, go and are drained: the same bits and the same samples as on one machine. Real raylets, killed for real."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.faults.harness import throttled
 from cluster.ledger import read_ledger
 from tests.e2e.conftest import TRAIN_IMAGES
 from tests.e2e.running import PROJECT, Run
@@ -42,6 +43,11 @@ for line in sys.stdin:
     print("done", flush=True)
 cluster.shutdown()
 """
+
+DRAIN = [
+    *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"),
+    *("--reason-message", "spot", "--deadline-remaining-seconds", "60"),
+]
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
 
@@ -79,27 +85,49 @@ def nodes() -> Iterator[Nodes]:
     nodes.close()
 
 
-def test_a_run_shrinks_and_grows_and_ends_in_the_same_bits(nodes: Nodes, tmp_path: Path, images: Path) -> None:
+def test_a_run_ends_in_the_same_bits_through_a_straggler_a_notice_a_drained_node_a_lost_node_and_a_new_one(
+    nodes: Nodes, tmp_path: Path, images: Path
+) -> None:
+    notice = tmp_path / "notice"
+    nodes.tell("add")  # a spare one
     elastic = Run(
-        *(*COMMON, "--workers", "1:2", "--cluster.grow-after-seconds", "1"),
-        *("--cluster.address", nodes.address, "--cluster.allow-unauthenticated"),
+        *(*COMMON, "--workers", "1:2", "--cluster.grow-after-seconds", "1", "--cluster.preemption-notice", str(notice)),
+        *("--cluster.faults.straggler-steps", "5", "--cluster.address", nodes.address, "--cluster.allow-unauthenticated"),
         storage=tmp_path,
         name="elastic",
         data=images,
     )
+    # A rank that gets a fifth of the time is named, and nothing is done to it.
     elastic.wait_for("checkpoint_committed", step=15)
-    registered = [event for event in elastic.new_events() if event["event"] == "worker_registered" and event["rank"] == 1]
-    nodes.tell(f"remove {registered[-1]['node_id']}")
-    elastic.wait_for("first_step", workers=1)
+    with throttled(elastic.pid_of(1)):
+        assert elastic.wait_for("straggler")["rank"] == 1
+
+    # The notice of a spot instance's hook: a commit, and on once it is gone.
+    notice.touch()
+    assert elastic.wait_for("attempt_paused", attempt=1)["kind"] == "preempted"
+    notice.unlink()
+    elastic.wait_for("first_step", attempt=2, workers=2)
+
+    # A node that is to be drained: a commit, and on elsewhere.
+    drained = elastic.node_of(0)
+    subprocess.run([*DRAIN, "--address", nodes.address, "--node-id", drained], check=True, capture_output=True)
+    assert elastic.wait_for("attempt_paused", attempt=2)["kind"] == "preempted"
+    elastic.wait_for("first_step", attempt=3, workers=2)
+    assert drained not in (elastic.node_of(0), elastic.node_of(1))
+    assert not [event for event in elastic.events() if event["event"] == "attempt_failed"]
+
+    # A node that dies, and one that comes.
+    nodes.tell(f"remove {elastic.node_of(1)}")
+    elastic.wait_for("first_step", attempt=4, workers=1)
     nodes.tell("add")
-    elastic.wait_for("first_step", attempt=3)
-    elastic.wait_for("checkpoint_committed", attempt=3)
+    elastic.wait_for("first_step", attempt=5, workers=2)
+    elastic.wait_for("checkpoint_committed", attempt=5)
     elastic.signal(signal.SIGTERM)
     assert elastic.finish() == 128 + signal.SIGTERM, elastic.output()
-    assert [event["workers"] for event in elastic.events() if event["event"] == "attempt_started"] == [2, 1, 2]
+    assert [event["workers"] for event in elastic.events() if event["event"] == "attempt_started"] == [2, 2, 2, 1, 2]
     summary = elastic.summary()
-    assert (summary["restarts"], summary["resized"]) == (1, 1)
-    assert elastic.wait_for("attempt_paused")["kind"] == "grow"
+    assert (summary["restarts"], summary["preemptions"], summary["resized"]) == (1, 2, 2)
+    assert elastic.wait_for("attempt_paused", attempt=4)["kind"] == "grow"
     assert "there is room for 2 workers, 1 are at work" in elastic.output()
 
     alone = Run(*COMMON, "--workers", "1", "--train.max-steps", str(summary["steps"]), storage=tmp_path, name="alone", data=images)

@@ -14,9 +14,11 @@ from PIL import Image
 from rich.console import Console
 
 from cluster.storage import open_storage
+from cluster.zygote import Zygote
+from trainer.check import ModelCheck
 from trainer.config import RunConfig
-from trainer.model import WeightsError
 from trainer.run import PROJECT, check_before_cluster, described, dry_run, main, open_data, resolved
+from trainer.spec import RANK_MODULES
 
 SMALL = ["--model.name", "shufflenet_v2_x0_5", "--model.weights", "none", "--cluster.threads-per-worker", "1"]
 
@@ -74,20 +76,40 @@ def test_what_would_fail_on_the_workers_is_found_before_a_cluster_is_started(
         ready = resolved(changed, workers=1, fingerprint=dataset.manifest.fingerprint, recipe="pets", image_size=(40, 40))
         check_before_cluster(ready, open_storage(ready.storage), dataset)
 
-    def with_model(**fields: str) -> RunConfig:
-        return replace(config, model=replace(config.model, **fields))  # type: ignore[arg-type]
-
     check(config)
-    with pytest.raises(ValueError, match="did you mean resnet18"):
-        check(with_model(name="resnet81"))
-    with pytest.raises(WeightsError, match=r"no such file; weights are imagenet, none, package:"):
-        check(with_model(weights="/nowhere.pth"))
     with pytest.raises(ValueError, match=r"--resume must, but run 'pets-.*' .* has no checkpoint; give --run NAME"):
         check(replace(config, resume="must"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file' cannot be made \(.*\); give a folder that can with --storage"):
         check(replace(config, storage=str(tmp_path / "file")))
     assert list((tmp_path / "runs").iterdir()) == []  # no run's folder was made for nothing
+
+
+def test_the_model_is_built_once_in_another_process_and_what_is_wrong_with_it_comes_back(config: RunConfig, tmp_path: Path) -> None:
+    zygote = Zygote(RANK_MODULES)
+    try:
+
+        def check(**fields: str) -> None:
+            ModelCheck(zygote, replace(config.model, **fields), classes=2, seed=0, image_size=(40, 40)).wait()  # type: ignore[arg-type]
+
+        check()
+        with pytest.raises(ValueError, match="did you mean resnet18"):
+            check(name="resnet81")
+        with pytest.raises(ValueError, match=r"no such file; weights are imagenet, none, package:"):
+            check(weights="/nowhere.pth")
+        check()
+        under_way = ModelCheck(zygote, config.model, classes=2, seed=0, image_size=(40, 40))
+        zygote.close(kill=True)
+        with pytest.raises(RuntimeError, match="ended with status"):
+            under_way.wait()
+    finally:
+        zygote.close(kill=True)
+
+
+def test_the_driver_never_imports_torch() -> None:
+    modules = "trainer.run, trainer.drive, cluster.launch, cluster.preflight"
+    script = f"import sys, {modules}; sys.exit(sum(name in sys.modules for name in ('torch', 'matplotlib', 'nvidia.dali')))"
+    assert subprocess.run([sys.executable, "-c", script], cwd=PROJECT, timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -160,7 +182,7 @@ def test_ctrl_c_during_the_imports_is_quiet() -> None:
         text=True,
     )
     maps = Path(f"/proc/{process.pid}/maps")
-    while "libtorch" not in maps.read_text():  # in the middle of `import torch`
+    while "libarrow" not in maps.read_text():  # in the middle of `import pyarrow`
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)

@@ -242,14 +242,26 @@ def test_a_change_of_the_number_of_workers_is_no_restart_and_has_its_own_seconds
     events = [
         *KILLED_ONCE[:4],
         at(131, "attempt_paused", kind="grow", step=20),
-        at(137, "attempt_started", attempt=2, start_step=20),
+        at(137, "attempt_started", attempt=2, start_step=20, workers=4),
         at(141, "training_started"),
         *KILLED_ONCE[7:],
     ]
     parts = accounting(events, {})
     assert (parts["resize"], parts["recovery"], parts["lost_work"]) == (10.0, 0.0, 1.0)
     assert restarts(events) == 0
-    assert summary_of(events=events)["resized"] == 1
+    summary = summary_of(events=events)
+    assert (summary["resized"], summary["preemptions"]) == (1, 0)
+
+
+def test_a_preempted_node_that_another_replaces_is_no_change_of_the_number_of_workers() -> None:
+    events = [
+        at(0, "run_started"),
+        at(1, "attempt_started", attempt=1, start_step=0, workers=2),
+        at(5, "attempt_paused", kind="preempted", step=3),
+    ]
+    events += [at(7, "attempt_started", attempt=2, start_step=3, workers=2), at(9, "run_finished")]
+    summary = summary_of(events=events)
+    assert (summary["resized"], summary["preemptions"], summary["restarts"]) == (0, 1, 0)
 
 
 def test_a_failure_that_was_not_retried_is_no_restart() -> None:
