@@ -673,3 +673,17 @@ def _read_quarantine(storage: Storage, run: str) -> dict[tuple[str, int], dict[s
         return {}
     records = [json.loads(line) for line in storage.read(f"{run}/{QUARANTINE}").decode().splitlines() if line]
     return {_sample(record): record for record in records}
+
+
+class CoordinatorActor(Coordinator):
+    """The coordinator with a place for what the ranks hand back at the end of an attempt."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._results: dict[int, dict[str, Any]] = {}
+
+    def put_result(self, attempt: int, result: dict[str, Any]) -> None:
+        self._results[attempt] = result
+
+    def result(self, attempt: int) -> dict[str, Any] | None:
+        return self._results.get(attempt)

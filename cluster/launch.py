@@ -23,12 +23,12 @@ import ray
 import ray._private.accelerators as accelerators
 import ray._private.worker as worker_module
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
-from ray.train.backend import Backend, BackendConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.agent import RankEnd, agent_main
+from cluster.backend import AgentsOnly
 from cluster.config import ClusterConfig
-from cluster.coordinator import Coordinator
+from cluster.coordinator import CoordinatorActor
 from cluster.failures import Failure, classify, exit_failure, root_cause
 from cluster.zygote import ZYGOTE_LOST
 
@@ -291,38 +291,12 @@ def remove_placement_group(group: str) -> None:
     remove(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
-class _CoordinatorActor(Coordinator):
-    """The coordinator with a place for what the ranks hand back at the end of an attempt."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._results: dict[int, dict[str, Any]] = {}
-
-    def put_result(self, attempt: int, result: dict[str, Any]) -> None:
-        self._results[attempt] = result
-
-    def result(self, attempt: int) -> dict[str, Any] | None:
-        return self._results.get(attempt)
-
-
 def start_coordinator(**kwargs: Any) -> Any:
     """The coordinator as an actor on this node; `kwargs` are Coordinator's. Returns its handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Started again where it dies, it takes up from the journal; calls that came meanwhile are made again: each may be made twice.
-    actor = ray.remote(num_cpus=0, max_concurrency=64, max_restarts=5, max_task_retries=-1, scheduling_strategy=here)(_CoordinatorActor)
+    actor = ray.remote(num_cpus=0, max_concurrency=64, max_restarts=5, max_task_retries=-1, scheduling_strategy=here)(CoordinatorActor)
     return actor.remote(**kwargs)
-
-
-class _GpusSeenByAll(Backend):  # type: ignore[misc]
-    """No process group: the agents' ranks form their own. NCCL wants every rank of a node to see the GPUs of all of them."""
-
-    share_cuda_visible_devices = True
-
-
-class _AgentsOnly(BackendConfig):  # type: ignore[misc]
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _GpusSeenByAll
 
 
 # Ray Train starts an actor, a process with two seconds of imports, for each of these. Agents read no Ray Data; a placement group goes with
@@ -330,9 +304,28 @@ class _AgentsOnly(BackendConfig):  # type: ignore[misc]
 _IDLE = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
-def _without_idle_actors(trainer: Any) -> list[Any]:
-    """A trainer's own callbacks, but for those in _IDLE."""
-    return [one for one in super(type(trainer), trainer)._create_default_callbacks() if type(one).__name__ not in _IDLE]
+def _fit_class(*, is_local: bool) -> Any:
+    """Ray Train's trainer without the processes that agents have no use for; on a local Ray without the one that asks for more nodes."""
+    from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    class FixedSize(FixedScalingPolicy):  # type: ignore[misc]
+        def after_controller_start(self, train_run_context: Any) -> None:
+            pass
+
+        def _maybe_send_resource_request(self) -> None:
+            pass
+
+    class Fit(DataParallelTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in _IDLE]
+
+        def _initialize_and_run_controller(self, **settings: Any) -> Any:
+            if is_local:
+                settings["scaling_policy"] = FixedSize(self.scaling_config)
+            return super()._initialize_and_run_controller(**settings)
+
+    return Fit
 
 
 class Fleet:
@@ -350,9 +343,10 @@ class Fleet:
         zygote: str,
         notice: str,
         placement_seconds: float,
+        is_local: bool = False,
     ) -> None:
-        """`modules` are what the ranks' zygotes import, `zygote` is their name (one a node)."""
-        self.number, self.workers = number, resources.workers
+        """`modules` are what the ranks' zygotes import, `zygote` is their name (one a node); `is_local`: this Ray is the run's own."""
+        self.number, self.workers, self._is_local = number, resources.workers, is_local
         self._failure: Failure | None = None
         self._scratch = _temp_folder()
         settings = {"coordinator": coordinator, "fleet": number, "modules": list(modules), "zygote": zygote, "notice": notice}
@@ -376,17 +370,15 @@ class Fleet:
 
     def _fit(self, settings: dict[str, Any], name: str, resources: Resources) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
         if resources.gpus_per_worker:
             per_worker["GPU"] = resources.gpus_per_worker
         try:
-            fit = type("Fit", (DataParallelTrainer,), {"_create_default_callbacks": _without_idle_actors})
-            fit(
+            _fit_class(is_local=self._is_local)(
                 agent_main,
                 train_loop_config=settings,
-                backend_config=_AgentsOnly(),
+                backend_config=AgentsOnly(),
                 scaling_config=ScalingConfig(
                     num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
                 ),

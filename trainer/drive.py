@@ -88,13 +88,15 @@ class Drive:
         command: str,
         console: Console,
         zygote: str,
+        is_local: bool,
         find_start: Callable[[], Commit | None],
     ) -> None:
-        """`find_start` finds the commit to go on from, and says which are damaged; `zygote` is the name of the nodes' zygotes."""
+        """`find_start` finds the commit to go on from, and says which are damaged; `zygote` is the name of the nodes' zygotes;
+        `is_local`: this Ray is the run's own."""
         self.config, self.dataset, self.location = config, dataset, location
         self.storage, self.store, self.journal = storage, store, journal
         self.resources, self.command, self.console = resources, command, console
-        self.find_start, self.zygote = find_start, zygote
+        self.find_start, self.zygote, self.is_local = find_start, zygote, is_local
         self.steps_per_epoch = make_order(config, dataset).steps_per_epoch
         self.total_steps = total_steps_of(config, self.steps_per_epoch)
         self.signal, self.signal_at = 0, 0.0
@@ -126,6 +128,14 @@ class Drive:
 
     def go(self, start: Commit | None) -> int:
         """The whole run; the exit status. `start` is the commit to go on from."""
+        try:
+            if self.resources.fewest == self.resources.most:
+                self.start_fleet()  # Ray Train places the agents while the coordinator starts
+            return self.go_from(start)
+        finally:
+            self.end_fleet()
+
+    def go_from(self, start: Commit | None) -> int:
         if self.committed_step() > (start.step if start else 0):  # by a driver that was still at work when this one took over
             start = self.find_start()
         events = read_journal(self.storage, self.config.run)
@@ -319,6 +329,7 @@ class Drive:
             zygote=self.zygote,
             notice=self.config.cluster.preemption_notice,
             placement_seconds=self.config.cluster.placement_seconds,
+            is_local=self.is_local,
         )
         return None
 

@@ -328,6 +328,7 @@ def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str
             command=command,
             console=console,
             zygote=zygote_name,
+            is_local=hardware.local,
             find_start=lambda: find_start(config, store, journal, console, fingerprint),
         ).go(start)
 

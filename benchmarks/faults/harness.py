@@ -37,7 +37,8 @@ class Nodes:
     def __init__(self, count: int, scratch: Path) -> None:
         self.action_file = scratch / "action"
         os.environ |= {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(INJECT), os.environ.get("PYTHONPATH", "")])),
+            # The project too: nodes of one host share Ray's folder of packages, and what one does there another sees.
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(INJECT), str(PROJECT), os.environ.get("PYTHONPATH", "")])),
             "FAULT_ACTION_FILE": str(self.action_file),
             "RAY_worker_niceness": "0",
             "RAY_TRAIN_V2_ENABLED": "1",

@@ -29,13 +29,14 @@ def train(config):
     import torch, torchvision
     torch.set_num_threads(1)
     rank = ray.train.get_context().get_world_rank()
-    model = prepare_model(torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=10))
+    plain = torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=10)
+    model = prepare_model(plain)  # DistributedDataParallel where there is more than one worker: the state is the plain one's
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     start = 0
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             state = torch.load(f"{folder}/state.pt")
-            model.load_state_dict(state["model"]); optimizer.load_state_dict(state["optimizer"]); start = state["step"]
+            plain.load_state_dict(state["model"]); optimizer.load_state_dict(state["optimizer"]); start = state["step"]
     log = open(config["log"], "a")
     for step in range(start, config["steps"]):
         images, labels = torch.randn(20, 3, 28, 28), torch.randint(0, 10, (20,))
@@ -47,7 +48,7 @@ def train(config):
         if (step + 1) % 5 == 0:
             with tempfile.TemporaryDirectory() as folder:
                 if rank == 0:
-                    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, f"{folder}/state.pt")
+                    torch.save({"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, f"{folder}/state.pt")
                     ray.train.report({"step": step + 1}, checkpoint=Checkpoint.from_directory(folder))
                 else:
                     ray.train.report({"step": step + 1})

@@ -106,7 +106,7 @@ class Campaign:
         """It is started again and the ranks train on: no restart."""
         trial = self.start()
         trial.wait_for_step(20)
-        os.kill(process_named("ray::_CoordinatorActor"), signal.SIGKILL)
+        os.kill(process_named("ray::CoordinatorActor"), signal.SIGKILL)
         at = time.time()
         self.same(trial, restarts=0)
         return trial, at

@@ -54,7 +54,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
 
 class Nodes:
     def __init__(self) -> None:
-        environment = {**os.environ, "RAY_worker_niceness": "0", "RAY_TRAIN_V2_ENABLED": "1"}
+        # PYTHONPATH: nodes of one host share Ray's folder of packages, and what one does there another sees.
+        environment = {**os.environ, "RAY_worker_niceness": "0", "RAY_TRAIN_V2_ENABLED": "1", "PYTHONPATH": str(PROJECT)}
         self._process = subprocess.Popen(
             [sys.executable, "-c", NODES], cwd=PROJECT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -87,7 +87,7 @@ def test_a_run_whose_worker_dies_whose_rank_stops_and_whose_coordinator_dies_end
     assert all("train_rank" in event["text"] for event in stacks)
 
     # Of this session's processes: the coordinator, while the ranks train on.
-    (coordinator,) = [pid for pid in processes_of_session(run.process.pid) if "_CoordinatorActor" in command_of(pid)]
+    (coordinator,) = [pid for pid in processes_of_session(run.process.pid) if "CoordinatorActor" in command_of(pid)]
     os.kill(coordinator, signal.SIGKILL)
     run.wait_for("coordinator_restarted")
     assert run.finish() == 0, run.output()

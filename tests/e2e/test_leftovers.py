@@ -1,9 +1,11 @@
 """A run leaves no process and no folder of Ray behind, however it ends."""
 
+import contextlib
 import os
 import signal
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,10 +26,25 @@ def assert_nothing_left(run: Run) -> None:
     assert processes_of_session(run.process.pid) == []
 
 
-def test_a_local_run_leaves_no_process_and_no_temporary_folder(tmp_path: Path, images: Path) -> None:
-    run = Run(*COMMON, "--train.max-steps", "2", storage=tmp_path, name="tidy", data=images)
+def commands_of(session: int) -> list[str]:
+    """The command lines of a session's processes."""
+    found = []
+    for pid in processes_of_session(session):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip())
+    return found
+
+
+def test_a_local_run_starts_what_it_needs_and_leaves_no_process_and_no_temporary_folder(tmp_path: Path, images: Path) -> None:
+    run = Run(*COMMON, "--workers", "2", "--train.max-steps", "12", storage=tmp_path, name="tidy", data=images)
     run.wait_for("training_started")
     assert folders_of(run.process.pid)
+    commands = commands_of(run.process.pid)
+    assert sum("cluster.zygote" in command for command in commands) == 3, commands  # one, and the two ranks forked from it
+    actors = Counter(command for command in commands if command.startswith("ray::") and "IDLE" not in command)
+    own = {"ray::CoordinatorActor", "ray::RayTrainWorker", "ray::TrainController", "ray::SynchronizationActor"}
+    services = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    assert {actor.partition(".")[0] for actor in actors} <= own | services, actors
     assert run.finish() == 0, run.output()
     assert_nothing_left(run)
 
