@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
     parser.add_argument("--loader-workers", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with the loss of each step")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with the loss and the time of each step")
     args = parser.parse_args(argv)
     if args.data is None and args.batches is None:
         parser.error("nothing to train on: give --data or --batches")
@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         epochs = [train_loader] * args.epochs
 
     losses: list[float] = []
+    times: list[float] = []  # unix time of each step's end
     images_seen = 0
     begin = time.perf_counter()
     for epoch, batches in enumerate(epochs):
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
+            times.append(time.time())
             images_seen += len(labels)
         if not args.json:
             print(f"epoch {epoch + 1}: step {len(losses)}, loss {losses[-1]:.4f}", flush=True)
@@ -176,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         result = {
             "losses": losses,
+            "times": times,
             "test_accuracy": test_accuracy,
             "images_per_second": images_seen / seconds,
             "seconds": seconds,

@@ -22,7 +22,7 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.loader import cpu_model
+from benchmarks.common import cpu_model
 from cluster.checkpointer import Buffers, Checkpointer, Files
 from cluster.storage import open_storage
 from cluster.store import Receipt, Store

@@ -1,24 +1,23 @@
 """Images per CPU-second: our loader with each backend and cache, and the tutorial's (torchvision transforms on PIL images, DataLoader).
 
-    python -m benchmarks.loader [--rounds 3] [--images 6000] [--data FOLDER] [--json FILE|-]
+    python -m benchmarks.loader [--rounds 5] [--images 6000] [--data FOLDER] [--json] [--out FILE]
 
-All make float32 batches, normalised on the CPU, of the same decoded images; "backend alone" stops at uint8. The rounds are interleaved and
-the best of each counts, as other work on the machine only ever makes a round slower. CPU time is that of all threads and worker processes.
-The tutorial's data set holds decoded images in memory, as torchvision's CIFAR10 does; ours with cache=none does more, it decodes them in
-every epoch.
+All make float32 batches, normalised on the CPU, of the same decoded images; "backend alone" stops at uint8, without labels or thread. The
+rounds take turns and the best of each counts, as other work on the machine only ever makes a round slower; the worst stands beside it. CPU
+time is that of all threads and worker processes. The tutorial's data set holds decoded images in memory, as torchvision's CIFAR10 does;
+ours with cache=none does more, it decodes PNG in every epoch. The ratios are to the tutorial's loader with its two worker processes, and
+beside them to the same without workers.
+"DALI, 40x40 and one kernel" is no backend of ours: images padded once, then a single CropMirrorNormalize, as fast as DALI gets here.
 """
 
 import argparse
 import contextlib
-import json
-import os
-import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,41 +27,33 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks.bare import refuse
+from benchmarks.common import (
+    add_arguments,
+    best_source,
+    cifar_like,
+    cpu_of_all,
+    described,
+    finish,
+    interleave,
+    parser_of,
+    spread,
+    target,
+)
 from dataio import augment
 from dataio.backends import make_backend
 from dataio.config import DataConfig
 from dataio.loader import Loader
 from dataio.order import Order
 from dataio.parquet import open_dataset
-from dataio.quarantine import BadSample
+from trainer.model import Preprocess
 
-SAMPLE = Path(__file__).parents[1] / "dataio" / "samples" / "fashion_mnist"
 PAD = 4
-TUTORIAL = "tutorial, 0 workers"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Images per CPU-second of the loaders.")
-    parser.add_argument("--data", default=str(SAMPLE), help="a converted data set whose images share one size")
-    parser.add_argument("--images", type=int, default=6000, help="images a loader makes in a round")
-    parser.add_argument("--batch-size", type=int, default=100, help="the tutorial's is 100")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", default="", help="write the result there; - prints it")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    result = measure(options.data, images=options.images, batch_size=options.batch_size, rounds=options.rounds)
-    text = json.dumps(result, indent=1)
-    if options.json == "-":
-        print(text)
-        return
-    print(f"{result['hardware']}; batches of {result['batch_size']}, {result['image_size']}; best (and worst) of {result['rounds']} rounds")
-    for name, row in result["loaders"].items():
-        print(
-            f"{name:24} {row['images_per_cpu_second']:>9,.0f} ({row['worst_images_per_cpu_second']:>9,.0f}) images/CPU s  "
-            f"{row['cpu_us_per_image']:6.1f} us  {row['ratio_to_tutorial']:6.1f} x tutorial"
-        )
-    if options.json:
-        Path(options.json).write_text(text + "\n")
+TUTORIAL, TUTORIAL_ALONE = "tutorial, 2 workers", "tutorial, 0 workers"
+BACKENDS = ("numpy", "torch", "dali")
+ONE_KERNEL = "DALI, 40x40 and one kernel"
+TARGETS = {"numpy, cache=host": 40.0, "dali, cache=host": 12.0, "dali, cache=none": 3.0}
+"""Times the tutorial's images per CPU-second."""
 
 
 def measure(data: str, *, images: int, batch_size: int, rounds: int) -> dict[str, Any]:
@@ -78,47 +69,53 @@ def measure(data: str, *, images: int, batch_size: int, rounds: int) -> dict[str
     tutorial = Tutorial(decoded, dataset.split("train").labels())
 
     runs: dict[str, Callable[[], int]] = {
-        TUTORIAL: lambda: consume(tutorial_batches(tutorial, batch_size, steps, workers=0)),
-        "tutorial, 2 workers": lambda: consume(tutorial_batches(tutorial, batch_size, steps, workers=2)),
+        TUTORIAL: lambda: consume(tutorial_batches(tutorial, batch_size, steps, workers=2)),
+        TUTORIAL_ALONE: lambda: consume(tutorial_batches(tutorial, batch_size, steps, workers=0)),
         **{name: partial(our_round, loader, steps) for name, loader in ours.items()},
+        ONE_KERNEL: partial(one_kernel_round, OneKernel(decoded, PAD, batch_size), order, steps),
     }
     runs |= {f"{backend} backend alone": partial(backend_round, backend, decoded, order, steps) for backend in BACKENDS}
-    cpu_us: dict[str, list[float]] = {name: [] for name in runs}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         if not name.startswith("tutorial"):
             run()  # builds pipelines, decodes what stays decoded
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began, cpu_began = time.perf_counter(), cpu_seconds()
-            seen = run()
-            cpu_us[name].append((cpu_seconds() - cpu_began) / seen * 1e6)
-            seconds[name].append((time.perf_counter() - began) / seen)
+    cpu_us: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _, name in interleave(list(runs), rounds):
+        began, cpu_began, children = time.perf_counter(), cpu_of_all(), cpu_of_children()
+        seen = runs[name]()
+        cpu_us[name].append((cpu_of_all() - cpu_began) / seen * 1e6)
+        seconds[name].append((time.perf_counter() - began) / seen)
+        if name == TUTORIAL and cpu_of_children() - children <= 0:
+            raise RuntimeError(
+                "the DataLoader's workers ended without their CPU time being counted; this benchmark needs the start method fork"
+            )
+    best = {name: min(values) for name, values in cpu_us.items()}
     loaders = {
         name: {
-            "images_per_cpu_second": 1e6 / min(cpu_us[name]),
+            "images_per_cpu_second": 1e6 / best[name],
             "worst_images_per_cpu_second": 1e6 / max(cpu_us[name]),
             "images_per_second": 1 / min(seconds[name]),
-            "cpu_us_per_image": min(cpu_us[name]),
-            "ratio_to_tutorial": min(cpu_us[TUTORIAL]) / min(cpu_us[name]),
+            "cpu_us_per_image": best[name],
+            "ratio_to_tutorial": best[TUTORIAL] / best[name],
+            "ratio_to_tutorial_without_workers": best[TUTORIAL_ALONE] / best[name],
+            "cpu_us_per_image_of_rounds": spread(cpu_us[name]),
         }
         for name in runs
     }
     return {
-        "benchmark": "loader",
-        "command": " ".join(["python -m benchmarks.loader", *sys.argv[1:]]),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs, {cpu_model()}",
-        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy", "nvidia-dali-cuda130", "pyarrow")}
-        | {"python": platform.python_version()},
         "image_size": f"{height}x{width}",
         "batch_size": batch_size,
         "images_a_round": images,
         "rounds": rounds,
         "loaders": loaders,
+        "targets": [
+            target(f"times the tutorial's images per CPU-second: {name}", loaders[name]["ratio_to_tutorial"], at_least=goal)
+            for name, goal in TARGETS.items()
+        ],
     }
 
 
-BACKENDS = ("numpy", "torch", "dali")
+# -- ours -----------------------------------------------------------------------------------------------------------------------------
 
 
 def loader_of(data: str, order: Order, backend: str, cache: str) -> Loader:
@@ -130,27 +127,68 @@ def our_round(loader: Loader, steps: int) -> int:
     return consume(normalised(loader, steps))
 
 
+def normalised(loader: Loader, steps: int) -> Generator[torch.Tensor, None, None]:
+    preprocess = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3)
+    with contextlib.closing(loader.train(0, steps)) as batches:
+        for (batch,) in batches:
+            yield preprocess(batch.images)
+
+
 def backend_round(name: str, images: np.ndarray, order: Order, steps: int) -> int:
     """uint8 batches, not normalised, without thread or labels: what choosing a backend decides."""
     height, width = images.shape[1:3]
     backend = make_backend(name, height=height, width=width, pad=PAD, batch_size=order.batch_size, device=torch.device("cpu"))
-    seen = 0
+    return sum(len(backend.batch(images, ids, drawn)) for ids, drawn in draws(order, steps))
+
+
+def draws(order: Order, steps: int) -> Generator[tuple[np.ndarray, augment.Draw], None, None]:
     for step in range(steps):
         epoch, step_in_epoch = divmod(step, order.steps_per_epoch)
         ids = order.samples(epoch, step_in_epoch, 0)
-        seen += len(backend.batch(images, ids, augment.draw(seed=0, epoch=epoch, ids=ids, pad=PAD, flip=True)))
-    return seen
+        yield ids, augment.draw(seed=0, epoch=epoch, ids=ids, pad=PAD, flip=True)
 
 
-def refuse(bad: BadSample) -> None:
-    raise ValueError(f"{bad.key} is bad ({bad.reason}); measure on a data set that is not")
+# -- DALI at its fastest --------------------------------------------------------------------------------------------------------------
 
 
-def normalised(loader: Loader, steps: int) -> Generator[torch.Tensor, None, None]:
-    mean, std = torch.full((1, 3, 1, 1), 127.5), torch.full((1, 3, 1, 1), 127.5)
-    with contextlib.closing(loader.train(0, steps)) as batches:
-        for (batch,) in batches:
-            yield batch.images.float().sub_(mean).div_(std)
+class OneKernel:
+    """Images padded once, and a DALI pipeline that crops, mirrors and normalises them in one kernel: (n, 3, H, W) float32.
+
+    CropMirrorNormalize takes the crop as a fraction of what the image is larger by: dy / (2 * pad).
+    """
+
+    def __init__(self, images: np.ndarray, pad: int, batch_size: int) -> None:
+        from nvidia.dali import Pipeline, fn, types
+
+        height, width = images.shape[1:3]
+        self._padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))  # (N, H + 2 pad, W + 2 pad, 3)
+        self._pad = pad
+        self._pipeline = Pipeline(batch_size=batch_size, num_threads=1, device_id=None, seed=0, prefetch_queue_depth=1, exec_dynamic=True)
+        with self._pipeline:
+            pixels = fn.external_source(name="images", layout="HWC", dtype=types.UINT8, ndim=3)
+            y, x = (fn.external_source(name=name, dtype=types.FLOAT, ndim=0) for name in ("y", "x"))
+            mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+            half = [127.5] * 3
+            options = {"crop_pos_y": y, "crop_pos_x": x, "mirror": mirror, "mean": half, "std": half, "dtype": types.FLOAT}
+            out = fn.crop_mirror_normalize(pixels, crop=(height, width), output_layout="CHW", **options)
+            self._pipeline.set_outputs(out)
+        self._pipeline.build()
+
+    def batch(self, ids: np.ndarray, drawn: augment.Draw) -> torch.Tensor:
+        self._pipeline.feed_input("images", self._padded[ids])
+        for name, values in (("y", drawn.dy), ("x", drawn.dx)):
+            self._pipeline.feed_input(name, values.astype(np.float32) / np.float32(2 * self._pad))
+        self._pipeline.feed_input("mirror", drawn.flip.astype(np.int32))
+        (out,) = self._pipeline.run()
+        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(out.as_tensor())
+        return tensor
+
+
+def one_kernel_round(kernel: OneKernel, order: Order, steps: int) -> int:
+    return sum(len(kernel.batch(ids, drawn)) for ids, drawn in draws(order, steps))
+
+
+# -- the tutorial's -------------------------------------------------------------------------------------------------------------------
 
 
 class Tutorial(Dataset[tuple[torch.Tensor, int]]):
@@ -175,7 +213,9 @@ class Tutorial(Dataset[tuple[torch.Tensor, int]]):
 
 
 def tutorial_batches(dataset: Tutorial, batch_size: int, steps: int, *, workers: int) -> Generator[torch.Tensor, None, None]:
-    batches = DataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=workers)
+    """Epoch after epoch, as the tutorial does: worker processes are started anew for each."""
+    context = "fork" if workers else None  # children of this process, so that their CPU time is known once they have ended
+    batches = DataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=workers, multiprocessing_context=context)
     while True:
         for images, _ in batches:
             yield images
@@ -185,20 +225,43 @@ def tutorial_batches(dataset: Tutorial, batch_size: int, steps: int, *, workers:
 
 
 def consume(batches: Generator[torch.Tensor, None, None]) -> int:
+    """How many images came; whatever made them has ended when this returns."""
     with contextlib.closing(batches):
         return sum(len(batch) for batch in batches)
 
 
-def cpu_seconds() -> float:
-    """Of this process and of the workers that have ended."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+def cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
-def cpu_model() -> str:
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else "unknown CPU"
+def lines_of(result: dict[str, Any]) -> list[str]:
+    lines = [f"batches of {result['batch_size']}, {result['image_size']}; best (and worst) of {result['rounds']} rounds"]
+    for name, row in result["loaders"].items():
+        lines.append(
+            f"{name:28} {row['images_per_cpu_second']:>9,.0f} ({row['worst_images_per_cpu_second']:>9,.0f}) images/CPU s  "
+            f"{row['cpu_us_per_image']:6.1f} us  {row['ratio_to_tutorial']:6.1f} x tutorial "
+            f"({row['ratio_to_tutorial_without_workers']:.1f} x without workers)"
+        )
+    return lines
+
+
+def main() -> int:
+    parser: argparse.ArgumentParser = parser_of("loader", __doc__)
+    parser.add_argument("--data", default="", help="a converted data set whose images share one size; empty: Fashion-MNIST at 32x32")
+    parser.add_argument("--source", default=best_source(), help="where that comes from, a source of dataio.convert (%(default)s)")
+    parser.add_argument("--images", type=int, default=6000, help="images a loader makes in a round")
+    parser.add_argument("--batch-size", type=int, default=100, help="the tutorial's is 100")
+    parser.add_argument("--rounds", type=int, default=5)
+    add_arguments(parser)
+    options = parser.parse_args()
+    result = described("loader", options)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="finetune-loader-") as temp:
+        data = options.data or str(cifar_like(Path(temp), options.source, train=2000, test=100)[1])
+        result |= measure(data, images=options.images, batch_size=options.batch_size, rounds=options.rounds)
+    return finish(result, options, lines_of(result))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

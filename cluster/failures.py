@@ -41,6 +41,7 @@ _RAY_LOST = frozenset(
         "OwnerDiedError",
         "LocalRayletDiedError",
         "RaySystemError",
+        "DataOutage",
         "WorkerGroupStartupFailedError",
         "WorkerGroupStartupTimeoutError",
         "RaytrainWorkerDied",

@@ -8,11 +8,14 @@ import platform
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from cluster.launch import Hardware
 from cluster.storage import Storage, open_storage
 from cluster.versions import versions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,21 +78,23 @@ def preflight(storage: Storage, run: str, hardware: Hardware, data_probe: Callab
 
 
 def _reports(storage: Storage, run: str, hardware: Hardware, token: str, data_probe: Callable[[], str]) -> list[NodeReport]:
+    return on_every_node(hardware, partial(check_node, storage.uri, run, token, data_probe))
+
+
+def on_every_node(hardware: Hardware, probe: Callable[[], T], *, with_gpus: bool = False) -> list[T]:
+    """What `probe` returns on each node, or on each that has GPUs; it gets no GPU itself. Where there is one node, in this process."""
     if hardware.nodes == 1:
-        return [check_node(storage.uri, run, token, data_probe)]
+        return [probe()]
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    check: Any = ray.remote(num_cpus=0)(check_node)
-    nodes = [node for node in ray.nodes() if node["Alive"] and (node["Resources"].get("CPU", 0) or node["Resources"].get("GPU", 0))]
-    return list(
-        ray.get(
-            [
-                check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    storage.uri, run, token, data_probe
-                )
-                for node in nodes
-            ],
-            timeout=120,
-        )
-    )
+    remote: Any = ray.remote(num_cpus=0)(_call)
+    needed = ("GPU",) if with_gpus else ("CPU", "GPU")
+    nodes = [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(name, 0) for name in needed)]
+    asked = [remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(probe) for node in nodes]
+    return list(ray.get(asked, timeout=120))
+
+
+def _call(probe: Callable[[], T]) -> T:
+    """Ray runs functions, and a probe may be a partial one."""
+    return probe()

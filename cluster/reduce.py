@@ -14,6 +14,12 @@ know nothing of buckets. A bucket of the rank's last virtual rank is exchanged a
 backward pass: on a GPU in a stream of its own, on a CPU in a thread of its own. Only finish() waits. Buckets are exchanged in their order,
 which is the same on all ranks whatever order the parts came in.
 
+With `wire=torch.bfloat16` half the bytes travel. A sum that a rank sends must then be one that another rank would have made of the same
+leaves by itself, so that every node of the tree is rounded to bf16, the leaves and the root too, sent or not: a parent is
+bf16(float32(left) + float32(right)). That is what an addition of two bf16 vectors does, so that the vectors are kept in bf16. An element
+is rounded 1 + log2(V) times, each by at most 2**-9 of the node's value. Parts that must not be rounded (`exact`: a loss, statistics that
+change by less than that in a step) travel as float32 in buckets of their own.
+
 For a vector of n floats a rank with k subtrees sends k*n*(W-1)/W floats, then n*(W-1)/W. With k = 1 (V and W powers of two) that is the
 volume of a ring all-reduce; k <= 2*log2(V). Memory: one vector of n floats for each subtree that is kept at one time (1 where V = W, at
 most 2*log2(V) + 1), and for the exchange what a bucket receives. All are kept between steps."""
@@ -94,6 +100,7 @@ class TreeReducer:
         *,
         bucket_bytes: int = BUCKET_BYTES,
         small_bucket_bytes: int = SMALL_BUCKET_BYTES,
+        wire: torch.dtype = torch.float32,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.wait_seconds = 0.0
@@ -103,7 +110,12 @@ class TreeReducer:
         self._leaves = _leaves(virtual_ranks, self._carried)
         self._counts = [len(subtrees(virtual_ranks, block(virtual_ranks, world_size, r))) for r in range(world_size)]
         self._merges = _merges(virtual_ranks, world_size)
-        self._flats: list[Tensor] = []
+        assert wire in (torch.float32, torch.bfloat16), f"sums travel as float32 or bfloat16, not {wire}"
+        self._wire = wire
+        self._result: Tensor | None = None
+        # Of each dtype that travels, the vectors of the subtrees. Parts of the other dtype have their place in them too, but no memory:
+        # a bucket knows where it begins.
+        self._flats: dict[torch.dtype, list[Tensor]] = {}
         self._views: list[list[Tensor]] = []
         self._buckets: list[_Bucket] = []
         self._bucket_of: list[int] = []  # of a part
@@ -123,36 +135,57 @@ class TreeReducer:
         """Between begin() and end()."""
         return self._open
 
-    def lay_out(self, like: Sequence[Tensor]) -> list[Tensor]:
+    def lay_out(self, like: Sequence[Tensor], *, exact: int = 0) -> list[Tensor]:
         """Make room for parts shaped and strided as `like`, float32, in the order in which put() is expected to bring them.
 
-        What is returned are views of one vector, into which finish() puts the sums. A part lies in one bucket as a whole."""
+        The first `exact` parts travel as float32 whatever the others do. What is returned are views of one float32 vector, into which
+        finish() puts the sums. A part lies in one bucket as a whole."""
         assert not self._buckets, "laid out before"
         assert like, "nothing to add up"
         strange = [
             f"{tensor.dtype} on {tensor.device}" for tensor in like if (tensor.dtype, tensor.device) != (torch.float32, like[0].device)
         ]
         assert not strange, f"expected float32 on {like[0].device}, got {strange[0]}"
-        offsets, high = [], 0
-        for parts in _cut([4 * tensor.numel() for tensor in like], self.bucket_bytes, self.small_bucket_bytes):
-            low = high
-            for part in parts:
-                offsets.append(high)
-                self._bucket_of.append(len(self._buckets))
-                high += _up(like[part].numel(), LINE)
-            high = low + _up(high - low, LINE * self._world_size)  # W equal chunks
-            self._buckets.append(_Bucket(low=low, high=high, parts=len(parts)))
+        if self._wire == torch.float32:
+            exact = len(like)
+        offsets, sizes, high = [], dict.fromkeys((torch.float32, self._wire), 0), 0
+        for dtype, chosen in ((torch.float32, like[:exact]), (self._wire, like[exact:])):
+            if not chosen:
+                continue
+            base = high
+            for parts in _cut([dtype.itemsize * tensor.numel() for tensor in chosen], self.bucket_bytes, self.small_bucket_bytes):
+                low = high
+                for part in parts:
+                    offsets.append(high)
+                    self._bucket_of.append(len(self._buckets))
+                    high += _up(chosen[part].numel(), LINE)
+                high = low + _up(high - low, LINE * self._world_size)  # W equal chunks
+                self._buckets.append(_Bucket(low=low, high=high, parts=len(parts), dtype=dtype, base=base))
+            sizes[dtype] = high - base
         # Zeros, also between the parts: that room is added and sent with the rest.
-        self._flats = [like[0].new_zeros(high) for _ in range(1 + max(leaf.place for leaf in self._leaves))]
-        self._views = [[_view(flat, start, tensor) for start, tensor in zip(offsets, like, strict=True)] for flat in self._flats]
+        places = range(1 + max(leaf.place for leaf in self._leaves))
+        self._result = like[0].new_zeros(high)
+        for dtype, size in sizes.items():
+            self._flats[dtype] = [like[0].new_zeros(size, dtype=dtype) for _ in places]
+        if self._wire == torch.float32:
+            self._result = self._flats[torch.float32][0]
+        bases = [self._buckets[bucket].base for bucket in self._bucket_of]
+        dtypes = [self._buckets[bucket].dtype for bucket in self._bucket_of]
+        self._views = [
+            [
+                _view(self._flats[dtype][place], start - base, tensor)
+                for dtype, start, base, tensor in zip(dtypes, offsets, bases, like, strict=True)
+            ]
+            for place in places
+        ]
         self._arrived = [None] * len(self._buckets)
         if self._world_size > 1:
             foreign = sum(self._counts) - self._counts[self._rank]
-            widest = max(bucket.high - bucket.low for bucket in self._buckets) // self._world_size
-            self._received = like[0].new_empty(foreign * widest)
+            widest = max((bucket.high - bucket.low) * bucket.dtype.itemsize for bucket in self._buckets) // self._world_size
+            self._received = like[0].new_empty(foreign * widest, dtype=torch.uint8)
             if self._received.is_cuda:
                 self._stream = torch.cuda.Stream(self._received.device)  # type: ignore[no-untyped-call]
-        return list(self._views[0])
+        return [_view(self._result, start, tensor) for start, tensor in zip(offsets, like, strict=True)]
 
     def begin(self, virtual_rank: int) -> None:
         """`virtual_rank`'s parts follow. The views that lay_out() returned are no longer the last step's sums."""
@@ -170,7 +203,7 @@ class TreeReducer:
         assert arrived is not None, f"part {part} came twice"
         assert part not in arrived, f"part {part} came twice"
         view = self._views[0][part]
-        assert (value.dtype, value.shape) == (view.dtype, view.shape), (
+        assert (value.dtype, value.shape) == (torch.float32, view.shape), (
             f"part {part} is {value.dtype} {tuple(value.shape)}, not {view.shape}"
         )
         arrived[part] = value
@@ -184,10 +217,12 @@ class TreeReducer:
                 self._take_in(bucket)
         self._next, self._open = self._next + 1, False
 
-    def finish(self) -> Tensor:
+    def finish(self, on_exchanged: Callable[[], None] = lambda: None) -> Tensor:
         """The sums over all virtual ranks are in the views of lay_out() until the next begin(); the vector that these are views of.
 
-        (n,) float32; between the parts are zeros. A collective if there is more than one rank, begun in put() and end()."""
+        (n,) float32; between the parts are zeros. A collective if there is more than one rank, begun in put() and end(). `on_exchanged`:
+        called, on a CPU and from the exchange's thread, as soon as this rank waits for no other any more, even if the caller does not get
+        there."""
         assert not self._open, "end() comes first"
         assert self._next == self._carried.stop, f"virtual ranks {self._next}..{self._carried.stop - 1} were not added"
         self._next, launched, self._launched = self._carried.start, self._launched, 0
@@ -195,9 +230,15 @@ class TreeReducer:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         elif self._thread is not None:
             begin = self._clock()
-            self._thread.join(launched)
+            self._thread.start(on_exchanged)
+            self._thread.join(launched + 1)
             self.wait_seconds += self._clock() - begin
-        return self._flats[0]
+        assert self._result is not None
+        if self._wire != torch.float32:
+            exact = self._flats[torch.float32][0]
+            self._result[: len(exact)].copy_(exact)
+            self._result[len(exact) :].copy_(self._flats[self._wire][0])
+        return self._result
 
     def _take_in(self, bucket: int) -> None:
         """Fold a bucket's parts into this rank's subtrees; exchange what is complete."""
@@ -214,11 +255,14 @@ class TreeReducer:
         if arrived:
             into, values = [views[part] for part in arrived], list(arrived.values())
             if leaf.adds:
+                if here.dtype != torch.float32:  # a leaf is rounded before it is added, as it is where it is kept
+                    values = [value.to(here.dtype) for value in values]
                 torch._foreach_add_(into, values)
             else:
                 torch._foreach_copy_(into, values)
+        flats = [flat[here.low - here.base : here.high - here.base] for flat in self._flats[here.dtype]]
         for left, right in leaf.merges:
-            self._flats[left][here.low : here.high].add_(self._flats[right][here.low : here.high])
+            flats[left].add_(flats[right])
         if self._world_size > 1 and self._next == self._carried.stop - 1:
             while self._launched < len(self._buckets) and self._arrived[self._launched] is None:
                 self._launch(self._buckets[self._launched])
@@ -237,11 +281,16 @@ class TreeReducer:
     def _exchange(self, bucket: "_Bucket") -> None:
         """The sum over all ranks' subtrees into the first of mine, for one bucket."""
         width = (bucket.high - bucket.low) // self._world_size
+        if not width:  # parts without elements
+            return
         # My subtrees, each (W, width): a row for each rank that adds it up.
-        mine = [flat[bucket.low : bucket.high].view(self._world_size, width) for flat in self._flats[: self._counts[self._rank]]]
+        low, high = bucket.low - bucket.base, bucket.high - bucket.base
+        flats = self._flats[bucket.dtype][: self._counts[self._rank]]
+        mine = [flat[low:high].view(self._world_size, width) for flat in flats]
         own = mine[0][self._rank]
         peers = [peer for peer in range(self._world_size) if peer != self._rank]
-        received = iter(self._received[: (sum(self._counts) - len(mine)) * width].view(-1, width))
+        foreign = sum(self._counts) - len(mine)
+        received = iter(self._received[: foreign * width * bucket.dtype.itemsize].view(bucket.dtype).view(foreign, width))
         rows = []  # of each rank, its subtrees' chunks that I add up, each (width,)
         for peer, count in enumerate(self._counts):
             rows.append([each[peer] for each in mine] if peer == self._rank else [next(received) for _ in range(count)])
@@ -277,11 +326,14 @@ def tree_sum(values: Sequence[T], merge: Callable[[T, T], T]) -> T:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Bucket:
-    """Elements `low` to before `high` of the flat vector; `parts` of them lie there."""
+    """Elements `low` to before `high` of the sums' vector; `parts` of them lie there. What is added up lies in the vectors of `dtype`,
+    whose first element is the sums' element `base`."""
 
     low: int
     high: int
     parts: int
+    dtype: torch.dtype
+    base: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

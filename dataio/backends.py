@@ -18,6 +18,7 @@ Store = npt.NDArray[np.uint8] | torch.Tensor
 """Decoded images (N, H, W, 3) uint8: an array on the host or a tensor on the device."""
 
 NAMES = ("dali", "torch", "numpy")
+LARGE_PIXELS = 64 * 64  # CPU us an image, all at once and one by one: 5 and 6 at 48 px, 8 and 7 at 64, 15 and 12 at 96, 125 and 61 at 224
 _PIXEL = np.dtype("V3")  # three channels moved as one element: mirroring costs 1 us an image instead of 3
 
 
@@ -47,12 +48,15 @@ def choose_backend(name: str, device: torch.device, cache: str) -> str:
     return name
 
 
-def make_backend(name: str, *, height: int, width: int, pad: int, batch_size: int, device: torch.device, threads: int = 1) -> Backend:
-    """`batch_size` is the usual size of a batch, not a limit; `threads` are DALI's."""
+def make_backend(
+    name: str, *, height: int, width: int, pad: int, batch_size: int, device: torch.device, threads: int = 1, table_bytes: int = 0
+) -> Backend:
+    """`batch_size` is the usual size of a batch, not a limit; `threads` are DALI's. `table_bytes`: what numpy may keep beside a store that
+    stays the same, array and content, from batch to batch; 0 where stores change."""
     device = exact_device(device)
     match name:
         case "numpy":
-            return _Numpy(height, width, pad, batch_size, device)
+            return _Numpy(height, width, pad, batch_size, device, table_bytes)
         case "torch":
             return _Torch(height, width, pad, device)
         case "dali":
@@ -86,17 +90,28 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 
 
 class _Numpy:
-    """Pads the gathered batch in a reused buffer, takes all crops at once through a window view, mirrors what is to be mirrored."""
+    """Pads the gathered batch in a reused buffer, takes all crops at once through a window view, mirrors what is to be mirrored. Images of
+    LARGE_PIXELS and more go one by one, each copied once: there the copies through memory cost more than the calls. Where a store stays
+    and there is room, its images are kept padded, as they are and mirrored: a batch is then a single gather."""
 
     name = "numpy"
 
-    def __init__(self, height: int, width: int, pad: int, batch_size: int, device: torch.device) -> None:
+    def __init__(self, height: int, width: int, pad: int, batch_size: int, device: torch.device, table_bytes: int = 0) -> None:
+        self._table_bytes = table_bytes
+        self._stores: dict[int, tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = {}  # address -> the store, its windows
         self._height, self._width, self._pad, self._device = height, width, pad, device
-        self._padded = self._room(batch_size)
+        self._is_large = height * width >= LARGE_PIXELS and pad < min(height, width)
+        self._padded = self._room(0 if self._is_large else batch_size)
 
     def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
         if isinstance(images, torch.Tensor):
             images = images.numpy()
+        if self._is_large:
+            return upload(self._one_by_one(images, rows, drawn), self._device)
+        if (windows := self._windows_of(images)) is not None:
+            x = np.where(drawn.flip, 2 * self._pad - drawn.dx, drawn.dx)  # in the mirrored image, whose padding is mirrored too
+            lines = windows[rows, drawn.flip.astype(np.int64), drawn.dy, x]  # (n, H, W * 3)
+            return upload(lines.reshape(len(rows), self._height, self._width, 3), self._device)
         n, pad, height, width = len(rows), self._pad, self._height, self._width
         if n > len(self._padded):
             self._padded = self._room(n)
@@ -111,6 +126,43 @@ class _Numpy:
         mirrored = np.flatnonzero(drawn.flip)
         pixels[mirrored] = pixels[mirrored, :, ::-1]
         return upload(crops, self._device)
+
+    def _windows_of(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:
+        """(N, 2, 2*pad+1, 2*pad+1, H, W*3): every crop of every image as it is and mirrored, each line of it one run of bytes. None where
+        stores do not stay, or there is no room."""
+        count, pad, height, width = len(images), self._pad, self._height, self._width
+        shape = (count, 2, height + 2 * pad, width + 2 * pad, 3)
+        if int(np.prod(shape, dtype=np.int64)) > self._table_bytes:
+            return None
+        address = images.__array_interface__["data"][0]
+        if address not in self._stores:
+            table = np.zeros(shape, np.uint8)
+            inner = table[:, :, pad : pad + height, pad : pad + width]
+            inner[:, 0] = images
+            inner[:, 1] = images[:, :, ::-1]
+            a, b, line, pixel, _ = table.strides
+            windows = np.lib.stride_tricks.as_strided(
+                table, (count, 2, 2 * pad + 1, 2 * pad + 1, height, width * 3), (a, b, line, pixel, line, 1), writeable=False
+            )
+            self._stores = {address: (images, windows)}  # one: that of training
+        return self._stores[address][1]
+
+    def _one_by_one(self, images: npt.NDArray[np.uint8], rows: Ids, drawn: Draw) -> npt.NDArray[np.uint8]:
+        pad, height, width = self._pad, self._height, self._width
+        out = np.empty((len(rows), height, width, 3), np.uint8)
+        for target, row, dy, dx, flip in zip(out, rows.tolist(), drawn.dy.tolist(), drawn.dx.tolist(), drawn.flip.tolist(), strict=True):
+            down, right = dy - pad, dx - pad  # where the crop begins in the image, negative in the padding
+            top, bottom = max(0, -down), min(height, height - down)
+            left, end = max(0, -right), min(width, width - right)
+            piece = images[row, top + down : bottom + down, left + right : end + right]
+            if flip:
+                left, end = width - end, width - left
+                target.view(_PIXEL)[top:bottom, left:end] = piece.view(_PIXEL)[:, ::-1]
+            else:
+                target[top:bottom, left:end] = piece
+            target[:top] = target[bottom:] = 0
+            target[:, :left] = target[:, end:] = 0
+        return out
 
     def _room(self, batch_size: int) -> npt.NDArray[np.uint8]:
         return np.zeros((batch_size, self._height + 2 * self._pad, self._width + 2 * self._pad, 3), dtype=np.uint8)

@@ -13,7 +13,7 @@ class DataConfig:
     """Labelled images and the batches made of them."""
 
     path: str = "cifar10"
-    """`cifar10` (downloaded, hash-checked), a folder made by `dataio.convert`, or any source that `dataio.convert` takes."""
+    """`cifar10` (downloaded, hash-checked), a folder made by `dataio.convert` or its URI, or any source that `dataio.convert` takes."""
     root: str = "~/.cache/trainer"
     """Folder for downloads and for sources that had to be converted."""
     batch_size: int = 100

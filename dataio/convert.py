@@ -29,6 +29,7 @@ from dataio.decode import Checker
 from dataio.manifest import MANIFEST_NAME, SPLITS, VERSION, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo
 from dataio.parquet import QUARANTINE_NAME, ROWS_PER_GROUP, Dataset, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample, Quarantine
+from dataio.remote import is_remote, is_uri, local_path, shown
 from dataio.sniff import Header
 from dataio.sources import Balanced, Sample, Source, open_source
 
@@ -130,20 +131,36 @@ def convert(
 
 
 def is_converted(path: str | Path) -> bool:
-    """Whether `path` is a complete converted folder of this version."""
+    """Whether `path` is a complete converted folder of this version. Of a remote URI it must be one: raises what open_dataset raises."""
+    if is_remote(path):
+        open_dataset(path)
+        return True
     try:
+        if is_uri(path):
+            path = local_path(str(path)) or path
         Manifest.from_json((Path(path).expanduser() / MANIFEST_NAME).read_bytes())
     except (OSError, ManifestError):
         return False
     return True
 
 
+def open_prepared(config: DataConfig, on_progress: Callable[[Progress], None] | None = None) -> tuple[str, Dataset]:
+    """The converted data set of `config.path`, and where it is, as any process that can reach it opens it: an absolute path or a URI.
+
+    A remote one (s3://...) must be converted; anything else is what `prepare` makes of it. Raises what those and open_dataset raise.
+    """
+    location = config.path if is_remote(config.path) else str(prepare(config, on_progress).resolve())
+    return location, open_dataset(location)
+
+
 def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None = None) -> Path:
     """The converted folder of `config.path`: itself if it is one, else made in `config.root`, once.
 
-    Raises what convert and open_source raise.
+    Raises what convert and open_source raise, ValueError for a remote URI: see open_prepared.
     """
-    path = Path(config.path).expanduser()
+    if is_remote(config.path):
+        raise ValueError(f"data.path={shown(config.path)} is remote: it has no folder here; open it where it is")
+    path = (local_path(config.path) if is_uri(config.path) else None) or Path(config.path).expanduser()
     if (path / MANIFEST_NAME).is_file():
         open_dataset(path)  # raises if it is damaged
         return path

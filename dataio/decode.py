@@ -6,6 +6,7 @@ survives a failed batch. Which samples to decode, and what becomes of bad ones, 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from dataio.config import Fit
 from dataio.parquet import Split
 from dataio.quarantine import BadSample
 from dataio.sniff import Header, Refusal, simple_webp, sniff
+from dataio.stream import in_order
 
 # A 1x1 PNG. A pipeline that fails on it is broken (no memory, a lost device): that is no image's fault.
 _PROBE = bytes.fromhex(
@@ -51,9 +53,12 @@ class Decoder:
         self._native = _Pipeline(batch_size=batch_size, threads=threads, device_id=device_id)
         self._resized = _Pipeline(batch_size=batch_size, threads=threads, device_id=device_id, size=(height, width), fit=fit)
 
-    def decode(self, encoded: Sequence[np.ndarray | bytes]) -> Decoded:
-        """Any number of images, each (bytes,) uint8. An exception means that the decoder is broken, not an image."""
-        images = np.zeros((len(encoded), self.height, self.width, 3), np.uint8)  # (n, H, W, 3)
+    def decode(self, encoded: Sequence[np.ndarray | bytes], out: np.ndarray | None = None) -> Decoded:
+        """Any number of images, each (bytes,) uint8. They are written into `out`, (n or more, H, W, 3) uint8, if given: a buffer used again
+        need not be cleared and has its pages. An exception means that the decoder is broken, not an image."""
+        shape = (len(encoded), self.height, self.width, 3)
+        images = np.zeros(shape, np.uint8) if out is None else out[: len(encoded)]  # (n, H, W, 3)
+        assert images.shape == shape, (images.shape, shape)
         bad: dict[int, str] = {}
         exact: list[tuple[int, np.ndarray]] = []
         other: list[tuple[int, np.ndarray]] = []
@@ -76,7 +81,13 @@ class Decoder:
 
         self._native.decode(exact, place, bad)
         self._resized.decode(other, place, bad)
+        if out is not None:
+            images[list(bad)] = 0
         return Decoded(images=images, bad=tuple(sorted(bad.items())))
+
+    def warm_up(self) -> None:
+        """Builds the pipeline that the first decode will need: a good use of the time until there are bytes to decode."""
+        (self._native if self._fit == "refuse" else self._resized).warm_up()
 
     def close(self) -> None:
         """Frees the pipelines' threads and memory; the next decode builds them anew."""
@@ -132,21 +143,26 @@ def decode_split(
     *,
     on_bad: Callable[[BadSample], None],
     out: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     groups: Iterable[int] | None = None,
 ) -> np.ndarray:
     """Decodes a whole split, or some of its row groups, into `out` ((count, H, W, 3) uint8; made, of zeros, if None), and returns it.
 
-    Images stand at their sample ids. Each bad sample is passed to `on_bad`; its place is zeroed.
+    Images stand at their sample ids. Their labels go into `labels`, (count,) int64, if given. Each bad sample is passed to `on_bad`, after
+    its label was placed; the place of its image is zeroed. The next row groups are read meanwhile.
     """
     if out is None:
         out = np.zeros((split.count, decoder.height, decoder.width, 3), np.uint8)
-    for group in range(split.groups) if groups is None else groups:
-        begin = int(split.group_offsets[group])
-        rows = split.read_group(group)
-        decoded = decoder.decode(rows.encoded)
-        out[begin : begin + len(rows.encoded)] = decoded.images
-        for index, reason in decoded.bad:
-            on_bad(BadSample(key=rows.keys[index], reason=reason, split=split.name, sample_id=begin + index))
+    with closing(in_order(split, range(split.groups) if groups is None else groups)) as reading:
+        for rows in reading:
+            decoded = decoder.decode(rows.encoded)
+            begin = int(rows.ids[0])
+            place = slice(begin, begin + len(rows.ids))
+            out[place] = decoded.images
+            if labels is not None:
+                labels[place] = rows.labels
+            for index, reason in decoded.bad:
+                on_bad(BadSample(key=rows.keys[index], reason=reason, split=split.name, sample_id=begin + index))
     return out
 
 
@@ -165,6 +181,9 @@ class _Pipeline:
         """Calls place(index, image) for each (index, bytes) that decodes; notes the others in `bad`."""
         for begin in range(0, len(encoded), self._batch_size):
             self._decode(encoded[begin : begin + self._batch_size], place, bad)
+
+    def warm_up(self) -> None:
+        self._run([np.frombuffer(_PROBE, np.uint8)])
 
     def close(self) -> None:
         self._pipeline = None

@@ -7,7 +7,7 @@ the trainer's; what a bad sample means for the run is decided by whoever is call
 Three places for decoded images (`data.cache`):
 - device, host: each split is decoded once, when it is first used, and stays; a batch is a gather.
 - none: a step decodes its own samples and keeps no pixels, so each image is decoded once an epoch whatever the order. What is kept are
-  encoded row groups, the least recently used dropped beyond `memory_bytes`: with a `shuffle_window` that holds the few groups of each
+  encoded row groups within `memory_bytes`, read ahead by threads (`stream`): with a `shuffle_window` that holds the few groups of each
   lane's window, a group is read once an epoch; without a window every step touches groups all over the data set, which is only cheap while
   all of it fits.
 """
@@ -15,12 +15,12 @@ Three places for decoded images (`data.cache`):
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,21 +29,25 @@ import torch
 from dataio import augment
 from dataio.backends import Backend, Store, choose_backend, exact_device, gather, make_backend, upload
 from dataio.config import DataConfig
-from dataio.decode import Decoder, decode_split
-from dataio.manifest import Manifest
+from dataio.decode import Decoded, Decoder, decode_split
+from dataio.manifest import image_size_of
 from dataio.order import Order
-from dataio.parquet import Dataset, RowGroup, Split
+from dataio.parquet import Dataset, Split
 from dataio.quarantine import BadSample
+from dataio.stream import Reading, Shelf
 
 Ids = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.int64]
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 STEPS_AHEAD = 2
 DEVICE_FRACTION = 0.4
 """Part of the free device memory that decoded images may take; the rest is the model's, its activations' and the allocator's."""
 TRAIN_PART = 0.75
 """Part of the memory for encoded row groups that is training's; evaluation, which reads in order, gets the rest."""
+STEPS_PLANNED = 64
+"""Steps whose row groups are known in advance, where no window says how far it is of use."""
 BAD = -1
 """Label of a sample that could not be decoded: no weight in the loss, not counted in evaluation."""
 
@@ -96,10 +100,11 @@ class Loader:
         height, width = self.image_size
         samples = sum(split.count for split in dataset.manifest.splits.values())
         free_bytes = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        decoded_bytes = samples * (height * width * 3 + 8)
         self.cache = choose_cache(
             config,
             self.device,
-            decoded_bytes=samples * (height * width * 3 + 8),
+            decoded_bytes=decoded_bytes,
             memory_bytes=self._memory_bytes,
             free_device_bytes=free_bytes,
         )
@@ -112,6 +117,7 @@ class Loader:
             batch_size=order.batch_per_virtual_rank * len(virtual_ranks),
             device=self.device,
             threads=threads,
+            table_bytes=max(0, self._memory_bytes - decoded_bytes) // 4 if self.cache == "host" else 0,
         )
         self._sources: dict[tuple[str, str], _Source] = {}
         self._reported: set[tuple[str, int]] = set()
@@ -134,6 +140,26 @@ class Loader:
         """Time spent on reading and decoding, by whatever thread: all of it at the start where images are cached."""
         return sum(source.decode_seconds for source in self._sources.values())
 
+    @property
+    def memory_held_bytes(self) -> int:
+        """Of images, decoded (on the host or the device) or encoded (row groups held or being read), over all splits in use."""
+        return sum(source.held_bytes for source in self._sources.values())
+
+    @property
+    def groups_read(self) -> int:
+        """Row groups read so far; one that is read again counts again."""
+        return sum(source.groups_read for source in self._sources.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """What memory those row groups took."""
+        return sum(source.bytes_read for source in self._sources.values())
+
+    @property
+    def read_wait_seconds(self) -> float:
+        """Time for which the making of batches waited for reads: of a streamed data set, and no part of it unless storage is slow."""
+        return sum(source.read_wait_seconds for source in self._sources.values())
+
     def load(self, *splits: str) -> None:
         """Decodes these splits now, if they are to stay in memory; without it that happens when they are first used."""
         for split in splits:
@@ -150,8 +176,16 @@ class Loader:
         def wait(seconds: float) -> None:
             self.wait_seconds += seconds
 
-        steps = (self._step(source, step) for step in range(start_step, stop_step))
-        yield from self._ahead(steps, wait, "train")
+        def plan() -> Iterator[tuple[_Step, Ids]]:
+            for step in range(start_step, stop_step):
+                epoch, step_in_epoch = divmod(step, self._order.steps_per_epoch)
+                parts = [self._order.samples(epoch, step_in_epoch, virtual_rank) for virtual_rank in self._virtual_ranks]
+                yield (step, epoch, parts), np.concatenate(parts)
+
+        window_steps = -(-self._order.window // self._order.batch_per_virtual_rank)
+        fetches = source.fetch(plan(), horizon=2 * window_steps + STEPS_PLANNED)
+        with closing(self._ahead((self._step(*fetched) for fetched in fetches), wait, "train", fetches)) as ahead:
+            yield from ahead
 
     def evaluate(self, split: str, ids: range | Ids, batch_size: int) -> Generator[Batch, None, None]:
         """The given samples of a split in the given order, as they are, `batch_size` at a time (the last batch may be smaller)."""
@@ -161,23 +195,24 @@ class Loader:
         def wait(seconds: float) -> None:
             self.evaluation_wait_seconds += seconds
 
-        def batches() -> Iterator[tuple[Batch, ...]]:
+        def plan() -> Iterator[tuple[int, Ids]]:
             for number, start in enumerate(range(0, len(wanted), batch_size)):
-                chosen = wanted[start : start + batch_size]
-                images, rows, labels = source.fetch(chosen)
+                yield number, wanted[start : start + batch_size]
+
+        fetches = source.fetch(plan(), horizon=STEPS_PLANNED)
+
+        def batches() -> Iterator[tuple[Batch, ...]]:
+            for number, chosen, images, rows, labels in fetches:
                 pixels = gather(images, rows, self.device).permute(0, 3, 1, 2)
                 yield (Batch(images=pixels, labels=upload(labels, self.device), ids=chosen, epoch=0, step=number, virtual_rank=0),)
 
-        with closing(self._ahead(batches(), wait, "evaluate")) as ahead:
+        with closing(self._ahead(batches(), wait, "evaluate", fetches)) as ahead:
             for (batch,) in ahead:
                 yield batch
 
-    def _step(self, source: "_Source", step: int) -> tuple[Batch, ...]:
-        """All carried virtual ranks at once: one decode, one gather, then cut."""
-        epoch, step_in_epoch = divmod(step, self._order.steps_per_epoch)
-        parts = [self._order.samples(epoch, step_in_epoch, virtual_rank) for virtual_rank in self._virtual_ranks]
-        ids = np.concatenate(parts)
-        images, rows, labels = source.fetch(ids)
+    def _step(self, of: "_Step", ids: Ids, images: Store, rows: Ids, labels: Labels) -> tuple[Batch, ...]:
+        """All carried virtual ranks at once: one gather, then cut."""
+        step, epoch, parts = of
         drawn = augment.draw(seed=self._seed, epoch=epoch, ids=ids, pad=self._config.pad, flip=self._config.flip)
         pixels = self._backend.batch(images, rows, drawn).permute(0, 3, 1, 2)  # (n, 3, H, W) uint8, channels_last by its strides
         device_labels = upload(labels, self.device)
@@ -222,12 +257,12 @@ class Loader:
         self._on_bad(bad)
 
     def _ahead(
-        self, items: Iterator[tuple[Batch, ...]], wait: Callable[[float], None], name: str
+        self, items: Iterator[tuple[Batch, ...]], wait: Callable[[float], None], name: str, fetches: "_Fetches[Any]"
     ) -> Generator[tuple[Batch, ...], None, None]:
         """`items` from a thread of its own; on a GPU that thread works on a side stream, and the consumer's stream waits for its event."""
         side = self._side_stream
         if side is None:
-            yield from run_ahead(items, depth=STEPS_AHEAD, name=f"loader-{name}", on_wait=wait)
+            yield from run_ahead(items, depth=STEPS_AHEAD, name=f"loader-{name}", on_wait=wait, on_close=fetches.stop, on_end=fetches.close)
             return
         side.wait_stream(
             torch.cuda.current_stream(self.device)
@@ -242,7 +277,10 @@ class Loader:
                     event = side.record_event()
                 yield batches, event
 
-        with closing(run_ahead(on_side_stream(), depth=STEPS_AHEAD, name=f"loader-{name}", on_wait=wait)) as ahead:
+        made = run_ahead(
+            on_side_stream(), depth=STEPS_AHEAD, name=f"loader-{name}", on_wait=wait, on_close=fetches.stop, on_end=fetches.close
+        )
+        with closing(made) as ahead:
             for batches, event in ahead:
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(event)
@@ -250,21 +288,6 @@ class Loader:
                     batch.images.record_stream(stream)
                     batch.labels.record_stream(stream)
                 yield batches
-
-
-def image_size_of(manifest: Manifest, config: DataConfig) -> tuple[int, int]:
-    """(height, width) of the decoded images: `data.image_size`, or the size that all images share."""
-    if config.image_size > 0:
-        return config.image_size, config.image_size
-    if len(manifest.image_sizes) == 1:
-        height, _, width = next(iter(manifest.image_sizes)).partition("x")
-        return int(height), int(width)
-    common = sorted(manifest.image_sizes.items(), key=lambda item: (-item[1], item[0]))
-    seen = ", ".join(f"{size} ({count:,} images)" for size, count in common[:3])
-    raise ValueError(
-        f"data.image_size=0 takes the size that all images share, but there are {len(common)} sizes (HxW): {seen}"
-        f"{', ...' if len(common) > 3 else ''}; choose one and how to get there, e.g. --data.image-size 224 --data.fit crop"
-    )
 
 
 def choose_cache(config: DataConfig, device: torch.device, *, decoded_bytes: int, memory_bytes: int, free_device_bytes: int) -> str:
@@ -286,11 +309,19 @@ def available_memory_bytes() -> int:
     return available
 
 
-def run_ahead(items: Iterator[T], *, depth: int, name: str, on_wait: Callable[[float], None]) -> Generator[T, None, None]:
+def run_ahead(
+    items: Iterator[T],
+    *,
+    depth: int,
+    name: str,
+    on_wait: Callable[[float], None],
+    on_close: Callable[[], None] = lambda: None,
+    on_end: Callable[[], None] = lambda: None,
+) -> Generator[T, None, None]:
     """The same items, made by a thread that keeps at most `depth` of them ready.
 
     What `items` raises is raised here, after the items before it; `on_wait` gets the seconds waited for each. The thread ends when the
-    items do, and when this generator is closed.
+    items do, and when this generator is closed: then `on_close` tells whatever the thread waits for, and `on_end` is called after it.
     """
     ready: deque[T] = deque()
     changed = threading.Condition()
@@ -338,11 +369,31 @@ def run_ahead(items: Iterator[T], *, depth: int, name: str, on_wait: Callable[[f
         with changed:
             closed = True
             changed.notify_all()
+        on_close()
         thread.join()
+        on_end()
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+_Step = tuple[int, int, list[Ids]]
+"""(step, epoch, the ids of each carried virtual rank)"""
+
+
+class _Fetches(Protocol[T_co]):
+    """What a plan wants, step after step: (tag, ids, a store, the rows of it that are these samples, their labels or BAD)"""
+
+    def __iter__(self) -> Iterator[tuple[T_co, Ids, Store, Ids, Labels]]: ...
+
+    def stop(self) -> None:
+        """Ends the iteration, from another thread."""
+        ...
+
+    def close(self) -> None:
+        """Ends what works for it; after the iteration."""
+        ...
 
 
 class _Source(Protocol):
@@ -350,8 +401,17 @@ class _Source(Protocol):
 
     decode_seconds: float
 
-    def fetch(self, ids: Ids) -> tuple[Store, Ids, Labels]:
-        """A store, the rows of it that are these samples, and their labels (BAD where a sample is)."""
+    @property
+    def held_bytes(self) -> int: ...
+    @property
+    def groups_read(self) -> int: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def read_wait_seconds(self) -> float: ...
+
+    def fetch(self, plan: Iterable[tuple[T, Ids]], *, horizon: int) -> _Fetches[T]:
+        """Begins to get what `plan` wants, (tag, ids) a step; no more than `horizon` steps of it are asked for in advance."""
         ...
 
 
@@ -360,76 +420,98 @@ class _Resident:
 
     def __init__(self, split: Split, decoder: Decoder, report: Callable[[BadSample], None], device: torch.device) -> None:
         started = time.perf_counter()
-        self._labels = np.array(split.labels())  # (count,) int64, our own copy
+        self._labels = np.empty(split.count, np.int64)
 
         def on_bad(bad: BadSample) -> None:
             self._labels[bad.sample_id] = BAD
             report(bad)
 
         with decoder:
-            images = decode_split(split, decoder, on_bad=on_bad)  # (count, H, W, 3) uint8
+            images = decode_split(split, decoder, on_bad=on_bad, labels=self._labels)  # (count, H, W, 3) uint8
+        self.held_bytes = images.nbytes
+        self.groups_read = split.groups
+        self.bytes_read = sum(split.group_bytes(group) for group in range(split.groups))
+        self.read_wait_seconds = 0.0  # all of it is in decode_seconds
         self._images: Store = images
         if device.type == "cuda":
             self._images = torch.from_numpy(images).to(device)
             torch.cuda.synchronize(device)  # once: other streams read it from here on
         self.decode_seconds = time.perf_counter() - started
 
-    def fetch(self, ids: Ids) -> tuple[Store, Ids, Labels]:
-        return self._images, ids, self._labels[ids]
+    def fetch(self, plan: Iterable[tuple[T, Ids]], *, horizon: int) -> "_ResidentFetches[T]":
+        return _ResidentFetches(self._images, self._labels, plan)
+
+
+class _ResidentFetches(Generic[T]):
+    def __init__(self, images: Store, labels: Labels, plan: Iterable[tuple[T, Ids]]) -> None:
+        self._images, self._labels, self._plan = images, labels, plan
+
+    def __iter__(self) -> Iterator[tuple[T, Ids, Store, Ids, Labels]]:
+        for tag, ids in self._plan:
+            yield tag, ids, self._images, ids, self._labels[ids]
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _Streamed:
-    """Reads and decodes what is asked for. Encoded row groups stay, the least recently used leaving first, up to `memory_bytes`."""
+    """Decodes what is asked for, each time anew, out of row groups that are read ahead and held within `memory_bytes`."""
 
     def __init__(self, split: Split, decoder: Decoder, report: Callable[[BadSample], None], memory_bytes: int) -> None:
-        self._split, self._decoder, self._report, self._memory_bytes = split, decoder, report, memory_bytes
-        self._groups: OrderedDict[int, RowGroup] = OrderedDict()
-        self._held_bytes = 0
+        self.shelf = Shelf(split, memory_bytes)
+        self.decoder, self.report = decoder, report
         self.decode_seconds = 0.0
+        self._pixels = np.empty((0, decoder.height, decoder.width, 3), np.uint8)
 
-    def fetch(self, ids: Ids) -> tuple[Store, Ids, Labels]:
+    def decode(self, encoded: list[npt.NDArray[np.uint8]]) -> Decoded:
+        """The images are valid until the next call: a backend has gathered them by then."""
+        if len(encoded) > len(self._pixels):
+            self._pixels = np.empty((len(encoded), *self._pixels.shape[1:]), np.uint8)
+        return self.decoder.decode(encoded, out=self._pixels)
+
+    @property
+    def held_bytes(self) -> int:
+        return self.shelf.held_bytes
+
+    @property
+    def groups_read(self) -> int:
+        return self.shelf.groups_read
+
+    @property
+    def bytes_read(self) -> int:
+        return self.shelf.bytes_read
+
+    @property
+    def read_wait_seconds(self) -> float:
+        return self.shelf.wait_seconds
+
+    def fetch(self, plan: Iterable[tuple[T, Ids]], *, horizon: int) -> "_StreamedFetches[T]":
+        return _StreamedFetches(self, self.shelf.read(plan, horizon=horizon))
+
+
+class _StreamedFetches(Generic[T]):
+    def __init__(self, source: _Streamed, reading: Reading[T]) -> None:
+        self._source, self._reading = source, reading
+
+    def __iter__(self) -> Iterator[tuple[T, Ids, Store, Ids, Labels]]:
+        source = self._source
         started = time.perf_counter()
-        n = len(ids)
-        groups = np.searchsorted(self._split.group_offsets, ids, side="right") - 1  # (n,)
-        by_group = np.argsort(groups, kind="stable")  # (n,) places in the batch, those of a group together
-        encoded: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)] * n
-        labels = np.empty(n, np.int64)
-        keys = [""] * n
-        for group, places in _runs(groups[by_group], by_group):
-            held = self._group(group)
-            rows = ids[places] - self._split.group_offsets[group]
-            labels[places] = held.labels[rows]
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
-                # A copy, as a view would keep the row group it lies in alive until the batch is decoded.
-                encoded[place] = held.encoded[row].copy()
-                keys[place] = held.keys[row]
-        decoded = self._decoder.decode(encoded)
-        for place, reason in decoded.bad:
-            labels[place] = BAD
-            self._report(BadSample(key=keys[place], reason=reason, split=self._split.name, sample_id=int(ids[place])))
-        self.decode_seconds += time.perf_counter() - started
-        return decoded.images, np.arange(n, dtype=np.int64), labels
+        source.decoder.warm_up()  # while the first row groups are read
+        for samples in self._reading:
+            decoded = source.decode(samples.encoded)
+            for place, reason in decoded.bad:
+                samples.labels[place] = BAD
+                bad = BadSample(key=samples.keys[place], reason=reason, split=source.shelf.split.name, sample_id=int(samples.ids[place]))
+                source.report(bad)
+            source.decode_seconds += time.perf_counter() - started
+            yield samples.tag, samples.ids, decoded.images, np.arange(len(samples.ids), dtype=np.int64), samples.labels
+            started = time.perf_counter()
 
-    def _group(self, group: int) -> RowGroup:
-        held = self._groups.get(group)
-        if held is None:
-            held = self._split.read_group(group)
-            self._groups[group] = held
-            self._held_bytes += _size(held)
-            while self._held_bytes > self._memory_bytes and len(self._groups) > 1:
-                _, dropped = self._groups.popitem(last=False)
-                self._held_bytes -= _size(dropped)
-        self._groups.move_to_end(group)
-        return held
+    def stop(self) -> None:
+        self._reading.stop()
 
-
-def _runs(sorted_groups: Ids, places: Ids) -> Iterator[tuple[int, Ids]]:
-    """(group, its places) for each run of equal groups."""
-    starts = np.flatnonzero(np.diff(sorted_groups, prepend=-1))
-    pieces: Sequence[Ids] = np.split(places, starts[1:]) if len(starts) else []
-    for start, piece in zip(starts.tolist(), pieces, strict=True):
-        yield int(sorted_groups[start]), piece
-
-
-def _size(group: RowGroup) -> int:
-    return sum(view.nbytes for view in group.encoded)
+    def close(self) -> None:
+        self._reading.close()

@@ -22,8 +22,8 @@ class ModelCheck:
             self._forked = zygote.fork("trainer.check:build_and_tell", [theirs.fileno()])
         self._connection.send((model, classes, seed, image_size))
 
-    def wait(self) -> None:
-        """Until the model has been built. Raises the ValueError or OSError that says why it cannot be."""
+    def wait(self) -> bool:
+        """Whether the built model has depthwise convolutions. Raises the ValueError or OSError that says why it cannot be built."""
         try:
             kind, text = self._connection.recv()
         except (EOFError, OSError):
@@ -32,16 +32,17 @@ class ModelCheck:
             self._connection.close()
         if kind != "built":
             raise {"value": ValueError, "os": OSError}.get(kind, RuntimeError)(text)
+        return bool(text)
 
 
 def build_and_tell(descriptors: list[int]) -> None:
     """What the forked process calls."""
-    from trainer.model import build_model
+    from trainer.model import build_model, has_depthwise
 
     connection = Connection(descriptors[0])
     model, classes, seed, image_size = connection.recv()
     try:
-        build_model(model, classes=classes, seed=seed, image_hw=image_size)
+        built = build_model(model, classes=classes, seed=seed, image_hw=image_size)
     except ValueError as error:
         connection.send(("value", str(error)))
     except OSError as error:
@@ -49,4 +50,4 @@ def build_and_tell(descriptors: list[int]) -> None:
     except Exception:
         connection.send(("bug", traceback.format_exc()))
     else:
-        connection.send(("built", ""))
+        connection.send(("built", "depthwise" if has_depthwise(built) else ""))

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -33,6 +33,7 @@ Action = Literal["run", "dry_run", "print_config"]
 # Relative to the file that holds them; and ~ is expanded, which neither TOML does nor the shell in --data.path=~/images.
 _PATH_KEYS = ("data.path", "model.weights")
 _AUTO_KEYS = ("train.checkpoint_every",)  # the word `auto` is kept as -1, so that the setting is a number
+_SWITCH_KEYS = ("train.channels_last",)  # on, off or auto; true and false as before, and as flags of their own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +158,8 @@ def _checked(value: Any, hint: Any, *, origin: str, key: str) -> Any:
     if key in _AUTO_KEYS and value == "auto":
         return -1
     if get_origin(hint) is Literal:
+        if key in _SWITCH_KEYS and isinstance(value, bool):
+            return "on" if value else "off"
         if not isinstance(value, str) or value not in get_args(hint):
             options = list(get_args(hint))
             raise ValueError(f"{origin}: {key} = {value!r};{_did_you_mean(str(value), options)} it must be one of {', '.join(options)}")
@@ -251,9 +254,13 @@ def _config_names(argv: Sequence[str]) -> list[str]:
 
 
 def _normalised(argv: Sequence[str]) -> list[str]:
-    """`--data.flip false` and `--train.checkpoint-every auto`, which tyro would not take, in the words that it takes."""
+    """`--data.flip false`, `--train.checkpoint-every auto` and `--profile`, which tyro would not take, in the words that it takes."""
     booleans = {key for key, value in settings(RunConfig()).items() if isinstance(value, bool)}
-    words = list(_split_equals(argv, {*booleans, *_AUTO_KEYS}))
+    words = list(
+        _switches(
+            "--train.profile" if word == "--profile" else word for word in _split_equals(argv, {*booleans, *_AUTO_KEYS, *_SWITCH_KEYS})
+        )
+    )
     for position in range(len(words) - 1, 0, -1):
         key, value = _key_of(words[position - 1]), words[position].lower()
         if key in booleans and value in ("true", "false"):
@@ -262,6 +269,28 @@ def _normalised(argv: Sequence[str]) -> list[str]:
         elif key in _AUTO_KEYS and value == "auto":
             words[position] = "-1"
     return words
+
+
+def _switches(words: Iterable[str]) -> Iterator[str]:
+    """`--train.channels-last`, `--train.no-channels-last` and `--train.channels-last true` as `--train.channels-last on` or `off`."""
+    awaited = ""
+    for word in words:
+        if awaited:
+            value = {"true": "on", "false": "off"}.get(word.lower(), word)
+            yield "on" if word.startswith("--") else value
+            awaited = ""
+            if not word.startswith("--"):
+                continue
+        key = _key_of(word)
+        if key in _SWITCH_KEYS:
+            awaited = key
+            yield word
+        elif key.replace(".no_", ".", 1) in _SWITCH_KEYS:
+            yield from (word.replace(".no-", ".", 1).replace(".no_", ".", 1), "off")
+        else:
+            yield word
+    if awaited:
+        yield "on"
 
 
 def _split_equals(argv: Sequence[str], keys: set[str]) -> Iterator[str]:
@@ -321,6 +350,13 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
     if data.batch_size > 0 and virtual_ranks > 0:
         name = "train.virtual_ranks" if train.virtual_ranks else "workers"
         yield from _batch_problems(data.batch_size, virtual_ranks, name)
+        each = data.batch_size // virtual_ranks
+        if data.batch_size % virtual_ranks == 0 and train.accumulate > 0 and each % train.accumulate:
+            fits = max(parts for parts in range(1, train.accumulate) if each % parts == 0)
+            yield (
+                f"train.accumulate={train.accumulate} does not cut the {each} images of a virtual rank into equal micro-batches; "
+                f"use {fits}, or another data.batch_size"
+            )
     if workers and train.virtual_ranks > 0 and workers > train.virtual_ranks:
         yield (
             f"workers={workers} is more than train.virtual_ranks={train.virtual_ranks}, so some would have nothing to do; "
@@ -435,6 +471,7 @@ _RANGES: dict[str, tuple[_Bound, _Bound, str]] = {
     "train.epochs": (_FROM_1, _ANY, ""),
     "train.max_steps": (_FROM_0, _ANY, "0 runs all epochs"),
     "train.seed": (_FROM_0, _Bound("<", 2**63), ""),
+    "train.accumulate": (_FROM_1, _ANY, "1 does not cut the batch"),
     "train.virtual_ranks": (_FROM_0, _ANY, "0 takes --workers"),
     "train.checkpoint_every": (_Bound(">=", -1), _ANY, "0 takes one an epoch, auto (or -1) what measurements say"),
     "train.spike_factor": (_FROM_0, _ANY, "0 looks for NaN and infinity only, 10 is the default"),

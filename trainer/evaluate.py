@@ -19,11 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dataio.config import DataConfig
-from dataio.convert import Progress, prepare
+from dataio.convert import Progress, open_prepared
 from dataio.loader import Loader
 from dataio.manifest import Manifest
 from dataio.order import Order
-from dataio.parquet import open_dataset
 from dataio.quarantine import BadSample, Quarantine
 from trainer.cli import fail, from_toml
 from trainer.config import RunConfig
@@ -120,9 +119,9 @@ def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, devic
     """Load the run's model and evaluate it. ValueError where model, data and run do not go together."""
     begin = time.perf_counter()
     config, summary = _config(folder), _summary(folder)
-    exported = load_export(folder, device, channels_last=config.train.channels_last)
+    exported = load_export(folder, device, channels_last=config.train.channels_last == "on")
     data = _changed(config.data, changes)
-    dataset = open_dataset(prepare(data, on_progress=_progress(data.path)))
+    _, dataset = open_prepared(data, on_progress=_progress(data.path))
     manifest = dataset.manifest
     to_class = class_mapping(exported.classes, manifest.classes, where=data.path)
     if split not in manifest.splits or not manifest.splits[split].count:

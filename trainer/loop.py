@@ -9,13 +9,15 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +37,7 @@ class Reducer(Protocol):
     @property
     def is_open(self) -> bool: ...
 
-    def lay_out(self, like: Sequence[Tensor]) -> list[Tensor]: ...
+    def lay_out(self, like: Sequence[Tensor], *, exact: int = 0) -> list[Tensor]: ...
 
     def begin(self, virtual_rank: int) -> None: ...
 
@@ -43,7 +45,7 @@ class Reducer(Protocol):
 
     def end(self) -> None: ...
 
-    def finish(self) -> Tensor: ...
+    def finish(self, on_exchanged: Callable[[], None] = ...) -> Tensor: ...
 
 
 class Average(Protocol):
@@ -130,6 +132,13 @@ class Stepper:
     gradients, these from inside the backward pass. Without one, `distributed` decides between DDP's own all-reduce and a single process.
     `loss_sum(logits, labels)` is the summed loss of a batch; it is divided by the global batch's count, so that a last, smaller batch
     and uneven shares weigh every sample the same.
+
+    `accumulate` cuts each virtual rank's images into that many micro-batches, whose gradients are added up before they are handed over:
+    the same batch in less memory. BatchNorm normalises each micro-batch by itself and updates its running statistics after each, from the
+    first to the last. `full_batch` is how many images the model sees at once in a full step. Where the model is compiled, only batches of
+    that size are: the last step of an epoch is short, and a graph of its own for it would cost more than it saves. 0 compiles any size,
+    each by itself: what a size computes does not depend on the sizes that came before it, so that a run that went on from a checkpoint
+    gets the same bits. `compress` has DDP send its gradients in bf16 (the tree's own way is cluster.reduce's).
     """
 
     def __init__(
@@ -147,21 +156,35 @@ class Stepper:
         reducer: Reducer | None,
         distributed: bool,
         world_size: int,
+        accumulate: int = 1,
+        full_batch: int = 0,
+        compress: bool = False,
     ) -> None:
+        assert precision in ("fp32", "bf16"), f"precision {precision} is to be decided before (trainer.capability)"
         self._model, self._preprocess, self._optimizer, self._ema = model, preprocess, optimizer, ema
-        self._loss_sum, self._clip, self._seed = loss_sum, clip, seed
+        self._clip, self._seed = clip, seed
         self._reducer, self._world_size = reducer, world_size
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=True)
+        self._accumulate, self._full_batch = accumulate, full_batch
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
         self._ddp = distributed and reducer is None
         self.on_phase: Callable[[str], None] = lambda phase: None
         """Told "exchange" when the host begins to wait for the other ranks, and "step" when it goes on."""
-        forward: nn.Module = model
+        self.mark: Callable[[str], None] = lambda part: None
+        """Told the name of each part of a step when the host has queued it (trainer.profile)."""
+        self._forward: nn.Module = model
         if self._ddp:
-            forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self._forward: Callable[[Tensor], Tensor] = _compiled(forward, reducer) if compile_model else forward
+            self._forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            if compress:
+                self._forward.register_comm_hook(None, bf16_compress_hook)
+        self._hands_over = _Gate()
+        self._loss_of = partial(_summed_loss, preprocess=preprocess, loss_sum=loss_sum, autocast=self._autocast)
+        self._eager = self._loss_of(self._forward)
+        self._compiled: Callable[[Tensor, Tensor], Tensor] | None = None
+        if compile_model:
+            self._compiled = self._compile(reducer)
         self._ddp_waits: _DdpWaits | None = None
         if self._ddp and self._device.type == "cpu":
             self._ddp_waits = _DdpWaits(self._parameters)
@@ -182,10 +205,10 @@ class Stepper:
         # The loss and the statistics are there before the backward pass begins; it goes through the parameters from the last to the first.
         loss = torch.zeros((), device=self._device)
         first = 1 + len(self._statistics)
-        sums = reducer.lay_out([loss, *self._statistics, *reversed(self._parameters)])
+        sums = reducer.lay_out([loss, *self._statistics, *reversed(self._parameters)], exact=first)
         self._loss_sums, self._statistic_sums, self._gradient_sums = sums[0], sums[1:first], sums[first:][::-1]
         for part, parameter in enumerate(reversed(self._parameters), start=first):
-            hook = _hand_over(weakref.ref(reducer), part)
+            hook = _hand_over(weakref.ref(reducer), part, self._hands_over)
             handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             weakref.finalize(self, handle.remove)
 
@@ -208,15 +231,66 @@ class Stepper:
         self._optimizer.step()
         if self._ema is not None:
             self._ema.update()
+        self.mark("optimizer")
         return loss
 
-    def _loss(self, images: Tensor, labels: Tensor, divisor: float, seed: int) -> Tensor:
+    def compile_ahead(self, image: Sequence[int]) -> float:
+        """Compile now, outside of any step, for full batches of (3, H, W) uint8; the seconds that it took, 0 where nothing is compiled.
+
+        Forward and backward run once on a blank batch. What they leave behind is undone: buffers, gradients, the random state. In ddp
+        mode a collective."""
+        if self._compiled is None or not self._full_batch:
+            return 0.0
+        begin = time.perf_counter()
+        buffers = list(self._model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        images = torch.zeros((self._full_batch, *image), dtype=torch.uint8, device=self._device)
+        images = images.contiguous(memory_format=torch.channels_last)  # as the loader's are
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            loss = self._loss(images, torch.zeros(len(images), dtype=torch.int64, device=self._device), 1.0)
+            loss.backward()  # type: ignore[no-untyped-call]
+        float(loss.detach())  # the device has done it too; no step waits here
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+        return time.perf_counter() - begin
+
+    def _loss(self, images: Tensor, labels: Tensor, divisor: float) -> Tensor:
         """() float32, with its graph."""
-        torch.manual_seed(seed)
+        n = len(images)
+        if self._compiled is not None and n == (self._full_batch or n):
+            return self._compiled(images, labels) / divisor
         # The rest of an epoch may be a single image. It has no statistics of its own: where its maps have one pixel, BatchNorm refuses it.
-        with _norms_at_rest(self._norms if len(images) == 1 else ()), self._autocast:
-            logits = self._forward(self._preprocess(images))  # (n, classes)
-        return self._loss_sum(logits.float(), labels) / divisor
+        with _norms_at_rest(self._norms if n == 1 else ()):
+            return self._eager(images, labels) / divisor
+
+    def _compile(self, reducer: Reducer | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """(images, labels) -> summed loss: in one graph from the bytes to the loss; for a reducer, the model in pieces of about a bucket's
+        parameters each.
+
+        A compiled graph hands over its gradients all at once, at its end, when nothing is left for the exchange to run beside. Pieces are
+        what PyTorch makes by itself for a DistributedDataParallel. The cuts, where bf16 rounds, are the same for any number of ranks.
+
+        `dynamic=False`: a graph for each size. PyTorch would make the second size it meets a graph for all further ones, and which size
+        is the second depends on the step that a run went on from."""
+        if reducer is None and not self._ddp:
+            return torch.compile(self._eager, backend=COMPILER, dynamic=False)
+        backend: Any = COMPILER
+        if reducer is not None:
+            from torch._dynamo.backends.distributed import DDPOptimizer
+            from torch._dynamo.backends.registry import lookup_backend
+
+            small = min(reducer.small_bucket_bytes, reducer.bucket_bytes)
+            backend = DDPOptimizer(reducer.bucket_bytes, lookup_backend(COMPILER), first_bucket_cap=small).compile_fn
+        return self._loss_of(torch.compile(self._forward, backend=backend, dynamic=False))
+
+    def _cut(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The micro-batches that hold an image, in order; a short batch is cut as evenly as it goes."""
+        if self._accumulate == 1:
+            return [(images, labels)]
+        parts = zip(images.tensor_split(self._accumulate), labels.tensor_split(self._accumulate), strict=True)
+        return [(few, their) for few, their in parts if len(few)]
 
     def _plain_gradients(self, batches: Sequence[Batch], global_count: int, step: int) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
@@ -227,17 +301,58 @@ class Stepper:
             labels = full[0].labels if len(full) == 1 else torch.cat([batch.labels for batch in full])
             # DDP averages over ranks; the sum is wanted.
             ranks = self._world_size if self._ddp else 1
-            loss = self._loss(images, labels, global_count / ranks, seed)
+            torch.manual_seed(seed)
+            loss = self._accumulated(self._cut(images, labels), global_count / ranks)
         else:
             # A rank without samples in the last step still has to answer DDP's all-reduce: one blank image that counts for nothing.
             ranks = 1
             blank = torch.zeros((1, *batches[0].images.shape[1:]), dtype=torch.uint8, device=self._device)
             with evaluating(self._model), self._autocast:
                 loss = self._forward(self._preprocess(blank)).float().sum() * 0.0
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
+            self.mark("backward")
         if self._ddp_waits is not None:
             self._ddp_waits.backward_returned()
         return loss.detach() / ranks
+
+    def _accumulated(self, parts: Sequence[tuple[Tensor, Tensor]], divisor: float) -> Tensor:
+        """The loss, and its gradients in the parameters; DDP exchanges those of the last part, which hold the others'."""
+        total: Tensor | None = None
+        for number, (images, labels) in enumerate(parts, start=1):
+            is_last = number == len(parts)
+            alone: AbstractContextManager[None] = nullcontext()
+            if not is_last and isinstance(self._forward, DistributedDataParallel):
+                alone = self._forward.no_sync()
+            with alone:
+                loss = self._loss(images, labels, divisor)
+                self.mark("forward")
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.mark("backward")
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def _put_in(self, reducer: Reducer, parts: Sequence[tuple[Tensor, Tensor]], global_count: int, *, share: float) -> None:
+        """Hand the loss, the statistics and the gradients of one virtual rank to the reducer."""
+        total: Tensor | None = None
+        for number, (images, labels) in enumerate(parts, start=1):
+            self._hands_over.is_open = number == len(parts)
+            loss = self._loss(images, labels, global_count)
+            total = loss.detach() if total is None else total + loss.detach()
+            if self._hands_over.is_open:
+                reducer.put(0, total)
+                shares = torch._foreach_mul(self._statistics, share) if self._statistics else ()
+                for part, statistic in enumerate(shares, start=1):
+                    reducer.put(part, statistic)
+            self.mark("forward")
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.mark("backward")
+        if len(parts) > 1:  # a parameter that the last micro-batch did not use, and one before it did
+            first = 1 + len(self._statistics)
+            for part, parameter in enumerate(reversed(self._parameters), start=first):
+                if parameter.grad is not None:
+                    reducer.put(part, parameter.grad)
+                    parameter.grad = None
 
     def _reduced_gradients(self, batches: Sequence[Batch], global_count: int, step: int) -> Tensor:
         reducer = self._reducer
@@ -250,19 +365,16 @@ class Stepper:
             reducer.begin(batch.virtual_rank)
             n = len(batch.ids)
             if n:
-                loss = self._loss(batch.images, batch.labels, global_count, step_seed(self._seed, step, batch.virtual_rank))
-                reducer.put(0, loss.detach())
-                shares = torch._foreach_mul(self._statistics, n / global_count) if self._statistics else ()
-                for part, share in enumerate(shares, start=1):
-                    reducer.put(part, share)
-                loss.backward()  # type: ignore[no-untyped-call]
+                torch.manual_seed(step_seed(self._seed, step, batch.virtual_rank))
+                self._put_in(reducer, self._cut(batch.images, batch.labels), global_count, share=n / global_count)
             reducer.end()
             # Each virtual rank starts from the same statistics, and counters: BatchNorm may weigh by them.
             _copy(self._statistics_before, self._statistics)
             _copy(self._counters_before, self._counters)
         self.on_phase("exchange")
-        sums = reducer.finish()
+        sums = reducer.finish(lambda: self.on_phase("step"))  # a rank that hangs here after that is not waiting for the others
         self.on_phase("step")
+        self.mark("reduction")
         for parameter, gradient in zip(self._parameters, self._gradient_sums, strict=True):
             parameter.grad = gradient
         _copy(self._statistic_sums, self._statistics)
@@ -272,20 +384,23 @@ class Stepper:
         return self._loss_sums + 0.0 * sums.sum()
 
 
-def _compiled(model: nn.Module, reducer: Reducer | None) -> Callable[[Tensor], Tensor]:
-    """`model` compiled; for a reducer in pieces of about a bucket's parameters each.
+def _summed_loss(
+    forward: Callable[[Tensor], Tensor], *, preprocess: nn.Module, loss_sum: Callable[[Tensor, Tensor], Tensor], autocast: torch.autocast
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(images, labels) -> the loss summed over the images, () float32. Holds no Stepper: the compiler keeps what it compiled."""
 
-    A compiled graph hands over its gradients all at once, at its end, when nothing is left for the exchange to run beside. This is what
-    PyTorch does by itself for a DistributedDataParallel. The cuts, where bf16 rounds, are the same for any number of ranks.
-    """
-    if reducer is None:
-        return torch.compile(model, backend=COMPILER)
-    from torch._dynamo.backends.distributed import DDPOptimizer
-    from torch._dynamo.backends.registry import lookup_backend
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        with autocast:
+            logits = forward(preprocess(images))  # (n, classes)
+        return loss_sum(logits.float(), labels)
 
-    small = min(reducer.small_bucket_bytes, reducer.bucket_bytes)
-    pieces = DDPOptimizer(reducer.bucket_bytes, lookup_backend(COMPILER), first_bucket_cap=small)
-    return torch.compile(model, backend=pieces.compile_fn)
+    return loss
+
+
+class _Gate:
+    """Whether gradients are handed over as they come: only those of a virtual rank's last micro-batch are complete."""
+
+    is_open = True
 
 
 class _DdpWaits:
@@ -310,12 +425,12 @@ def _note_time(into: list[float], clock: Callable[[], float]) -> Callable[[Tenso
     return accumulated
 
 
-def _hand_over(reducer: "weakref.ref[Reducer]", part: int) -> Callable[[Tensor], None]:
+def _hand_over(reducer: "weakref.ref[Reducer]", part: int, gate: _Gate) -> Callable[[Tensor], None]:
     """A hook that gives a parameter's gradient to the reducer, inside the reducer's own steps. It does not keep the reducer alive."""
 
     def accumulated(parameter: Tensor) -> None:
         into = reducer()
-        if into is not None and into.is_open:
+        if into is not None and into.is_open and gate.is_open:
             assert parameter.grad is not None
             into.put(part, parameter.grad)
             parameter.grad = None
@@ -386,6 +501,7 @@ def train_steps(
         begin = clock()
         batch = next(batches)
         loaded = clock()
+        stepper.mark("data")
         count = batch_count(step % steps_per_epoch)
         rate = set_learning_rate(step)
         skipped, last = step in skip, step + 1 == stop_step

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from trainer.config import ModelConfig
-from trainer.stem import apply_stem, resolve_stem
+from trainer.stem import apply_stem, fit_stem, resolve_stem
 
 Head = nn.Linear | nn.Conv2d
 
@@ -64,9 +64,15 @@ def build_model(config: ModelConfig, *, classes: int, seed: int, image_hw: tuple
         may_differ = [f"{head_name}.weight", f"{head_name}.bias"]
         if stem == "article":
             may_differ.append("conv1.weight")
+        state = fit_stem(state, stem)
         _load(model, state, may_differ=may_differ, source=config.weights)
     _check_forward(model, config, seen, classes)
     return model.train()
+
+
+def has_depthwise(model: nn.Module) -> bool:
+    """Whether the model has depthwise convolutions: one filter a channel."""
+    return any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in model.modules())
 
 
 def head_of(model: nn.Module) -> tuple[str, Head]:
@@ -148,7 +154,15 @@ class Preprocess(nn.Module):
                 pixels = F.interpolate(pixels, size=(side, side), mode=self._interpolation, antialias=True)
                 if self._interpolation == "bicubic":
                     pixels = pixels.clamp_(0, 255)
-        return pixels.div_(255).sub_(self.mean).div_(self.std).contiguous(memory_format=self._memory_format)
+        rows = pixels.permute(0, 2, 3, 1)  # (n, H, W, 3)
+        if self._memory_format is torch.channels_last and rows.is_contiguous() and not rows.is_cuda:
+            # The same operations on lines of W * 3 numbers: over channels the loops are 3 long and take 5 us an image of 32 px, not 2.
+            width = rows.shape[2]
+            mean, std = (each.view(3).repeat(width) for each in (self.mean, self.std))
+            pixels = rows.flatten(2).div_(255).sub_(mean).div_(std).view(rows.shape).permute(0, 3, 1, 2)
+        else:
+            pixels = pixels.div_(255).sub_(self.mean).div_(self.std)
+        return pixels.contiguous(memory_format=self._memory_format)
 
 
 # -- architecture ---------------------------------------------------------------------------------------------------------------------

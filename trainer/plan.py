@@ -7,19 +7,17 @@
 import dataclasses
 from dataclasses import dataclass
 
-import torch
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.interval import AUTO, steps_between
 from dataio.manifest import Manifest, image_size_of
 from dataio.order import Order
 from trainer.cli import validate
 from trainer.config import ModelConfig, RunConfig
-from trainer.model import build_model, head_of
+from trainer.model import build_model, has_depthwise, head_of
+from trainer.profile import count_work
 from trainer.units import duration, flops, number, size
 
 _FLOAT32_BYTES = 4  # weights, gradients and optimiser state stay fp32 under bf16 autocast
@@ -48,6 +46,8 @@ class ModelFacts:
     buffer_bytes: int
     flops_per_image: float | None
     """Forward and backward of one image; None where an operation of the model cannot be counted."""
+    has_depthwise: bool = False
+    """Decides, on a CPU, what train.precision=auto is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +88,7 @@ def model_facts(config: ModelConfig, *, classes: int, image_size: tuple[int, int
         trainable=trainable,
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         flops_per_image=_flops_per_image(model, height=height, width=width, is_head_only=config.freeze == "backbone"),
+        has_depthwise=has_depthwise(model),
     )
 
 
@@ -198,19 +199,8 @@ def table(plan: Plan) -> Table:
 
 
 def _flops_per_image(model: nn.Module, *, height: int, width: int, is_head_only: bool) -> float | None:
-    """Counted by PyTorch on fake tensors: shapes without data, so it costs no arithmetic."""
+    """Counted on shapes without data, so it costs no arithmetic."""
     if is_head_only:
         model.requires_grad_(False)
         head_of(model)[1].requires_grad_(True)
-    # Not on the meta device: a model may ask for its device's autocast, which meta lacks. Fake tensors say that they are on the CPU.
-    fakes = FakeTensorMode()
-    counter = FlopCounterMode(display=False)
-    try:
-        named = [*model.named_parameters(), *model.named_buffers()]
-        tensors: dict[str, torch.Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named}
-        with fakes, counter:
-            images = torch.empty(2, 3, height, width)  # (2, 3, H, W): batch norm in training refuses a single value
-            torch.func.functional_call(model.train(), tensors, (images,)).sum().backward()
-    except (NotImplementedError, RuntimeError):  # an operation that does not work without data: the plan goes without
-        return None
-    return counter.get_total_flops() / 2
+    return count_work(model.train(), (height, width), precision="fp32").flops_per_image

@@ -27,6 +27,7 @@ CAUSES = {
     "checkpoint stall": "steps that waited for a checkpoint's copy",
     "evaluation": "testing",
     "start up": "everything before the first step: imports, Ray, workers, data, model",
+    "compile": "compiling the step (train.compile)",
     "recovery": "from a failure to the next step",
     "resize": "from the end of some workers to the first step of others",
     "hang": "ranks that lived and got nowhere",
@@ -206,6 +207,9 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if summary.get("virtual_ranks") != summary.get("workers"):
         add("Virtual ranks", "virtual_ranks", number)
     add("Time", "seconds", duration)
+    if summary.get("compile_seconds"):
+        add("Compiling", "compile_seconds", duration)
+    add("Profile", "profile", lambda value: str(value["verdict"]))
     add("Goodput", "goodput", percent)
     add("Data wait", "data_wait_ratio", percent)
     add("Restarts", "restarts", number)

@@ -30,7 +30,7 @@ from trainer.cli import fail
 from trainer.config import RunConfig
 from trainer.progress import CAUSES, summary_rows, time_split
 from trainer.runs import RunFolder, find_run
-from trainer.units import duration, number, percent
+from trainer.units import duration, flops, number, percent, size
 
 PROG = "python -m trainer.report"
 REPORT_FILE = "report.html"
@@ -283,6 +283,7 @@ def render(run: RunFiles) -> str:
         _numbers(run),
         _curves(run),
         _times(run),
+        _profile(run),
         _failures(run),
         _per_class(run),
         _matrix(run),
@@ -350,6 +351,26 @@ def _times(run: RunFiles) -> Html:
         for cause, seconds, share in split
     ]
     return _section("Where the time went", bar, _table(("", "time", "share", ""), rows, numeric=(1, 2)))
+
+
+def _profile(run: RunFiles) -> Html:
+    profile = run.summary.get("profile")
+    if not profile:
+        return Html("")
+    parts, ratios = profile["parts_seconds"], profile["parts_ratio"]
+    rows = [(part, duration(parts[part]), percent(ratios[part])) for part in parts if parts[part]]
+    ceilings, work = profile["ceilings"], profile["work"]
+    known = (
+        ("Work of an image", flops(work["flops_per_image"]), size(work["bytes_per_image"])),
+        ("The device can, a second", flops(ceilings["flops_per_second"]), size(ceilings["bytes_per_second"])),
+        ("Of that in use", percent(profile["flops_ratio"]), percent(profile["bytes_ratio"])),
+    )
+    return _section(
+        "Where a step's time goes",
+        tag("p", f"{profile['verdict']} ({number(profile['steps'])} steps after a warm-up, rank 0)"),
+        _table(("part", "time a step", "share"), rows, numeric=(1, 2)),
+        _table(("", "arithmetic", "memory"), known, numeric=(1, 2)),
+    )
 
 
 def _colour(cause: str) -> str:

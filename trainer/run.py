@@ -17,7 +17,8 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,10 +32,11 @@ from cluster.storage import Storage, open_storage
 from cluster.store import Commit, NoValidCheckpoint, Store
 from cluster.zygote import Zygote
 from dataio.convert import Progress as ConvertProgress
-from dataio.convert import is_converted, prepare
+from dataio.convert import is_converted, open_prepared
 from dataio.manifest import image_size_of
 from dataio.parquet import QUARANTINE_NAME, Dataset, open_dataset
 from dataio.sources import open_source
+from trainer.capability import Capability, as_started, decide, here, weakest
 from trainer.check import ModelCheck
 from trainer.cli import fail, from_toml, parse, settings, to_toml, validate, worker_count
 from trainer.config import RunConfig
@@ -46,7 +48,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 FREE_SETTINGS = {
     *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
-    "train.verify_every",
+    *("train.verify_every", "train.profile"),
 }
 CONVERT_LINE_SECONDS = 5.0
 
@@ -115,6 +117,10 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
         recipe = run_prefix(config, recipes)
         config = resolved(config, workers=workers, fingerprint=manifest.fingerprint, recipe=recipe, image_size=size)
     facts = model_facts(config.model, classes=classes, image_size=size)
+    capability = here(use_gpus=gpus > 0 and config.cluster.gpus_per_worker != 0)
+    config = decided(
+        config, capability, has_depthwise=facts.has_depthwise, tell=lambda line: console.print(line, soft_wrap=True, markup=False)
+    )
     console.print(table(describe(config, manifest, Hardware(workers=workers, device=device, device_bytes=memory), facts)))
     if manifest is None:
         command = shlex.join(["python", "-m", "dataio.convert", config.data.path, "DEST"])
@@ -131,8 +137,8 @@ def check_storage_outlives_job(storage: str) -> None:
         )
 
 
-def open_data(config: RunConfig, console: Console) -> tuple[Path, Dataset]:
-    """The converted data set a run reads; a source that is not converted yet is converted into `data.root`."""
+def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
+    """The converted data set a run reads, and its folder or URI; a source that is not converted yet is converted into `data.root`."""
     shown_at: float | None = None
 
     def on_progress(progress: ConvertProgress) -> None:
@@ -141,15 +147,14 @@ def open_data(config: RunConfig, console: Console) -> tuple[Path, Dataset]:
             shown_at = time.monotonic()
             console.print(f"converting {config.data.path}: {progress.describe()}", soft_wrap=True, markup=False)
 
-    folder = prepare(config.data, on_progress=on_progress).resolve()
-    dataset = open_dataset(folder)
+    location, dataset = open_prepared(config.data, on_progress=on_progress)
     if shown_at is not None:
-        console.print(f"converted into {folder}", soft_wrap=True, markup=False)
+        console.print(f"converted into {dataset.where}", soft_wrap=True, markup=False)
     if dataset.manifest.quarantined:
         count = dataset.manifest.quarantined
         left_out = f"{count} image{'' if count == 1 else 's'} that could not be used {'is' if count == 1 else 'are'} left out"
-        console.print(f"{left_out}: {folder / QUARANTINE_NAME}", soft_wrap=True, markup=False)
-    return folder, dataset
+        console.print(f"{left_out}: {dataset.where}/{QUARANTINE_NAME}", soft_wrap=True, markup=False)
+    return location, dataset
 
 
 def check_before_cluster(config: RunConfig, storage: Storage, dataset: Dataset) -> None:
@@ -187,17 +192,32 @@ def resolved(config: RunConfig, *, workers: int, fingerprint: str, recipe: str, 
     if not config.run:
         # Named after what it is, so that the same command given again goes on with the same run.
         digest = hashlib.sha256(json.dumps(identity(config, fingerprint), sort_keys=True, default=list).encode()).hexdigest()
+        # Before what is left at auto is decided: the command means the same run on every machine.
         config = dataclasses.replace(config, run=f"{recipe}-{digest[:8]}")
-    return config
+    saved = saved_config(storage, config.run)
+    return config if saved is None else dataclasses.replace(config, train=as_started(config.train, saved.train))
+
+
+def decided(config: RunConfig, capability: Capability, *, has_depthwise: bool, tell: Callable[[str], None]) -> RunConfig:
+    """`config` with what is still at auto decided by the devices. A run that goes on has nothing left open: `resolved` took what it has."""
+    decision = decide(config.train, capability, has_depthwise=has_depthwise)
+    for line in (*decision.said, *(f"warning: {warning}" for warning in decision.warnings)):
+        tell(line)
+    return dataclasses.replace(config, train=decision.train)
+
+
+def saved_config(storage: Storage, run: str) -> RunConfig | None:
+    """What the run of this name was started with."""
+    name = f"{run}/config.toml"
+    if not run or not storage.exists(name):
+        return None
+    return from_toml(storage.read(name).decode(), origin=name)
 
 
 def saved_virtual_ranks(storage: Storage, run: str, workers: int) -> int:
     """Those that a named run was started with, if `workers` can carry them: it may go on with another number of workers. Else 0."""
-    name = f"{run}/config.toml"
-    if not run or not storage.exists(name):
-        return 0
-    saved = from_toml(storage.read(name).decode(), origin=name).train.virtual_ranks
-    return saved if saved >= workers else 0
+    saved = saved_config(storage, run)
+    return saved.train.virtual_ranks if saved is not None and saved.train.virtual_ranks >= workers else 0
 
 
 def check_same_run(config: RunConfig, storage: Storage, fingerprint: str) -> None:
@@ -264,14 +284,14 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
 def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str, command: str, console: Console) -> int:
     """The run, with a zygote on this node that the ranks come from."""
     from cluster.launch import Hardware, gpus_here, plan_resources, ray_cluster
-    from cluster.preflight import preflight
+    from cluster.preflight import on_every_node, preflight
     from cluster.versions import versions
     from trainer.drive import Drive
 
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if in_job:
         check_storage_outlives_job(config.storage)
-    folder, dataset = open_data(config, console)
+    location, dataset = open_data(config, console)
     fingerprint = dataset.manifest.fingerprint
     image_size = image_size_of(dataset.manifest, config.data)
     address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
@@ -285,15 +305,16 @@ def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str
     )
     wanted = worker_count(config)
     if not address:
-        here = Hardware(local=True, nodes=1, cpus=os.cpu_count() or 1, gpus=gpus_here())
-        wanted = plan_resources(config.workers, config.cluster, here).most
+        this_node = Hardware(local=True, nodes=1, cpus=os.cpu_count() or 1, gpus=gpus_here())
+        wanted = plan_resources(config.workers, config.cluster, this_node).most
+    has_depthwise = False
     if wanted is not None:  # everything that needs no cluster is checked before one is started
         early = resolved(config, workers=wanted, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
         if (done := finished_summary(early, fingerprint)) is not None:
             return show_finished(early, done, console)
         checked = ModelCheck(zygote, early.model, classes=len(dataset.manifest.classes), seed=early.train.seed, image_size=image_size)
         check_before_cluster(early, open_storage(early.storage, early.cluster.storage_retry_seconds), dataset)
-        checked.wait()
+        has_depthwise = checked.wait()
     console.print(f"joining the Ray cluster at {address}" if address else "starting a local Ray")
     with cluster as hardware:
         resources = plan_resources(config.workers, config.cluster, hardware)
@@ -302,7 +323,18 @@ def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str
             return show_finished(config, done, console)
         storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
         check_same_run(config, storage, fingerprint)
-        is_shared = preflight(storage, config.run, hardware, lambda: open_dataset(folder).manifest.fingerprint)
+        is_shared = preflight(storage, config.run, hardware, lambda: open_dataset(location).manifest.fingerprint)
+        use_gpus = resources.gpus_per_worker > 0
+        capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
+        if wanted is None:  # nothing was looked at before the cluster was joined
+            classes = len(dataset.manifest.classes)
+            has_depthwise = ModelCheck(zygote, config.model, classes=classes, seed=config.train.seed, image_size=image_size).wait()
+        config = decided(
+            config,
+            capability,
+            has_depthwise=has_depthwise,
+            tell=lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False),
+        )
         journal = Journal.open(storage, config.run, writer=f"driver-{os.getpid()}-{int(time.time())}")
         journal.write(
             "run_started",
@@ -320,7 +352,7 @@ def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str
         return Drive(
             config=config,
             dataset=dataset,
-            location=str(folder) if is_shared else ship(dataset, folder, config),
+            location=location if is_shared else ship(dataset, config),
             storage=storage,
             store=store,
             journal=journal,
@@ -366,14 +398,16 @@ def show_finished(config: RunConfig, summary: Mapping[str, Any], console: Consol
     return 0
 
 
-def ship(dataset: Dataset, folder: Path, config: RunConfig) -> dict[str, Any]:
-    """The data set's files in Ray's object store, for nodes that cannot read `folder`."""
+def ship(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
+    """The data set's files in Ray's object store, for nodes that cannot read its folder."""
     import numpy as np
     import ray
 
+    if dataset.is_remote:
+        dataset.files()  # says that every node needs a way to it
     if dataset.size_bytes > config.cluster.object_store_limit_bytes:
         raise ValueError(
-            f"data set {folder} ({dataset.size_bytes:,} bytes) can be read on this node only and is larger than "
+            f"data set {dataset.where} ({dataset.size_bytes:,} bytes) can be read on this node only and is larger than "
             f"cluster.object_store_limit_bytes={config.cluster.object_store_limit_bytes:,}; put it on storage that every node mounts "
             "and give that path to --data.path, or raise the limit if the nodes' object stores can hold it"
         )

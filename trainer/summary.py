@@ -37,12 +37,12 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
     """Where every second of the drivers' lives went; the values are not negative and add up to `wall_seconds`.
 
     `history` are rank 0's totals over the steps that survived. start_up runs to an attempt's first step, recovery from a failure to the
-    next attempt's first step, resize the same from a change of the number of workers, hang from the last sign of life to the failure,
-    lost_work is training after the commit that a later attempt went back to; exchange_wait is what steps waited for other ranks, for slower
-    ones (stragglers) and the network; other is what remains: preparing data, steps between a snapshot and its commit where a failure
-    followed, the last checkpoint, the export, shutting down.
+    next attempt's first step, compile what compiling took of either, resize the same from a change of the number of workers, hang from
+    the last sign of life to the failure, lost_work is training after the commit that a later attempt went back to; exchange_wait is what
+    steps waited for other ranks, for slower ones (stragglers) and the network; other is what remains: preparing data, steps between a
+    snapshot and its commit where a failure followed, the last checkpoint, the export, shutting down.
     """
-    waits = {"start_up": 0.0, "recovery": 0.0, "resize": 0.0, "hang": 0.0}
+    waits = {"start_up": 0.0, "compile": 0.0, "recovery": 0.0, "resize": 0.0, "hang": 0.0}
     lost = 0.0
     training = kept = 0.0  # seconds between attempts' first steps and their ends; those of it that led to the present state
     marks = {0: 0.0}  # step of a commit -> `kept` at that moment
@@ -64,6 +64,11 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
                     marks = {step: mark for step, mark in marks.items() if step <= start}
                     survived = min(kept, marks[max(marks)])
                     lost, kept = lost + kept - survived, survived
+                case "compiled":
+                    if since is not None:
+                        took = min(float(event.get("seconds", 0.0)), kept - marks[max(marks)])
+                        training, kept = training - took, kept - took
+                        waits["compile"] += took
                 case "hang":
                     if since is not None:  # its seconds were no training; what came before them may have been
                         still = min(float(event.get("seconds", 0.0)), kept - marks[max(marks)])
@@ -151,6 +156,8 @@ def summarise(
         "weights_sha256": result.get("weights_sha256"),
         "dataset_fingerprint": facts.get("dataset_fingerprint"),
         "seconds": wall,
+        "compile_seconds": float(sum(event.get("seconds", 0.0) for event in events if event["event"] == "compiled")),
+        "profile": next((event["profile"] for event in reversed(events) if event["event"] == "profiled"), None),
         "checkpoints": len(commits),
         "parameters": result.get("parameters"),
         "device": result.get("device"),

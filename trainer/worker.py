@@ -43,6 +43,7 @@ from trainer.loop import Arriving, Stepper, StepStats, evaluating, train_steps
 from trainer.metrics import EvalResult, Evaluation
 from trainer.model import Preprocess, build_model, head_of
 from trainer.optim import Ema, build_optimizer, clip_gradients, loss_sum, set_learning_rate, set_trainable
+from trainer.profile import Profiler, count_work, measure_ceilings
 from trainer.spec import WorkerSpec, make_order, total_steps_of
 from trainer.state import TrainState, weights_sha256
 from trainer.summary import ACCOUNTED
@@ -58,6 +59,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     config, call, place = spec.config, context.call, context.place
     rank, world_size = context.rank, context.world_size
     make_repeatable(spec.threads)
+    keep_compiled(config.data.root)
     device = torch.device("cpu") if place.device_index is None else torch.device("cuda", place.device_index)
 
     metrics = Metrics(config.run, rank, spec.attempt)
@@ -198,6 +200,10 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
             brief = {k: entry[k] for k in ("step", "epoch", "test_loss", "test_accuracy")}
             call("event", "evaluation", attempt=spec.attempt, train_loss=history.train_loss, **brief)
 
+    def tell(event: str, **fields: Any) -> None:
+        if rank == 0:
+            call("event", event, attempt=spec.attempt, **fields)
+
     total_steps = total_steps_of(config, order.steps_per_epoch)
     log_every = max(1, total_steps // 2000)
     ledger = None
@@ -214,6 +220,13 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
             set_trainable(model, config.model.freeze, epoch, lp_epochs=config.model.lp_epochs, head_name=head_name)
             stepper = make_stepper(config, model, preprocess, optimizer, ema, world_size=world_size, rank=rank, device=device)
             stepper.on_phase = heartbeat.tick
+            compile_ahead(stepper, loader.image_size, heartbeat, tell)
+            profiler = None
+            if config.train.profile and first == start_step:
+                heartbeat.tick("starting")
+                profiler = make_profiler(config, model, device, first, last, carried=len(virtual_ranks), image_size=loader.image_size)
+                stepper.mark = profiler.mark
+                heartbeat.tick("step")
             waited = 0.0
             batches = loader.train(first, last)
             for stats in train_steps(
@@ -237,6 +250,9 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
                 own_seconds += stats.step_seconds - exchange_seconds
                 history.stepped(stats)
                 history.exchange_wait_seconds += exchange_seconds
+                if profiler is not None:
+                    profiler.stepped(stats, exchange_seconds)
+                    tell_profile(profiler.result(), tell)
                 speed.stepped(stats)
                 if chooser is not None:
                     chooser.stepped(stats.step_seconds)
@@ -258,14 +274,20 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
                     weights.poll()
                 ends_epoch = done % order.steps_per_epoch == 0
                 if done == total_steps or (ends_epoch and done // order.steps_per_epoch % config.train.eval_every_epochs == 0):
+                    if profiler is not None:
+                        profiler.cut()
                     evaluate_now(done)
                 stopped = done < total_steps and heartbeat.should_stop(done)
                 is_due = interval.due(done)  # on all ranks, whatever else has them save
                 if stopped or ends_epoch or done == total_steps or is_due:
+                    if profiler is not None:
+                        profiler.cut()
                     save(done, stats.late)
                 if stopped:
                     break
             batches.close()
+            if profiler is not None:
+                tell_profile(profiler.result(wait=True), tell)
             if stopped:
                 break
         if weights is not None:
@@ -280,6 +302,38 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         if ledger:
             ledger.close()
         server.close()
+
+
+def compile_ahead(stepper: Stepper, image_size: tuple[int, int], heartbeat: Heartbeat, tell: Callable[..., None]) -> None:
+    """Before the steps, so that what it takes is no step's."""
+    heartbeat.tick("starting")  # which may take as long as a start
+    seconds = stepper.compile_ahead((3, *image_size))
+    heartbeat.tick("step")
+    if seconds:
+        tell("compiled", seconds=seconds)
+
+
+def make_profiler(
+    config: RunConfig, model: nn.Module, device: torch.device, first: int, last: int, *, carried: int, image_size: tuple[int, int]
+) -> Profiler:
+    """For the steps `first` to before `last` of a rank that carries `carried` virtual ranks. On every rank: they share the machine."""
+    train = config.train
+    seen = (config.model.image_size,) * 2 if config.model.image_size else image_size
+    together = 1 if train.reduction == "ddp" or train.virtual_ranks == 1 else carried
+    return Profiler(
+        device=device,
+        first_step=first,
+        stop_step=last,
+        share=carried / train.virtual_ranks,
+        work=count_work(model, seen, precision=train.precision),
+        passes=together * train.accumulate,
+        ceilings=measure_ceilings(device, precision=train.precision),
+    )
+
+
+def tell_profile(found: dict[str, Any] | None, tell: Callable[..., None]) -> None:
+    if found is not None:
+        tell("profiled", profile=found)
 
 
 def wait_until_saved(checkpointer: Checkpointer, heartbeat: Heartbeat, call: Callable[..., Any], steps_done: int) -> None:
@@ -309,6 +363,13 @@ def make_repeatable(threads: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def keep_compiled(folder: str) -> None:
+    """Compiled steps stay in `folder`, for the attempts and runs to come; where the compiler was told of another place, there.
+
+    The same code goes in, the same comes out: a warm cache gives the same bits as a cold one."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.path.expanduser(folder), "compiled"))
+
+
 def phases(config: RunConfig, start: int, total: int, steps_per_epoch: int) -> Iterator[tuple[int, int]]:
     """(first step, one past the last) of what is left from step `start` on, cut where the set of trained parameters changes."""
     probe = min(total, config.model.lp_epochs * steps_per_epoch) if config.model.freeze == "lp-ft" else 0
@@ -319,15 +380,16 @@ def phases(config: RunConfig, start: int, total: int, steps_per_epoch: int) -> I
 
 def build(config: RunConfig, dataset: Dataset, image_size: tuple[int, int], device: torch.device) -> tuple[nn.Module, nn.Module]:
     """(model, preprocess) on `device`. The preprocess takes (n, 3, H, W) uint8 as the loader gives it."""
+    assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.capability)"
     preprocess = Preprocess(
         mean=config.data.mean,
         std=config.data.std,
         image_size=config.model.image_size,
         interpolation=config.model.interpolation,
-        channels_last=config.train.channels_last,
+        channels_last=config.train.channels_last == "on",
     )
     model = build_model(config.model, classes=len(dataset.manifest.classes), seed=config.train.seed, image_hw=image_size)
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    layout = torch.channels_last if config.train.channels_last == "on" else torch.contiguous_format
     return model.to(device).to(memory_format=layout), preprocess.to(device)
 
 
@@ -344,6 +406,9 @@ def make_stepper(
 ) -> Stepper:
     # A single virtual rank has nothing to add up: the plain step gives the same bits without the flat vector.
     tree = config.train.reduction == "tree" and config.train.virtual_ranks > 1
+    wire = torch.bfloat16 if config.train.reduce_dtype == "bf16" else torch.float32
+    # In tree mode each virtual rank goes through the model by itself, else all that the rank carries do together.
+    together = 1 if tree else len(blocks_of_virtual_ranks(config.train.virtual_ranks, world_size, rank))
     return Stepper(
         model=model,
         preprocess=preprocess,
@@ -354,9 +419,12 @@ def make_stepper(
         seed=config.train.seed,
         precision=config.train.precision,
         compile_model=config.train.compile,
-        reducer=TreeReducer(config.train.virtual_ranks, world_size, rank) if tree else None,
+        reducer=TreeReducer(config.train.virtual_ranks, world_size, rank, wire=wire) if tree else None,
         distributed=world_size > 1,
         world_size=world_size,
+        accumulate=config.train.accumulate,
+        full_batch=together * config.data.batch_size // config.train.virtual_ranks // config.train.accumulate,
+        compress=wire != torch.float32,
     )
 
 
@@ -407,6 +475,7 @@ def evaluate_share(
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Count the samples `share` of a split. `to_class` (data set's classes,) int64 says which output each of its labels stands for."""
+    assert precision in ("fp32", "bf16"), f"precision {precision} is to be decided before (trainer.capability)"
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in loader.evaluate(split, share, batch_size=EVALUATION_BATCH):

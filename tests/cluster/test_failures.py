@@ -38,6 +38,7 @@ KINDS: tuple[Any, ...] = get_args(Kind)
         ("WorkerHealthCheckFailedError", "worker gone", "infrastructure"),
         ("RuntimeError", "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242", "infrastructure"),
         ("DistBackendError", "NCCL communicator was aborted on rank 1", "infrastructure"),
+        ("DataOutage", "the storage did not answer for 2 row groups, tried for 60.0 s", "infrastructure"),
         ("RuntimeError", "shape '[3]' is invalid for input of size 4", "user"),
         ("ZeroDivisionError", "division by zero", "user"),
         ("TooManyBadSamples", "7 of 100 samples are bad", "data"),

@@ -129,7 +129,7 @@ def test_data_that_only_the_driver_can_read_are_seen_and_travel_bit_by_bit(secon
 
     assert not preflight(open_storage(tmp_path), "run", TWO, probe)
 
-    shipped = ship(open_dataset(SAMPLES), SAMPLES, RunConfig())
+    shipped = ship(open_dataset(SAMPLES), RunConfig())
 
     @ray.remote(num_cpus=0)
     def read(refs: dict[str, Any]) -> tuple[str, dict[str, str], int]:
@@ -153,7 +153,7 @@ def test_data_above_the_limit_do_not_travel_and_the_error_says_what_to_do() -> N
     config = RunConfig()
     config = replace(config, cluster=replace(config.cluster, object_store_limit_bytes=1000))
     with pytest.raises(ValueError, match=r"object_store_limit_bytes=1,000; put it on storage that every node mounts .* or raise the limit"):
-        ship(open_dataset(SAMPLES), SAMPLES, config)
+        ship(open_dataset(SAMPLES), config)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ import random
 import subprocess
 import sys
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -204,7 +206,7 @@ def test_values_are_not_changed_and_the_sums_stay_in_one_place(virtual_ranks: in
         assert [total.stride() for total in sums] == [room(shape).stride() for shape in SHAPES]
     assert len(places) == 1
     assert all(torch.equal(part, old) for part, old in zip(rows, before, strict=True))
-    assert len(reducer._flats) <= 1 + (virtual_ranks - 1).bit_length()  # log2(V) subtrees wait for their siblings at most
+    assert len(reducer._flats[torch.float32]) <= 1 + (virtual_ranks - 1).bit_length()  # log2(V) subtrees wait for their siblings at most
 
 
 @given(virtual_ranks=st.integers(1, 64), data=st.data())
@@ -220,7 +222,7 @@ def test_a_rank_keeps_as_many_vectors_as_it_has_subtrees_or_waiting_siblings(vir
         is_leaf_of_its_own = len(carry)
         fold(virtual_ranks, carry, join)
         most = max(most, is_leaf_of_its_own if len(carry) == is_leaf_of_its_own else is_leaf_of_its_own - 1)
-    assert len(reducer._flats) == most
+    assert len(reducer._flats[torch.float32]) == most
     if virtual_ranks == world:
         assert most == 1
 
@@ -228,7 +230,7 @@ def test_a_rank_keeps_as_many_vectors_as_it_has_subtrees_or_waiting_siblings(vir
 def test_the_vector_holds_the_sums_and_zeros_between_them() -> None:
     reducer = in_one_process(3)
     for sums in reduce_steps(reducer, 3, random.Random(0)):
-        flat = reducer._flats[0]
+        flat = reducer._flats[torch.float32][0]
         inside = torch.zeros_like(flat, dtype=torch.bool)
         for total in sums:
             assert total.numel() == 0 or total.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
@@ -343,9 +345,9 @@ RANK_THAT_LOSES_ITS_PEER = """
 """
 
 
-def start_rank(rank: int, folder: Path, story: str) -> subprocess.Popen[str]:
+def start_rank(rank: int, folder: Path, story: str, script: str = RANK_THAT_LOSES_ITS_PEER) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(RANK_THAT_LOSES_ITS_PEER), str(rank), str(folder), story],
+        [sys.executable, "-c", textwrap.dedent(script), str(rank), str(folder), story],
         cwd=PROJECT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
@@ -362,6 +364,41 @@ def test_a_peer_that_dies_is_an_error_in_finish_and_in_every_later_one(tmp_path:
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
 
 
+RANK_THAT_MAY_BE_LATE = """
+    import sys, threading, torch, torch.distributed as dist
+    from cluster.reduce import TreeReducer
+
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/late", rank=rank, world_size=2)
+    reducer = TreeReducer(2, 2, rank)
+    reducer.lay_out([torch.zeros(100)])
+    reducer.begin(rank)
+    if rank == 1:
+        sys.stdin.readline()
+    reducer.put(0, torch.ones(100))
+    reducer.end()
+    exchanged = threading.Event()
+    def caller():
+        reducer.finish(exchanged.set)
+    thread = threading.Thread(target=caller)
+    thread.start()
+    print("waits" if not exchanged.wait(0.3) else "has all", flush=True)
+    if rank == 0:
+        print("has all" if exchanged.wait(60) else "waits", flush=True)
+    thread.join()
+    dist.barrier()
+"""
+
+
+def test_a_rank_knows_when_it_waits_for_no_other_any_more(tmp_path: Path) -> None:
+    """Else a hang could not be told from the wait for one that hangs."""
+    ranks = [start_rank(rank, tmp_path, "", script=RANK_THAT_MAY_BE_LATE) for rank in range(2)]
+    assert ranks[0].stdout is not None
+    assert ranks[0].stdout.readline() == "waits\n"
+    said = [ranks[1].communicate("go\n", timeout=120), ranks[0].communicate(timeout=120)]
+    assert [out for out, _ in said] == ["has all\n", "has all\n"], said
+
+
 def test_a_rank_that_fails_ends_although_its_exchange_waits_for_a_peer_that_never_answers(tmp_path: Path) -> None:
     ranks = [start_rank(rank, tmp_path, "never answers") for rank in range(2)]
     try:
@@ -371,3 +408,120 @@ def test_a_rank_that_fails_ends_although_its_exchange_waits_for_a_peer_that_neve
         assert ranks[0].returncode != 0  # 1, or an abort where torch's own threads find the interpreter gone
     finally:
         ranks[1].communicate(timeout=120)
+
+
+# --- half the bytes -------------------------------------------------------------------------------------------------------------------
+
+
+class Mailbox:
+    """Carries what ranks of one process send each other, in order, and counts the bytes."""
+
+    def __init__(self) -> None:
+        self.queues: dict[tuple[int, int], SimpleQueue[Tensor]] = defaultdict(SimpleQueue)
+        self.sent_bytes = 0
+
+    def swap_of(self, rank: int) -> Any:
+        def swap(receive: list[tuple[int, Tensor]], send: list[tuple[int, Tensor]]) -> None:
+            for peer, tensor in send:
+                self.sent_bytes += tensor.numel() * tensor.itemsize
+                self.queues[rank, peer].put(tensor.clone())
+            for peer, tensor in receive:
+                value = self.queues[peer, rank].get(timeout=60)
+                assert (value.dtype, value.shape) == (tensor.dtype, tensor.shape)
+                tensor.copy_(value)
+
+        return swap
+
+
+def reduced_by(world: int, rows: list[Tensor], *, exact: int, wire: torch.dtype, **buckets: int) -> tuple[list[list[Tensor]], int]:
+    """(each rank's sums of `rows`, each (V, *shape); the bytes that all ranks sent). Two steps: buffers are used again."""
+    virtual_ranks, mailbox = len(rows[0]), Mailbox()
+    reducers = [TreeReducer(virtual_ranks, world, rank, wire=wire, **buckets) for rank in range(world)]
+    sums = []
+    for rank, reducer in enumerate(reducers):
+        reducer._swap = mailbox.swap_of(rank)  # type: ignore[method-assign]
+        sums.append(reducer.lay_out([torch.empty_like(part[0]) for part in rows], exact=exact))
+    for _ in range(2):
+        mailbox.sent_bytes = 0
+        for reducer in reducers:
+            for v in reducer.carried:
+                reducer.begin(v)
+                for number, part in enumerate(rows):
+                    if part[v].any():
+                        reducer.put(number, part[v])
+                reducer.end()
+        for reducer in reducers:
+            reducer.finish()
+    return sums, mailbox.sent_bytes
+
+
+def rounded_tree(rows: Tensor) -> Tensor:
+    """The definition, (V, *shape) float32: every node of the tree is rounded to bf16."""
+    return tree_sum([row.bfloat16().float() for row in rows], lambda left, right: (left + right).bfloat16().float())
+
+
+@given(
+    virtual_ranks=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+    exact=st.integers(0, len(SHAPES)),
+    limits=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+    empty=st.booleans(),
+)
+def test_in_bf16_every_node_is_rounded_whoever_sends_it_so_that_any_number_of_ranks_agrees(
+    virtual_ranks: int, seed: int, exact: int, limits: tuple[int, int], empty: bool
+) -> None:
+    rows = [part.clone() for part in parts(virtual_ranks, seed if empty else 0)]
+    wanted = [torch.from_numpy(np.asarray(reference(part.numpy()))) for part in rows[:exact]] + [rounded_tree(p) for p in rows[exact:]]
+    for world in range(1, min(4, virtual_ranks) + 1):
+        sums, _ = reduced_by(world, rows, exact=exact, wire=torch.bfloat16, bucket_bytes=max(limits), small_bucket_bytes=min(limits))
+        for own in sums:
+            for got, want in zip(own, wanted, strict=True):
+                assert got.dtype == torch.float32
+                assert got.contiguous().numpy().tobytes() == want.contiguous().numpy().tobytes()
+
+
+@pytest.mark.parametrize(("virtual_ranks", "world"), [(2, 2), (4, 2), (4, 3), (4, 4), (7, 3)])
+def test_in_bf16_half_the_bytes_travel(virtual_ranks: int, world: int) -> None:
+    rows = [torch.ones(virtual_ranks, 48 * 1024), torch.ones(virtual_ranks, 96 * 1024)]  # no room between parts or chunks: W divides them
+    whole = reduced_by(world, rows, exact=0, wire=torch.float32)[1]
+    assert reduced_by(world, rows, exact=0, wire=torch.bfloat16)[1] * 2 == whole
+    # Of the first part, a third of all, nothing is saved.
+    assert reduced_by(world, rows, exact=1, wire=torch.bfloat16)[1] * 3 == whole * 2
+
+
+def test_in_bf16_real_processes_agree_with_one(tmp_path: Path) -> None:
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        mp.spawn(bf16_rank, (str(tmp_path),), nprocs=2)
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+    rows = [part.clone() for part in parts(3, 0)]
+    wanted = reduced_by(1, rows, exact=2, wire=torch.bfloat16)[0][0]
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def bf16_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rows = [part.clone() for part in parts(3, 0)]
+    reducer = TreeReducer(3, 2, rank, wire=torch.bfloat16, bucket_bytes=200, small_bucket_bytes=64)
+    sums = reducer.lay_out([torch.empty_like(part[0]) for part in rows], exact=2)
+    for v in reducer.carried:
+        reducer.begin(v)
+        for number, part in enumerate(rows):
+            reducer.put(number, part[v])
+        reducer.end()
+    reducer.finish()
+    torch.save([total.clone() for total in sums], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_no_other_type_travels() -> None:
+    with pytest.raises(AssertionError, match=r"float32 or bfloat16, not torch\.float16"):
+        in_one_process(2, wire=torch.float16)

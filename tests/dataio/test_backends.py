@@ -52,6 +52,43 @@ def test_a_batch_equals_the_integer_reference(
     assert np.array_equal(images, before)
 
 
+@settings(max_examples=60, deadline=None)
+@given(geometry=st.sampled_from(GEOMETRIES), seed=st.integers(0, 2**32), rows=st.lists(st.integers(0, STORED - 1), max_size=20))
+def test_large_images_go_one_by_one_to_the_same_bits(geometry: tuple[int, int, int], seed: int, rows: list[int]) -> None:
+    images = store(geometry, seed)
+    picked = np.array(rows, np.int64)
+    drawn = draw(seed=seed, epoch=1, ids=picked * 1000 + 7, pad=geometry[2], flip=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dataio.backends.LARGE_PIXELS", 0)
+        large = make_backend("numpy", height=geometry[0], width=geometry[1], pad=geometry[2], batch_size=8, device=CPU)
+    batch = large.batch(images, picked, drawn)
+    assert batch.is_contiguous()
+    assert np.array_equal(batch.numpy(), reference(images[picked], drawn, geometry[2]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    geometry=st.sampled_from(GEOMETRIES),
+    seed=st.integers(0, 2**32),
+    batches=st.lists(st.lists(st.integers(0, STORED - 1), max_size=20), min_size=1, max_size=3),
+    as_tensor=st.booleans(),
+)
+def test_a_table_of_a_store_that_stays_gives_the_same_bits(
+    geometry: tuple[int, int, int], seed: int, batches: list[list[int]], as_tensor: bool
+) -> None:
+    height, width, pad = geometry
+    made = make_backend("numpy", height=height, width=width, pad=pad, batch_size=8, device=CPU, table_bytes=1 << 30)
+    for images in (store(geometry, seed), store(geometry, seed + 1)):  # another store after the first
+        given_store = torch.from_numpy(images) if as_tensor else images
+        for epoch, rows in enumerate(batches):
+            picked = np.array(rows, np.int64)
+            drawn = draw(seed=seed, epoch=epoch, ids=picked * 1000 + 7, pad=pad, flip=True)
+            batch = made.batch(given_store, picked, drawn)
+            assert batch.is_contiguous()
+            assert np.array_equal(batch.numpy(), reference(images[picked], drawn, pad))
+            batch.fill_(7)  # it is the caller's
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_crop_and_flip_of_an_image_is_exact(name: str) -> None:
     geometry = (5, 4, 2)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpus import encode, picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, SplitInfo
-from dataio.parquet import ROWS_PER_GROUP, CorruptShard, Dataset, ShardWriter, Split, _views, open_dataset
+from dataio.parquet import ROWS_PER_GROUP, CorruptShard, Dataset, ShardWriter, Split, open_dataset
 
 COUNTS = {"train": 1300, "test": 5}
 
@@ -84,7 +85,8 @@ def test_images_are_views_of_one_buffer_not_copies(folder: Path):
     assert not any(view.flags.owndata or view.flags.writeable for view in encoded)
     assert all(view.dtype == np.uint8 and view.flags.c_contiguous for view in encoded)
     addresses = [view.__array_interface__["data"][0] for view in encoded]
-    assert all(after - before == len(view) for before, after, view in zip(addresses, addresses[1:], encoded, strict=False))
+    # Where the shard has them: each image follows the four bytes of its length.
+    assert all(after - before == len(view) + 4 for before, after, view in zip(addresses, addresses[1:], encoded, strict=False))
 
 
 def test_files_in_memory_are_the_same_dataset(folder: Path):
@@ -252,9 +254,30 @@ def test_different_content_has_a_different_fingerprint(train: list, test: list, 
     assert (fingerprint(train, test) == fingerprint(other_train, other_test)) == same
 
 
-def test_a_column_in_several_chunks_is_viewed_as_one():
-    column = pa.chunked_array([pa.array([b"ab", b"", b"c"], pa.binary()), pa.array([b"defg"], pa.binary())])
-    assert [view.tobytes() for view in _views(column.slice(1))] == [b"", b"c", b"defg"]
+written = st.lists(st.tuples(st.binary(max_size=70_000), st.integers(-(2**63), 2**63 - 1), st.text(max_size=9)), min_size=1, max_size=40)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(groups=st.lists(written, min_size=1, max_size=3), page_bytes=st.sampled_from([1, 100_000, 1 << 20]))
+def test_what_is_read_is_what_was_written_and_what_arrow_reads_whatever_the_pages(
+    tmp_path_factory: pytest.TempPathFactory, groups: list, page_bytes: int
+):
+    path = tmp_path_factory.mktemp("written") / "train-00000.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        writer_of = pq.ParquetWriter  # pages of other sizes than ours, as another version of Arrow may make them
+        patch.setattr(pq, "ParquetWriter", lambda *args, **set: writer_of(*args, **set, data_page_size=page_bytes, write_batch_size=4))
+        writer = ShardWriter(path)
+        for rows in groups:
+            images, labels, keys = zip(*rows, strict=True)
+            writer.write_group(images, labels, keys, [hashlib.sha256(image).digest() for image in images])
+        split = Split("train", [(writer.close(), path)])
+    for number, rows in enumerate(groups):
+        found = split.read_group(number)
+        encoded = [view.tobytes() for view in found.encoded]
+        assert list(zip(encoded, found.labels.tolist(), found.keys, strict=True)) == rows
+        table = pq.ParquetFile(path).read_row_group(number)
+        assert encoded == table["image"].to_pylist()
+    assert list(split.content()) == [(key, label, hashlib.sha256(image).digest()) for rows in groups for image, label, key in rows]
 
 
 def test_a_shard_whose_content_was_swapped_for_another_good_shard_is_found(folder: Path):

@@ -207,7 +207,7 @@ def test_quickstart_finds_its_data_in_this_checkout() -> None:
         ("[optim]\nlr = true\n", ["optim.lr = True is a boolean; it must be a number"]),
         ("[train]\ncompile = 1\n", ["train.compile = 1 is a whole number; it must be true or false"]),
         ("workers = 4\n", ["workers = 4 is a whole number; it must be text in quotes"]),
-        ('[train]\nprecision = "fp23"\n', ["train.precision = 'fp23'; did you mean fp32? it must be one of fp32, bf16"]),
+        ('[train]\nprecision = "fp23"\n', ["train.precision = 'fp23'; did you mean fp32? it must be one of auto, fp32, bf16"]),
         ("[data]\nmean = [0.5, 0.5]\n", ["data.mean = [0.5, 0.5]; it must be a list of 3 numbers"]),
         ("[data]\nmean = [0.5, 0.5, 'x']\n", ["data.mean = 'x' is text; it must be a number"]),
         ("[data\n", ["is not valid TOML"]),

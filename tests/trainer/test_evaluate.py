@@ -38,7 +38,7 @@ BASE = RunConfig(
     data=DataConfig(path=str(SAMPLE), batch_size=50, pad=2),
     model=ModelConfig(name="shufflenet_v2_x0_5", weights="none", stem="native", image_size=32),
     optim=OptimConfig(name="adamw", lr=0.01),
-    train=TrainConfig(virtual_ranks=2, precision="bf16", ema=0.5),
+    train=TrainConfig(virtual_ranks=2, precision="bf16", channels_last="on", ema=0.5),
 )
 
 

@@ -3,6 +3,11 @@
 import contextlib
 import copy
 import gc
+import json
+import os
+import subprocess
+import sys
+import textwrap
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -577,6 +582,14 @@ class TreeCase:
     compile_model: bool = False
     buckets: tuple[int, int] = (25 * 2**20, 2**20)  # bytes: (most, first and last)
     worlds: tuple[int, ...] = (1, 2, 3, 4)
+    accumulate: int = 1
+    wire: torch.dtype = torch.float32
+    full_batch: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """tree_by_hand does it too."""
+        return not self.compile_model and self.accumulate == 1 and self.wire == torch.float32
 
 
 TREE_CASES = {
@@ -587,6 +600,11 @@ TREE_CASES = {
     # The backbone thaws at step 7.
     "eight, bf16, lp-ft": TreeCase(shape=(8, 304), steps=(4, 10), net=Residual, precision="bf16", freeze="lp-ft", buckets=(2000, 500)),
     "four, compiled": TreeCase(shape=FOUR, steps=(4, 8), compile_model=True, buckets=(2000, 500), worlds=(1, 2)),
+    "four, compiled, short batches not": TreeCase(
+        shape=FOUR, steps=(4, 8), compile_model=True, buckets=(2000, 500), worlds=(1, 3), full_batch=83
+    ),
+    "seven, sums in bf16": TreeCase(shape=SEVEN, steps=(13, 16), net=Residual, buckets=(2000, 500), wire=torch.bfloat16),
+    "four, micro-batches": TreeCase(shape=FOUR, steps=(5, 8), accumulate=3),
 }
 
 
@@ -610,10 +628,12 @@ def tree_run(case: TreeCase, world: int, rank: int, group: Any) -> str:
             optimizer,
             ema=ema,
             precision=case.precision,
-            reducer=TreeReducer(virtual_ranks, world, rank, group, bucket_bytes=large, small_bucket_bytes=small),
+            reducer=TreeReducer(virtual_ranks, world, rank, group, bucket_bytes=large, small_bucket_bytes=small, wire=case.wire),
             distributed=world > 1,
             world_size=world,
             compile_model=case.compile_model,
+            accumulate=case.accumulate,
+            full_batch=case.full_batch,
         )
         batches = iter(batches_of(case.shape, first, last, carried=block(virtual_ranks, world, rank)))
         losses += [pair for stats in loop(stepper, batches, order, first, last) for pair in stats.losses]
@@ -676,12 +696,12 @@ DDP_OPTIM = replace(OPTIM, lr=0.005)
 DDP_STOP = 9  # THREE has 7 steps an epoch; rank 1 of 2 carries virtual rank 2, which is empty in the last
 
 
-def ddp_run(rank: int, freeze: Any = "none") -> tuple[dict[str, Tensor], list[tuple[int, float]], list[int]]:
+def ddp_run(rank: int, freeze: Any = "none", **changes: Any) -> tuple[dict[str, Tensor], list[tuple[int, float]], list[int]]:
     order = order_of(THREE)
     config = RunConfig(
         model=ModelConfig(freeze=freeze, lp_epochs=1),
         optim=DDP_OPTIM,
-        train=TrainConfig(seed=SEED, precision="fp32", virtual_ranks=3, reduction="ddp"),
+        train=TrainConfig(seed=SEED, precision="fp32", virtual_ranks=3, reduction="ddp", **changes),
     )
     model = Net(seed=rank)  # DDP gives every rank the weights of rank 0
     optimizer = build_optimizer(model, DDP_OPTIM, "head")
@@ -723,7 +743,7 @@ def rank_main(rank: int, folder: str) -> None:
             for world in case.worlds:
                 if rank < world:
                     results[f"{name}, {world}"] = tree_run(case, world, rank, groups[world])
-            if rank == 0 and not case.compile_model:
+            if rank == 0 and case.is_plain:
                 results[f"{name}, by hand"] = tree_by_hand(case)
     dist.barrier()
     dist.destroy_process_group()
@@ -731,6 +751,7 @@ def rank_main(rank: int, folder: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/two", rank=rank, world_size=2)
         results |= {"ddp": ddp_run(rank), "ddp again": ddp_run(rank), "ddp lp-ft": ddp_run(rank, "lp-ft")}
         results["ddp average"] = ddp_average(rank)
+        results |= {"ddp bf16": ddp_run(rank, reduce_dtype="bf16"), "ddp micro-batches": ddp_run(rank, accumulate=3)}
         dist.barrier()
         dist.destroy_process_group()
     torch.save(results, f"{folder}/{rank}.pt")
@@ -753,7 +774,7 @@ def test_the_tree_gives_the_same_weights_average_and_losses_for_any_number_of_wo
         assert [ranks[rank][f"{name}, {world}"] for rank in range(world)] == [alone] * world
 
 
-@pytest.mark.parametrize("name", [name for name, case in TREE_CASES.items() if not case.compile_model])
+@pytest.mark.parametrize("name", [name for name, case in TREE_CASES.items() if case.is_plain])
 def test_what_runs_beside_the_backward_pass_is_what_a_synchronous_tree_gives(ranks: list[dict[str, Any]], name: str) -> None:
     assert ranks[0][f"{name}, 1"] == ranks[0][f"{name}, by hand"]
 
@@ -822,3 +843,221 @@ def test_ddp_evaluates_the_average_that_rank_0_saves_on_every_rank(ranks: list[d
     assert together == other
     assert together == pytest.approx(saved, rel=1e-6)
     assert saved[0] != pytest.approx(others[0], rel=1e-6)  # the ranks' BatchNorm statistics differ
+
+
+def test_sums_in_bf16_are_other_sums_but_for_the_loss_and_the_statistics_of_the_first_step() -> None:
+    """The tree's own rounding is cluster.reduce's; here: what travels as it is."""
+    (batches,) = batches_of(SEVEN, 0, 1)
+    found = []
+    for wire in (torch.float32, torch.bfloat16):
+        model = Net(dropout=0.0)
+        loss = make(model, sgd(model), reducer=TreeReducer(7, 1, 0, wire=wire)).step(batches, global_count=count_of(batches), step=0)
+        found.append((loss, [b.clone() for b in model.buffers()], [p.grad for p in model.parameters()]))
+    (loss, buffers, gradients), (other_loss, other_buffers, rounded) = found
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(one, other) for one, other in zip(buffers, other_buffers, strict=True))
+    for gradient, other in zip(gradients, rounded, strict=True):
+        assert gradient is not None
+        assert other is not None
+        assert torch.equal(other, other.bfloat16().float())
+        # Four roundings at most, each by 2**-9 of a partial sum.
+        torch.testing.assert_close(other, gradient, rtol=0.05, atol=0.02 * float(gradient.abs().max()))
+    assert not all(torch.equal(one, other) for one, other in zip(gradients, rounded, strict=True))
+
+
+@pytest.mark.parametrize("name", ["ddp bf16", "ddp micro-batches"])
+def test_ddp_in_bf16_or_micro_batches_is_the_same_training_but_for_rounding(ranks: list[dict[str, Any]], name: str) -> None:
+    weights, losses, _ = ranks[0][name]
+    other, _, _ = ranks[1][name]
+    plain, plain_losses, _ = ranks[0]["ddp"]
+    trained = [key for key in weights if "running" not in key and "tracked" not in key]
+    assert all(torch.equal(weights[key], other[key]) for key in trained)  # the ranks hold the same
+    assert not all(torch.equal(weights[key], plain[key]) for key in trained)
+    assert [step for step, _ in losses] == [step for step, _ in plain_losses]
+    for (_, loss), (_, wanted) in zip(losses, plain_losses, strict=True):
+        assert loss == pytest.approx(wanted, rel=0.1)
+
+
+# --- micro-batches --------------------------------------------------------------------------------------------------------------------
+
+
+def by_hand_in_parts(model: nn.Module, batch: Batch, total: int, step: int, parts: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(gradients, BatchNorm statistics, loss) of one virtual rank: its micro-batches one after the other through the same copy."""
+    own = copy.deepcopy(model)
+    torch.manual_seed(step_seed(SEED, step, batch.virtual_rank))
+    losses = []
+    for images, labels in zip(batch.images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True):
+        loss = F.cross_entropy(own(PREPROCESS(images)), labels, reduction="sum") / total
+        loss.backward()
+        losses.append(loss.detach())
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in own.parameters()]
+    return gradients, [b for b in own.buffers() if b.is_floating_point()], sum(losses[1:], losses[0])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("virtual_ranks", [1, 3])
+def test_micro_batches_add_up_inside_each_virtual_rank_before_the_tree(virtual_ranks: int, parts: int) -> None:
+    model = Net()
+    stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, accumulate=parts)
+    for step, batches in enumerate(batches_of((virtual_ranks, 90), 0, 3)):
+        shares = [by_hand_in_parts(model, batch, 90, step, parts) for batch in batches]
+        loss = stepper.step(batches, global_count=90, step=step)
+        for parameter, wanted in zip(model.parameters(), zip(*(gradients for gradients, _, _ in shares), strict=True), strict=True):
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, tree_sum(wanted, lambda a, b: a + b))
+        assert loss.item() == tree_sum([loss for _, _, loss in shares], lambda a, b: a + b).item()
+        floating = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        statistics = zip(*(buffers for _, buffers, _ in shares), strict=True)
+        weights = [len(batch.ids) / 90 for batch in batches]
+        for buffer, own in zip(floating, statistics, strict=True):
+            weighted = [b * weight if virtual_ranks > 1 else b for b, weight in zip(own, weights, strict=True)]
+            assert torch.equal(buffer, tree_sum(weighted, lambda a, b: a + b))
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 4])
+def test_without_statistics_micro_batches_are_the_same_step_but_for_rounding(virtual_ranks: int) -> None:
+    gradients = []
+    for parts in (1, 5):
+        model = Net(norm=False, dropout=0.0)
+        (batches,) = batches_of((virtual_ranks, 40), 0, 1)
+        loss = make(model, sgd(model), virtual_ranks=virtual_ranks, accumulate=parts).step(batches, global_count=40, step=0)
+        gradients.append([loss, *(p.grad for p in model.parameters())])
+    for whole, cut in zip(*gradients, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_a_short_batch_has_fewer_micro_batches_than_asked_for_and_counts_in_full() -> None:
+    order, (batches,) = order_of(SEVEN), batches_of(SEVEN, order_of(SEVEN).steps_per_epoch - 1, order_of(SEVEN).steps_per_epoch)
+    grads = []
+    for parts in (1, 4):
+        model = Net(norm=False, dropout=0.0)
+        make(model, sgd(model), virtual_ranks=7, accumulate=parts).step(batches, global_count=count_of(batches), step=0)
+        grads.append([p.grad for p in model.parameters()])
+    assert count_of(batches) == order.batch_count(order.steps_per_epoch - 1) == 5
+    for whole, cut in zip(*grads, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_a_parameter_that_only_an_early_micro_batch_uses_is_not_forgotten() -> None:
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.always = nn.Linear(3, CLASSES), nn.Linear(3, CLASSES)
+            self.calls = 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += 1
+            colours = images.mean((2, 3))
+            logits: Tensor = self.always(colours)
+            return logits + self.first(colours) if self.calls % 2 else logits
+
+    torch.manual_seed(0)
+    model = Moody()
+    (batches,) = batches_of((2, 40), 0, 1)
+    make(model, sgd(model), virtual_ranks=2, accumulate=2).step(batches, global_count=40, step=0)
+    assert model.first.weight.grad is not None
+    assert model.first.weight.grad.abs().max() > 0
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------------------------
+
+
+def as_it_is(seen: list[int]) -> Any:
+    """A compiler that leaves the graph as it is and notes the number of images of each that it is given."""
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+        seen.append(next(len(tensor) for tensor in inputs if isinstance(tensor, Tensor) and tensor.shape[-1:] == (28,)))
+        return graph.forward
+
+    return compiler
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 4])
+@pytest.mark.parametrize("full_only", [True, False])
+def test_full_batches_are_compiled_once_and_short_ones_are_not(
+    monkeypatch: pytest.MonkeyPatch, virtual_ranks: int, full_only: bool
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("trainer.loop.COMPILER", as_it_is(seen))
+    torch._dynamo.reset()
+    shape = (virtual_ranks, 332)  # step 6 of 7 is short
+    full = 332 // virtual_ranks
+    model, eager = Net(dropout=0.0), Net(dropout=0.0)
+    stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, compile_model=True, full_batch=full if full_only else 0)
+    order = order_of(shape)
+    assert (stepper.compile_ahead((3, 28, 28)) > 0) == full_only
+    assert seen == ([full] if full_only else [])
+    for each, other in zip(
+        loop(stepper, iter(batches_of(shape, 4, 9)), order, 4, 9),
+        loop(make(eager, sgd(eager), virtual_ranks=virtual_ranks), iter(batches_of(shape, 4, 9)), order, 4, 9),
+        strict=True,
+    ):
+        assert each.losses == other.losses
+    assert same_bits(model, eager)
+    assert seen == ([full] if full_only else [full, 8 // virtual_ranks])  # dynamic=False: a graph each, none for "any size"
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 4])
+def test_compiling_ahead_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, virtual_ranks: int) -> None:
+    monkeypatch.setattr("trainer.loop.COMPILER", as_it_is([]))
+    torch._dynamo.reset()
+    shape = (virtual_ranks, 40)
+    model, other = Net(), Net()
+    optimizer = sgd(model)
+    stepper = make(model, optimizer, virtual_ranks=virtual_ranks, compile_model=True, full_batch=40 // virtual_ranks)
+    state = torch.get_rng_state()
+    before = weights_sha256(model)
+    assert stepper.compile_ahead((3, 28, 28)) > 0
+    assert weights_sha256(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not optimizer.state
+    late = make(other, sgd(other), virtual_ranks=virtual_ranks, compile_model=True, full_batch=40 // virtual_ranks)
+    for one in (stepper, late):
+        for _ in loop(one, iter(batches_of(shape, 0, 2)), order_of(shape), 0, 2):
+            pass
+    assert same_bits(model, other)
+
+
+def test_nothing_is_compiled_ahead_where_nothing_is_compiled() -> None:
+    model = Net()
+    assert make(model, sgd(model), full_batch=40).compile_ahead((3, 28, 28)) == 0.0
+
+
+COMPILED_RUN = """
+    import json, torch
+    from torch._dynamo.utils import counters
+    from tests.trainer.test_loop import batches_of, loop, make, order_of, sgd
+    from trainer.state import weights_sha256
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    shape, model = (1, 40), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 28 * 28, 10))
+    stepper = make(model, sgd(model), compile_model=True, full_batch=40)
+    seconds = stepper.compile_ahead((3, 28, 28))
+    for _ in loop(stepper, iter(batches_of(shape, 0, 3)), order_of(shape), 0, 3):
+        pass
+    found = {"sha": weights_sha256(model), "seconds": seconds}
+    found["from_disk"] = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+    print(json.dumps(found))
+"""
+
+
+def test_a_second_process_takes_its_compiled_step_from_disk_and_gets_the_same_bits(tmp_path: Path) -> None:
+    """The real compiler."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    runs = []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(COMPILED_RUN)],
+            cwd=Path(__file__).resolve().parents[2],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        runs.append(json.loads(run.stdout.splitlines()[-1]))
+    cold, warm = runs
+    assert cold["from_disk"] == 0 < warm["from_disk"]
+    assert cold["sha"] == warm["sha"]

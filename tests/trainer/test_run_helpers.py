@@ -16,10 +16,11 @@ from rich.console import Console
 from cluster.journal import Journal, read_journal
 from cluster.storage import Storage, open_storage
 from cluster.store import Commit, Store
+from trainer.capability import of_cpu, of_gpu
 from trainer.cli import from_toml, settings, to_toml
 from trainer.config import RunConfig, TrainConfig
 from trainer.drive import _finite
-from trainer.run import FREE_SETTINGS, check_resume, check_same_run, find_start, finished_summary, identity, resolved
+from trainer.run import FREE_SETTINGS, check_resume, check_same_run, decided, find_start, finished_summary, identity, resolved
 
 DATA, OTHER_DATA = "a" * 64, "b" * 64
 
@@ -67,7 +68,7 @@ ALL = sorted(settings(RunConfig()))
 MAY_CHANGE = {
     *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
-    "train.verify_every",
+    *("train.verify_every", "train.profile"),
     *(key for key in ALL if key.startswith("cluster.")),
 }
 
@@ -275,3 +276,27 @@ def test_a_process_knows_when_it_began() -> None:
 def test_identity_names_the_data_by_content() -> None:
     assert identity(RunConfig(), DATA) != identity(RunConfig(), OTHER_DATA)
     assert identity(RunConfig(), DATA)["dataset"] == DATA
+
+
+def test_auto_is_decided_once_and_kept_where_the_same_command_goes_on_elsewhere(tmp_path: Path) -> None:
+    asked = RunConfig(storage=str(tmp_path), train=TrainConfig(precision="auto", channels_last="auto"))
+
+    def started(config: RunConfig) -> RunConfig:
+        return resolved(config, workers=1, fingerprint=DATA, recipe="best", image_size=(32, 32))
+
+    said: list[str] = []
+    first = decided(started(asked), of_gpu("H200", (9, 0)), has_depthwise=False, tell=said.append)
+    assert (first.train.precision, first.train.channels_last) == ("bf16", "on")
+    assert said == ["train.precision=auto: bf16 (H200)", "train.channels_last=auto: on (H200)"]
+    storage = open_storage(str(tmp_path))
+    storage.write_atomic(f"{first.run}/config.toml", to_toml(first).encode())
+    again = started(asked)
+    assert again == first  # the name too
+    check_same_run(again, storage, DATA)
+    said.clear()
+    assert decided(again, of_cpu(""), has_depthwise=True, tell=said.append) == first
+    assert len(said) == 1
+    assert "warning: train.precision=bf16 is emulated here" in said[0]
+    other = replace(asked, run=first.run, train=replace(asked.train, precision="fp32"))
+    with pytest.raises(ValueError, match=r"train.precision: 'bf16' then, 'fp32' now"):
+        check_same_run(started(other), storage, DATA)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.config import ModelConfig
-from trainer.stem import FoldedConv2d, apply_stem, is_resnet_like, resolve_stem
+from trainer.config import ModelConfig, Stem
+from trainer.stem import FoldedConv2d, apply_stem, fit_stem, is_resnet_like, resolve_stem
 
 
 def resnet18(seed: int = 0) -> nn.Module:
@@ -118,9 +118,86 @@ def test_auto_folds_resnets_that_see_small_images(name: str, image_size: int, da
     assert resolve_stem(ModelConfig(name=name, image_size=image_size), model, data_hw) == expected
 
 
-@pytest.mark.parametrize("stem", ["article", "folded"])
+@pytest.mark.parametrize("stem", ["article", "centre_crop", "phase_mean", "folded", "folded_bilinear"])
 def test_a_stem_the_model_cannot_have_is_refused_with_the_fix(stem: str) -> None:
     model = torchvision.models.squeezenet1_1()
     assert not is_resnet_like(model)
     with pytest.raises(ValueError, match=rf"model.stem={stem} .*model.name=squeezenet1_1.*--model.stem native"):
         resolve_stem(ModelConfig(name="squeezenet1_1", stem=stem), model, (32, 32))  # type: ignore[arg-type]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    channels=st.integers(1, 3),
+    out=st.integers(1, 5),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_folded_from_bilinear_enlargement_is_exact_but_for_the_first_three_and_last_two_rows_and_columns(
+    n: int, height: int, width: int, channels: int, out: int, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(channels, out, 7, stride=2, padding=3, bias=bias).double()
+    images = torch.randn(n, channels, height, width, dtype=torch.float64)
+    wanted = conv(F.interpolate(images, scale_factor=4, mode="bilinear", align_corners=False))
+    folded = FoldedConv2d(conv, "bilinear")(images)
+    assert folded.shape == wanted.shape == (n, out, 2 * height, 2 * width)
+    inside = (..., slice(3, 2 * height - 2), slice(3, 2 * width - 2))
+    assert torch.allclose(folded[inside], wanted[inside], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("row", "differs"), [(0, True), (1, True), (2, True), (3, False), (-3, False), (-2, True), (-1, True)])
+def test_the_border_that_bilinear_folding_leaves_inexact_is_no_wider_than_said(row: int, differs: bool) -> None:
+    conv = nn.Conv2d(3, 4, 7, stride=2, padding=3, bias=False).double()
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    wanted = conv(F.interpolate(images, scale_factor=4, mode="bilinear", align_corners=False))
+    off = (FoldedConv2d(conv, "bilinear")(images) - wanted).abs()
+    inside = slice(3, -2)
+    assert (float(off[..., row, inside].max()) > 1e-6) == differs
+    assert (float(off[..., inside, row].max()) > 1e-6) == differs
+
+
+def test_antialiased_bilinear_resizing_is_the_enlargement_that_is_folded() -> None:
+    """What model.image_size=128 would do to images of 32 pixels."""
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    resized = F.interpolate(images, size=(128, 128), mode="bilinear", antialias=True)
+    torch.testing.assert_close(resized, F.interpolate(images, scale_factor=4, mode="bilinear", align_corners=False), rtol=0, atol=1e-12)
+
+
+def test_centre_crop_is_the_middle_of_the_pretrained_kernel_and_phase_mean_the_folded_one_averaged() -> None:
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    untouched = resnet18(4)
+    kernel = untouched.conv1.weight.detach().clone()
+    stems = {}
+    for stem in ("centre_crop", "phase_mean"):
+        model = resnet18(4)
+        apply_stem(model, stem, torch.Generator())  # type: ignore[arg-type]
+        assert isinstance(model.maxpool, nn.Identity)
+        conv = model.conv1
+        assert isinstance(conv, nn.Conv2d)
+        assert (conv.kernel_size, conv.stride, conv.padding, conv.bias) == ((3, 3), (1, 1), (1, 1), None)
+        assert conv.weight.requires_grad
+        assert model(images).shape == (2, 10)
+        stems[stem] = conv
+    assert torch.equal(stems["centre_crop"].weight, kernel[..., 2:5, 2:5])
+    folded = FoldedConv2d(untouched.conv1)(images)
+    torch.testing.assert_close(stems["phase_mean"](images), F.avg_pool2d(folded, 2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("stem", ["centre_crop", "phase_mean"])
+def test_pretrained_weights_are_fitted_to_a_small_stem_and_its_own_weights_stay(stem: Stem) -> None:
+    state = dict(resnet18(5).state_dict())
+    fitted = fit_stem(state, stem)
+    assert fitted["conv1.weight"].shape == (64, 3, 3, 3)
+    assert state["conv1.weight"].shape == (64, 3, 7, 7)
+    model = resnet18(5)
+    apply_stem(model, stem, torch.Generator())
+    assert torch.equal(model.conv1.weight, fitted["conv1.weight"])
+    assert all(value is fitted[name] for name, value in state.items() if name != "conv1.weight")
+    again = fit_stem(fitted, stem)
+    assert again["conv1.weight"] is fitted["conv1.weight"]
+    for other in ("native", "article", "folded", "folded_bilinear"):
+        assert fit_stem(state, other)["conv1.weight"] is state["conv1.weight"]  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer.config import RunConfig, TrainConfig
+from trainer.progress import summary_rows
 from trainer.summary import accounting, restarts, sessions, summarise, wall_seconds
 
 HISTORY = ("step_seconds", "data_wait_seconds", "checkpoint_stall_seconds", "evaluation_seconds")
@@ -201,12 +202,32 @@ def test_a_killed_worker_costs_recovery_and_lost_work() -> None:
         "evaluation": 3.0,
         "exchange_wait": 0.0,
         "start_up": 15.0,
+        "compile": 0.0,
         "recovery": 4.0,
         "resize": 0.0,
         "hang": 0.0,
         "lost_work": 7.0,
         "other": 58.0 - 23 - 2 - 1 - 3 - 15 - 4 - 7,
     }
+
+
+def test_compiling_is_told_apart_from_steps_and_from_starting() -> None:
+    begun = at(4.0, "training_started")
+    events = [at(0.0, "run_started"), at(1.0, "attempt_started", start_step=0), begun, at(11.0, "compiled", seconds=6.5)]
+    end = [at(31.0, "checkpoint_committed", step=10), at(32.0, "run_finished")]
+    parts = accounting([*events, *end], {"step_seconds": 20.0})
+    assert (parts["start_up"], parts["compile"], parts["steps"], parts["lost_work"]) == (4.0, 6.5, 20.0, 0.0)
+    assert sum(parts.values()) == pytest.approx(32.0)
+    failed = [at(21.0, "attempt_failed"), at(22.0, "attempt_started", start_step=0), at(23.0, "training_started")]
+    again = [at(27.0, "compiled", seconds=3.5), at(37.0, "checkpoint_committed", step=10), at(38.0, "run_finished")]
+    parts = accounting([*events, *failed, *again], {"step_seconds": 10.0})
+    assert (parts["compile"], parts["recovery"], parts["lost_work"]) == (10.0, 2.0, 10.5)
+    profile = {"verdict": "compute-bound"}
+    told = [*events, at(12.0, "profiled", profile={"verdict": "old"}), at(13.0, "profiled", profile=profile), *end]
+    summary = summarise(config=RunConfig(), status="finished", events=told, result=None, facts={})
+    assert (summary["compile_seconds"], summary["profile"]) == (6.5, profile)
+    assert ("Profile", "compute-bound") in summary_rows(summary)
+    assert ("Compiling", "6.5 s") in summary_rows(summary)
 
 
 def test_a_damaged_checkpoint_makes_more_work_lost() -> None:

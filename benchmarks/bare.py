@@ -1,0 +1,141 @@
+"""The same step in a bare loop: model, loader and optimiser are ours, the loop is plain PyTorch, and nothing is watched, saved or proven.
+
+    python -m benchmarks.bare --data FOLDER --steps 40                                                    one process
+    python -m torch.distributed.run --standalone --nproc-per-node 1 -m benchmarks.bare --data FOLDER      DistributedDataParallel
+
+benchmarks/overhead.py and end_to_end.py start it as the peer of `trainer.run`, and `Bare` is the peer inside one process. What a step
+computes is decided by the same settings, written as `trainer.run` takes them (`-- --train.precision fp32`).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dataio.loader import Batch, Loader
+from dataio.parquet import Dataset, open_dataset
+from dataio.quarantine import BadSample
+from trainer.capability import decide, here
+from trainer.config import RunConfig
+from trainer.model import build_model, has_depthwise, head_of
+from trainer.optim import build_optimizer, set_learning_rate
+from trainer.spec import make_order, total_steps_of
+from trainer.worker import build, make_repeatable
+
+
+class Bare:
+    """One optimisation step as a tutorial writes it, of the model and the optimiser that `config` means."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, image_size: tuple[int, int], device: torch.device) -> None:
+        unlike = {"train.precision": (config.train.precision, ("fp32", "bf16")), "train.ema": (config.train.ema, (0.0,))}
+        unlike["optim.clip_norm"] = config.optim.clip_norm, (0.0,)
+        for name, (value, known) in unlike.items():
+            if value not in known:
+                raise ValueError(f"{name}={value}: the bare loop knows only {' and '.join(map(str, known))}; compare with one of these")
+        self._config, self._device = config, device
+        self._model, self._preprocess = build(config, dataset, image_size, device)
+        self._optimizer = build_optimizer(self._model, config.optim, head_of(self._model)[0])
+        forward: nn.Module = self._model
+        if dist.is_initialized():
+            forward = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
+        self._forward: Any = torch.compile(forward) if config.train.compile else forward
+        self._total = total_steps_of(config, make_order(config, dataset).steps_per_epoch)
+
+    def step(self, batch: Batch, step: int) -> Tensor:
+        """Do step `step`; its mean loss, () on the device."""
+        set_learning_rate(self._optimizer, self._config.optim, step, self._total)
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.train.precision == "bf16"):
+            logits = self._forward(self._preprocess(batch.images))  # (n, classes)
+        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self._config.optim.label_smoothing)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return loss.detach()
+
+
+def loader_of(config: RunConfig, dataset: Dataset, device: torch.device, *, virtual_ranks: range = range(1)) -> Loader:
+    """The run's own loader for a rank that carries `virtual_ranks`."""
+    return Loader(
+        dataset,
+        config.data,
+        order=make_order(config, dataset),
+        virtual_ranks=virtual_ranks,
+        device=device,
+        seed=config.train.seed,
+        threads=torch.get_num_threads(),
+        on_bad=refuse,
+    )
+
+
+def decided(config: RunConfig) -> RunConfig:
+    """`config` with nothing left at auto, as `trainer.run` decides it on this machine."""
+    if "auto" not in (config.train.precision, config.train.channels_last):
+        return config
+    model = build_model(dataclasses.replace(config.model, weights="none", stem="native"), classes=2, seed=0, image_hw=(64, 64))
+    decision = decide(config.train, here(use_gpus=torch.cuda.is_available()), has_depthwise=has_depthwise(model))
+    return dataclasses.replace(config, train=decision.train)
+
+
+def refuse(bad: BadSample) -> None:
+    raise ValueError(f"{bad.key} is bad ({bad.reason}); measure on a data set that is not")
+
+
+def main() -> int:
+    from trainer.cli import parse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="a converted data set")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads (%(default)s)")
+    parser.add_argument("settings", nargs="*", help="settings of trainer.run, after --")
+    options = parser.parse_args()
+    config = decided(parse([*options.settings, "--data.path", options.data, "--train.virtual-ranks", "1"]).config)
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    make_repeatable(options.threads)
+    if under_torchrun:
+        if os.environ["WORLD_SIZE"] != "1":
+            raise SystemExit(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the comparison is of one process; use --nproc-per-node 1")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dataset = open_dataset(options.data)
+    loader = loader_of(config, dataset, device)
+    bare = Bare(config, dataset, loader.image_size, device)
+    loader.load("train")
+    images, times, loss = 0, [], torch.zeros(())
+    with contextlib.closing(loader.train(0, options.steps)) as batches:
+        for step, (batch,) in enumerate(batches):
+            loss = bare.step(batch, step)
+            images += len(batch.ids)
+            if device.type == "cuda" and step in (0, options.steps - 1):
+                torch.cuda.synchronize()  # the first and the last time are of work done, not of work queued
+            times.append(time.time())
+    result = {
+        "precision": config.train.precision,
+        "times": times,
+        "images": images,
+        "batch_size": config.data.batch_size,
+        "loss": float(loss),
+        "torchrun": under_torchrun,
+    }
+    print(json.dumps(result))
+    if under_torchrun:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,415 @@
+"""What the benchmarks share: rounds in turns, spread, paired differences, targets, the machine's description, the command line's end.
+
+Each benchmark is a module with `main`, run as `python -m benchmarks.NAME [--json] [--out FILE]`. What is measured, and against whom, is the
+module's; how it is repeated, judged and written down is decided here, so that all results are read the same way (benchmarks/readme.py).
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.versions import versions
+
+PROJECT = Path(__file__).resolve().parents[1]
+SAMPLE = PROJECT / "dataio" / "samples" / "fashion_mnist"
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts it."""
+_INSIDE = "FINETUNE_INSIDE_BENCHMARK"
+
+
+# -- repeating ------------------------------------------------------------------------------------------------------------------------
+
+
+def interleave(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, name): every name once a round, each round beginning with another one, so that no case always comes first."""
+    for number in range(rounds):
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            yield number, name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """What something took."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    """Of all threads of this process; `cpu_of_all` adds the children that have ended."""
+
+
+class Stopwatch:
+    """Wall and CPU time since it was made. `settle` runs before each look: on a GPU it waits for the device."""
+
+    def __init__(self, settle: Callable[[], object] = lambda: None) -> None:
+        self._settle = settle
+        settle()
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def taken(self) -> Taken:
+        self._settle()
+        return Taken(wall_seconds=time.perf_counter() - self._wall, cpu_seconds=time.process_time() - self._cpu)
+
+
+def cpu_of_all() -> float:
+    """CPU seconds of this process and of the children that have ended and were waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """A command that has ended."""
+
+    command: str
+    returncode: int
+    wall_seconds: float
+    cpu_seconds: float
+    """Its own and that of the children that it waited for. Processes that outlive their parent (Ray's) are not in it."""
+    lines: tuple[tuple[float, str], ...]
+    """(seconds after the start, line) of what it printed, stderr too."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+    def checked(self) -> "Process":
+        """Itself; RuntimeError with the end of what it printed if it failed."""
+        if self.returncode:
+            raise RuntimeError(f"`{self.command}` ended with {self.returncode}:\n{self.text[-3000:]}")
+        return self
+
+
+def run_process(arguments: Sequence[str], *, timeout_seconds: float, environment: Mapping[str, str] | None = None) -> Process:
+    """Run `python ARGUMENTS` in the project's folder. RuntimeError after `timeout_seconds`; its whole process group is ended then."""
+    command = [sys.executable, *arguments]
+    shown = shlex.join(["python", *arguments])
+    lines: list[tuple[float, str]] = []
+    nested = _INSIDE in os.environ  # started by run_process itself: the outer one's group, so that its time limit ends this one too
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", _INSIDE: "1", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=not nested,
+    )
+    assert process.stdout is not None
+    overdue = threading.Event()
+
+    def kill() -> None:
+        if nested:
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def end() -> None:
+        overdue.set()
+        kill()
+
+    timer = threading.Timer(timeout_seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        lines.extend((time.perf_counter() - begin, line.rstrip("\n")) for line in process.stdout)  # as they come
+        returncode = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            kill()
+            process.wait()
+    seconds = time.perf_counter() - begin
+    if overdue.is_set():
+        last = "\n".join(line for _, line in lines)[-2000:]
+        raise RuntimeError(f"`{shown}` did not end within {timeout_seconds:g} s:\n{last}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Process(command=shown, returncode=returncode, wall_seconds=seconds, cpu_seconds=cpu, lines=tuple(lines))
+
+
+# -- judging --------------------------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles, least and most; `rounds` is how many there were."""
+    if not values:
+        raise ValueError("there is nothing to describe: no round was measured")
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return {
+        "median": statistics.median(values),
+        "quartiles": [low, high],
+        "least": min(values),
+        "most": max(values),
+        "rounds": len(values),
+    }
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+    """The median and an interval for that of the population, from order statistics: no assumption on the distribution.
+
+    For sorted x of n independent draws, P(x[k] <= median <= x[n-1-k]) = 1 - 2 * P(Binomial(n, 1/2) <= k). The narrowest such interval of at
+    least `confidence`; for n < 6 there is none of 95 %, then it is the whole range, and `confidence` says what that is worth.
+    """
+    if not values:
+        raise ValueError("there is nothing to describe: no pair was measured")
+    ordered, n = sorted(values), len(values)
+    tails = [2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in range((n + 1) // 2)]
+    k = max((k for k, tail in enumerate(tails) if 1 - tail >= confidence), default=0)
+    return {
+        "median": statistics.median(ordered),
+        "low": ordered[k],
+        "high": ordered[n - 1 - k],
+        "confidence": max(0.0, 1 - tails[k]),
+        "pairs": n,
+    }
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+    """`median_interval` of the differences ours - theirs, round by round: what disturbs a whole round falls out."""
+    return median_interval([a - b for a, b in zip(ours, theirs, strict=True)], confidence)
+
+
+def target(
+    name: str,
+    measured: float | None,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    interval: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """A claim and what became of it: {"name", "rule", "goal", "measured", "met"}.
+
+    `met` is None where nothing was measured, and where the goal lies inside `interval`: then the noise is larger than what is asked.
+    """
+    assert (at_least is None) != (at_most is None), "a target has one side"
+    low, high = interval if interval is not None else (measured, measured)
+    met: bool | None = None
+    if low is not None and high is not None and measured is not None and not math.isnan(measured):
+        if at_least is not None:
+            met = True if low >= at_least else False if high < at_least else None
+        else:
+            assert at_most is not None
+            met = True if high <= at_most else False if low > at_most else None
+    row = {"name": name, "rule": "<=" if at_least is None else ">=", "goal": at_most if at_least is None else at_least}
+    return row | {"measured": measured, "met": met} | ({"interval": [low, high]} if interval is not None else {})
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """A target as a line."""
+    word = {True: "met", False: "MISSED", None: "undecided" if row["measured"] is not None else "not measured"}[row["met"]]
+    shown = "-" if row["measured"] is None else f"{row['measured']:,.4g}"
+    if "interval" in row:
+        shown += " ({:,.4g} to {:,.4g})".format(*row["interval"])
+    return f"{word:12}  {row['name']}: {shown} (target {row['rule']} {row['goal']:,.4g})"
+
+
+# -- writing down ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    parser.add_argument("--out", type=Path, help="write the JSON there too (benchmarks/results/NAME.json)")
+    parser.add_argument("--hardware", default=machine(), help="what to call this machine (%(default)s)")
+
+
+def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
+    assert doc is not None
+    # argparse takes % for its own.
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=doc.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def described(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a result says besides its figures; take it before measuring: `load_average` is then of what else the machine was doing."""
+    return {
+        "benchmark": name,
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *_without_out(sys.argv[1:])]),
+        "hardware": options.hardware,
+        "versions": versions(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def finish(result: dict[str, Any], options: argparse.Namespace, lines: Sequence[str]) -> int:
+    """Write and print; the exit status is 0 whatever came out: a missed target is a figure, not an error."""
+    result["load_average_after"] = round(os.getloadavg()[0], 2)
+    text = json.dumps(finite(result), indent=1, allow_nan=False)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
+    if options.json:
+        print(text)
+        return 0
+    print(f"{result['hardware']}; load {result['load_average_before']} before, {result['load_average_after']} after")
+    for line in lines:
+        print(line)
+    for row in result.get("targets", ()):
+        print(verdict(row))
+    return 0
+
+
+def finite(value: Any) -> Any:
+    """`value` with null in place of NaN and infinity, which JSON does not have, and dataclasses as dicts."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+        case Taken() | Process():
+            return finite(asdict(value))
+    return value
+
+
+def commit() -> str:
+    """Of the checkout, with "+changes" where tracked files differ from it; "unknown" where there is no git."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=PROJECT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def machine() -> str:
+    """CPU, cores, and the first GPU if there is one; without starting CUDA in this process, which a fork could not survive."""
+    gpu = gpu_name()
+    return f"{cpu_model()}, {os.cpu_count()} CPUs" + (f", {gpu}" if gpu else "")
+
+
+def gpu_name() -> str:
+    try:
+        asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return asked.stdout.splitlines()[0].strip() if asked.returncode == 0 and asked.stdout.strip() else ""
+
+
+def cpu_model() -> str:
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _without_out(arguments: Sequence[str]) -> list[str]:
+    """Where the result was written, and what the machine was called, is no part of how it came about."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--out", "--hardware"):
+            skip = True
+        elif not argument.startswith(("--out=", "--hardware=")):
+            kept.append(argument)
+    return kept
+
+
+# -- data -----------------------------------------------------------------------------------------------------------------------------
+
+
+def best_source() -> str:
+    """The full Fashion-MNIST where it is installed, else the sample in this repository."""
+    return str(FASHION_MNIST) if FASHION_MNIST.is_dir() else str(SAMPLE)
+
+
+def cifar_like(folder: Path, source: str, *, train: int, test: int) -> tuple[Path, Path]:
+    """(archive, converted): the source's first images at 32x32 as CIFAR-10's archive, which the tutorial's script reads, and the same ones
+    converted, which ours does. `source`: as dataio.convert takes it, or converted; a converted one that has fewer images than are wanted
+    gives them again and again, shifted sideways each time: for measuring speed."""
+    from benchmarks.parity import write_cifar_archive
+    from dataio.config import DataConfig
+    from dataio.convert import is_converted, prepare
+
+    archive = folder / "cifar-10-python.tar.gz"
+    if is_converted(source):
+        _write_archive(archive, source, {"train": train, "test": test})
+    else:
+        write_cifar_archive(archive, source, train=train, test=test)
+    return archive, prepare(DataConfig(path=str(archive), root=str(folder / "data")))
+
+
+def _write_archive(path: Path, data: str, counts: Mapping[str, int]) -> None:
+    import io
+    import pickle
+    import tarfile
+
+    from benchmarks.parity import FOLDER
+    from dataio.parquet import open_dataset
+
+    classes = open_dataset(data).manifest.classes
+    files: dict[str, Any] = {"batches.meta": {"label_names": list(classes), "num_cases_per_batch": counts["train"] // 5, "num_vis": 3072}}
+    for split, names in (("train", [f"data_batch_{number}" for number in range(1, 6)]), ("test", ["test_batch"])):
+        rows, labels = _pixels(data, split, counts[split])
+        share = counts[split] // len(names)
+        for number, name in enumerate(names):
+            part = slice(share * number, share * (number + 1))
+            files[name] = {
+                b"batch_label": name.encode(),
+                b"labels": labels[part],
+                b"data": rows[part].reshape(share, -1),
+                b"filenames": [f"{name}_{i:06d}.png".encode() for i in range(share)],
+            }
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name, content in files.items():
+            encoded = pickle.dumps(content, protocol=2)
+            member = tarfile.TarInfo(f"{FOLDER}/{name}")
+            member.size = len(encoded)
+            archive.addfile(member, io.BytesIO(encoded))
+
+
+def _pixels(data: str, split: str, count: int) -> tuple[Any, list[int]]:
+    """(count, 3, 32, 32) uint8 and their labels; smaller images get a black border."""
+    import numpy as np
+    import torch
+
+    from benchmarks.bare import loader_of
+    from dataio.parquet import open_dataset
+    from trainer.cli import parse
+
+    dataset = open_dataset(data)
+    config = parse(["--data.path", data, "--train.virtual-ranks", "1", "--data.cache", "host"]).config
+    has = dataset.split(split).count
+    batches = list(loader_of(config, dataset, torch.device("cpu")).evaluate(split, range(min(count, has)), 256))
+    images = np.concatenate([batch.images.numpy() for batch in batches])
+    labels = np.concatenate([batch.labels.numpy() for batch in batches])
+    height, width = images.shape[2:]
+    if max(height, width) > 32:
+        raise ValueError(f"--source {data} has images of {height}x{width}; CIFAR-10's archive holds 32x32, give smaller ones")
+    rows = np.zeros((len(images), 3, 32, 32), np.uint8)
+    top, left = (32 - height) // 2, (32 - width) // 2
+    rows[:, :, top : top + height, left : left + width] = images
+    turns = -(-count // len(rows))
+    return np.concatenate([np.roll(rows, turn, axis=3) for turn in range(turns)])[:count], np.resize(labels, count).tolist()
+
+
+def initial_weights(path: Path, *, classes: int = 10, stem: str = "article") -> Path:
+    """A ResNet-18 with the tutorial's stem and head, as ours builds it without pretrained weights; both programs can start from it."""
+    import torch
+
+    from trainer.config import ModelConfig
+    from trainer.model import build_model
+
+    model = build_model(ModelConfig(weights="none", stem=stem), classes=classes, seed=0, image_hw=(32, 32))  # type: ignore[arg-type]
+    torch.save(model.state_dict(), path)
+    return path

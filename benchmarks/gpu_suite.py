@@ -1,0 +1,582 @@
+"""All claims about a GPU in one command, under 9 minutes: `python -m benchmarks.gpu_suite [--json] [--out FILE]`.
+
+Each claim is a process of its own with a budget of seconds (`--only NAME` runs one), so that one that hangs or breaks CUDA costs no other.
+A claim that this machine cannot try is listed as not measured, with what it needs; without a GPU that is all of them, and nothing is run.
+`--rehearse` runs the code of the claims small, on whatever there is, and judges nothing: to see that it works before a GPU is at hand.
+Peers are measured in the same process and in turns where they share a step, else in the same command. What was proven last is written
+into benchmarks/GPU.md by hand.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import (
+    Stopwatch,
+    add_arguments,
+    best_source,
+    cifar_like,
+    described,
+    finish,
+    gpu_name,
+    initial_weights,
+    interleave,
+    median_interval,
+    parser_of,
+    run_process,
+    spread,
+    target,
+)
+
+IMAGES = 51_200
+"""A hundred batches of 512: no smaller batch at an epoch's end."""
+BATCH = 512
+SUSTAINED_GOAL, SYNTHETIC_GOAL, TUTORIAL_GOAL, WAIT_GOAL = 60_000.0, 0.97, 6.0, 0.01
+TREE_GOAL, STALL_GOAL, OVERHEAD_GOAL, TIME_GOAL = 0.03, 0.1, 0.01, 0.1
+TUTORIAL_WORKERS = (0, 4)
+RAY_STEPS, RAY_WARM_STEPS = 3000, 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a claim is tried on."""
+
+    data: Path
+    """The images, converted."""
+    archive: Path
+    """The same as CIFAR-10's archive."""
+    folder: Path
+    """For whatever the claim writes."""
+    extra: tuple[str, ...]
+    """Further settings of trainer.run."""
+    small: bool
+    """A rehearsal: few images, a small network, no figure is worth anything."""
+
+    @property
+    def batch(self) -> int:
+        return 20 if self.small else BATCH
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """`measure` gives {"targets": [...], ...}."""
+
+    measure: Callable[[Setting], dict[str, Any]]
+    promises: tuple[str, ...]
+    """The names of its targets, for the table of what was not measured."""
+    budget_seconds: float
+    needs_ray: bool = False
+
+
+# -- step level -----------------------------------------------------------------------------------------------------------------------
+
+
+def device_here() -> Any:
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def config_of(setting: Setting, *more: str) -> Any:
+    from benchmarks.bare import decided
+    from trainer.cli import parse
+
+    flags = [
+        "--data.path",
+        str(setting.data),
+        "--data.batch-size",
+        str(setting.batch),
+        "--model.weights",
+        "none",
+        "--train.epochs",
+        "100000",
+    ]
+    flags += ["--optim.lr", "0.001", "--optim.schedule", "constant", "--train.virtual-ranks", "1"]
+    if setting.small:
+        flags += ["--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--train.precision", "fp32"]
+    else:
+        flags += ["--model.name", "resnet18", "--model.stem", "article", "--train.precision", "bf16", "--train.compile"]
+    return decided(parse([*flags, *more, *setting.extra], prog="python -m benchmarks.gpu_suite").config)
+
+
+class Steps:
+    """The run's step and loader, without the run: `real(n)` and `synthetic(n)` do n steps of the same stepper."""
+
+    def __init__(self, setting: Setting, total: int) -> None:
+        from benchmarks.bare import loader_of
+        from dataio.parquet import open_dataset
+        from trainer import worker
+
+        self.config, self.device = config_of(setting), device_here()
+        worker.make_repeatable(min(8, os.cpu_count() or 1))
+        dataset = open_dataset(setting.data)
+        self.order = worker.make_order(self.config, dataset)
+        self.loader = loader_of(self.config, dataset, self.device)
+        self.loader.load("train")
+        model, preprocess = worker.build(self.config, dataset, self.loader.image_size, self.device)
+        self.optimizer = worker.build_optimizer(model, self.config.optim, worker.head_of(model)[0])
+        self.stepper = worker.make_stepper(self.config, model, preprocess, self.optimizer, None, world_size=1, rank=0, device=self.device)
+        self.compile_seconds = self.stepper.compile_ahead((3, *self.loader.image_size))
+        self._batches = self.loader.train(0, total)
+        self._real = self._steps(self._batches, total)
+        with contextlib.closing(self.loader.train(0, 1)) as first:
+            resident = next(first)
+        self._synthetic = self._steps(itertools.repeat(resident), total)
+
+    def _steps(self, batches: Iterator[Any], total: int) -> Iterator[Any]:
+        from trainer import worker
+
+        return worker.train_steps(
+            self.stepper,
+            batches,
+            start_step=0,
+            stop_step=total,
+            steps_per_epoch=self.order.steps_per_epoch,
+            batch_count=self.order.batch_count,
+            set_learning_rate=lambda step: worker.set_learning_rate(self.optimizer, self.config.optim, step, total),
+            device=self.device,
+            sum_over_ranks=False,
+        )
+
+    def real(self, steps: int) -> int:
+        return sum(stats.samples for stats in itertools.islice(self._real, steps))
+
+    def synthetic(self, steps: int) -> int:
+        return sum(stats.samples for stats in itertools.islice(self._synthetic, steps))
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def sustained(setting: Setting) -> dict[str, Any]:
+    """Images/s of step and loader on the device's cache, against the same step on one batch that stays there; the loader's wait."""
+    block, rounds, warm = (3, 2, 2) if setting.small else (100, 12, 60)
+    steps = Steps(setting, total=warm + block * rounds + 2)
+    began = time.perf_counter()
+    steps.real(1)
+    steps.synthetic(1)
+    synchronize()
+    first_seconds = time.perf_counter() - began
+    steps.real(warm)
+    steps.synthetic(warm)
+    rates: dict[str, list[float]] = {"real": [], "synthetic": []}
+    waits = []
+    for _, name in interleave(list(rates), rounds):
+        waited, watch = steps.loader.wait_seconds, Stopwatch(synchronize)
+        images = steps.real(block) if name == "real" else steps.synthetic(block)
+        wall = watch.taken().wall_seconds
+        rates[name].append(images / wall)
+        if name == "real":
+            waits.append((steps.loader.wait_seconds - waited) / wall)
+    steps.close()
+    ratio = median_interval([real / synthetic for real, synthetic in zip(rates["real"], rates["synthetic"], strict=True)])
+    peers = tutorial_rate(setting)
+    return {
+        "images_per_second": {name: spread(values) for name, values in rates.items()},
+        "tutorial_images_per_second": peers,
+        "cache": steps.loader.cache,
+        "backend": steps.loader.backend_name,
+        "compile_seconds": steps.compile_seconds,
+        "first_steps_seconds": first_seconds,
+        "data_wait_ratio": spread(waits),
+        "targets": [
+            target(SUSTAINED, spread(rates["real"])["median"], at_least=SUSTAINED_GOAL),
+            target(OF_SYNTHETIC, ratio["median"], at_least=SYNTHETIC_GOAL),
+            target(DATA_WAIT, spread(waits)["median"], at_most=WAIT_GOAL),
+            target(OVER_TUTORIAL, spread(rates["real"])["median"] / max(peers.values()), at_least=TUTORIAL_GOAL),
+        ],
+    }
+
+
+def no_sync(setting: Setting) -> dict[str, Any]:
+    """A block of real steps, the loader's thread included, where every synchronisation that torch knows of raises."""
+    import torch
+
+    block, warm = (3, 2) if setting.small else (100, 30)
+    steps = Steps(setting, total=warm + block + 2)
+    steps.real(warm)
+    synchronize()
+    message = ""
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps.real(block)
+    except RuntimeError as error:
+        if "synchron" not in str(error):
+            raise
+        message = str(error).splitlines()[0]
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
+    steps.close()
+    return {"steps": block, "message": message, "targets": [target(NO_SYNC, float(bool(message)), at_most=0)]}
+
+
+def backends(setting: Setting) -> dict[str, Any]:
+    """The device's backends give the reference's bytes; what each costs."""
+    import torch
+
+    from dataio.augment import draw, reference
+    from dataio.backends import make_backend
+
+    device = device_here()
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8)
+    made = {
+        name: make_backend(name, height=32, width=32, pad=4, batch_size=setting.batch, device=device, threads=2)
+        for name in ("torch", "dali")
+    }
+    store = torch.from_numpy(images).to(device)
+    different = 0
+    for epoch in range(3):
+        ids = generator.integers(0, len(images), 100)
+        drawn = draw(seed=1, epoch=epoch, ids=ids, pad=4, flip=True)
+        expected = reference(images[ids], drawn, 4)
+        for backend in made.values():
+            different += int((backend.batch(store, ids, drawn).cpu().numpy() != expected).sum())
+    block = 3 if setting.small else 200
+    ids = generator.integers(0, len(images), setting.batch)
+    micro: dict[str, list[float]] = {name: [] for name in made}
+    for _, name in interleave(list(made), 5):
+        watch = Stopwatch(synchronize)
+        for epoch in range(block):
+            made[name].batch(store, ids, draw(seed=1, epoch=epoch, ids=ids, pad=4, flip=True))
+        micro[name].append(watch.taken().wall_seconds / (block * setting.batch) * 1e6)
+    return {
+        "microseconds_an_image": {name: spread(values) for name, values in micro.items()},
+        "torch_over_dali_speed": median_interval([dali / own for dali, own in zip(micro["dali"], micro["torch"], strict=True)]),
+        "targets": [
+            target(PARITY, float(different), at_most=0),
+            target(GATHER, 1e6 / spread(micro["torch"])["median"], at_least=SUSTAINED_GOAL),
+            target(DALI_SPEED, 1e6 / spread(micro["dali"])["median"], at_least=SUSTAINED_GOAL),
+        ],
+    }
+
+
+def checkpoint_stall(setting: Setting) -> dict[str, Any]:
+    """What Checkpointer.save holds up the steps for, and torch.save with fsync of the same state."""
+    import torch
+    import torchvision
+
+    from benchmarks.checkpoint import files_of, torch_save
+    from cluster.checkpointer import Checkpointer
+    from cluster.storage import open_storage
+    from cluster.store import Store
+    from trainer.state import TrainState
+
+    device = device_here()
+    model = torchvision.models.resnet18(num_classes=10).to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 64, 64, device=device)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    state, store = TrainState(model, optimizer), Store.open(open_storage(setting.folder), "run")
+    generation = store.claim_generation()
+    checkpointer = Checkpointer(
+        stage=lambda number, name, buffers: store.stage(number, generation, name, buffers), ack=lambda number, receipts, meta: None
+    )
+    stalls, saves = [], []
+    for number in range(3 if setting.small else 12):
+        step()
+        synchronize()
+        stalls.append(checkpointer.save(number + 1, lambda: files_of(state), {}))
+        checkpointer.wait()
+        synchronize()
+        saves.append(sum(torch_save(setting.folder / "peer.pt", model, optimizer)))
+    checkpointer.close()
+    ratio = spread(stalls[2:])["median"] / spread(saves[2:])["median"]
+    return {
+        "stall_seconds": spread(stalls[2:]),
+        "torch_save_fsync_seconds": spread(saves[2:]),
+        "targets": [target(STALL, ratio, at_most=STALL_GOAL)],
+    }
+
+
+def tree(setting: Setting) -> dict[str, Any]:
+    """A step with the ordered reduction over that with DDP's all-reduce, one virtual rank a GPU, in turns on up to eight GPUs."""
+    import torch
+    import torch.multiprocessing as mp
+
+    world = min(8, torch.cuda.device_count()) or 2
+    mp.spawn(_tree_rank, (str(setting.folder), world, setting), nprocs=world)
+    ranks = [json.loads((setting.folder / f"{rank}.json").read_text()) for rank in range(world)]
+    slowest = {name: [max(row) for row in zip(*(rank[name] for rank in ranks), strict=True)] for name in ranks[0]}
+    price = median_interval([tree / ddp - 1 for tree, ddp in zip(slowest["tree"], slowest["ddp"], strict=True)])
+    return {
+        "ranks": world,
+        "seconds_a_step": {name: spread(values) for name, values in slowest.items()},
+        "price": price,
+        "targets": [target(TREE, price["median"], at_most=TREE_GOAL, interval=(price["low"], price["high"]))],
+    }
+
+
+def _tree_rank(rank: int, folder: str, world: int, setting: Setting) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from benchmarks.bare import loader_of
+    from cluster.reduce import TreeReducer
+    from dataio.parquet import open_dataset
+    from trainer import worker
+    from trainer.loop import Stepper
+    from trainer.optim import loss_sum
+
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    worker.make_repeatable(1)
+    dist.init_process_group("nccl" if gpu else "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    config = config_of(setting, "--data.batch-size", str(setting.batch * world), "--train.virtual-ranks", str(world), "--train.no-compile")
+    dataset = open_dataset(setting.data)
+    loader = loader_of(config, dataset, device, virtual_ranks=range(rank, rank + 1))
+    with contextlib.closing(loader.train(0, 1)) as first:
+        batch = next(first)
+    steppers = {}
+    for name in ("tree", "ddp"):
+        model, preprocess = worker.build(config, dataset, loader.image_size, device)
+        steppers[name] = Stepper(
+            model=model,
+            preprocess=preprocess,
+            optimizer=worker.build_optimizer(model, config.optim, worker.head_of(model)[0]),
+            ema=None,
+            loss_sum=loss_sum,
+            clip=None,
+            seed=0,
+            precision="fp32" if setting.small else "bf16",
+            compile_model=False,
+            reducer=TreeReducer(world, world, rank) if name == "tree" else None,
+            distributed=name == "ddp",
+            world_size=world,
+        )
+    block, rounds = (2, 3) if setting.small else (40, 16)
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    for number, name in interleave(list(steppers), rounds + 2):
+        dist.barrier()
+        watch = Stopwatch(synchronize)
+        for _ in range(block):
+            steppers[name].step(batch, global_count=setting.batch * world, step=0)
+        taken = watch.taken().wall_seconds / block
+        if number > 1:
+            seconds[name].append(taken)
+    Path(folder, f"{rank}.json").write_text(json.dumps(seconds))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# -- whole commands ----------------------------------------------------------------------------------------------------------------------
+
+
+def tutorial_rate(setting: Setting) -> dict[str, float]:
+    """Images/s of the tutorial's script by the number of its loader workers; measured once a suite."""
+    from benchmarks.overhead import json_in, steady
+
+    known = setting.folder.parent / "tutorial.json"
+    if known.exists():
+        rates: dict[str, float] = json.loads(known.read_text())
+        return rates
+    weights = initial_weights(setting.folder / "initial.pth")
+    count = 8 if setting.small else 150
+    rates = {}
+    for workers in TUTORIAL_WORKERS[: 1 if setting.small else None]:
+        arguments = ["-m", "benchmarks.article", "--data", str(setting.archive), "--weights", str(weights), "--steps", str(count), "--json"]
+        done = run_process([*arguments, "--loader-workers", str(workers)], timeout_seconds=300).checked()
+        rates[f"{workers} loader workers"] = steady(json_in(done.text)["times"], 100)["images_per_second"]
+    known.write_text(json.dumps(rates))
+    return rates
+
+
+def through_ray(setting: Setting) -> dict[str, Any]:
+    """`trainer.run` through Ray Train with DALI on the device: images/s once it is warm, and its own data wait."""
+    from benchmarks.overhead import steady, times_of_run
+
+    steps, warm = (12, 5) if setting.small else (RAY_STEPS, RAY_WARM_STEPS)
+    flags = [
+        *("--data.path", str(setting.data), "--data.batch-size", str(setting.batch), "--data.backend", "dali", "--model.weights", "none"),
+        *("--model.name", "shufflenet_v2_x0_5" if setting.small else "resnet18", "--model.stem", "native" if setting.small else "article"),
+        *("--optim.lr", "0.001", "--optim.schedule", "constant", "--train.epochs", "100000", "--train.max-steps", str(steps)),
+        *("--train.eval-every-epochs", "1000000", "--workers", "1", "--storage", str(setting.folder / "runs"), "--run", "dali"),
+        *(() if setting.small else ("--train.precision", "bf16", "--train.compile")),
+    ]
+    run_process(["-m", "trainer.run", *flags, *setting.extra], timeout_seconds=600 if setting.small else 110).checked()
+    run = setting.folder / "runs" / "dali"
+    summary = json.loads((run / "summary.json").read_text())
+    found = steady(times_of_run(run), setting.batch, warm)
+    peers = tutorial_rate(setting)
+    return {
+        "steady": found,
+        "summary": {key: summary[key] for key in ("data_wait_ratio", "backend", "cache", "checkpoint_stall_seconds", "images_per_second")},
+        "tutorial_images_per_second": peers,
+        "targets": [
+            target(RAY_SUSTAINED, found["images_per_second"], at_least=SUSTAINED_GOAL),
+            target(RAY_WAIT, summary["data_wait_ratio"], at_most=WAIT_GOAL),
+            target(RAY_OVER_TUTORIAL, found["images_per_second"] / max(peers.values()), at_least=TUTORIAL_GOAL),
+        ],
+    }
+
+
+def overhead(setting: Setting) -> dict[str, Any]:
+    """benchmarks.overhead on this device, in one process."""
+    out, batch = setting.folder / "overhead.json", str(setting.batch)
+    arguments = ["-m", "benchmarks.overhead", "--data", str(setting.data), "--out", str(out), "--batch-size", batch, "--full-batch", batch]
+    arguments += ["--rounds", "16" if setting.small else "240", "--threads", "1"]
+    settings = ["--model.name", "shufflenet_v2_x0_5", "--model.stem", "native"] if setting.small else ["--train.precision", "bf16"]
+    run_process([*arguments, "--", *settings, *setting.extra], timeout_seconds=600 if setting.small else 100).checked()
+    found = json.loads(out.read_text())
+    share = found["in_one_process"]["wall_seconds"]["share"]
+    return {
+        "overhead": found["in_one_process"],
+        "targets": [target(OVERHEAD, share["median"], at_most=OVERHEAD_GOAL, interval=(share["low"], share["high"]))],
+    }
+
+
+def accuracy(setting: Setting) -> dict[str, Any]:
+    """benchmarks.time_to_accuracy on this device."""
+    out = setting.folder / "accuracy.json"
+    arguments = ["-m", "benchmarks.time_to_accuracy", "--out", str(out), *(["--quick"] if setting.small else [])]
+    run_process([*arguments, "--", *setting.extra], timeout_seconds=600 if setting.small else 170).checked()
+    found = json.loads(out.read_text())
+    (row,) = [row for row in found["targets"] if row["rule"] == "<="]
+    return {"cases": found["cases"], "targets": [target(TIME, row["measured"], at_most=TIME_GOAL)]}
+
+
+SUSTAINED = "images/s, ResNet-18 with the CIFAR stem, bf16, compiled, loader on the device's cache"
+OF_SYNTHETIC = "of the same step on one resident batch"
+DATA_WAIT = "part of the time that steps waited for data"
+NO_SYNC = "synchronisations of host and device in 100 steps"
+PARITY = "bytes in which the device's backends differ from the reference"
+GATHER = "images/s of the torch gather alone"
+DALI_SPEED = "images/s of DALI alone"
+STALL = "a checkpoint's stall over torch.save with fsync"
+TREE = "time a step that the ordered reduction takes more than DDP, one virtual rank a GPU"
+OVER_TUTORIAL = "times the images/s of the tutorial's script (the faster of 0 and 4 loader workers)"
+RAY_OVER_TUTORIAL = "times the images/s of the tutorial's script, through Ray Train and DALI"
+RAY_SUSTAINED = "images/s of trainer.run through Ray Train and DALI"
+RAY_WAIT = "part of the time that steps waited for data, through Ray Train and DALI"
+OVERHEAD = "share of a step that metrics, ledger, guard and checkpoints take"
+TIME = "of the tutorial's time to its own accuracy after 10 epochs"
+
+CLAIMS = {
+    "backends": Claim(measure=backends, promises=(PARITY, GATHER, DALI_SPEED), budget_seconds=40),
+    "no_sync": Claim(measure=no_sync, promises=(NO_SYNC,), budget_seconds=60),
+    "sustained": Claim(measure=sustained, promises=(SUSTAINED, OF_SYNTHETIC, DATA_WAIT, OVER_TUTORIAL), budget_seconds=110),
+    "checkpoint_stall": Claim(measure=checkpoint_stall, promises=(STALL,), budget_seconds=30),
+    "tree": Claim(measure=tree, promises=(TREE,), budget_seconds=50),
+    "overhead": Claim(measure=overhead, promises=(OVERHEAD,), budget_seconds=50),
+    "through_ray": Claim(measure=through_ray, promises=(RAY_SUSTAINED, RAY_WAIT, RAY_OVER_TUTORIAL), budget_seconds=110, needs_ray=True),
+    "time_to_accuracy": Claim(measure=accuracy, promises=(TIME,), budget_seconds=170, needs_ray=True),
+}
+SUITE_SECONDS = 540.0
+
+
+# -- the suite ------------------------------------------------------------------------------------------------------------------------
+
+
+def missing(claim: Claim, *, gpu: bool, ray: bool) -> str:
+    """What this machine lacks for a claim; empty if nothing."""
+    if not gpu:
+        return "a GPU"
+    return "Ray" if claim.needs_ray and not ray else ""
+
+
+def run_claim(name: str, arguments: Sequence[str], budget_seconds: float) -> dict[str, Any]:
+    """A claim in a process of its own; a failure is a result too."""
+    began = time.perf_counter()
+    try:
+        done = run_process(["-m", "benchmarks.gpu_suite", "--only", name, *arguments], timeout_seconds=budget_seconds).checked()
+        found: dict[str, Any] = json.loads(next(line for _, line in reversed(done.lines) if line.startswith('{"targets"')))
+    except RuntimeError as error:
+        found = {"failed": str(error)[-2000:], "targets": []}
+    return found | {"seconds": time.perf_counter() - began}
+
+
+def unmeasured(claim: Claim) -> list[dict[str, Any]]:
+    return [{"name": promise, "rule": "", "goal": None, "measured": None, "met": None} for promise in claim.promises]
+
+
+def lines_of(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, row in result["claims"].items():
+        if row.get("needs"):
+            lines.append(f"{name}: not tried, needs {row['needs']}: {'; '.join(each['name'] for each in row['targets'])}")
+        elif row.get("failed"):
+            lines.append(f"{name}: FAILED after {row['seconds']:.0f} s: {row['failed'].strip().splitlines()[-1]}")
+        else:
+            lines.append(f"{name}: {row['seconds']:.0f} s of {row['budget_seconds']:.0f}")
+    if result["rehearsal"]:
+        lines.append("a rehearsal: the code of the claims ran, small; no figure of it counts")
+    return lines
+
+
+def main() -> int:
+    parser: argparse.ArgumentParser = parser_of("gpu_suite", __doc__)
+    parser.add_argument("--only", choices=[*CLAIMS], action="append", help="this claim alone; may be given more than once")
+    parser.add_argument("--rehearse", action="store_true", help="run the code of the claims small, on whatever there is; judge nothing")
+    parser.add_argument("--inside", nargs=3, metavar=("ARCHIVE", "DATA", "FOLDER"), help=argparse.SUPPRESS)
+    add_arguments(parser)
+    parser.add_argument("settings", nargs="*", help="further settings of trainer.run, after --")
+    options = parser.parse_args()
+    if options.inside:
+        archive, data, folder = map(Path, options.inside)
+        setting = Setting(archive=archive, data=data, folder=folder, extra=tuple(options.settings), small=options.rehearse)
+        (name,) = options.only
+        found = CLAIMS[name].measure(setting)
+        print(json.dumps({"targets": found.pop("targets"), **found}), flush=True)
+        return 0
+    result = described("gpu_suite", options) | {"gpu": gpu_name(), "rehearsal": options.rehearse, "claims": {}}
+    ray = importlib.util.find_spec("ray") is not None
+    claims = {name: claim for name, claim in CLAIMS.items() if not options.only or name in options.only}
+    began = time.perf_counter()
+    possible = options.rehearse or any(not missing(claim, gpu=bool(result["gpu"]), ray=ray) for claim in claims.values())
+    with tempfile.TemporaryDirectory(prefix="finetune-gpu-") as temp:
+        archive, data = (
+            cifar_like(Path(temp), best_source(), train=200 if options.rehearse else IMAGES, test=100) if possible else (Path(), Path())
+        )
+        for name, claim in claims.items():
+            needs = missing(claim, gpu=bool(result["gpu"]) or options.rehearse, ray=ray)
+            left = SUITE_SECONDS - (time.perf_counter() - began)
+            if not needs and left < 20 and not options.rehearse:
+                needs = f"time: the suite's {SUITE_SECONDS:.0f} s are over; run it with --only {name}"
+            if needs:
+                result["claims"][name] = {"needs": needs, "targets": unmeasured(claim)}
+                continue
+            folder = Path(temp) / name
+            folder.mkdir()
+            arguments = ["--inside", str(archive), str(data), str(folder), *(["--rehearse"] if options.rehearse else [])]
+            budget = 600.0 if options.rehearse else min(claim.budget_seconds, left)
+            row = run_claim(name, [*arguments, "--", *options.settings], budget)
+            if options.rehearse or row.get("failed"):
+                row["targets"] = unmeasured(claim)
+            result["claims"][name] = row | {"budget_seconds": claim.budget_seconds}
+            print(f"{name}: {row['seconds']:.0f} s{' FAILED' if row.get('failed') else ''}", file=sys.stderr, flush=True)
+    result["seconds"] = time.perf_counter() - began
+    result["targets"] = [row for claim in result["claims"].values() for row in claim["targets"] if row["rule"]]
+    status = finish(result, options, lines_of(result))
+    return status or int(any(row.get("failed") for row in result["claims"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

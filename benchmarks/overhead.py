@@ -1,0 +1,444 @@
+"""What metrics, ledger, heartbeat, guard and checkpoints cost a step: our run against the same step in a bare loop, and under torchrun.
+
+    python -m benchmarks.overhead [--rounds 96] [--batch-size 100] [--processes 3] [--json] [--out FILE]
+
+1. In one process, in turns of a few steps: `trainer.worker.train_rank` as it is, with a real coordinator, ledger, metrics server,
+   heartbeat, guard, weights check and checkpoints; the bare loop of benchmarks/bare.py; and `Stepper` alone, which tells the cost of the
+   step's own proofs from that of the rest. Same model, same batches, each with a loader of its own. A block of steps is compared with the
+   bare block of its round, so that what disturbs the machine for longer than a round falls out; the median of these differences has an
+   interval that assumes nothing of their distribution. What is rare would vanish in a median: blocks with a weights check and with a
+   checkpoint (which is waited for, commit included, though a run does not) are told apart, and their price is divided by the steps that lie
+   between two of them in a run as it comes.
+   The coordinator runs in this process too and its CPU time is counted, which in a run is another process's.
+   The overhead hardly depends on the batch, a step does: --batch-size 16 shows milliseconds more sharply; the share is that of a step of
+   --full-batch images.
+2. With --processes N, N rounds of three commands of their own: the bare loop, the bare loop under torchrun, and `trainer.run` through Ray.
+   Images/s from the first measured step to the last. Noisier; what only Ray's processes cost is in there.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from benchmarks.bare import Bare, decided, loader_of
+from benchmarks.common import (
+    SAMPLE,
+    Stopwatch,
+    Taken,
+    add_arguments,
+    described,
+    finish,
+    interleave,
+    median_interval,
+    parser_of,
+    run_process,
+    spread,
+    target,
+)
+from cluster.coordinator import Coordinator
+from cluster.interval import steps_between
+from cluster.rank import Place, RankContext
+from cluster.storage import open_storage
+from cluster.store import Store
+from dataio.loader import Batch
+from dataio.parquet import open_dataset
+from trainer import worker
+from trainer.cli import parse
+from trainer.config import RunConfig, TrainConfig
+from trainer.loop import StepStats
+from trainer.spec import WorkerSpec
+
+GOAL = 0.01
+STEPS_A_BLOCK = 2
+CHECKPOINT_BLOCKS = 4
+"""Every so many blocks of the run hold a checkpoint; half as many between two a weights check."""
+WARM_BLOCKS = 3
+WARM_STEPS = 5
+"""Of a process, before its images/s count."""
+CIFAR_EPOCH_STEPS = 500
+"""50,000 images in batches of 100: the tutorial's epoch, and so the steps between two checkpoints of a run as it comes."""
+PLAIN, CHECK, CHECKPOINT = "plain", "weights check", "checkpoint"
+ARMS = ("bare", "stepper")
+
+
+def settings_of(data: str, storage: Path, batch_size: int, extra: Sequence[str]) -> RunConfig:
+    """The run's settings: ResNet-18 with the tutorial's stem, everything that watches it on."""
+    every = CHECKPOINT_BLOCKS * STEPS_A_BLOCK
+    flags = [
+        *("--data.path", data, "--data.batch-size", str(batch_size), "--model.weights", "none", "--model.stem", "article"),
+        *("--optim.lr", "0.001", "--optim.schedule", "constant", "--train.virtual-ranks", "1", "--train.ledger"),
+        *("--train.checkpoint-every", str(every), "--train.verify-every", str(every // 2), "--train.eval-every-epochs", "1000000"),
+        *("--train.epochs", "1000000", "--storage", str(storage), "--run", "overhead", *extra),
+    ]
+    return decided(parse(flags, prog="python -m benchmarks.overhead").config)
+
+
+class Turns:
+    """Stands in for the worker's `train_steps`: between blocks of the run's own steps, the other arms have theirs.
+
+    A block of the run lasts from the first call of its first step to the worker's call for the step after its last: all that the worker
+    does with a step is inside.
+    """
+
+    def __init__(self, arms: dict[str, Callable[[], None]], device: torch.device, settle: Callable[[], bool]) -> None:
+        """`arms`: name -> do a block of steps. `settle`: wait until no checkpoint is on its way; called where a block has one."""
+        self._arms, self._settle = arms, settle
+        self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.checks = self.saves = self.evaluations = 0  # of the present block
+        self.blocks: list[tuple[str, dict[str, Taken]]] = []
+        """(kind, arm -> what its block took), without the warm-up."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[StepStats]:
+        number, steps = 0, 0
+        watch = Stopwatch(self._synchronize)
+        for stats in TRAIN_STEPS(*args, **kwargs):
+            yield stats
+            steps += 1
+            if steps % STEPS_A_BLOCK:
+                continue
+            if self.saves:
+                self._settle()
+            taken = {"run": watch.taken()}
+            kind = CHECKPOINT if self.saves else CHECK if self.checks else PLAIN
+            names = list(self._arms)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                watch = Stopwatch(self._synchronize)
+                self._arms[name]()
+                taken[name] = watch.taken()
+            if number >= WARM_BLOCKS and not self.evaluations:
+                self.blocks.append((kind, taken))
+            number += 1
+            self.checks = self.saves = self.evaluations = 0
+            watch = Stopwatch(self._synchronize)
+
+
+TRAIN_STEPS = worker.train_steps
+
+
+def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full_batch: int, threads: int) -> dict[str, Any]:
+    """See the module, 1."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dataset = open_dataset(config.data.path)
+    worker.make_repeatable(threads)
+    steps = (rounds + WARM_BLOCKS) * STEPS_A_BLOCK
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=steps))
+    storage = open_storage(storage_folder)
+    config = dataclasses.replace(config, storage=storage.uri)
+    generation = Store.open(storage, config.run).claim_generation()
+    coordinator = Coordinator(storage, config.run, generation, config.cluster.keep_checkpoints)
+    coordinator.start_attempt(1, 1, 0)
+
+    loaders = {name: loader_of(config, dataset, device) for name in ARMS}
+    feeds = {name: loader.train(0, steps) for name, loader in loaders.items()}
+    bare = Bare(config, dataset, loaders["bare"].image_size, device)
+    alone = stepper_alone(config, dataset, loaders["stepper"].image_size, device)
+    done = dict.fromkeys(ARMS, 0)
+
+    def block(name: str, step: Callable[[Batch, int], object]) -> Callable[[], None]:
+        def steps_of_block() -> None:
+            for _ in range(STEPS_A_BLOCK):
+                (batch,) = next(feeds[name])
+                step(batch, done[name])
+                done[name] += 1
+
+        return steps_of_block
+
+    turns = Turns({"bare": block("bare", bare.step), "stepper": block("stepper", alone)}, device, lambda: settle(watched, coordinator))
+    watched: list[worker.Checkpointer] = []
+
+    class Watched(worker.Checkpointer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            watched.append(self)
+
+        def save(self, *args: Any) -> float:
+            turns.saves += 1
+            return super().save(*args)
+
+    class Check(worker.WeightsCheck):
+        def start(self, *args: Any, **kwargs: Any) -> Any:
+            turns.checks += 1
+            return super().start(*args, **kwargs)
+
+    evaluate = worker.evaluate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        turns.evaluations += 1
+        return evaluate(*args, **kwargs)
+
+    def call(method: str, *args: Any, **kwargs: Any) -> Any:
+        return None if method == "put_result" else getattr(coordinator, method)(*args, **kwargs)
+
+    place = Place(
+        host="localhost",
+        address="127.0.0.1",
+        node_id="benchmark",
+        local_rank=0,
+        local_world_size=1,
+        device_index=device.index if device.type == "cuda" else None,
+    )
+    spec = WorkerSpec(config=config, dataset=config.data.path, generation=generation, attempt=1, resume=None, threads=threads)
+    context = RankContext(rank=0, world_size=1, attempt=1, place=place, files={}, call=call)  # type: ignore[arg-type]
+    patches = [
+        patch.object(worker, name, value)
+        for name, value in (("train_steps", turns), ("Checkpointer", Watched), ("WeightsCheck", Check), ("evaluate", counted))
+    ]
+    try:
+        with contextlib.ExitStack() as stack:
+            for each in patches:
+                stack.enter_context(each)
+            worker.train_rank(spec, context)
+    finally:
+        coordinator.close()
+        for feed in feeds.values():
+            feed.close()
+    full = full_step_seconds(config, dataset, device, full_batch, bare)
+    return judged(turns.blocks, config, full, full_batch)
+
+
+def stepper_alone(config: RunConfig, dataset: Any, image_size: tuple[int, int], device: torch.device) -> Callable[[Batch, int], Tensor]:
+    """The run's own Stepper, with nothing around it."""
+    model, preprocess = worker.build(config, dataset, image_size, device)
+    optimizer = worker.build_optimizer(model, config.optim, worker.head_of(model)[0])
+    stepper = worker.make_stepper(config, model, preprocess, optimizer, None, world_size=1, rank=0, device=device)
+    stepper.compile_ahead((3, *image_size))
+
+    def step(batch: Batch, number: int) -> Tensor:
+        return stepper.step([batch], global_count=len(batch.ids), step=number)
+
+    return step
+
+
+def settle(watched: Sequence[worker.Checkpointer], coordinator: Coordinator) -> bool:
+    """Wait until what was saved is staged, acknowledged and committed."""
+    for checkpointer in watched:
+        checkpointer.wait()
+    return coordinator.drain()
+
+
+def full_step_seconds(config: RunConfig, dataset: Any, device: torch.device, batch_size: int, bare: Bare) -> Taken:
+    """A bare step's median time on `batch_size` images, which need not be the batch that was compared."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
+    loader = loader_of(config, dataset, device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    taken = []
+    steps = 9
+    with contextlib.closing(loader.train(0, steps)) as batches:
+        for step, (batch,) in enumerate(batches):
+            watch = Stopwatch(synchronize)
+            bare.step(batch, step)
+            taken.append(watch.taken())
+    return Taken(
+        wall_seconds=spread([each.wall_seconds for each in taken[2:]])["median"],
+        cpu_seconds=spread([each.cpu_seconds for each in taken[2:]])["median"],
+    )
+
+
+def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, full: Taken, full_batch: int) -> dict[str, Any]:
+    """Prices in seconds a step, by what they are paid for, and their sum as a share of a bare step of `full_batch` images."""
+    default = TrainConfig()
+    every_checkpoint = steps_between(default.checkpoint_every, CIFAR_EPOCH_STEPS)
+    assert every_checkpoint is not None
+    between = {CHECK: default.verify_every, CHECKPOINT: every_checkpoint}
+    result: dict[str, Any] = {
+        "batch_size": config.data.batch_size,
+        "full_batch": full_batch,
+        "steps_a_block": STEPS_A_BLOCK,
+        "steps_between": between,
+        "blocks": {kind: sum(each == kind for each, _ in blocks) for kind in (PLAIN, CHECK, CHECKPOINT)},
+    }
+    for clock in ("wall_seconds", "cpu_seconds"):
+        parts: dict[str, dict[str, Any]] = {}
+
+        def difference(kind: str, arm: str, other: str, clock: str = clock) -> dict[str, Any]:
+            values = [
+                (getattr(taken[arm], clock) - getattr(taken[other], clock)) / STEPS_A_BLOCK
+                for each, taken in blocks
+                if each == kind or kind == "any"
+            ]
+            return median_interval(values)
+
+        parts["the step's own proofs (Stepper)"] = difference("any", "stepper", "bare")
+        plain = difference(PLAIN, "run", "bare")
+        parts["all of a step (metrics, ledger, heartbeat, guard, proofs)"] = plain
+        total = dict(plain)
+        for kind in (CHECK, CHECKPOINT):
+            price = difference(kind, "run", "bare")
+            # An interval of a difference of two medians: the wider of what both allow.
+            each = {
+                "median": (price["median"] - plain["median"]) * STEPS_A_BLOCK,
+                "low": (price["low"] - plain["high"]) * STEPS_A_BLOCK,
+                "high": (price["high"] - plain["low"]) * STEPS_A_BLOCK,
+            }
+            parts[f"one {kind}"] = each | {"pairs": price["pairs"], "steps_between": between[kind]}
+            for end in ("median", "low", "high"):
+                total[end] += each[end] / between[kind]
+        step = getattr(full, clock)
+        result[clock] = {
+            "bare_step": {arm: spread([getattr(taken[arm], clock) / STEPS_A_BLOCK for _, taken in blocks]) for arm in ("bare", "run")},
+            "bare_full_step": step,
+            "parts": parts,
+            "a_step": {end: total[end] for end in ("median", "low", "high")},
+            "share": {end: total[end] / step for end in ("median", "low", "high")},
+        }
+    return result
+
+
+# -- processes of their own -------------------------------------------------------------------------------------------------------------
+
+
+def in_processes(
+    data: str, folder: Path, *, rounds: int, steps: int, batch_size: int, threads: int, extra: Sequence[str]
+) -> dict[str, Any]:
+    """See the module, 2: images/s by command."""
+    same = [
+        *("--data.batch-size", str(batch_size), "--model.weights", "none", "--model.stem", "article", "--train.max-steps", str(steps)),
+        *("--optim.lr", "0.001", "--optim.schedule", "constant", "--train.epochs", "1000000", *extra),
+    ]
+    bare = ["-m", "benchmarks.bare", "--data", data, "--steps", str(steps), "--threads", str(threads), "--", *same]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", *bare]
+    found: dict[str, list[dict[str, float]]] = {}
+    for number, name in interleave(["bare loop", "bare loop under torchrun", "trainer.run"], rounds):
+        if name == "trainer.run":
+            run = f"round-{number}"
+            ours = [
+                *("-m", "trainer.run", *same, "--data.path", data, "--train.virtual-ranks", "1", "--workers", "1", "--train.ledger"),
+                *("--train.eval-every-epochs", "1000000", "--cluster.threads-per-worker", str(threads)),
+                *("--storage", str(folder), "--run", run),
+            ]
+            done = run_process(ours, timeout_seconds=1800).checked()
+            row = steady(times_of_run(folder / run), batch_size)
+        else:
+            done = run_process(bare if name == "bare loop" else torchrun, timeout_seconds=1800).checked()
+            row = steady(json_in(done.text)["times"], batch_size)
+        found.setdefault(name, []).append(row | {"process_seconds": done.wall_seconds})
+        print(f"round {number + 1}, {name}: {row['images_per_second']:.1f} images/s", file=sys.stderr, flush=True)
+    commands = {
+        name: {key: spread([row[key] for row in rows]) for key in ("images_per_second", "median_step_seconds", "process_seconds")}
+        | {"rounds": rows}
+        for name, rows in found.items()
+    }
+    reference = [row["images_per_second"] for row in found["bare loop"]]
+    for name, rows in found.items():
+        slower = [theirs / row["images_per_second"] - 1 for row, theirs in zip(rows, reference, strict=True)]
+        commands[name]["more_time_a_step_than_bare"] = median_interval(slower)
+    return {"steps": steps, "batch_size": batch_size, "commands": commands}
+
+
+def steady(times: Sequence[float], batch_size: int, warm_steps: int = WARM_STEPS) -> dict[str, float]:
+    """From the unix times at which steps ended: images/s after the first `warm_steps`, and the median step."""
+    if len(times) < warm_steps + 3:
+        raise ValueError(f"{len(times)} steps are too few; {warm_steps} warm up and at least 3 more are measured")
+    counted = times[warm_steps - 1 :]
+    each = [b - a for a, b in itertools.pairwise(counted)]
+    return {
+        "images_per_second": batch_size * len(each) / (counted[-1] - counted[0]),
+        "median_step_seconds": spread(each)["median"],
+    }
+
+
+def times_of_run(run: Path) -> list[float]:
+    """The unix time of each step's end, as the run wrote it down. Runs of fewer than 4,000 steps write each of them."""
+    curves = pq.read_table(run / "curves.parquet").sort_by("step")
+    if curves["step"].to_pylist() != list(range(len(curves))):
+        raise ValueError(f"{run} did not write down every step; measure with fewer steps")
+    times: list[float] = curves["time"].to_pylist()
+    return times
+
+
+def json_in(text: str) -> dict[str, Any]:
+    """The last line that is a JSON object: other lines may be warnings."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    raise RuntimeError(f"no result in what the process printed:\n{text[-2000:]}")
+
+
+def lines_of(result: dict[str, Any]) -> list[str]:
+    lines = []
+    if inside := result.get("in_one_process"):
+        blocks = ", ".join(f"{count} {kind}" for kind, count in inside["blocks"].items())
+        lines.append(f"in one process, batches of {inside['batch_size']}; blocks of {inside['steps_a_block']} steps: {blocks}")
+        for clock, title in (("wall_seconds", "wall"), ("cpu_seconds", "CPU")):
+            own = inside[clock]
+            bare = own["bare_step"]["bare"]
+            low, high = bare["quartiles"]
+            lines.append(f"{title}: a bare step {1e3 * bare['median']:.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f})")
+            for name, part in own["parts"].items():
+                apart = f", once in {part['steps_between']} steps" if "steps_between" in part else ""
+                interval = f"({1e3 * part['low']:+.2f} to {1e3 * part['high']:+.2f})"
+                lines.append(f"  {name:60} {1e3 * part['median']:+8.2f} ms {interval}{apart}")
+            share = own["share"]
+            lines.append(
+                f"  a step in all {1e3 * own['a_step']['median']:+.2f} ms = {share['median']:+.2%} of a bare step of "
+                f"{inside['full_batch']} images ({share['low']:+.2%} to {share['high']:+.2%})"
+            )
+    if outside := result.get("in_processes"):
+        lines.append(f"in processes of their own, {outside['steps']} steps of {outside['batch_size']} images")
+        for name, row in outside["commands"].items():
+            rate, more = row["images_per_second"], row["more_time_a_step_than_bare"]
+            lines.append(
+                f"  {name:28} {rate['median']:9.1f} images/s ({rate['least']:.1f} to {rate['most']:.1f})  "
+                f"{more['median']:+.2%} ({more['low']:+.2%} to {more['high']:+.2%}) time a step"
+            )
+    return lines
+
+
+def main() -> int:
+    parser = parser_of("overhead", __doc__)
+    parser.add_argument("--data", default=str(SAMPLE), help="a converted data set whose images share one size")
+    parser.add_argument("--rounds", type=int, default=96, help="rounds in one process; half of them without check and checkpoint")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--full-batch", type=int, default=100, help="images of the step that the overhead is a share of")
+    parser.add_argument("--processes", type=int, default=0, help="rounds with processes of their own, through Ray; 0 leaves them out")
+    parser.add_argument("--steps", type=int, default=60, help="steps of such a process")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (%(default)s)")
+    add_arguments(parser)
+    parser.add_argument("settings", nargs=argparse.REMAINDER, help="further settings of trainer.run, after --")
+    options = parser.parse_args()
+    extra = [each for each in options.settings if each != "--"]
+    result = described("overhead", options)
+    with tempfile.TemporaryDirectory(prefix="finetune-overhead-") as temp:
+        targets = []
+        if options.rounds:
+            config = settings_of(options.data, Path(temp), options.batch_size, extra)
+            inside = in_one_process(config, Path(temp), rounds=options.rounds, full_batch=options.full_batch, threads=options.threads)
+            result["in_one_process"] = inside
+            for clock, title in (("wall_seconds", "wall time"), ("cpu_seconds", "CPU time")):
+                share = inside[clock]["share"]
+                name = f"share of a step that all of ours takes, {title}"
+                targets.append(target(name, share["median"], at_most=GOAL, interval=(share["low"], share["high"])))
+        if options.processes:
+            outside = in_processes(
+                options.data,
+                Path(temp) / "runs",
+                rounds=options.processes,
+                steps=options.steps,
+                batch_size=options.full_batch,
+                threads=options.threads,
+                extra=extra,
+            )
+            result["in_processes"] = outside
+            for name in ("bare loop under torchrun", "trainer.run"):
+                more = outside["commands"][name]["more_time_a_step_than_bare"]
+                interval = (more["low"], more["high"])
+                targets.append(target(f"more time a step than the bare loop: {name}", more["median"], at_most=GOAL, interval=interval))
+        result["targets"] = targets
+    return finish(result, options, lines_of(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,421 @@
+"""What the benchmarks' figures rest on: turns, spread, paired intervals, targets, items of a start, the table of results. No speed."""
+
+import contextlib
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import common, end_to_end, gpu_suite, loader, overhead, readme, startup, time_to_accuracy
+from benchmarks.common import Taken, finite, interleave, median_interval, paired, spread, target, verdict
+
+numbers = st.floats(-1e6, 1e6)
+SMALL = ("--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--train.precision", "fp32")
+OWN = ("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=common.PROJECT, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_every_command_explains_itself():
+    # One process, as each import of torch costs seconds.
+    code = "import runpy, sys\n" + "".join(
+        f"sys.argv = ['x', '--help']\ntry:\n    runpy.run_module('benchmarks.{name}', run_name='__main__')\n"
+        f"except SystemExit as end:\n    assert end.code == 0, '{name}'\n"
+        for name in OWN
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in OWN:
+        assert f"python -m benchmarks.{name}" in done.stdout or f"{name}.py" in done.stdout or name == "article"
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=6, unique=True), st.integers(0, 12))
+def test_each_case_has_its_turn_once_a_round_and_each_comes_first_as_often(names, rounds):
+    turns = list(interleave(names, rounds))
+    for number in range(rounds):
+        assert sorted(name for each, name in turns if each == number) == sorted(names)
+    firsts = [turns[number * len(names)][1] for number in range(rounds)]
+    counts = [firsts.count(name) for name in names]
+    assert max(counts) - min(counts) <= 1
+    assert [number for number, _ in turns] == sorted(number for number, _ in turns)
+
+
+@given(st.lists(numbers, min_size=1, max_size=40))
+def test_spread_lies_within_what_was_measured(values):
+    found = spread(values)
+    low, high = found["quartiles"]
+    assert found["least"] <= low + 1e-9 <= found["median"] + 2e-9 <= high + 3e-9 <= found["most"] + 4e-9
+    assert (found["least"], found["most"], found["rounds"]) == (min(values), max(values), len(values))
+
+
+def test_nothing_measured_is_no_figure():
+    with pytest.raises(ValueError, match="no round"):
+        spread([])
+    with pytest.raises(ValueError, match="no pair"):
+        median_interval([])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "rank", "confidence"),
+    # The tables of Dixon and Massey for the median's confidence interval: the rank-th smallest and largest value.
+    [(6, 1, 0.9688), (8, 1, 0.9922), (9, 2, 0.9609), (10, 2, 0.9785), (15, 4, 0.9648), (20, 6, 0.9586), (25, 8, 0.9567), (30, 10, 0.9572)],
+)
+def test_interval_of_the_median_is_the_tables(pairs, rank, confidence):
+    values = list(range(1, pairs + 1))
+    random.Random(0).shuffle(values)
+    found = median_interval(values)
+    assert (found["low"], found["high"]) == (rank, pairs + 1 - rank)
+    assert found["confidence"] == pytest.approx(confidence, abs=5e-5)
+
+
+def test_too_few_pairs_say_what_their_range_is_worth():
+    found = median_interval([3.0, 1.0, 2.0])
+    assert (found["low"], found["high"], found["confidence"]) == (1.0, 3.0, 0.75)
+    assert median_interval([5.0])["confidence"] == 0.0
+
+
+def test_interval_covers_the_median_as_often_as_it_says():
+    draws = np.random.default_rng(0).lognormal(size=(2000, 21))  # skewed: a mean and its error would do worse
+    hits = sum(found["low"] <= 1.0 <= found["high"] for found in map(median_interval, draws.tolist()))
+    assert 0.95 - 0.01 <= hits / len(draws) <= median_interval(list(range(21)))["confidence"] + 0.01
+
+
+@given(st.lists(st.tuples(numbers, st.floats(-10, 10)), min_size=1, max_size=40))
+def test_what_disturbs_a_whole_round_falls_out_of_paired_differences(rounds):
+    theirs = [disturbance for disturbance, _ in rounds]
+    ours = [disturbance + price for disturbance, price in rounds]
+    found, direct = paired(ours, theirs), median_interval([price for _, price in rounds])
+    for end in ("median", "low", "high"):
+        assert found[end] == pytest.approx(direct[end], abs=1e-6)
+
+
+def test_pairs_belong_together():
+    with pytest.raises(ValueError, match="shorter"):
+        paired([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("measured", "sides", "met"),
+    [
+        (2.0, {"at_least": 2.0}, True),
+        (1.99, {"at_least": 2.0}, False),
+        (0.01, {"at_most": 0.01}, True),
+        (0.011, {"at_most": 0.01}, False),
+        (None, {"at_most": 0.01}, None),
+        (math.nan, {"at_least": 2.0}, None),
+        (0.005, {"at_most": 0.01, "interval": (0.001, 0.009)}, True),
+        (0.005, {"at_most": 0.01, "interval": (-0.02, 0.03)}, None),
+        (0.02, {"at_most": 0.01, "interval": (0.011, 0.03)}, False),
+        (2.5, {"at_least": 2.0, "interval": (1.9, 2.6)}, None),
+    ],
+)
+def test_targets_are_judged_by_their_side_and_left_open_by_noise(measured, sides, met):
+    row = target("claim", measured, **sides)
+    assert row["met"] is met
+    assert row["goal"] == next(value for side, value in sides.items() if side != "interval")
+    word = verdict(row).split("  ")[0].strip()
+    assert word == {True: "met", False: "MISSED", None: "undecided" if measured is not None else "not measured"}[met]
+
+
+def test_what_a_result_says_is_json_even_where_nothing_was_measured():
+    taken = Taken(wall_seconds=math.nan, cpu_seconds=math.inf)
+    assert json.loads(json.dumps(finite({"a": [taken, 1], "b": (math.nan,)}), allow_nan=False)) == {
+        "a": [{"wall_seconds": None, "cpu_seconds": None}, 1],
+        "b": [None],
+    }
+
+
+def test_command_in_a_result_leaves_out_where_it_was_written():
+    given = ["--rounds", "3", "--out", "x.json", "--hardware=here", "--json", "--hardware", "there"]
+    assert common._without_out(given) == ["--rounds", "3", "--json"]
+
+
+def test_a_process_is_timed_line_by_line_and_its_cpu_time_counted():
+    code = "import time\nprint('a')\nt = time.process_time()\nwhile time.process_time() - t < 0.3: pass\nprint('b')"
+    done = common.run_process(["-c", code], timeout_seconds=60).checked()
+    assert [line for _, line in done.lines] == ["a", "b"]
+    assert done.lines[1][0] - done.lines[0][0] > 0.25  # printed when it happened, not at the end
+    assert done.cpu_seconds >= 0.3
+
+
+def test_a_process_that_fails_or_hangs_says_what_it_printed():
+    with pytest.raises(RuntimeError, match=r"(?s)ended with 3.*no room"):
+        common.run_process(["-c", "print('no room'); raise SystemExit(3)"], timeout_seconds=60).checked()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)did not end within 2 s.*waiting"):
+        common.run_process(["-c", "import time; print('waiting'); time.sleep(100)"], timeout_seconds=2)
+    assert time.monotonic() - began < 60
+
+
+# -- loader
+
+
+def test_cpu_time_of_the_tutorials_worker_processes_is_counted():
+    images = np.zeros((400, 32, 32, 3), np.uint8)
+    dataset = loader.Tutorial(images, np.zeros(400, np.int64))
+    children = loader.cpu_of_children()
+    assert loader.consume(loader.tutorial_batches(dataset, 100, 6, workers=2)) == 600  # into a second epoch, as many images as asked for
+    assert loader.cpu_of_children() > children
+
+
+def test_one_dali_kernel_makes_the_reference_images():
+    from dataio.augment import draw, reference
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    ids = np.arange(39, -1, -2)
+    drawn = draw(seed=1, epoch=0, ids=ids, pad=loader.PAD, flip=True)
+    found = loader.OneKernel(images, loader.PAD, len(ids)).batch(ids, drawn).numpy()
+    expected = (reference(images[ids], drawn, loader.PAD).astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
+    np.testing.assert_allclose(found, expected.transpose(0, 3, 1, 2), atol=3e-7)
+
+
+# -- overhead
+
+
+def blocks(prices: dict[str, float], *, count: int = 12) -> list[tuple[str, dict[str, Taken]]]:
+    """Rounds of a machine that is slow in some of them; a block of the run costs `prices[kind]` seconds more than a bare one."""
+    noise = random.Random(0)
+    made = []
+    for number in range(4 * count):
+        kind = (overhead.PLAIN, overhead.CHECK, overhead.PLAIN, overhead.CHECKPOINT)[number % 4]
+        bare = 1.0 + noise.random()
+        price = prices[overhead.PLAIN] + (prices[kind] if kind != overhead.PLAIN else 0.0)
+        taken = {"bare": bare, "stepper": bare, "run": bare + price}
+        made.append((kind, {arm: Taken(wall_seconds=seconds, cpu_seconds=2 * seconds) for arm, seconds in taken.items()}))
+    return made
+
+
+def test_overhead_divides_what_is_rare_by_the_steps_between(tmp_path):
+    config = overhead.settings_of(str(common.SAMPLE), tmp_path, 100, [])
+    made = blocks({overhead.PLAIN: 0.004, overhead.CHECK: 0.3, overhead.CHECKPOINT: 5.0})
+    found = overhead.judged(made, config, Taken(wall_seconds=0.5, cpu_seconds=1.0), 100)
+    # a block is two steps: 2 ms a step, a check once in 100 steps, a checkpoint once in 500
+    expected = 0.002 + 0.3 / 100 + 5.0 / 500
+    assert found["steps_between"] == {overhead.CHECK: 100, overhead.CHECKPOINT: 500}
+    assert found["wall_seconds"]["a_step"]["median"] == pytest.approx(expected, rel=1e-6)
+    assert found["wall_seconds"]["share"]["median"] == pytest.approx(expected / 0.5, rel=1e-6)
+    assert found["cpu_seconds"]["share"]["median"] == pytest.approx(2 * expected / 1.0, rel=1e-6)
+
+
+def test_run_and_bare_loop_take_turns_on_the_same_steps(tmp_path):
+    """The whole measurement, small: a real run's steps, with checkpoints and checks where the settings want them, between bare ones."""
+    config = overhead.settings_of(str(common.SAMPLE), tmp_path, 10, SMALL)
+    rounds = 9
+    found = overhead.in_one_process(config, tmp_path, rounds=rounds, full_batch=10, threads=1)
+    assert sum(found["blocks"].values()) in (rounds - 1, rounds)  # the last one may hold the run's evaluation
+    assert all(found["blocks"].values()), found["blocks"]
+    assert (tmp_path / "overhead" / "ledger").is_dir()
+    assert list((tmp_path / "overhead" / "checkpoints").iterdir())
+
+
+def test_the_bare_loop_does_the_runs_step(tmp_path):
+    """Else what is compared is not the price of watching it."""
+    from benchmarks.bare import Bare, loader_of
+    from dataio.parquet import open_dataset
+
+    config = overhead.settings_of(str(common.SAMPLE), tmp_path, 10, SMALL)
+    dataset, cpu = open_dataset(common.SAMPLE), torch.device("cpu")
+    loader = loader_of(config, dataset, cpu)
+    bare = Bare(config, dataset, loader.image_size, cpu)
+    ours = overhead.stepper_alone(config, dataset, loader.image_size, cpu)
+    with contextlib.closing(loader.train(0, 3)) as batches:
+        for step, (batch,) in enumerate(batches):
+            assert float(bare.step(batch, step)) == pytest.approx(float(ours(batch, step)), rel=1e-4)
+
+
+def test_the_bare_loop_refuses_what_it_does_not_do(tmp_path):
+    from benchmarks.bare import Bare
+    from dataio.parquet import open_dataset
+
+    config = overhead.settings_of(str(common.SAMPLE), tmp_path, 10, [*SMALL, "--train.ema", "0.9"])
+    with pytest.raises(ValueError, match=r"train\.ema=0\.9"):
+        Bare(config, open_dataset(common.SAMPLE), (28, 28), torch.device("cpu"))
+
+
+def test_steady_speed_leaves_out_the_first_steps():
+    times = [0.0, 50.0, 51.0, 52.0, 53.0, 54.0, 54.5, 55.0, 56.5]
+    assert overhead.steady(times, 100, warm_steps=6) == {"images_per_second": 100 * 3 / 2.5, "median_step_seconds": 0.5}
+    with pytest.raises(ValueError, match="too few"):
+        overhead.steady(times[:7], 100, warm_steps=5)
+
+
+def test_result_of_a_process_is_found_among_its_warnings():
+    assert overhead.json_in('{"a": 1}\nwarning\n{"a": 2}\nbye') == {"a": 2}
+    with pytest.raises(RuntimeError, match="no result"):
+        overhead.json_in("Traceback")
+
+
+# -- end to end, start-up, time to accuracy
+
+
+def test_ratio_is_to_the_faster_of_the_tutorials_two():
+    def rows(*rates: float) -> list[dict[str, float]]:
+        return [{"images_per_second": rate, "process_seconds": 1.0} for rate in rates]
+
+    found = end_to_end.judged(
+        {end_to_end.OURS: rows(300, 330), end_to_end.TUTORIAL[0]: rows(100, 110), end_to_end.TUTORIAL[1]: rows(150, 165)}
+    )
+    assert found["peer"] == end_to_end.TUTORIAL[1]
+    (row,) = found["targets"]
+    assert (row["measured"], row["met"]) == (2.0, True)
+
+
+def test_items_of_a_start_add_up_to_the_time_of_the_first_step():
+    done = common.Process(
+        command="",
+        returncode=0,
+        wall_seconds=30.0,
+        cpu_seconds=1.0,
+        lines=((2.0, "starting a local Ray"), (5.5, "run x in y"), (29.0, "run z")),
+    )
+    journal = [
+        {"time": 105.0, "event": "run_started"},
+        {"time": 106.0, "event": "attempt_started"},
+        {"time": 107.0, "event": "something_new"},
+        {"time": 109.0, "event": "first_step"},
+        {"time": 120.0, "event": "run_finished"},
+    ]
+    items = startup.items_of_run(done, 100.0, journal)
+    assert sum(items.values()) == pytest.approx(9.0)
+    assert items["ray.init, preflight"] == pytest.approx(3.5)
+    assert items["something_new"] == pytest.approx(1.0)
+    assert items["first step"] == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="never came"):
+        startup.items_of_run(done, 100.0, journal[:3])
+
+
+def test_the_peers_script_compiles():
+    compile(startup.SCRIPT, "peer.py", "exec")
+
+
+def test_time_to_accuracy_ends_with_the_first_evaluation_as_good():
+    events = [
+        {"event": "run_started", "time": 12.0, "process_started": 10.0},
+        {"event": "training_started", "time": 20.0},
+        {"event": "evaluation", "time": 30.0, "epoch": 1.0, "test_accuracy": 0.8},
+        {"event": "evaluation", "time": 40.0, "epoch": 2.0, "test_accuracy": 0.9},
+        {"event": "evaluation", "time": 50.0, "epoch": 3.0, "test_accuracy": 0.95},
+    ]
+    found = time_to_accuracy.reached(events, 0.9)
+    assert found == {"training_seconds": 20.0, "process_seconds": 30.0, "epochs": 2.0, "test_accuracy": 0.9}
+    assert time_to_accuracy.reached(events, 0.99) is None
+
+
+def test_a_seed_that_never_got_there_fails_the_claim():
+    trials = [{"share_of_time": 0.05}, {"share_of_time": None}]
+    assert time_to_accuracy.judged(trials[:1])["targets"][0]["met"] is True
+    assert time_to_accuracy.judged(trials)["targets"][0]["met"] is False
+
+
+# -- the GPU suite and the table
+
+
+def test_without_a_gpu_every_claim_is_listed_and_none_is_tried(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite, "gpu_name", lambda: "")
+    monkeypatch.setattr(gpu_suite, "run_claim", lambda *arguments: pytest.fail("nothing may run"))
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--out", str(tmp_path / "suite.json")])
+    assert gpu_suite.main() == 0
+    result = json.loads((tmp_path / "suite.json").read_text())
+    assert {name: row["needs"] for name, row in result["claims"].items()} == dict.fromkeys(gpu_suite.CLAIMS, "a GPU")
+    printed = capsys.readouterr().out
+    for claim in gpu_suite.CLAIMS.values():
+        for promise in claim.promises:
+            assert promise in printed
+
+
+def test_a_claim_that_fails_is_a_result_and_costs_no_other(monkeypatch):
+    def fails(*arguments: object, **options: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(gpu_suite, "run_process", fails)
+    row = gpu_suite.run_claim("sustained", [], 1.0)
+    assert "illegal memory access" in row["failed"]
+    assert row["targets"] == []
+
+
+def test_every_claim_is_in_the_page_of_claims():
+    page = (common.PROJECT / "benchmarks" / "GPU.md").read_text()
+    for name in gpu_suite.CLAIMS:
+        assert f"--only {name}`" in page, name
+
+
+def test_every_module_is_in_the_readme():
+    page = (common.PROJECT / "benchmarks" / "README.md").read_text()
+    for name in ("loader", "end_to_end", "overhead", "startup", "time_to_accuracy", "stems", "gpu_suite", "article", "bare"):
+        assert f"`{name}" in page, name
+
+
+def results() -> dict[str, dict[str, object]]:
+    rows = [target("a | b", 0.5, at_most=1.0), target("c", None, at_least=2.0), target("d", 1.0, at_least=0.5, interval=(0.4, 1.6))]
+    return {"b": {"hardware": "x, 2 CPUs", "commit": "abc", "targets": rows}, "a": {"hardware": "x"}}
+
+
+def test_rewriting_the_table_twice_changes_nothing_and_nothing_outside_of_it():
+    page = f"# Before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n"
+    once = readme.rewritten(page, results())
+    assert readme.rewritten(once, results()) == once
+    assert once.startswith("# Before\n\n")
+    assert once.endswith(f"{readme.END}\n\nafter\n")
+    table = once[once.index(readme.BEGIN) :]
+    assert "| `b` | a \\| b | 0.5 | ≤ 1 | met | x, 2 CPUs | abc |" in table
+    assert "not measured" in table
+    assert "1 (0.4 to 1.6) | ≥ 0.5 | undecided" in table
+    assert table.index("`a`") < table.index("`b`")
+    assert "old" not in once
+
+
+def test_a_page_without_its_markers_is_refused():
+    with pytest.raises(ValueError, match="each once"):
+        readme.rewritten("nothing", results())
+
+
+def test_command_rewrites_the_page_and_check_says_whether_it_fits(tmp_path):
+    page, folder = tmp_path / "README.md", tmp_path / "results"
+    folder.mkdir()
+    page.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    for name, result in results().items():
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    where = ["--page", str(page), "--results", str(folder)]
+    assert readme.main([*where, "--check"]) == 1
+    assert readme.main(where) == 0
+    assert readme.main([*where, "--check"]) == 0
+
+
+def test_a_converted_data_set_serves_as_the_tutorials_archive_again_and_again_if_it_is_small(tmp_path):
+    from benchmarks.article import Cifar10, read_batches
+    from dataio.parquet import open_dataset
+
+    count = open_dataset(common.SAMPLE).split("train").count
+    archive, data = common.cifar_like(tmp_path, str(common.SAMPLE), train=count + 500, test=50)
+    script = Cifar10(read_batches(archive), True, np.asarray)
+    assert len(script) == count + 500
+    assert open_dataset(data).split("train").count == count + 500
+    np.testing.assert_array_equal(script[count][0], np.roll(script[0][0], 1, axis=1))
+    assert script[count][1] == script[0][1]
+    assert len({script[i][0].tobytes() for i in range(0, count + 500, 7)}) > 300
+    assert len(Cifar10(read_batches(archive), False, np.asarray)) == 50
+
+
+def test_both_ways_to_the_archive_hold_the_same_pixels(tmp_path):
+    """Converting an archive and making one of that again loses nothing."""
+    from benchmarks.article import Cifar10, read_batches
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    source = str(common.SAMPLE)
+    first, converted = common.cifar_like(tmp_path / "first", source, train=100, test=20)
+    second, _ = common.cifar_like(tmp_path / "second", str(converted), train=100, test=20)
+    for is_train in (True, False):
+        ours, again = (Cifar10(read_batches(archive), is_train, np.asarray) for archive in (first, second))
+        np.testing.assert_array_equal(ours.images, again.images)
+        assert ours.labels == again.labels
