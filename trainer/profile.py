@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from trainer.loop import StepStats
 from trainer.units import percent
@@ -83,7 +83,8 @@ def count_work(model: nn.Module, image_hw: tuple[int, int], *, precision: str) -
 
 def _count(model: nn.Module, images: int, image_hw: tuple[int, int], precision: str) -> tuple[int, int]:
     # Not on the meta device: a model may ask for its device's autocast, which meta lacks. Fake tensors say that they are where they were.
-    fakes, flops, traffic = FakeTensorMode(), FlopCounterMode(display=False), _Traffic()
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+    fakes, flops, traffic = FakeTensorMode(), counter, _Traffic()
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named}
     device = next(model.parameters()).device
@@ -94,6 +95,25 @@ def _count(model: nn.Module, images: int, image_hw: tuple[int, int], precision: 
                 logits = torch.func.functional_call(model, tensors, (batch,))
             logits.float().sum().backward()
     return flops.get_total_flops(), traffic.bytes
+
+
+def _convolution_backward(
+    grad: Sequence[int],
+    images: Sequence[int],
+    weight: Sequence[int],
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    wanted: Sequence[bool],
+    **_: Any,
+) -> int:
+    """Each of the two gradients costs what the forward pass does. PyTorch's own count takes grouped convolutions for whole ones."""
+    forward: int = conv_flop_count(list(images), list(weight), list(grad), transposed=transposed)
+    return forward * (wanted[0] + wanted[1])
 
 
 def measure_ceilings(device: torch.device, *, precision: str, clock: Callable[[], float] = time.perf_counter) -> Ceilings:

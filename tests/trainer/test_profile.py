@@ -195,6 +195,14 @@ def test_work_is_counted_as_by_hand() -> None:
     assert counted.bytes_per_image >= 4 * (12 + 5) * 2
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_grouped_convolution_is_as_much_less_work_backward_as_forward(groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False))
+    counted = count_work(model, (4, 4), precision="fp32")
+    first, second = 2 * 16 * 3 * 8, 2 * 16 * 8 * 8 * 9 // groups
+    assert counted.flops_per_image == 2 * first + 3 * second  # the images need no gradient
+
+
 def test_resnet18s_work_is_what_others_counted() -> None:
     """3.33 GFLOP an image forward and backward with the tutorial's stem; in bf16 about 26 MB go through memory, operation by operation."""
     model = build_model(ModelConfig(weights="none", stem="article"), classes=10, seed=0, image_hw=(32, 32)).to(
