@@ -340,12 +340,13 @@ class Fleet:
         name: str,
         resources: Resources,
         modules: Sequence[str],
-        zygote: str,
         notice: str,
         placement_seconds: float,
+        zygote: str = "",
         is_local: bool = False,
     ) -> None:
-        """`modules` are what the ranks' zygotes import, `zygote` is their name (one a node); `is_local`: this Ray is the run's own."""
+        """`modules` are what the ranks' zygotes import, `zygote` is the name that those of a node share (without it each agent has its own);
+        `is_local`: this Ray is the run's own."""
         self.number, self.workers, self._is_local = number, resources.workers, is_local
         self._failure: Failure | None = None
         self._scratch = _temp_folder()
