@@ -345,7 +345,7 @@ class Fleet:
         zygote: str = "",
         is_local: bool = False,
     ) -> None:
-        """`modules` are what the ranks' zygotes import, `zygote` is the name that those of a node share (without it each agent has its own);
+        """`modules` are what the ranks' zygotes import, `zygote` is the name that those of a node share (without it each agent has one);
         `is_local`: this Ray is the run's own."""
         self.number, self.workers, self._is_local = number, resources.workers, is_local
         self._failure: Failure | None = None
