@@ -1,15 +1,12 @@
 """An S3-compatible service over HTTP (moto's server): commits, fences, refusals and outages as pyarrow's client sees them."""
 
-import contextlib
 import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
@@ -17,57 +14,21 @@ from benchmarks.faults.storage import Group
 from cluster.journal import Journal, read_journal
 from cluster.storage import Storage, StorageOutage, StorageRefused, open_storage
 from cluster.store import Fenced, Store
-
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
-
-
-class Server:
-    """moto's server; stopped and started it keeps its port and its objects."""
-
-    def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self._server: Any = None
-
-    @property
-    def uri(self) -> str:
-        endpoint = quote(f"127.0.0.1:{self.port}", safe="")
-        return f"s3://user:secret@bucket/runs?endpoint_override={endpoint}&scheme=http&region=us-east-1"
-
-    def start(self) -> None:
-        self._server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self._server.start()
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
+from tests.s3 import Server, answering, serving
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        server = Server()
-        server.start()
+    with serving(Server()) as server:
         yield server
-        server.stop()
 
 
 @pytest.fixture
 def storage(server: Server) -> Iterator[Storage]:
     """A bucket with nothing in it."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://127.0.0.1:{server.port}",
-        aws_access_key_id="user",
-        aws_secret_access_key="secret",
-        region_name="us-east-1",
-    )
+    client = server.client()
     client.create_bucket(Bucket="bucket")
-    yield open_storage(server.uri, retry_seconds=5.0)
+    yield open_storage(server.uri("bucket/runs"), retry_seconds=5.0)
     for found in client.list_objects_v2(Bucket="bucket").get("Contents", []):
         client.delete_object(Bucket="bucket", Key=found["Key"])
 
@@ -167,7 +128,7 @@ def test_a_commit_that_was_acknowledged_is_seen_by_the_driver_that_took_over_mea
 
 
 def test_an_outage_of_the_service_costs_no_checkpoint(server: Server, storage: Storage, tmp_path: Path) -> None:
-    impatient = open_storage(server.uri, retry_seconds=0.3)
+    impatient = open_storage(server.uri("bucket/runs"), retry_seconds=0.3)
     with Group(impatient, ranks=2) as group:
         assert group.settle(group.save())
         server.stop()
@@ -190,7 +151,7 @@ def test_an_outage_of_the_service_costs_no_checkpoint(server: Server, storage: S
 
 
 def test_journal_events_of_an_outage_arrive_in_order(server: Server, storage: Storage) -> None:
-    journal = Journal.open(open_storage(server.uri, retry_seconds=0.0), "run", "driver")
+    journal = Journal.open(open_storage(server.uri("bucket/runs"), retry_seconds=0.0), "run", "driver")
     journal.write("before")
     server.stop()
     try:
@@ -209,39 +170,6 @@ def test_journal_events_of_an_outage_arrive_in_order(server: Server, storage: St
 # What other services say
 
 
-@contextlib.contextmanager
-def answering(status: int, code: str) -> Iterator[str]:
-    """The URI of a service that answers everything with one error."""
-    body = f"<Error><Code>{code}</Code><Message>told so</Message></Error>".encode() if code else b""
-
-    class Handler(BaseHTTPRequestHandler):
-        requests = 0
-
-        def answer(self) -> None:
-            Handler.requests += 1
-            self.rfile.read(int(self.headers.get("content-length") or 0))
-            self.send_response(status)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    service = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"s3://user:secret@bucket/runs?endpoint_override=127.0.0.1%3A{service.server_port}&scheme=http&region=us-east-1"
-    finally:
-        service.shutdown()
-        thread.join()
-        service.server_close()
-
-
 @pytest.mark.parametrize(
     ("status", "code", "fix"),
     [
@@ -255,7 +183,7 @@ def answering(status: int, code: str) -> Iterator[str]:
     ],
 )
 def test_what_a_service_refuses_is_not_tried_again_and_says_what_to_do(status: int, code: str, fix: str) -> None:
-    with answering(status, code) as uri, pytest.raises(StorageRefused, match=fix) as failure:
+    with answering(status, code, "bucket/runs") as uri, pytest.raises(StorageRefused, match=fix) as failure:
         open_storage(uri, retry_seconds=3600.0).write_atomic("run/file", b"x")
     assert "bucket/runs/run/file" in str(failure.value)
     assert "secret" not in str(failure.value)
@@ -263,7 +191,7 @@ def test_what_a_service_refuses_is_not_tried_again_and_says_what_to_do(status: i
 
 @pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (503, ""), (500, "InternalError"), (429, "")])
 def test_what_may_pass_is_tried_until_the_time_is_up(status: int, code: str) -> None:
-    with answering(status, code) as uri, pytest.raises(StorageOutage, match="did not answer for bucket/runs/run/file"):
+    with answering(status, code, "bucket/runs") as uri, pytest.raises(StorageOutage, match="did not answer for bucket/runs/run/file"):
         open_storage(uri, retry_seconds=0.2).write_atomic("run/file", b"x")
 
 

@@ -1,22 +1,18 @@
 """Row groups read ahead: in order, within the budget, as seldom as can be, and from S3 (moto's server, over HTTP) as from a folder."""
 
-import contextlib
 import functools
 import gc
 import io
 import logging
 import os
 import re
-import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -34,9 +30,7 @@ from dataio.parquet import CorruptShard, Dataset, RowGroup, ShardWriter, Split, 
 from dataio.quarantine import BadSample
 from dataio.remote import DataOutage, DataRefused
 from dataio.stream import Shelf, in_order
-
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
+from tests.s3 import Server, answering, serving
 
 GROUP = 8
 COUNTS = {"train": 150, "test": 21}  # 19 groups of 8, the last of 6; shards of 3 groups
@@ -396,33 +390,16 @@ def test_the_loader_counts_what_it_reads_and_holds(folder: Path) -> None:
 # --- S3 -----------------------------------------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """moto's server; stopped and started it keeps its port and its objects. `requests` are those that it answered."""
+class LoggedServer(Server):
+    """`requests` are those that it answered."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self._server: Any = None
+        super().__init__(verbose=True)
         self.requests: list[str] = []
 
     @property
-    def uri(self) -> str:
-        endpoint = quote(f"127.0.0.1:{self.port}", safe="")
-        return f"s3://user:secret@bucket/pets?endpoint_override={endpoint}&scheme=http&region=us-east-1"
-
-    def client(self) -> Any:
-        keys = {"aws_access_key_id": "user", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
-        return boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.port}", **keys)
-
-    def start(self) -> None:
-        self._server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=True)
-        self._server.start()
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
+    def pets(self) -> str:
+        return self.uri("bucket/pets")
 
 
 class Requests(logging.Handler):
@@ -438,12 +415,10 @@ class Requests(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+def server(folder: Path) -> Iterator[LoggedServer]:
     """The data set at s3://bucket/pets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        server = Server()
-        server.start()
+    with serving(LoggedServer()) as server:
+        assert isinstance(server, LoggedServer)
         client = server.client()
         client.create_bucket(Bucket="bucket")
         for file in folder.iterdir():
@@ -458,12 +433,11 @@ def server(folder: Path) -> Iterator[Server]:
         yield server
         log.setLevel(level)
         log.removeHandler(handler)
-        server.stop()
 
 
 @pytest.mark.parametrize(("window", "workers", "memory_bytes"), [(0, 1, 1 << 30), (24, 2, 12_000), (60, 3, 1)])
-def test_from_s3_the_batches_are_those_from_disk(folder: Path, server: Server, window: int, workers: int, memory_bytes: int) -> None:
-    remote = open_dataset(server.uri)
+def test_from_s3_the_batches_are_those_from_disk(folder: Path, server: LoggedServer, window: int, workers: int, memory_bytes: int) -> None:
+    remote = open_dataset(server.pets)
     assert remote.manifest == open_dataset(folder).manifest
     expected = [batch for batch in uninterrupted(folder, window) if 4 <= batch[0] < 20]
     found = []
@@ -475,9 +449,9 @@ def test_from_s3_the_batches_are_those_from_disk(folder: Path, server: Server, w
     assert not threads()
 
 
-def test_a_row_group_is_one_request_and_a_shard_two(server: Server) -> None:
+def test_a_row_group_is_one_request_and_a_shard_two(server: LoggedServer) -> None:
     server.requests.clear()
-    dataset = open_dataset(server.uri)
+    dataset = open_dataset(server.pets)
     assert sorted(server.requests) == ["GET list", "GET manifest.json", "HEAD manifest.json"]
     server.requests.clear()
     list(make(dataset).train(0, 13))
@@ -495,8 +469,8 @@ def test_a_row_group_is_one_request_and_a_shard_two(server: Server) -> None:
     dataset.split("train").verify()
 
 
-def test_an_outage_that_heals_costs_time_and_nothing_else(folder: Path, server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = open_dataset(server.uri, retry_seconds=30)
+def test_an_outage_that_heals_costs_time_and_nothing_else(folder: Path, server: LoggedServer, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = open_dataset(server.pets, retry_seconds=30)
     with closing(make(dataset, memory_bytes=12_000).train(0, 26)) as steps:
         seen = [content(batch) for batch in next(steps)]
         server.stop()
@@ -510,9 +484,9 @@ def test_an_outage_that_heals_costs_time_and_nothing_else(folder: Path, server: 
     assert any("did not answer for s3://bucket/pets/train-" in record.getMessage() for record in caplog.records)
 
 
-def test_an_outage_that_does_not_heal_ends_the_run_after_the_steps_that_were_read(folder: Path, server: Server) -> None:
+def test_an_outage_that_does_not_heal_ends_the_run_after_the_steps_that_were_read(folder: Path, server: LoggedServer) -> None:
     expected = uninterrupted(folder, 24)[: 26 * VIRTUAL_RANKS]
-    dataset = open_dataset(server.uri, retry_seconds=0.3)
+    dataset = open_dataset(server.pets, retry_seconds=0.3)
     loader = make(dataset, memory_bytes=12_000)
     steps = loader.train(0, 26)
     seen = [content(batch) for batch in next(steps)]
@@ -521,7 +495,7 @@ def test_an_outage_that_does_not_heal_ends_the_run_after_the_steps_that_were_rea
         with pytest.raises(DataOutage, match=r"did not answer for s3://bucket/pets/train-\d+\.parquet, tried for \d") as outage:
             seen.extend(content(batch) for step in steps for batch in step)
         with pytest.raises(DataOutage, match="did not answer for s3://bucket/pets,"):
-            open_dataset(server.uri, retry_seconds=0)
+            open_dataset(server.pets, retry_seconds=0)
     finally:
         server.start()
     assert 0 < len(seen) < len(expected)
@@ -531,8 +505,8 @@ def test_an_outage_that_does_not_heal_ends_the_run_after_the_steps_that_were_rea
     assert contents(loader.train(0, 26)) == expected  # the same loader, once the storage is back
 
 
-def test_leaving_during_an_outage_does_not_wait_for_its_end(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = open_dataset(server.uri, retry_seconds=3600)
+def test_leaving_during_an_outage_does_not_wait_for_its_end(server: LoggedServer, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = open_dataset(server.pets, retry_seconds=3600)
     loader = make(dataset, memory_bytes=8_000)
     steps = loader.train(0, 1000)
     next(steps)
@@ -556,14 +530,14 @@ def test_leaving_during_an_outage_does_not_wait_for_its_end(server: Server, capl
         ("bucket/half", CorruptShard, r"shard train-00000\.parquet of s3://bucket/half is missing"),
     ],
 )
-def test_what_is_not_there_is_named(server: Server, path: str, error: type[Exception], said: str) -> None:
+def test_what_is_not_there_is_named(server: LoggedServer, path: str, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said) as failure:
-        open_dataset(server.uri.replace("bucket/pets", path))
+        open_dataset(server.pets.replace("bucket/pets", path))
     assert "secret" not in str(failure.value)
 
 
-def test_a_shard_that_vanishes_is_named_by_the_step_that_needs_it(server: Server) -> None:
-    dataset = open_dataset(server.uri)
+def test_a_shard_that_vanishes_is_named_by_the_step_that_needs_it(server: LoggedServer) -> None:
+    dataset = open_dataset(server.pets)
     client = server.client()
     body = client.get_object(Bucket="bucket", Key="pets/train-00072.parquet")["Body"].read()
     client.delete_object(Bucket="bucket", Key="pets/train-00072.parquet")
@@ -574,11 +548,9 @@ def test_a_shard_that_vanishes_is_named_by_the_step_that_needs_it(server: Server
         client.put_object(Bucket="bucket", Key="pets/train-00072.parquet", Body=body)
 
 
-def test_the_endpoint_and_the_credentials_may_come_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
+def test_the_endpoint_and_the_credentials_may_come_from_the_environment(server: LoggedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
     config = DataConfig(path="s3://bucket/pets")
     location, dataset = open_prepared(config)
     assert location == "s3://bucket/pets"
@@ -591,36 +563,6 @@ def test_the_endpoint_and_the_credentials_may_come_from_the_environment(server: 
         dataset.files()
 
 
-@contextlib.contextmanager
-def answering(status: int, code: str) -> Iterator[str]:
-    """The URI of a service that answers everything with one error."""
-    body = f"<Error><Code>{code}</Code><Message>told so</Message></Error>".encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_HEAD(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    service = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"s3://user:secret@bucket/pets?endpoint_override=127.0.0.1%3A{service.server_port}&scheme=http&region=us-east-1"
-    finally:
-        service.shutdown()
-        thread.join()
-        service.server_close()
-
-
 @pytest.mark.parametrize(
     ("status", "code", "remedy"),
     [
@@ -631,14 +573,14 @@ def answering(status: int, code: str) -> Iterator[str]:
     ],
 )
 def test_what_a_service_refuses_is_not_tried_again_and_says_what_to_do(status: int, code: str, remedy: str) -> None:
-    with answering(status, code) as uri, pytest.raises(DataRefused, match=remedy) as failure:
+    with answering(status, code, "bucket/pets") as uri, pytest.raises(DataRefused, match=remedy) as failure:
         open_dataset(uri, retry_seconds=3600)
     assert "secret" not in str(failure.value)
 
 
 @pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (429, "TooManyRequests")])
 def test_what_may_pass_is_tried_until_the_time_is_up(status: int, code: str) -> None:
-    with answering(status, code) as uri, pytest.raises(DataOutage, match="did not answer for s3://bucket/pets"):
+    with answering(status, code, "bucket/pets") as uri, pytest.raises(DataOutage, match="did not answer for s3://bucket/pets"):
         open_dataset(uri, retry_seconds=0.2)
 
 

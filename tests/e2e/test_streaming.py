@@ -1,15 +1,12 @@
 """A run whose images never stay in memory, read from S3 (moto's server, over HTTP), ends in the bits of one that holds them."""
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.running import PROJECT, Run
-
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
+from tests.s3 import SECRET, Server, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 SAMPLES = PROJECT / "dataio" / "samples" / "fashion_mnist"
@@ -22,20 +19,13 @@ COMMON = [
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
     """What a process needs to find s3://bucket/fashion, a copy of the sample."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    endpoint = f"http://127.0.0.1:{port}"
-    client = boto3.client("s3", endpoint_url=endpoint, aws_access_key_id="user", aws_secret_access_key="hush", region_name="us-east-1")
-    client.create_bucket(Bucket="bucket")
-    for file in SAMPLES.iterdir():
-        if file.suffix in (".parquet", ".json"):
-            client.upload_file(str(file), "bucket", f"fashion/{file.name}")
-    keys = {"AWS_ACCESS_KEY_ID": "user", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_REGION": "us-east-1"}
-    yield {**keys, "AWS_ENDPOINT_URL": endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
-    server.stop()
+    with serving(Server()) as server:
+        client = server.client()
+        client.create_bucket(Bucket="bucket")
+        for file in SAMPLES.iterdir():
+            if file.suffix in (".parquet", ".json"):
+                client.upload_file(str(file), "bucket", f"fashion/{file.name}")
+        yield server.environment
 
 
 def test_streamed_from_s3_and_killed_in_the_middle_the_weights_are_those_of_images_in_memory(
@@ -57,4 +47,4 @@ def test_streamed_from_s3_and_killed_in_the_middle_the_weights_are_those_of_imag
     assert streamed.wait_for("training_started")["cache"] == "none"
     assert streamed.summary()["restarts"] == 1
     assert streamed.summary()["weights_sha256"] == held.summary()["weights_sha256"]
-    assert "hush" not in streamed.output() + (streamed.folder / "journal.jsonl").read_text()
+    assert SECRET not in streamed.output() + (streamed.folder / "journal.jsonl").read_text()
