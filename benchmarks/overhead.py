@@ -52,6 +52,7 @@ from cluster.interval import steps_between
 from cluster.rank import Place, RankContext
 from cluster.storage import open_storage
 from cluster.store import Store
+from cluster.zygote import MEMORY_KEPT
 from dataio.loader import Batch
 from dataio.parquet import open_dataset
 from trainer import worker
@@ -321,7 +322,7 @@ def in_processes(
             done = run_process(ours, timeout_seconds=1800).checked()
             row = steady(times_of_run(folder / run), batch_size)
         else:
-            done = run_process(bare if name == "bare loop" else torchrun, timeout_seconds=1800).checked()
+            done = run_process(bare if name == "bare loop" else torchrun, timeout_seconds=1800, environment=MEMORY_KEPT).checked()
             row = steady(json_in(done.text)["times"], batch_size)
         found.setdefault(name, []).append(row | {"process_seconds": done.wall_seconds})
         print(f"round {number + 1}, {name}: {row['images_per_second']:.1f} images/s", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,10 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 STEPS_AHEAD = 2
+"""Steps, or blocks of steps, that are made in advance."""
+BLOCK_BYTES = 2 * 2**20
+"""Where images stay in memory, steps are made in blocks of about these pixels: of a small batch the calls cost more than the pixels, 2.3 us
+an image of 32 px in batches of 100 alone and 1.2 us six at a time."""
 DEVICE_FRACTION = 0.4
 """Part of the free device memory that decoded images may take; the rest is the model's, its activations' and the allocator's."""
 TRAIN_PART = 0.75
@@ -108,13 +112,15 @@ class Loader:
             memory_bytes=self._memory_bytes,
             free_device_bytes=free_bytes,
         )
+        step_images = order.batch_per_virtual_rank * len(virtual_ranks)
+        self._steps_a_block = 1 if self.cache == "none" else max(1, BLOCK_BYTES // (step_images * height * width * 3))
         self.backend_name = choose_backend(config.backend, self.device, self.cache)
         self._backend: Backend = make_backend(
             self.backend_name,
             height=height,
             width=width,
             pad=config.pad,
-            batch_size=order.batch_per_virtual_rank * len(virtual_ranks),
+            batch_size=step_images * self._steps_a_block,
             device=self.device,
             threads=threads,
             table_bytes=max(0, self._memory_bytes - decoded_bytes) // 4 if self.cache == "host" else 0,
@@ -168,7 +174,8 @@ class Loader:
     def train(self, start_step: int, stop_step: int) -> Generator[tuple[Batch, ...], None, None]:
         """Global steps start..stop-1: a tuple a step, with a Batch for each carried virtual rank, in their order.
 
-        A background thread prepares STEPS_AHEAD steps; it ends with the iterator, so close that (`contextlib.closing`) when leaving early.
+        A background thread prepares STEPS_AHEAD blocks of steps; it ends with the iterator, so close that (`contextlib.closing`) when
+        leaving early.
         One training iterator at a time.
         """
         source = self._source("train", "train")
@@ -176,15 +183,20 @@ class Loader:
         def wait(seconds: float) -> None:
             self.wait_seconds += seconds
 
-        def plan() -> Iterator[tuple[_Step, Ids]]:
-            for step in range(start_step, stop_step):
+        def plan() -> Iterator[tuple[_Block, Ids]]:
+            step = start_step
+            while step < stop_step:
                 epoch, step_in_epoch = divmod(step, self._order.steps_per_epoch)
-                parts = [self._order.samples(epoch, step_in_epoch, virtual_rank) for virtual_rank in self._virtual_ranks]
-                yield (step, epoch, parts), np.concatenate(parts)
+                count = min(self._steps_a_block, self._order.steps_per_epoch - step_in_epoch, stop_step - step)
+                steps = range(step_in_epoch, step_in_epoch + count)
+                lanes = [self._order.lane(epoch, steps, virtual_rank) for virtual_rank in self._virtual_ranks]
+                parts = list(zip(*lanes, strict=True))  # of each step, the ids of each virtual rank
+                yield (step, epoch, parts), np.concatenate([ids for each in parts for ids in each])
+                step += count
 
         window_steps = -(-self._order.window // self._order.batch_per_virtual_rank)
         fetches = source.fetch(plan(), horizon=2 * window_steps + STEPS_PLANNED)
-        with closing(self._ahead((self._step(*fetched) for fetched in fetches), wait, "train", fetches)) as ahead:
+        with closing(self._ahead((self._block(*fetched) for fetched in fetches), wait, "train", fetches)) as ahead:
             yield from ahead
 
     def evaluate(self, split: str, ids: range | Ids, batch_size: int) -> Generator[Batch, None, None]:
@@ -201,29 +213,33 @@ class Loader:
 
         fetches = source.fetch(plan(), horizon=STEPS_PLANNED)
 
-        def batches() -> Iterator[tuple[Batch, ...]]:
+        def batches() -> Iterator[list[tuple[Batch, ...]]]:
             for number, chosen, images, rows, labels in fetches:
                 pixels = gather(images, rows, self.device).permute(0, 3, 1, 2)
-                yield (Batch(images=pixels, labels=upload(labels, self.device), ids=chosen, epoch=0, step=number, virtual_rank=0),)
+                batch = Batch(images=pixels, labels=upload(labels, self.device), ids=chosen, epoch=0, step=number, virtual_rank=0)
+                yield [(batch,)]
 
         with closing(self._ahead(batches(), wait, "evaluate", fetches)) as ahead:
             for (batch,) in ahead:
                 yield batch
 
-    def _step(self, of: "_Step", ids: Ids, images: Store, rows: Ids, labels: Labels) -> tuple[Batch, ...]:
-        """All carried virtual ranks at once: one gather, then cut."""
-        step, epoch, parts = of
+    def _block(self, of: "_Block", ids: Ids, images: Store, rows: Ids, labels: Labels) -> list[tuple[Batch, ...]]:
+        """All steps and all carried virtual ranks at once: one gather, then cut."""
+        first_step, epoch, steps = of
         drawn = augment.draw(seed=self._seed, epoch=epoch, ids=ids, pad=self._config.pad, flip=self._config.flip)
         pixels = self._backend.batch(images, rows, drawn).permute(0, 3, 1, 2)  # (n, 3, H, W) uint8, channels_last by its strides
         device_labels = upload(labels, self.device)
-        batches, start = [], 0
-        for virtual_rank, part in zip(self._virtual_ranks, parts, strict=True):
-            cut = slice(start, start + len(part))
-            start += len(part)
-            batches.append(
-                Batch(images=pixels[cut], labels=device_labels[cut], ids=part, epoch=epoch, step=step, virtual_rank=virtual_rank)
-            )
-        return tuple(batches)
+        block, start = [], 0
+        for step, parts in enumerate(steps, start=first_step):
+            batches = []
+            for virtual_rank, part in zip(self._virtual_ranks, parts, strict=True):
+                cut = slice(start, start + len(part))
+                start += len(part)
+                batches.append(
+                    Batch(images=pixels[cut], labels=device_labels[cut], ids=part, epoch=epoch, step=step, virtual_rank=virtual_rank)
+                )
+            block.append(tuple(batches))
+        return block
 
     def _source(self, split_name: str, purpose: str) -> "_Source":
         # Streaming keeps a source for each purpose, as training's thread goes on while evaluation reads.
@@ -257,37 +273,41 @@ class Loader:
         self._on_bad(bad)
 
     def _ahead(
-        self, items: Iterator[tuple[Batch, ...]], wait: Callable[[float], None], name: str, fetches: "_Fetches[Any]"
+        self, items: Iterator[list[tuple[Batch, ...]]], wait: Callable[[float], None], name: str, fetches: "_Fetches[Any]"
     ) -> Generator[tuple[Batch, ...], None, None]:
         """`items` from a thread of its own; on a GPU that thread works on a side stream, and the consumer's stream waits for its event."""
         side = self._side_stream
         if side is None:
-            yield from run_ahead(items, depth=STEPS_AHEAD, name=f"loader-{name}", on_wait=wait, on_close=fetches.stop, on_end=fetches.close)
+            made = run_ahead(items, depth=STEPS_AHEAD, name=f"loader-{name}", on_wait=wait, on_close=fetches.stop, on_end=fetches.close)
+            with closing(made) as blocks:
+                for block in blocks:
+                    yield from block
             return
         side.wait_stream(
             torch.cuda.current_stream(self.device)
         )  # for what was put on the device so far: cached images, the backend's tables
 
-        def on_side_stream() -> Iterator[tuple[tuple[Batch, ...], torch.cuda.Event]]:
+        def on_side_stream() -> Iterator[tuple[list[tuple[Batch, ...]], torch.cuda.Event]]:
             while True:
                 with torch.cuda.device(self.device), torch.cuda.stream(side):
-                    batches = next(items, None)
-                    if batches is None:
+                    block = next(items, None)
+                    if block is None:
                         return
                     event = side.record_event()
-                yield batches, event
+                yield block, event
 
-        made = run_ahead(
+        made_aside = run_ahead(
             on_side_stream(), depth=STEPS_AHEAD, name=f"loader-{name}", on_wait=wait, on_close=fetches.stop, on_end=fetches.close
         )
-        with closing(made) as ahead:
-            for batches, event in ahead:
+        with closing(made_aside) as ahead:
+            for block, event in ahead:
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(event)
-                for batch in batches:
-                    batch.images.record_stream(stream)
-                    batch.labels.record_stream(stream)
-                yield batches
+                for batches in block:
+                    for batch in batches:
+                        batch.images.record_stream(stream)
+                        batch.labels.record_stream(stream)
+                yield from block
 
 
 def choose_cache(config: DataConfig, device: torch.device, *, decoded_bytes: int, memory_bytes: int, free_device_bytes: int) -> str:
@@ -378,8 +398,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-_Step = tuple[int, int, list[Ids]]
-"""(step, epoch, the ids of each carried virtual rank)"""
+_Block = tuple[int, int, Sequence[Sequence[Ids]]]
+"""(first step, epoch, of each step the ids of each carried virtual rank); all of one epoch"""
 
 
 class _Fetches(Protocol[T_co]):

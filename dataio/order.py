@@ -10,6 +10,7 @@ consecutive blocks make windows, and samples are permuted inside their window: a
 """
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,14 +81,18 @@ class Order:
 
     def samples(self, epoch: int, step_in_epoch: int, virtual_rank: int) -> Ids:
         """Sample ids (n,) int64, n <= batch_per_virtual_rank; fewer, even none, only in the last steps of an epoch."""
+        return self.lane(epoch, range(step_in_epoch, step_in_epoch + 1), virtual_rank)[0]
+
+    def lane(self, epoch: int, steps: range, virtual_rank: int) -> list[Ids]:
+        """The same of consecutive steps of an epoch, at hardly more than the price of one: its cost is in the calls, not in the samples."""
         assert 0 <= virtual_rank < self.virtual_ranks, virtual_rank
-        assert 0 <= step_in_epoch < self.steps_per_epoch, step_in_epoch
+        assert 0 <= steps.start < steps.stop <= self.steps_per_epoch, steps
         short, longer_lanes = divmod(self.count, self.virtual_ranks)
-        lane_start = virtual_rank * short + min(virtual_rank, longer_lanes)
-        lane_stop = lane_start + short + (virtual_rank < longer_lanes)
-        start = min(lane_start + step_in_epoch * self.batch_per_virtual_rank, lane_stop)
-        stop = min(start + self.batch_per_virtual_rank, lane_stop)
-        return self.at(epoch, np.arange(start, stop, dtype=np.int64))
+        start = virtual_rank * short + min(virtual_rank, longer_lanes)
+        stop = start + short + (virtual_rank < longer_lanes)
+        cuts = [min(start + step * self.batch_per_virtual_rank, stop) for step in range(steps.start, steps.stop + 1)]
+        ids = self.at(epoch, np.arange(cuts[0], cuts[-1], dtype=np.int64))
+        return [ids[low - cuts[0] : high - cuts[0]] for low, high in itertools.pairwise(cuts)]
 
     def at(self, epoch: int, positions: Ids) -> Ids:
         """Sample ids at any positions of an epoch's permutation; same shape."""

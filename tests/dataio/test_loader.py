@@ -313,20 +313,36 @@ def test_no_thread_outlives_its_iterator(good: Dataset) -> None:
 
 
 def test_an_exception_in_the_background_surfaces_after_the_steps_before_it(good: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dataio.loader.BLOCK_BYTES", 1)  # each step by itself
     loader = make(good)
-    original = Order.samples
+    original = Order.lane
 
-    def failing(self: Order, epoch: int, step_in_epoch: int, virtual_rank: int) -> np.ndarray:
-        if step_in_epoch == 3:
+    def failing(self: Order, epoch: int, steps: range, virtual_rank: int) -> list[np.ndarray]:
+        if 3 in steps:
             raise OSError("the disk is gone")
-        return original(self, epoch, step_in_epoch, virtual_rank)
+        return original(self, epoch, steps, virtual_rank)
 
-    monkeypatch.setattr(Order, "samples", failing)
+    monkeypatch.setattr(Order, "lane", failing)
     steps = loader.train(0, 6)
     assert [next(steps)[0].step for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="the disk is gone"):
         next(steps)
     assert not loader_threads()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "dali"])
+def test_steps_made_in_blocks_are_those_made_one_by_one(good: Dataset, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    made = []
+    for block_bytes in (1, 3000, 2**21):
+        monkeypatch.setattr("dataio.loader.BLOCK_BYTES", block_bytes)
+        loader = make(good, backend=backend, cache="host")
+        with closing(loader.train(1, 2 * loader._order.steps_per_epoch + 2)) as steps:
+            made.append(
+                [(b.step, b.epoch, b.virtual_rank, b.ids.tolist(), b.labels.tolist(), b.images.clone()) for each in steps for b in each]
+            )
+    for others in made[1:]:
+        assert [each[:-1] for each in others] == [each[:-1] for each in made[0]]
+        assert all(torch.equal(one[-1], other[-1]) for one, other in zip(made[0], others, strict=True))
 
 
 def test_the_thread_works_two_steps_ahead_and_no_further() -> None:

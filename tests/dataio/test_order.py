@@ -69,6 +69,16 @@ def test_more_workers_than_virtual_ranks_is_an_error_that_says_what_to_do() -> N
         blocks_of_virtual_ranks(4, 5, 0)
 
 
+@settings(deadline=None)
+@given(order=orders(), epoch=st.integers(0, 3), data=st.data())
+def test_a_lane_is_its_steps_one_after_the_other(order: Order, epoch: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, order.steps_per_epoch - 1))
+    steps = range(start, data.draw(st.integers(start + 1, order.steps_per_epoch)))
+    for virtual_rank in range(order.virtual_ranks):
+        lane = order.lane(epoch, steps, virtual_rank)
+        assert [ids.tolist() for ids in lane] == [order.samples(epoch, step, virtual_rank).tolist() for step in steps]
+
+
 @settings(max_examples=80, deadline=None)
 @given(orders(), st.data())
 def test_a_position_has_the_same_sample_however_it_is_asked_for(order: Order, data: st.DataObject) -> None:
