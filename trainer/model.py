@@ -140,6 +140,8 @@ class Preprocess(nn.Module):
             raise ValueError(f"data.std={tuple(std)}: images are divided by it; each value must be above 0")
         self._image_size, self._interpolation = image_size, interpolation
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        # A power of two scales without rounding: (y - mean) / std and y / std - mean / std have the same bits, and this is one pass, not two.
+        self._scale = 1 / std[0] if len(set(std)) == 1 and math.frexp(std[0])[0] == 0.5 else 0.0
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
@@ -158,8 +160,13 @@ class Preprocess(nn.Module):
         if self._memory_format is torch.channels_last and rows.is_contiguous() and not rows.is_cuda:
             # The same operations on lines of W * 3 numbers: over channels the loops are 3 long and take 5 us an image of 32 px, not 2.
             width = rows.shape[2]
-            mean, std = (each.view(3).repeat(width) for each in (self.mean, self.std))
-            pixels = rows.flatten(2).div_(255).sub_(mean).div_(std).view(rows.shape).permute(0, 3, 1, 2)
+            mean, std = self.mean.view(3), self.std.view(3)
+            lines = rows.flatten(2).div_(255)
+            if self._scale:
+                torch.add((mean * -self._scale).repeat(width), lines, alpha=self._scale, out=lines)
+            else:
+                lines.sub_(mean.repeat(width)).div_(std.repeat(width))
+            pixels = lines.view(rows.shape).permute(0, 3, 1, 2)
         else:
             pixels = pixels.div_(255).sub_(self.mean).div_(self.std)
         return pixels.contiguous(memory_format=self._memory_format)

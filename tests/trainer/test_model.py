@@ -369,6 +369,17 @@ def test_normalisation_is_torchvisions_to_1e_6_for_every_pixel_value(mean: tuple
     assert (Preprocess(mean=mean, std=std)(images) - exact).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), (0.485, 0.456, 0.406), (0.0, 0.1, 1.0)])
+@pytest.mark.parametrize("std", [(0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (2.0, 2.0, 2.0), (0.5, 0.25, 0.5), (0.3, 0.3, 0.3)])
+def test_normalisation_has_the_bits_of_its_three_operations(mean: tuple[float, ...], std: tuple[float, ...], channels_last: bool) -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3).permute(0, 3, 1, 2)
+    m, s = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    expected = (images.float() / 255 - m) / s
+    found = Preprocess(mean=mean, std=std, channels_last=channels_last)(images)
+    assert torch.equal(found.contiguous().view(torch.int32), expected.contiguous().view(torch.int32))  # the sign of zero, too
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     height=st.integers(4, 40),
