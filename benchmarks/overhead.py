@@ -13,7 +13,8 @@
    The overhead hardly depends on the batch, a step does: --batch-size 16 shows milliseconds more sharply; the share is that of a step of
    --full-batch images.
 2. With --processes N, N rounds of three commands of their own: the bare loop, the bare loop under torchrun, and `trainer.run` through Ray.
-   Images/s from the first measured step to the last. Noisier; what only Ray's processes cost is in there.
+   Images/s from the first measured step to the last, none of which has a checkpoint (1. has their price). Noisier; what only Ray's
+   processes cost is in there.
 """
 
 import argparse
@@ -38,6 +39,8 @@ from benchmarks.common import (
     Stopwatch,
     Taken,
     add_arguments,
+    best_source,
+    cifar_like,
     described,
     finish,
     interleave,
@@ -406,6 +409,7 @@ def main() -> int:
     parser.add_argument("--full-batch", type=int, default=100, help="images of the step that the overhead is a share of")
     parser.add_argument("--processes", type=int, default=0, help="rounds with processes of their own, through Ray; 0 leaves them out")
     parser.add_argument("--steps", type=int, default=60, help="steps of such a process")
+    parser.add_argument("--source", default=best_source(), help="their images, a source of dataio.convert (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (%(default)s)")
     add_arguments(parser)
     parser.add_argument("settings", nargs=argparse.REMAINDER, help="further settings of trainer.run, after --")
@@ -423,8 +427,9 @@ def main() -> int:
                 name = f"share of a step that all of ours takes, {title}"
                 targets.append(target(name, share["median"], at_most=GOAL, interval=(share["low"], share["high"])))
         if options.processes:
+            images = -(-options.batch_size * (options.steps + 10) // 5) * 5  # more than are used: the epoch, and its checkpoint, end later
             outside = in_processes(
-                options.data,
+                str(cifar_like(Path(temp), options.source, train=images, test=100)[1]),
                 Path(temp) / "runs",
                 rounds=options.processes,
                 steps=options.steps,

@@ -140,7 +140,7 @@ class Preprocess(nn.Module):
             raise ValueError(f"data.std={tuple(std)}: images are divided by it; each value must be above 0")
         self._image_size, self._interpolation = image_size, interpolation
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        # A power of two scales without rounding: (y - mean) / std and y / std - mean / std have the same bits, and this is one pass, not two.
+        # A power of two scales without rounding: y / std - mean / std has the bits of (y - mean) / std, and is one pass instead of two.
         self._scale = 1 / std[0] if len(set(std)) == 1 and math.frexp(std[0])[0] == 0.5 else 0.0
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
