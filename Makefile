@@ -18,6 +18,9 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m deploy.metrics_page --check
+	$(BIN)/python -m deploy.grafana --check
+	$(BIN)/python -m deploy.prometheus --check
 
 unit: .venv/.dev
 	$(BIN)/python -m pytest
@@ -37,12 +40,12 @@ faults: .venv/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart,timm,dev]'
 	@touch $@ .venv/.quickstart
 
-# Prometheus and the full Fashion-MNIST for the tests that use them; those skip with a reason where neither can be installed.
+# Prometheus, Chromium and the full Fashion-MNIST for the tests that use them; those skip with a reason where they cannot be installed.
 debian:
-	@if command -v prometheus >/dev/null && [ -d /usr/share/datasets/fashion-mnist ]; then :; \
+	@if command -v prometheus >/dev/null && command -v chromium >/dev/null && [ -d /usr/share/datasets/fashion-mnist ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus dataset-fashion-mnist >/dev/null; \
-	else echo "tests that need Debian's prometheus or dataset-fashion-mnist will skip: run as root: apt-get install prometheus dataset-fashion-mnist"; fi
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus chromium dataset-fashion-mnist >/dev/null; \
+	else echo "tests that need Debian's prometheus, chromium or dataset-fashion-mnist will skip: run as root: apt-get install prometheus chromium dataset-fashion-mnist"; fi
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

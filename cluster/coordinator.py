@@ -17,7 +17,7 @@ from cluster.agent import Order, Payload, RankEnd, Report
 from cluster.exporter import serve_discovery, write_file_sd
 from cluster.heartbeat import Orders
 from cluster.journal import Journal, read_journal
-from cluster.metrics import Metrics
+from cluster.metrics import OTHER, Metrics
 from cluster.storage import RETRY_SECONDS, Storage, StorageOutage, open_storage
 from cluster.store import Commit, Fenced, Receipt, StorageFull, Store
 from cluster.straggler import StragglerWatch
@@ -196,6 +196,8 @@ class Coordinator:
         self._stop_reason: str | None = None
         self._failed_checkpoints = 0
         self._checkpoint_problem = ""
+        self._ended_by = OTHER
+        """What ended the newest attempt, by its event's kind."""
         commits = self._store.commits()
         self._last_commit = (commits[0].step, commits[0].modified) if commits else None
         self._quarantine_lock = threading.Lock()
@@ -203,11 +205,13 @@ class Coordinator:
         self._metrics.set("run_quarantined_samples", len(self._bad))
         self._rebuild()
         self._server = serve_discovery(metrics_host, discovery_port, self.targets, self._metrics.registry)
+        self._writing_targets = threading.Lock()
         self._closed = threading.Event()
         self._work: queue.Queue[_Work | None] = queue.Queue()
         self._pending = 0
         self._committer = threading.Thread(target=self._commit_all, name="committer", daemon=True)
         self._committer.start()
+        self._write_targets()  # one that took up has an address of its own
 
     # The driver's side
 
@@ -228,9 +232,10 @@ class Coordinator:
             self._last_commit = next(((commit.step, commit.modified) for commit in commits if commit.step <= start_step), None)
             self._changed.notify_all()
         if restarted:
-            self._metrics.add("restarts_total")
+            self._count_restart()
         self._metrics.set("workers", world_size)
         self._journal.write("attempt_started", attempt=attempt, workers=world_size, start_step=start_step, generation=self._generation)
+        self._write_targets()  # without those of the attempt before
 
     def adopt(self, attempt: int, fleet: int, payload: Payload) -> None:
         """Tell a coordinator that took up from the journal what it cannot read there: whom the attempt's agents belong to, and its task."""
@@ -331,8 +336,7 @@ class Coordinator:
 
     def event(self, event: str, **fields: Any) -> None:
         """Into the journal; failures are counted by their `kind`."""
-        if event in ("worker_failed", "attempt_failed"):
-            self._metrics.add("failures_total", label=str(fields.get("kind", "unknown")))
+        self._count(event, fields)
         self._journal.write(event, **fields)
 
     def account(self, seconds: Mapping[str, float]) -> None:
@@ -388,7 +392,7 @@ class Coordinator:
         self._closed.set()
         self._work.put(None)
         self._server.close()
-        self._write_targets([])
+        self._write_targets()
 
     # The agents' side
 
@@ -421,7 +425,7 @@ class Coordinator:
             if end.status != 0:
                 current.command = "kill"
             self._changed.notify_all()
-        self._write_targets(self.targets())
+        self._write_targets()
 
     def stacks(self, attempt: int, rank: int, text: str) -> None:
         """The stacks of a rank, as asked for."""
@@ -462,7 +466,7 @@ class Coordinator:
             node_id=info.node_id,
             metrics_address=info.metrics_address,
         )
-        self._write_targets(self.targets())
+        self._write_targets()
 
     def beat(
         self,
@@ -555,19 +559,39 @@ class Coordinator:
 
     # Inside
 
-    def _write_targets(self, targets: list[dict[str, Any]]) -> None:
-        if self._storage.is_local:
-            with contextlib.suppress(OSError):  # a full disk costs monitoring its file, not the run its rank
-                write_file_sd(self._storage.at(f"{self._run}/{FILE_SD}"), targets)
+    def _count(self, event: str, fields: Mapping[str, Any]) -> None:
+        """What an event is to Prometheus."""
+        if event in ("attempt_failed", "attempt_paused"):
+            self._ended_by = str(fields.get("kind", OTHER))
+        if event == "attempt_failed":
+            self._metrics.add("failures_total", label=self._ended_by)
+
+    def _count_restart(self) -> None:
+        """An attempt begins after another one; `_ended_by` says why that one ended."""
+        self._metrics.add("restarts_total", label=self._ended_by)
+        if self._ended_by == "numbers":
+            self._metrics.add("rollbacks_total")
+        self._ended_by = OTHER
+
+    def _write_targets(self) -> None:
+        if not self._storage.is_local:
+            return
+        with self._writing_targets, contextlib.suppress(OSError):  # a full disk costs monitoring its file, not the run its rank
+            targets = [] if self._closed.is_set() else self.targets()  # in here: what is written last is the newest
+            write_file_sd(self._storage.at(f"{self._run}/{FILE_SD}"), targets)
 
     def _rebuild(self) -> None:
         """Take over from a coordinator of this generation that died: its attempt, ranks and requested stop are in the journal."""
         for event in read_journal(self._storage, self._run):
             match event:
                 case {"event": "attempt_started", "generation": self._generation, "attempt": int(), "workers": int(), "start_step": int()}:
+                    if self._attempt is not None:
+                        self._count_restart()
                     self._attempt = self._new_attempt(event["attempt"], event["workers"], event["start_step"])
                 case {"event": "stop_requested", "generation": self._generation}:
                     self._stop_reason = str(event["reason"])
+                case {"event": "attempt_failed" | "attempt_paused"} if self._attempt is not None:
+                    self._count(event["event"], event)  # the counters go on where the dead one's were
                 case {"event": "worker_registered"} if self._is_current(event["attempt"]):
                     assert self._attempt is not None
                     self._attempt.infos[event["rank"]] = RankInfo(

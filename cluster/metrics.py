@@ -1,8 +1,8 @@
 """Every metric that a run exports: one table of names, types, units and meanings, and a registry for each process.
 
-Ranks and the coordinator write; exporter serves; dashboards, alerts and tests import METRICS, so that a name cannot drift. Names follow
-Prometheus: prefix `finetune_`, base units, `_total` on counters. Labels are run, rank and attempt, and `reason` or `kind` where the table
-says so; never sample ids or paths."""
+Ranks and the coordinator write; exporter serves; dashboards, alerts, docs/metrics.md and tests import METRICS, so that a name cannot drift.
+Names follow Prometheus: prefix `finetune_`, base units, `_total` on counters. Labels are run, rank and attempt, and one more where the
+table says so, whose values it lists: never sample ids or paths. So the number of series is known before anything runs (`most_series`)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +14,44 @@ LABELS = ("run", "rank", "attempt")
 
 STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 SAVE_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+OTHER = "other"
+"""What a label's value counts as that its row does not list."""
+FAILURE_KINDS = ("infrastructure", "preempted", "hang", "numbers", "data", "user", OTHER)
+"""Of cluster.failures.Kind."""
+RESTART_KINDS = ("infrastructure", "preempted", "hang", "numbers", "grow", OTHER)
+"""What may end an attempt that another one follows: a failure, a node's notice (preempted), room for more workers (grow)."""
+REASONS = (
+    "empty",
+    "unknown format",
+    "truncated",
+    "damaged",
+    "too large",
+    "animated",
+    "unsupported",
+    "wrong size",
+    "undecodable",
+    "no image",
+    "unreadable",
+    "bad label",
+    OTHER,
+)
+"""Of dataio.sniff.KINDS."""
+CAUSES = (
+    "steps",
+    "data_wait",
+    "exchange_wait",
+    "checkpoint_stall",
+    "evaluation",
+    "start_up",
+    "compile",
+    "recovery",
+    "resize",
+    "hang",
+    "lost_work",
+    OTHER,
+)
+"""Of trainer.summary.accounting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,11 +65,34 @@ class Metric:
     owner: Literal["rank", "coordinator"] = "rank"
     label: str = ""
     """One more label beside run, rank and attempt."""
+    values: tuple[str, ...] = ()
+    """Of that label: all there are; OTHER is one of them."""
     buckets: tuple[float, ...] = ()
 
     @property
     def full_name(self) -> str:
         return PREFIX + self.name
+
+    @property
+    def series(self) -> int:
+        """The most that one process exports of it: a histogram has a series for each bucket, the one without bound, its sum and count."""
+        return len(self.buckets) + 3 if self.kind == "histogram" else max(1, len(self.values))
+
+    @property
+    def unit(self) -> str:
+        """By its name: seconds, bytes, ratio, watts, or what is counted."""
+        words = self.name.removesuffix("_total").split("_")
+        if "per" in words:
+            return f"{words[words.index('per') - 1]}/{words[-1]}"
+        if words[-1] in ("seconds", "bytes", "ratio", "watts", "steps", "samples"):
+            return words[-1]
+        if self.name in _UNITS:
+            return _UNITS[self.name]
+        return words[-1] if self.kind == "counter" else ""
+
+
+_UNITS = {"step": "steps", "checkpoint_commit_step": "steps", "epoch": "epochs", "loss": "nats", "test_loss": "nats", "workers": "ranks"}
+"""Of names that say what they are but not in what it is counted."""
 
 
 METRICS: tuple[Metric, ...] = (
@@ -42,10 +103,26 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="samples_total", kind="counter", help="Samples this rank trained on."),
     Metric(name="loss", kind="gauge", help="Mean training loss of the newest logged step."),
     Metric(name="learning_rate", kind="gauge", help="Learning rate of the newest logged step."),
+    Metric(name="gradient_norm", kind="gauge", help="L2 norm of a step's gradient, before any clipping, every few seconds."),
     Metric(name="images_per_second", kind="gauge", help="Images this rank trained on a second, over the newest logged interval."),
     Metric(name="step_seconds", kind="histogram", help="Wall time of a step.", buckets=STEP_BUCKETS),
     Metric(name="data_wait_seconds_total", kind="counter", help="Time steps waited for a batch."),
     Metric(name="compute_seconds_total", kind="counter", help="Time spent in forward, backward and the optimiser."),
+    Metric(
+        name="forward_backward_seconds_total",
+        kind="counter",
+        help="Time spent in forward and backward, measured on the device where it is a GPU.",
+    ),
+    Metric(
+        name="optimizer_seconds_total",
+        kind="counter",
+        help="Time spent in the optimiser's update, measured on the device where it is a GPU.",
+    ),
+    Metric(
+        name="mfu_ratio",
+        kind="gauge",
+        help="FLOP/s of this rank's model over its device's peak: a data sheet's for known GPUs, else what --profile measured.",
+    ),
     Metric(name="reduce_seconds_total", kind="counter", help="Time steps waited for other ranks' gradients."),
     Metric(
         name="straggler_skew_ratio",
@@ -53,6 +130,7 @@ METRICS: tuple[Metric, ...] = (
         help="The slowest rank's own work on a step over the ranks' median; 1 where all are equally fast.",
         owner="coordinator",
     ),
+    Metric(name="planned_steps", kind="gauge", help="Steps that the whole run does."),
     Metric(name="evaluation_seconds_total", kind="counter", help="Time spent in evaluation."),
     Metric(name="checkpoint_stall_seconds_total", kind="counter", help="Time steps waited for a checkpoint."),
     Metric(
@@ -62,11 +140,35 @@ METRICS: tuple[Metric, ...] = (
         buckets=SAVE_BUCKETS,
     ),
     Metric(
-        name="quarantined_samples_total", kind="counter", help="Samples this rank set aside because they could not be read.", label="reason"
+        name="quarantined_samples_total",
+        kind="counter",
+        help="Samples this rank set aside because they could not be read.",
+        label="reason",
+        values=REASONS,
     ),
     Metric(name="test_accuracy_ratio", kind="gauge", help="Top-1 accuracy on the test split, 0 to 1."),
     Metric(name="test_loss", kind="gauge", help="Mean loss on the test split."),
-    Metric(name="device_memory_bytes", kind="gauge", help="Largest device memory this rank has held."),
+    Metric(
+        name="decode_seconds_total",
+        kind="counter",
+        help="Time this rank's loader spent on reading and decoding, in its own threads; all at the start where images are cached.",
+    ),
+    Metric(
+        name="read_bytes_total",
+        kind="counter",
+        help="Memory of the row groups this rank read; one that is read again counts again.",
+    ),
+    Metric(
+        name="read_wait_seconds_total",
+        kind="counter",
+        help="Time the making of batches waited for reads of a streamed data set; steps wait only where batches ran out.",
+    ),
+    Metric(name="loader_memory_bytes", kind="gauge", help="Images this rank's loader holds: decoded, or row groups held or being read."),
+    Metric(name="host_memory_bytes", kind="gauge", help="Resident memory of this rank's process, shared libraries included."),
+    Metric(name="device_memory_bytes", kind="gauge", help="Largest memory of its GPU that this rank's tensors have taken."),
+    Metric(name="gpu_utilization_ratio", kind="gauge", help="Share of time in which a kernel ran on this rank's GPU (NVML)."),
+    Metric(name="gpu_power_watts", kind="gauge", help="Power this rank's GPU draws (NVML)."),
+    Metric(name="gpu_memory_used_bytes", kind="gauge", help="Memory in use on this rank's GPU, by anybody (NVML)."),
     Metric(name="workers", kind="gauge", help="Ranks of the current attempt.", owner="coordinator"),
     Metric(name="checkpoint_commit_step", kind="gauge", help="Step of the newest committed checkpoint.", owner="coordinator"),
     Metric(name="checkpoint_commit_time_seconds", kind="gauge", help="Unix time of the newest commit.", owner="coordinator"),
@@ -79,8 +181,28 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(name="checkpoint_bytes", kind="gauge", help="Size of the newest committed checkpoint.", owner="coordinator"),
     Metric(name="checkpoint_failures_total", kind="counter", help="Checkpoints that could not be committed.", owner="coordinator"),
-    Metric(name="restarts_total", kind="counter", help="Attempts after the first.", owner="coordinator"),
-    Metric(name="failures_total", kind="counter", help="Failures of attempts and workers by kind.", owner="coordinator", label="kind"),
+    Metric(
+        name="restarts_total",
+        kind="counter",
+        help="Attempts after the first, by what ended the one before.",
+        owner="coordinator",
+        label="kind",
+        values=RESTART_KINDS,
+    ),
+    Metric(
+        name="rollbacks_total",
+        kind="counter",
+        help="Attempts that went back to a checkpoint because of wrong numbers: NaN, a spike, weights that differ between ranks.",
+        owner="coordinator",
+    ),
+    Metric(
+        name="failures_total",
+        kind="counter",
+        help="Failures of attempts by kind.",
+        owner="coordinator",
+        label="kind",
+        values=FAILURE_KINDS,
+    ),
     Metric(
         name="run_quarantined_samples", kind="gauge", help="Distinct samples set aside over all ranks and attempts.", owner="coordinator"
     ),
@@ -90,6 +212,7 @@ METRICS: tuple[Metric, ...] = (
         help="Wall time of the run's drivers by what it went to: steps, data_wait, start_up, recovery, ...; adds up to all of it.",
         owner="coordinator",
         label="cause",
+        values=CAUSES,
     ),
     Metric(name="goodput_ratio", kind="gauge", help="Useful step time over wall time, 0 to 1.", owner="coordinator"),
 )
@@ -97,14 +220,21 @@ METRICS: tuple[Metric, ...] = (
 _TABLE = {metric.name: metric for metric in METRICS}
 
 
+def most_series(owner: Literal["rank", "coordinator"]) -> int:
+    """That one process exports. A run of N ranks has at most N * most_series("rank") + most_series("coordinator") at a time."""
+    return sum(metric.series for metric in METRICS if metric.owner == owner)
+
+
 class Metrics:
-    """One process's metrics in a registry of its own. A gauge appears when it is first set; counters and histograms start at zero."""
+    """One process's metrics in a registry of its own. A gauge appears when it is first set; counters and histograms start at zero, those
+    with a label for each of its values: Prometheus sees no increase in a series that begins with 1."""
 
     def __init__(self, run: str, rank: int | str, attempt: int, owner: Literal["rank", "coordinator"] = "rank") -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` doubles the series and nobody reads it
         self.registry = CollectorRegistry()
         self._labels = (run, str(rank), str(attempt))
         self._collectors: dict[str, Any] = {}
+        self._children: dict[tuple[str, str, str], Any] = {}  # by name, kind and the label's value: looked up in every step
         for metric in METRICS:
             if metric.owner == owner:
                 self._collectors[metric.name] = self._register(metric)
@@ -116,6 +246,12 @@ class Metrics:
     def set(self, name: str, value: float, label: str = "") -> None:
         """Set a gauge."""
         self._child(name, "gauge", label).set(value)
+
+    def unset(self, name: str, label: str = "") -> None:
+        """Take a gauge away until it is set again: its value is not known any more."""
+        self._child(name, "gauge", label)
+        del self._children[name, "gauge", label]
+        self._collectors[name].remove(*self._labels, *([label] if label else []))
 
     def observe(self, name: str, value: float) -> None:
         """Put a value into a histogram."""
@@ -130,12 +266,20 @@ class Metrics:
                 collector = Gauge(metric.full_name, metric.help, names, registry=self.registry)
             case "histogram":
                 collector = Histogram(metric.full_name, metric.help, names, registry=self.registry, buckets=metric.buckets)
-        if metric.kind != "gauge" and not metric.label:
-            collector.labels(*self._labels)
+        if metric.kind != "gauge":
+            for value in metric.values or ("",):
+                collector.labels(*self._labels, *([value] if value else []))
         return collector
 
     def _child(self, name: str, kind: str, label: str) -> Any:
+        known = self._children.get((name, kind, label))
+        if known is not None:
+            return known
         metric = _TABLE[name]
         assert metric.kind == kind, f"{name} is a {metric.kind}, not a {kind}"
         assert bool(metric.label) == bool(label), f"{name} takes the label {metric.label!r}, got the value {label!r}"
-        return self._collectors[name].labels(*self._labels, *([label] if label else []))
+        if label and label not in metric.values:
+            return self._child(name, kind, OTHER)
+        child = self._collectors[name].labels(*self._labels, *([label] if label else []))
+        self._children[name, kind, label] = child
+        return child

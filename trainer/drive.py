@@ -617,7 +617,7 @@ class Drive:
         try:
             encoded = json.dumps(redacted(_finite(summary)), indent=1, allow_nan=False).encode()
             self.storage.write_atomic(f"{self.config.run}/summary.json", encoded)
-            return summary, str(write_report(f"{self.storage.uri}/{self.config.run}"))
+            return summary, str(write_report(f"{self.storage.uri}/{self.config.run}", self.dataset))
         except OSError as error:  # a full disk, most likely: what came out is still told, and the checkpoints are what they were
             print(f"warning: summary.json and report.html could not be written: {error}", file=sys.stderr)
             return summary, None

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,7 +28,8 @@ from dataio.quarantine import BadSample, Quarantine
 from trainer.cli import fail, from_toml
 from trainer.config import RunConfig
 from trainer.export import load_export
-from trainer.metrics import EvalResult, Evaluation
+from trainer.metrics import Answers, EvalResult, Evaluation
+from trainer.predictions import LIMIT, About, named
 from trainer.runs import RunFolder, find_run
 from trainer.units import number, percent
 from trainer.worker import evaluate_share, make_repeatable, share_of
@@ -61,6 +63,8 @@ class Arguments:
     data: DataArguments = field(default_factory=DataArguments)
     split: Literal["test", "train"] = "test"
     """Part of the data set that is evaluated; train too is taken as it is, without augmentation."""
+    predictions: str = ""
+    """A file for the answer to each image: predictions.parquet, as the run writes it for its own test split."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """One JSON object instead of tables."""
     storage: str = RunConfig().storage
@@ -105,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError("--device cuda, but PyTorch sees no GPU here; use --device cpu or auto")
         device = torch.device("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
         folder = find_run(arguments.run, arguments.storage)
-        report = evaluate_run(folder, arguments.data, split=arguments.split, device=device)
+        report = evaluate_run(folder, arguments.data, split=arguments.split, device=device, predictions=arguments.predictions)
     except (ValueError, OSError) as error:
         fail(str(error))
     if arguments.json:
@@ -115,8 +119,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, device: torch.device) -> Report:
-    """Load the run's model and evaluate it. ValueError where model, data and run do not go together."""
+def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, device: torch.device, predictions: str = "") -> Report:
+    """Load the run's model and evaluate it. ValueError where model, data and run do not go together. `predictions` is a file for the
+    answer to each sample; its labels are the model's outputs, whatever the order of the data set's classes."""
     begin = time.perf_counter()
     config, summary = _config(folder), _summary(folder)
     exported = load_export(folder, device, channels_last=config.train.channels_last == "on")
@@ -146,6 +151,7 @@ def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, devic
         on_bad=lambda bad: _add(quarantine, bad),
     )
     evaluation = Evaluation(len(exported.classes), device)
+    answers = Answers(LIMIT, device) if predictions else None
     # In the shares that the run's ranks had: a sample's logits may depend, in their last bits, on the batch that it is in.
     ranks = int(summary.get("workers") or 1)
     for rank in range(ranks):
@@ -158,7 +164,12 @@ def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, devic
             share=share_of(count, rank, ranks),
             precision=config.train.precision,
             to_class=torch.tensor(to_class, device=device) if to_class != list(range(len(to_class))) else None,
+            answers=answers,
         )
+    result = evaluation.result()
+    if answers is not None and (found := answers.gathered(0, 1)) is not None:
+        about = About(step=int(summary.get("steps") or 0), split=split, dataset_fingerprint=manifest.fingerprint, count=result.count)
+        Path(predictions).write_bytes(named(*found, dataset.split(split), about).to_parquet())
     is_runs_own = split == "test" and summary.get("dataset_fingerprint") == manifest.fingerprint
     return Report(
         run=folder.name,
@@ -168,7 +179,7 @@ def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, devic
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         precision=config.train.precision,
         classes=exported.classes,
-        result=evaluation.result(),
+        result=result,
         quarantined=quarantine.records,
         recorded_accuracy=summary.get("test_accuracy") if is_runs_own else None,
         seconds=time.perf_counter() - begin,

@@ -7,11 +7,13 @@ import io
 import json
 import statistics
 from collections import deque
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
 
 from trainer.guard import Guard
 from trainer.loop import StepStats
@@ -73,6 +75,34 @@ class History:
     @classmethod
     def from_json(cls, data: bytes) -> "History":
         return cls(**json.loads(data))
+
+
+@dataclass(kw_only=True, slots=True)
+class RankTotals:
+    """One rank's own seconds since its attempt began, for the comparison of ranks; a rank's images are its share of each batch."""
+
+    steps: int = 0
+    images: float = 0.0
+    step_seconds: float = 0.0  # the waits for data and for other ranks included
+    data_wait_seconds: float = 0.0
+    exchange_wait_seconds: float = 0.0
+    checkpoint_stall_seconds: float = 0.0  # between steps
+
+    def stepped(self, stats: StepStats, exchange_seconds: float, share: float) -> None:
+        if not stats.skipped:
+            self.steps += 1
+            self.images += stats.samples * share
+            self.step_seconds += stats.step_seconds
+            self.data_wait_seconds += stats.data_wait_seconds
+            self.exchange_wait_seconds += exchange_seconds
+
+    def of_all_ranks(self, rank: int, world_size: int, device: torch.device) -> list[dict[str, float]]:
+        """One entry a rank, in order. All ranks are to call it."""
+        table = torch.zeros((world_size, len(fields(self))), dtype=torch.float64, device=device)
+        table[rank] = torch.tensor([float(value) for value in asdict(self).values()], dtype=torch.float64)
+        if world_size > 1:
+            dist.all_reduce(table)
+        return [dict(zip(asdict(self), row, strict=True)) for row in table.tolist()]
 
 
 class Curves:

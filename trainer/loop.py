@@ -55,7 +55,8 @@ class Average(Protocol):
 
 
 class Arriving:
-    """A step's mean loss on its way from the device to the host. `wait` may be called from any thread, the rest is the loop's."""
+    """A step's mean loss, or its gradient's norm, on its way from the device to the host. `wait` may be called from any thread, the rest is
+    the loop's."""
 
     def __init__(self, step: int, loss: Tensor, work: dist.Work | None = None, aside: torch.cuda.Stream | None = None) -> None:
         """`loss`: () on the device; `work`: the all-reduce that is still adding up the ranks' shares of it; `aside`: on a GPU a stream that
@@ -117,6 +118,8 @@ class StepStats:
     """Losses of this step and those before it that have not arrived, in order."""
     skipped: bool = False
     """The batch was taken and left out: no update, no loss."""
+    gradient_norms: tuple[float, ...] = ()
+    """Of steps that Stepper.take_norm asked for, in order, that have arrived since the last stats."""
 
 
 def step_seed(seed: int, step: int, virtual_rank: int) -> int:
@@ -173,7 +176,11 @@ class Stepper:
         self.on_phase: Callable[[str], None] = lambda phase: None
         """Told "exchange" when the host begins to wait for the other ranks, and "step" when it goes on."""
         self.mark: Callable[[str], None] = lambda part: None
-        """Told the name of each part of a step when the host has queued it (trainer.profile)."""
+        """Told the name of each part of a step when the host has queued it (trainer.profile, trainer.meter)."""
+        self.take_norm = False
+        """Have the next step leave its gradient's L2 norm in `gradient_norm`. It reads all gradients once more, so not in every step."""
+        self.gradient_norm: Tensor | None = None
+        """() on the device, of the newest step if that was asked for it: before any clipping, over the whole batch."""
         self._forward: nn.Module = model
         if self._ddp:
             self._forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -228,6 +235,9 @@ class Stepper:
         norm = self._clip(self._parameters) if self._clip is not None else None
         if self._reducer is None:
             loss = _nan_unless_finite(loss, self._parameters, norm)  # the tree's sums show it by themselves
+        self.gradient_norm = None
+        if self.take_norm:
+            self.take_norm, self.gradient_norm = False, _norm_of_gradients(self._parameters) if norm is None else norm
         self._optimizer.step()
         if self._ema is not None:
             self._ema.update()
@@ -454,6 +464,13 @@ def _nan_unless_finite(loss: Tensor, parameters: Sequence[nn.Parameter], norm: T
     return loss + 0.0 * norm
 
 
+def _norm_of_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """() on the device, not waited for; what clip_grad_norm_ would find."""
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """`model` in eval mode inside; afterwards each module in the mode it was in (a frozen backbone stays in eval mode)."""
@@ -499,6 +516,7 @@ def train_steps(
     of the steps in `skip` are taken and left out: no forward, no update; learning rate and step count go on. All ranks skip the same ones.
     """
     losses: deque[Arriving] = deque()
+    norms: deque[Arriving] = deque()
     aside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     for step in range(start_step, stop_step):
         begin = clock()
@@ -513,10 +531,15 @@ def train_steps(
             losses[-1].reduced()  # of the step before: over long ago
         if loss is not None:
             losses.append(Arriving(step, loss, dist.all_reduce(loss, async_op=True) if sum_over_ranks else None, aside))
+            if stepper.gradient_norm is not None:
+                norms.append(Arriving(step, stepper.gradient_norm))
         arrived = []
         while losses and (last or losses[0].is_here()):
             arrived.append((losses[0].step, losses[0].wait()))
             losses.popleft()
+        known = []
+        while norms and norms[0].is_here():
+            known.append(norms.popleft().wait())
         yield StepStats(
             steps_done=step + 1,
             epoch=step // steps_per_epoch,
@@ -527,4 +550,5 @@ def train_steps(
             losses=tuple(arrived),
             late=tuple(losses),
             skipped=skipped,
+            gradient_norms=tuple(known),
         )

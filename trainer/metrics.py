@@ -1,13 +1,17 @@
 """Exact evaluation metrics: every sample counted once, on the device, over any number of ranks. Called by worker and `trainer.evaluate`.
 
 A rank feeds its share of the test split to an `Evaluation`; the ranks' `tensors()` are added (one all-reduce); `result()` says the rest.
-Who evaluates which samples, and what is done with the result, is the callers'. (The run's Prometheus metrics are `cluster.metrics`.)
+`Answers` keeps what each sample was answered, for `trainer.predictions`. Who evaluates which samples, and what is done with the result,
+is the callers'. (The run's Prometheus metrics are `cluster.metrics`.)
 """
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -91,3 +95,59 @@ class Evaluation:
             ),
             confusion=tuple(tuple(row) for row in confusion.tolist()),
         )
+
+
+class Answers:
+    """Keeps what each sample was answered, without waiting for the device: of all samples, or of more than `limit` the worst `limit`
+    (mistakes, the surest first, then right answers, the least sure first)."""
+
+    def __init__(self, limit: int, device: torch.device | str = "cpu") -> None:
+        self._limit = max(1, limit)
+        self._ints = [torch.empty((0, 3), dtype=torch.int64, device=device)]  # (n, 3): id, label, answer
+        self._floats = [torch.empty((0, 2), dtype=torch.float32, device=device)]  # (n, 2): confidence, loss
+        self._held = 0
+
+    @torch.no_grad()
+    def update(self, ids: npt.NDArray[np.int64], logits: Tensor, labels: Tensor) -> None:
+        """(n,), (n, classes), (n,) int64; a label of -1 stands for a sample that could not be read."""
+        logits = logits.double()
+        answers = logits.argmax(1)  # as Evaluation takes it, so that ties are the same
+        confidence = logits.softmax(1).gather(1, answers[:, None])[:, 0]
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)
+        self._ints.append(torch.stack([torch.from_numpy(ids).to(labels.device, non_blocking=True), labels, answers], 1))
+        self._floats.append(torch.stack([confidence, losses], 1).float())
+        self._held += len(ids)
+        if self._held >= 2 * self._limit:
+            self._cut()
+
+    def gathered(self, rank: int, world_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
+        """All ranks': (n, 3) id, label, answer and (n, 2) confidence, loss, on rank 0; None on the others. All ranks are to call
+        it. Waits for the device."""
+        self._cut()
+        ints, floats = self._ints[0], self._floats[0]
+        if world_size == 1:
+            return ints.cpu().numpy(), floats.cpu().numpy()
+        sizes = torch.zeros(world_size, dtype=torch.int64, device=ints.device)
+        sizes[rank] = len(ints)
+        dist.all_reduce(sizes)
+        counts = sizes.tolist()
+        parts = (self._from_all(ints, counts, rank), self._from_all(floats, counts, rank))
+        return None if parts[0] is None or parts[1] is None else (parts[0].numpy(), parts[1].numpy())
+
+    @staticmethod
+    def _from_all(own: Tensor, counts: list[int], rank: int) -> Tensor | None:
+        padded = own.new_zeros((max(counts), own.shape[1]))
+        padded[: len(own)] = own
+        everywhere = [torch.empty_like(padded) for _ in counts] if rank == 0 else None
+        dist.gather(padded, everywhere, dst=0)
+        return torch.cat([part[:count].cpu() for part, count in zip(everywhere, counts, strict=True)]) if everywhere else None
+
+    def _cut(self) -> None:
+        ints, floats = torch.cat(self._ints), torch.cat(self._floats)
+        if len(ints) > self._limit:
+            confidence = floats[:, 0].nan_to_num(0.0)
+            badness = torch.where(ints[:, 1] != ints[:, 2], 2.0 + confidence, 1.0 - confidence)
+            badness = torch.where(ints[:, 1] == IGNORED_LABEL, -1.0, badness)
+            worst = badness.sort(descending=True, stable=True).indices[: self._limit]
+            ints, floats = ints[worst], floats[worst]
+        self._ints, self._floats, self._held = [ints], [floats], len(ints)

@@ -6,6 +6,8 @@ the work of a step (`count_work`, on tensors without data) and the speed that th
 seconds before training). None of it changes a result.
 """
 
+import contextlib
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapper
 
 from trainer.loop import StepStats
 from trainer.units import percent
@@ -53,6 +55,22 @@ class Ceilings:
     """Read and written, scaling a long vector into another."""
 
 
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the operations' multiplications and additions, by PyTorch's formulas. Not its FlopCounterMode: that puts hooks on all modules
+    of the process, in whatever thread they are."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes of each operation's tensors. Views move nothing."""
 
@@ -81,20 +99,57 @@ def count_work(model: nn.Module, image_hw: tuple[int, int], *, precision: str) -
     return Work(flops_per_image=(flops_of_4 - flops_of_2) / 2, bytes_per_image=each, bytes_per_pass=bytes_of_2 - 2 * each)
 
 
+class FlopCount:
+    """count_work's flops_per_image, in a thread while the model is trained: made before training, `count` called beside it.
+
+    It holds modules of its own, with the model's tensors, and counts as if those were on a CPU: autograd would share its thread of a GPU.
+    No operation runs, so that no random state is touched; a model with one that would have to is not counted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self._model: nn.Module | None = None
+        with contextlib.suppress(Exception):  # of any model: what cannot be copied is not counted, and trained all the same
+            self._model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+    def count(self, image_hw: tuple[int, int], *, precision: str) -> float | None:
+        """(H, W) is what the model sees. None where the model cannot be copied or counted."""
+        if self._model is None:
+            return None
+        fakes = FakeTensorMode(allow_fallback_kernels=False)
+        try:
+            flops, _ = _count_on(torch.device("cpu"), fakes, self._model, 2, image_hw, precision)
+        except Exception:
+            return None
+        return flops / 2
+
+
 def _count(model: nn.Module, images: int, image_hw: tuple[int, int], precision: str) -> tuple[int, int]:
     # Not on the meta device: a model may ask for its device's autocast, which meta lacks. Fake tensors say that they are where they were.
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
-    fakes, flops, traffic = FakeTensorMode(), counter, _Traffic()
-    named = [*model.named_parameters(), *model.named_buffers()]
-    tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named}
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), fakes:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return _count_on(device, FakeTensorMode(), model, images, image_hw, precision)
+
+
+def _count_on(
+    device: torch.device, fakes: FakeTensorMode, model: nn.Module, images: int, image_hw: tuple[int, int], precision: str
+) -> tuple[int, int]:
+    flops, traffic = _Flops(), _Traffic()
+    with fakes:
+        tensors: dict[str, Tensor] = {}
+        for parameter_name, parameter in model.named_parameters():
+            tensors[parameter_name] = _without_data(parameter, device).requires_grad_(parameter.requires_grad)
+        tensors |= {name: _without_data(buffer, device) for name, buffer in model.named_buffers()}
         batch = torch.empty(images, 3, *image_hw, device=device)  # (n, 3, H, W)
         with flops, traffic:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = torch.func.functional_call(model, tensors, (batch,))
             logits.float().sum().backward()
-    return flops.get_total_flops(), traffic.bytes
+    return flops.flops, traffic.bytes
+
+
+def _without_data(tensor: Tensor, device: torch.device) -> Tensor:
+    """Its sizes, strides and type, on `device`; to be called where tensors are made without data."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 def _convolution_backward(
@@ -114,6 +169,9 @@ def _convolution_backward(
     """Each of the two gradients costs what the forward pass does. PyTorch's own count takes grouped convolutions for whole ones."""
     forward: int = conv_flop_count(list(images), list(weight), list(grad), transposed=transposed)
     return forward * (wanted[0] + wanted[1])
+
+
+_FORMULAS = flop_registry | {torch.ops.aten.convolution_backward: shape_wrapper(_convolution_backward)}  # type: ignore[no-untyped-call]
 
 
 def measure_ceilings(device: torch.device, *, precision: str, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
@@ -180,7 +238,8 @@ class Profiler:
         self._stop = min(self._first + WINDOW_STEPS, stop_step)
         self._step = first_step
         self._is_cuda, self._clock = device.type == "cuda", clock
-        self._share, self._work, self._passes, self._ceilings = share, work, passes, ceilings
+        self.work, self.ceilings = work, ceilings
+        self._share, self._passes = share, passes
         self._marks: list[tuple[int, str, Any]] = []  # (step, part, when it ended)
         self._data_waits: dict[int, float] = {}  # of the steps that count
         self._exchange_seconds = 0.0
@@ -226,8 +285,8 @@ class Profiler:
             samples=self._samples,
             share=self._share,
             passes=self._passes,
-            work=self._work,
-            ceilings=self._ceilings,
+            work=self.work,
+            ceilings=self.ceilings,
         )
         self._marks.clear()
         return self._result

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import RunConfig
@@ -33,29 +34,62 @@ def _began(session: Sequence[Event]) -> float:
     return float(session[0].get("process_started", session[0]["time"]))
 
 
-def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[str, float]:
-    """Where every second of the drivers' lives went; the values are not negative and add up to `wall_seconds`.
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a session: seconds since the epoch, and what they went into."""
 
-    `history` are rank 0's totals over the steps that survived. start_up runs to an attempt's first step, recovery from a failure to the
-    next attempt's first step, compile what compiling took of either, resize the same from a change of the number of workers, hang from
-    the last sign of life to the failure, lost_work is training after the commit that a later attempt went back to; exchange_wait is what
-    steps waited for other ranks, for slower ones (stragglers) and the network; other is what remains: preparing data, steps between a
-    snapshot and its commit where a failure followed, the last checkpoint, the export, shutting down.
-    """
-    waits = {"start_up": 0.0, "compile": 0.0, "recovery": 0.0, "resize": 0.0, "hang": 0.0}
-    lost = 0.0
-    training = kept = 0.0  # seconds between attempts' first steps and their ends; those of it that led to the present state
+    begin: float
+    end: float
+    cause: str
+    """"training" (steps, their waits, evaluations, checkpoints), or a cause of `accounting` that the journal tells by itself."""
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+
+def timeline(events: Sequence[Event]) -> list[list[Span]]:
+    """Each session from its process's begin to its last event, without gaps. What `accounting` counts, in order of time."""
+    told: list[list[Span]] = []
+    kept = 0.0  # seconds of training that led to the present state
     marks = {0: 0.0}  # step of a commit -> `kept` at that moment
+
+    def add(cause: str, begin: float, end: float) -> None:
+        spans = told[-1]
+        at = spans[-1].end if spans else began_session
+        for what, first, last in (("other", at, begin), (cause, max(at, begin), end)):
+            if last > first:
+                if spans and spans[-1].cause == what:
+                    spans[-1] = Span(spans[-1].begin, last, what)
+                else:
+                    spans.append(Span(first, last, what))
+
+    def turn(seconds: float, cause: str) -> None:
+        """The last `seconds` of kept training were `cause`."""
+        for spans in reversed(told):
+            for index in range(len(spans) - 1, -1, -1):
+                if seconds <= 0:
+                    return
+                span = spans[index]
+                if span.cause == "training":
+                    cut = span.end - min(seconds, span.seconds)
+                    seconds -= span.seconds
+                    kept_part = [Span(span.begin, cut, "training")] if cut > span.begin else []
+                    spans[index : index + 1] = [*kept_part, Span(cut, span.end, cause)]
+
     for session in sessions(events):
-        began, cause, since = _began(session), "start_up", None
+        told.append([])
+        began_session = now = _began(session)
+        began, cause, since = now, "start_up", None
         for event in [*session, {"event": "session_ended", "time": session[-1]["time"]}]:
-            name, now = event["event"], event["time"]
+            name, now = event["event"], max(now, event["time"])  # the writers' clocks are not the same
             if since is not None:
-                training, kept, since = training + now - since, kept + now - since, now
+                add("training", since, now)
+                kept, since = kept + now - since, now
             match name:
                 case "training_started":
                     if since is None:
-                        waits[cause] += now - began
+                        add(cause, began, now)
                     since = now
                 case "checkpoint_committed":
                     marks[event["step"]] = kept
@@ -63,24 +97,48 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
                     start = event["start_step"]
                     marks = {step: mark for step, mark in marks.items() if step <= start}
                     survived = min(kept, marks[max(marks)])
-                    lost, kept = lost + kept - survived, survived
+                    turn(kept - survived, "lost_work")
+                    kept = survived
                 case "compiled":
                     if since is not None:
                         took = min(float(event.get("seconds", 0.0)), kept - marks[max(marks)])
-                        training, kept = training - took, kept - took
-                        waits["compile"] += took
+                        turn(took, "compile")
+                        kept -= took
                 case "hang":
                     if since is not None:  # its seconds were no training; what came before them may have been
                         still = min(float(event.get("seconds", 0.0)), kept - marks[max(marks)])
-                        training, kept = training - still, kept - still
-                        waits["hang"] += still
+                        turn(still, "hang")
+                        kept -= still
                         began, cause, since = now, "hang", None
                 case "attempt_failed" | "attempt_paused":
-                    if cause == "hang" and since is None:
-                        waits["hang"] += now - began
+                    if since is None:
+                        add(cause, began, now)
                     began, cause, since = now, "recovery" if name == "attempt_failed" else "resize", None
                 case "run_finished" | "run_stopped" | "run_failed":
-                    began, since = now, None
+                    if since is None:
+                        add(cause, began, now)
+                    began, cause, since = now, "other", None
+                case "session_ended":
+                    if since is None:
+                        add(cause, began, now)
+    return told
+
+
+def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[str, float]:
+    """Where every second of the drivers' lives went; the values are not negative and add up to `wall_seconds`.
+
+    `history` are rank 0's totals over the steps that survived. start_up runs to an attempt's first step, recovery from a failure to the
+    next attempt's first step, compile what compiling took of either, resize the same from a change of the number of workers, hang from
+    the last sign of life to the failure, lost_work is training after the commit that a later attempt went back to; exchange_wait is what
+    steps waited for other ranks, for slower ones (stragglers) and the network; other is what remains: preparing data, steps between a
+    snapshot and its commit where a failure followed, the last checkpoint, the export, shutting down. `timeline` has the same in order.
+    """
+    totals: dict[str, float] = {}
+    for span in itertools.chain.from_iterable(timeline(events)):
+        totals[span.cause] = totals.get(span.cause, 0.0) + span.seconds
+    waits = {cause: totals.get(cause, 0.0) for cause in ("start_up", "compile", "recovery", "resize", "hang")}
+    lost = totals.get("lost_work", 0.0)
+    training = totals.get("training", 0.0) + lost
     parts = {
         "steps": max(
             0.0, history.get("step_seconds", 0.0) - history.get("data_wait_seconds", 0.0) - history.get("exchange_wait_seconds", 0.0)
@@ -169,6 +227,7 @@ def summarise(
         "per_class": evaluation.get("per_class"),
         "confusion": evaluation.get("confusion"),
         "accounting": parts if history else None,
+        "ranks": result.get("ranks"),
         "versions": facts.get("versions"),
         "command": facts.get("command"),
     }

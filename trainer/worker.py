@@ -27,7 +27,7 @@ from cluster.metrics import Metrics
 from cluster.rank import RankContext
 from cluster.reduce import TreeReducer
 from cluster.spill import Spill
-from cluster.storage import StorageOutage, open_storage
+from cluster.storage import Storage, StorageOutage, open_storage
 from cluster.store import Store
 from cluster.verify import WeightsCheck
 from cluster.versions import versions
@@ -36,14 +36,17 @@ from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
 from trainer.config import RunConfig
+from trainer.device_metrics import GpuWatch, device_peak, gpu_address
 from trainer.export import export_model
 from trainer.guard import Guard
-from trainer.history import Curves, History, Speed
+from trainer.history import Curves, History, RankTotals, Speed
 from trainer.loop import Arriving, Stepper, StepStats, evaluating, train_steps
-from trainer.metrics import EvalResult, Evaluation
+from trainer.meter import Meter
+from trainer.metrics import Answers, EvalResult, Evaluation
 from trainer.model import Preprocess, build_model, head_of
 from trainer.optim import Ema, build_optimizer, clip_gradients, loss_sum, set_learning_rate, set_trainable
-from trainer.profile import Profiler, count_work, measure_ceilings
+from trainer.predictions import LIMIT, PREDICTIONS_FILE, About, named
+from trainer.profile import FlopCount, Profiler, count_work, measure_ceilings
 from trainer.spec import WorkerSpec, make_order, total_steps_of
 from trainer.state import TrainState, weights_sha256
 from trainer.summary import ACCOUNTED
@@ -177,6 +180,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     def evaluate_now(steps_done: int) -> None:
         begin = time.perf_counter()
         heartbeat.tick("evaluation")
+        answers = Answers(-(-LIMIT // world_size), device) if steps_done == total_steps else None
         result = evaluate(
             model,
             preprocess,
@@ -187,7 +191,13 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
             ema=ema,
             precision=config.train.precision,
             on_batch=heartbeat.tick,
+            answers=answers,
         )
+        if answers is not None:  # before the last commit: where there is one, the predictions of its model are there
+            about = About(step=steps_done, split="test", dataset_fingerprint=order.fingerprint, count=result.count)
+            write_predictions(
+                answers, about, storage, config.run, dataset, rank=rank, world_size=world_size, tell=tell, tick=heartbeat.tick
+            )
         heartbeat.tick("step")
         seconds = time.perf_counter() - begin
         history.evaluation_seconds += seconds
@@ -209,7 +219,18 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     ledger = None
     if config.train.ledger:  # run.py has checked that the storage is a local folder
         ledger = LedgerWriter(Path(storage.at(f"{config.run}/ledger")), spec.attempt, rank, start_step=start_step)
-    speed, stopped, own_seconds = Speed(), False, 0.0
+    speed, stopped, own_seconds, own = Speed(), False, 0.0, RankTotals()
+    meter = Meter(
+        metrics,
+        device=device,
+        share=len(virtual_ranks) / order.virtual_ranks,
+        steps_per_epoch=order.steps_per_epoch,
+        planned_steps=total_steps,
+        waits_in_backward=config.train.reduction == "ddp" and world_size > 1 and device.type == "cpu",
+        peak_flops_per_second=device_peak(device, config.train.precision),
+        reads=loader,
+    )
+    gpu = GpuWatch(metrics, gpu_address(device))
     loader.load("train", "test")  # where images are cached this decodes them, so that no step does
     heartbeat.tick("step")
     if rank == 0:
@@ -220,13 +241,19 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
             set_trainable(model, config.model.freeze, epoch, lp_epochs=config.model.lp_epochs, head_name=head_name)
             stepper = make_stepper(config, model, preprocess, optimizer, ema, world_size=world_size, rank=rank, device=device)
             stepper.on_phase = heartbeat.tick
+            meter.watch(stepper)
             compile_ahead(stepper, loader.image_size, heartbeat, tell)
             profiler = None
             if config.train.profile and first == start_step:
                 heartbeat.tick("starting")
                 profiler = make_profiler(config, model, device, first, last, carried=len(virtual_ranks), image_size=loader.image_size)
-                stepper.mark = profiler.mark
+                stepper.mark = both(stepper.mark, profiler.mark)
+                if meter.peak_flops_per_second is None:
+                    meter.peak_flops_per_second = profiler.ceilings.flops_per_second
+                meter.flops_per_image = profiler.work.flops_per_image
                 heartbeat.tick("step")
+            elif meter.peak_flops_per_second is not None:
+                meter.count_flops(FlopCount(model), seen_by_model(config, loader.image_size), config.train.precision)
             waited = 0.0
             batches = loader.train(first, last)
             for stats in train_steps(
@@ -248,6 +275,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
                     guard.check(step, loss)
                 exchange_seconds, waited = stepper.wait_seconds - waited, stepper.wait_seconds
                 own_seconds += stats.step_seconds - exchange_seconds
+                own.stepped(stats, exchange_seconds, len(virtual_ranks) / order.virtual_ranks)
                 history.stepped(stats)
                 history.exchange_wait_seconds += exchange_seconds
                 if profiler is not None:
@@ -256,14 +284,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
                 speed.stepped(stats)
                 if chooser is not None:
                     chooser.stepped(stats.step_seconds)
-                measure(
-                    metrics,
-                    stats,
-                    speed,
-                    exchange_seconds,
-                    share=len(virtual_ranks) / order.virtual_ranks,
-                    steps_per_epoch=order.steps_per_epoch,
-                )
+                meter.stepped(stats, speed, exchange_seconds)
                 for step, loss in stats.losses:
                     if step % log_every == 0:
                         curves.add(**curve_row(stats, step, loss, speed, attempt=spec.attempt, steps_per_epoch=order.steps_per_epoch))
@@ -290,18 +311,37 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
                 tell_profile(profiler.result(wait=True), tell)
             if stopped:
                 break
+        own.checkpoint_stall_seconds = checkpointer.stall_seconds
+        ranks = own.of_all_ranks(rank, world_size, device)
         if weights is not None:
             weights.poll(wait=True)
         steps_done = max(start_step, history.steps_done)
         wait_until_saved(checkpointer, heartbeat, call, steps_done)
         if rank == 0:
-            finish(spec, storage, model, ema, dataset, loader, history, curves, stopped=stopped, steps_done=steps_done, call=call)
+            finish(
+                spec, storage, model, ema, dataset, loader, history, curves, ranks=ranks, stopped=stopped, steps_done=steps_done, call=call
+            )
     finally:
         checkpointer.close()
         heartbeat.close()
+        meter.close()
+        gpu.close()
         if ledger:
             ledger.close()
         server.close()
+
+
+def both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:
+    def call(part: str) -> None:
+        first(part)
+        second(part)
+
+    return call
+
+
+def seen_by_model(config: RunConfig, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) that the model is given, of images of `image_size`."""
+    return (config.model.image_size,) * 2 if config.model.image_size else image_size
 
 
 def compile_ahead(stepper: Stepper, image_size: tuple[int, int], heartbeat: Heartbeat, tell: Callable[..., None]) -> None:
@@ -318,14 +358,13 @@ def make_profiler(
 ) -> Profiler:
     """For the steps `first` to before `last` of a rank that carries `carried` virtual ranks. On every rank: they share the machine."""
     train = config.train
-    seen = (config.model.image_size,) * 2 if config.model.image_size else image_size
     together = 1 if train.reduction == "ddp" or train.virtual_ranks == 1 else carried
     return Profiler(
         device=device,
         first_step=first,
         stop_step=last,
         share=carried / train.virtual_ranks,
-        work=count_work(model, seen, precision=train.precision),
+        work=count_work(model, seen_by_model(config, image_size), precision=train.precision),
         passes=together * train.accumulate,
         ceilings=measure_ceilings(device, precision=train.precision),
     )
@@ -440,6 +479,7 @@ def evaluate(
     precision: str,
     split: str = "test",
     on_batch: Callable[[], None] = lambda: None,
+    answers: Answers | None = None,
 ) -> EvalResult:
     """Exact metrics over all ranks: each takes a contiguous share of the split, nothing is padded or counted twice.
 
@@ -451,7 +491,9 @@ def evaluate(
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
         share = share_of(dataset.split(split).count, rank, world_size)
-        evaluate_share(evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch)
+        evaluate_share(
+            evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, answers=answers
+        )
     if world_size > 1:
         dist.all_reduce(evaluation.tensors())
     return evaluation.result()
@@ -473,8 +515,10 @@ def evaluate_share(
     precision: str,
     to_class: Tensor | None = None,
     on_batch: Callable[[], None] = lambda: None,
+    answers: Answers | None = None,
 ) -> None:
-    """Count the samples `share` of a split. `to_class` (data set's classes,) int64 says which output each of its labels stands for."""
+    """Count the samples `share` of a split, and keep each one's answer in `answers`. `to_class` (data set's classes,) int64 says which
+    output each of its labels stands for."""
     assert precision in ("fp32", "bf16"), f"precision {precision} is to be decided before (trainer.capability)"
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -482,8 +526,33 @@ def evaluate_share(
             labels = batch.labels
             if to_class is not None:
                 labels = torch.where(labels < 0, labels, to_class[labels.clamp(min=0)])  # a bad sample's -1 stays
-            evaluation.update(model(preprocess(batch.images)), labels)
+            logits = model(preprocess(batch.images))
+            evaluation.update(logits, labels)
+            if answers is not None:
+                answers.update(batch.ids, logits, labels)
             on_batch()
+
+
+def write_predictions(
+    answers: Answers,
+    about: About,
+    storage: Storage,
+    run: str,
+    dataset: Dataset,
+    *,
+    rank: int,
+    world_size: int,
+    tell: Callable[..., None],
+    tick: Callable[[], None],
+) -> None:
+    """All ranks hand in their answers, rank 0 writes them. A storage that does not take them costs the run its report's images only."""
+    found = answers.gathered(rank, world_size)
+    if found is None:
+        return
+    try:
+        storage.write_atomic(f"{run}/{PREDICTIONS_FILE}", named(*found, dataset.split(about.split), about, tick).to_parquet())
+    except OSError as error:
+        tell("predictions_not_written", message=str(error))
 
 
 def evaluation_entry(result: EvalResult) -> dict[str, Any]:
@@ -594,22 +663,6 @@ def curve_row(stats: StepStats, step: int, loss: float, speed: Speed, *, attempt
     }
 
 
-def measure(metrics: Metrics, stats: StepStats, speed: Speed, exchange_seconds: float, *, share: float, steps_per_epoch: int) -> None:
-    """One step's metrics; `share` is the part of the batch that this rank carries."""
-    metrics.add("steps_total")
-    metrics.add("samples_total", stats.samples * share)
-    metrics.add("data_wait_seconds_total", stats.data_wait_seconds)
-    metrics.add("reduce_seconds_total", exchange_seconds)
-    metrics.add("compute_seconds_total", max(0.0, stats.step_seconds - stats.data_wait_seconds - exchange_seconds))
-    metrics.observe("step_seconds", stats.step_seconds)
-    metrics.set("step", stats.steps_done)
-    metrics.set("epoch", stats.steps_done / steps_per_epoch)
-    metrics.set("learning_rate", stats.learning_rate)
-    metrics.set("images_per_second", speed.images_per_second * share)
-    if stats.losses:
-        metrics.set("loss", stats.losses[-1][1])
-
-
 def beat_stats(stats: StepStats, history: History, speed: Speed, own_seconds: float) -> dict[str, float]:
     accuracy = history.evaluations[-1]["test_accuracy"] if history.evaluations else float("nan")
     return {
@@ -633,6 +686,7 @@ def finish(
     history: History,
     curves: Curves,
     *,
+    ranks: list[dict[str, float]],
     stopped: bool,
     steps_done: int,
     call: Callable[..., Any],
@@ -648,6 +702,7 @@ def finish(
         "weights_sha256": sha256,
         "history": {k: v for k, v in asdict(history).items() if k not in ("evaluations", "guard")},
         "evaluation": last,
+        "ranks": ranks,
         "parameters": sum(p.numel() for p in model.parameters()),
         "cache": loader.cache,
         "backend": loader.backend_name,

@@ -7,8 +7,10 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
 from cluster import coordinator as module
+from cluster.agent import RankEnd
 from cluster.coordinator import Coordinator, RankInfo, StopVote
 from cluster.heartbeat import CoordinatorLost, Gate, Heartbeat, Orders
 from cluster.journal import read_journal
@@ -423,7 +426,8 @@ def test_a_new_coordinator_knows_what_the_dead_one_knew(tmp_path: Path, store: S
     assert (status.attempt, status.world_size, status.start_step) == (3, 2, 40)
     assert (status.last_commit_step, status.stop_reason, status.quarantined) == (44, "SIGTERM", 1)
     assert {rank: known.info for rank, known in status.ranks.items()} == {0: info(0), 1: info(1)}
-    assert [target["targets"] for target in heir.targets()][:2] == [["127.0.0.1:9000"], ["127.0.0.1:9001"]]
+    assert [target["targets"] for target in heir.targets()] == [["127.0.0.1:9000"], ["127.0.0.1:9001"], [heir.discovery_address()]]
+    assert json.loads((tmp_path / "run" / module.FILE_SD).read_text()) == heir.targets()
     save(heir, store, 48, attempt=3)
     assert heir.wait_committed(48, 10)
     for each in (dead, heir):
@@ -480,19 +484,109 @@ def test_prometheus_finds_the_ranks_of_the_current_attempt(tmp_path: Path, coord
     assert json.loads((tmp_path / "run" / module.FILE_SD).read_text()) == []
 
 
+def exposition(coordinator: Coordinator) -> dict[str, float]:
+    """Its series, without the labels that all of them have."""
+    with urllib.request.urlopen(f"http://{coordinator.discovery_address()}/metrics", timeout=10) as response:
+        lines = [line.rsplit(" ", 1) for line in response.read().decode().splitlines() if not line.startswith("#")]
+    everywhere = ('attempt="0"', 'rank="coordinator"', 'run="run"')
+    found = {}
+    for name, value in lines:
+        bare, _, labels = name.partition("{")
+        own = [label for label in labels.rstrip("}").split(",") if label not in everywhere]
+        found[bare.removeprefix("finetune_") + (f"{{{own[0]}}}" if own else "")] = float(value)
+    return found
+
+
+def counted(coordinator: Coordinator, name: str) -> dict[str, float]:
+    return {series: value for series, value in exposition(coordinator).items() if series.startswith(name) and value}
+
+
 def test_failures_restarts_and_commits_are_in_the_metrics(coordinator: Coordinator, store: Store) -> None:
     coordinator.start_attempt(1, 2, 0)
+    assert exposition(coordinator)['restarts_total{kind="hang"}'] == 0  # there before it happens, so that Prometheus sees it rise
     save(coordinator, store, 6)
     assert coordinator.drain(10)
-    coordinator.event("worker_failed", kind="killed", message="SIGKILL", last_step=7)
+    coordinator.event("attempt_failed", kind="infrastructure", message="SIGKILL", last_step=7)
+    assert counted(coordinator, "restarts_total") == {}  # no attempt has followed
     coordinator.start_attempt(2, 2, 6)
+    now = exposition(coordinator)
+    assert (now["checkpoint_commit_step"], now["checkpoint_commit_seconds_count"]) == (6, 1)
+    assert counted(coordinator, "restarts_total") == {'restarts_total{kind="infrastructure"}': 1}
+    assert counted(coordinator, "failures_total") == {'failures_total{kind="infrastructure"}': 1}
+    assert [event["last_step"] for event in events(store, "attempt_failed")] == [7]
+
+
+def test_a_restart_counts_under_what_ended_the_attempt_before_and_wrong_numbers_as_a_rollback(tmp_path: Path, store: Store) -> None:
+    generation = store.claim_generation()
+    first = Coordinator(str(tmp_path), "run", generation, 2)
+    for attempt, kind in enumerate(("numbers", "hang", "numbers", "", "of the future"), start=1):
+        first.start_attempt(attempt, 2, 0)
+        if kind:
+            first.event("attempt_failed", kind=kind, message="")
+    first.start_attempt(6, 2, 0)
+    first.event("attempt_paused", attempt=6, kind="grow", reason="there is room")
+    first.start_attempt(7, 3, 0)
+    restarts = {f'restarts_total{{kind="{kind}"}}': n for kind, n in {"numbers": 2, "hang": 1, "grow": 1, "other": 2}.items()}
+    failures = {f'failures_total{{kind="{kind}"}}': n for kind, n in {"numbers": 2, "hang": 1, "other": 1}.items()}
+    assert counted(first, "restarts_total") == restarts
+    assert counted(first, "failures_total") == failures
+    assert counted(first, "rollbacks_total") == {"rollbacks_total": 2}
+    # The one that takes up its work goes on counting, and knows what ended the attempt before the next.
+    first.event("attempt_failed", kind="preempted", message="")
+    heir = Coordinator(str(tmp_path), "run", generation, 2)
+    assert counted(heir, "restarts_total") == restarts
+    heir.start_attempt(8, 2, 0)
+    assert counted(heir, "restarts_total") == restarts | {'restarts_total{kind="preempted"}': 1}
+    assert counted(heir, "failures_total") == failures | {'failures_total{kind="preempted"}': 1}
+    assert counted(heir, "rollbacks_total") == {"rollbacks_total": 2}
+    # A driver that was started anew has its own count.
+    other = Coordinator(str(tmp_path), "run", store.claim_generation(), 2)
+    other.start_attempt(9, 2, 0)
+    assert counted(other, "restarts_total") == counted(other, "failures_total") == {}
+    for each in (first, heir, other):
+        each.close()
+
+
+def test_what_is_gone_is_no_target_and_has_no_series(tmp_path: Path, coordinator: Coordinator) -> None:
+    """Of a rank, Prometheus knows what its own server tells, and that ends with its process; what outlives it names no rank."""
+
+    def targets() -> list[str]:
+        with urllib.request.urlopen(f"http://{coordinator.discovery_address()}/sd", timeout=10) as response:
+            served = json.load(response)
+        assert json.loads((tmp_path / "run" / module.FILE_SD).read_text()) == served
+        return [target["labels"]["rank"] for target in served]
+
+    coordinator.start_attempt(1, 3, 0)
+    for rank in range(3):
+        coordinator.register(1, rank, info(rank))
+        coordinator.beat(1, rank, 5, None, {"loss": 1.0, "own_seconds": 1.0})
+    assert targets() == ["0", "1", "2", "coordinator"]
+    coordinator.rank_ended(1, 1, RankEnd(status=-9, error=None, killed_by_order=False))
+    assert targets() == ["0", "2", "coordinator"]  # at once, while the others are still being ended
+    coordinator.event("attempt_failed", kind="infrastructure", rank=1, message="SIGKILL")
+    coordinator.start_attempt(2, 2, 0)
+    assert targets() == ["coordinator"]  # those of the attempt before too, before any of the new ones is up
+    for rank in range(2):
+        coordinator.register(2, rank, info(rank))
+    assert targets() == ["0", "1", "coordinator"]
     with urllib.request.urlopen(f"http://{coordinator.discovery_address()}/metrics", timeout=10) as response:
-        text = response.read().decode()
-    labels = 'attempt="0",rank="coordinator",run="run"'
-    assert f"finetune_checkpoint_commit_step{{{labels}}} 6.0" in text
-    assert f"finetune_restarts_total{{{labels}}} 1.0" in text
-    assert 'finetune_failures_total{attempt="0",kind="killed",rank="coordinator",run="run"} 1.0' in text
-    assert [event["last_step"] for event in events(store, "worker_failed")] == [7]
+        series = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
+    assert len(series) > 20
+    for line in series:
+        assert 'rank="coordinator"' in line
+        assert 'attempt="0"' in line
+
+
+def test_a_thousand_ranks_are_one_answer_of_less_than_200_kb(coordinator: Coordinator) -> None:
+    coordinator.start_attempt(1, 1000, 0)
+    found = {rank: replace(info(rank), metrics_address=f"worker-{rank:04d}.ray-cluster.svc:40000") for rank in range(1000)}
+    with patch.object(Coordinator, "_write_targets"):  # the file has the same, test_what_is_gone says; a thousand times is long
+        for rank, where in found.items():
+            coordinator.register(1, rank, where)
+    with urllib.request.urlopen(f"http://{coordinator.discovery_address()}/sd", timeout=10) as response:
+        body = response.read()
+    assert len(body) < 200_000
+    assert [target["labels"]["rank"] for target in json.loads(body)] == [*map(str, range(1000)), "coordinator"]
 
 
 def test_what_goes_over_the_wire_can_be_pickled(coordinator: Coordinator) -> None:

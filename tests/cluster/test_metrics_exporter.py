@@ -10,28 +10,40 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from prometheus_client import generate_latest
 
 from cluster.exporter import Server, serve_discovery, serve_metrics, write_file_sd
-from cluster.metrics import LABELS, METRICS, PREFIX, Metrics
+from cluster.failures import Kind
+from cluster.metrics import CAUSES, LABELS, METRICS, OTHER, PREFIX, Metrics, most_series
+from dataio.sniff import KINDS
+from trainer.summary import accounting
 
 PROMTOOL, PROMETHEUS = shutil.which("promtool"), shutil.which("prometheus")
 
 
 def filled(owner: str, rank: int | str) -> Metrics:
+    """All that there can be."""
     metrics = Metrics("run-1", rank, 2, owner=owner)  # type: ignore[arg-type]
     for number, metric in enumerate(METRICS):
         if metric.owner == owner:
-            match metric.kind:
-                case "counter":
-                    metrics.add(metric.name, number, label="a kind" if metric.label else "")
-                case "gauge":
-                    metrics.set(metric.name, number, label="a kind" if metric.label else "")
-                case "histogram":
-                    metrics.observe(metric.name, number)
+            for label in metric.values or ("",):
+                match metric.kind:
+                    case "counter":
+                        metrics.add(metric.name, number, label=label)
+                    case "gauge":
+                        metrics.set(metric.name, number, label=label)
+                    case "histogram":
+                        metrics.observe(metric.name, number)
     return metrics
+
+
+def series(metrics: Metrics) -> list[str]:
+    """As they are scraped, without their values."""
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    return [line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")]
 
 
 def get(address: str, path: str = "/metrics") -> tuple[str, str]:
@@ -79,6 +91,57 @@ def test_names_follow_prometheus_and_are_unique() -> None:
         assert list(metric.buckets) == sorted(set(metric.buckets)), metric.name
         assert metric.kind != "histogram" or not metric.label, metric.name
         assert not any(bad in metric.name for bad in ("_ms", "_mb", "_percent", "_minutes")), metric.name
+
+
+@pytest.mark.parametrize("owner", ["rank", "coordinator"])
+def test_a_process_has_the_stated_number_of_series_and_no_label_makes_more(owner: Any) -> None:
+    metrics = filled(owner, 3)
+    assert len(series(metrics)) == len(set(series(metrics))) == most_series(owner)
+    for metric in METRICS:
+        if metric.owner == owner and metric.label:
+            for value in ("/home/somebody/photo-17.png", "sample 4711"):
+                (metrics.add if metric.kind == "counter" else metrics.set)(metric.name, 5, label=value)
+    assert len(series(metrics)) == most_series(owner)
+    assert len(series(Metrics("run-1", 3, 2, owner=owner))) < most_series(owner)
+
+
+def test_what_no_listed_value_fits_counts_as_other() -> None:
+    metrics = Metrics("run-1", 0, 2)
+    metrics.add("quarantined_samples_total", 2, label="bitten by a dog")
+    metrics.add("quarantined_samples_total", 3, label="struck by lightning")
+    metrics.add("quarantined_samples_total", label="truncated")
+    (family,) = (family for family in metrics.registry.collect() if family.name == "finetune_quarantined_samples")
+    assert {s.labels["reason"]: s.value for s in family.samples if s.value} == {"other": 5, "truncated": 1}
+
+
+def test_labels_have_the_values_that_their_sources_give() -> None:
+    values = {metric.name: metric.values for metric in METRICS if metric.label}
+    kinds = get_args(Kind)
+    assert values == {
+        "quarantined_samples_total": (*KINDS, OTHER),
+        "failures_total": (*kinds, OTHER),
+        "restarts_total": tuple(k for k in (*kinds, "grow", OTHER) if k not in ("data", "user")),  # these end the run
+        "run_seconds": CAUSES,
+    }
+    assert set(CAUSES) == set(accounting([], {}))
+    assert all(OTHER in each for each in values.values())
+
+
+def test_units_are_in_the_names() -> None:
+    units = {metric.name: metric.unit for metric in METRICS}
+    assert (units["step_seconds"], units["data_wait_seconds_total"], units["goodput_ratio"]) == ("seconds", "seconds", "ratio")
+    assert (units["images_per_second"], units["samples_total"], units["restarts_total"]) == ("images/second", "samples", "restarts")
+    assert (units["gpu_power_watts"], units["checkpoint_bytes"], units["read_bytes_total"]) == ("watts", "bytes", "bytes")
+    assert {name for name, unit in units.items() if not unit} == {"learning_rate", "gradient_norm"}  # which have none
+
+
+def test_a_value_that_is_not_known_any_more_is_gone_and_may_come_back() -> None:
+    metrics = Metrics("run-1", 0, 2)
+    metrics.set("gpu_power_watts", 300)
+    metrics.unset("gpu_power_watts")
+    assert not [name for name in series(metrics) if "gpu_power_watts" in name]
+    metrics.set("gpu_power_watts", 310)
+    assert metrics.registry.get_sample_value("finetune_gpu_power_watts", {"run": "run-1", "rank": "0", "attempt": "2"}) == 310
 
 
 def test_a_gauge_is_absent_until_it_is_set_and_a_counter_starts_at_zero(servers: list[Server]) -> None:
@@ -184,6 +247,14 @@ def test_a_real_prometheus_finds_and_scrapes_every_rank_both_ways(tmp_path: Path
         assert set(up) == wanted, (tmp_path / "log").read_text()[-2000:]
         losses = wait_for(address, 'finetune_loss{run="run-1",attempt="1"}', wanted, process)
         assert losses == {(job, rank): 0.5 + int(rank) for job, rank in wanted}
+        # A rank is gone: so are its series, and not only after Prometheus's five minutes.
+        gone = targets.pop()
+        assert gone["labels"]["rank"] == "1"
+        servers.pop(1).close()
+        write_file_sd(tmp_path / "targets.json", targets)
+        left = {(job, "0") for job in ("http", "file")}
+        assert set(wait_for(address, 'finetune_loss{run="run-1"}', left, process)) == left
+        assert set(wait_for(address, 'up{run="run-1"}', left, process)) == left
     finally:
         process.kill()
         process.wait(10)

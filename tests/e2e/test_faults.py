@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from cluster.ledger import read_ledger
 from tests.e2e.conftest import TRAIN_IMAGES
 from tests.e2e.running import Run, processes_of_session
+from trainer.predictions import PREDICTIONS_FILE, Predictions
 
 EPOCHS = 8
 STEPS_PER_EPOCH = TRAIN_IMAGES // 20
@@ -47,6 +48,10 @@ def test_a_run_ends_with_numbers_a_model_and_a_report(uninterrupted: Run) -> Non
     assert sum(map(sum, summary["confusion"])) == summary["test_count"] == 60
     assert summary["test_accuracy"] == sum(summary["confusion"][c][c] for c in range(10)) / 60
     assert abs(sum(summary["accounting"].values()) - summary["seconds"]) < 0.5
+    found = Predictions.from_parquet((uninterrupted.folder / PREDICTIONS_FILE).read_bytes())
+    assert found.is_complete
+    assert found.confusion(10).tolist() == summary["confusion"]
+    assert [(rank["steps"], rank["images"]) for rank in summary["ranks"]] == [(STEPS, EPOCHS * TRAIN_IMAGES / 2)] * 2
     for name in ("config.toml", "journal.jsonl", "curves.parquet", "report.html", "model/model.safetensors", "model/config.json"):
         assert (uninterrupted.folder / name).exists(), name
     assert_each_sample_once_an_epoch(uninterrupted)
@@ -58,6 +63,7 @@ def test_a_worker_killed_in_mid_epoch_changes_no_bit_and_loses_no_sample(uninter
     run.kill_worker(rank=1)
     assert run.finish() == 0, run.output()
     assert run.summary()["weights_sha256"] == uninterrupted.summary()["weights_sha256"]
+    assert (run.folder / PREDICTIONS_FILE).read_bytes() == (uninterrupted.folder / PREDICTIONS_FILE).read_bytes()
     assert run.summary()["restarts"] == 1
     assert run.summary()["recovery_seconds"] > 0
     failed = run.wait_for("attempt_failed")

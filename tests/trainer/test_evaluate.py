@@ -26,6 +26,7 @@ from trainer.export import export_model, load_export
 from trainer.loop import train_steps
 from trainer.model import Preprocess, head_of
 from trainer.optim import Ema, build_optimizer, set_trainable
+from trainer.predictions import Predictions
 from trainer.runs import find_run
 from trainer.worker import build, evaluate, evaluation_entry, make_order, make_repeatable, make_stepper
 
@@ -142,6 +143,18 @@ def test_the_runs_own_test_split_gives_the_numbers_of_its_summary(run: Path, cap
     shown = capsys.readouterr().out
     assert f"{100 * summary['test_accuracy']:.2f} % (as in summary.json)" in shown
     assert all(name in shown for name in CLASSES)
+
+
+def test_the_answer_to_each_image_can_be_had_and_they_add_up(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    file = tmp_path / "answers.parquet"
+    asked(capsys, str(run), "--predictions", str(file))
+    found = Predictions.from_parquet(file.read_bytes())
+    assert found.confusion(10).tolist() == summary["confusion"]
+    assert found.ids.tolist() == list(range(500))
+    assert list(found.keys) == open_dataset(SAMPLE).split("test").keys(range(500))
+    assert found.losses.astype(np.float64).mean() == pytest.approx(summary["test_loss"], rel=1e-6)
+    assert (found.about.split, found.about.dataset_fingerprint) == ("test", summary["dataset_fingerprint"])
 
 
 def test_the_numbers_are_those_of_counting_by_hand(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

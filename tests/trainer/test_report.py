@@ -19,21 +19,11 @@ from cluster.storage import open_storage
 from trainer.cli import to_toml
 from trainer.config import RunConfig
 from trainer.history import CURVE_SCHEMA
-from trainer.report import (
-    CURVE_POINTS,
-    SHOWN_CLASSES,
-    Html,
-    _by_attempt,
-    _spans_magnitudes,
-    _thinned,
-    main,
-    read_files,
-    render,
-    tag,
-    verdict,
-    write_report,
-)
-from trainer.runs import find_run
+from trainer.mistakes import SHOWN_CLASSES
+from trainer.page import Html, tag
+from trainer.plots import CURVE_POINTS, by_attempt, spans_magnitudes, thinned
+from trainer.report import main, read_files, render, verdict, write_report
+from trainer.run_folder import find_run
 
 CLASSES = ["cat", "dog", "bird"]
 CONFUSION = [[90, 8, 2], [5, 95, 0], [1, 0, 99]]
@@ -55,7 +45,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag != "meta":
+        if tag not in ("meta", "img"):
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -211,7 +201,8 @@ def test_text_from_the_data_stays_text(tmp_path: Path) -> None:
     bad = [{"key": HOSTILE, "reason": HOSTILE, "split": HOSTILE, "sample_id": 3}]
     folder = write_run(tmp_path / hostile_name, summary=summary, events=events, quarantined=bad)
     (folder / "config.toml").write_text(f"# {HOSTILE}\n")
-    harmless = page_of(write_run(tmp_path / "other", summary=summary_of()))
+    failed: list[tuple[str, dict[str, Any]]] = [("attempt_failed", {"kind": "x", "message": "y", "lost_steps": 3}), ("run_finished", {})]
+    harmless = page_of(write_run(tmp_path / "other", summary=summary_of(), events=failed))
     page = page_of(folder)
     assert set(page.elements) <= set(harmless.elements)
     assert not [attribute for attribute in page.attributes if attribute[1].startswith("on") or attribute[1] == "src"]
@@ -286,21 +277,21 @@ def test_a_failure_is_a_sentence_and_its_long_message_waits_to_be_opened(tmp_pat
 def test_a_curve_has_a_gap_where_nothing_was_computed() -> None:
     x = np.arange(10.0)
     attempt = np.array([1.0] * 4 + [2.0] * 6)
-    xs, ys = _by_attempt(x, 2 * x, attempt)
+    xs, ys = by_attempt(x, 2 * x, attempt)
     assert np.array_equal(xs, [0, 1, 2, 3, np.nan, 4, 5, 6, 7, 8, 9], equal_nan=True)
     assert np.array_equal(ys, 2 * xs, equal_nan=True)
-    xs, ys = _by_attempt(np.arange(50_000.0), np.ones(50_000), np.repeat(np.arange(10.0), 5_000))
+    xs, ys = by_attempt(np.arange(50_000.0), np.ones(50_000), np.repeat(np.arange(10.0), 5_000))
     assert len(xs) <= CURVE_POINTS + 10
     assert np.isnan(ys).sum() == 9
-    xs, _ = _by_attempt(np.zeros(0), np.zeros(0), np.zeros(0))
+    xs, _ = by_attempt(np.zeros(0), np.zeros(0), np.zeros(0))
     assert not np.isfinite(xs).any()
 
 
 def test_a_loss_that_spans_magnitudes_is_drawn_on_a_logarithmic_axis() -> None:
-    assert _spans_magnitudes(np.array([70.0, 1.0, 0.5, 0.1, np.nan]))
-    assert not _spans_magnitudes(np.array([2.3, 1.0, 0.5, 0.3]))
-    assert not _spans_magnitudes(np.array([70.0, 1.0, 0.5, 0.0]))  # a zero has no logarithm
-    assert not _spans_magnitudes(np.full(3, np.nan))
+    assert spans_magnitudes(np.array([70.0, 1.0, 0.5, 0.1, np.nan]))
+    assert not spans_magnitudes(np.array([2.3, 1.0, 0.5, 0.3]))
+    assert not spans_magnitudes(np.array([70.0, 1.0, 0.5, 0.0]))  # a zero has no logarithm
+    assert not spans_magnitudes(np.full(3, np.nan))
 
 
 def test_a_run_without_failures_says_so(tmp_path: Path) -> None:
@@ -379,7 +370,7 @@ def test_weakest_classes_come_first(tmp_path: Path) -> None:
 def test_thinning_keeps_ends_and_mean(values: list[float]) -> None:
     y = np.array(values, dtype=np.float64)
     x = np.arange(len(values), dtype=np.float64)
-    thin_x, thin_y = _thinned(x, y)
+    thin_x, thin_y = thinned(x, y)
     known = y[np.isfinite(y)]
     assert len(thin_x) == len(thin_y) <= CURVE_POINTS
     assert np.isfinite(thin_y).all()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trainer.config import RunConfig, TrainConfig
 from trainer.progress import summary_rows
-from trainer.summary import accounting, restarts, sessions, summarise, wall_seconds
+from trainer.summary import Span, accounting, restarts, sessions, summarise, timeline, wall_seconds
 
 HISTORY = ("step_seconds", "data_wait_seconds", "checkpoint_stall_seconds", "evaluation_seconds")
 
@@ -119,6 +119,27 @@ def test_every_second_of_any_run_is_counted_once(story: Story, shares: list[int]
     assert parts["steps"] + parts["data_wait"] == pytest.approx(history["step_seconds"], abs=1e-9)
     assert parts["checkpoint_stall"] == pytest.approx(history["checkpoint_stall_seconds"], abs=1e-9)
     assert parts["evaluation"] == pytest.approx(history["evaluation_seconds"], abs=1e-9)
+    agree(story.events, parts)
+
+
+def agree(events: list[dict[str, Any]], parts: dict[str, float]) -> None:
+    """The timeline has no gaps, and says what the account says."""
+    told = timeline(events)
+    totals = dict.fromkeys(("start_up", "compile", "recovery", "resize", "hang", "training", "lost_work", "other"), 0.0)
+    for spans, session in zip(told, sessions(events), strict=True):
+        began = session[0].get("process_started", session[0]["time"])
+        edges = [began, *(span.end for span in spans)]
+        assert [span.begin for span in spans] == edges[:-1]
+        assert edges[-1] == session[-1]["time"]
+        assert all(span.seconds > 0 for span in spans)
+        for span in spans:
+            totals[span.cause] += span.seconds
+    for cause in ("start_up", "compile", "recovery", "resize", "hang"):
+        assert totals[cause] == pytest.approx(parts[cause], abs=1e-6), cause
+    assert totals["lost_work"] >= parts["lost_work"] - 1e-6
+    in_steps = ("steps", "data_wait", "exchange_wait", "checkpoint_stall", "evaluation")
+    rest = sum(parts[cause] for cause in (*in_steps, "lost_work", "other"))
+    assert totals["training"] + totals["lost_work"] + totals["other"] == pytest.approx(rest, abs=1e-6)
 
 
 NAMES = (
@@ -164,6 +185,7 @@ def test_a_journal_and_a_history_that_contradict_each_other_still_add_up(events:
     wall = wall_seconds(events)
     assert all(value >= 0 for value in parts.values()), parts
     assert sum(parts.values()) == pytest.approx(wall, abs=1e-6)
+    agree(events, parts)
     summary = summarise(config=RunConfig(), status="finished", events=events, result={"history": history}, facts={})
     assert summary["goodput"] is None or 0 <= summary["goodput"] <= 1
 
@@ -209,6 +231,26 @@ def test_a_killed_worker_costs_recovery_and_lost_work() -> None:
         "lost_work": 7.0,
         "other": 58.0 - 23 - 2 - 1 - 3 - 15 - 4 - 7,
     }
+
+
+def test_the_timeline_says_when_the_seconds_were_lost() -> None:
+    spans = (
+        (95, 110, "start_up"),
+        (110, 130, "training"),
+        (130, 137, "lost_work"),
+        (137, 141, "recovery"),
+        (141, 152, "training"),
+        (152, 153, "other"),
+    )
+    assert timeline(KILLED_ONCE) == [[Span(*map(float, span[:2]), str(span[2])) for span in spans]]
+
+
+def test_a_failure_on_the_way_back_belongs_to_the_recovery() -> None:
+    events = [*KILLED_ONCE[:6], at(140, "attempt_failed"), at(143, "attempt_started", attempt=3, start_step=20)]
+    parts = accounting([*events, at(145, "training_started"), *KILLED_ONCE[7:]], {})
+    assert (parts["recovery"], parts["lost_work"]) == (8.0, 7.0)
+    parts = accounting(events, {})  # and where it never got there
+    assert parts["recovery"] == 6.0
 
 
 def test_compiling_is_told_apart_from_steps_and_from_starting() -> None:

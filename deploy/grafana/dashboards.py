@@ -1,0 +1,836 @@
+"""The three dashboards: Run (is it learning, how fast, what is lost), Cluster (each rank, stragglers, hardware, failures), Data (the input
+pipeline, quarantine). Only content; panels.py says what a panel is, model.py makes Grafana's JSON.
+
+A panel shows a number of series that does not grow with the run: quantiles over ranks, and tables of the ten worst.
+"""
+
+from deploy.grafana.panels import Annotation, Dashboard, Needs, Panel, Query, Row, Unit, Variable
+
+R = '{run="$run"}'
+RANK = '{run="$run",rank=~"$rank"}'
+FIRST = '{run="$run",rank="0"}'
+"""Where all ranks say the same."""
+I = "[$__rate_interval]"  # noqa: E741
+GREEN, ORANGE, RED = "green", "orange", "red"
+MANY = 20
+"""Lines of a panel that shows chosen ranks, however many are chosen."""
+
+
+def per_step(metric: str) -> str:
+    """Seconds a step and rank."""
+    return f"sum(rate({{{metric}}}{R}{I})) / sum(rate({{steps_total}}{R}{I}))"
+
+
+def by_rank(metric: str) -> str:
+    return f"sum by (rank) (rate({{{metric}}}{R}{I}))"
+
+
+def spread(expr: str, *, needs: Needs = "") -> tuple[Query, ...]:
+    """What 1,000 ranks come to: the extremes and the middle."""
+    return tuple(
+        Query(expr=f"{how}{expr})", legend=legend, needs=needs)
+        for how, legend in (("max(", "highest rank"), ("quantile(0.5, ", "median rank"), ("min(", "lowest rank"))
+    )
+
+
+def number(
+    title: str,
+    description: str,
+    query: Query,
+    *,
+    unit: Unit = "short",
+    thresholds: tuple[tuple[float, str], ...] = (),
+    base: str = GREEN,
+    decimals: int | None = None,
+    width: int = 3,
+    dates: bool = False,
+) -> Panel:
+    return Panel(
+        title=title,
+        description=description,
+        queries=(query,),
+        kind="stat",
+        unit=unit,
+        thresholds=thresholds,
+        base=base,
+        decimals=decimals,
+        width=width,
+        height=4,
+        dates=dates,
+    )
+
+
+def worst(title: str, description: str, expr: str, column: str, *, unit: Unit, smallest_first: bool = False) -> Panel:
+    return Panel(
+        title=title,
+        description=description,
+        queries=(Query(expr=expr, legend=column, instant=True),),
+        kind="table",
+        unit=unit,
+        sort_by=column,
+        smallest_first=smallest_first,
+    )
+
+
+RUN_VARIABLE = Variable(name="run", label="Run", values_of="{workers}", help="A run that Prometheus knows in the chosen time.")
+RANK_VARIABLE = Variable(
+    name="rank",
+    label="Ranks",
+    values_of='{start_time_seconds}{run="$run"}',
+    help=f"Ranks of the panels that show single ones; the first {MANY} of them by value are drawn.",
+    multiple=True,
+)
+
+ANNOTATIONS = (
+    Annotation(
+        name="Failures",
+        expr=f"round(sum by (kind) (increase({{failures_total}}{R}{I}))) > 0",
+        title="failure: {{kind}}",
+        color=RED,
+    ),
+    Annotation(
+        name="Restarts",
+        expr=f"round(sum by (kind) (increase({{restarts_total}}{R}{I}))) > 0",
+        title="new attempt after: {{kind}}",
+        color=ORANGE,
+    ),
+    Annotation(
+        name="Changes of the number of workers",
+        expr=f"sum(changes({{workers}}{R}{I})) > 0",
+        title="number of workers changed",
+        color="blue",
+        needs="resize",
+    ),
+)
+
+SUMMARY = Row(
+    title="Now",
+    panels=(
+        number(
+            "Progress",
+            "Global step over the steps that the whole run does.",
+            Query(expr=f"max({{step}}{R}) / max({{planned_steps}}{R})", legend="done"),
+            unit="percentunit",
+            decimals=1,
+            base="blue",
+        ),
+        number(
+            "Time to go",
+            "Steps that are left over the steps a second of now. Evaluations and restarts come on top.",
+            Query(
+                expr=f"(max({{planned_steps}}{R}) - max({{step}}{R})) / max(rate({{steps_total}}{R}{I}))",
+                legend="to go",
+            ),
+            unit="s",
+            decimals=0,
+            base="blue",
+        ),
+        number(
+            "Test accuracy",
+            "Top-1 on the test split, as of the newest evaluation.",
+            Query(expr=f"max({{test_accuracy_ratio}}{R})", legend="accuracy", needs="evaluation"),
+            unit="percentunit",
+            decimals=2,
+            base="blue",
+        ),
+        number(
+            "Images/s",
+            "Images trained on a second, all ranks together.",
+            Query(expr=f"sum({{images_per_second}}{R})", legend="images/s"),
+            unit="images/s",
+            decimals=0,
+            base="blue",
+        ),
+        number(
+            "Goodput",
+            "Useful step time over wall time since the run began. Under 90 % FinetuneGoodputLow fires.",
+            Query(expr=f"min({{goodput_ratio}}{R})", legend="goodput"),
+            unit="percentunit",
+            decimals=1,
+            base=RED,
+            thresholds=((0.8, ORANGE), (0.9, GREEN)),
+        ),
+        number(
+            "Workers",
+            "Ranks of the current attempt.",
+            Query(expr=f"max({{workers}}{R})", legend="workers"),
+            unit="none",
+            decimals=0,
+            base="blue",
+        ),
+        number(
+            "Restarts",
+            "Attempts after the first of this driver, whatever ended the one before; why is on the Cluster dashboard.",
+            Query(expr=f"sum({{restarts_total}}{R})", legend="restarts"),
+            unit="none",
+            decimals=0,
+            thresholds=((1, ORANGE), (5, RED)),
+        ),
+        number(
+            "Since last checkpoint",
+            "Work younger than this is lost if the run is killed now.",
+            Query(expr=f"time() - max({{checkpoint_commit_time_seconds}}{R})", legend="age"),
+            unit="s",
+            decimals=0,
+            thresholds=((900, ORANGE), (1800, RED)),
+        ),
+    ),
+)
+
+RUN = Dashboard(
+    name="run",
+    title="Fine-tuning / Run",
+    description="Is it learning, how fast, and what is lost?",
+    variables=(RUN_VARIABLE,),
+    annotations=ANNOTATIONS,
+    rows=(
+        SUMMARY,
+        Row(
+            title="Is it learning?",
+            panels=(
+                Panel(
+                    title="Loss",
+                    description="Mean training loss of the newest logged step, and the mean loss on the test split at each evaluation.",
+                    queries=(
+                        Query(expr=f"max({{loss}}{FIRST})", legend="training"),
+                        Query(expr=f"max({{test_loss}}{R})", legend="test", needs="evaluation"),
+                    ),
+                    width=12,
+                    height=9,
+                    decimals=3,
+                ),
+                Panel(
+                    title="Test accuracy over time",
+                    description="Top-1 on the test split, at each evaluation.",
+                    queries=(Query(expr=f"max({{test_accuracy_ratio}}{R})", legend="accuracy", needs="evaluation"),),
+                    unit="percentunit",
+                    width=12,
+                    height=9,
+                ),
+                Panel(
+                    title="Learning rate",
+                    description="Of the newest logged step.",
+                    queries=(Query(expr=f"max({{learning_rate}}{FIRST})", legend="learning rate"),),
+                    minimum=0,
+                ),
+                Panel(
+                    title="Gradient norm",
+                    description="L2 norm before any clipping, every few seconds. A rise by powers of ten comes before a diverging loss.",
+                    queries=(Query(expr=f"max({{gradient_norm}}{R})", legend="gradient norm"),),
+                    log_scale=True,
+                ),
+                Panel(
+                    title="Epoch and steps",
+                    description="Epochs as a fraction. It goes back where an attempt begins again from a checkpoint.",
+                    queries=(Query(expr=f"max({{epoch}}{R})", legend="epoch"),),
+                    minimum=0,
+                ),
+            ),
+        ),
+        Row(
+            title="How fast?",
+            panels=(
+                Panel(
+                    title="Images a second",
+                    description="All ranks together: as Prometheus counts (falls in evaluations and restarts), and as ranks measure it "
+                    "over their newest steps.",
+                    queries=(
+                        Query(expr=f"sum(rate({{samples_total}}{R}{I}))", legend="over all time"),
+                        Query(expr=f"sum({{images_per_second}}{R})", legend="while stepping"),
+                    ),
+                    unit="images/s",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Where a step's time goes",
+                    description="Seconds a step, mean over ranks. Wait for others is the exchange of gradients, slower ranks included; "
+                    "checkpoint is what a step waits for a snapshot.",
+                    queries=(
+                        Query(expr=per_step("forward_backward_seconds_total"), legend="forward + backward"),
+                        Query(expr=per_step("optimizer_seconds_total"), legend="optimiser"),
+                        Query(expr=per_step("reduce_seconds_total"), legend="wait for others"),
+                        Query(expr=per_step("data_wait_seconds_total"), legend="wait for data"),
+                        Query(expr=per_step("checkpoint_stall_seconds_total"), legend="checkpoint"),
+                    ),
+                    unit="s",
+                    stacked=True,
+                    minimum=0,
+                ),
+                Panel(
+                    title="Step time",
+                    description="Quantiles of the wall time of steps, over all ranks, from a histogram: exact to its buckets.",
+                    queries=tuple(
+                        Query(expr=f"histogram_quantile({q}, sum by (le) (rate({{step_seconds_bucket}}{R}{I})))", legend=legend)
+                        for q, legend in ((0.99, "99 %"), (0.9, "90 %"), (0.5, "median"))
+                    ),
+                    unit="s",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Model FLOP/s utilisation",
+                    description="FLOP/s of the model over the device's peak, mean over ranks; there where the peak is known.",
+                    queries=(Query(expr=f"avg({{mfu_ratio}}{R})", legend="MFU", needs="peak"),),
+                    unit="percentunit",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Outside of steps",
+                    description="Share of the ranks' time in evaluations, counted when each ends, and in waiting for checkpoints.",
+                    queries=(
+                        Query(expr=f"avg(rate({{evaluation_seconds_total}}{R}{I}))", legend="evaluation"),
+                        Query(expr=f"avg(rate({{checkpoint_stall_seconds_total}}{R}{I}))", legend="checkpoint"),
+                    ),
+                    unit="percentunit",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Steps a second",
+                    description="Of the fastest rank; all ranks step together.",
+                    queries=(Query(expr=f"max(rate({{steps_total}}{R}{I}))", legend="steps/s"),),
+                    unit="steps/s",
+                    minimum=0,
+                ),
+            ),
+        ),
+        Row(
+            title="What is lost?",
+            panels=(
+                Panel(
+                    title="Where the run's time went",
+                    description="Every second since the run began, by cause; `steps` are the useful ones.",
+                    queries=(Query(expr=f"sort_desc(max by (cause) ({{run_seconds}}{R}) > 0)", legend="{{cause}}", instant=True),),
+                    kind="bargauge",
+                    unit="s",
+                    minimum=0,
+                    base="blue",
+                ),
+                Panel(
+                    title="Goodput over time",
+                    description="Useful step time over wall time since the run began.",
+                    queries=(Query(expr=f"min({{goodput_ratio}}{R})", legend="goodput"),),
+                    unit="percentunit",
+                    minimum=0,
+                    maximum=1,
+                    base=RED,
+                    thresholds=((0.9, GREEN),),
+                    threshold_line=True,
+                ),
+                Panel(
+                    title="Lost time",
+                    description="Seconds lost since the run began, by cause; waits inside steps are above.",
+                    queries=(
+                        Query(
+                            expr='max by (cause) ({run_seconds}{run="$run",cause!~"steps|data_wait|exchange_wait"} > 0)',
+                            legend="{{cause}}",
+                        ),
+                    ),
+                    unit="s",
+                    stacked=True,
+                    minimum=0,
+                ),
+                Panel(
+                    title="Steps: done and saved",
+                    description="The distance between the two lines is what a crash loses.",
+                    queries=(
+                        Query(expr=f"max({{step}}{R})", legend="done"),
+                        Query(expr=f"max({{checkpoint_commit_step}}{R})", legend="in a checkpoint"),
+                    ),
+                    unit="none",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Checkpoint: time to write and to commit",
+                    description="90 % quantiles; both are off the step path.",
+                    queries=(
+                        Query(
+                            expr=f"histogram_quantile(0.9, sum by (le) ({{checkpoint_stage_seconds_bucket}}{R}))",
+                            legend="a rank writes its files",
+                        ),
+                        Query(
+                            expr=f"histogram_quantile(0.9, sum by (le) ({{checkpoint_commit_seconds_bucket}}{R}))",
+                            legend="last receipt to commit",
+                        ),
+                    ),
+                    unit="s",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Checkpoint: size and failures",
+                    description="Size of the newest commit, and how many checkpoints could not be committed.",
+                    queries=(
+                        Query(expr=f"max({{checkpoint_bytes}}{R})", legend="size", instant=True),
+                        Query(expr=f"sum({{checkpoint_failures_total}}{R})", legend="failed", instant=True),
+                        Query(expr=f"sum({{rollbacks_total}}{R})", legend="rollbacks", instant=True),
+                    ),
+                    kind="table",
+                    unit="none",
+                    units={"size": "bytes"},
+                ),
+                Panel(
+                    title="Firing alerts",
+                    description="Of this run; what to do is in docs/alerts.md.",
+                    queries=(
+                        Query(
+                            expr='sum by (alertname, severity) (ALERTS{run="$run",alertstate="firing"})',
+                            legend="firing",
+                            instant=True,
+                            needs="alert",
+                        ),
+                    ),
+                    kind="table",
+                    unit="none",
+                    width=24,
+                    height=6,
+                ),
+            ),
+        ),
+        Row(
+            title="All runs",
+            panels=(
+                Panel(
+                    title="All runs",
+                    description="That are up now.",
+                    queries=(
+                        Query(expr="max by (run) ({workers})", legend="workers", instant=True),
+                        Query(expr="max by (run) ({step}) / max by (run) ({planned_steps})", legend="progress", instant=True),
+                        Query(expr="max by (run) ({test_accuracy_ratio})", legend="accuracy", instant=True, needs="evaluation"),
+                        Query(expr='max by (run) ({loss}{rank="0"})', legend="loss", instant=True),
+                        Query(expr="sum by (run) ({images_per_second})", legend="images/s", instant=True),
+                        Query(expr="min by (run) ({goodput_ratio})", legend="goodput", instant=True),
+                        Query(expr="sum by (run) ({restarts_total})", legend="restarts", instant=True),
+                    ),
+                    kind="table",
+                    unit="none",
+                    units={
+                        "progress": "percentunit",
+                        "accuracy": "percentunit",
+                        "goodput": "percentunit",
+                        "images/s": "images/s",
+                        "loss": "short",
+                    },
+                    width=24,
+                    height=8,
+                ),
+            ),
+        ),
+    ),
+)
+
+CLUSTER = Dashboard(
+    name="cluster",
+    title="Fine-tuning / Cluster",
+    description="Each rank, stragglers, hardware, failures.",
+    variables=(RUN_VARIABLE, RANK_VARIABLE),
+    annotations=ANNOTATIONS,
+    rows=(
+        Row(
+            title="Now",
+            panels=(
+                number(
+                    "Workers",
+                    "Ranks of the current attempt.",
+                    Query(expr=f"max({{workers}}{R})", legend="workers"),
+                    unit="none",
+                    base="blue",
+                    width=4,
+                ),
+                number(
+                    "Processes that answer",
+                    "Ranks and coordinator, of those that Prometheus knows.",
+                    Query(expr=f"avg(up{R})", legend="up"),
+                    unit="percentunit",
+                    base=RED,
+                    thresholds=((0.999, GREEN),),
+                    decimals=0,
+                    width=4,
+                ),
+                number(
+                    "Straggler skew",
+                    "The slowest rank's own work on a step over the ranks' median. Above 1.5 FinetuneStraggler fires.",
+                    Query(expr=f"max({{straggler_skew_ratio}}{R})", legend="skew"),
+                    thresholds=((1.2, ORANGE), (1.5, RED)),
+                    decimals=2,
+                    width=4,
+                ),
+                number(
+                    "Failures",
+                    "Of attempts, counted by this driver.",
+                    Query(expr=f"sum({{failures_total}}{R})", legend="failures"),
+                    unit="none",
+                    thresholds=((1, ORANGE), (5, RED)),
+                    width=4,
+                ),
+                number(
+                    "Attempt since",
+                    "How long ago the youngest rank of the current attempt started.",
+                    Query(expr=f"time() - max({{start_time_seconds}}{R})", legend="age"),
+                    unit="s",
+                    base="blue",
+                    decimals=0,
+                    width=4,
+                ),
+                number(
+                    "Last commit",
+                    "When the newest checkpoint was committed.",
+                    Query(expr=f"max({{checkpoint_commit_time_seconds}}{R}) * 1000", legend="commit"),
+                    unit="none",
+                    base="blue",
+                    width=4,
+                    dates=True,
+                ),
+            ),
+        ),
+        Row(
+            title="Ranks",
+            panels=(
+                Panel(
+                    title="Own work a step",
+                    description="Seconds of forward, backward and optimiser, by rank. Ranks wait for the highest.",
+                    queries=spread(f"{by_rank('compute_seconds_total')} / {by_rank('steps_total')}"),
+                    unit="s",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Wait for others a step",
+                    description="Seconds by rank. A straggler is the one that waits least.",
+                    queries=spread(f"{by_rank('reduce_seconds_total')} / {by_rank('steps_total')}"),
+                    unit="s",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Straggler skew over time",
+                    description="The slowest rank's own work over the median; 1 where all are equally fast.",
+                    queries=(Query(expr=f"max({{straggler_skew_ratio}}{R})", legend="skew"),),
+                    minimum=1,
+                    thresholds=((1.5, RED),),
+                    threshold_line=True,
+                ),
+                worst(
+                    "Slowest ranks",
+                    "The ten with the most work of their own a step.",
+                    f"topk(10, {by_rank('compute_seconds_total')} / {by_rank('steps_total')})",
+                    "own work",
+                    unit="s",
+                ),
+                worst(
+                    "Ranks behind",
+                    "The ten that have fewest global steps. After a lost rank its series end, so that only living ones are here.",
+                    f"bottomk(10, max by (rank) ({{step}}{R}))",
+                    "step",
+                    unit="none",
+                    smallest_first=True,
+                ),
+                Panel(
+                    title="Silent processes",
+                    description="Targets that Prometheus cannot scrape, of those that the run says it has.",
+                    queries=(
+                        Query(
+                            expr=f"topk(10, max by (rank, instance) (1 - up{R}) > 0)",
+                            legend="down",
+                            instant=True,
+                            needs="down target",
+                        ),
+                    ),
+                    kind="table",
+                    unit="none",
+                ),
+            ),
+        ),
+        Row(
+            title="Failures",
+            panels=(
+                Panel(
+                    title="Workers: wanted and there",
+                    description="Ranks that the attempt has, and processes of it that answer (the coordinator is not counted).",
+                    queries=(
+                        Query(expr=f"max({{workers}}{R})", legend="wanted"),
+                        Query(expr='sum(up{run="$run",rank!="coordinator"})', legend="answer"),
+                    ),
+                    unit="none",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Failures by kind",
+                    description="Of attempts: infrastructure, preempted, hang, numbers, data, user.",
+                    queries=(Query(expr=f"sum by (kind) ({{failures_total}}{R}) > 0", legend="{{kind}}", needs="failure"),),
+                    unit="none",
+                    stacked=True,
+                    minimum=0,
+                ),
+                Panel(
+                    title="Restarts by cause",
+                    description="Attempts after the first, by what ended the one before; `grow` is room for more workers.",
+                    queries=(Query(expr=f"sum by (kind) ({{restarts_total}}{R}) > 0", legend="{{kind}}", needs="failure"),),
+                    unit="none",
+                    stacked=True,
+                    minimum=0,
+                ),
+            ),
+        ),
+        Row(
+            title="Hardware",
+            panels=(
+                Panel(
+                    title="Host memory of a rank",
+                    description="Resident memory of the ranks' processes, shared libraries included.",
+                    queries=spread(f"{{host_memory_bytes}}{R}"),
+                    unit="bytes",
+                    minimum=0,
+                ),
+                Panel(
+                    title="GPU memory",
+                    description="Memory in use on the ranks' GPUs by anybody, and the most that a rank's tensors have taken.",
+                    queries=(
+                        Query(expr=f"max({{gpu_memory_used_bytes}}{R})", legend="in use, highest rank", needs="gpu"),
+                        Query(expr=f"quantile(0.5, {{gpu_memory_used_bytes}}{R})", legend="in use, median rank", needs="gpu"),
+                        Query(expr=f"max({{device_memory_bytes}}{R})", legend="tensors, highest rank", needs="gpu"),
+                    ),
+                    unit="bytes",
+                    minimum=0,
+                ),
+                Panel(
+                    title="GPU utilisation",
+                    description="Share of time in which a kernel ran (NVML).",
+                    queries=spread(f"{{gpu_utilization_ratio}}{R}", needs="gpu"),
+                    unit="percentunit",
+                    minimum=0,
+                    maximum=1,
+                ),
+                Panel(
+                    title="GPU power",
+                    description="All GPUs of the run together, and the highest one.",
+                    queries=(
+                        Query(expr=f"sum({{gpu_power_watts}}{R})", legend="all", needs="gpu"),
+                        Query(expr=f"max({{gpu_power_watts}}{R})", legend="highest rank", needs="gpu"),
+                    ),
+                    unit="watt",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Model FLOP/s utilisation",
+                    description="By rank; there where the device's peak is known.",
+                    queries=spread(f"{{mfu_ratio}}{R}", needs="peak"),
+                    unit="percentunit",
+                    minimum=0,
+                ),
+                worst(
+                    "Most host memory",
+                    "The ten ranks with the most.",
+                    f"topk(10, max by (rank) ({{host_memory_bytes}}{R}))",
+                    "memory",
+                    unit="bytes",
+                ),
+            ),
+        ),
+        Row(
+            title="Chosen ranks (variable Ranks)",
+            panels=(
+                Panel(
+                    title="Images a second of chosen ranks",
+                    description=f"The {MANY} fastest of those chosen above.",
+                    queries=(Query(expr=f"topk({MANY}, max by (rank) ({{images_per_second}}{RANK}))", legend="rank {{rank}}"),),
+                    unit="images/s",
+                    width=12,
+                    minimum=0,
+                ),
+                Panel(
+                    title="Own work a step of chosen ranks",
+                    description=f"The {MANY} slowest of those chosen above.",
+                    queries=(
+                        Query(
+                            expr=f"topk({MANY}, sum by (rank) (rate({{compute_seconds_total}}{RANK}{I}))"
+                            f" / sum by (rank) (rate({{steps_total}}{RANK}{I})))",
+                            legend="rank {{rank}}",
+                        ),
+                    ),
+                    unit="s",
+                    width=12,
+                    minimum=0,
+                ),
+            ),
+        ),
+    ),
+)
+
+WAIT = f"{by_rank('data_wait_seconds_total')} / {by_rank('step_seconds_sum')}"
+
+DATA = Dashboard(
+    name="data",
+    title="Fine-tuning / Data",
+    description="The input pipeline, streaming, and samples that were set aside.",
+    variables=(RUN_VARIABLE,),
+    annotations=ANNOTATIONS,
+    rows=(
+        Row(
+            title="Now",
+            panels=(
+                number(
+                    "Waiting for data",
+                    "Share of the steps' time. Above 30 % FinetuneDataWait fires.",
+                    Query(expr=f"sum(rate({{data_wait_seconds_total}}{R}{I})) / sum(rate({{step_seconds_sum}}{R}{I}))", legend="wait"),
+                    unit="percentunit",
+                    thresholds=((0.1, ORANGE), (0.3, RED)),
+                    decimals=1,
+                    width=4,
+                ),
+                number(
+                    "Images a second",
+                    "All ranks together, over all time.",
+                    Query(expr=f"sum(rate({{samples_total}}{R}{I}))", legend="images/s"),
+                    unit="images/s",
+                    base="blue",
+                    decimals=0,
+                    width=4,
+                ),
+                number(
+                    "Images of this attempt",
+                    "That its ranks trained on.",
+                    Query(expr=f"sum({{samples_total}}{R})", legend="images"),
+                    base="blue",
+                    width=4,
+                ),
+                number(
+                    "Set aside",
+                    "Distinct samples that could not be read, over all ranks and attempts; which ones is in quarantine.jsonl.",
+                    Query(expr=f"max({{run_quarantined_samples}}{R})", legend="samples"),
+                    unit="none",
+                    thresholds=((1, ORANGE),),
+                    decimals=0,
+                    width=4,
+                ),
+                number(
+                    "Loaders' memory",
+                    "Images that all ranks hold: decoded, or row groups held or being read.",
+                    Query(expr=f"sum({{loader_memory_bytes}}{R})", legend="memory"),
+                    unit="bytes",
+                    base="blue",
+                    width=4,
+                ),
+                number(
+                    "Epoch",
+                    "As a fraction.",
+                    Query(expr=f"max({{epoch}}{R})", legend="epoch"),
+                    unit="none",
+                    base="blue",
+                    decimals=2,
+                    width=4,
+                ),
+            ),
+        ),
+        Row(
+            title="Does the input keep up?",
+            panels=(
+                Panel(
+                    title="Waiting for data, by rank",
+                    description="Share of the steps' time, by rank. Above the line FinetuneDataWait fires.",
+                    queries=spread(WAIT),
+                    unit="percentunit",
+                    minimum=0,
+                    thresholds=((0.3, RED),),
+                    threshold_line=True,
+                ),
+                Panel(
+                    title="Images a second, and without any wait",
+                    description="While stepping, all ranks together; and what it would be if no step waited for its batch.",
+                    queries=(
+                        Query(expr=f"sum(rate({{samples_total}}{R}{I})) / avg(rate({{step_seconds_sum}}{R}{I}))", legend="as it is"),
+                        Query(
+                            expr=f"sum(rate({{samples_total}}{R}{I}))"
+                            f" / (avg(rate({{step_seconds_sum}}{R}{I})) - avg(rate({{data_wait_seconds_total}}{R}{I})))",
+                            legend="without waiting for data",
+                        ),
+                    ),
+                    unit="images/s",
+                    minimum=0,
+                ),
+                worst(
+                    "Ranks that wait most",
+                    "The ten with the largest share of their steps' time.",
+                    f"topk(10, {WAIT})",
+                    "waiting",
+                    unit="percentunit",
+                ),
+            ),
+        ),
+        Row(
+            title="Reading and decoding",
+            panels=(
+                Panel(
+                    title="Decoding",
+                    description="Seconds that the loader's threads spend a second, mean over ranks; near 0 once images are cached.",
+                    queries=(Query(expr=f"avg(rate({{decode_seconds_total}}{R}{I}))", legend="decoding"),),
+                    unit="s",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Read",
+                    description="Bytes of row groups a second, all ranks together; one that is read again counts again.",
+                    queries=(Query(expr=f"sum(rate({{read_bytes_total}}{R}{I}))", legend="read"),),
+                    unit="Bps",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Batches wait for reads",
+                    description="Seconds a second that the making of batches waits for a streamed data set; the steps wait only where "
+                    "batches run out.",
+                    queries=spread(by_rank("read_wait_seconds_total")),
+                    unit="s",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Loader's memory",
+                    description="By rank: what is held of images, decoded or as row groups.",
+                    queries=spread(f"{{loader_memory_bytes}}{R}"),
+                    unit="bytes",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Evaluation",
+                    description="Seconds of evaluation since the attempt began, mean over ranks; it reads the test split.",
+                    queries=(Query(expr=f"avg({{evaluation_seconds_total}}{R})", legend="evaluation"),),
+                    unit="s",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Images by rank",
+                    description="Images a second that ranks trained on.",
+                    queries=spread(by_rank("samples_total")),
+                    unit="images/s",
+                    minimum=0,
+                ),
+            ),
+        ),
+        Row(
+            title="Quarantine",
+            panels=(
+                Panel(
+                    title="Samples set aside",
+                    description="Distinct ones, over all ranks and attempts. The run ends where they pass --data.max-bad-fraction.",
+                    queries=(Query(expr=f"max({{run_quarantined_samples}}{R})", legend="samples"),),
+                    unit="none",
+                    minimum=0,
+                    width=12,
+                ),
+                Panel(
+                    title="Found by this attempt, by reason",
+                    description="A sample is found again by every attempt that reads it.",
+                    queries=(
+                        Query(
+                            expr=f"sort_desc(sum by (reason) ({{quarantined_samples_total}}{R}) > 0)",
+                            legend="{{reason}}",
+                            instant=True,
+                            needs="bad sample",
+                        ),
+                    ),
+                    kind="bargauge",
+                    unit="none",
+                    base=ORANGE,
+                    minimum=0,
+                    width=12,
+                ),
+            ),
+        ),
+    ),
+)
+
+DASHBOARDS = (RUN, CLUSTER, DATA)

@@ -1,0 +1,113 @@
+"""docs/metrics.md, written from the table of metrics, so that it cannot say anything else than the code.
+
+    python -m deploy.metrics_page            writes it
+    python -m deploy.metrics_page --check    status 1 where the file is not what it would write
+
+Names, types, units and labels are cluster.metrics'; what they look like on dashboards and when they wake somebody is decided beside this
+file.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from cluster.coordinator import FILE_SD
+from cluster.metrics import LABELS, METRICS, OTHER, Metric, most_series
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+NEWLINE = "\n"
+MANY = 1000
+"""Ranks of the run that the page counts the series of."""
+
+
+def page() -> str:
+    rank, coordinator = most_series("rank"), most_series("coordinator")
+    buckets = [f"- `{m.full_name}`: {', '.join(f'{bound:g}' for bound in m.buckets)} s" for m in METRICS if m.buckets]
+    values = [f"- `{m.full_name}`, `{m.label}`: {', '.join(m.values)}" for m in METRICS if m.values]
+    everywhere = ", ".join(f"`{label}`" for label in LABELS)
+    return f"""<!-- Written by python -m deploy.metrics_page; change cluster/metrics.py instead. -->
+# Metrics
+
+What a run tells Prometheus. Every series has the labels {everywhere} and no others, but for those in the column `label`; never
+a sample's name, a path or a host. `rank` is a number, or `coordinator`, which outlives attempts and so has `attempt="0"`. Units are in
+the names: seconds, bytes, ratios of 0 to 1. A gauge is missing until there is a value; what does not apply (a GPU's power on a CPU)
+is missing, never 0. Counters begin at 0 with their process: `rate()` and `increase()` see through restarts.
+
+## Of each rank
+{_table("rank")}
+
+## Of the coordinator, once a run
+{_table("coordinator")}
+
+## Values of labels
+What none of these fits counts as `{OTHER}`.
+
+{NEWLINE.join(values)}
+
+## Buckets
+Upper bounds, and one without.
+
+{NEWLINE.join(buckets)}
+
+## Where a step's seconds go
+Of a step's wall time (`finetune_step_seconds`), `data_wait`, `reduce` and `compute` seconds are all there is. `compute` holds
+`forward_backward` and `optimizer` (with clipping and the moving average) and what the host does besides. On a GPU those two are measured
+on the device, by events that are read steps later: nothing waits for them. They add up to less than `compute` where the GPU waits for
+the host, and the newest steps are not in them yet. With `--train.reduction ddp` the exchange hides in the backward pass: on a CPU it is
+told apart, on a GPU `forward_backward` holds it. Checkpoint stalls and evaluations are between steps.
+
+`finetune_mfu_ratio` is images/s times the multiplications and additions (two operations) of an image's forward and backward pass, counted
+once on tensors without data, over the dense peak of the device in the run's precision by its data sheet (`trainer/device_metrics.py`; in
+fp32 that of TF32, where convolutions may use it). For a device that is not in that table, CPUs among them, the peak is what `--profile`
+measured, and without that there is no such series. `finetune_gpu_*` come from the driver (NVML, package `nvidia-ml-py`) every 5 s;
+without a GPU, or the package, they are missing, and the rank's log says so.
+
+## How Prometheus finds a run
+Each rank serves `/metrics` on a free port and tells the coordinator, which serves all of them, and itself, as http_sd at `/sd`
+(`--cluster.discovery-port`), and keeps the same list in the run's folder as `{FILE_SD}` (file_sd) where that is local.
+Both listen on loopback unless `--cluster.metrics-host` says otherwise. `deploy/prometheus/prometheus.yml` reads them, with
+`honor_labels: true`, as the labels are the exporter's own.
+
+A rank that ends is taken off the list at once, and all ranks of an attempt when the next one begins. Prometheus marks a target's series
+stale when it leaves the list: they are gone from queries some seconds after its next refresh (`refresh_interval`), not after five
+minutes. No series of the coordinator's names a rank, so nothing outlives one.
+
+## How many series
+Known before anything runs: every label's values are listed above. A rank has at most {rank} series, the coordinator {coordinator};
+a run of N ranks
+
+    {rank} N + {coordinator}
+
+at a time: {2 * rank + coordinator:,} with 2 ranks, {MANY * rank + coordinator:,} with {MANY:,}. One Prometheus takes millions. A new
+attempt is a new value of `attempt`: its series take the place of the old attempt's, which Prometheus keeps on disk as long as all its
+data. The list of {MANY:,} ranks is one answer of less than 200 kB.
+"""
+
+
+def _table(owner: Literal["rank", "coordinator"]) -> str:
+    rows = [_row(metric) for metric in METRICS if metric.owner == owner]
+    return "\n".join(["| metric | type | unit | label | meaning |", "|---|---|---|---|---|", *rows])
+
+
+def _row(metric: Metric) -> str:
+    label = f"`{metric.label}`" if metric.label else ""
+    return f"| `{metric.full_name}` | {metric.kind} | {metric.unit} | {label} | {metric.help} |"
+
+
+def main(arguments: Sequence[str] | None = None, path: Path = PAGE) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deploy.metrics_page", description="Write docs/metrics.md from the table of metrics.")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where the page is not what it should be")
+    options = parser.parse_args(arguments)
+    if not options.check:
+        path.write_text(page())
+        return 0
+    if path.exists() and path.read_text() == page():
+        return 0
+    print(f"{path} is not what cluster/metrics.py says; run python -m deploy.metrics_page", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

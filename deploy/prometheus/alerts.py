@@ -1,0 +1,326 @@
+"""Alerts as code: when somebody should look at a run. `rules()` is the text of alerts.yml; docs/alerts.md says what to do.
+
+Every expression gives one series a run, so that a cluster of 1,000 ranks that fails as a whole raises one alert. Windows are long enough
+for a start, an evaluation, a compilation or a change of the number of workers to pass in silence; expressions add over attempts, whose
+series have labels of their own. What a run mends by itself is at most a warning. To whom an alert goes is Alertmanager's.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from deploy.prometheus.names import fill
+
+RUNBOOK = "docs/alerts.md"
+SCRAPE_SECONDS = 5.0
+"""Of prometheus.yml."""
+EVALUATION_SECONDS = 15.0
+MENDED = "grow|preempted"
+"""Kinds of restarts that are no failure."""
+
+
+class Clock:
+    """Durations of the rules, all scaled by the same factor: an hour's alert is tried in a minute."""
+
+    def __init__(self, time_scale: float, scrape_seconds: float) -> None:
+        self._scale, self._shortest = time_scale, 4 * scrape_seconds
+
+    def window(self, seconds: float) -> str:
+        """Of a range selector; never so short that a rate has less than four scrapes."""
+        return _duration(max(seconds * self._scale, self._shortest))
+
+    def after(self, seconds: float) -> str:
+        """A duration that a state lasts."""
+        return _duration(seconds * self._scale)
+
+    def seconds(self, seconds: float) -> str:
+        """The same as a number."""
+        return f"{seconds * self._scale:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alert:
+    """A rule. `{loss}` in an expression is a metric's name without its prefix."""
+
+    name: str
+    severity: Literal["critical", "warning", "info"]
+    expr: Callable[[Clock], str]
+    for_seconds: float
+    summary: str
+    description: str
+
+    @property
+    def anchor(self) -> str:
+        """Of its heading in docs/alerts.md."""
+        return self.name.lower()
+
+
+ALERTS: tuple[Alert, ...] = (
+    Alert(
+        name="FinetuneStalled",
+        severity="critical",
+        # Whole epochs are where evaluations are; a run that has all its steps exports. A run hung in those is FinetuneNoProgress.
+        expr=lambda c: (
+            f"""
+            sum by (run) (increase({{steps_total}}[{c.window(600)}])) == 0
+            and on (run) max by (run) ({{steps_total}}) > 0
+            unless on (run) max by (run) ({{epoch}}) % 1 == 0
+            unless on (run) max by (run) ({{step}}) >= max by (run) ({{planned_steps}})"""
+        ),
+        for_seconds=60,
+        summary="Run {{ $labels.run }} makes no steps",
+        description="Its ranks answer, but no rank has made a step for ten minutes in the middle of an epoch, {{ $value }} steps in all.",
+    ),
+    Alert(
+        name="FinetuneNoProgress",
+        severity="critical",
+        expr=lambda c: (
+            f"""
+            (sum by (run) (increase({{steps_total}}[{c.window(1500)}])) or sum by (run) ({{workers}}) * 0) == 0
+            and on (run) max by (run) ({{workers}} offset {c.window(1500)})"""
+        ),
+        for_seconds=300,
+        summary="Run {{ $labels.run }} gets nowhere",
+        description="Its coordinator lives, and in half an hour there were {{ $value }} steps: a start, a recovery or an evaluation "
+        "hangs, or the cluster has no room for its workers.",
+    ),
+    Alert(
+        name="FinetuneTargetDown",
+        severity="critical",
+        expr=lambda c: (
+            f"""
+            count by (run) (up{{run!=""}} == 0 and max_over_time(up{{run!=""}}[{c.window(3600)}]) > 0)"""
+        ),
+        for_seconds=60,
+        summary="{{ $value }} process(es) of run {{ $labels.run }} do not answer",
+        description='Prometheus cannot scrape {{ $value }} of them any more: rank{{ range query (printf "topk(5, up{run=%q} == 0)" '
+        "$labels.run) }} {{ .Labels.rank }}{{ end }}. A rank that the run itself has given up is no target any more.",
+    ),
+    Alert(
+        name="FinetuneTargetUnreachable",
+        severity="warning",
+        expr=lambda c: (
+            f"""
+            count by (run) (up{{run!=""}} == 0 unless max_over_time(up{{run!=""}}[{c.window(3600)}]) > 0)"""
+        ),
+        for_seconds=600,
+        summary="{{ $value }} process(es) of run {{ $labels.run }} were never reached",
+        description="Prometheus knows {{ $value }} addresses of this run that have not answered for an hour: they are out of its reach, or "
+        "the run was killed without a chance to say so.",
+    ),
+    Alert(
+        name="FinetuneCrashLoop",
+        severity="critical",
+        # The run gives up after three attempts that committed nothing, so two are already late.
+        expr=lambda c: (
+            f"""
+            round(sum by (run) (increase({{restarts_total}}{{kind!~"{MENDED}"}}[{c.window(900)}]))) >= 3
+            or (
+              round(sum by (run) (increase({{restarts_total}}{{kind!~"{MENDED}"}}[{c.window(900)}]))) >= 2
+              unless on (run) sum by (run) (increase({{checkpoint_commit_seconds_count}}[{c.window(900)}])) > 0
+            )"""
+        ),
+        for_seconds=0,
+        summary="Run {{ $labels.run }} fails again and again",
+        description="{{ $value }} restarts after failures in 15 minutes. It gives up when its budget (cluster.faults) is spent.",
+    ),
+    Alert(
+        name="FinetuneRestarted",
+        severity="info",
+        expr=lambda c: (
+            f"""
+            round(sum by (run, kind) (increase({{restarts_total}}{{kind!="grow"}}[{c.window(600)}]))) > 0"""
+        ),
+        for_seconds=0,
+        summary="Run {{ $labels.run }} was restarted: {{ $labels.kind }}",
+        description="{{ $value }} restart(s) in ten minutes because of {{ $labels.kind }}; the run goes on from its newest checkpoint.",
+    ),
+    Alert(
+        name="FinetuneNonFiniteLoss",
+        severity="critical",
+        expr=lambda _: (
+            """
+            count by (run) (
+              {loss} != {loss} or abs({loss}) == Inf
+              or {test_loss} != {test_loss} or abs({test_loss}) == Inf
+              or {gradient_norm} != {gradient_norm} or abs({gradient_norm}) == Inf
+            )"""
+        ),
+        for_seconds=0,
+        summary="Loss or gradient of run {{ $labels.run }} is not a number",
+        description="NaN or infinity on {{ $value }} rank(s).",
+    ),
+    Alert(
+        name="FinetuneRollback",
+        severity="warning",
+        expr=lambda c: (
+            f"""
+            round(sum by (run) (increase({{rollbacks_total}}[{c.window(1800)}]))) > 0"""
+        ),
+        for_seconds=0,
+        summary="Run {{ $labels.run }} went back to an older checkpoint",
+        description="{{ $value }} time(s) in half an hour, because of wrong numbers: NaN, a spike of the loss, or weights that differ.",
+    ),
+    Alert(
+        name="FinetuneGoodputLow",
+        severity="warning",
+        expr=lambda c: (
+            f"""
+            min by (run) ({{goodput_ratio}}) < 0.9
+            and on (run) sum by (run) ({{run_seconds}}) > {c.seconds(3600)}"""
+        ),
+        for_seconds=600,
+        summary="Run {{ $labels.run }} wastes time",
+        description="Only {{ $value | humanizePercentage }} of its time are useful steps. Most of the rest:"
+        '{{ range query (printf "topk(3, sum by (cause) (%s{run=%q,cause!=\\"steps\\"}))" "{run_seconds}" $labels.run) }} '
+        "{{ .Labels.cause }} {{ .Value | humanizeDuration }}{{ end }}.",
+    ),
+    Alert(
+        name="FinetuneDataWait",
+        severity="warning",
+        expr=lambda c: (
+            f"""
+            sum by (run) (rate({{data_wait_seconds_total}}[{c.window(300)}]))
+            / sum by (run) (rate({{step_seconds_sum}}[{c.window(300)}])) > 0.3"""
+        ),
+        for_seconds=600,
+        summary="Run {{ $labels.run }} waits for data",
+        description="{{ $value | humanizePercentage }} of the steps' time is spent waiting for batches; 30 % is the limit.",
+    ),
+    Alert(
+        name="FinetuneStraggler",
+        severity="warning",
+        expr=lambda _: (
+            """
+            max by (run) ({straggler_skew_ratio}) > 1.5"""
+        ),
+        for_seconds=300,
+        summary="A rank holds up run {{ $labels.run }}",
+        description="The slowest rank takes {{ $value | humanize }} times the median's time for a step: rank"
+        '{{ range query (printf "topk(1, sum by (rank) (rate(%s{run=%q}[5m])))" "{compute_seconds_total}" $labels.run) }} '
+        "{{ .Labels.rank }}{{ end }}.",
+    ),
+    Alert(
+        name="FinetuneCheckpointAge",
+        severity="warning",
+        # Counted from the start of the ranks where the newest commit is older, and only where there are steps that it does not have.
+        expr=lambda c: (
+            f"""
+            time() - max by (run) ({{checkpoint_commit_time_seconds}} or {{start_time_seconds}}) > {c.seconds(1800)}
+            and on (run) max by (run) ({{step}})
+            unless on (run) max by (run) ({{step}}) <= max by (run) ({{checkpoint_commit_step}})"""
+        ),
+        for_seconds=60,
+        summary="Run {{ $labels.run }} has not saved for long",
+        description="{{ $value | humanizeDuration }} of work are in no checkpoint.",
+    ),
+    Alert(
+        name="FinetuneCheckpointFailing",
+        severity="warning",
+        expr=lambda c: (
+            f"""
+            round(sum by (run) (increase({{checkpoint_failures_total}}[{c.window(900)}]))) > 0"""
+        ),
+        for_seconds=0,
+        summary="Checkpoints of run {{ $labels.run }} fail",
+        description="{{ $value }} in 15 minutes. Training goes on; what it would lose grows.",
+    ),
+    Alert(
+        name="FinetuneCheckpointStall",
+        severity="warning",
+        expr=lambda c: (
+            f"""
+            sum by (run) (rate({{checkpoint_stall_seconds_total}}[{c.window(900)}]))
+            / (sum by (run) (rate({{step_seconds_sum}}[{c.window(900)}]))
+            + sum by (run) (rate({{checkpoint_stall_seconds_total}}[{c.window(900)}]))) > 0.1"""
+        ),
+        for_seconds=900,
+        summary="Steps of run {{ $labels.run }} wait for checkpoints",
+        description="{{ $value | humanizePercentage }} of the time goes to waiting for checkpoints.",
+    ),
+    Alert(
+        name="FinetuneQuarantine",
+        severity="warning",
+        # Over all coordinators of the run: a resumed one begins with the number that the one before left.
+        expr=lambda c: (
+            f"""
+            max by (run) ({{run_quarantined_samples}})
+            - min_over_time(max by (run) ({{run_quarantined_samples}})[{c.window(3600)}:{c.window(60)}]) > 0"""
+        ),
+        for_seconds=0,
+        summary="Run {{ $labels.run }} leaves samples out",
+        description="{{ $value }} more sample(s) could not be read within the last hour.",
+    ),
+    Alert(
+        name="FinetuneFewerWorkers",
+        severity="info",
+        expr=lambda c: (
+            f"""
+            max by (run) ({{workers}}) < max by (run) (max_over_time({{workers}}[{c.window(21600)}]))"""
+        ),
+        for_seconds=1800,
+        summary="Run {{ $labels.run }} has fewer workers than it had",
+        description="{{ $value }} workers for half an hour; it had more within six hours.",
+    ),
+    Alert(
+        name="FinetuneGpuIdle",
+        severity="warning",
+        expr=lambda c: (
+            f"""
+            avg by (run) (avg_over_time({{gpu_utilization_ratio}}[{c.window(900)}])) < 0.3
+            and on (run) sum by (run) (rate({{steps_total}}[{c.window(900)}])) > 0"""
+        ),
+        for_seconds=900,
+        summary="GPUs of run {{ $labels.run }} are mostly idle",
+        description="A kernel ran on them in {{ $value | humanizePercentage }} of the time.",
+    ),
+)
+
+
+def rules(*, time_scale: float = 1.0, scrape_seconds: float = SCRAPE_SECONDS, runbook: str = RUNBOOK) -> str:
+    """The text of a rule file. `time_scale` shortens every window, duration and age alike (0.01: what takes ten minutes fires after 6 s),
+    so that a test sees real alerts fire; `scrape_seconds` is how often Prometheus scrapes there."""
+    if not time_scale > 0:
+        raise ValueError(f"time_scale={time_scale} must be above 0; 1 is the alerts as they are")
+    clock = Clock(time_scale, scrape_seconds)
+    head = [
+        "# Written by `python -m deploy.prometheus` from deploy/prometheus/alerts.py; change that instead.",
+        "groups:",
+        "  - name: finetune",
+        f"    interval: {_duration(max(1.0, EVALUATION_SECONDS * min(time_scale, 1.0)))}",
+        "    rules:",
+    ]
+    return "\n".join([*head, *(line for alert in ALERTS for line in _rule(alert, clock, runbook))]) + "\n"
+
+
+def _rule(alert: Alert, clock: Clock, runbook: str) -> list[str]:
+    expression = fill(alert.expr(clock)).strip("\n").split("\n")
+    indent = len(expression[0]) - len(expression[0].lstrip())
+    return [
+        f"      - alert: {alert.name}",
+        "        expr: |",
+        *(f"          {line[indent:]}" for line in expression),
+        f"        for: {clock.after(alert.for_seconds)}",
+        "        labels:",
+        f"          severity: {alert.severity}",
+        "        annotations:",
+        f"          summary: {json.dumps(alert.summary)}",
+        f"          description: {json.dumps(_named(alert.description))}",
+        f"          runbook_url: {json.dumps(f'{runbook}#{alert.anchor}')}",
+    ]
+
+
+def _named(description: str) -> str:
+    """A template's own braces are doubled: only names in a string of their own are filled in."""
+    parts = description.split('"')
+    return '"'.join(fill(part) if part.startswith("{") and part.endswith("}") and "{{" not in part else part for part in parts)
+
+
+def _duration(seconds: float) -> str:
+    """As Prometheus writes it."""
+    milliseconds = round(seconds * 1000)
+    for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
+        if milliseconds and milliseconds % size == 0:
+            return f"{milliseconds // size}{unit}"
+    return f"{milliseconds}ms" if milliseconds else "0s"

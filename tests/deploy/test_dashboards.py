@@ -1,0 +1,131 @@
+"""Dashboards are what the code says, complete, and made of metrics that exist; provisioning and compose.yaml point at what is there."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.metrics import METRICS
+from deploy.grafana import DASHBOARDS, queries
+from deploy.grafana.__main__ import main as write_dashboards
+from deploy.grafana.model import to_dict
+from deploy.grafana.panels import COLUMNS, places
+from deploy.prometheus import rules
+from deploy.prometheus.names import fill, metrics_in, name
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+
+
+def test_the_committed_dashboards_are_what_the_code_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write_dashboards(["--check"]) == 0
+    assert write_dashboards(["--out", str(tmp_path)]) == 0
+    (tmp_path / "run.json").write_text((tmp_path / "run.json").read_text().replace("Goodput", "Badput"))
+    assert write_dashboards(["--check", "--out", str(tmp_path)]) == 1
+    assert "run.json is not what" in capsys.readouterr().err
+
+
+def test_every_metric_is_on_a_panel_or_in_an_alert() -> None:
+    used = set().union(*(metrics_in(query.query) for query in queries(run="r"))) | metrics_in(rules())
+    assert {metric.name for metric in METRICS} - used == set()
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest_ones() -> None:
+    assert fill('max({loss}{run="r"})') == 'max(finetune_loss{run="r"})'
+    assert name("step_seconds_bucket") == "finetune_step_seconds_bucket"
+    with pytest.raises(ValueError, match=r"'losss' is no metric.*near: loss"):
+        fill("{losss}")
+    with pytest.raises(ValueError, match="is a histogram"):
+        name("step_seconds")
+    with pytest.raises(ValueError, match="no metric"):
+        name("loss_sum")
+    with pytest.raises(ValueError, match="no metric"):
+        metrics_in("rate(finetune_no_such_total[5m])")
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.name)
+def test_panels_have_ids_descriptions_units_and_places_that_do_not_overlap(dashboard: Any) -> None:
+    board = to_dict(dashboard)
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+    cells: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= COLUMNS
+        covered = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not covered & cells, panel["title"]
+        cells |= covered
+        if panel["type"] == "row":
+            continue
+        assert panel["description"], panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        references = [target["refId"] for target in panel["targets"]]
+        assert all(references)
+        assert len(set(references)) == len(references)
+    titles = [panel.title for _, _, inside in places(dashboard) for panel, _ in inside]
+    assert len(set(titles)) == len(titles)
+    assert [variable["name"] for variable in board["templating"]["list"]][:2] == ["datasource", "run"]
+    assert [link["tags"] for link in board["links"]] == [["finetune"]]
+
+
+def test_variables_are_filled_in_and_a_run_s_name_stays_inside_its_string() -> None:
+    for query in queries(run='a"b', rate_interval="15s"):
+        assert "$" not in query.query
+        assert 'run="a"b"' not in query.query
+    assert any('{run="a\\"b"}[15s]' in query.query for query in queries(run='a"b', rate_interval="15s"))
+
+
+def test_no_query_has_a_series_for_every_rank() -> None:
+    """`by (rank)` is always inside of something that makes few of many."""
+    for query in queries(run="r"):
+        if "by (rank" in query.query:
+            assert re.match(r"(topk|bottomk|max|min|quantile)\(", query.query), query.query
+
+
+def test_provisioning_reads_the_dashboards_that_compose_mounts() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    services = compose["services"]
+    for service in services.values():
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), "an image without its version changes by itself"
+        for volume in service["volumes"]:
+            source, target, *mode = re.fullmatch(r"(\$\{.*?\}|[^:]+):([^:]+)(?::(ro))?", volume).groups()  # type: ignore[union-attr]
+            if source.startswith("./"):
+                assert (DEPLOY / source).exists(), source
+                assert mode == ["ro"]
+            elif not source.startswith("${"):
+                assert source in compose["volumes"]
+            if target == "/runs":
+                assert mode == ["ro"]
+    grafana, prometheus = services["grafana"], services["prometheus"]
+    assert f"{grafana['environment']['GF_SERVER_HTTP_ADDR']}:" == "127.0.0.1:"
+    assert "--web.listen-address=127.0.0.1:9090" in prometheus["command"]
+    assert prometheus["network_mode"] == grafana["network_mode"] == "host"
+    mounts = dict(reversed(volume.split(":")[:2]) for volume in grafana["volumes"])
+    folder = mounts[grafana["environment"]["FINETUNE_DASHBOARDS"]]
+    assert sorted(path.stem for path in (DEPLOY / folder).glob("*.json")) == sorted(board.name for board in DASHBOARDS)
+    provisioning = DEPLOY / mounts["/etc/grafana/provisioning"]
+    source = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"][0]
+    provider = yaml.safe_load((provisioning / "dashboards" / "finetune.yaml").read_text())["providers"][0]
+    assert source["url"] == "${PROMETHEUS_URL}"
+    assert provider["options"]["path"] == "${FINETUNE_DASHBOARDS}"
+    home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert json.loads((DEPLOY / folder / Path(home).name).read_text())["uid"] == "finetune-run"
+    inside = yaml.safe_load((DEPLOY / "prometheus" / "compose.yml").read_text())
+    prometheus_mounts = {volume.rsplit(":ro", 1)[0].rsplit(":", 1)[1] for volume in prometheus["volumes"]}
+    assert set(inside["rule_files"]) <= prometheus_mounts
+    assert inside["scrape_configs"][0]["file_sd_configs"][0]["files"] == ["/targets/*.json"]
+
+
+def test_compose_is_valid_to_docker(tmp_path: Path) -> None:
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("docker compose is not installed")
+    command = [docker, "compose", "-f", str(DEPLOY / "compose.yaml"), "config", "--quiet"]
+    checked = subprocess.run(
+        command, env={"FINETUNE_RUNS": str(tmp_path), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr

@@ -1,0 +1,388 @@
+"""What a rank tells of its steps: seconds by a clock that the test holds, norms by PyTorch's own, and no change of a run's bits."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from cluster.metrics import Metrics
+from tests.trainer.test_loop import CPU, FOUR, Net, Residual, batches_of, loop, make, order_of, same_bits, sgd
+from trainer.history import Speed
+from trainer.loop import StepStats
+from trainer.meter import SLOW_SECONDS, Meter, Split, resident_bytes
+from trainer.profile import FlopCount, count_work
+
+WHOLE = (1, 300)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Loaded:
+    """A loader's counts."""
+
+    bytes_read, read_wait_seconds, decode_seconds, memory_held_bytes = 1000, 0.5, 2.0, 700
+
+
+def value(metrics: Metrics, name: str) -> float | None:
+    return metrics.registry.get_sample_value(f"finetune_{name}", {"run": "run", "rank": "0", "attempt": "1"})
+
+
+def meter_of(metrics: Metrics, *, clock: Callable[[], float] | None = None, **changes: Any) -> Meter:
+    settings: dict[str, Any] = {
+        "device": CPU,
+        "share": 0.5,
+        "steps_per_epoch": 10,
+        "planned_steps": 40,
+        "waits_in_backward": False,
+        "peak_flops_per_second": None,
+        "reads": Loaded(),
+        **changes,
+    }
+    return Meter(metrics, **settings, **({"clock": clock} if clock else {}))
+
+
+def stats_of(step: int, **changes: Any) -> StepStats:
+    settings: dict[str, Any] = {
+        "steps_done": step + 1,
+        "epoch": 0,
+        "samples": 100,
+        "learning_rate": 0.1,
+        "step_seconds": 2.0,
+        "data_wait_seconds": 0.25,
+        "losses": (),
+        **changes,
+    }
+    return StepStats(**settings)
+
+
+# --- seconds --------------------------------------------------------------------------------------------------------------------------
+
+
+def a_step(mark: Callable[[str], None], passes: Callable[[float], None], *, passes_through_the_model: int, reduces: bool) -> None:
+    passes(0.125)
+    mark("data")
+    for _ in range(passes_through_the_model):
+        passes(1.0)
+        mark("forward")
+        passes(2.0)
+        mark("backward")
+    if reduces:
+        passes(0.5)
+        mark("reduction")
+    passes(0.25)
+    mark("optimizer")
+
+
+@pytest.mark.parametrize("reduces", [False, True])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_split_is_what_the_clock_says(passes: int, reduces: bool) -> None:
+    clock = Clock()
+    split = Split(CPU, clock)
+
+    def advance(seconds: float) -> None:
+        clock.now += seconds
+
+    for _ in range(4):
+        a_step(split.mark, advance, passes_through_the_model=passes, reduces=reduces)
+        split.mark("data")  # a step whose batch is left out
+        advance(50.0)
+    assert split.forward_backward_seconds == 4 * passes * 3.0
+    assert split.optimizer_seconds == 4 * 0.25
+
+
+class Device:
+    """A GPU's stream that is `behind` seconds of work late; events are passed in its own time."""
+
+    def __init__(self) -> None:
+        self.queued = self.done = 0.0
+        self.events = 0
+
+    def event(self, *, enable_timing: bool) -> "Event":
+        assert enable_timing
+        self.events += 1
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device, self.at = device, -1.0
+
+    def record(self) -> None:
+        self.at = self.device.queued
+
+    def query(self) -> bool:
+        return self.device.done >= self.at
+
+    def elapsed_time(self, other: "Event") -> float:
+        assert self.query()
+        assert other.query(), "the host would wait, or be told an error"
+        return (other.at - self.at) * 1e3
+
+
+@pytest.mark.parametrize("behind", [0.0, 5.0, 30.0])
+def test_on_a_gpu_the_split_is_the_devices_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch, behind: float) -> None:
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    split = Split(torch.device("cuda", 0))
+
+    def queue(seconds: float) -> None:
+        device.queued += seconds
+
+    for _ in range(50):
+        a_step(split.mark, queue, passes_through_the_model=2, reduces=True)
+        device.done = device.queued - behind
+    over = int((50 * 6.875 - behind) // 6.875)
+    split.mark("data")
+    assert split.forward_backward_seconds == over * 6.0
+    assert split.optimizer_seconds == over * 0.25
+    assert device.events <= 4 * (behind // 6.875 + 3)  # used again
+    device.done = device.queued
+    split.mark("data")
+    assert split.forward_backward_seconds == 50 * 6.0
+
+
+def test_a_real_steps_parts_are_no_more_than_the_step() -> None:
+    metrics, model, speed = Metrics("run", 0, 1), Net(), Speed()
+    meter, stepper = meter_of(metrics, share=1.0), make(model, sgd(model), virtual_ranks=FOUR[0])
+    meter.watch(stepper)
+    total, waited = 0.0, 0.0
+    for stats in loop(stepper, iter(batches_of(FOUR, 0, 4)), order_of(FOUR), 0, 4):
+        exchange_seconds, waited = stepper.wait_seconds - waited, stepper.wait_seconds
+        meter.stepped(stats, speed, exchange_seconds)
+        total += stats.step_seconds
+    names = ("data_wait", "reduce", "compute", "forward_backward", "optimizer")
+    seconds = {name: value(metrics, f"{name}_seconds_total") or 0.0 for name in names}
+    assert seconds["data_wait"] + seconds["reduce"] + seconds["compute"] == pytest.approx(total)
+    assert 0 < seconds["optimizer"] < seconds["forward_backward"]
+    assert seconds["forward_backward"] + seconds["optimizer"] < seconds["compute"]
+    assert value(metrics, "step_seconds_sum") == pytest.approx(total)
+    assert value(metrics, "steps_total") == 4
+
+
+def test_what_ddp_waits_for_inside_the_backward_pass_is_no_backward() -> None:
+    for waits_in_backward, wanted in ((False, 3.0), (True, 2.0)):
+        metrics, clock = Metrics("run", 0, 1), Clock()
+        meter = meter_of(metrics, waits_in_backward=waits_in_backward)
+        meter._split._clock = clock
+
+        def advance(seconds: float, clock: Clock = clock) -> None:
+            clock.now += seconds
+
+        a_step(meter._split.mark, advance, passes_through_the_model=1, reduces=False)
+        meter.stepped(stats_of(0), Speed(), exchange_seconds=1.0)
+        assert value(metrics, "forward_backward_seconds_total") == wanted
+        assert value(metrics, "optimizer_seconds_total") == 0.25
+
+
+# --- the gradient's norm --------------------------------------------------------------------------------------------------------------
+
+
+def norm_of(model: nn.Module) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"clip": partial(nn.utils.clip_grad_norm_, max_norm=1e-3)},
+    "micro-batches": {"accumulate": 3},
+    "tree": {"virtual_ranks": 4},
+    "tree, clipped": {"virtual_ranks": 4, "clip": partial(nn.utils.clip_grad_norm_, max_norm=1e-3)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("network", [Net, Residual])  # one has a parameter that is never used
+def test_the_norm_is_that_of_the_whole_batchs_gradient_before_it_is_clipped(case: str, network: Callable[[], nn.Module]) -> None:
+    shape = (CASES[case].get("virtual_ranks", 1), 332)
+    (batches,) = batches_of(shape, 0, 1)
+    unclipped, model = network(), network()
+    make(unclipped, sgd(unclipped), **{k: v for k, v in CASES[case].items() if k != "clip"}).step(batches, global_count=332, step=0)
+    stepper = make(model, sgd(model), **CASES[case])
+    stepper.take_norm = True
+    stepper.step(batches, global_count=332, step=0)
+    assert stepper.gradient_norm is not None
+    assert float(stepper.gradient_norm) == norm_of(unclipped) > 1e-3
+    assert not stepper.gradient_norm.requires_grad
+    stepper.step(batches, global_count=332, step=1)
+    assert stepper.gradient_norm is None  # it was asked for once
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_is_watched_ends_in_the_same_bits(case: str) -> None:
+    """Norms of every step, marks, and the count of its work in a thread beside it, which goes through dropout as the training does."""
+    shape = (CASES[case].get("virtual_ranks", 1), 300)
+    alone, watched = Net(), Net()
+    plain = list(loop(make(alone, sgd(alone), **CASES[case]), iter(batches_of(shape, 0, 8)), order_of(shape), 0, 8))
+    assert not any(stats.gradient_norms for stats in plain)
+    metrics, stepper = Metrics("run", 0, 1), make(watched, sgd(watched), **CASES[case])
+    meter = meter_of(metrics, peak_flops_per_second=1e9)
+    meter.watch(stepper)
+    meter.count_flops(FlopCount(watched), (28, 28), "fp32")
+    seen = []
+    for stats in loop(stepper, iter(batches_of(shape, 0, 8)), order_of(shape), 0, 8):
+        meter.stepped(stats, Speed(), 0.0)
+        stepper.take_norm = True
+        seen.append(stats)
+    meter.close()
+    assert same_bits(alone, watched)
+    assert [stats.losses for stats in seen] == [stats.losses for stats in plain]
+    assert all(len(stats.gradient_norms) == 1 for stats in seen)
+    assert value(metrics, "gradient_norm") == seen[-1].gradient_norms[0] > 0
+    assert meter.flops_per_image == count_work(watched, (28, 28), precision="fp32").flops_per_image
+
+
+def test_the_norm_and_what_else_costs_is_looked_at_every_few_seconds() -> None:
+    metrics, clock, loaded = Metrics("run", 0, 1), Clock(), Loaded()
+    meter, stepper = meter_of(metrics, clock=clock, reads=loaded), SimpleNamespace(take_norm=False, mark=None)
+    meter.watch(stepper)  # type: ignore[arg-type]
+    asked = []
+    for step in range(20):
+        asked.append(stepper.take_norm)
+        stepper.take_norm = False  # as the step does
+        clock.now += SLOW_SECONDS / 4
+        loaded.bytes_read += 10
+        meter.stepped(stats_of(step), Speed(), 0.0)
+    assert [step for step, was in enumerate(asked) if was] == [0, 1, 5, 9, 13, 17]
+    assert value(metrics, "read_bytes_total") == 1000 + 10 * 17  # as of the newest look, in step 16
+    assert (value(metrics, "read_wait_seconds_total"), value(metrics, "decode_seconds_total")) == (0.5, 2.0)
+    assert value(metrics, "loader_memory_bytes") == 700
+    assert 10e6 < (value(metrics, "host_memory_bytes") or 0) < 1e12
+    assert value(metrics, "device_memory_bytes") is None  # of a CPU
+    assert value(metrics, "planned_steps") == 40
+
+
+def test_resident_memory_is_what_the_kernel_says() -> None:
+    with open("/proc/self/status") as status:
+        (line,) = (line for line in status if line.startswith("VmRSS"))
+    assert resident_bytes() == pytest.approx(int(line.split()[1]) * 1024, rel=0.05)
+
+
+# --- MFU ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_mfu_is_this_ranks_work_over_the_peak_and_absent_where_either_is_unknown() -> None:
+    for peak, flops in ((None, 1e6), (1e9, None)):
+        metrics = Metrics("run", 0, 1)
+        meter = meter_of(metrics, peak_flops_per_second=peak)
+        meter.flops_per_image = flops
+        meter.stepped(stats_of(0), Speed(), 0.0)
+        assert value(metrics, "mfu_ratio") is None
+    speed = Speed()
+    speed.stepped(stats_of(0))  # 100 images in 2 s, of which this rank has half
+    metrics = Metrics("run", 0, 1)
+    meter = meter_of(metrics, peak_flops_per_second=1e9)
+    meter.flops_per_image = 4e6
+    meter.stepped(stats_of(0), speed, 0.0)
+    assert value(metrics, "images_per_second") == 25
+    assert value(metrics, "mfu_ratio") == 25 * 4e6 / 1e9
+    meter.watch(SimpleNamespace(take_norm=False, mark=None))  # type: ignore[arg-type]  # other parameters from here on
+    assert value(metrics, "mfu_ratio") is None
+
+
+@pytest.mark.parametrize(
+    ("make_model", "size"),
+    [
+        (Net, 28),
+        (Residual, 28),
+        (partial(torchvision.models.efficientnet_b0, num_classes=10), 64),  # depthwise, stochastic depth
+        (partial(torchvision.models.vit_b_16, num_classes=10, image_size=32), 32),  # attention
+    ],
+)
+def test_work_counted_beside_the_training_is_work_counted_before_it(make_model: Callable[[], nn.Module], size: int) -> None:
+    model = make_model()
+    wanted = count_work(model, (size, size), precision="fp32").flops_per_image
+    before, state = copy.deepcopy(model), torch.get_rng_state()
+    found: list[float | None] = []
+    counter = FlopCount(model)
+    thread = threading.Thread(target=lambda: found.append(counter.count((size, size), precision="fp32")))
+    thread.start()
+    thread.join()
+    assert found == [wanted]
+    assert wanted
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same_bits(before, model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_parameters_that_are_not_trained_are_less_work() -> None:
+    model = Net()
+    whole = FlopCount(model).count((28, 28), precision="fp32")
+    model.body.requires_grad_(False)
+    part = FlopCount(model).count((28, 28), precision="fp32")
+    assert part is not None
+    assert whole is not None
+    assert part < 0.5 * whole
+    assert part == count_work(model, (28, 28), precision="fp32").flops_per_image
+
+
+class Unheard(nn.Module):
+    """Asks for a value, which a tensor without data does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(images.flatten(1) * (2 if images.sum().item() > 0 else 1))
+        return out
+
+
+class Noisy(nn.Module):
+    """With an operation that only exists with data, and draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.ops.vision.noise_of_a_test(images.flatten(1)))
+        return out
+
+
+def test_an_operation_that_cannot_be_counted_without_running_it_is_not_run() -> None:
+    drawn = []
+
+    def noise(images: torch.Tensor) -> torch.Tensor:
+        drawn.append(torch.rand(()))
+        return images.clone()
+
+    with torch.library._scoped_library("vision", "FRAGMENT") as library:
+        library.define("noise_of_a_test(Tensor images) -> Tensor")
+        library.impl("noise_of_a_test", noise, "CPU")
+        model = Noisy()
+        state = torch.get_rng_state()
+        assert FlopCount(model).count((2, 2), precision="fp32") is None
+        assert torch.equal(torch.get_rng_state(), state)
+        model(torch.zeros(1, 3, 2, 2))  # as training would
+    assert len(drawn) == 1
+
+
+def test_a_model_that_cannot_be_counted_or_copied_has_no_mfu_and_trains_all_the_same() -> None:
+    assert FlopCount(Unheard()).count((2, 2), precision="fp32") is None
+    model = Net()
+    model.lock = threading.Lock()  # type: ignore[assignment]  # cannot be copied
+    counter = FlopCount(model)
+    assert counter.count((28, 28), precision="fp32") is None
+    metrics, stepper = Metrics("run", 0, 1), make(model, sgd(model))
+    meter = meter_of(metrics, peak_flops_per_second=1e9)
+    meter.watch(stepper)
+    meter.count_flops(counter, (28, 28), "fp32")
+    steps: Iterator[StepStats] = loop(stepper, iter(batches_of(WHOLE, 0, 2)), order_of(WHOLE), 0, 2)
+    for stats in steps:
+        meter.stepped(stats, Speed(), 0.0)
+    meter.close()
+    assert value(metrics, "steps_total") == 2
+    assert value(metrics, "mfu_ratio") is None

@@ -1,0 +1,125 @@
+"""A run's journal in bounded reads: its beginning and its end, then what comes. For those who look at many runs (run_list) or for long
+(watch); who needs every event calls cluster.journal.read_journal, which also says how a journal is written.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Entry, Storage
+
+Event = dict[str, Any]
+
+FOLLOW_BYTES = 4 << 20  # read at once of a journal that grows; the rest the next time
+_SEGMENT = re.compile(r".+-\d{6,}\.json")
+_HEAD_BYTES = 16 << 10  # holds the first driver's `run_started`
+_HEAD_SEGMENTS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Excerpt:
+    """Some of a journal's events, in the order of their times."""
+
+    events: list[Event]
+    is_whole: bool
+    """All of the events; else those in the middle are missing."""
+
+
+class JournalTail:
+    """One run's journal. `excerpt` first, then `follow` gives what has come since."""
+
+    def __init__(self, storage: Storage, run: str) -> None:
+        self._storage, self._run = storage, run
+        self._offset, self._rest, self._inode = 0, b"", -1  # of journal.jsonl: what is read, a line that is not whole yet
+        self._seen: set[str] = set()  # segments on a remote storage
+
+    def excerpt(self, *, tail_bytes: int, tail_segments: int) -> Excerpt:
+        """The first 16 KiB and the last `tail_bytes` of a local journal, the first 2 and the last `tail_segments` objects of a remote one.
+        FileNotFoundError where there is no journal; another OSError where it cannot be read."""
+        if self._storage.is_local:
+            return self._local(tail_bytes)
+        segments = self._segments()
+        if not segments:
+            raise FileNotFoundError(f"{self._run}/journal is empty")
+        # By time: names say which writer's, not when. An object's time is that of its upload, which is its event's but for an outage.
+        segments.sort(key=lambda entry: (entry.modified, entry.name))
+        head, tail = segments[:_HEAD_SEGMENTS], segments[_HEAD_SEGMENTS:]
+        tail = tail[max(0, len(tail) - tail_segments) :]
+        self._seen = {entry.name for entry in segments}
+        return Excerpt(events=self._read(head + tail), is_whole=len(head) + len(tail) == len(segments))
+
+    def follow(self) -> list[Event]:
+        """The events that were written since `excerpt` or the last call. A journal that is not there (yet) has none."""
+        if not self._storage.is_local:
+            fresh = [entry for entry in self._segments() if entry.name not in self._seen]
+            events = self._read(fresh)
+            self._seen |= {entry.name for entry in fresh}
+            return events
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:
+            return []
+        try:
+            status = os.fstat(descriptor)
+            if status.st_ino != self._inode or status.st_size < self._offset:  # another file in its place
+                self._inode, self._offset, self._rest = status.st_ino, 0, b""
+            data = os.pread(descriptor, FOLLOW_BYTES, self._offset)
+        finally:
+            os.close(descriptor)
+        self._offset += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return _events(lines)
+
+    def _local(self, tail_bytes: int) -> Excerpt:
+        descriptor = os.open(self._path, os.O_RDONLY)
+        try:
+            status = os.fstat(descriptor)
+            is_whole = status.st_size <= _HEAD_BYTES + tail_bytes
+            head = os.pread(descriptor, _HEAD_BYTES + tail_bytes if is_whole else _HEAD_BYTES, 0)
+            tail = b"" if is_whole else os.pread(descriptor, tail_bytes, status.st_size - tail_bytes)
+        finally:
+            os.close(descriptor)
+        self._inode, self._offset = status.st_ino, len(head) if is_whole else status.st_size - tail_bytes + len(tail)
+        lines = head.split(b"\n")
+        if not is_whole:
+            del lines[-1]  # cut short, as is the tail's first
+            lines += tail.split(b"\n")[1:]
+        self._rest = lines.pop() if lines else b""
+        # A last line without its end: the writer was killed in it, or is just writing the rest. As an event it counts only if it is whole.
+        last = _events([self._rest])
+        if last:
+            self._rest = b""
+        return Excerpt(events=_in_order(_events(lines) + last), is_whole=is_whole)
+
+    @property
+    def _path(self) -> str:
+        return self._storage.at(f"{self._run}/journal.jsonl")
+
+    def _segments(self) -> list[Entry]:
+        return [entry for entry in self._storage.list(f"{self._run}/journal") if _SEGMENT.fullmatch(entry.name)]
+
+    def _read(self, segments: Iterable[Entry]) -> list[Event]:
+        return _in_order(_events(self._storage.read(f"{self._run}/journal/{entry.name}") for entry in segments))
+
+
+def _events(lines: Iterable[bytes]) -> list[Event]:
+    """What a killed writer left half written is no event."""
+    return [event for line in lines if (event := _event(line)) is not None]
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str) or not isinstance(event.get("time"), int | float):
+        return None
+    return event if math.isfinite(event["time"]) else None
+
+
+def _in_order(events: list[Event]) -> list[Event]:
+    return sorted(events, key=lambda event: float(event["time"]))
