@@ -1,11 +1,12 @@
 # make run    sets up what the quickstart needs, then fine-tunes a pretrained model on real images (minutes on a laptop's CPU)
 # make test   sets up everything, then lints, type-checks and tests
+# make dashboards starts Prometheus (and Grafana where it is installed) for the runs on this machine
 # make faults runs the fault campaign (an hour), and writes benchmarks/results/faults.json
 # Both work on a fresh machine with Python >= 3.11; a second call takes seconds.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check unit faults debian clean
+.PHONY: run test check unit dashboards faults debian clean
 .DELETE_ON_ERROR:
 
 run: .venv/.quickstart
@@ -21,9 +22,13 @@ check: .venv/.dev
 	$(BIN)/python -m deploy.metrics_page --check
 	$(BIN)/python -m deploy.grafana --check
 	$(BIN)/python -m deploy.prometheus --check
+	$(BIN)/python -m deploy.kubernetes --check
 
 unit: .venv/.dev
 	$(BIN)/python -m pytest
+
+dashboards: .venv/.quickstart debian
+	$(BIN)/python -m deploy.up
 
 faults: .venv/.dev
 	$(BIN)/python -m benchmarks.faults --out benchmarks/results/faults.json

@@ -39,7 +39,7 @@ def labelled(short: str) -> str:
     if "{" in short:
         base, _, rest = short.partition("{")
         own = rest.rstrip("}")
-        if base in ("up", "finetune_up"):
+        if base == "up":
             return f"up{{{own}}}"
         where = COORDINATOR if base.startswith("@") else RANK
         return f"finetune_{base.lstrip('@')}{{{where if 'run=' not in own else own}{',' + own if 'run=' not in own else ''}}}"

@@ -105,7 +105,7 @@ def test_a_run_that_starts_later_is_scraped_drawn_and_watched_and_ctrl_c_ends_ev
 def test_a_uri_and_a_missing_folder_are_refused_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"s3://bucket/runs is not a folder.*--discovery HOST:9410"):
         runs_folder("s3://bucket/runs")
-    with pytest.raises(ValueError, match="does not exist.*mkdir -p"):
+    with pytest.raises(ValueError, match=r"does not exist.*mkdir -p"):
         runs_folder(str(tmp_path / "typo"))
     assert runs_folder(str(tmp_path / "first"), is_default=True) == tmp_path / "first"
     (tmp_path / "file").write_text("")
@@ -167,7 +167,7 @@ def test_wrong_settings_and_a_silent_prometheus_end_with_status_2(capsys: pytest
         (0.0123, "percentunit", "1.2 %"),
         (0.0021, "s", "2.1 ms"),
         (0.0, "s", "0 s"),
-        (26e6, "bytes", "26.0 MB"),
+        (26e6, "bytes", "26 MB"),
     ],
 )
 def test_values_have_units(value: float, unit: str, text: str) -> None:

@@ -1,23 +1,29 @@
-"""While a run goes on, the shipped Prometheus configuration scrapes every rank of it, and the exposition is clean."""
+"""While runs go on and fail, the shipped Prometheus configuration scrapes every rank, every panel has data, and alerts fire."""
 
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deploy.grafana import queries
+from deploy.prometheus import rules
 from tests.e2e.running import PROJECT, Run
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
 CONFIG = PROJECT / "deploy" / "prometheus" / "prometheus.yml"
+
+TIME_SCALE = 0.01
+"""An alert that waits for ten minutes waits for 6 s."""
+NOT_HERE = {"gpu", "peak", "resize"}
+"""What panels need that these runs do not have: GPUs, and another number of workers (test_elastic.py)."""
 
 pytestmark = [
     pytest.mark.ray,
@@ -39,11 +45,12 @@ def get(address: str, path: str) -> str:
 
 
 class Prometheus:
-    """The real one, with the shipped configuration: only the discovery port and the intervals are set for the test."""
+    """The real one, with the shipped configuration and the shipped alerts: only the discovery port is the test's, and time runs faster."""
 
     def __init__(self, folder: Path, discovery_port: int) -> None:
         config = CONFIG.read_text().replace("127.0.0.1:9410", f"127.0.0.1:{discovery_port}")
-        (folder / "prometheus.yml").write_text(config.replace("scrape_interval: 5s", "scrape_interval: 1s").replace("5s", "1s"))
+        (folder / "prometheus.yml").write_text(config.replace("5s", "1s"))
+        (folder / "alerts.yml").write_text(rules(time_scale=TIME_SCALE, scrape_seconds=1))
         self.address = f"127.0.0.1:{free_port()}"
         with (folder / "prometheus.log").open("w") as log:
             self.process = subprocess.Popen(
@@ -65,6 +72,9 @@ class Prometheus:
         result: list[dict[str, Any]] = answer["data"]["result"]
         return result
 
+    def firing(self) -> set[str]:
+        return {row["metric"]["alertname"] for row in self.query('count by (alertname) (ALERTS{alertstate="firing"})')}
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(30)
@@ -83,10 +93,40 @@ def test_the_shipped_configuration_is_valid() -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_prometheus_scrapes_every_rank_of_a_live_run(tmp_path: Path, images: Path, prometheus: tuple[Prometheus, int]) -> None:
+class Watch:
+    """What was there at some time: panels' queries that had data, alerts that fired."""
+
+    def __init__(self, server: Prometheus, run: str) -> None:
+        self._server = server
+        self._empty = {f"{q.dashboard}: {q.panel}: {q.query}": q for q in queries(run=run, rate_interval="5s") if q.needs not in NOT_HERE}
+        self.fired: set[str] = set()
+
+    def look(self) -> None:
+        for name, each in list(self._empty.items()):
+            if self._server.query(each.query):
+                del self._empty[name]
+        self.fired |= self._server.firing()
+
+    def empty(self, *but: str) -> list[str]:
+        """Queries that never had data, but for those that need one of `but`."""
+        return sorted(name for name, each in self._empty.items() if each.needs not in but)
+
+    def until(self, done: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.look()
+        while not done() and time.monotonic() < end:
+            time.sleep(0.5)
+            self.look()
+
+
+def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
+    tmp_path: Path, images: Path, prometheus: tuple[Prometheus, int]
+) -> None:
     server, port = prometheus
+    common = ("--data.max-bad-fraction", "0.01", "--cluster.discovery-port", str(port))
+    watch = Watch(server, "watched")
     run = Run(
-        *("--workers", "2", "--train.epochs", "60", "--data.max-bad-fraction", "0.01", "--cluster.discovery-port", str(port)),
+        *("--workers", "2", "--train.epochs", "1000", "--data.cache", "none", *common),
         storage=tmp_path / "runs",
         name="watched",
         data=images,
@@ -94,26 +134,43 @@ def test_prometheus_scrapes_every_rank_of_a_live_run(tmp_path: Path, images: Pat
     try:
         run.wait_for("checkpoint_committed")
         want = {("watched", "0"), ("watched", "1"), ("watched", "coordinator")}
-        end = time.monotonic() + 60
         up: set[tuple[str, str]] = set()
-        while up != want and time.monotonic() < end:
-            time.sleep(0.5)
+
+        def all_up() -> bool:
+            nonlocal up
             up = {(row["metric"]["run"], row["metric"]["rank"]) for row in server.query("up == 1")}
+            return up == want
+
+        watch.until(all_up, 60)
         assert up == want
-        end = time.monotonic() + 30
-        moving: set[str] = set()
-        while moving != {"0", "1"} and time.monotonic() < end:
-            time.sleep(0.5)
-            moving = {row["metric"]["rank"] for row in server.query('increase(finetune_steps_total{run="watched"}[30s]) > 0')}
-        assert moving == {"0", "1"}
-        assert float(server.query('finetune_checkpoint_commit_step{run="watched"}')[0]["value"][1]) > 0
-        assert server.query('finetune_loss{run="watched",rank="0"}')
         for target in json.loads(get(f"127.0.0.1:{port}", "/sd")):
             text = get(target["targets"][0], "/metrics")
-            assert "finetune_" in text
             lint = subprocess.run([str(PROMTOOL), "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False)
             assert (lint.returncode, lint.stdout + lint.stderr) == (0, ""), target
-        run.signal(signal.SIGTERM)
-        assert run.finish() == 128 + signal.SIGTERM, run.output()
+        watch.until(lambda: not watch.empty("alert", "down target", "failure"), 30)
+
+        run.kill_worker(1)
+        run.wait_for("training_started", attempt=2)
+        watch.until(lambda: {"FinetuneRestarted", "FinetuneGoodputLow"} <= watch.fired, 60)
+        assert {"FinetuneRestarted", "FinetuneGoodputLow"} <= watch.fired, watch.fired
+
+        run.kill()  # the whole machine, as it were: nobody is left to tell Prometheus
+        watch.until(lambda: "FinetuneTargetDown" in watch.fired and not watch.empty(), 40)
+        assert "FinetuneTargetDown" in watch.fired
+        assert watch.empty() == []
     finally:
         run.kill()
+
+    # Steps that are far too long: losses are no numbers any more, whatever batch is left out.
+    wrong = Run(
+        *("--workers", "1", "--optim.lr", "1e25", "--train.epochs", "1000", *common),
+        storage=tmp_path / "runs",
+        name="wrong",
+        data=images,
+    )
+    try:
+        watch.until(lambda: {"FinetuneRollback", "FinetuneCrashLoop"} <= watch.fired or wrong.process.poll() is not None, 90)
+        watch.until(lambda: {"FinetuneRollback", "FinetuneCrashLoop"} <= watch.fired, 5)
+    finally:
+        wrong.kill()
+    assert {"FinetuneRollback", "FinetuneCrashLoop"} <= watch.fired, (watch.fired, wrong.output())
