@@ -124,10 +124,10 @@ def main() -> int:
     parser = parser_of("end_to_end", __doc__)
     parser.add_argument("--source", default=best_source(), help="a source of dataio.convert (%(default)s)")
     parser.add_argument(
-        "--images", type=int, default=5000, help="training images taken from it; a multiple of 5. An epoch ends with a checkpoint"
+        "--images", type=int, default=8000, help="training images taken from it; a multiple of 5. An epoch ends with a checkpoint"
     )
     parser.add_argument("--test-images", type=int, default=100, help="both evaluate them once, at the end")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads of each (%(default)s)")

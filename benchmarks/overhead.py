@@ -69,8 +69,8 @@ STEPS_A_BLOCK = 2
 CHECKPOINT_BLOCKS = 4
 """Every so many blocks of the run hold a checkpoint; half as many between two a weights check."""
 WARM_BLOCKS = 3
-WARM_STEPS = 5
-"""Of a process, before its images/s count."""
+WARM_STEPS = 20
+"""Of a process, before its images/s count: some of Ray's own processes take ten seconds to come to rest."""
 CIFAR_EPOCH_STEPS = 500
 """50,000 images in batches of 100: the tutorial's epoch, and so the steps between two checkpoints of a run as it comes."""
 PLAIN, CHECK, CHECKPOINT = "plain", "weights check", "checkpoint"
@@ -408,7 +408,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--full-batch", type=int, default=100, help="images of the step that the overhead is a share of")
     parser.add_argument("--processes", type=int, default=0, help="rounds with processes of their own, through Ray; 0 leaves them out")
-    parser.add_argument("--steps", type=int, default=60, help="steps of such a process")
+    parser.add_argument("--steps", type=int, default=70, help="steps of such a process")
     parser.add_argument("--source", default=best_source(), help="their images, a source of dataio.convert (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (%(default)s)")
     add_arguments(parser)
