@@ -1,5 +1,6 @@
 """While runs go on and fail, the shipped Prometheus configuration scrapes every rank, every panel has data, and alerts fire."""
 
+import dataclasses
 import json
 import shutil
 import socket
@@ -13,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from dataio.config import DataConfig
+from dataio.convert import prepare
+from dataio.manifest import SplitInfo
+from dataio.parquet import ShardWriter, open_dataset
 from deploy.grafana import queries
 from deploy.prometheus import rules
 from tests.e2e.running import PROJECT, Run
@@ -93,6 +98,26 @@ def test_the_shipped_configuration_is_valid() -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def rotten(images: Path, folder: Path) -> Path:
+    """The images converted, and one of them no image any more since: a rank finds it."""
+    whole = open_dataset(prepare(DataConfig(path=str(images), root=str(folder / "whole"), max_bad_fraction=0.01)))
+    out = folder / "rotten"
+    out.mkdir(parents=True)
+    splits = {}
+    for name in whole.manifest.splits:
+        split = whole.split(name)
+        writer = ShardWriter(out / f"{name}-00000.parquet")
+        for number in range(split.groups):
+            group = split.read_group(number)
+            encoded = [bytes(each) for each in group.encoded]
+            if name == "train" and number == 0:
+                encoded[3] = b"rotten"
+            writer.write_group(encoded, list(group.labels), list(group.keys), [bytes(32)] * len(encoded))
+        splits[name] = SplitInfo(count=split.count, shards=(writer.close(),))
+    (out / "manifest.json").write_text(dataclasses.replace(whole.manifest, splits=splits).to_json())
+    return out
+
+
 class Watch:
     """What was there at some time: panels' queries that had data, alerts that fired."""
 
@@ -123,13 +148,14 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
     tmp_path: Path, images: Path, prometheus: tuple[Prometheus, int]
 ) -> None:
     server, port = prometheus
+    data = rotten(images, tmp_path / "data")
     common = ("--data.max-bad-fraction", "0.01", "--cluster.discovery-port", str(port))
     watch = Watch(server, "watched")
     run = Run(
         *("--workers", "2", "--train.epochs", "1000", "--data.cache", "none", *common),
         storage=tmp_path / "runs",
         name="watched",
-        data=images,
+        data=data,
     )
     try:
         run.wait_for("checkpoint_committed")
@@ -166,7 +192,7 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
         *("--workers", "1", "--optim.lr", "1e25", "--train.epochs", "1000", *common),
         storage=tmp_path / "runs",
         name="wrong",
-        data=images,
+        data=data,
     )
     try:
         watch.until(lambda: {"FinetuneRollback", "FinetuneCrashLoop"} <= watch.fired or wrong.process.poll() is not None, 90)
