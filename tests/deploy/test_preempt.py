@@ -39,6 +39,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         with (tmp_path / "log").open("wb") as log:
             process = subprocess.Popen([sys.executable, "-c", program, *words, "-m", module], stdout=log)
         started.append(process)
+        end = time.monotonic() + 20
+        while process.pid not in preempt.processes(module):  # Popen returns before the kernel shows the new command line
+            assert time.monotonic() < end, f"{module} cannot be seen"
+            time.sleep(0.001)
         return process
 
     # Not the real names: runs of other tests may be at work on this machine.
