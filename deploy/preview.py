@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
+import yaml  # type: ignore[import-untyped]
 from matplotlib import dates as mdates
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -55,6 +57,7 @@ class Source:
     def __init__(self, url: str, start: float, end: float) -> None:
         self._url, self.start, self.end = url.rstrip("/"), start, end
         self.step = max(1.0, (end - start) / POINTS)
+        self.scrape_seconds = scrape_seconds(url)
 
     def range(self, promql: str) -> list[Series]:
         return self._ask("query_range", {"query": promql, "start": self.start, "end": self.end, "step": self.step}, "values")
@@ -81,10 +84,21 @@ class Source:
 
 def runs(prometheus: str) -> list[str]:
     """Names of the runs that Prometheus knows."""
-    address = f"{prometheus.rstrip('/')}/api/v1/label/run/values"
+    return sorted(_data(prometheus, "label/run/values"))
+
+
+def scrape_seconds(prometheus: str) -> float:
+    """How often it scrapes, as its configuration says; its own default is a minute."""
+    configuration = yaml.safe_load(_data(prometheus, "status/config")["yaml"])
+    parts = re.findall(r"(\d+)(ms|s|m|h|d)", str(configuration["global"]["scrape_interval"]))
+    return sum(int(count) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[unit] for count, unit in parts)
+
+
+def _data(prometheus: str, path: str) -> Any:
+    address = f"{prometheus.rstrip('/')}/api/v1/{path}"
     try:
         with urllib.request.urlopen(address, timeout=10) as response:
-            return sorted(json.load(response)["data"])
+            return json.load(response)["data"]
     except (OSError, ValueError) as error:
         raise OSError(f"{address} does not answer as Prometheus does ({error}); is it up? python -m deploy.up starts one") from error
 
@@ -191,8 +205,8 @@ def _ask(query: Query, panel: Panel, source: Source, run: str) -> list[Series]:
 
 
 def _interval(source: Source) -> str:
-    """As Grafana's $__rate_interval, for scrapes every few seconds: the step and four scrapes."""
-    return f"{math.ceil(source.step + 20 if source.end - source.start > 120 else source.step + 5)}s"
+    """As Grafana's $__rate_interval: four scrapes, or the step and one if that is more."""
+    return f"{math.ceil(max(4 * source.scrape_seconds, source.step + source.scrape_seconds))}s"
 
 
 def _begins(times: Sequence[float], step: float) -> list[float]:
