@@ -2,9 +2,11 @@
 
 Everything listens on loopback unless told otherwise: metrics tell hosts, names and losses, and have no authentication."""
 
+import errno
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,22 +19,31 @@ from cluster.storage import write_atomic_local
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 JSON = "application/json"  # Prometheus refuses http_sd with any other type
 
+LEFTOVER_SECONDS = 10.0
+"""How long a fixed port may still be held by what served it before: a killed run's coordinator outlives its driver by a moment."""
+
 Route = tuple[str, Callable[[], bytes]]
 """Content type and body."""
 
 
 class Server:
-    """An HTTP server in a thread of its own, until close()."""
+    """An HTTP server in a thread of its own, until close(). A port that is taken is waited for, at most `wait_seconds`."""
 
-    def __init__(self, host: str, port: int, routes: dict[str, Route]) -> None:
+    def __init__(self, host: str, port: int, routes: dict[str, Route], wait_seconds: float = 0) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         server_class = type("_Http", (ThreadingHTTPServer,), {"address_family": family, "daemon_threads": True})
-        try:
-            self._server = server_class((host, port), _handler(routes))
-        except (OSError, OverflowError) as error:
-            raise ValueError(
-                f"cannot listen on {host}:{port} ({error}); choose another cluster.metrics_host or port, port 0 takes a free one"
-            ) from error
+        end = time.monotonic() + wait_seconds
+        while True:
+            try:
+                self._server = server_class((host, port), _handler(routes))
+                break
+            except (OSError, OverflowError) as error:
+                if isinstance(error, OSError) and error.errno == errno.EADDRINUSE and time.monotonic() < end:
+                    time.sleep(0.1)
+                    continue
+                raise ValueError(
+                    f"cannot listen on {host}:{port} ({error}); choose another cluster.metrics_host or port, port 0 takes a free one"
+                ) from error
         name = reachable_host(host)
         self.address = f"[{name}]:{self._server.server_port}" if ":" in name else f"{name}:{self._server.server_port}"
         """host:port by which others reach it."""
@@ -50,12 +61,19 @@ def serve_metrics(registry: CollectorRegistry, host: str = "127.0.0.1", port: in
     return Server(host, port, {"/metrics": (TEXT, lambda: generate_latest(registry))})
 
 
-def serve_discovery(host: str, port: int, targets: Callable[[], list[dict[str, Any]]], registry: CollectorRegistry | None = None) -> Server:
-    """GET /sd: Prometheus http_sd of the targets as they are now; with a registry also GET /metrics."""
+def serve_discovery(
+    host: str,
+    port: int,
+    targets: Callable[[], list[dict[str, Any]]],
+    registry: CollectorRegistry | None = None,
+    wait_seconds: float = LEFTOVER_SECONDS,
+) -> Server:
+    """GET /sd: Prometheus http_sd of the targets as they are now; with a registry also GET /metrics. ValueError where the port stays
+    taken."""
     routes: dict[str, Route] = {"/sd": (JSON, lambda: json.dumps(targets()).encode())}
     if registry is not None:
         routes["/metrics"] = (TEXT, lambda: generate_latest(registry))
-    return Server(host, port, routes)
+    return Server(host, port, routes, wait_seconds)
 
 
 def write_file_sd(path: str | Path, targets: list[dict[str, Any]]) -> None:

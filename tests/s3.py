@@ -1,7 +1,6 @@
 """S3 for tests, over HTTP: moto's server, and a service that answers everything with one error."""
 
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +8,8 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+
+from tests.ports import free_ports
 
 boto3 = pytest.importorskip("boto3")
 moto_server = pytest.importorskip("moto.server")
@@ -20,9 +21,7 @@ class Server:
     """moto's server; stopped and started it keeps its port and its objects. `verbose` has it log each request."""
 
     def __init__(self, *, verbose: bool = False) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        [self.port] = free_ports(1)
         self._server: Any = None
         self._verbose = verbose
 

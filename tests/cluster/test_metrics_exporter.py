@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -19,6 +19,7 @@ from cluster.exporter import Server, serve_discovery, serve_metrics, write_file_
 from cluster.failures import Kind
 from cluster.metrics import CAUSES, LABELS, METRICS, OTHER, PREFIX, Metrics, most_series
 from dataio.sniff import KINDS
+from tests.ports import free_ports
 from trainer.summary import accounting
 
 PROMTOOL, PROMETHEUS = shutil.which("promtool"), shutil.which("prometheus")
@@ -190,6 +191,16 @@ def test_a_port_in_use_is_the_users_to_choose_again(servers: list[Server]) -> No
     port = int(servers[0].address.rpartition(":")[2])
     with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port} .* port 0 takes a free one"):
         serve_metrics(Metrics("run", 0, 1).registry, "127.0.0.1", port)
+    with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port} .* port 0 takes a free one"):
+        serve_discovery("127.0.0.1", port, list, wait_seconds=0.3)
+
+
+def test_a_port_that_a_killed_run_still_holds_is_waited_for(servers: list[Server]) -> None:
+    leftover = serve_discovery("127.0.0.1", 0, list)
+    port = int(leftover.address.rpartition(":")[2])
+    threading.Timer(0.5, leftover.close).start()
+    servers.append(serve_discovery("127.0.0.1", port, lambda: [{"targets": ["new"]}]))
+    assert [each["targets"] for each in json.loads(get(servers[0].address, "/sd")[1])] == [["new"]]
 
 
 def test_file_sd_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -227,9 +238,7 @@ def test_a_real_prometheus_finds_and_scrapes_every_rank_both_ways(tmp_path: Path
             }
         )
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = "127.0.0.1:{}".format(*free_ports(1))
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(
         [

@@ -1,7 +1,6 @@
 """An S3-compatible service over HTTP (moto's server): commits, fences, refusals and outages as pyarrow's client sees them."""
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from benchmarks.faults.storage import Group
 from cluster.journal import Journal, read_journal
 from cluster.storage import Storage, StorageOutage, StorageRefused, open_storage
 from cluster.store import Fenced, Store
+from tests.ports import free_ports
 from tests.s3 import Server, answering, serving
 
 
@@ -196,9 +196,7 @@ def test_what_may_pass_is_tried_until_the_time_is_up(status: int, code: str) -> 
 
 
 def test_nobody_listening_is_an_outage() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = free_ports(1)
     storage = open_storage(f"s3://user:secret@bucket/runs?endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1", 0.0)
     for act in (lambda: storage.read("x"), lambda: storage.list("x"), lambda: storage.exists("x"), lambda: storage.delete_dir("x")):
         with pytest.raises(StorageOutage):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.running import PROJECT, SMALL, processes_of_session
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -102,16 +102,6 @@ class RayCluster:
             os.kill(pid, signal.SIGKILL)
         self.head.wait()
         shutil.rmtree(self.temp, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -21,6 +20,7 @@ from dataio.parquet import ShardWriter, open_dataset
 from deploy.grafana import queries
 from deploy.prometheus import rules
 from tests.e2e.running import PROJECT, Run
+from tests.ports import free_ports
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
 CONFIG = PROJECT / "deploy" / "prometheus" / "prometheus.yml"
@@ -37,12 +37,6 @@ pytestmark = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def get(address: str, path: str) -> str:
     with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as response:
         body: bytes = response.read()
@@ -56,7 +50,7 @@ class Prometheus:
         config = CONFIG.read_text().replace("127.0.0.1:9410", f"127.0.0.1:{discovery_port}")
         (folder / "prometheus.yml").write_text(config.replace("5s", "1s"))
         (folder / "alerts.yml").write_text(rules(time_scale=TIME_SCALE, scrape_seconds=1))
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = "127.0.0.1:{}".format(*free_ports(1))
         with (folder / "prometheus.log").open("w") as log:
             self.process = subprocess.Popen(
                 [
@@ -87,7 +81,7 @@ class Prometheus:
 
 @pytest.fixture
 def prometheus(tmp_path: Path) -> Iterator[tuple[Prometheus, int]]:
-    port = free_port()
+    [port] = free_ports(1)
     server = Prometheus(tmp_path, port)
     yield server, port
     server.stop()

@@ -17,7 +17,8 @@ from cluster.ledger import read_ledger
 from tests.e2e import test_elastic
 from tests.e2e.conftest import TRAIN_IMAGES
 from tests.e2e.running import PROJECT, SMALL
-from tests.e2e.test_jobs import events, free_ports
+from tests.e2e.test_jobs import events
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 EPOCHS, STEPS_PER_EPOCH = 40, 12
