@@ -2,6 +2,7 @@
 
     python -m benchmarks.bare --data FOLDER --steps 40                                                    one process
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m benchmarks.bare --data FOLDER      DistributedDataParallel
+    python -m benchmarks.bare --data FOLDER --ray                                                         the same as a Ray Train worker
 
 benchmarks/overhead.py and end_to_end.py start it as the peer of `trainer.run`, and `Bare` is the peer inside one process. What a step
 computes is decided by the same settings, written as `trainer.run` takes them (`-- --train.precision fp32`).
@@ -13,7 +14,10 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,50 +94,93 @@ def refuse(bad: BadSample) -> None:
     raise ValueError(f"{bad.key} is bad ({bad.reason}); measure on a data set that is not")
 
 
-def main() -> int:
+def measure(data: str, *, steps: int, threads: int, settings: Sequence[str]) -> dict[str, Any]:
+    """Do `steps` steps in this process, in the process group that there may be; the unix time of each step's end, and what was done."""
     from trainer.cli import parse
 
+    config = decided(parse([*settings, "--data.path", data, "--train.virtual-ranks", "1"]).config)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    make_repeatable(threads)
+    dataset = open_dataset(data)
+    loader = loader_of(config, dataset, device)
+    bare = Bare(config, dataset, loader.image_size, device)
+    loader.load("train")
+    images, times, loss = 0, [], torch.zeros(())
+    with contextlib.closing(loader.train(0, steps)) as batches:
+        for step, (batch,) in enumerate(batches):
+            loss = bare.step(batch, step)
+            images += len(batch.ids)
+            if device.type == "cuda" and step in (0, steps - 1):
+                torch.cuda.synchronize()  # the first and the last time are of work done, not of work queued
+            times.append(time.time())
+    return {
+        "precision": config.train.precision,
+        "times": times,
+        "images": images,
+        "batch_size": config.data.batch_size,
+        "loss": float(loss),
+        "processes": dist.get_world_size() if dist.is_initialized() else 0,
+    }
+
+
+def in_torchrun(data: str, **arguments: Any) -> dict[str, Any]:
+    if os.environ["WORLD_SIZE"] != "1":
+        raise SystemExit(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the comparison is of one process; use --nproc-per-node 1")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        return measure(data, **arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def in_ray_train(data: str, **arguments: Any) -> dict[str, Any]:
+    """As the one worker of a TorchTrainer, in a Ray of its own with Ray's defaults."""
+    import ray
+    from ray.train import RunConfig as TrainRunConfig
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    with tempfile.TemporaryDirectory(prefix="bare-ray-") as folder:
+        result = Path(folder) / "result.json"
+
+        def train(_: dict[str, Any]) -> None:
+            from benchmarks import bare  # by name: __main__'s functions would travel by value
+
+            result.write_text(json.dumps(bare.measure(data, **arguments)))
+
+        project = str(Path(__file__).parents[1])
+        paths = os.pathsep.join(filter(None, [project, os.environ.get("PYTHONPATH")]))
+        ray.init(
+            address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )  # fmt: skip
+        try:
+            TorchTrainer(
+                train,
+                train_loop_config={},
+                scaling_config=ScalingConfig(num_workers=1, use_gpu=torch.cuda.is_available()),
+                run_config=TrainRunConfig(name="bare", storage_path=folder),
+            ).fit()
+        finally:
+            ray.shutdown()
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", required=True, help="a converted data set")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads (%(default)s)")
+    parser.add_argument("--ray", action="store_true", help="as a worker of plain Ray Train")
     parser.add_argument("settings", nargs="*", help="settings of trainer.run, after --")
     options = parser.parse_args()
-    config = decided(parse([*options.settings, "--data.path", options.data, "--train.virtual-ranks", "1"]).config)
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    make_repeatable(options.threads)
-    if under_torchrun:
-        if os.environ["WORLD_SIZE"] != "1":
-            raise SystemExit(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the comparison is of one process; use --nproc-per-node 1")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dataset = open_dataset(options.data)
-    loader = loader_of(config, dataset, device)
-    bare = Bare(config, dataset, loader.image_size, device)
-    loader.load("train")
-    images, times, loss = 0, [], torch.zeros(())
-    with contextlib.closing(loader.train(0, options.steps)) as batches:
-        for step, (batch,) in enumerate(batches):
-            loss = bare.step(batch, step)
-            images += len(batch.ids)
-            if device.type == "cuda" and step in (0, options.steps - 1):
-                torch.cuda.synchronize()  # the first and the last time are of work done, not of work queued
-            times.append(time.time())
-    result = {
-        "precision": config.train.precision,
-        "times": times,
-        "images": images,
-        "batch_size": config.data.batch_size,
-        "loss": float(loss),
-        "torchrun": under_torchrun,
-    }
-    print(json.dumps(result))
-    if under_torchrun:
-        dist.destroy_process_group()
+    do = in_ray_train if options.ray else in_torchrun if "TORCHELASTIC_RUN_ID" in os.environ else measure
+    print(json.dumps(do(options.data, steps=options.steps, threads=options.threads, settings=options.settings)))
     return 0
 
 

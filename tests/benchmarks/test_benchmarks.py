@@ -233,6 +233,20 @@ def test_the_bare_loop_does_the_runs_step(tmp_path):
             assert float(bare.step(batch, step)) == pytest.approx(float(ours(batch, step)), rel=1e-4)
 
 
+@pytest.mark.ray
+def test_the_bare_loop_does_the_same_steps_alone_under_torchrun_and_in_plain_ray_train():
+    own = ["-m", "benchmarks.bare", "--data", str(common.SAMPLE), "--steps", "3", "--threads", "1"]
+    rest = ["--", "--data.batch-size", "10", *SMALL, "--model.weights", "none"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    found = []
+    for command, processes in (([*own, *rest], 0), ([*torchrun, *own, *rest], 1), ([*own, "--ray", *rest], 1)):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(overhead.json_in(done.stdout))
+        assert (found[-1]["processes"], found[-1]["images"], len(found[-1]["times"])) == (processes, 30, 3)
+    assert len({each["loss"] for each in found}) == 1
+
+
 def test_the_bare_loop_refuses_what_it_does_not_do(tmp_path):
     from benchmarks.bare import Bare
     from dataio.parquet import open_dataset
