@@ -14,12 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import common, end_to_end, gpu_suite, loader, overhead, readme, startup, time_to_accuracy
+from benchmarks import common, compression, end_to_end, gpu_suite, loader, overhead, readme, startup, time_to_accuracy
 from benchmarks.common import Taken, finite, interleave, median_interval, paired, spread, target, verdict
 
 numbers = st.floats(-1e6, 1e6)
 SMALL = ("--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--train.precision", "fp32")
-OWN = ("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme")
+OWN = ("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme", "compression")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -267,6 +267,30 @@ def test_result_of_a_process_is_found_among_its_warnings():
     assert overhead.json_in('{"a": 1}\nwarning\n{"a": 2}\nbye') == {"a": 2}
     with pytest.raises(RuntimeError, match="no result"):
         overhead.json_in("Traceback")
+
+
+# -- compression
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=9))
+def test_a_loss_of_accuracy_is_counted_seed_by_seed_and_in_points(accuracies):
+    def rows(which: int) -> list[dict[str, object]]:
+        made = [pair[which] for pair in accuracies]
+        return [{"seed": n, "test_accuracy": x, "test_loss": 1 - x, "weights_sha256": f"{which}-{n}"} for n, x in enumerate(made)]
+
+    found = compression.judged({"fp32": rows(0), "bf16": rows(1)})
+    lost = sorted(100 * (exact - rounded) for exact, rounded in accuracies)
+    assert lost[0] <= found["points_lost"]["low"] <= found["points_lost"]["median"] <= found["points_lost"]["high"] <= lost[-1]
+    if lost[0] > compression.GOAL_POINTS:
+        assert found["targets"][0]["met"] is False
+    if lost[-1] < compression.GOAL_POINTS:
+        assert found["targets"][0]["met"] is True
+
+
+def test_runs_that_rounded_nothing_are_no_result():
+    row = {"seed": 7, "test_accuracy": 0.5, "test_loss": 1.0, "weights_sha256": "a"}
+    with pytest.raises(ValueError, match="seed 7: both runs end in the same weights"):
+        compression.judged({"fp32": [row], "bf16": [row]})
 
 
 # -- end to end, start-up, time to accuracy
