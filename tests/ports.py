@@ -6,10 +6,12 @@ from pathlib import Path
 
 
 def free_ports(count: int) -> list[int]:
-    """Below those that the kernel gives to clients, any of whose connections could take one before the server that is to have it."""
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    """Neither those that the kernel gives to clients, any of whose connections could take one before the server that is to have it, nor
+    those below 20,000, which Ray keeps for its workers."""
+    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    candidates = [port for port in range(20_000, 65_536) if not lowest <= port <= highest]
     found: list[int] = []
-    for port in random.SystemRandom().sample(range(lowest // 2, lowest), lowest // 4):
+    for port in random.SystemRandom().sample(candidates, len(candidates)):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -18,4 +20,4 @@ def free_ports(count: int) -> list[int]:
         found.append(port)
         if len(found) == count:
             return found
-    raise AssertionError(f"no {count} free ports from {lowest // 2} to {lowest}")
+    raise AssertionError(f"no {count} free ports from 20,000 up that are not for clients ({lowest} to {highest})")
