@@ -351,8 +351,8 @@ def test_time_to_accuracy_ends_with_the_first_evaluation_as_good():
 
 def test_a_seed_that_never_got_there_fails_the_claim():
     trials = [{"share_of_time": 0.05}, {"share_of_time": None}]
-    assert time_to_accuracy.judged(trials[:1])["targets"][0]["met"] is True
-    assert time_to_accuracy.judged(trials)["targets"][0]["met"] is False
+    assert time_to_accuracy.judged(trials[:1], 10)["targets"][0]["met"] is True
+    assert time_to_accuracy.judged(trials, 10)["targets"][0]["met"] is False
 
 
 # -- the GPU suite and the table
