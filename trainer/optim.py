@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.blocked import BlockedAdamW, BlockedSGD
 from trainer.config import Freeze, OptimConfig
 
 IGNORED_LABEL = -1  # of a quarantined sample
@@ -73,7 +74,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, head_name: str) -> l
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, head_name: str) -> torch.optim.Optimizer:
-    """SGD or AdamW over all parameters, fused on a GPU. Build it after the model is on its device.
+    """SGD or AdamW over all parameters, fused on a GPU, in blocks on a CPU (trainer.blocked). Build it after the model is on its device.
 
     A frozen parameter has no gradient and is not stepped; it keeps its place, so that the layout does not change when it thaws.
     """
@@ -95,14 +96,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig, head_name: str) -> to
             "leave it out or set --optim.momentum 0.9"
         )
     groups = parameter_groups(model, config, head_name)
-    # Not on the CPU: there PyTorch 2.15's fused step takes parameter and gradient in storage order and, where one is channels_last and the
-    # other is not, updates the wrong elements without a word. The GPU's refuses.
-    fused = True if all(parameter.is_cuda for parameter in model.parameters()) else None
+    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
+    betas = (config.momentum, 0.999)
     match config.name:
+        case "sgd" if on_gpu:
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
         case "sgd":
-            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+            return BlockedSGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        case "adamw" if on_gpu:
+            return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
         case "adamw":
-            return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
+            return BlockedAdamW(groups, lr=config.lr, betas=betas)
 
 
 def set_trainable(model: nn.Module, freeze: Freeze, epoch: int, *, lp_epochs: int, head_name: str) -> bool:

@@ -80,8 +80,10 @@ class TrainState:
     """What a run must remember to go on in the same bits. Build it when model, optimiser and average are on their device."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> None:
-        assert type(optimizer) in _SLOTS, f"state of {type(optimizer).__name__} is not known here"
+        assert isinstance(optimizer, tuple(_SLOTS)), f"state of {type(optimizer).__name__} is not known here"
         self._model, self._optimizer, self._ema = model, optimizer, ema
+        # trainer.blocked's keep the state of the one that they stand in for.
+        self._optimizer_type = next(known for known in _SLOTS if isinstance(optimizer, known))
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._parameters = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
         self._free: list[dict[str, _FileImage]] = []
@@ -136,7 +138,7 @@ class TrainState:
         optimizer_tensors, idle = {}, []
         for name, (parameter, group) in self._parameters.items():
             state = self._optimizer.state.get(parameter, {})
-            present = [slot for slot in _SLOTS[type(self._optimizer)](group) if state.get(slot) is not None]
+            present = [slot for slot in _SLOTS[self._optimizer_type](group) if state.get(slot) is not None]
             if not present:
                 idle.append(name)
             optimizer_tensors.update({f"{name}/{slot}": state[slot].detach() for slot in present})
@@ -148,8 +150,8 @@ class TrainState:
         return files
 
     def _kind(self) -> str:
-        slots = _SLOTS[type(self._optimizer)](self._optimizer.param_groups[0])
-        return f"{type(self._optimizer).__name__} ({', '.join(slots) or 'no memory'})"
+        slots = _SLOTS[self._optimizer_type](self._optimizer.param_groups[0])
+        return f"{self._optimizer_type.__name__} ({', '.join(slots) or 'no memory'})"
 
     def _parse_optimizer(self, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
         """Parameter name -> its slots, checked against the optimiser; parameters that were not stepped yet are absent."""
@@ -163,7 +165,7 @@ class TrainState:
         expected = {
             f"{name}/{slot}": torch.empty((), device="meta") if slot == "step" else parameter
             for name, (parameter, group) in self._parameters.items()
-            for slot in _SLOTS[type(self._optimizer)](group)
+            for slot in _SLOTS[self._optimizer_type](group)
             if name not in idle
         }
         _match(tensors, expected, OPTIMIZER_FILE)
