@@ -1,4 +1,5 @@
 """The same step in a bare loop: model, loader and optimiser are ours, the loop is plain PyTorch, and nothing is watched, saved or proven.
+With `pytorchs_optimizer` the optimiser is PyTorch's as well.
 
     python -m benchmarks.bare --data FOLDER --steps 40                                                    one process
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m benchmarks.bare --data FOLDER      DistributedDataParallel
@@ -40,7 +41,15 @@ from trainer.worker import build, make_repeatable
 class Bare:
     """One optimisation step as a tutorial writes it, of the model and the optimiser that `config` means."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, image_size: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        image_size: tuple[int, int],
+        device: torch.device,
+        *,
+        pytorchs_optimizer: bool = False,
+    ) -> None:
         unlike = {"train.precision": (config.train.precision, ("fp32", "bf16")), "train.ema": (config.train.ema, (0.0,))}
         unlike["optim.clip_norm"] = config.optim.clip_norm, (0.0,)
         for name, (value, known) in unlike.items():
@@ -49,6 +58,9 @@ class Bare:
         self._config, self._device = config, device
         self._model, self._preprocess = build(config, dataset, image_size, device)
         self._optimizer = build_optimizer(self._model, config.optim, head_of(self._model)[0])
+        if pytorchs_optimizer and device.type == "cpu":  # on a GPU ours is PyTorch's
+            theirs = torch.optim.SGD if config.optim.name == "sgd" else torch.optim.AdamW
+            self._optimizer = theirs(self._optimizer.param_groups)  # each group says all that there is to say
         forward: nn.Module = self._model
         if dist.is_initialized():
             forward = DistributedDataParallel(self._model, gradient_as_bucket_view=True)

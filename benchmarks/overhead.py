@@ -3,12 +3,13 @@
     python -m benchmarks.overhead [--rounds 96] [--batch-size 100] [--processes 3] [--json] [--out FILE]
 
 1. In one process, in turns of a few steps: `trainer.worker.train_rank` as it is, with a real coordinator, ledger, metrics server,
-   heartbeat, guard, weights check and checkpoints; the bare loop of benchmarks/bare.py; and `Stepper` alone, which tells the cost of the
-   step's own proofs from that of the rest. Same model, same batches, each with a loader of its own. A block of steps is compared with the
-   bare block of its round, so that what disturbs the machine for longer than a round falls out; the median of these differences has an
-   interval that assumes nothing of their distribution. What is rare would vanish in a median: blocks with a weights check and with a
-   checkpoint (which is waited for, commit included, though a run does not) are told apart, and their price is divided by the steps that lie
-   between two of them in a run as it comes.
+   heartbeat, guard, weights check and checkpoints; the bare loop of benchmarks/bare.py; that loop with PyTorch's own optimiser in place of
+   ours; and `Stepper` alone, which tells the cost of the step's own proofs from that of the rest. What is judged is the difference to the
+   bare loop that has our optimiser; the difference to PyTorch's is told beside it. Same model, same batches, each with a loader of its
+   own. A block of steps is compared with the bare block of its round, so that what disturbs the machine for longer than a round falls
+   out; the median of these differences has an interval that assumes nothing of their distribution. What is rare would vanish in a median:
+   blocks with a weights check and with a checkpoint (which is waited for, commit included, though a run does not) are told apart, and
+   their price is divided by the steps that lie between two of them in a run as it comes.
    The coordinator runs in this process too and its CPU time is counted, which in a run is another process's.
    The overhead hardly depends on the batch, a step does: --batch-size 16 shows milliseconds more sharply; the share is that of a step of
    --full-batch images.
@@ -74,7 +75,7 @@ WARM_STEPS = 20
 CIFAR_EPOCH_STEPS = 500
 """50,000 images in batches of 100: the tutorial's epoch, and so the steps between two checkpoints of a run as it comes."""
 PLAIN, CHECK, CHECKPOINT = "plain", "weights check", "checkpoint"
-ARMS = ("bare", "stepper")
+ARMS = ("bare", "stepper", "stock")
 BARE, TORCHRUN, RAY_TRAIN, OURS = "bare loop", "bare loop under torchrun", "bare loop in plain Ray Train", "trainer.run"
 
 
@@ -148,6 +149,7 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
     loaders = {name: loader_of(config, dataset, device) for name in ARMS}
     feeds = {name: loader.train(0, steps) for name, loader in loaders.items()}
     bare = Bare(config, dataset, loaders["bare"].image_size, device)
+    stock = Bare(config, dataset, loaders["stock"].image_size, device, pytorchs_optimizer=True)
     alone = stepper_alone(config, dataset, loaders["stepper"].image_size, device)
     done = dict.fromkeys(ARMS, 0)
 
@@ -160,7 +162,8 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
 
         return steps_of_block
 
-    turns = Turns({"bare": block("bare", bare.step), "stepper": block("stepper", alone)}, device, lambda: settle(watched, coordinator))
+    arms = {"bare": block("bare", bare.step), "stepper": block("stepper", alone), "stock": block("stock", stock.step)}
+    turns = Turns(arms, device, lambda: settle(watched, coordinator))
     watched: list[worker.Checkpointer] = []
 
     class Watched(worker.Checkpointer):
@@ -275,6 +278,7 @@ def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, fu
             ]
             return median_interval(values)
 
+        parts["the bare loop, with PyTorch's optimiser instead"] = difference("any", "stock", "bare")
         parts["the step's own proofs (Stepper)"] = difference("any", "stepper", "bare")
         plain = difference(PLAIN, "run", "bare")
         parts["all of a step (metrics, ledger, heartbeat, guard, proofs)"] = plain
@@ -291,12 +295,16 @@ def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, fu
             for end in ("median", "low", "high"):
                 total[end] += each[end] / between[kind]
         step = getattr(full, clock)
+        of_stock = difference(PLAIN, "run", "stock")
+        for end in ("median", "low", "high"):
+            of_stock[end] += total[end] - plain[end]  # what is rare
         result[clock] = {
             "bare_step": {arm: spread([getattr(taken[arm], clock) / STEPS_A_BLOCK for _, taken in blocks]) for arm in ("bare", "run")},
             "bare_full_step": step,
             "parts": parts,
             "a_step": {end: total[end] for end in ("median", "low", "high")},
             "share": {end: total[end] / step for end in ("median", "low", "high")},
+            "share_over_pytorchs_optimizer": {end: of_stock[end] / step for end in ("median", "low", "high")},
         }
     return result
 
@@ -392,6 +400,10 @@ def lines_of(result: dict[str, Any]) -> list[str]:
             lines.append(
                 f"  a step in all {1e3 * own['a_step']['median']:+.2f} ms = {share['median']:+.2%} of a bare step of "
                 f"{inside['full_batch']} images ({share['low']:+.2%} to {share['high']:+.2%})"
+            )
+            share = own["share_over_pytorchs_optimizer"]
+            lines.append(
+                f"  more than the bare loop with PyTorch's optimiser: {share['median']:+.2%} ({share['low']:+.2%} to {share['high']:+.2%})"
             )
     if outside := result.get("in_processes"):
         lines.append(f"in processes of their own, {outside['steps']} steps of {outside['batch_size']} images")

@@ -190,7 +190,7 @@ def blocks(prices: dict[str, float], *, count: int = 12) -> list[tuple[str, dict
         kind = (overhead.PLAIN, overhead.CHECK, overhead.PLAIN, overhead.CHECKPOINT)[number % 4]
         bare = 1.0 + noise.random()
         price = prices[overhead.PLAIN] + (prices[kind] if kind != overhead.PLAIN else 0.0)
-        taken = {"bare": bare, "stepper": bare, "run": bare + price}
+        taken = {"bare": bare, "stepper": bare, "stock": bare + 0.003, "run": bare + price}
         made.append((kind, {arm: Taken(wall_seconds=seconds, cpu_seconds=2 * seconds) for arm, seconds in taken.items()}))
     return made
 
@@ -205,6 +205,7 @@ def test_overhead_divides_what_is_rare_by_the_steps_between(tmp_path):
     assert found["wall_seconds"]["a_step"]["median"] == pytest.approx(expected, rel=1e-6)
     assert found["wall_seconds"]["share"]["median"] == pytest.approx(expected / 0.5, rel=1e-6)
     assert found["cpu_seconds"]["share"]["median"] == pytest.approx(2 * expected / 1.0, rel=1e-6)
+    assert found["wall_seconds"]["share_over_pytorchs_optimizer"]["median"] == pytest.approx((expected - 0.0015) / 0.5, rel=1e-6)
 
 
 def test_run_and_bare_loop_take_turns_on_the_same_steps(tmp_path):
@@ -227,10 +228,13 @@ def test_the_bare_loop_does_the_runs_step(tmp_path):
     dataset, cpu = open_dataset(common.SAMPLE), torch.device("cpu")
     loader = loader_of(config, dataset, cpu)
     bare = Bare(config, dataset, loader.image_size, cpu)
+    stock = Bare(config, dataset, loader.image_size, cpu, pytorchs_optimizer=True)
     ours = overhead.stepper_alone(config, dataset, loader.image_size, cpu)
     with contextlib.closing(loader.train(0, 3)) as batches:
         for step, (batch,) in enumerate(batches):
-            assert float(bare.step(batch, step)) == pytest.approx(float(ours(batch, step)), rel=1e-4)
+            loss = float(bare.step(batch, step))
+            assert loss == float(stock.step(batch, step))
+            assert loss == pytest.approx(float(ours(batch, step)), rel=1e-4)
 
 
 @pytest.mark.ray
