@@ -1,9 +1,11 @@
 """What Ray Train runs on every worker: an agent that forks this worker's rank process for each attempt, speaks for it, and outlives it.
 
 A rank that dies takes nothing with it that is slow to get back: Ray's worker, its place in the cluster and the imports stay. The agent asks
-the coordinator for orders, a few times a second; what it does on its own is to say how its rank ended, and to end with its worker.
+the coordinator for orders, twice a second, and hands over its rank's newest beat with the question: each call by way of Ray costs some
+milliseconds of CPU, which on a small machine the steps go without. What it does on its own is to say how its rank ended, and to end with
+its worker.
 
-    coordinator.order(fleet, rank, report) -> Order      "run" an attempt | "stacks" | "kill" | "wait" | "end"
+    coordinator.order(fleet, rank, report, beat) -> Order      "run" an attempt | "stacks" | "kill" | "wait" | "end", and the beat's answer
     coordinator.rank_ended(attempt, rank, end)
 
 Imports no torch: the agent's own start is as short as Ray's."""
@@ -16,12 +18,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.rank import STACKS_SIGNAL, Place, RankError, Task, serve_calls
+from cluster.heartbeat import Orders
+from cluster.rank import STACKS_SIGNAL, CallFailed, Place, RankError, Task, serve_calls
 from cluster.zygote import Forked, Zygote
 
 POLL_SECONDS = 0.5  # how a rank ends, and what it says, does not wait for the next poll
@@ -51,6 +55,8 @@ class Order:
     world_size: int = 0
     payload: Payload | None = None
     """With "run", to an agent that has not begun this attempt."""
+    beat: Orders | None = None
+    """The answer to the beat that came with the question."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +83,40 @@ class RankEnd:
     status: int
     error: RankError | None
     killed_by_order: bool
+
+
+class Beats:
+    """A rank's beats on their way: `give` waits, in the thread that answers the rank's calls, until the agent has asked for orders."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._waiting: tuple[tuple[Any, ...], Future[Orders]] | None = None
+        self._closed = False
+
+    def give(self, *beat: Any) -> Orders:
+        """`beat`: the arguments of Coordinator.beat. One that is urgent or has promised a stop does not wait for its turn."""
+        answer: Future[Orders] = Future()
+        with self._lock:
+            if self._closed:
+                raise CallFailed("the rank has ended")
+            self._waiting = beat, answer
+        _, _, _, seen_stop, _, _, pulse = beat
+        if seen_stop is not None or pulse["urgent"]:
+            self._wake()
+        return answer.result(PATIENCE_SECONDS)
+
+    def take(self) -> tuple[tuple[Any, ...], Future[Orders]] | None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, None
+        return waiting
+
+    def close(self) -> None:
+        """Nobody waits any more, or will."""
+        with self._lock:
+            self._closed = True
+        if (waiting := self.take()) is not None:
+            waiting[1].set_exception(CallFailed("the rank has ended"))
 
 
 class Agent:
@@ -111,10 +151,16 @@ class Agent:
         try:
             while True:
                 self._wake.clear()
+                waiting = self._running.beats.take() if self._running is not None else None
                 try:
-                    order: Order = self._ask("order", self._fleet, self._rank, self._report())
+                    order: Order = self._ask("order", self._fleet, self._rank, self._report(), waiting and waiting[0])
                     answered = time.monotonic()
-                except Exception:
+                    if waiting is not None:
+                        assert order.beat is not None, "a beat is answered"
+                        waiting[1].set_result(order.beat)
+                except Exception as error:
+                    if waiting is not None:
+                        waiting[1].set_exception(error)
                     if time.monotonic() - answered > PATIENCE_SECONDS:
                         raise
                     order = Order(command="wait")
@@ -158,7 +204,7 @@ class Agent:
                 place=self._place,
                 files={name: index for index, name in enumerate(self._take_in(order.payload.files))},
             )
-            self._running = _Running(task, zygote, list(self._files.values()), self._ask)
+            self._running = _Running(task, zygote, list(self._files.values()), self._ask, self._wake.set)
 
     def _take_in(self, files: Mapping[str, Any]) -> Sequence[str]:
         """Files in memory, made once for all attempts of this agent."""
@@ -188,8 +234,9 @@ class Agent:
 class _Running:
     """A rank's process, and the thread that answers its calls."""
 
-    def __init__(self, task: Task, zygote: Zygote, files: Sequence[int], ask: Callable[..., Any]) -> None:
+    def __init__(self, task: Task, zygote: Zygote, files: Sequence[int], ask: Callable[..., Any], wake: Callable[[], None]) -> None:
         self.attempt = task.attempt
+        self.beats = Beats(wake)
         self.killed_by_order = self.stacks_told = False
         self._error: RankError | None = None
         self._stacks = os.memfd_create("stacks")
@@ -197,8 +244,12 @@ class _Running:
         self._connection = Connection(ours.detach())
         with theirs:
             self.forked: Forked = zygote.fork("cluster.rank:run_rank", [theirs.fileno(), self._stacks, *files])
+
+        def answer(method: str, *args: Any, **kwargs: Any) -> Any:
+            return self.beats.give(*args) if method == "beat" else ask(method, *args, **kwargs)
+
         self._answering = threading.Thread(
-            target=serve_calls, args=(self._connection, ask, self._failed), name=f"calls-{task.attempt}", daemon=True
+            target=serve_calls, args=(self._connection, answer, self._failed), name=f"calls-{task.attempt}", daemon=True
         )
         self._answering.start()
         with contextlib.suppress(OSError):  # it has ended already
@@ -221,6 +272,7 @@ class _Running:
 
     def end(self) -> RankEnd:
         """Once it has ended."""
+        self.beats.close()
         self._answering.join(timeout=5.0)  # what it said last is still on its way
         self._connection.close()
         os.close(self._stacks)

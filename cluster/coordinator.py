@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cluster.agent import Order, Payload, RankEnd, Report
@@ -167,7 +167,7 @@ class _Work:
 
 
 class Coordinator:
-    """See the module. Every method may be called from any thread; only wait_committed() and finish() wait."""
+    """See the module. Every method may be called from any thread; only news(), wait_committed(), drain() and finish() wait."""
 
     def __init__(
         self,
@@ -291,6 +291,14 @@ class Coordinator:
         with self._changed:
             self._over.add(fleet)
 
+    def news(self, ended: int, timeout: float) -> Status:
+        """The status as soon as more than `ended` ranks of the attempt have ended, else after `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._attempt is None or self._attempt.payload is None or len(self._attempt.ends) > ended, timeout
+            )
+        return self.status()
+
     def status(self) -> Status:
         with self._changed:
             attempt, now = self._attempt or self._new_attempt(0, 0, 0), self._clock()
@@ -396,8 +404,12 @@ class Coordinator:
 
     # The agents' side
 
-    def order(self, fleet: int, rank: int, report: Report) -> Order:
-        """What the agent of this rank should be doing now."""
+    def order(self, fleet: int, rank: int, report: Report, beat: tuple[Any, ...] | None = None) -> Order:
+        """What the agent of this rank should be doing now. `beat`: the arguments of a beat() of its rank, answered with it."""
+        order = self._order(fleet, rank, report)
+        return order if beat is None else replace(order, beat=self.beat(*beat))
+
+    def _order(self, fleet: int, rank: int, report: Report) -> Order:
         with self._changed:
             self._reports[fleet, rank] = report, self._clock()
             current = self._attempt

@@ -54,8 +54,9 @@ class Heartbeat:
     """Beats every `interval` seconds from a thread of its own.
 
     `call(attempt, rank, steps_done, seen_stop, stats, steps_begun, pulse)` is Coordinator.beat, by whatever way leads there. `start_step`:
-    steps done when this attempt began. The pulse says what the rank is at (`phase`) and that it gets on with it (`ticks`). A coordinator
-    that does not answer is no reason to stop training; a rank that must wait for it gives up after `patience_seconds` (CoordinatorLost)."""
+    steps done when this attempt began. The pulse says what the rank is at (`phase`), that it gets on with it (`ticks`), and whether it
+    waits for the answer, or this is its last beat (`urgent`, 1 or 0). A coordinator that does not answer is no reason to stop training; a
+    rank that must wait for it gives up after `patience_seconds` (CoordinatorLost)."""
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class Heartbeat:
         self._phase, self._ticks = "starting", 0
         self._changed = threading.Condition()
         self._hurry = False
+        self._waits = False
         self._closed = False
         self._answered_at = clock()
         self.last_error: Exception | None = None
@@ -111,9 +113,10 @@ class Heartbeat:
                         f"rank {self._rank} waits after {steps_done} steps for a stop to be confirmed; no answer from the coordinator for "
                         f"{self._patience_seconds:g} s; last error: {self.last_error!r}"
                     )
-                self._hurry = True
+                self._hurry = self._waits = True
                 self._changed.notify_all()
                 self._changed.wait(min(self._interval, 1.0))
+            self._waits = False
             return stop
 
     def close(self) -> None:
@@ -140,7 +143,8 @@ class Heartbeat:
     def _beat(self) -> None:
         with self._changed:
             gate = self._gate
-            pulse = {"phase": self._phase, "ticks": self._ticks}
+            urgent = self._closed or self._waits
+            pulse: dict[str, int | str] = {"phase": self._phase, "ticks": self._ticks, "urgent": int(urgent)}
             said = (self._attempt, self._rank, gate.steps_done, gate.stop_at, dict(self._stats), gate.steps_begun, pulse)
         try:
             orders = self._call(*said)

@@ -52,7 +52,7 @@ from trainer.summary import ACCOUNTED, accounting, summarise
 
 # On a rank; where in the program they came up helps nobody.
 SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:", "StorageOutage:", "StorageRefused:")
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.5  # the end of a rank does not wait for it
 SAME_SIGNAL_SECONDS = 0.3
 CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
 TAKEN_OVER_POLL_SECONDS = 5.0
@@ -225,10 +225,12 @@ class Drive:
         stop_asked_at: float | None = None
         pause: _Pause | None = None
         looked_at = time.monotonic()
+        ended = 0
         while True:
-            if fleet.wait(POLL_SECONDS):
+            if fleet.wait(0):
                 return self.fleet_died(fleet)
-            status: Status = self.ask("status")
+            status: Status = self.ask("news", ended, POLL_SECONDS)
+            ended = len(status.ended_ranks)
             self.placement_group = next((r.placement_group for r in status.reports.values()), "") or self.placement_group
             if len(status.ended_ranks) == fleet.workers:
                 break

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cluster.agent import Agent, Order, Payload, RankEnd, Report, process_state
+from cluster import agent as agent_module
+from cluster.agent import Agent, Beats, Order, Payload, RankEnd, Report, process_state
 from cluster.coordinator import Coordinator, RankInfo
+from cluster.heartbeat import Orders
 from cluster.journal import read_journal
 from cluster.launch import failure_of_ranks
 from cluster.rank import CallFailed, Place, RankError, interface_of
@@ -29,6 +33,7 @@ class Fleet:
         self.coordinator = Coordinator(str(folder), "run", 1, 2)
         self.reports: list[tuple[Any, ...]] = []
         self.here: list[int] = []
+        self.asked: list[str] = []
         self.agents = [
             Agent(self._ask, fleet=1, rank=rank, place=PLACE, modules=[], fetch=lambda reference: reference) for rank in range(workers)
         ]
@@ -37,6 +42,7 @@ class Fleet:
             thread.start()
 
     def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
+        self.asked.append(method)
         match method:
             case "report":
                 self.reports.append(arguments)
@@ -95,6 +101,57 @@ def test_a_rank_gets_its_task_its_files_and_answers(fleet: Fleet):
     fleet.start(4, "echo", [], a=b"first", b=big)  # the files are there already
     fleet.ends(4)
     assert fleet.reports[1][-1] == {"a": b"first", "b": big}
+
+
+def test_beats_travel_with_the_question_for_orders_and_an_urgent_one_does_not_wait(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agent_module, "POLL_SECONDS", 30.0)
+    calm, urgent = ({"phase": "step", "ticks": ticks, "urgent": ticks % 2} for ticks in (2, 3))
+    fleet.start(1, "beat", [(1, 0, 7, None, {"loss": 0.5}, 8, urgent), (1, 0, 8, 9, {}, 9, calm), (1, 0, 9, None, {}, 10, urgent)])
+    began = time.monotonic()
+    assert fleet.ends(1)[0].status == 0
+    assert time.monotonic() - began < 20
+    assert fleet.reports == [((Orders(stop_at=None, confirmed=False),) * 3,)]
+    status = fleet.coordinator.status().ranks[0]
+    assert (status.steps_done, status.stats, status.pulse["ticks"]) == (9, {"loss": 0.5}, 3)
+    assert not any(method == "beat" for method in fleet.asked)  # no call of their own
+
+
+def test_a_rank_that_ends_with_a_beat_on_its_way_holds_up_nobody(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agent_module, "POLL_SECONDS", 30.0)
+    fleet.start(1, "die_in_a_beat", (1, 0, 7, None, {}, 8, {"phase": "step", "ticks": 1, "urgent": 0}))
+    began = time.monotonic()
+    assert fleet.ends(1)[0].status == -signal.SIGKILL
+    assert time.monotonic() - began < 4  # end() gives what was said last five seconds
+
+
+@settings(max_examples=20, deadline=None)
+@given(urgent=st.lists(st.booleans(), min_size=1, max_size=6), close_after=st.integers(0, 6))
+def test_every_beat_is_answered_or_refused(urgent: list[bool], close_after: int):
+    beats, woken, told = Beats(lambda: woken.append(1)), [], []
+
+    def give(is_urgent: bool) -> None:
+        try:
+            told.append(beats.give(1, 0, 5, None, {}, 6, {"urgent": int(is_urgent)}))
+        except CallFailed as error:
+            told.append(error)
+
+    for number, is_urgent in enumerate(urgent):
+        if number == close_after:
+            beats.close()
+        thread = threading.Thread(target=give, args=(is_urgent,))
+        thread.start()
+        while thread.is_alive() and (waiting := beats.take()) is None:
+            time.sleep(0.001)
+        if number < close_after:
+            assert waiting is not None
+            waiting[1].set_result(Orders(stop_at=number, confirmed=False))
+        thread.join(10)
+        assert not thread.is_alive()
+    answered = min(close_after, len(urgent))
+    assert told[:answered] == [Orders(stop_at=number, confirmed=False) for number in range(answered)]
+    assert all(isinstance(each, CallFailed) for each in told[answered:])
+    assert len(told) == len(urgent)
+    assert len(woken) == sum(urgent[:answered])
 
 
 def test_an_exception_comes_back_with_its_class_message_and_traceback(fleet: Fleet):
