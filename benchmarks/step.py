@@ -45,21 +45,25 @@ class Case:
     precision: str = "fp32"
     channels_last: bool = False
     compiled: bool = False
+    cuda_graphs: bool = False
 
     @property
     def name(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.stem} {self.precision} {layout} {'compiled' if self.compiled else 'eager'}"
+        way = "CUDA graphs" if self.cuda_graphs else "compiled" if self.compiled else "eager"
+        return f"{self.stem} {self.precision} {layout} {way}"
 
 
-def all_cases() -> list[Case]:
-    """The tutorial's stem in every way; the other stems the way that is fastest without and with the compiler."""
+def all_cases(kind: str) -> list[Case]:
+    """The tutorial's stem in every way; the other stems the way that is fastest without and with the compiler. `kind`: of device."""
     ways = [
         Case(precision=precision, channels_last=channels_last, compiled=compiled)
         for compiled in (False, True)
         for precision in ("fp32", "bf16")
         for channels_last in (False, True)
     ]
+    if kind == "cuda":
+        ways.append(Case(precision="bf16", channels_last=True, compiled=True, cuda_graphs=True))
     others = [stem for stem in STEMS if stem != "article"]
     return ways + [
         Case(stem=stem, precision="bf16", channels_last=True, compiled=compiled) for compiled in (False, True) for stem in others
@@ -109,6 +113,7 @@ def ours(case: Case, device: torch.device, batch: int) -> Job:
         seed=0,
         precision=case.precision,
         compile_model=case.compiled,
+        cuda_graphs=case.cuda_graphs,
         reducer=None,
         distributed=False,
         world_size=1,
@@ -217,7 +222,7 @@ def main() -> int:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
-    cases = [case for case in all_cases() if re.search(options.cases, case.name)]
+    cases = [case for case in all_cases(kind) if re.search(options.cases, case.name)]
     result = described("step", options)
     steps = options.steps or (50 if kind == "cuda" else 1)
     result |= measure(cases, device=device, batch=options.batch, rounds=options.rounds, steps=steps)

@@ -86,9 +86,13 @@ def as_started(train: TrainConfig, saved: TrainConfig) -> TrainConfig:
 
 def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -> Decision:
     """What is left at auto, decided by the devices. `has_depthwise`: whether the model has depthwise convolutions, which CPUs compute more
-    slowly in bf16 (EfficientNet-Lite0: 0.67 s a step against 0.46 s in fp32)."""
+    slowly in bf16 (EfficientNet-Lite0: 0.67 s a step against 0.46 s in fp32). ValueError for what these devices cannot do."""
     precision, layout, said, warnings = train.precision, train.channels_last, [], []
     on_cpu = capability.device == "cpu"
+    if train.cuda_graphs and on_cpu:
+        raise ValueError(
+            "train.cuda_graphs=true needs a GPU, and the workers have none; leave it out, or give them one (--cluster.gpus-per-worker 1)"
+        )
     if precision == "auto":
         precision, why = "bf16", capability.name
         if not capability.has_bf16:

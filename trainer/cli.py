@@ -375,6 +375,13 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
         yield f"optim.nesterov=true belongs to SGD, but optim.name={optim.name}; use --optim.no-nesterov or --optim.name sgd"
     elif optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov=true needs momentum, but optim.momentum=0; use --optim.momentum 0.9 or --optim.no-nesterov"
+    if train.cuda_graphs and not train.compile:
+        yield "train.cuda_graphs=true replays a compiled step, but train.compile=false; add --train.compile or leave it out"
+    if train.cuda_graphs and train.accumulate > 1:
+        yield (
+            f"train.cuda_graphs=true and train.accumulate={train.accumulate}: a graph's next replay overwrites the gradients that "
+            "are to be added up; use --train.accumulate 1 or --train.no-cuda-graphs"
+        )
     if model.freeze == "lp-ft" and model.lp_epochs >= train.epochs:
         yield (
             f"model.lp_epochs={model.lp_epochs} leaves nothing of train.epochs={train.epochs} to train the whole model in; "

@@ -72,6 +72,9 @@ class TrainConfig:
     """Keep images and weights in the order of memory that convolutions are faster with; `true` and `false` mean `on` and `off`."""
     compile: bool = False
     """Compile the step. It takes seconds to minutes before the first one, told apart; a second start finds most of it in `data.root`."""
+    cuda_graphs: bool = False
+    """Launch a compiled step's kernels as CUDA graphs: of use where the host takes longer to launch a kernel than the GPU to do it, as with
+    batches of 100 small images. Changes no result. Needs `train.compile` and a GPU, and does not go with `train.accumulate`."""
     accumulate: int = 1
     """Micro-batches that each virtual rank's part of a batch is cut into: the same batch in less memory. BatchNorm sees micro-batches."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"

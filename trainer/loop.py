@@ -142,7 +142,8 @@ class Stepper:
     first to the last. `full_batch` is how many images the model sees at once in a full step. Where the model is compiled, only batches of
     that size are: the last step of an epoch is short, and a graph of its own for it would cost more than it saves. 0 compiles any size,
     each by itself: what a size computes does not depend on the sizes that came before it, so that a run that went on from a checkpoint
-    gets the same bits. `compress` has DDP send its gradients in bf16 (the tree's own way is cluster.reduce's).
+    gets the same bits. `compress` has DDP send its gradients in bf16 (the tree's own way is cluster.reduce's). With `cuda_graphs` what is
+    compiled is recorded in its first calls and replayed from then on: the same kernels, launched at once.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class Stepper:
         accumulate: int = 1,
         full_batch: int = 0,
         compress: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         assert precision in ("fp32", "bf16"), f"precision {precision} is to be decided before (trainer.capability)"
         self._model, self._preprocess, self._optimizer, self._ema = model, preprocess, optimizer, ema
@@ -194,6 +196,8 @@ class Stepper:
         self._loss_of = partial(_summed_loss, preprocess=preprocess, loss_sum=loss_sum, autocast=self._autocast)
         self._eager = self._loss_of(self._forward)
         self._compiled: Callable[[Tensor, Tensor], Tensor] | None = None
+        assert not cuda_graphs or (compile_model and accumulate == 1), "trainer.cli has refused this"
+        self._compiler_options: dict[str, Any] | None = {"triton.cudagraphs": True} if cuda_graphs else None
         if compile_model:
             self._compiled = self._compile(reducer)
         self._ddp_waits: _DdpWaits | None = None
@@ -280,6 +284,8 @@ class Stepper:
         """() float32, with its graph."""
         n = len(images)
         if self._compiled is not None and n == (self._full_batch or n):
+            if self._compiler_options is not None:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # what the replay before left behind is used up
             return self._compiled(images, labels) / divisor
         # The rest of an epoch may be a single image. It has no statistics of its own: where its maps have one pixel, BatchNorm refuses it.
         with _norms_at_rest(self._norms if n == 1 else ()):
@@ -295,14 +301,17 @@ class Stepper:
         `dynamic=False`: a graph for each size. PyTorch would make the second size it meets a graph for all further ones, and which size
         is the second depends on the step that a run went on from."""
         if reducer is None and not self._ddp:
-            return torch.compile(self._eager, backend=COMPILER, dynamic=False)
-        backend: Any = COMPILER
-        if reducer is not None:
-            from torch._dynamo.backends.distributed import DDPOptimizer
-            from torch._dynamo.backends.registry import lookup_backend
+            return torch.compile(self._eager, backend=COMPILER, dynamic=False, options=self._compiler_options)
+        if reducer is None:
+            return self._loss_of(torch.compile(self._forward, backend=COMPILER, dynamic=False, options=self._compiler_options))
+        from torch._dynamo.backends.distributed import DDPOptimizer
+        from torch._dynamo.backends.registry import lookup_backend
 
-            small = min(reducer.small_bucket_bytes, reducer.bucket_bytes)
-            backend = DDPOptimizer(reducer.bucket_bytes, lookup_backend(COMPILER), first_bucket_cap=small).compile_fn
+        compiler: Any = lookup_backend(COMPILER)
+        if self._compiler_options is not None:
+            compiler = partial(compiler, config_patches=self._compiler_options)  # what torch.compile makes of its options
+        small = min(reducer.small_bucket_bytes, reducer.bucket_bytes)
+        backend = DDPOptimizer(reducer.bucket_bytes, compiler, first_bucket_cap=small).compile_fn
         return self._loss_of(torch.compile(self._forward, backend=backend, dynamic=False))
 
     def _cut(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:

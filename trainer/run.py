@@ -48,7 +48,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 FREE_SETTINGS = {
     *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
-    *("train.verify_every", "train.profile"),
+    *("train.verify_every", "train.profile", "train.cuda_graphs"),
 }
 CONVERT_LINE_SECONDS = 5.0
 

@@ -464,6 +464,7 @@ def make_stepper(
         accumulate=config.train.accumulate,
         full_batch=together * config.data.batch_size // config.train.virtual_ranks // config.train.accumulate,
         compress=wire != torch.float32,
+        cuda_graphs=config.train.cuda_graphs,
     )
 
 

@@ -163,3 +163,10 @@ def test_micro_batches_must_be_equal(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         train_of("--train.accumulate", "4", "--data.batch-size", "100", "--workers", "2")
     assert "train.accumulate=4 does not cut the 50 images of a virtual rank into equal micro-batches; use 2" in capsys.readouterr().err
+
+
+def test_cuda_graphs_are_refused_where_workers_have_no_gpu() -> None:
+    wanted = dataclasses.replace(AUTO, compile=True, cuda_graphs=True)
+    assert decide(wanted, H200, has_depthwise=False).train.cuda_graphs
+    with pytest.raises(ValueError, match=r"train.cuda_graphs=true needs a GPU, and the workers have none"):
+        decide(wanted, XEON, has_depthwise=False)
