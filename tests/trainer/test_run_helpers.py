@@ -68,7 +68,7 @@ ALL = sorted(settings(RunConfig()))
 MAY_CHANGE = {
     *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
-    *("train.verify_every", "train.profile"),
+    *("train.verify_every", "train.profile", "train.cuda_graphs"),
     *(key for key in ALL if key.startswith("cluster.")),
 }
 
