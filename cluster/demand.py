@@ -90,7 +90,7 @@ def wait_for_hardware(workers: str, config: ClusterConfig, hardware: Hardware, t
         return hardware
     fewest, _ = worker_range(workers)
     each = " and ".join(f"{count:g} {name}" for name, count in worker.items())
-    needs = f"--workers {workers} needs room for {fewest} with {each} each"
+    needs = f"--workers {workers} needs at least {fewest} worker{'s' if fewest > 1 else ''} of {each}"
     tell(f"{needs}, the cluster has {hardware.cpus} CPUs and {hardware.gpus} GPUs; asked for nodes, waiting for them")
     demand = Demand(worker)
     began = time.monotonic()

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray._private.services import get_node_ip_address
@@ -59,8 +60,13 @@ class AutoscalingCluster:
                     },
                     "available_node_types": node_types,
                     "head_node_type": HEAD_TYPE,
-                    **{"auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "file_mounts_sync_continuously": False},
-                    **{"rsync_exclude": [], "rsync_filter": []},
+                    "auth": {},
+                    "docker": {},
+                    "file_mounts": {},
+                    "cluster_synced_files": [],
+                    "file_mounts_sync_continuously": False,
+                    "rsync_exclude": [],
+                    "rsync_filter": [],
                     **{f"{when}_commands": [] for when in ("initialization", "setup", "head_setup", "worker_setup")},
                     **{f"{who}_start_ray_commands": [] for who in ("head", "worker")},
                 }
@@ -76,10 +82,16 @@ class AutoscalingCluster:
             cwd=PROJECT,
             env={
                 **os.environ,
-                **{"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"},
-                **{"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_AUTH_MODE": "disabled"},
+                "RAY_enable_autoscaler_v2": "1",
+                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "RAY_FAKE_CLUSTER": "1",
+                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+                "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+                "RAY_AUTH_MODE": "disabled",
                 # PYTHONPATH: nodes of one host share Ray's folder of packages, and what one does there another sees.
-                **{"RAY_worker_niceness": "0", "RAY_TRAIN_V2_ENABLED": "1", "PYTHONPATH": str(PROJECT)},
+                "RAY_worker_niceness": "0",
+                "RAY_TRAIN_V2_ENABLED": "1",
+                "PYTHONPATH": str(PROJECT),
             },
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
@@ -87,7 +99,8 @@ class AutoscalingCluster:
         )
         end = time.monotonic() + 60
         while "will now block forever" not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.1)
 
     def workers_in_demand(self) -> int:
@@ -120,14 +133,9 @@ def wait_for_demand(cluster: AutoscalingCluster, workers: int, seconds: float) -
 def test_an_elastic_run_gets_its_nodes_from_an_autoscaler_and_its_demand_dies_with_it(
     cluster: AutoscalingCluster, tmp_path: Path, images: Path
 ) -> None:
-    joined = ("--cluster.address", cluster.address, "--cluster.allow-unauthenticated")
-    run = Run(
-        *(*COMMON, *joined, "--workers", "1:3", "--cluster.grow-after-seconds", "1"),
-        storage=tmp_path,
-        name="elastic",
-        data=images,
-        environment={"RAY_AUTH_MODE": "disabled"},
-    )
+    common = (*COMMON, "--cluster.address", cluster.address, "--cluster.allow-unauthenticated")
+    here: Any = {"storage": tmp_path, "data": images, "environment": {"RAY_AUTH_MODE": "disabled"}}
+    run = Run(*common, "--workers", "1:3", "--cluster.grow-after-seconds", "1", name="elastic", **here)
     # There is no node but the head: the first is asked for before the run is planned, the others once it is at work.
     run.wait_for("first_step", timeout=60, attempt=1, workers=1)
     assert run.wait_for("workers_asked_for", attempt=1)["workers"] == 2
@@ -143,7 +151,7 @@ def test_an_elastic_run_gets_its_nodes_from_an_autoscaler_and_its_demand_dies_wi
     told = [line for line in run.output().splitlines() if "demand" in line or "autoscaler" in line or "warn" in line.lower()]
     assert not told, run.output()
 
-    alone = Run(*COMMON, "--workers", "1", "--train.max-steps", str(step), storage=tmp_path, name="alone", data=images)
+    alone = Run(*common, "--workers", "1", "--train.max-steps", str(step), name="alone", **here)
     assert alone.finish() == 0, alone.output()
     assert weights(alone, step) == weights(run, step)
 
