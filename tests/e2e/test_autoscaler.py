@@ -151,7 +151,7 @@ def test_an_elastic_run_gets_its_nodes_from_an_autoscaler_and_its_demand_dies_wi
     told = [line for line in run.output().splitlines() if "demand" in line or "autoscaler" in line or "warn" in line.lower()]
     assert not told, run.output()
 
-    alone = Run(*common, "--workers", "1", "--train.max-steps", str(step), name="alone", **here)
+    alone = Run(*common, "--workers", "1", "--train.max-steps", str(step), "--train.checkpoint-every", "1000", name="alone", **here)
     assert alone.finish() == 0, alone.output()
     assert weights(alone, step) == weights(run, step)
 
