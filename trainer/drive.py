@@ -97,7 +97,7 @@ class Drive:
         self.config, self.dataset, self.location = config, dataset, location
         self.storage, self.store, self.journal = storage, store, journal
         self.resources, self.command, self.console = resources, command, console
-        self.find_start, self.zygote, self.is_local = find_start, zygote, is_local
+        self.find_start, self.zygote = find_start, zygote
         self.steps_per_epoch = make_order(config, dataset).steps_per_epoch
         self.total_steps = total_steps_of(config, self.steps_per_epoch)
         self.signal, self.signal_at = 0, 0.0

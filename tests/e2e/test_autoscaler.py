@@ -18,6 +18,7 @@ import pytest
 from ray._private.services import get_node_ip_address
 from ray.autoscaler.v2.sdk import get_cluster_status
 
+from benchmarks.faults.harness import throttled
 from tests.e2e.running import PROJECT, Run, processes_of_session
 from tests.ports import free_ports
 
@@ -138,7 +139,9 @@ def test_an_elastic_run_gets_its_nodes_from_an_autoscaler_and_its_demand_dies_wi
     run = Run(*common, "--workers", "1:3", "--cluster.grow-after-seconds", "1", name="elastic", **here)
     # There is no node but the head: the first is asked for before the run is planned, the others once it is at work.
     run.wait_for("first_step", timeout=60, attempt=1, workers=1)
-    assert run.wait_for("workers_asked_for", attempt=1)["workers"] == 2
+    with throttled(run.pid_of(0)):  # the fewer steps meanwhile, the fewer to do again below
+        assert run.wait_for("workers_asked_for", attempt=1)["workers"] == 2
+        run.wait_for("pause_requested", attempt=1)
     assert run.wait_for("attempt_paused", attempt=1)["kind"] == "grow"
     run.wait_for("first_step", attempt=2, workers=2)
     # The cluster has no third node: the demand waits, and is no more than that.
