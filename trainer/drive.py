@@ -341,20 +341,24 @@ class Drive:
         this one held comes back within a second or two: that is waited for. If it is too little then, the fewest are asked for, and in one
         group: two runs that wait, each holding half of what it needs, would wait for each other."""
         began = time.monotonic()
+        settled = began + SETTLE_SECONDS
         try:
             while True:
-                held = self.resources.fewest if self.demand.is_placed() else 0
-                room = min(self.resources.most, held + workers_that_fit(self.resources, free_resources()))
+                now = time.monotonic()
+                if self.demand.is_placed():
+                    # Not counted in place: what Ray calls free is a moment old, and this room may be in it still, or not yet again.
+                    self.demand.withdraw()
+                    settled = now + SETTLE_SECONDS
+                room = min(self.resources.most, workers_that_fit(self.resources, free_resources()))
                 possible = min(self.resources.most, workers_that_fit(self.resources, total_resources()))
-                waited = time.monotonic() - began
-                if room >= self.resources.fewest and (room >= possible or waited > SETTLE_SECONDS):
+                if room >= self.resources.fewest and (room >= possible or now > settled):
                     self.waiting = ""
                     return room
-                if self.signal or waited > self.config.cluster.placement_seconds:
+                if self.signal or now - began > self.config.cluster.placement_seconds:
                     return None
                 if room < self.resources.fewest:
                     self.waiting = f"waiting for room for {self.resources.fewest} workers, there is for {room}"
-                    if self.may_ask and waited > SETTLE_SECONDS:
+                    if self.may_ask and now > settled:
                         self.demand.state(1, workers_each=self.resources.fewest)
                 self.show(self.ask("status"))
                 time.sleep(0.2)

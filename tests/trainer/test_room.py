@@ -144,6 +144,20 @@ def test_a_run_that_waits_asks_for_the_fewest_in_one_group_and_gives_it_back_whe
     assert cluster.free == [1, 1]
 
 
+def test_room_that_came_is_counted_once_though_ray_says_late_what_is_free(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver("1:4")
+    said = [(0.0, [0.0])]  # (when, CPUs free)
+
+    def late() -> list[dict[str, float]]:
+        said.append((cluster.now, list(cluster.free)))
+        return [{"CPU": cpus} for cpus in [free for when, free in said if when <= cluster.now - 0.3][-1]]
+
+    monkeypatch.setattr(drive, "free_resources", late)
+    cluster.coming = {1010.0: lambda: (cluster.add_node(2), said.append((cluster.now - 0.3, [2.0])))}
+    assert driver.wait_for_room() == 2
+    assert cluster.free == [2]
+
+
 def test_what_the_fleet_before_gives_back_is_not_asked_for(cluster: Cluster) -> None:
     driver = Driver("1:4")
     cluster.free, cluster.total = [0.0], [4.0]
