@@ -58,7 +58,8 @@ class ClusterConfig:
     placement_seconds: float = 300.0
     """How long the cluster may take to find room for the workers, or with `--workers N:M` for N of them."""
     grow_after_seconds: float = 30.0
-    """With `--workers N:M`: room for more workers must have been there for so long before the run takes it, at its next commit."""
+    """With `--workers N:M`: room for more workers must have been there for so long before the run takes it, at its next commit. To be less
+    than an autoscaler's idle timeout."""
     preemption_notice: str = ""
     """A file whose appearance on a node says that the node is about to go (a spot instance's hook makes it): the run commits and leaves
     it."""

@@ -111,14 +111,7 @@ def ray_cluster(
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
             with _sigterm_is_ours(), _without_helpers(logs=verbose):
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temp, **common)
-        total = ray.cluster_resources()
-        yield Hardware(
-            local=not address,
-            nodes=sum(node["Alive"] for node in ray.nodes()),
-            cpus=int(total.get("CPU", 0)),
-            gpus=int(total.get("GPU", 0)),
-            node_cpus=tuple(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]),
-        )
+        yield hardware_now(local=not address)
     finally:
         if temp is not None:
             # They do not hear SIGTERM: ray.shutdown would wait a second for each. To raylet and GCS it still has something to say.
@@ -127,6 +120,19 @@ def ray_cluster(
         if temp is not None:
             _kill_ray(temp)
             shutil.rmtree(temp, ignore_errors=True)
+
+
+def hardware_now(*, local: bool) -> Hardware:
+    """What the cluster that this process has joined offers now."""
+    total = ray.cluster_resources()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return Hardware(
+        local=local,
+        nodes=len(nodes),
+        cpus=int(total.get("CPU", 0)),
+        gpus=int(total.get("GPU", 0)),
+        node_cpus=tuple(int(node["Resources"].get("CPU", 0)) for node in nodes),
+    )
 
 
 def gpus_here() -> int:
@@ -228,7 +234,7 @@ def _remove_stale_temp_folders() -> None:
 
 def plan_resources(workers: str, config: ClusterConfig, hardware: Hardware) -> Resources:
     """How many workers, and what each gets. Raises ValueError when the cluster cannot hold them, or with N:M not N of them."""
-    per_gpu = config.gpus_per_worker if config.gpus_per_worker >= 0 else int(hardware.gpus > 0)
+    per_gpu = gpus_of_worker(config, hardware)
     one_a_gpu = max(1, hardware.gpus // per_gpu) if per_gpu else 1
     fewest, most = (one_a_gpu, one_a_gpu) if workers == "auto" else worker_range(workers)
     if per_gpu * fewest > hardware.gpus:
@@ -258,6 +264,10 @@ def plan_resources(workers: str, config: ClusterConfig, hardware: Hardware) -> R
         gpus_per_worker=per_gpu,
         threads_per_worker=threads,
     )
+
+
+def gpus_of_worker(config: ClusterConfig, hardware: Hardware) -> int:
+    return config.gpus_per_worker if config.gpus_per_worker >= 0 else int(hardware.gpus > 0)
 
 
 def even_share(node_cpus: Sequence[int], workers: int) -> float:
@@ -329,8 +339,9 @@ def start_coordinator(**kwargs: Any) -> Any:
 _IDLE = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
-def _fit_class(*, is_local: bool) -> Any:
-    """Ray Train's trainer without the processes that agents have no use for; on a local Ray without the one that asks for more nodes."""
+def _fit_class() -> Any:
+    """Ray Train's trainer without the processes that agents have no use for, and without the one that asks for nodes: the workers' waiting
+    placement group says the same, goes with the driver, and overwrites nobody's `request_resources`."""
     from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -346,8 +357,7 @@ def _fit_class(*, is_local: bool) -> Any:
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in _IDLE]
 
         def _initialize_and_run_controller(self, **settings: Any) -> Any:
-            if is_local:
-                settings["scaling_policy"] = FixedSize(self.scaling_config)
+            settings["scaling_policy"] = FixedSize(self.scaling_config)
             return super()._initialize_and_run_controller(**settings)
 
     return Fit
@@ -368,11 +378,9 @@ class Fleet:
         notice: str,
         placement_seconds: float,
         zygote: str = "",
-        is_local: bool = False,
     ) -> None:
-        """`modules` are what the ranks' zygotes import, `zygote` is the name that those of a node share (without it each agent has one);
-        `is_local`: this Ray is the run's own."""
-        self.number, self.workers, self._is_local = number, resources.workers, is_local
+        """`modules` are what the ranks' zygotes import, `zygote` is the name that those of a node share (without it each agent has one)."""
+        self.number, self.workers = number, resources.workers
         self._failure: Failure | None = None
         self._scratch = _temp_folder()
         settings = {"coordinator": coordinator, "fleet": number, "modules": list(modules), "zygote": zygote, "notice": notice}
@@ -401,7 +409,7 @@ class Fleet:
         if resources.gpus_per_worker:
             per_worker["GPU"] = resources.gpus_per_worker
         try:
-            _fit_class(is_local=self._is_local)(
+            _fit_class()(
                 agent_main,
                 train_loop_config=settings,
                 backend_config=AgentsOnly(),

@@ -25,6 +25,7 @@ from rich.console import Console
 from cluster.agent import Payload
 from cluster.controller import RunFailed, run_attempts
 from cluster.coordinator import FILE_SD, Status
+from cluster.demand import Demand, groups_wanted, room_of_worker
 from cluster.failures import Failure, History, history_of
 from cluster.hang import Hang, HangWatch, Sign
 from cluster.interval import observed_failures
@@ -96,7 +97,7 @@ class Drive:
         self.config, self.dataset, self.location = config, dataset, location
         self.storage, self.store, self.journal = storage, store, journal
         self.resources, self.command, self.console = resources, command, console
-        self.find_start, self.zygote, self.is_local = find_start, zygote, is_local
+        self.find_start, self.zygote = find_start, zygote
         self.steps_per_epoch = make_order(config, dataset).steps_per_epoch
         self.total_steps = total_steps_of(config, self.steps_per_epoch)
         self.signal, self.signal_at = 0, 0.0
@@ -112,6 +113,9 @@ class Drive:
         self.workers = resources.workers  # of the present fleet
         self.placement_group = ""
         self.room_since: float | None = None
+        self.demand = Demand(room_of_worker(resources))
+        self.may_ask = not is_local and resources.fewest < resources.most
+        self.asked_for_workers = 0  # of the present fleet
         self.looked_at_cluster = self.accounted_at = 0.0
         self.waiting = ""
         self.generation = store.claim_generation()
@@ -321,7 +325,7 @@ class Drive:
                 return None if self.signal else self.no_room()
             workers = room
         self.fleets += 1
-        self.workers, self.placement_group, self.room_since = workers, "", None
+        self.workers, self.placement_group, self.room_since, self.asked_for_workers = workers, "", None, 0
         self.fleet = Fleet(
             self.fleets,
             self.coordinator,
@@ -331,26 +335,37 @@ class Drive:
             zygote=self.zygote,
             notice=self.config.cluster.preemption_notice,
             placement_seconds=self.config.cluster.placement_seconds,
-            is_local=self.is_local,
         )
         return None
 
     def wait_for_room(self) -> int | None:
         """How many workers the cluster holds now, at least the fewest; None if it did not in time, or a signal came. What the fleet before
-        this one held comes back within a second or two: that is waited for."""
+        this one held comes back within a second or two: that is waited for. If it is too little then, the fewest are asked for, and in one
+        group: two runs that wait, each holding half of what it needs, would wait for each other."""
         began = time.monotonic()
-        while True:
-            room = min(self.resources.most, workers_that_fit(self.resources, free_resources()))
-            possible = min(self.resources.most, workers_that_fit(self.resources, total_resources()))
-            if room >= self.resources.fewest and (room >= possible or time.monotonic() - began > SETTLE_SECONDS):
-                self.waiting = ""
-                return room
-            if self.signal or time.monotonic() - began > self.config.cluster.placement_seconds:
-                return None
-            if room < self.resources.fewest:
-                self.waiting = f"waiting for room for {self.resources.fewest} workers, there is for {room}"
-            self.show(self.ask("status"))
-            time.sleep(0.2)
+        settled = began + SETTLE_SECONDS
+        try:
+            while True:
+                now = time.monotonic()
+                if self.demand.is_placed():
+                    # Not counted in place: what Ray calls free is a moment old, and this room may be in it still, or not yet again.
+                    self.demand.withdraw()
+                    settled = now + SETTLE_SECONDS
+                room = min(self.resources.most, workers_that_fit(self.resources, free_resources()))
+                possible = min(self.resources.most, workers_that_fit(self.resources, total_resources()))
+                if room >= self.resources.fewest and (room >= possible or now > settled):
+                    self.waiting = ""
+                    return room
+                if self.signal or now - began > self.config.cluster.placement_seconds:
+                    return None
+                if room < self.resources.fewest:
+                    self.waiting = f"waiting for room for {self.resources.fewest} workers, there is for {room}"
+                    if self.may_ask and now > settled:
+                        self.demand.state(1, workers_each=self.resources.fewest)
+                self.show(self.ask("status"))
+                time.sleep(0.2)
+        finally:
+            self.demand.withdraw()
 
     def no_room(self) -> Failure:
         return Failure(
@@ -362,6 +377,7 @@ class Drive:
 
     def end_fleet(self) -> None:
         """Have its agents end, and wait for that; what does not end by itself loses its place."""
+        self.demand.withdraw()  # it would take what the fleet gives back, and the next one needs that
         fleet, self.fleet = self.fleet, None
         if fleet is None:
             return
@@ -375,6 +391,7 @@ class Drive:
 
     def fleet_died(self, fleet: Fleet) -> Failure | None:
         """Ray Train gave up on a worker: the ranks went with it."""
+        self.demand.withdraw()
         self.fleet = None
         self.result = self.ask("result", self.number)
         if self.result is not None or self.is_taken_over():
@@ -415,9 +432,12 @@ class Drive:
         ours = {report.node_id for report in status.reports.values()}
         if leaving := sorted(node[:8] for node in draining_nodes() if node in ours):
             return _Pause("preempted", f"Ray drains node {', '.join(leaving)}")
-        if self.workers >= self.resources.most:
+        lacking = self.resources.most - self.workers
+        if lacking <= 0:
             return None
-        room = min(self.resources.most, self.workers + workers_that_fit(self.resources, free_resources()))
+        room = self.workers + min(lacking, workers_that_fit(self.resources, free_resources()))
+        if self.may_ask:
+            self.ask_for_workers(lacking, room - self.workers)
         if room <= self.workers:
             self.room_since = None
             return None
@@ -425,6 +445,13 @@ class Drive:
         if now - self.room_since < self.config.cluster.grow_after_seconds:
             return None
         return _Pause("grow", f"there is room for {room} workers, {self.workers} are at work")
+
+    def ask_for_workers(self, lacking: int, room: int) -> None:
+        """Tell an autoscaler how many workers are lacking, where there is room for none of them."""
+        wanted = groups_wanted(lacking=lacking, room=room, is_placed=self.demand.is_placed())
+        if self.demand.state(wanted) and wanted != self.asked_for_workers:
+            self.asked_for_workers = wanted
+            self.tell("workers_asked_for", attempt=self.number, workers=wanted)
 
     def break_hang(self, hang: Hang, status: Status) -> Failure:
         """Stacks of all ranks into the journal, then the end of their processes."""

@@ -283,6 +283,7 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
 
 def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str, command: str, console: Console) -> int:
     """The run, with a zygote on this node that the ranks come from."""
+    from cluster.demand import wait_for_hardware
     from cluster.launch import Hardware, gpus_here, plan_resources, ray_cluster
     from cluster.preflight import on_every_node, preflight
     from cluster.versions import versions
@@ -317,6 +318,7 @@ def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str
         has_depthwise = checked.wait()
     console.print(f"joining the Ray cluster at {address}" if address else "starting a local Ray")
     with cluster as hardware:
+        hardware = wait_for_hardware(config.workers, config.cluster, hardware, lambda line: console.print(line, soft_wrap=True))
         resources = plan_resources(config.workers, config.cluster, hardware)
         config = resolved(config, workers=resources.most, fingerprint=fingerprint, recipe=recipe, image_size=image_size)
         if (done := finished_summary(config, fingerprint)) is not None:

@@ -366,6 +366,8 @@ def sentence(event: Event) -> str:
             return f"attempt {event.get('attempt')} failed{at}: {message}{cost}"
         case "attempt_paused" | "pause_requested":
             return f"to other workers: {event.get('reason')}"
+        case "workers_asked_for":
+            return f"asked the cluster for {number(event.get('workers'))} more"
         case "resumed":
             return f"going on from the checkpoint of step {step}"
         case "hang":

@@ -177,7 +177,7 @@ def job_problems(job: Object) -> Iterator[str]:
         return
     fewest, _, most = config.workers.partition(":")
     [group] = cluster["workerGroupSpecs"]
-    if (str(group["minReplicas"]), str(group["maxReplicas"])) != (fewest, most) or group["replicas"] != group["maxReplicas"]:
+    if (str(group["minReplicas"]), str(group["maxReplicas"])) != (fewest, most) or group["replicas"] != group["minReplicas"]:
         yield f"replicas {group['minReplicas']}:{group['replicas']}:{group['maxReplicas']} and --workers {config.workers} do not agree"
     try:  # as trainer.run does once it knows how many there may be
         validate(dataclasses.replace(config, train=dataclasses.replace(config.train, virtual_ranks=int(most))), workers=int(most))

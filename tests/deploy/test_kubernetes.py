@@ -137,9 +137,9 @@ PLANTED: dict[str, tuple[Change, str]] = {
     "runtime env as a map": (lambda o: job(o).update(runtimeEnvYAML={"env_vars": {}}), "runtimeEnvYAML"),
     "no minReplicas": (lambda o: workers(o).pop("minReplicas"), "minReplicas"),
     "no maxReplicas": (lambda o: workers(o).pop("maxReplicas"), "maxReplicas"),
-    "replicas other than --workers": (lambda o: workers(o).update(maxReplicas=5, replicas=5), "do not agree"),
+    "replicas other than --workers": (lambda o: workers(o).update(maxReplicas=5), "do not agree"),
     "--workers other than replicas": (lambda o: say(o, "--workers 1:4", "--workers 2:4"), "do not agree"),
-    "fewer asked for than taken": (lambda o: workers(o).update(replicas=1), "do not agree"),
+    "a job that waits for all pods": (lambda o: workers(o).update(replicas=4), "do not agree"),
     "more workers than the batch can be cut for": (
         lambda o: say(o, "--data.batch-size 48", "--data.batch-size 50"),
         "does not take these arguments",

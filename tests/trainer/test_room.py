@@ -1,0 +1,246 @@
+"""Claims about the room that a driver sees, waits for and asks for, on a cluster of numbers: no Ray, no clock."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster import demand
+from cluster.config import ClusterConfig
+from cluster.coordinator import Status
+from cluster.demand import Demand, room_of_worker
+from cluster.launch import Hardware, plan_resources
+from trainer import drive
+from trainer.config import RunConfig
+from trainer.drive import SETTLE_SECONDS, Drive, _Pause
+
+GROW_AFTER = 30.0
+
+
+@dataclass
+class Group:
+    bundles: list[dict[str, float]]
+    nodes: list[int] | None = None
+
+
+@dataclass
+class Cluster:
+    """Nodes by their free CPUs, and placement groups as Ray places them: the oldest first, each wholly or not at all."""
+
+    free: list[float]
+    total: list[float] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    now: float = 1000.0
+    coming: dict[float, Callable[[], None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.total = self.total or list(self.free)
+
+    def add_node(self, cpus: float) -> None:
+        self.free.append(cpus)
+        self.total.append(cpus)
+        self.place()
+
+    def place(self) -> None:
+        for group in self.groups:
+            if group.nodes is None:
+                free, nodes = list(self.free), []
+                for bundle in group.bundles:
+                    fits = [node for node, cpus in enumerate(free) if cpus >= bundle["CPU"]]
+                    if not fits:
+                        break
+                    nodes.append(fits[0])
+                    free[fits[0]] -= bundle["CPU"]
+                else:
+                    self.free, group.nodes = free, nodes
+
+    def make(self, bundles: list[dict[str, float]]) -> Group:
+        self.groups.append(Group(bundles))
+        self.place()
+        return self.groups[-1]
+
+    def table(self, group: Group) -> dict[str, str]:
+        return {"state": "PENDING" if group.nodes is None else "CREATED"}
+
+    def remove(self, group: Group) -> None:
+        self.groups = [one for one in self.groups if one is not group]
+        for node, bundle in zip(group.nodes or [], group.bundles, strict=False):
+            self.free[node] += bundle["CPU"]
+        self.place()
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for when in [when for when in self.coming if when <= self.now]:
+            self.coming.pop(when)()
+
+    def waiting(self) -> list[int]:
+        """The sizes of the groups that an autoscaler sees."""
+        return [len(group.bundles) for group in self.groups if group.nodes is None]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster([])
+    monkeypatch.setattr(demand, "placement_group", lambda bundles: cluster.make(bundles))
+    monkeypatch.setattr(demand, "placement_group_table", lambda group: cluster.table(group))
+    monkeypatch.setattr(demand, "remove_placement_group", lambda group: cluster.remove(group))
+    monkeypatch.setattr(drive, "free_resources", lambda: [{"CPU": cpus} for cpus in cluster.free])
+    monkeypatch.setattr(drive, "total_resources", lambda: [{"CPU": cpus} for cpus in cluster.total])
+    monkeypatch.setattr(drive, "draining_nodes", dict)
+    for module in (drive, demand):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: cluster.now, sleep=cluster.sleep))
+    return cluster
+
+
+class Driver(Drive):
+    """No run behind it: only what looks at the cluster."""
+
+    def __init__(self, workers: str, *, is_local: bool = False, at_work: int = 0) -> None:
+        settings = ClusterConfig(cpus_per_worker=1, placement_seconds=100, grow_after_seconds=GROW_AFTER)
+        self.config = replace(RunConfig(), cluster=settings)
+        self.resources = plan_resources(workers, settings, Hardware(local=is_local, nodes=1, cpus=64, gpus=0))
+        self.demand = Demand(room_of_worker(self.resources))
+        self.may_ask = not is_local and self.resources.fewest < self.resources.most
+        self.workers, self.number, self.signal, self.fleet = at_work, 1, 0, None
+        self.looked_at_cluster, self.room_since, self.asked_for_workers = -math.inf, None, 0
+        self.told: list[tuple[str, dict[str, Any]]] = []
+
+    def tell(self, event: str, **fields: Any) -> None:
+        self.told.append((event, fields))
+
+    def ask(self, method: str, *args: Any) -> Any:
+        return None
+
+    def show(self, status: Any) -> None:
+        pass
+
+    def looks(self, cluster: Cluster, seconds: float) -> _Pause | None:
+        """As an attempt does while the ranks train."""
+        end = cluster.now + seconds
+        while cluster.now < end:
+            cluster.sleep(0.25)
+            if (pause := self.reason_to_pause(NOTHING)) is not None:
+                return pause
+        return None
+
+
+NOTHING: Any = SimpleNamespace(notices=[], reports={})
+assert {"notices", "reports"} <= set(dir(Status))
+
+# Waiting for the fewest
+
+
+def test_a_run_that_waits_asks_for_the_fewest_in_one_group_and_gives_it_back_when_it_has_found_its_place(cluster: Cluster) -> None:
+    driver = Driver("2:4")
+    cluster.add_node(1)
+    cluster.coming = {1020.0: lambda: cluster.add_node(1), 1010.0: lambda: seen.append(cluster.waiting())}
+    seen: list[list[int]] = []
+    assert driver.wait_for_room() == 2
+    assert seen == [[2]]
+    assert cluster.groups == []
+    assert cluster.free == [1, 1]
+
+
+def test_room_that_came_is_counted_once_though_ray_says_late_what_is_free(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver("1:4")
+    said = [(0.0, [0.0])]  # (when, CPUs free)
+
+    def late() -> list[dict[str, float]]:
+        said.append((cluster.now, list(cluster.free)))
+        return [{"CPU": cpus} for cpus in [free for when, free in said if when <= cluster.now - 0.3][-1]]
+
+    monkeypatch.setattr(drive, "free_resources", late)
+    cluster.coming = {1010.0: lambda: (cluster.add_node(2), said.append((cluster.now - 0.3, [2.0])))}
+    assert driver.wait_for_room() == 2
+    assert cluster.free == [2]
+
+
+def test_what_the_fleet_before_gives_back_is_not_asked_for(cluster: Cluster) -> None:
+    driver = Driver("1:4")
+    cluster.free, cluster.total = [0.0], [4.0]
+    made: list[int] = []
+    cluster.coming = {1000 + SETTLE_SECONDS - 0.5: lambda: made.append(len(cluster.groups)) or cluster.free.__setitem__(0, 4.0)}
+    assert driver.wait_for_room() == 4
+    assert made == [0]
+    assert cluster.groups == []
+
+
+def test_of_two_runs_that_wait_for_two_each_one_gets_both_nodes(cluster: Cluster) -> None:
+    first, second = Driver("2:4"), Driver("2:4")
+    second.demand.state(1, workers_each=2)
+    cluster.coming = {1010.0: lambda: cluster.add_node(1), 1020.0: lambda: cluster.add_node(1)}
+    assert first.wait_for_room() is None  # the other's are placed
+    assert second.demand.is_placed()
+    second.demand.withdraw()
+    assert first.wait_for_room() == 2
+
+
+def test_without_room_in_time_nothing_is_left_waiting(cluster: Cluster) -> None:
+    driver = Driver("2:4")
+    cluster.add_node(1)
+    assert driver.wait_for_room() is None
+    assert cluster.now > 1100
+    assert cluster.groups == []
+
+
+# At work with fewer than there may be
+
+
+def test_each_lacking_worker_is_a_group_and_what_comes_is_taken_after_it_was_free_for_a_while(cluster: Cluster) -> None:
+    driver = Driver("1:4", at_work=1)
+    cluster.add_node(0)
+    assert driver.looks(cluster, 10) is None
+    assert cluster.waiting() == [1, 1, 1]
+    assert driver.told == [("workers_asked_for", {"attempt": 1, "workers": 3})]
+    cluster.add_node(2)  # room for two of the three
+    assert cluster.free == [0, 0]
+    came = cluster.now
+    pause = driver.looks(cluster, 60)
+    assert pause is not None
+    assert pause.kind == "grow"
+    assert "room for 3 workers, 1 are at work" in pause.reason
+    assert GROW_AFTER < cluster.now - came < GROW_AFTER + 5
+    assert (cluster.groups, cluster.free) == ([], [0, 2])
+
+
+def test_room_that_a_restarting_neighbour_left_is_free_again_before_it_has_to_ask_for_more(cluster: Cluster) -> None:
+    driver = Driver("1:2", at_work=1)
+    cluster.add_node(0)
+    driver.looks(cluster, 5)
+    cluster.free[0] = 1.0  # its fleet ended
+    cluster.place()
+    assert cluster.free == [0]
+    driver.looks(cluster, drive.CLUSTER_POLL_SECONDS + 0.25)
+    assert cluster.free == [1]
+    cluster.free[0] = 0.0  # and the next one is there
+    assert driver.looks(cluster, 2 * GROW_AFTER) is None
+    assert cluster.waiting() == [1]
+    assert len(driver.told) == 1  # one line for one lack
+
+
+@pytest.mark.parametrize(("workers", "is_local", "at_work"), [("2", False, 2), ("1:4", True, 1), ("1:4", False, 4)])
+def test_nothing_is_asked_for_by_a_fixed_number_a_local_ray_or_a_full_fleet(
+    cluster: Cluster, workers: str, is_local: bool, at_work: int
+) -> None:
+    driver = Driver(workers, is_local=is_local, at_work=at_work)
+    assert driver.looks(cluster, 10) is None
+    if is_local:
+        assert driver.wait_for_room() is None
+    assert cluster.groups == []
+    assert driver.told == []
+
+
+def test_a_fleet_that_ends_or_dies_leaves_nothing_that_would_take_its_room(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver("1:4", at_work=1)
+    monkeypatch.setattr(driver, "is_taken_over", lambda: False)
+    driver.looks(cluster, 5)
+    assert cluster.waiting() == [1, 1, 1]
+    driver.end_fleet()
+    assert cluster.groups == []
+    driver.looks(cluster, 5)
+    assert cluster.waiting() == [1, 1, 1]
+    driver.fleet_died(SimpleNamespace(failure=lambda: None))  # type: ignore[arg-type]
+    assert cluster.groups == []
