@@ -1,7 +1,8 @@
 """Ranks that live and get nowhere: stopped, silent, or stuck. Pure: the driver hands in what the coordinator knows, several times a second.
 
 Three budgets, as the three can be told apart with different certainty:
-- stopped: the kernel says so (state T in /proc: SIGSTOP, a debugger); STOPPED_SECONDS are enough;
+- stopped: the kernel says so whenever it is asked (state T in /proc: SIGSTOP, a debugger), and its heart has not beaten meanwhile, as that
+  of a process that is only slowed down does; STOPPED_SECONDS are enough;
 - silent: the process runs and its heartbeat thread does not (a C call that never gives the interpreter back, a storage in state D);
 - stuck: the heart beats and nobody gets on: a rank sleeps or spins, and the others wait for it in a collective.
 A step that once took long may do so again: nobody is stuck before ten times the longest step so far. Time in which the driver itself did
@@ -74,7 +75,11 @@ class HangWatch:
         self._stopped_since = {
             rank: self._stopped_since.get(rank, self._watched) for rank, sign in signs.items() if sign.state in ("T", "t")
         }
-        late = {rank: self._watched - since for rank, since in self._stopped_since.items() if self._watched - since >= STOPPED_SECONDS}
+        late = {
+            rank: self._watched - since
+            for rank, since in self._stopped_since.items()
+            if self._watched - since >= STOPPED_SECONDS <= signs[rank].age_seconds
+        }
         return Hang(kind="stopped", ranks=tuple(sorted(late)), seconds=max(late.values())) if late else None
 
     def _silent(self, signs: Mapping[int, Sign]) -> Hang | None:

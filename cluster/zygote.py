@@ -68,6 +68,7 @@ class Zygote:
         machine's account that give the same `name` share one; without a name it is nobody else's."""
         self._on_ended = on_ended
         self._is_shared = bool(name)
+        self._folder = os.getcwd()  # now: Ray may remove the copy of the code that a worker works in, under its feet
         self._process: subprocess.Popen[bytes] | None = None
         self._socket = self._reach(f"\0finetune-zygote-{name or uuid.uuid4().hex}", modules)
         self._lock = threading.Lock()
@@ -131,13 +132,12 @@ class Zygote:
         Returns at once; before the imports are done the fork waits for them."""
         if len(descriptors) > _MOST_DESCRIPTORS:
             raise ValueError(f"{len(descriptors)} open files for one process, at most {_MOST_DESCRIPTORS} can be handed over")
-        forked = Forked()
-        with self._lock:
+        forked, message = Forked(), json.dumps({"target": target}).encode()
+        with _surroundings(self._folder) as surroundings, self._lock:
             if not self._lost:
-                self._starting.append(forked)
-                with contextlib.suppress(OSError), _surroundings() as surroundings:  # it has died: the listening thread will say so
-                    message = json.dumps({"target": target}).encode()
+                with contextlib.suppress(ConnectionError):  # it has died: the listening thread will say so
                     socket.send_fds(self._socket, [message], [surroundings, *_outputs(), *descriptors])
+                self._starting.append(forked)
                 return forked
         self._end(forked, ZYGOTE_LOST)
         return forked
@@ -206,12 +206,12 @@ _AS_IF_ALONE = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "syste
 
 
 @contextlib.contextmanager
-def _surroundings() -> Iterator[int]:
-    """An open file that says in what environment and folder this process works."""
+def _surroundings(folder: str) -> Iterator[int]:
+    """An open file that says in what environment this process works, and in which folder."""
     descriptor = os.memfd_create("surroundings")
     try:
         with open(descriptor, "w", closefd=False) as file:
-            json.dump({"environment": {**os.environ, **_AS_IF_ALONE}, "folder": os.getcwd()}, file)
+            json.dump({"environment": {**os.environ, **_AS_IF_ALONE}, "folder": folder}, file)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -330,7 +330,8 @@ def _be_a_rank(zygote: int, inherited: list[int], descriptors: list[int], target
             os.close(descriptor)
         os.environ.clear()
         os.environ.update(told["environment"])
-        os.chdir(told["folder"])
+        with contextlib.suppress(FileNotFoundError):  # it is gone: what was to be imported from there is here already
+            os.chdir(told["folder"])
         module, _, function = target.partition(":")
         entry: Callable[[list[int]], Any] = getattr(importlib.import_module(module), function)
         entry(descriptors)

@@ -33,7 +33,7 @@ class Clock:
 
 def test_a_stopped_rank_is_found_after_its_budget_and_not_before():
     clock = Clock()
-    signs = {0: sign(1, phase="exchange"), 1: sign(1, state="T")}
+    signs = {0: sign(1, phase="exchange"), 1: sign(1, state="T", age=STOPPED_SECONDS)}
     assert clock.advance(STOPPED_SECONDS - 0.5, signs)[0] is None
     assert clock.advance(0.3, {0: sign(2), 1: sign(2, state="R")})[0] is None  # it went on
     hang, seconds = clock.advance(30, signs)
@@ -41,6 +41,12 @@ def test_a_stopped_rank_is_found_after_its_budget_and_not_before():
     assert (hang.kind, hang.ranks) == ("stopped", (1,))
     assert STOPPED_SECONDS <= seconds <= STOPPED_SECONDS + 1
     assert hang.describe() == "rank 1: stopped (state T: SIGSTOP or a debugger) for 5 s"
+
+
+def test_a_rank_that_is_found_stopped_at_every_look_and_beats_meanwhile_is_slow_and_not_stopped():
+    clock = Clock()
+    for ticks in range(40):
+        assert clock.advance(1.0, {0: sign(ticks, state="T", age=1.5)})[0] is None
 
 
 def test_a_rank_that_sleeps_is_to_blame_and_those_that_wait_for_it_are_not():

@@ -47,6 +47,33 @@ def test_what_it_forks_has_the_imports_and_the_files_it_was_handed_and_its_end_i
         zygote.close()
 
 
+def test_it_forks_where_the_folder_that_its_user_worked_in_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ray keeps a copy of the code for each node, and may remove one that a worker stands in."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(PROJECT))
+    zygote = Zygote(["tests.cluster.ranks"])
+    try:
+        folder.rmdir()
+        reading, writing = os.pipe()
+        forked = zygote.fork("tests.cluster.ranks:say_hello", [writing])
+        assert forked.wait(30) == 0
+        assert os.read(reading, 100).decode().startswith(f"{forked.pid} ")
+    finally:
+        zygote.close()
+
+
+def test_a_file_that_cannot_be_handed_over_is_an_error_and_harms_no_other_fork():
+    zygote = Zygote([])
+    try:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            zygote.fork("tests.cluster.ranks:say_hello", [10_000])
+        assert zygote.fork("tests.cluster.ranks:fail", []).wait(30) == 7
+    finally:
+        zygote.close()
+
+
 def test_a_killed_process_is_told_apart_from_its_siblings():
     zygote = Zygote([])
     try:

@@ -29,6 +29,7 @@ PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeP
 COMMON = [
     *("--train.epochs", "1000", "--train.eval-every-epochs", "1000", "--optim.schedule", "constant", "--train.checkpoint-every", "5"),
     *("--data.max-bad-fraction", "0.01", "--data.batch-size", "24", "--train.virtual-ranks", "3", "--cluster.cpus-per-worker", "1"),
+    *("--cluster.keep-checkpoints", "10000"),  # one of them is compared below, however far the run gets meanwhile
 ]
 
 
