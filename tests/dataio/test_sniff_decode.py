@@ -1,5 +1,5 @@
-"""Claims about sniff and decode: what is accepted equals Pillow's pixels, what is bad is named, what is resized is resized alike, and nothing
-else suffers."""
+"""Claims about sniff and decode: what is accepted equals Pillow's pixels, what is bad is named, what is resized follows from its bytes alone,
+and nothing else suffers."""
 
 import struct
 import threading
@@ -207,7 +207,7 @@ def test_a_resized_image_is_its_window_resized_by_torch_and_close_to_pillow(
     data = encode(noisy, how[0], exif=exif, **how[1])
     whole = pillow(data)  # decoded whole, where ours decodes a part
     top, left, high, wide = window_of(*whole.shape[:2], *target) if fit == "crop" else (0, 0, *whole.shape[:2])
-    window = np.ascontiguousarray(whole[top : top + high, left : left + wide])
+    window = whole[top : top + high, left : left + wide].copy()
     decoded = _resizing(target, fit).decode([view(data)])
     assert decoded.bad == ()
     source = torch.from_numpy(window[None]).permute(0, 3, 1, 2)  # (1, 3, h, w)
@@ -233,9 +233,7 @@ def _mixed(seeds: list[int]) -> list[bytes]:
     batch_size=st.sampled_from([1, 5, 64]),
     dirt=st.integers(0, 255),
 )
-def test_what_an_image_becomes_depends_on_nothing_but_its_bytes(
-    seeds: list[int], fit: Fit, threads: int, batch_size: int, dirt: int
-) -> None:
+def test_what_an_image_becomes_depends_on_its_bytes_alone(seeds: list[int], fit: Fit, threads: int, batch_size: int, dirt: int) -> None:
     encoded = [view(data) for data in _mixed(seeds)]
     alone = [_resizing((HEIGHT, WIDTH), fit).decode([data]).images[0] for data in encoded]
     decoder = _resizing((HEIGHT, WIDTH), fit, threads, batch_size)
@@ -277,12 +275,13 @@ def test_no_more_threads_resize_at_a_time_than_the_decoder_was_given(threads: in
             at_work -= 1
 
     monkeypatch.setattr(decode, "_resize", watched)
+    before = set(threading.enumerate())
     encoded = [view(encode(picture(index, 200, 300))) for index in range(40)]
     with Decoder(height=HEIGHT, width=WIDTH, fit="crop", threads=threads, max_pixels=MAX_PIXELS, batch_size=8) as decoder:
         assert decoder.decode(encoded).bad == ()
     assert 1 <= most <= threads
     assert len(names) <= threads
-    assert not [each for each in threading.enumerate() if each.name.startswith("resize")]
+    assert set(threading.enumerate()) == before
 
 
 def test_an_image_just_below_the_pixel_limit_passes_and_one_above_is_too_large():
