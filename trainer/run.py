@@ -255,8 +255,8 @@ def check_same_decoder(config: RunConfig, manifest: Manifest, start: Commit | No
     if saved != now:
         raise ValueError(
             f"run {config.run!r} has resized its images (data.fit={config.data.fit}) by version {saved} of the {device} decoder, this is "
-            f"version {now}: their pixels differ, and it would not be the same run; give another --run NAME to start anew, or go on with the "
-            "release that started it"
+            f"version {now}: their pixels differ, and it would not be the same run; give another --run NAME to start anew, or go on with "
+            "the release that started it"
         )
 
 

@@ -1,5 +1,5 @@
-"""Claims about sniff and decode: what is accepted equals Pillow's pixels, what is bad is named, what is resized follows from its bytes alone,
-and nothing else suffers."""
+"""Claims about sniff and decode: what is accepted equals Pillow's pixels, what is bad is named, what is resized follows from its bytes
+alone, and nothing else suffers."""
 
 import struct
 import threading
