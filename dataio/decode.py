@@ -4,15 +4,15 @@ Called by the loader (a Decoder of one size) and by convert (a Checker: every im
 decoded together, and only if DALI fails is the batch halved until the bad images are found: DALI's error rarely names them. The pipeline
 survives a failed batch. Which samples to decode, and what becomes of bad ones, is the caller's.
 
-On a CPU, DALI decodes the part of an image that is wanted, and torch resizes it: its kernel for uint8 takes 125 us where DALI's takes 800
-(photographs of 256 to 500 pixels a side to 224). On a GPU, DALI does both. The two differ in single pixels, as their decoders do.
+On a CPU, DALI decodes and torch resizes: its kernel for uint8 takes 140 us where DALI's takes 800 (photographs of 256 to 500 pixels a side
+to 224). On a GPU, DALI does both; pixels differ between the two, as those of their JPEG decoders do.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +27,6 @@ DECODER_VERSIONS = {"cpu": 2, "cuda": 1}
 size are never resampled and are the same in all versions."""
 FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
 """Of runs whose checkpoints do not say: on a CPU too, DALI resized."""
-
-_NARROW = 16
-"""Pixels. Of a single column at the left edge libjpeg-turbo upsamples the colours wrongly, in 24 of 25,600 random windows: one that is
-narrower than a block of a JPEG with halved colours is cut out after decoding the whole."""
 
 # A 1x1 PNG. A pipeline that fails on it is broken (no memory, a lost device): that is no image's fault.
 _PROBE_BYTES = bytes.fromhex(
@@ -65,10 +61,10 @@ class Decoder:
             raise ValueError(f"images of {height}x{width} pixels cannot be made; data.image_size must be positive")
         self.height, self.width, self._fit, self._max_pixels = height, width, fit, max_pixels
         self._batch_size, self._threads = batch_size, threads
-        self._on_gpu = device_id is not None
-        output: _Output = _Resized(height=height, width=width, fit=fit) if self._on_gpu else "part"
-        self._native = _Pipeline("whole", batch_size=batch_size, threads=threads, device_id=device_id)
-        self._other = _Pipeline(output, batch_size=batch_size, threads=threads, device_id=device_id)
+        self._native = _Pipeline(batch_size=batch_size, threads=threads, device_id=device_id)
+        self._resized: _Pipeline | None = None
+        if device_id is not None and fit != "refuse":
+            self._resized = _Pipeline(batch_size=batch_size, threads=threads, device_id=device_id, size=(height, width), fit=fit)
         self._pool: ThreadPoolExecutor | None = None
 
     def decode(self, encoded: Sequence[np.ndarray | bytes], out: np.ndarray | None = None) -> Decoded:
@@ -78,56 +74,67 @@ class Decoder:
         images = np.zeros(shape, np.uint8) if out is None else out[: len(encoded)]  # (n, H, W, 3)
         assert images.shape == shape, (images.shape, shape)
         bad: dict[int, str] = {}
-        exact: list[_Encoded] = []
-        other: list[_Encoded] = []
+        native: list[_Encoded] = []  # decoded at their own size
+        resized: list[_Encoded] = []  # by the pipeline
         for index, data in enumerate(encoded):
             header = sniff(data, max_pixels=self._max_pixels)
             if isinstance(header, Refusal):
                 bad[index] = header.reason
-            elif (header.height, header.width) == (self.height, self.width):
-                exact.append(_Encoded(index=index, data=_prepared(data, header)))
-            elif self._fit == "refuse":
+                continue
+            is_exact = (header.height, header.width) == (self.height, self.width)
+            if not is_exact and self._fit == "refuse":
                 bad[index] = f"wrong size: {header.height}x{header.width} instead of {self.height}x{self.width}"
-            else:
-                other.append(self._windowed(index, _prepared(data, header), header))
+                continue
+            given = _Encoded(index=index, data=_prepared(data, header), height=header.height, width=header.width)
+            (native if is_exact or self._resized is None else resized).append(given)
 
         def place(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
+            other = []
             for each, image in zip(batch, decoded, strict=True):
-                if image.shape == images.shape[1:]:
+                if image.shape != (each.height, each.width, 3):
+                    bad[each.index] = f"undecodable: decodes to {image.shape}, its header says {each.height}x{each.width}"
+                elif image.shape == images.shape[1:]:
                     images[each.index] = image
                 else:
-                    bad[each.index] = f"undecodable: decodes to {image.shape}, its header says {self.height}x{self.width}"
+                    other.append((self._wanted(image), images[each.index]))
+            self._resize(other)
 
-        def resize(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
-            parts = [(_cut(image, each.cut), images[each.index]) for each, image in zip(batch, decoded, strict=True)]
-            if self._threads == 1:
-                _resize(parts)
-                return
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="resize")
-            list(self._pool.map(_resize, (parts[number :: self._threads] for number in range(self._threads))))
+        def place_resized(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
+            for each, image in zip(batch, decoded, strict=True):
+                images[each.index] = image
 
-        self._native.decode(exact, place, bad)
-        self._other.decode(other, place if self._on_gpu else resize, bad)
+        self._native.decode(native, place, bad)
+        if self._resized is not None:
+            self._resized.decode(resized, place_resized, bad)
         if out is not None:
             images[list(bad)] = 0
         return Decoded(images=images, bad=tuple(sorted(bad.items())))
 
-    def _windowed(self, index: int, data: np.ndarray, header: Header) -> "_Encoded":
-        whole = (0, 0, header.height, header.width)
-        window = window_of(header.height, header.width, self.height, self.width) if self._fit == "crop" else whole
-        if min(window[2:]) < _NARROW:  # an orientation may turn it
-            return _Encoded(index=index, data=data, part=whole, cut=window)
-        return _Encoded(index=index, data=data, part=window, cut=(0, 0, *window[2:]))
+    def _wanted(self, image: np.ndarray) -> np.ndarray:
+        """(h, w, 3) of an image of another size: what is to be resized."""
+        if self._fit == "stretch":
+            return image
+        top, left, height, width = window_of(image.shape[0], image.shape[1], self.height, self.width)
+        return image[top : top + height, left : left + width]
+
+    def _resize(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Each first image into the place beside it, by the threads that DALI's leave idle meanwhile."""
+        if self._threads == 1 or len(pairs) < 2:
+            _resize(pairs)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="resize")
+        list(self._pool.map(_resize, (pairs[number :: self._threads] for number in range(self._threads))))
 
     def warm_up(self) -> None:
         """Builds the pipeline that the first decode will need: a good use of the time until there are bytes to decode."""
-        (self._native if self._fit == "refuse" else self._other).warm_up()
+        (self._native if self._resized is None else self._resized).warm_up()
 
     def close(self) -> None:
         """Frees the pipelines' threads and memory; the next decode builds them anew."""
         self._native.close()
-        self._other.close()
+        if self._resized is not None:
+            self._resized.close()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -146,8 +153,8 @@ Window = tuple[int, int, int, int]
 def window_of(height: int, width: int, target_height: int, target_width: int) -> Window:
     """The largest part of an image that has the target's shape, from its middle: sides rounded to the nearest pixel, places down.
 
-    It is cut out before resizing: what is not wanted is neither decoded nor resized, and an image of 1 x 10,000 pixels does not become one
-    of 224 x 2,240,000 on the way. Its middle is right to half a pixel of the source.
+    It is cut out before resizing: nothing is resized that is not wanted, and an image of 1 x 10,000 pixels does not become one of
+    224 x 2,240,000 on the way. Its middle is right to half a pixel of the source.
     """
     if height * target_width <= width * target_height:
         window = (height, max(1, (2 * height * target_width + target_height) // (2 * target_height)))
@@ -161,7 +168,7 @@ class Checker:
 
     def __init__(self, *, threads: int = 1, max_pixels: int, batch_size: int = 64, batch_pixels: int = 64 << 20) -> None:
         self._max_pixels, self._batch_size, self._batch_pixels = max_pixels, batch_size, batch_pixels
-        self._pipeline = _Pipeline("whole", batch_size=batch_size, threads=threads, device_id=None)
+        self._pipeline = _Pipeline(batch_size=batch_size, threads=threads, device_id=None)
 
     def check(self, encoded: Sequence[np.ndarray | bytes]) -> list[Header | Refusal]:
         """For each image its header, or why it cannot be used."""
@@ -172,10 +179,8 @@ class Checker:
 
         def compare(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
             for each, image in zip(batch, decoded, strict=True):
-                header = found[each.index]
-                assert isinstance(header, Header)
-                if image.shape != (header.height, header.width, 3):
-                    bad[each.index] = f"undecodable: decodes to {image.shape}, its header says {header.height}x{header.width}"
+                if image.shape != (each.height, each.width, 3):
+                    bad[each.index] = f"undecodable: decodes to {image.shape}, its header says {each.height}x{each.width}"
 
         for index, header in enumerate(found):
             if isinstance(header, Refusal):
@@ -184,7 +189,7 @@ class Checker:
             if batch and pixels + size > self._batch_pixels:  # keeps the memory of a batch of large photographs bounded
                 self._pipeline.decode(batch, compare, bad)
                 batch, pixels = [], 0
-            batch.append(_Encoded(index=index, data=_prepared(encoded[index], header)))
+            batch.append(_Encoded(index=index, data=_prepared(encoded[index], header), height=header.height, width=header.width))
             pixels += size
         self._pipeline.decode(batch, compare, bad)
         return [Refusal(reason=bad[index]) if index in bad else header for index, header in enumerate(found)]
@@ -230,23 +235,12 @@ class _Encoded:
     """In the caller's sequence."""
     data: np.ndarray = field(repr=False)
     """(bytes,) uint8"""
-    part: Window = (0, 0, 1, 1)
-    """What a pipeline of parts decodes."""
-    cut: Window = (0, 0, 1, 1)
-    """What is wanted of that part."""
-
-
-_PROBE = _Encoded(index=-1, data=np.frombuffer(_PROBE_BYTES, np.uint8))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Resized:
     height: int
     width: int
-    fit: Fit
+    """As its header says."""
 
 
-_Output = Literal["whole", "part"] | _Resized
+_PROBE = _Encoded(index=-1, data=np.frombuffer(_PROBE_BYTES, np.uint8), height=1, width=1)
 _Use = Callable[[Sequence[_Encoded], Sequence[np.ndarray]], None]
 """Gets the images that were decoded together, each (h, w, 3) uint8; they are DALI's and gone after the call."""
 
@@ -254,10 +248,12 @@ _Use = Callable[[Sequence[_Encoded], Sequence[np.ndarray]], None]
 class _Pipeline:
     """A DALI pipeline from bytes to RGB images, built when first used."""
 
-    def __init__(self, output: _Output, *, batch_size: int, threads: int, device_id: int | None) -> None:
+    def __init__(
+        self, *, batch_size: int, threads: int, device_id: int | None, size: tuple[int, int] | None = None, fit: Fit = "refuse"
+    ) -> None:
         if batch_size < 1 or threads < 1:
             raise ValueError(f"a decoder needs at least one thread and a batch of one; got threads={threads}, batch_size={batch_size}")
-        self._output, self._batch_size, self._threads, self._device_id = output, batch_size, threads, device_id
+        self._batch_size, self._threads, self._device_id, self._size, self._fit = batch_size, threads, device_id, size, fit
         self._pipeline: Any = None
 
     def decode(self, encoded: Sequence[_Encoded], use: _Use, bad: dict[int, str]) -> None:
@@ -287,44 +283,31 @@ class _Pipeline:
 
     def _run(self, batch: Sequence[_Encoded]) -> list[np.ndarray]:
         if self._pipeline is None:
-            self._pipeline = _build(self._output, self._batch_size, self._threads, self._device_id)
-        inputs: dict[str, Any] = {"encoded": [each.data for each in batch]}
-        if self._output == "part":
-            parts = np.array([each.part for each in batch], np.int32)  # (n, 4)
-            inputs |= {"start": parts[:, :2].copy(), "shape": parts[:, 2:].copy()}
-        (output,) = self._pipeline.run(**inputs)
+            self._pipeline = _build(self._batch_size, self._threads, self._device_id, self._size, self._fit)
+        (output,) = self._pipeline.run(encoded=[each.data for each in batch])
         if self._device_id is not None:
             output = output.as_cpu()
         # An index gives a view, at() a copy: 20 us a photograph.
         return [np.asarray(output[index]) for index in range(len(batch))]
 
 
-def _build(output: _Output, batch_size: int, threads: int, device_id: int | None) -> Any:
+def _build(batch_size: int, threads: int, device_id: int | None, size: tuple[int, int] | None, fit: Fit) -> Any:
     # imported here: DALI takes 0.2 s and must be loaded in the process that runs the pipeline
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
     def pipeline() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        if output == "part":
-            start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
-            return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], device="cpu", output_type=types.RGB)
         image = fn.decoders.image(encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB)
-        if output == "whole":
+        if size is None:
             return image
-        mode = "stretch" if output.fit == "stretch" else "not_smaller"
-        size = (output.height, output.width)
+        mode = "stretch" if fit == "stretch" else "not_smaller"
         image = fn.resize(image, size=list(size), mode=mode, interp_type=types.INTERP_LINEAR, antialias=True)
-        return fn.crop(image, crop=size) if output.fit == "crop" else image
+        return fn.crop(image, crop=size) if fit == "crop" else image
 
     built = pipeline()
     built.build()
     return built
-
-
-def _cut(image: np.ndarray, window: Window) -> np.ndarray:
-    top, left, height, width = window
-    return image[top : top + height, left : left + width]
 
 
 def _resize(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:

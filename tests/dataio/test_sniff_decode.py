@@ -92,17 +92,17 @@ def _expected(case: Good) -> np.ndarray:
 def test_the_pipeline_survives_a_failed_batch_and_later_batches_stay_aligned():
     from dataio.decode import _Encoded, _Pipeline
 
-    pipeline = _Pipeline("whole", batch_size=8, threads=1, device_id=None)
+    pipeline = _Pipeline(batch_size=8, threads=1, device_id=None)
     undecodable = next(case.data for case in bad() if case.kind == "undecodable")
     built = None
     for step in range(6):
-        images = [_Encoded(index=index, data=view(encode(picture(100 * step + index)))) for index in range(8)]
+        images = [_Encoded(index=index, data=view(encode(picture(100 * step + index))), height=HEIGHT, width=WIDTH) for index in range(8)]
         found = pipeline._run(images)
         built = built or pipeline._pipeline
         for index, image in enumerate(found):
             assert np.array_equal(image, picture(100 * step + index))
         with pytest.raises(RuntimeError):
-            pipeline._run([*images[:3], _Encoded(index=8, data=view(undecodable)), *images[3:7]])
+            pipeline._run([*images[:3], _Encoded(index=8, data=view(undecodable), height=HEIGHT, width=WIDTH), *images[3:7]])
         assert pipeline._pipeline is built
 
 
@@ -205,7 +205,7 @@ def test_a_resized_image_is_its_window_resized_by_torch_and_close_to_pillow(
     exif = Image.Exif()
     exif[274] = orientation
     data = encode(noisy, how[0], exif=exif, **how[1])
-    whole = pillow(data)  # decoded whole, where ours decodes a part
+    whole = pillow(data)
     top, left, high, wide = window_of(*whole.shape[:2], *target) if fit == "crop" else (0, 0, *whole.shape[:2])
     window = whole[top : top + high, left : left + wide].copy()
     decoded = _resizing(target, fit).decode([view(data)])
