@@ -25,7 +25,7 @@ class DataConfig:
     image_size: int = 0
     """Side in pixels of the decoded images; 0 takes the size all images of the data set share."""
     fit: Fit = "refuse"
-    """An image of another size is refused (quarantined), stretched, or resized by its shorter side and centre-cropped."""
+    """An image of another size is refused (quarantined), stretched, or cut to its largest centred part of the right shape and resized."""
     pad: int = 4
     """Zero pixels added on each side before the random crop; 0 turns the crop off."""
     flip: bool = True

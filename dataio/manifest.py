@@ -196,6 +196,12 @@ _READ: dict[str, Any] = {
 }
 
 
+def resizes(manifest: Manifest, config: DataConfig) -> bool:
+    """Whether any image has another size than the decoded ones, and is made that size."""
+    height, width = image_size_of(manifest, config)
+    return config.fit != "refuse" and set(manifest.image_sizes) != {f"{height}x{width}"}
+
+
 def image_size_of(manifest: Manifest, config: DataConfig) -> tuple[int, int]:
     """(height, width) of the decoded images: `data.image_size`, or the size that all images share."""
     if config.image_size > 0:

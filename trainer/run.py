@@ -33,7 +33,8 @@ from cluster.store import Commit, NoValidCheckpoint, Store
 from cluster.zygote import Zygote
 from dataio.convert import Progress as ConvertProgress
 from dataio.convert import is_converted, open_prepared
-from dataio.manifest import image_size_of
+from dataio.decode import DECODER_VERSIONS, FIRST_VERSIONS
+from dataio.manifest import Manifest, image_size_of, resizes
 from dataio.parquet import QUARANTINE_NAME, Dataset, open_dataset
 from dataio.sources import open_source
 from trainer.capability import Capability, as_started, decide, here, weakest
@@ -246,6 +247,19 @@ def check_same_data(config: RunConfig, saved: str, fingerprint: str) -> None:
         )
 
 
+def check_same_decoder(config: RunConfig, manifest: Manifest, start: Commit | None, device: str) -> None:
+    """ValueError if this run's images were resized by another version of the decoder on this type of device (cpu, cuda)."""
+    if start is None or not resizes(manifest, config.data):  # images of the right size are the same in all versions
+        return
+    saved, now = start.meta.get("decoder", FIRST_VERSIONS)[device], DECODER_VERSIONS[device]
+    if saved != now:
+        raise ValueError(
+            f"run {config.run!r} has resized its images (data.fit={config.data.fit}) by version {saved} of the {device} decoder, this is "
+            f"version {now}: their pixels differ, and it would not be the same run; give another --run NAME to start anew, or go on with "
+            "the release that started it"
+        )
+
+
 def find_start(config: RunConfig, store: Store, journal: Journal, console: Console, fingerprint: str) -> Commit | None:
     """The commit to go on from; None starts at zero."""
 
@@ -349,6 +363,7 @@ def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str
         store = Store.open(storage, config.run)
         start = find_start(config, store, journal, console, fingerprint)
         check_resume(config, has_checkpoint=start is not None)
+        check_same_decoder(config, dataset.manifest, start, "cuda" if use_gpus else "cpu")
         storage.write_atomic(f"{config.run}/config.toml", redact(to_toml(config)).encode())
         console.print(f"run {config.run} in {redact(storage.uri)}: {described(resources.workers, hardware)}", soft_wrap=True)
         return Drive(

@@ -31,6 +31,7 @@ from cluster.storage import Storage, StorageOutage, open_storage
 from cluster.store import Store
 from cluster.verify import WeightsCheck
 from cluster.versions import versions
+from dataio.decode import DECODER_VERSIONS
 from dataio.loader import Batch, Loader, available_memory_bytes
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, open_dataset
@@ -646,6 +647,7 @@ def commit_meta(spec: WorkerSpec, order: Order, world_size: int) -> dict[str, An
         "steps_per_epoch": order.steps_per_epoch,
         "skipped": sorted(spec.skip),
         "verified": bool(spec.config.train.verify_every),  # compared between ranks, and found finite, before it was acknowledged
+        "decoder": DECODER_VERSIONS,
         "versions": versions(),
     }
 

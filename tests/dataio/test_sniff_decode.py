@@ -1,15 +1,22 @@
-"""Claims about sniff and decode: what is accepted equals Pillow's pixels, what is bad is named, and nothing else suffers."""
+"""Claims about sniff and decode: what is accepted equals Pillow's pixels, what is bad is named, what is resized follows from its bytes
+alone, and nothing else suffers."""
 
 import struct
+import threading
+from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from corpus import HEIGHT, MAX_PIXELS, WIDTH, Bad, Good, bad, encode, good, picture, pillow, raw_png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataio.decode import Checker, Decoder
+from dataio.config import Fit
+from dataio.decode import Checker, Decoder, window_of
 from dataio.sniff import KINDS, Header, Refusal, simple_webp, sniff
 
 UNSNIFFABLE = ("undecodable", "wrong size")
@@ -83,19 +90,19 @@ def _expected(case: Good) -> np.ndarray:
 
 
 def test_the_pipeline_survives_a_failed_batch_and_later_batches_stay_aligned():
-    from dataio.decode import _Pipeline
+    from dataio.decode import _Encoded, _Pipeline
 
     pipeline = _Pipeline(batch_size=8, threads=1, device_id=None)
-    undecodable = view(next(case.data for case in bad() if case.kind == "undecodable"))
+    undecodable = next(case.data for case in bad() if case.kind == "undecodable")
     built = None
     for step in range(6):
-        images = [view(encode(picture(100 * step + index))) for index in range(8)]
+        images = [_Encoded(index=index, data=view(encode(picture(100 * step + index))), height=HEIGHT, width=WIDTH) for index in range(8)]
         found = pipeline._run(images)
         built = built or pipeline._pipeline
         for index, image in enumerate(found):
             assert np.array_equal(image, picture(100 * step + index))
         with pytest.raises(RuntimeError):
-            pipeline._run([*images[:3], undecodable, *images[3:7]])
+            pipeline._run([*images[:3], _Encoded(index=8, data=view(undecodable), height=HEIGHT, width=WIDTH), *images[3:7]])
         assert pipeline._pipeline is built
 
 
@@ -124,9 +131,9 @@ def test_a_closed_decoder_builds_itself_anew():
 
 
 def test_a_broken_pipeline_is_not_blamed_on_the_images(monkeypatch: pytest.MonkeyPatch):
-    from dataio.decode import _Pipeline
+    from dataio.decode import _Encoded, _Pipeline
 
-    def broken(self: _Pipeline, encoded: list[np.ndarray]) -> list[np.ndarray]:
+    def broken(self: _Pipeline, batch: list[_Encoded]) -> list[np.ndarray]:
         raise RuntimeError("CUDA error: device lost")
 
     monkeypatch.setattr(_Pipeline, "_run", broken)
@@ -158,12 +165,123 @@ def test_stretch_takes_the_whole_image_and_crop_its_centre():
     assert colors["crop"] == [(0, 255, 0), (0, 255, 0), (0, 0, 255), (0, 0, 255)]
 
 
-def test_stretch_is_close_to_pillows_antialiased_bilinear_resize():
-    big = picture(9, 96, 160)
-    with Decoder(height=HEIGHT, width=WIDTH, fit="stretch", max_pixels=MAX_PIXELS) as decoder:
-        image = decoder.decode([view(encode(big))]).images[0]
-    reference = np.asarray(Image.fromarray(big).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
-    assert np.abs(image.astype(int) - reference).max() <= 1
+SIDES = st.one_of(st.integers(1, 40), st.integers(1, 300), st.sampled_from([1, 2, 15, 16, 17, WIDTH, 1000]))
+TARGETS = [(HEIGHT, WIDTH), (40, 24), (7, 7), (30, 1), (1, 30)]  # height, width
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_a_window_is_the_largest_of_its_shape_and_in_the_middle(height: int, width: int, target_height: int, target_width: int) -> None:
+    top, left, high, wide = window_of(height, width, target_height, target_width)
+    assert 1 <= high <= height
+    assert 1 <= wide <= width
+    assert (height - high) // 2 == top
+    assert (width - wide) // 2 == left
+    assert high == height or wide == width
+    scale = min(height / target_height, width / target_width)  # pixels of the source to one of the target
+    assert abs(high - max(1, scale * target_height)) <= 0.5
+    assert abs(wide - max(1, scale * target_width)) <= 0.5
+
+
+@cache
+def _resizing(target: tuple[int, int], fit: Fit, threads: int = 1, batch_size: int = 64) -> Decoder:
+    """For all examples, like `_shared`."""
+    return Decoder(height=target[0], width=target[1], fit=fit, threads=threads, max_pixels=MAX_PIXELS, batch_size=batch_size)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    target=st.sampled_from(TARGETS),
+    fit=st.sampled_from(["stretch", "crop"]),
+    height=SIDES,
+    width=SIDES,
+    how=st.sampled_from([("PNG", {}), ("JPEG", {"subsampling": 2}), ("JPEG", {"subsampling": 1}), ("JPEG", {"progressive": True})]),
+    orientation=st.sampled_from([1, 1, 3, 6, 7]),
+)
+def test_a_resized_image_is_its_window_resized_by_torch_and_close_to_pillow(
+    target: tuple[int, int], fit: Fit, height: int, width: int, how: tuple[str, dict[str, object]], orientation: int
+) -> None:
+    noisy = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = encode(noisy, how[0], exif=exif, **how[1])
+    whole = pillow(data)
+    top, left, high, wide = window_of(*whole.shape[:2], *target) if fit == "crop" else (0, 0, *whole.shape[:2])
+    window = whole[top : top + high, left : left + wide].copy()
+    decoded = _resizing(target, fit).decode([view(data)])
+    assert decoded.bad == ()
+    source = torch.from_numpy(window[None]).permute(0, 3, 1, 2)  # (1, 3, h, w)
+    wanted = F.interpolate(source, size=target, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(decoded.images[0], wanted)
+    by_pillow = np.asarray(Image.fromarray(window).resize(target[::-1], Image.Resampling.BILINEAR))
+    assert np.abs(wanted.astype(int) - by_pillow).max() <= 2  # both round twice, torch with weights of 16 bits
+    if (high, wide) == target:
+        assert np.array_equal(wanted, window)
+
+
+def _mixed(seeds: list[int]) -> list[bytes]:
+    """Pictures of many sizes, some of them the right one, as PNG or JPEG; equal seeds are equal bytes."""
+    sizes = [(HEIGHT, WIDTH), (50, 80), (12, 10), (100, 30), (31, 200), (WIDTH, HEIGHT), (1, 9)]
+    return [encode(picture(seed, *sizes[seed % len(sizes)]), "JPEG" if seed % 2 else "PNG") for seed in seeds]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seeds=st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    fit=st.sampled_from(["stretch", "crop"]),
+    threads=st.integers(1, 3),
+    batch_size=st.sampled_from([1, 5, 64]),
+    dirt=st.integers(0, 255),
+)
+def test_what_an_image_becomes_depends_on_its_bytes_alone(seeds: list[int], fit: Fit, threads: int, batch_size: int, dirt: int) -> None:
+    encoded = [view(data) for data in _mixed(seeds)]
+    alone = [_resizing((HEIGHT, WIDTH), fit).decode([data]).images[0] for data in encoded]
+    decoder = _resizing((HEIGHT, WIDTH), fit, threads, batch_size)
+    buffer = np.full((len(seeds) + 1, HEIGHT, WIDTH, 3), dirt, np.uint8)
+    for out in (None, buffer, buffer):  # memory of its own, of the caller, and the caller's again
+        assert np.array_equal(decoder.decode(encoded, out).images, alone)
+    assert (buffer[-1] == dirt).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 30), st.sampled_from(bad())), min_size=1, max_size=30), st.sampled_from(["stretch", "crop"]))
+def test_bad_images_among_resized_ones_are_named_and_black_and_hurt_no_other(mixture: list[int | Bad], fit: Fit) -> None:
+    mixture = [case for case in mixture if isinstance(case, int) or case.kind != "wrong size"] or [0]
+    encoded = [view(case.data if isinstance(case, Bad) else _mixed([case])[0]) for case in mixture]
+    buffer = np.full((len(mixture), HEIGHT, WIDTH, 3), 77, np.uint8)
+    decoded = _resizing((HEIGHT, WIDTH), fit).decode(encoded, buffer)
+    assert [(index, reason.split(":")[0]) for index, reason in decoded.bad] == [
+        (index, case.kind) for index, case in enumerate(mixture) if isinstance(case, Bad)
+    ]
+    for case, data, image in zip(mixture, encoded, decoded.images, strict=True):
+        wanted = 0 if isinstance(case, Bad) else _resizing((HEIGHT, WIDTH), fit).decode([data]).images[0]
+        assert (image == wanted).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_more_threads_resize_at_a_time_than_the_decoder_was_given(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataio import decode
+
+    resize, lock, at_work, most, names = decode._resize, threading.Lock(), 0, 0, set()
+
+    def watched(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+            names.add(threading.current_thread().name)
+        resize(pairs)
+        with lock:
+            at_work -= 1
+
+    monkeypatch.setattr(decode, "_resize", watched)
+    before = set(threading.enumerate())
+    encoded = [view(encode(picture(index, 200, 300))) for index in range(40)]
+    with Decoder(height=HEIGHT, width=WIDTH, fit="crop", threads=threads, max_pixels=MAX_PIXELS, batch_size=8) as decoder:
+        assert decoder.decode(encoded).bad == ()
+    assert 1 <= most <= threads
+    assert len(names) <= threads
+    assert set(threading.enumerate()) == before
 
 
 def test_an_image_just_below_the_pixel_limit_passes_and_one_above_is_too_large():

@@ -16,11 +16,24 @@ from rich.console import Console
 from cluster.journal import Journal, read_journal
 from cluster.storage import Storage, open_storage
 from cluster.store import Commit, Store
+from dataio.config import DataConfig
+from dataio.decode import DECODER_VERSIONS, FIRST_VERSIONS
+from dataio.manifest import Manifest, SplitInfo
 from trainer.capability import of_cpu, of_gpu
 from trainer.cli import from_toml, settings, to_toml
 from trainer.config import RunConfig, TrainConfig
 from trainer.drive import _finite
-from trainer.run import FREE_SETTINGS, check_resume, check_same_run, decided, find_start, finished_summary, identity, resolved
+from trainer.run import (
+    FREE_SETTINGS,
+    check_resume,
+    check_same_decoder,
+    check_same_run,
+    decided,
+    find_start,
+    finished_summary,
+    identity,
+    resolved,
+)
 
 DATA, OTHER_DATA = "a" * 64, "b" * 64
 
@@ -184,12 +197,12 @@ def test_only_a_finished_run_of_the_same_settings_and_data_is_shown_again(storag
 # --- where it goes on -------------------------------------------------------------------------------------------------------------------
 
 
-def commit(storage: Storage, *steps: int) -> Store:
+def commit(storage: Storage, *steps: int, **more: Any) -> Store:
     store = Store.open(storage, "r")
     generation = store.claim_generation()
     for step in steps:
         receipt = store.stage(step, generation, "model.safetensors", [b"weights" * 100])
-        store.commit(step, generation, [receipt], {"dataset_fingerprint": DATA})
+        store.commit(step, generation, [receipt], {"dataset_fingerprint": DATA, **more})
     return store
 
 
@@ -252,6 +265,37 @@ def test_a_commit_of_other_data_is_refused(storage: Storage) -> None:
     commit(storage, 10)
     with pytest.raises(ValueError, match=r"was trained on the data set aaaaaaaaaaaa, this is bbbbbbbbbbbb; give the same --data\.path"):
         start_of(storage, fingerprint=OTHER_DATA)
+
+
+def images_of(*sizes: str) -> Manifest:
+    splits = {"train": SplitInfo(count=len(sizes), shards=()), "test": SplitInfo(count=0, shards=())}
+    counts = {size: sizes.count(size) for size in sizes}
+    return Manifest(classes=("a",), splits=splits, fingerprint=DATA, image_sizes=counts, quarantined=0, source="folder", identity="c" * 64)
+
+
+@pytest.mark.parametrize("more", [{}, {"decoder": FIRST_VERSIONS}])  # a checkpoint of before versions were kept, and one that says so
+def test_only_a_run_that_resizes_is_refused_with_another_decoder_and_only_on_the_device_whose_pixels_changed(
+    storage: Storage, more: dict[str, Any]
+) -> None:
+    commit(storage, 10, **more)
+    start, _ = start_of(storage)
+    crop = RunConfig(run="r", data=DataConfig(image_size=32, fit="crop"))
+    mixed, same = images_of("32x32", "64x48"), images_of("32x32", "32x32")
+    with pytest.raises(
+        ValueError, match=r"'r' has resized its images \(data\.fit=crop\) by version 1 of the cpu decoder.*version 2.*--run NAME"
+    ):
+        check_same_decoder(crop, mixed, start, "cpu")
+    check_same_decoder(crop, mixed, start, "cuda")
+    check_same_decoder(crop, same, start, "cpu")  # never resampled
+    check_same_decoder(RunConfig(run="r", data=DataConfig(image_size=32)), mixed, start, "cpu")  # refused, not resized
+    check_same_decoder(crop, mixed, None, "cpu")
+
+
+def test_a_run_that_resizes_goes_on_with_the_decoder_that_it_began_with(storage: Storage) -> None:
+    commit(storage, 10, decoder=DECODER_VERSIONS)
+    start, _ = start_of(storage)
+    for device in DECODER_VERSIONS:
+        check_same_decoder(RunConfig(run="r", data=DataConfig(image_size=32, fit="crop")), images_of("8x9"), start, device)
 
 
 # --- small ones -------------------------------------------------------------------------------------------------------------------------
