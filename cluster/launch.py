@@ -113,12 +113,13 @@ def ray_cluster(
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temp, **common)
         yield hardware_now(local=not address)
     finally:
-        if temp is not None:
-            # They do not hear SIGTERM: ray.shutdown would wait a second for each. To raylet and GCS it still has something to say.
-            _kill_ray(temp, spare=("raylet", "gcs_server"))
+        started = {} if temp is None else _processes_of(temp)
+        # They do not hear SIGTERM: ray.shutdown would wait a second for each. To raylet and GCS it still has something to say.
+        _kill(process for process, (name, is_child) in started.items() if is_child and name not in ("raylet", "gcs_server"))
         ray.shutdown()
         if temp is not None:
-            _kill_ray(temp)
+            # The workers end with their raylet, but for one that Ray's own shutdown holds up for ever, as was seen once.
+            _kill(started | _processes_of(temp))
             shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -208,15 +209,35 @@ def _without_helpers(*, logs: bool) -> Iterator[None]:
             setattr(Node, name, method)
 
 
-def _kill_ray(temp: str, spare: tuple[str, ...] = ()) -> None:
-    """SIGKILL to the processes of a local Ray that are this process's children; all of them name its folder. What they started follows."""
+_Process = tuple[int, int]
+"""Its id, and when it began, in clock ticks since boot: ids are used again."""
+
+
+def _processes_of(temp: str) -> dict[_Process, tuple[str, bool]]:
+    """The processes of a local Ray: those children of this process whose command names its folder, and all that they have started. Of each
+    its name, and whether it is a child of this process."""
+    seen: dict[int, tuple[int, int, str, bool]] = {}  # id -> parent, begin, name, names the folder
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):  # gone meanwhile
                 before, _, after = (folder / "stat").read_text().rpartition(")")
-                is_ours = int(after.split()[1]) == os.getpid() and temp.encode() in (folder / "cmdline").read_bytes()
-                if is_ours and before.partition("(")[2] not in spare:
-                    os.kill(int(folder.name), signal.SIGKILL)
+                fields = after.split()
+                names_it = temp.encode() in (folder / "cmdline").read_bytes()
+                seen[int(folder.name)] = int(fields[1]), int(fields[19]), before.partition("(")[2], names_it
+    found: set[int] = set()
+    added = {process for process, (parent, _, _, names_it) in seen.items() if parent == os.getpid() and names_it}
+    while added:
+        found |= added
+        added = {process for process, (parent, *_) in seen.items() if parent in found} - found
+    return {(process, seen[process][1]): (seen[process][2], seen[process][0] == os.getpid()) for process in found}
+
+
+def _kill(processes: Iterable[_Process]) -> None:
+    """SIGKILL to those that still live."""
+    for process, began in processes:
+        with contextlib.suppress(OSError):
+            if int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]) == began:
+                os.kill(process, signal.SIGKILL)
 
 
 def _temp_folder() -> str:

@@ -196,3 +196,31 @@ def test_the_programs_own_sigterm_handler_has_the_last_word_though_ray_sets_anot
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=PROJECT, timeout=60, check=False)
     assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_what_a_local_ray_has_started_is_found_and_killed_whatever_it_calls_itself_and_nothing_else() -> None:
+    folder = "finetune-ray-of-a-test"
+    worker = "import sys, time; sys.stdout.write('here'); sys.stdout.flush(); time.sleep(600)"
+    raylet = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {worker!r}], start_new_session=True).returncode)"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, *more], stdout=subprocess.PIPE)
+        for code, more in ((raylet, [folder]), (worker, []), (worker, [folder]))
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.read(4) == b"here"
+        found = launch._processes_of(folder)
+        assert len(found) == 3  # a raylet, its worker, and another that names the folder
+        assert {processes[0].pid, processes[2].pid} < {process for process, _ in found}
+        launch._kill([(process, began + 1) for process, began in found])  # others that have their ids now
+        assert launch._processes_of(folder) == found
+        launch._kill(found)
+        assert processes[0].wait(10) == processes[2].wait(10) == -signal.SIGKILL
+        assert processes[0].stdout is not None
+        assert processes[0].stdout.read() == b""  # the worker, which holds its other end, is gone too
+        assert processes[1].poll() is None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
