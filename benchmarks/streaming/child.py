@@ -155,11 +155,14 @@ def begin(job: dict[str, Any]) -> Any:
 
 
 def strip(batch: Any) -> Any:
-    """Without its pixels, which nobody keeps. The others are copied: they may lie in memory shared with a worker."""
+    """Without its pixels: not a view of none of them, which would keep them all. The others are copied: they may lie in memory shared with a
+    worker."""
+    import torch
+
     from benchmarks.streaming.contenders import Got
 
     ids = batch.ids.tolist() if hasattr(batch.ids, "tolist") else list(batch.ids)
-    return Got(images=batch.images[:0], labels=batch.labels.clone(), ids=ids)
+    return Got(images=torch.empty(0, dtype=torch.uint8), labels=batch.labels.clone(), ids=ids)
 
 
 def image_ids(contender: Any, seen: list[Any], job: dict[str, Any]) -> Any:
