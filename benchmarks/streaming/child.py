@@ -155,8 +155,8 @@ def begin(job: dict[str, Any]) -> Any:
 
 
 def strip(batch: Any) -> Any:
-    """Without its pixels: not a view of none of them, which would keep them all. The others are copied: they may lie in memory shared with a
-    worker."""
+    """Without its pixels: not a view of none of them, which would keep them all. The labels are copied: they may lie in memory shared with
+    a worker."""
     import torch
 
     from benchmarks.streaming.contenders import Got
