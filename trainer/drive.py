@@ -27,7 +27,7 @@ from cluster.controller import RunFailed, run_attempts
 from cluster.coordinator import FILE_SD, Status
 from cluster.demand import Demand, groups_wanted, room_of_worker
 from cluster.failures import Failure, History, history_of
-from cluster.hang import Hang, HangWatch, Sign
+from cluster.hang import STARTING, Hang, HangWatch, Sign
 from cluster.interval import observed_failures
 from cluster.journal import Journal, last_attempt, read_journal
 from cluster.launch import (
@@ -256,7 +256,7 @@ class Drive:
                 stop_asked_at = time.monotonic()
                 name = signal.Signals(self.signal).name
                 self.ask("request_stop", name)
-                if status.steps_done <= status.start_step:
+                if not has_begun(status):
                     self.line.message(f"{name}: stopping; no step has been done yet")
                     self.end_fleet()
                     return None  # no step was done in this attempt: there is nothing new to save
@@ -662,6 +662,12 @@ def _finite(value: Any) -> Any:
         case list() | tuple():
             return [_finite(item) for item in value]
     return value
+
+
+def has_begun(status: Status) -> bool:
+    """Whether the attempt may have steps that are not saved. Beats are half a second old, and a fast run has done many meanwhile."""
+    at_work = any(rank.pulse.get("phase", STARTING) != STARTING for rank in status.ranks.values())
+    return at_work or status.steps_done > status.start_step or (status.last_commit_step or 0) > status.start_step
 
 
 def signs(status: Status) -> dict[int, Sign]:
