@@ -29,6 +29,8 @@ from cluster.rank import STACKS_SIGNAL, CallFailed, Place, RankError, Task, serv
 from cluster.zygote import Forked, Zygote
 
 POLL_SECONDS = 0.5  # how a rank ends, and what it says, does not wait for the next poll
+POLLS_A_SECOND = 400
+"""Of all agents together: a coordinator answers some thousand calls a second, and has other things to do."""
 POLL_IDLE_SECONDS = 0.05
 PATIENCE_SECONDS = 60.0
 STACKS_SECONDS = 2.0
@@ -170,7 +172,7 @@ class Agent:
                     zygote.close()
                     zygote = self._new_zygote()
                 self._obey(order, zygote)
-                self._wake.wait(POLL_SECONDS if self._running else POLL_IDLE_SECONDS)
+                self._wake.wait(poll_seconds(order.world_size) if self._running else POLL_IDLE_SECONDS)
         finally:
             zygote.close()
             for descriptor in self._files.values():
@@ -281,6 +283,11 @@ class _Running:
 
     def _failed(self, error: RankError) -> None:
         self._error = error
+
+
+def poll_seconds(world_size: int) -> float:
+    """Between two questions of an agent at work; 2.5 s with 1,000 ranks."""
+    return max(POLL_SECONDS, world_size / POLLS_A_SECOND)
 
 
 def process_state(pid: int) -> tuple[str, float]:

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from cluster.agent import Payload
+from cluster.agent import Payload, poll_seconds
 from cluster.controller import RunFailed, run_attempts
 from cluster.coordinator import FILE_SD, Status
 from cluster.demand import Demand, groups_wanted, room_of_worker
@@ -53,7 +53,6 @@ from trainer.summary import ACCOUNTED, accounting, summarise
 
 # On a rank; where in the program they came up helps nobody.
 SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:", "StorageOutage:", "StorageRefused:")
-POLL_SECONDS = 0.5  # the end of a rank does not wait for it
 SAME_SIGNAL_SECONDS = 0.3
 CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
 TAKEN_OVER_POLL_SECONDS = 5.0
@@ -233,7 +232,7 @@ class Drive:
         while True:
             if fleet.wait(0):
                 return self.fleet_died(fleet)
-            status: Status = self.ask("news", ended, POLL_SECONDS)
+            status: Status = self.ask("news", ended, poll_seconds(fleet.workers))
             ended = len(status.ended_ranks)
             self.placement_group = next((r.placement_group for r in status.reports.values()), "") or self.placement_group
             if len(status.ended_ranks) == fleet.workers:

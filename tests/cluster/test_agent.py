@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import agent as agent_module
-from cluster.agent import Agent, Beats, Order, Payload, RankEnd, Report, process_state
+from cluster.agent import POLLS_A_SECOND, Agent, Beats, Order, Payload, RankEnd, Report, poll_seconds, process_state
 from cluster.coordinator import Coordinator, RankInfo
 from cluster.heartbeat import Orders
 from cluster.journal import read_journal
@@ -114,6 +114,14 @@ def test_beats_travel_with_the_question_for_orders_and_an_urgent_one_does_not_wa
     status = fleet.coordinator.status().ranks[0]
     assert (status.steps_done, status.stats, status.pulse["ticks"]) == (9, {"loss": 0.5}, 3)
     assert not any(method == "beat" for method in fleet.asked)  # no call of their own
+
+
+@given(st.integers(0, 5000))
+def test_agents_ask_twice_a_second_and_all_of_them_together_not_too_often(world_size: int):
+    seconds = poll_seconds(world_size)
+    assert seconds >= 0.5
+    assert world_size / seconds <= POLLS_A_SECOND + 1e-9
+    assert seconds == 0.5 or world_size > 200
 
 
 def test_a_rank_that_ends_with_a_beat_on_its_way_holds_up_nobody(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
