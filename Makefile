@@ -1,18 +1,18 @@
 # make run    sets up what the quickstart needs, then fine-tunes a pretrained model on real images (minutes on a laptop's CPU)
-# make test   sets up everything, then lints, type-checks and tests
+# make test   sets up everything, then lints, type-checks and tests: unit (parts, with real Parquet, S3, Prometheus) and e2e (whole runs on real Ray)
 # make dashboards starts Prometheus (and Grafana where it is installed) for the runs on this machine
 # make faults runs the fault campaign (an hour), and writes benchmarks/results/faults.json
 # Both work on a fresh machine with Python >= 3.11; a second call takes seconds.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check unit dashboards faults debian clean
+.PHONY: run test check unit e2e dashboards faults debian clean
 .DELETE_ON_ERROR:
 
 run: .venv/.quickstart
 	$(BIN)/python -m trainer.run --config quickstart
 
-test: .venv/.dev debian check unit
+test: .venv/.dev debian check unit e2e
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -25,7 +25,10 @@ check: .venv/.dev
 	$(BIN)/python -m deploy.kubernetes --check
 
 unit: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/e2e
+
+e2e: .venv/.dev
+	$(BIN)/python -m pytest tests/e2e
 
 dashboards: .venv/.quickstart debian
 	$(BIN)/python -m deploy.up
