@@ -28,6 +28,9 @@ PARTS = ("data", "forward", "backward", "reduction", "optimizer", "other")
 `other` is the rest: the host between two steps, and on a GPU what the device idled for it."""
 WARM_UP_STEPS, WINDOW_STEPS = 10, 50
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices that are multiplied for the ceiling
+CONVOLUTION = (16, 256, 28)
+"""Images, channels and side of a 3x3 convolution. On a CPU it is another library's (oneDNN) than the matrices (MKL), which in fp32 on an AMD
+EPYC does 213 GFLOP/s where convolutions do 506."""
 COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 TRIAL_SECONDS = 0.5
 DATA_BOUND, REDUCTION_BOUND, HOST_BOUND = 0.1, 0.25, 0.25  # of a step, above which that is its verdict
@@ -175,7 +178,7 @@ _FORMULAS = flop_registry | {torch.ops.aten.convolution_backward: shape_wrapper(
 
 
 def measure_ceilings(device: torch.device, *, precision: str, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
-    """About two seconds of matrices and copies on `device`, best of several trials. The global random state is not touched."""
+    """Two seconds of matrices, convolutions and copies on `device`, best of several trials. The global random state is not touched."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     side, count = MATRIX[device.type], COPY_BYTES[device.type] // 4
@@ -189,10 +192,18 @@ def measure_ceilings(device: torch.device, *, precision: str, clock: Callable[[]
         seconds = _best_seconds(lambda: torch.mm(left, right, out=product), device, clock)
     finally:
         torch.set_float32_matmul_precision(before)
+    flops_per_second = 2.0 * side**3 / seconds
+    if device.type == "cpu":
+        images, channels, pixels = CONVOLUTION
+        x, kernel = (torch.randn(shape, generator=generator).to(dtype, memory_format=torch.channels_last)
+                     for shape in ((images, channels, pixels, pixels), (channels, channels, 3, 3)))  # fmt: skip
+        with torch.no_grad():
+            seconds = _best_seconds(lambda: torch.conv2d(x, kernel, padding=1), device, clock)
+        flops_per_second = max(flops_per_second, 2.0 * images * (channels * pixels) ** 2 * 9 / seconds)
     source = torch.randn(count, device=device, generator=generator)
     into = torch.empty_like(source)
     copy_seconds = _best_seconds(lambda: torch.mul(source, 1.5, out=into), device, clock)
-    return Ceilings(flops_per_second=2.0 * side**3 / seconds, bytes_per_second=2.0 * 4 * count / copy_seconds)
+    return Ceilings(flops_per_second=flops_per_second, bytes_per_second=2.0 * 4 * count / copy_seconds)
 
 
 def _best_seconds(job: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:

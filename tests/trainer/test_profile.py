@@ -254,7 +254,12 @@ def test_a_model_that_cannot_run_without_data_is_not_counted() -> None:
     assert asdict(counted) == dict.fromkeys(("flops_per_image", "bytes_per_image", "bytes_per_pass"))
 
 
-def test_ceilings_are_numbers_of_this_machine_and_leave_the_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("convolution", [(1, 2, 3), (4, 64, 16)])
+def test_ceilings_are_numbers_of_this_machine_and_leave_the_random_state_alone(
+    monkeypatch: pytest.MonkeyPatch, convolution: tuple[int, int, int]
+) -> None:
+    monkeypatch.setattr("trainer.profile.CONVOLUTION", convolution)
+    images, channels, pixels = convolution
     monkeypatch.setitem(__import__("trainer.profile", fromlist=["MATRIX"]).MATRIX, "cpu", 64)
     monkeypatch.setitem(__import__("trainer.profile", fromlist=["COPY_BYTES"]).COPY_BYTES, "cpu", 2**20)
     ticks = iter(range(10**6))
@@ -262,7 +267,8 @@ def test_ceilings_are_numbers_of_this_machine_and_leave_the_random_state_alone(m
     state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
     found = measure_ceilings(CPU, precision="fp32", clock=lambda: float(next(ticks)))
     # By this clock every job lasts a second.
-    assert found == Ceilings(flops_per_second=2.0 * 64**3, bytes_per_second=2.0 * 2**20)
+    flops = max(2.0 * 64**3, 2.0 * images * channels**2 * 9 * pixels**2)
+    assert found == Ceilings(flops_per_second=flops, bytes_per_second=2.0 * 2**20)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_float32_matmul_precision() == precision
 
