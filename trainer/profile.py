@@ -29,8 +29,8 @@ PARTS = ("data", "forward", "backward", "reduction", "optimizer", "other")
 WARM_UP_STEPS, WINDOW_STEPS = 10, 50
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices that are multiplied for the ceiling
 CONVOLUTION = (16, 256, 28)
-"""Images, channels and side of a 3x3 convolution. On a CPU it is another library's (oneDNN) than the matrices (MKL), which in fp32 on an AMD
-EPYC does 213 GFLOP/s where convolutions do 506."""
+"""Images, channels and side of a 3x3 convolution. On a CPU it is another library's (oneDNN) than the matrices (MKL), which in fp32 does
+213 GFLOP/s on an AMD EPYC where convolutions do 506."""
 COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 TRIAL_SECONDS = 0.5
 DATA_BOUND, REDUCTION_BOUND, HOST_BOUND = 0.1, 0.25, 0.25  # of a step, above which that is its verdict
