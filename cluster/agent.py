@@ -156,16 +156,17 @@ class Agent:
                 waiting = self._running.beats.take() if self._running is not None else None
                 try:
                     order: Order = self._ask("order", self._fleet, self._rank, self._report(), waiting and waiting[0])
-                    answered = time.monotonic()
-                    if waiting is not None:
-                        assert order.beat is not None, "a beat is answered"
-                        waiting[1].set_result(order.beat)
                 except Exception as error:
                     if waiting is not None:
                         waiting[1].set_exception(error)
                     if time.monotonic() - answered > PATIENCE_SECONDS:
                         raise
                     order = Order(command="wait")
+                else:
+                    answered = time.monotonic()
+                    if waiting is not None:
+                        assert order.beat is not None, "a beat is answered"
+                        waiting[1].set_result(order.beat)
                 if order.command == "end":
                     return
                 if zygote.lost:

@@ -68,8 +68,8 @@ class Blocks:
         return _Cut(addresses, None, ())
 
 
-class GradientSums:
-    """What an optimiser of this module offers beside PyTorch's interface."""
+class InBlocks(torch.optim.Optimizer):
+    """Goes before the optimiser of PyTorch whose step it stands in for."""
 
     adds_up = False
     """Have the next steps leave the sum of all gradients in `gradient_sum`."""
@@ -77,22 +77,35 @@ class GradientSums:
     """() float32, of the newest step: not finite where a gradient is not, or where finite ones add up to more than float32 holds. None
     where it was not asked for, or no parameter had a gradient."""
 
-
-class BlockedSGD(torch.optim.SGD, GradientSums):
-    """torch.optim.SGD for float32 parameters on a CPU: the same weights, the same state."""
-
-    def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, nesterov: bool) -> None:
-        super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov)
+    def __init__(self, params: Iterable[Any], **settings: Any) -> None:
+        super().__init__(params, **settings)
         self._blocks = Blocks()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Do a step; parameters without a gradient are left alone."""
         assert closure is None, "nothing here calls the model"
-        self.gradient_sum = _step(self, self._blocks, self._prepare, add_up=self.adds_up)
+        sums = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state, update = self._prepare(parameter, group)
+                for block in self._blocks.of(parameter, parameter.grad, state):
+                    if self.adds_up:
+                        sums.append(block[1].sum())
+                    update(*block)
+        self.gradient_sum = torch.stack(sums).sum() if sums else None
 
     def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Update]:
         """The parameter's state, made where there is none, and what to do with each block in this step."""
+        raise NotImplementedError
+
+
+class BlockedSGD(InBlocks, torch.optim.SGD):
+    """torch.optim.SGD for float32 parameters on a CPU: the same weights, the same state."""
+
+    def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Update]:
         lr, momentum, decay, nesterov = group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]
         is_first = False
         state: tuple[Tensor, ...] = ()
@@ -117,21 +130,10 @@ class BlockedSGD(torch.optim.SGD, GradientSums):
         return state, update
 
 
-class BlockedAdamW(torch.optim.AdamW, GradientSums):
+class BlockedAdamW(InBlocks, torch.optim.AdamW):
     """torch.optim.AdamW for float32 parameters on a CPU: the same weights, the same state."""
 
-    def __init__(self, params: Iterable[Any], *, lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(params, lr=lr, betas=betas)
-        self._blocks = Blocks()
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Do a step; parameters without a gradient are left alone."""
-        assert closure is None, "nothing here calls the model"
-        self.gradient_sum = _step(self, self._blocks, self._prepare, add_up=self.adds_up)
-
     def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Update]:
-        """The parameter's state, made where there is none, and what to do with each block in this step."""
         lr, (beta1, beta2), decay, epsilon = group["lr"], group["betas"], group["weight_decay"], group["eps"]
         slots = self.state[parameter]
         if not slots:
@@ -151,27 +153,6 @@ class BlockedAdamW(torch.optim.AdamW, GradientSums):
             parameter.addcdiv_(mean, temporary, value=-step_size)
 
         return (slots["exp_avg"], slots["exp_avg_sq"]), update
-
-
-def _step(
-    optimizer: torch.optim.Optimizer,
-    blocks: Blocks,
-    prepare: Callable[[Tensor, dict[str, Any]], tuple[tuple[Tensor, ...], Update]],
-    *,
-    add_up: bool,
-) -> Tensor | None:
-    """Do a step; the sum of all gradients where it is asked for."""
-    sums = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state, update = prepare(parameter, group)
-            for block in blocks.of(parameter, parameter.grad, state):
-                if add_up:
-                    sums.append(block[1].sum())
-                update(*block)
-    return torch.stack(sums).sum() if sums else None
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from dataio.loader import Batch
-from trainer.blocked import GradientSums
+from trainer.blocked import InBlocks
 
 COMPILER: str | Callable[..., Any] = "inductor"
 """torch.compile's backend."""
@@ -169,7 +169,7 @@ class Stepper:
         assert precision in ("fp32", "bf16"), f"precision {precision} is to be decided before (trainer.capability)"
         self._model, self._preprocess, self._optimizer, self._ema = model, preprocess, optimizer, ema
         self._clip, self._seed = clip, seed
-        self._sums = optimizer if clip is None and isinstance(optimizer, GradientSums) else None
+        self._sums = optimizer if clip is None and isinstance(optimizer, InBlocks) else None
         if self._sums is not None:
             self._sums.adds_up = True
         self._reducer, self._world_size = reducer, world_size
