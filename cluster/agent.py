@@ -29,7 +29,7 @@ from cluster.rank import STACKS_SIGNAL, CallFailed, Place, RankError, Task, serv
 from cluster.zygote import Forked, Zygote
 
 POLL_SECONDS = 0.5  # how a rank ends, and what it says, does not wait for the next poll
-POLLS_A_SECOND = 400
+POLLS_A_SECOND = 400  # of all agents together; also beats while a stop is being agreed on
 """Of all agents together: a coordinator answers some thousand calls a second, and has other things to do."""
 POLL_IDLE_SECONDS = 0.05
 PATIENCE_SECONDS = 60.0

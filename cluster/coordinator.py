@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cluster.agent import Order, Payload, RankEnd, Report
+from cluster.agent import POLLS_A_SECOND, Order, Payload, RankEnd, Report
 from cluster.exporter import serve_discovery, write_file_sd
-from cluster.heartbeat import Orders
+from cluster.heartbeat import AGAIN_SECONDS, Orders
 from cluster.journal import Journal, read_journal
 from cluster.metrics import OTHER, Metrics
 from cluster.storage import RETRY_SECONDS, Storage, StorageOutage, open_storage
@@ -102,8 +102,8 @@ class StopVote:
 
     A proposal is ahead of every step begun. A rank promises it (`seen_stop`) if it has not begun that step, and then waits there.
     Confirmed once all have promised. A rank that was faster says so by `steps_begun`, and a later proposal takes the place of the first;
-    the margin doubles, so that slow beats and fast steps meet. The ranks themselves are at most one step apart, as each step has a
-    collective."""
+    the margin doubles, or is what that rank has begun since its beat before, so that slow beats and fast steps meet. Meanwhile ranks beat
+    as often as they may. The ranks themselves are at most one step apart, as each step has a collective."""
 
     def __init__(self, ranks: int, margin: int = 2) -> None:
         self._ranks, self._margin = ranks, margin
@@ -114,18 +114,21 @@ class StopVote:
         self.confirmed = False
 
     def hear(self, rank: int, steps_begun: int, seen_stop: int | None) -> Orders:
+        stride = steps_begun - self._begun.get(rank, steps_begun)
         self._begun[rank] = max(steps_begun, self._begun.get(rank, 0))
         self._promised[rank] = max(seen_stop or 0, self._promised.get(rank, 0))
         if self.requested and not self.confirmed and len(self._begun) == self._ranks:
-            self._decide(max(self._begun.values()), max(self._promised.values()))
-        return Orders(stop_at=self.stop_at, confirmed=self.confirmed)
+            self._decide(max(self._begun.values()), max(self._promised.values()), stride)
+        again = max(AGAIN_SECONDS, self._ranks / POLLS_A_SECOND) if self.requested and not self.confirmed else None
+        return Orders(stop_at=self.stop_at, confirmed=self.confirmed, again_seconds=again)
 
-    def _decide(self, begun: int, promised: int) -> None:
+    def _decide(self, begun: int, promised: int, stride: int) -> None:
         if self.stop_at is None and promised >= begun:
             self.stop_at = promised  # a coordinator before this one proposed it, and some ranks wait there
         elif self.stop_at is None or begun > self.stop_at:
+            if self.stop_at is not None:
+                self._margin = max(2 * self._margin, stride + 1)
             self.stop_at = begun + self._margin
-            self._margin *= 2
         self.confirmed = all(promise == self.stop_at for promise in self._promised.values())
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+AGAIN_SECONDS = 0.02  # between two beats while a stop is being agreed on
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Orders:
@@ -19,6 +21,8 @@ class Orders:
     """Steps after which to stop, None to go on."""
     confirmed: bool
     """Every rank has promised to stop there."""
+    again_seconds: float | None = None
+    """A stop is being agreed on: when to beat again, whatever the interval. What a rank says late is no use for that."""
 
 
 class CoordinatorLost(RuntimeError):
@@ -55,8 +59,8 @@ class Heartbeat:
 
     `call(attempt, rank, steps_done, seen_stop, stats, steps_begun, pulse)` is Coordinator.beat, by whatever way leads there. `start_step`:
     steps done when this attempt began. The pulse says what the rank is at (`phase`), that it gets on with it (`ticks`), and whether it
-    waits for the answer, or this is its last beat (`urgent`, 1 or 0). A coordinator that does not answer is no reason to stop training; a
-    rank that must wait for it gives up after `patience_seconds` (CoordinatorLost)."""
+    waits for the answer, a stop is being agreed on, or this is its last beat (`urgent`, 1 or 0). A coordinator that does not answer is no
+    reason to stop training; a rank that must wait for it gives up after `patience_seconds` (CoordinatorLost)."""
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class Heartbeat:
         self._stats: dict[str, float] = {}
         self._phase, self._ticks = "starting", 0
         self._changed = threading.Condition()
-        self._hurry = False
+        self._again_seconds: float | None = None
         self._waits = False
         self._closed = False
         self._answered_at = clock()
@@ -113,8 +117,9 @@ class Heartbeat:
                         f"rank {self._rank} waits after {steps_done} steps for a stop to be confirmed; no answer from the coordinator for "
                         f"{self._patience_seconds:g} s; last error: {self.last_error!r}"
                     )
-                self._hurry = self._waits = True
-                self._changed.notify_all()
+                if not self._waits:
+                    self._waits = True
+                    self._changed.notify_all()
                 self._changed.wait(min(self._interval, 1.0))
             self._waits = False
             return stop
@@ -131,28 +136,32 @@ class Heartbeat:
             with self._changed:
                 last = self._closed
             self._beat()
+            if last:
+                return
+            beaten = time.monotonic()
             with self._changed:
-                if last:
-                    return
-                if self._hurry:  # at the gate: ask again soon
-                    self._hurry = False
-                    self._changed.wait(min(self._interval, 0.02))
-                elif not self._closed:
-                    self._changed.wait(self._interval)
+                while not self._closed and (left := beaten + self._pause_seconds() - time.monotonic()) > 0:
+                    self._changed.wait(left)
+
+    def _pause_seconds(self) -> float:
+        if self._again_seconds is not None:
+            return self._again_seconds
+        return min(self._interval, AGAIN_SECONDS) if self._waits else self._interval
 
     def _beat(self) -> None:
         with self._changed:
             gate = self._gate
-            urgent = self._closed or self._waits
+            urgent = self._closed or self._waits or self._again_seconds is not None
             pulse: dict[str, int | str] = {"phase": self._phase, "ticks": self._ticks, "urgent": int(urgent)}
             said = (self._attempt, self._rank, gate.steps_done, gate.stop_at, dict(self._stats), gate.steps_begun, pulse)
         try:
             orders = self._call(*said)
         except Exception as error:  # whatever the way to the coordinator raises: training does not depend on it
-            self.last_error = error
+            self.last_error, self._again_seconds = error, None
             return
         with self._changed:
             self.last_error = None
             self._answered_at = self._clock()
+            self._again_seconds = orders.again_seconds
             gate.take(orders)
             self._changed.notify_all()

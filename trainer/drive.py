@@ -14,8 +14,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -100,6 +101,7 @@ class Drive:
         self.steps_per_epoch = make_order(config, dataset).steps_per_epoch
         self.total_steps = total_steps_of(config, self.steps_per_epoch)
         self.signal, self.signal_at = 0, 0.0
+        self.woken: SimpleQueue[None] = SimpleQueue()
         self.phase, self.phase_began = "", time.monotonic()
         self.failed_checkpoints, self.failure_told_at = 0, -math.inf
         self.result: dict[str, Any] | None = None
@@ -232,7 +234,7 @@ class Drive:
         while True:
             if fleet.wait(0):
                 return self.fleet_died(fleet)
-            status: Status = self.ask("news", ended, poll_seconds(fleet.workers))
+            status = self.wait_for_news(ended, poll_seconds(fleet.workers), is_told=stop_asked_at is not None)
             ended = len(status.ended_ranks)
             self.placement_group = next((r.placement_group for r in status.reports.values()), "") or self.placement_group
             if len(status.ended_ranks) == fleet.workers:
@@ -500,6 +502,23 @@ class Drive:
         commits = self.store.commits()
         return commits[0].step if commits else -1
 
+    def wait_for_news(self, ended: int, timeout_seconds: float, *, is_told: bool) -> Status:
+        """The status once more than `ended` ranks have ended, a signal has come (unless the ranks have been told of it), or the time is
+        over."""
+        self.woken = SimpleQueue()  # not a threading.Event: a signal's handler may find its lock taken
+        if is_told or not self.signal:
+            news = self.coordinator.news.remote(ended, timeout_seconds)
+            if not is_told:
+                woken = self.woken
+                news.future().add_done_callback(lambda _: woken.put(None))
+                with suppress(Empty):
+                    woken.get(timeout=60)
+            if is_told or not self.signal:
+                status: Status = ray.get(news, timeout=60)
+                return status
+        now: Status = self.ask("status")
+        return now
+
     def ask(self, method: str, *args: Any) -> Any:
         return ray.get(getattr(self.coordinator, method).remote(*args), timeout=60)
 
@@ -566,6 +585,7 @@ class Drive:
                 print("stopped at once; the same command goes on from the newest saved checkpoint", file=sys.stderr)
                 raise SystemExit(128 + number)
             self.signal, self.signal_at = number, now
+            self.woken.put(None)
 
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -20,7 +20,7 @@ from pyarrow import fs as pafs
 from cluster import coordinator as module
 from cluster.agent import RankEnd
 from cluster.coordinator import Coordinator, RankInfo, StopVote
-from cluster.heartbeat import CoordinatorLost, Gate, Heartbeat, Orders
+from cluster.heartbeat import AGAIN_SECONDS, CoordinatorLost, Gate, Heartbeat, Orders
 from cluster.journal import read_journal
 from cluster.storage import Storage, StorageOutage, open_storage
 from cluster.store import Receipt, StorageFull, Store
@@ -327,9 +327,45 @@ def test_a_new_coordinator_adopts_a_stop_that_some_ranks_have_already_taken() ->
     assert confirmed.confirmed  # rank 1 stops; rank 0 waits, and the coordinator dies
     heir = StopVote(2)
     heir.requested = True
-    assert heir.hear(0, stop or 0, stop) == Orders(stop_at=None, confirmed=False)
+    assert heir.hear(0, stop or 0, stop) == Orders(stop_at=None, confirmed=False, again_seconds=AGAIN_SECONDS)
     assert heir.hear(1, stop or 0, stop) == confirmed
     assert heir.hear(0, stop or 0, stop) == confirmed
+
+
+@given(ranks=st.integers(1, 3), start=st.integers(0, 1000), calm=st.integers(0, 5000), pace=st.integers(0, 500))
+def test_however_many_steps_a_beat_takes_a_stop_is_agreed_on_in_five(ranks: int, start: int, calm: int, pace: int) -> None:
+    """`calm` steps between the beats until the stop is asked for, `pace` while a beat is on its way from then on."""
+    world = World(ranks, start, 2)
+    everyone = range(ranks)
+
+    def beats(steps: int) -> None:
+        for what in ("beat", *["step"] * 3 * steps, "hear"):
+            for rank in everyone:
+                world.do((what, rank))
+
+    beats(calm)
+    world.do(("stop", 0))
+    for _ in range(5):
+        beats(pace)
+    assert world.vote.confirmed
+
+
+def test_while_a_stop_is_being_agreed_on_beats_are_urgent_and_do_not_wait_for_their_turn() -> None:
+    pulses: list[Any] = []
+    ended = threading.Event()
+
+    def call(*beat: Any) -> Orders:
+        pulses.append(beat[-1])
+        if len(pulses) == 30:
+            ended.set()
+        return Orders(stop_at=None, confirmed=False, again_seconds=0.001 if len(pulses) < 30 else None)
+
+    heartbeat = Heartbeat(call, 0, 1, 60.0, start_step=0)
+    assert ended.wait(30)
+    time.sleep(0.1)
+    assert len(pulses) == 30  # once it is agreed on, the interval counts again
+    heartbeat.close()
+    assert [pulse["urgent"] for pulse in pulses] == [0, *[1] * 29, 1]
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
