@@ -28,7 +28,7 @@ from cluster.heartbeat import Orders
 from cluster.rank import STACKS_SIGNAL, CallFailed, Place, RankError, Task, serve_calls
 from cluster.zygote import Forked, Zygote
 
-POLL_SECONDS = 0.5  # how a rank ends, and what it says, does not wait for the next poll
+HEARTBEAT_SECONDS = 1.0  # how a rank ends, and what it says, does not wait for it
 POLLS_A_SECOND = 400  # of all agents together; also beats while a stop is being agreed on
 """Of all agents together: a coordinator answers some thousand calls a second, and has other things to do."""
 POLL_IDLE_SECONDS = 0.05
@@ -136,10 +136,12 @@ class Agent:
         fetch: Callable[[Any], Any] = lambda reference: reference,
         notice: Callable[[], str] = lambda: "",
         zygote: str = "",
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
-        """`zygote`: the name of the one that this node's agents share; without it this agent has its own."""
+        """`zygote`: the name of the one that this node's agents share; without it this agent has its own. `heartbeat_seconds`: between two
+        questions while its rank is at work."""
         self._ask, self._fetch, self._notice, self._placement_group = ask, fetch, notice, placement_group
-        self._zygote_name = zygote
+        self._zygote_name, self._heartbeat_seconds = zygote, heartbeat_seconds
         self._fleet, self._rank, self._place, self._modules = fleet, rank, place, tuple(modules)
         self._wake = threading.Event()
         self._running: _Running | None = None
@@ -173,7 +175,8 @@ class Agent:
                     zygote.close()
                     zygote = self._new_zygote()
                 self._obey(order, zygote)
-                self._wake.wait(poll_seconds(order.world_size) if self._running else POLL_IDLE_SECONDS)
+                pause = poll_seconds(order.world_size, self._heartbeat_seconds) if self._running else POLL_IDLE_SECONDS
+                self._wake.wait(pause)
         finally:
             zygote.close()
             for descriptor in self._files.values():
@@ -286,9 +289,9 @@ class _Running:
         self._error = error
 
 
-def poll_seconds(world_size: int) -> float:
+def poll_seconds(world_size: int, heartbeat_seconds: float) -> float:
     """Between two questions of an agent at work; 2.5 s with 1,000 ranks."""
-    return max(POLL_SECONDS, world_size / POLLS_A_SECOND)
+    return max(heartbeat_seconds, world_size / POLLS_A_SECOND)
 
 
 def process_state(pid: int) -> tuple[str, float]:
@@ -301,7 +304,7 @@ def process_state(pid: int) -> tuple[str, float]:
 
 
 def agent_main(settings: Mapping[str, Any]) -> None:
-    """The train function of a fleet. `settings`: coordinator, fleet, modules, zygote (a name), notice (a path)."""
+    """The train function of a fleet. `settings`: coordinator, fleet, modules, zygote (a name), notice (a path), heartbeat_seconds."""
     import ray
     import ray.train
 
@@ -337,4 +340,5 @@ def agent_main(settings: Mapping[str, Any]) -> None:
         fetch=ray.get,
         notice=notice,
         zygote=settings["zygote"],
+        heartbeat_seconds=settings["heartbeat_seconds"],
     ).run()

@@ -46,8 +46,9 @@ class ClusterConfig:
     """Port of Prometheus service discovery (http_sd); 0 takes a free one and prints it."""
     keep_checkpoints: int = 3
     """Committed checkpoints kept; at least 2, so that one bad checkpoint never loses the run."""
-    heartbeat_seconds: float = 0.25
-    """How often a rank tells the coordinator where it is, outside the step path."""
+    heartbeat_seconds: float = 1.0
+    """How often a rank tells the coordinator where it is, outside the step path, and hears what to do; less often where there are more than
+    400 ranks. What cannot wait, as a rank's end or the agreement on a stop, does not."""
     object_store_limit_bytes: int = 2 << 30
     """A data set that only the driver can read travels through Ray's object store up to this size."""
     hang_seconds: float = 60.0

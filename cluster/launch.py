@@ -14,7 +14,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ray._private.node import Node
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.agent import RankEnd, agent_main
+from cluster.agent import HEARTBEAT_SECONDS, RankEnd, agent_main
 from cluster.backend import AgentsOnly
 from cluster.config import ClusterConfig
 from cluster.coordinator import CoordinatorActor
@@ -399,20 +399,29 @@ class Fleet:
         notice: str,
         placement_seconds: float,
         zygote: str = "",
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        on_ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """`modules` are what the ranks' zygotes import, `zygote` is the name that those of a node share (without it each agent has one)."""
+        """`modules` are what the ranks' zygotes import, `zygote` is the name that those of a node share (without it each agent has one).
+        `on_ended` is called in a thread once it has ended."""
         self.number, self.workers = number, resources.workers
         self._failure: Failure | None = None
         self._scratch = _temp_folder()
-        settings = {"coordinator": coordinator, "fleet": number, "modules": list(modules), "zygote": zygote, "notice": notice}
+        self._ended, self._on_ended = threading.Event(), on_ended
+        settings = {
+            "coordinator": coordinator,
+            "fleet": number,
+            "modules": list(modules),
+            "zygote": zygote,
+            "notice": notice,
+            "heartbeat_seconds": heartbeat_seconds,
+        }
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{placement_seconds:g}"
-        self._thread = threading.Thread(target=self._fit, args=(settings, name, resources), name="fit", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._fit, args=(settings, name, resources), name="fit", daemon=True).start()
 
     def wait(self, timeout_seconds: float) -> bool:
         """True once it has ended."""
-        self._thread.join(timeout_seconds)
-        return not self._thread.is_alive()
+        return self._ended.wait(timeout_seconds)
 
     def abandon(self) -> None:
         """It will not be waited for: its processes end with this one's connection to Ray, its folder now."""
@@ -420,7 +429,7 @@ class Fleet:
 
     def failure(self) -> Failure | None:
         """Why it failed; None if its agents were told to end. Only after `wait` said True."""
-        assert not self._thread.is_alive()
+        assert self._ended.is_set()
         return self._failure
 
     def _fit(self, settings: dict[str, Any], name: str, resources: Resources) -> None:
@@ -443,6 +452,8 @@ class Fleet:
             self._failure = failure_of(error)
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
+            self._ended.set()
+            self._on_ended()
 
 
 def failure_of_ranks(ends: Mapping[int, RankEnd]) -> Failure | None:

@@ -1,4 +1,5 @@
-"""What a device is good at, and what `train.precision auto` and `train.channels_last auto` become on it. Called by trainer/run.py.
+"""What a device is good at, and what `auto` of `train.precision`, `train.channels_last` and `train.small_maps` becomes on it. Called by
+trainer/run.py.
 
 Decided by the driver, once a run: where the run goes on, as it was started (`as_started`), else from what the workers' nodes report
 (`here`, run on each of them; `decide`). Pure but for `here`, which imports torch only where there are GPUs and nvidia-smi is silent.
@@ -29,6 +30,8 @@ class Capability:
     """For people: `NVIDIA H200`, `CPU with amx_bf16`."""
     has_bf16: bool
     likes_channels_last: bool = True
+    likes_products: bool = False
+    """Of convolutions on small maps in bf16 (trainer.small_maps)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,12 @@ def of_cpu(cpuinfo: str) -> Capability:
     """From the text of /proc/cpuinfo: its `flags` lines."""
     flags = {flag for line in cpuinfo.splitlines() if line.startswith("flags") for flag in line.partition(":")[2].split()}
     fast = [flag for flag in BF16_CPU_FLAGS if flag in flags]
-    return Capability(device="cpu", name=f"CPU with {fast[0]}" if fast else "CPU without bf16 instructions", has_bf16=bool(fast))
+    return Capability(
+        device="cpu",
+        name=f"CPU with {fast[0]}" if fast else "CPU without bf16 instructions",
+        has_bf16=bool(fast),
+        likes_products=fast == ["avx512_bf16"],  # with AMX the convolutions have other kernels
+    )
 
 
 def of_gpu(name: str, compute_capability: tuple[int, int]) -> Capability:
@@ -65,6 +73,7 @@ def weakest(seen: Sequence[Capability]) -> Capability:
         (lacking or seen)[0],
         has_bf16=all(one.has_bf16 for one in seen),
         likes_channels_last=all(one.likes_channels_last for one in seen),
+        likes_products=all(one.likes_products for one in seen),
     )
 
 
@@ -81,13 +90,15 @@ def as_started(train: TrainConfig, saved: TrainConfig) -> TrainConfig:
         train,
         precision=saved.precision if train.precision == "auto" else train.precision,
         channels_last=saved.channels_last if train.channels_last == "auto" else train.channels_last,
+        small_maps=saved.small_maps if train.small_maps == "auto" else train.small_maps,
     )
 
 
 def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -> Decision:
     """What is left at auto, decided by the devices. `has_depthwise`: whether the model has depthwise convolutions, which CPUs compute more
     slowly in bf16 (EfficientNet-Lite0: 0.67 s a step against 0.46 s in fp32). ValueError for what these devices cannot do."""
-    precision, layout, said, warnings = train.precision, train.channels_last, [], []
+    precision, layout, small_maps = train.precision, train.channels_last, train.small_maps
+    said, warnings = [], []
     on_cpu = capability.device == "cpu"
     if train.cuda_graphs and on_cpu:
         raise ValueError(
@@ -107,7 +118,16 @@ def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -
     if layout == "auto":
         layout = "on" if capability.likes_channels_last else "off"
         said.append(f"train.channels_last=auto: {layout} ({capability.name})")
-    return Decision(train=dataclasses.replace(train, precision=precision, channels_last=layout), said=tuple(said), warnings=tuple(warnings))
+    is_of_use = on_cpu and precision == "bf16" and layout == "on" and not train.compile
+    if small_maps == "auto":
+        small_maps = "product" if is_of_use and capability.likes_products else "convolution"
+        said.append(f"train.small_maps=auto: {small_maps} ({capability.name})")
+    elif small_maps == "product" and not is_of_use:
+        warnings.append(
+            "train.small_maps=product changes nothing here: it is for steps that a CPU computes in bf16 and channels_last, not compiled"
+        )
+    decided = dataclasses.replace(train, precision=precision, channels_last=layout, small_maps=small_maps)
+    return Decision(train=decided, said=tuple(said), warnings=tuple(warnings))
 
 
 def _cpuinfo() -> str:

@@ -490,7 +490,7 @@ _RANGES: dict[str, tuple[_Bound, _Bound, str]] = {
     "cluster.threads_per_worker": (_FROM_0, _ANY, "0 takes the CPUs of a worker"),
     "cluster.discovery_port": (_FROM_0, _Bound("<=", 65535), "0 takes a free port"),
     "cluster.keep_checkpoints": (_Bound(">=", 2), _ANY, "with one, a single damaged checkpoint would lose the run"),
-    "cluster.heartbeat_seconds": (_ABOVE_0, _ANY, "0.25 is the default"),
+    "cluster.heartbeat_seconds": (_ABOVE_0, _Bound("<=", 2.0), "1 is the default; who is silent for 5 s is taken for lost"),
     "cluster.object_store_limit_bytes": (_FROM_0, _ANY, ""),
     "cluster.hang_seconds": (_ABOVE_0, _ANY, "60 is the default"),
     "cluster.start_seconds": (_ABOVE_0, _ANY, "600 is the default"),

@@ -70,6 +70,9 @@ class TrainConfig:
     """`auto` takes bf16 where the devices compute in it. Decided once a run: a run that goes on elsewhere keeps it (trainer.capability)."""
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Keep images and weights in the order of memory that convolutions are faster with; `true` and `false` mean `on` and `off`."""
+    small_maps: Literal["auto", "convolution", "product"] = "auto"
+    """How a CPU computes convolutions on maps of few pixels in bf16: `product` lays out their windows and multiplies matrices where that is
+    faster (trainer.small_maps). `auto` takes it where the CPU has AVX512-bf16 and no AMX; decided once a run. Rounds differently."""
     compile: bool = False
     """Compile the step. It takes seconds to minutes before the first one, told apart; a second start finds most of it in `data.root`."""
     cuda_graphs: bool = False

@@ -234,7 +234,7 @@ class Drive:
         while True:
             if fleet.wait(0):
                 return self.fleet_died(fleet)
-            status = self.wait_for_news(ended, poll_seconds(fleet.workers), is_told=stop_asked_at is not None)
+            status = self.wait_for_news(fleet, ended, is_told=stop_asked_at is not None)
             ended = len(status.ended_ranks)
             self.placement_group = next((r.placement_group for r in status.reports.values()), "") or self.placement_group
             if len(status.ended_ranks) == fleet.workers:
@@ -336,6 +336,8 @@ class Drive:
             zygote=self.zygote,
             notice=self.config.cluster.preemption_notice,
             placement_seconds=self.config.cluster.placement_seconds,
+            heartbeat_seconds=self.config.cluster.heartbeat_seconds,
+            on_ended=lambda: self.woken.put(None),
         )
         return None
 
@@ -502,18 +504,17 @@ class Drive:
         commits = self.store.commits()
         return commits[0].step if commits else -1
 
-    def wait_for_news(self, ended: int, timeout_seconds: float, *, is_told: bool) -> Status:
-        """The status once more than `ended` ranks have ended, a signal has come (unless the ranks have been told of it), or the time is
-        over."""
+    def wait_for_news(self, fleet: Fleet, ended: int, *, is_told: bool) -> Status:
+        """The status once more than `ended` ranks have ended, or the fleet, or a signal has come (unless `is_told`: the ranks know), or a
+        heartbeat is over."""
         self.woken = SimpleQueue()  # not a threading.Event: a signal's handler may find its lock taken
         if is_told or not self.signal:
-            news = self.coordinator.news.remote(ended, timeout_seconds)
-            if not is_told:
-                woken = self.woken
-                news.future().add_done_callback(lambda _: woken.put(None))
-                with suppress(Empty):
-                    woken.get(timeout=60)
-            if is_told or not self.signal:
+            news = self.coordinator.news.remote(ended, poll_seconds(fleet.workers, self.config.cluster.heartbeat_seconds))
+            woken = self.woken
+            news.future().add_done_callback(lambda _: woken.put(None))
+            with suppress(Empty):
+                woken.get(timeout=60)
+            if not fleet.wait(0) and (is_told or not self.signal):
                 status: Status = ray.get(news, timeout=60)
                 return status
         now: Status = self.ask("status")

@@ -181,6 +181,8 @@ def check_resume(config: RunConfig, *, has_checkpoint: bool) -> None:
 def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     """What decides a run's weights."""
     flat = {key: value for key, value in settings(config).items() if key not in FREE_SETTINGS and not key.startswith("cluster.")}
+    if flat["train.small_maps"] == "auto":
+        del flat["train.small_maps"]  # so runs that a release without it has named keep their names
     return flat | {"dataset": fingerprint, "model.weights": Path(config.model.weights).name}
 
 
@@ -212,7 +214,10 @@ def saved_config(storage: Storage, run: str) -> RunConfig | None:
     name = f"{run}/config.toml"
     if not run or not storage.exists(name):
         return None
-    return from_toml(storage.read(name).decode(), origin=name)
+    config = from_toml(storage.read(name).decode(), origin=name)
+    # A release that knew no other way said nothing of it.
+    small_maps = "convolution" if config.train.small_maps == "auto" else config.train.small_maps
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, small_maps=small_maps))
 
 
 def saved_virtual_ranks(storage: Storage, run: str, workers: int) -> int:
@@ -223,10 +228,10 @@ def saved_virtual_ranks(storage: Storage, run: str, workers: int) -> int:
 
 def check_same_run(config: RunConfig, storage: Storage, fingerprint: str) -> None:
     """ValueError if the run of this name was started with other settings."""
-    name = f"{config.run}/config.toml"
-    if not storage.exists(name):
+    saved = saved_config(storage, config.run)
+    if saved is None:
         return
-    before = identity(from_toml(storage.read(name).decode(), origin=name), fingerprint)
+    before = identity(saved, fingerprint)
     now = identity(config, fingerprint)
     changed = [f"{key}: {before[key]!r} then, {now[key]!r} now" for key in now if before.get(key) != now[key]]
     if changed and before["train.virtual_ranks"] < now["train.virtual_ranks"]:

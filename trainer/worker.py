@@ -48,6 +48,7 @@ from trainer.model import Preprocess, build_model, head_of
 from trainer.optim import Ema, build_optimizer, clip_gradients, loss_sum, set_learning_rate, set_trainable
 from trainer.predictions import LIMIT, PREDICTIONS_FILE, About, named
 from trainer.profile import FlopCount, Profiler, count_work, measure_ceilings
+from trainer.small_maps import use_products
 from trainer.spec import WorkerSpec, make_order, total_steps_of
 from trainer.state import TrainState, weights_sha256
 from trainer.summary import ACCOUNTED
@@ -75,7 +76,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         lambda *beat: call("beat", *beat),
         rank,
         spec.attempt,
-        config.cluster.heartbeat_seconds,
+        config.cluster.heartbeat_seconds / 2,  # so that one is ready whenever the agent asks
         start_step=spec.resume[0] if spec.resume else 0,
     )
     if world_size > 1:
@@ -430,7 +431,10 @@ def build(config: RunConfig, dataset: Dataset, image_size: tuple[int, int], devi
     )
     model = build_model(config.model, classes=len(dataset.manifest.classes), seed=config.train.seed, image_hw=image_size)
     layout = torch.channels_last if config.train.channels_last == "on" else torch.contiguous_format
-    return model.to(device).to(memory_format=layout), preprocess.to(device)
+    model = model.to(device).to(memory_format=layout)
+    if config.train.small_maps == "product":
+        use_products(model)
+    return model, preprocess.to(device)
 
 
 def make_stepper(

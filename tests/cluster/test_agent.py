@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import agent as agent_module
 from cluster.agent import POLLS_A_SECOND, Agent, Beats, Order, Payload, RankEnd, Report, poll_seconds, process_state
 from cluster.coordinator import Coordinator, RankInfo
 from cluster.heartbeat import Orders
@@ -29,13 +28,22 @@ PLACE = Place(host="here", address="127.0.0.1", node_id="node", local_rank=0, lo
 class Fleet:
     """Agents in threads, on a real coordinator."""
 
-    def __init__(self, folder: Path, workers: int = 1) -> None:
+    def __init__(self, folder: Path, workers: int = 1, *, heartbeat_seconds: float = 1.0) -> None:
         self.coordinator = Coordinator(str(folder), "run", 1, 2)
         self.reports: list[tuple[Any, ...]] = []
         self.here: list[int] = []
         self.asked: list[str] = []
         self.agents = [
-            Agent(self._ask, fleet=1, rank=rank, place=PLACE, modules=[], fetch=lambda reference: reference) for rank in range(workers)
+            Agent(
+                self._ask,
+                fleet=1,
+                rank=rank,
+                place=PLACE,
+                modules=[],
+                fetch=lambda reference: reference,
+                heartbeat_seconds=heartbeat_seconds,
+            )
+            for rank in range(workers)
         ]
         self.threads = [threading.Thread(target=agent.run) for agent in self.agents]
         for thread in self.threads:
@@ -87,6 +95,14 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 
 @pytest.fixture
+def slow(tmp_path: Path) -> Iterator[Fleet]:
+    """One whose agent asks every half minute."""
+    fleet = Fleet(tmp_path, heartbeat_seconds=30.0)
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Fleet]:
     fleet = Fleet(tmp_path, workers=2)
     yield fleet
@@ -103,8 +119,8 @@ def test_a_rank_gets_its_task_its_files_and_answers(fleet: Fleet):
     assert fleet.reports[1][-1] == {"a": b"first", "b": big}
 
 
-def test_beats_travel_with_the_question_for_orders_and_an_urgent_one_does_not_wait(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(agent_module, "POLL_SECONDS", 30.0)
+def test_beats_travel_with_the_question_for_orders_and_an_urgent_one_does_not_wait(slow: Fleet):
+    fleet = slow
     calm, urgent = ({"phase": "step", "ticks": ticks, "urgent": ticks % 2} for ticks in (2, 3))
     fleet.start(1, "beat", [(1, 0, 7, None, {"loss": 0.5}, 8, urgent), (1, 0, 8, 9, {}, 9, calm), (1, 0, 9, None, {}, 10, urgent)])
     began = time.monotonic()
@@ -116,16 +132,16 @@ def test_beats_travel_with_the_question_for_orders_and_an_urgent_one_does_not_wa
     assert not any(method == "beat" for method in fleet.asked)  # no call of their own
 
 
-@given(st.integers(0, 5000))
-def test_agents_ask_twice_a_second_and_all_of_them_together_not_too_often(world_size: int):
-    seconds = poll_seconds(world_size)
-    assert seconds >= 0.5
+@given(st.integers(0, 5000), st.floats(0.01, 2.0))
+def test_agents_ask_once_a_heartbeat_and_all_of_them_together_not_too_often(world_size: int, heartbeat_seconds: float):
+    seconds = poll_seconds(world_size, heartbeat_seconds)
+    assert seconds >= heartbeat_seconds
     assert world_size / seconds <= POLLS_A_SECOND + 1e-9
-    assert seconds == 0.5 or world_size > 200
+    assert seconds == heartbeat_seconds or world_size > POLLS_A_SECOND * heartbeat_seconds
 
 
-def test_a_rank_that_ends_with_a_beat_on_its_way_holds_up_nobody(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(agent_module, "POLL_SECONDS", 30.0)
+def test_a_rank_that_ends_with_a_beat_on_its_way_holds_up_nobody(slow: Fleet):
+    fleet = slow
     fleet.start(1, "die_in_a_beat", (1, 0, 7, None, {}, 8, {"phase": "step", "ticks": 1, "urgent": 0}))
     began = time.monotonic()
     assert fleet.ends(1)[0].status == -signal.SIGKILL

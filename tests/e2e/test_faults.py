@@ -106,7 +106,7 @@ def test_a_run_whose_worker_dies_whose_rank_stops_and_whose_coordinator_dies_end
 
 
 def test_ctrl_c_commits_and_says_how_to_go_on_and_damage_falls_back_or_refuses(uninterrupted: Run, storage: Path, images: Path) -> None:
-    run = Run(*COMMON, storage=storage, name="stopped", data=images)
+    run = Run(*COMMON, "--cluster.heartbeat-seconds", "0.2", storage=storage, name="stopped", data=images)
     run.wait_for("checkpoint_committed", step=10)
     run.signal(signal.SIGINT)
     assert run.finish() == 128 + signal.SIGINT, run.output()

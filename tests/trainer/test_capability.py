@@ -17,18 +17,27 @@ from trainer.model import has_depthwise
 
 AUTO = TrainConfig(precision="auto", channels_last="auto")
 H200, V100, P100 = of_gpu("NVIDIA H200", (9, 0)), of_gpu("Tesla V100", (7, 0)), of_gpu("Tesla P100", (6, 0))
+EPYC = of_cpu("flags : fpu avx2 avx512f avx512_bf16\n")
 XEON, OLD = of_cpu("flags\t\t: fpu avx2 amx_bf16 avx512_bf16\n"), of_cpu("processor : 0\nflags : fpu sse2 avx2 avx512f\n")
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "layout"),
-    [(H200, "bf16", "on"), (V100, "fp32", "on"), (P100, "fp32", "off"), (XEON, "bf16", "on"), (OLD, "fp32", "on")],
+    ("device", "precision", "layout", "small_maps"),
+    [
+        (H200, "bf16", "on", "convolution"),
+        (V100, "fp32", "on", "convolution"),
+        (P100, "fp32", "off", "convolution"),
+        (XEON, "bf16", "on", "convolution"),
+        (EPYC, "bf16", "on", "product"),
+        (OLD, "fp32", "on", "convolution"),
+    ],
     ids=lambda value: value.name if isinstance(value, Capability) else value,
 )
-def test_auto_is_bf16_where_the_device_computes_in_it(device: Capability, precision: str, layout: str) -> None:
+def test_auto_is_bf16_where_the_device_computes_in_it(device: Capability, precision: str, layout: str, small_maps: str) -> None:
     decision = decide(AUTO, device, has_depthwise=False)
-    assert (decision.train.precision, decision.train.channels_last) == (precision, layout)
-    assert [line.split(" (")[0] for line in decision.said] == [f"train.precision=auto: {precision}", f"train.channels_last=auto: {layout}"]
+    assert (decision.train.precision, decision.train.channels_last, decision.train.small_maps) == (precision, layout, small_maps)
+    said = [f"train.precision=auto: {precision}", f"train.channels_last=auto: {layout}", f"train.small_maps=auto: {small_maps}"]
+    assert [line.split(" (")[0] for line in decision.said] == said
     assert all(device.name in line for line in decision.said)
     assert not decision.warnings
 
@@ -41,22 +50,29 @@ def test_depthwise_convolutions_stay_in_fp32_on_a_cpu_only() -> None:
 @given(
     precision=st.sampled_from(["auto", "fp32", "bf16"]),
     layout=st.sampled_from(["auto", "on", "off"]),
-    device=st.sampled_from([H200, V100, P100, XEON, OLD]),
-    saved=st.none() | st.tuples(st.sampled_from(["fp32", "bf16"]), st.sampled_from(["on", "off"])),
+    small_maps=st.sampled_from(["auto", "convolution", "product"]),
+    device=st.sampled_from([H200, V100, P100, XEON, EPYC, OLD]),
+    saved=st.none()
+    | st.tuples(st.sampled_from(["fp32", "bf16"]), st.sampled_from(["on", "off"]), st.sampled_from(["convolution", "product"])),
     depthwise=st.booleans(),
 )
 def test_nothing_stays_open_a_users_word_counts_first_and_what_the_run_was_started_with_second(
-    precision: str, layout: str, device: Capability, saved: tuple[str, str] | None, depthwise: bool
+    precision: str, layout: str, small_maps: str, device: Capability, saved: tuple[str, str, str] | None, depthwise: bool
 ) -> None:
-    asked = TrainConfig(precision=precision, channels_last=layout, epochs=7)  # type: ignore[arg-type]
-    known = as_started(asked, TrainConfig(precision=saved[0], channels_last=saved[1])) if saved else asked  # type: ignore[arg-type]
+    asked = TrainConfig(precision=precision, channels_last=layout, small_maps=small_maps, epochs=7)  # type: ignore[arg-type]
+    known = asked
+    if saved:
+        known = as_started(asked, TrainConfig(precision=saved[0], channels_last=saved[1], small_maps=saved[2]))  # type: ignore[arg-type]
     decision = decide(known, device, has_depthwise=depthwise)
     found = decision.train
-    assert dataclasses.replace(found, precision=asked.precision, channels_last=asked.channels_last) == asked  # nothing else changed
+    decided = {name: getattr(asked, name) for name in ("precision", "channels_last", "small_maps")}
+    assert dataclasses.replace(found, **decided) == asked  # nothing else changed
     assert found.precision == (precision if precision != "auto" else saved[0] if saved else found.precision) != "auto"
     assert found.channels_last == (layout if layout != "auto" else saved[1] if saved else found.channels_last) != "auto"
-    assert bool(decision.warnings) == (found.precision == "bf16" and not device.has_bf16)
-    assert len(decision.said) == (0 if saved else (precision == "auto") + (layout == "auto"))
+    assert found.small_maps == (small_maps if small_maps != "auto" else saved[2] if saved else found.small_maps) != "auto"
+    of_no_use = found.small_maps == "product" and (device.device == "cuda" or found.precision == "fp32" or found.channels_last == "off")
+    assert len(decision.warnings) == (found.precision == "bf16" and not device.has_bf16) + of_no_use
+    assert len(decision.said) == (0 if saved else (precision == "auto") + (layout == "auto") + (small_maps == "auto"))
     assert decide(found, device, has_depthwise=depthwise).train == found
 
 
@@ -70,9 +86,12 @@ def test_a_run_that_goes_on_on_another_machine_keeps_its_precision_and_is_told_t
     assert "--train.precision fp32" in warning
 
 
-@given(st.lists(st.sampled_from([H200, V100, P100]), min_size=1, max_size=5))
+@given(
+    st.lists(st.sampled_from([H200, V100, P100]), min_size=1, max_size=5) | st.lists(st.sampled_from([XEON, EPYC]), min_size=1, max_size=5)
+)
 def test_the_weakest_of_several_decides(seen: list[Capability]) -> None:
     found = weakest(seen)
+    assert found.likes_products == all(one.likes_products for one in seen)
     assert found.has_bf16 == all(one.has_bf16 for one in seen)
     assert found.likes_channels_last == all(one.likes_channels_last for one in seen)
     assert found.name in {one.name for one in seen}

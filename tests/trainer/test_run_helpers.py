@@ -103,7 +103,7 @@ def started(storage: Storage, config: RunConfig) -> RunConfig:
 
 @pytest.mark.parametrize("key", ALL)
 def test_a_run_goes_on_with_a_changed_setting_only_if_that_does_not_touch_its_weights(storage: Storage, key: str) -> None:
-    config = started(storage, RunConfig(run="r", train=TrainConfig(virtual_ranks=4)))
+    config = started(storage, RunConfig(run="r", train=TrainConfig(virtual_ranks=4, small_maps="product")))
     check_same_run(config, storage, DATA)
     now = replace(changed(config, key), run="r")
     if key in MAY_CHANGE:
@@ -322,6 +322,26 @@ def test_identity_names_the_data_by_content() -> None:
     assert identity(RunConfig(), DATA)["dataset"] == DATA
 
 
+def test_a_run_of_a_release_that_knew_no_products_goes_on_without_them_and_under_its_name(tmp_path: Path) -> None:
+    asked = RunConfig(storage=str(tmp_path), train=TrainConfig(precision="bf16", channels_last="on"))
+
+    def started(config: RunConfig) -> RunConfig:
+        return resolved(config, workers=1, fingerprint=DATA, recipe="best", image_size=(32, 32))
+
+    first = started(asked)
+    assert "train.small_maps" not in identity(asked, DATA)  # which the name is made of
+    text = to_toml(first).replace('small_maps = "auto"\n', "")
+    assert "small_maps" not in text
+    storage = open_storage(str(tmp_path))
+    storage.write_atomic(f"{first.run}/config.toml", text.encode())
+    again = started(asked)
+    assert again.run == first.run
+    check_same_run(again, storage, DATA)
+    epyc = of_cpu("flags : avx512_bf16\n")
+    assert decided(again, epyc, has_depthwise=False, tell=lambda line: None).train.small_maps == "convolution"
+    assert decided(first, epyc, has_depthwise=False, tell=lambda line: None).train.small_maps == "product"
+
+
 def test_auto_is_decided_once_and_kept_where_the_same_command_goes_on_elsewhere(tmp_path: Path) -> None:
     asked = RunConfig(storage=str(tmp_path), train=TrainConfig(precision="auto", channels_last="auto"))
 
@@ -331,7 +351,7 @@ def test_auto_is_decided_once_and_kept_where_the_same_command_goes_on_elsewhere(
     said: list[str] = []
     first = decided(started(asked), of_gpu("H200", (9, 0)), has_depthwise=False, tell=said.append)
     assert (first.train.precision, first.train.channels_last) == ("bf16", "on")
-    assert said == ["train.precision=auto: bf16 (H200)", "train.channels_last=auto: on (H200)"]
+    assert said == ["train.precision=auto: bf16 (H200)", "train.channels_last=auto: on (H200)", "train.small_maps=auto: convolution (H200)"]
     storage = open_storage(str(tmp_path))
     storage.write_atomic(f"{first.run}/config.toml", to_toml(first).encode())
     again = started(asked)
