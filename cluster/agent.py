@@ -1,7 +1,7 @@
 """What Ray Train runs on every worker: an agent that forks this worker's rank process for each attempt, speaks for it, and outlives it.
 
 A rank that dies takes nothing with it that is slow to get back: Ray's worker, its place in the cluster and the imports stay. The agent asks
-the coordinator for orders, twice a second, and hands over its rank's newest beat with the question: each call by way of Ray costs some
+the coordinator for orders, once in a heartbeat, and hands over its rank's newest beat with the question: each call by way of Ray costs some
 milliseconds of CPU, which on a small machine the steps go without. What it does on its own is to say how its rank ended, and to end with
 its worker.
 

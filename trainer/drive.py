@@ -685,7 +685,7 @@ def _finite(value: Any) -> Any:
 
 
 def has_begun(status: Status) -> bool:
-    """Whether the attempt may have steps that are not saved. Beats are half a second old, and a fast run has done many meanwhile."""
+    """Whether the attempt may have steps that are not saved. Beats are a second old, and a fast run has done many meanwhile."""
     at_work = any(rank.pulse.get("phase", STARTING) != STARTING for rank in status.ranks.values())
     return at_work or status.steps_done > status.start_step or (status.last_commit_step or 0) > status.start_step
 
