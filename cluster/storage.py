@@ -240,13 +240,15 @@ class Storage:
         return self._try(lambda: bool(self.fs.get_file_info(self.at(path)).type != pafs.FileType.NotFound), path)
 
     def list(self, path: str) -> list[Entry]:
-        """Names in a folder, sorted; none where there is no such folder (or a file in its place)."""
+        """Names in a folder, sorted; none where there is no such folder (or a file in its place). Only what is deleted meanwhile may be
+        missing."""
         if self.is_local:
             try:
                 with os.scandir(self.at(path)) as found:
-                    return sorted((_local_entry(entry) for entry in found), key=lambda entry: entry.name)
+                    entries = [_local_entry(entry) for entry in found]
             except (FileNotFoundError, NotADirectoryError):
                 return []
+            return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
         infos = self._try(lambda: self.fs.get_file_info(pafs.FileSelector(self.at(path), allow_not_found=True)), path)
         return sorted((_entry(info) for info in infos), key=lambda entry: entry.name)
 
@@ -391,8 +393,12 @@ def write_atomic_local(path: str, data: bytes) -> None:
     sync_dir(folder)
 
 
-def _local_entry(entry: os.DirEntry[str]) -> Entry:
-    status = entry.stat(follow_symlinks=False)
+def _local_entry(entry: os.DirEntry[str]) -> Entry | None:
+    """None for one that was deleted since it was listed. It must not pass for a folder that is not there."""
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
     return Entry(name=entry.name, is_dir=entry.is_dir(), size_bytes=status.st_size, modified=status.st_mtime)
 
 

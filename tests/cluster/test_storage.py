@@ -1,8 +1,10 @@
 """Storage: the same few operations on local files and on pyarrow file systems."""
 
 import errno
+import itertools
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,30 @@ def test_what_was_written_is_read_and_listed(storage: Storage) -> None:
     assert [(entry.name, entry.is_dir, entry.size_bytes) for entry in storage.list("a/b")] == [("one", False, 3), ("two", False, 2)]
     assert [(entry.name, entry.is_dir) for entry in storage.list("a")] == [("b", True)]
     assert storage.exists("a/b/one")
+
+
+def test_a_folder_that_others_delete_from_is_listed_with_all_that_stays(tmp_path: Path) -> None:
+    """A scan for the newest checkpoint meets another process's pruning. It once found nothing then: a run would have begun at zero."""
+    storage = open_storage(tmp_path)
+    storage.write_atomic("checkpoints/stays/COMMIT", b"")
+    ended = threading.Event()
+
+    def delete() -> None:
+        for number in itertools.count():
+            if ended.is_set():
+                return
+            folder = tmp_path / "checkpoints" / f"goes-{number}"
+            folder.mkdir()
+            folder.rmdir()
+
+    deleting = threading.Thread(target=delete)
+    deleting.start()
+    try:
+        for _ in range(3000):
+            assert "stays" in {entry.name for entry in storage.list("checkpoints")}
+    finally:
+        ended.set()
+        deleting.join()
 
 
 def test_what_is_not_there_is_not_there(storage: Storage) -> None:

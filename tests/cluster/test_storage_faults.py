@@ -40,10 +40,10 @@ def test_no_damage_is_ever_loaded() -> None:
 
 
 def test_a_full_disk_keeps_the_checkpoint_before() -> None:
-    (row,) = campaign("disk_full", 5)
+    (row,) = campaign("disk_full", 400)  # some scan while another thread prunes
     if row["trials"] == 0:
         pytest.skip(row["detail"])
-    assert row["trials"] == 5
+    assert row["trials"] == 400
 
 
 def test_ten_minutes_without_storage_cost_no_step_and_no_acknowledged_checkpoint() -> None:
