@@ -28,9 +28,9 @@ from cluster.heartbeat import Orders
 from cluster.rank import STACKS_SIGNAL, CallFailed, Place, RankError, Task, serve_calls
 from cluster.zygote import Forked, Zygote
 
-HEARTBEAT_SECONDS = 1.0  # how a rank ends, and what it says, does not wait for it
-POLLS_A_SECOND = 400  # of all agents together; also beats while a stop is being agreed on
-"""Of all agents together: a coordinator answers some thousand calls a second, and has other things to do."""
+POLLS_A_SECOND = 400
+"""Of all agents together, and of all beats while a stop is being agreed on: a coordinator answers some thousand calls a second, and has
+other things to do."""
 POLL_IDLE_SECONDS = 0.05
 PATIENCE_SECONDS = 60.0
 STACKS_SECONDS = 2.0
@@ -132,14 +132,14 @@ class Agent:
         rank: int,
         place: Place,
         modules: Sequence[str],
+        heartbeat_seconds: float,
         placement_group: str = "",
         fetch: Callable[[Any], Any] = lambda reference: reference,
         notice: Callable[[], str] = lambda: "",
         zygote: str = "",
-        heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
         """`zygote`: the name of the one that this node's agents share; without it this agent has its own. `heartbeat_seconds`: between two
-        questions while its rank is at work."""
+        questions while its rank is at work; how that ends, and what it says, does not wait for one."""
         self._ask, self._fetch, self._notice, self._placement_group = ask, fetch, notice, placement_group
         self._zygote_name, self._heartbeat_seconds = zygote, heartbeat_seconds
         self._fleet, self._rank, self._place, self._modules = fleet, rank, place, tuple(modules)

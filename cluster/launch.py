@@ -26,7 +26,7 @@ from ray._private.node import Node
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.agent import HEARTBEAT_SECONDS, RankEnd, agent_main
+from cluster.agent import RankEnd, agent_main
 from cluster.backend import AgentsOnly
 from cluster.config import ClusterConfig
 from cluster.coordinator import CoordinatorActor
@@ -399,8 +399,8 @@ class Fleet:
         modules: Sequence[str],
         notice: str,
         placement_seconds: float,
+        heartbeat_seconds: float,
         zygote: str = "",
-        heartbeat_seconds: float = HEARTBEAT_SECONDS,
         on_ended: Callable[[], None] = lambda: None,
     ) -> None:
         """`modules` are what the ranks' zygotes import, `zygote` is the name that those of a node share (without it each agent has one).

@@ -121,7 +121,8 @@ def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -
     is_of_use = on_cpu and precision == "bf16" and layout == "on" and not train.compile
     if small_maps == "auto":
         small_maps = "product" if is_of_use and capability.likes_products else "convolution"
-        said.append(f"train.small_maps=auto: {small_maps} ({capability.name})")
+        if small_maps == "product":  # the other is what everybody expects
+            said.append(f"train.small_maps=auto: product ({capability.name})")
     elif small_maps == "product" and not is_of_use:
         warnings.append(
             "train.small_maps=product changes nothing here: it is for steps that a CPU computes in bf16 and channels_last, not compiled"

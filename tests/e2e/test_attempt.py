@@ -29,7 +29,9 @@ project = Path(sys.argv[1])
 with ray_cluster(ClusterConfig(), project=project, address="", in_job=False, cpus=2):
     coordinator = start_coordinator(storage_uri=sys.argv[2], run="fleet", generation=1, keep=2)
     resources = Resources(workers=2, fewest=2, most=2, cpus_per_worker=1.0, gpus_per_worker=0, threads_per_worker=1)
-    fleet = Fleet(1, coordinator, name="fleet", resources=resources, modules=["torch"], notice="", placement_seconds=60)
+    fleet = Fleet(
+        1, coordinator, name="fleet", resources=resources, modules=["torch"], notice="", placement_seconds=60, heartbeat_seconds=1.0
+    )
     ask("start_attempt", 1, 2, 0, 1, Payload(target="tests.cluster.ranks:raise_key_error", spec=NOTHING))
     print(json.dumps(dataclasses.asdict(failure_of_ranks(ends(1)))))
     ask("start_attempt", 2, 2, 0, 1, Payload(target="tests.cluster.ranks:join_and_publish", spec=NOTHING, files={"a": ray.put(b"travels")}))

@@ -1,12 +1,19 @@
 """What the driver reads out of a status: with a real coordinator, no Ray."""
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from cluster.coordinator import Coordinator, RankInfo
-from trainer.drive import has_begun
+from trainer.config import RunConfig
+from trainer.drive import Drive, has_begun
 
 HERE = RankInfo(host="here", pid=1, node_id="node", metrics_address="")
 
@@ -17,6 +24,40 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
     coordinator.start_attempt(1, 2, 10)
     yield coordinator
     coordinator.close()
+
+
+class _NoNews:
+    """A coordinator whose news never comes; `status` is what it says at once."""
+
+    def __init__(self) -> None:
+        self.news = self
+
+    def remote(self, *_: object) -> "_NoNews":
+        return self
+
+    def future(self) -> "Future[None]":
+        return Future()
+
+
+class _Fleet:
+    workers = 1
+
+    def wait(self, timeout_seconds: float) -> bool:
+        return False
+
+
+def test_a_driver_that_waits_hears_of_a_signal_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drive = Drive.__new__(Drive)
+    drive.signal, drive.signal_at, drive.config = 0, 0.0, RunConfig()
+    drive.coordinator, drive.woken = _NoNews(), SimpleQueue()
+    monkeypatch.setattr(drive, "ask", lambda method: method)
+    kill = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    with drive.signals():
+        kill.start()
+        began = time.monotonic()
+        assert drive.wait_for_news(_Fleet(), 0, is_told=False) == "status"  # type: ignore[comparison-overlap, arg-type]
+    assert drive.signal == signal.SIGINT
+    assert time.monotonic() - began < 30  # else it waits a minute for the news
 
 
 def beat(coordinator: Coordinator, rank: int, steps_done: int, phase: str) -> None:

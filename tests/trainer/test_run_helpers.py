@@ -351,7 +351,7 @@ def test_auto_is_decided_once_and_kept_where_the_same_command_goes_on_elsewhere(
     said: list[str] = []
     first = decided(started(asked), of_gpu("H200", (9, 0)), has_depthwise=False, tell=said.append)
     assert (first.train.precision, first.train.channels_last) == ("bf16", "on")
-    assert said == ["train.precision=auto: bf16 (H200)", "train.channels_last=auto: on (H200)", "train.small_maps=auto: convolution (H200)"]
+    assert said == ["train.precision=auto: bf16 (H200)", "train.channels_last=auto: on (H200)"]
     storage = open_storage(str(tmp_path))
     storage.write_atomic(f"{first.run}/config.toml", to_toml(first).encode())
     again = started(asked)
