@@ -30,12 +30,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dataio.loader import Batch, Loader
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample
-from trainer.capability import decide, here
-from trainer.config import RunConfig
-from trainer.model import build_model, has_depthwise, head_of
-from trainer.optim import build_optimizer, set_learning_rate
-from trainer.spec import make_order, total_steps_of
-from trainer.worker import build, make_repeatable
+from trainer.drive.capability import decide, here
+from trainer.learn.optim import build_optimizer, set_learning_rate
+from trainer.models.vision import build_model, has_depthwise, head_of
+from trainer.rank.worker import build, make_repeatable
+from trainer.settings.spec import make_order, total_steps_of
+from trainer.settings.tree import RunConfig
 
 
 class Bare:
@@ -108,7 +108,7 @@ def refuse(bad: BadSample) -> None:
 
 def measure(data: str, *, steps: int, threads: int, settings: Sequence[str]) -> dict[str, Any]:
     """Do `steps` steps in this process, in the process group that there may be; the unix time of each step's end, and what was done."""
-    from trainer.cli import parse
+    from trainer.settings.cli import parse
 
     config = decided(parse([*settings, "--data.path", data, "--train.virtual-ranks", "1"]).config)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")

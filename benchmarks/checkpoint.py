@@ -26,7 +26,7 @@ from benchmarks.common import cpu_model
 from cluster.checkpointer import Buffers, Checkpointer, Files
 from cluster.storage import open_storage
 from cluster.store import Receipt, Store
-from trainer.state import TrainState, weights_sha256
+from trainer.learn.state import TrainState, weights_sha256
 
 GOAL = 0.1
 

@@ -385,7 +385,7 @@ def _pixels(data: str, split: str, count: int) -> tuple[Any, list[int]]:
 
     from benchmarks.bare import loader_of
     from dataio.parquet import open_dataset
-    from trainer.cli import parse
+    from trainer.settings.cli import parse
 
     dataset = open_dataset(data)
     config = parse(["--data.path", data, "--train.virtual-ranks", "1", "--data.cache", "host"]).config
@@ -407,8 +407,8 @@ def initial_weights(path: Path, *, classes: int = 10, stem: str = "article") -> 
     """A ResNet-18 with the tutorial's stem and head, as ours builds it without pretrained weights; both programs can start from it."""
     import torch
 
-    from trainer.config import ModelConfig
-    from trainer.model import build_model
+    from trainer.models.vision import build_model
+    from trainer.settings.tree import ModelConfig
 
     model = build_model(ModelConfig(weights="none", stem=stem), classes=classes, seed=0, image_hw=(32, 32))  # type: ignore[arg-type]
     torch.save(model.state_dict(), path)

@@ -98,7 +98,7 @@ def synchronize() -> None:
 
 def config_of(setting: Setting, *more: str) -> Any:
     from benchmarks.bare import decided
-    from trainer.cli import parse
+    from trainer.settings.cli import parse
 
     flags = [
         "--data.path",
@@ -124,7 +124,7 @@ class Steps:
     def __init__(self, setting: Setting, total: int) -> None:
         from benchmarks.bare import loader_of
         from dataio.parquet import open_dataset
-        from trainer import worker
+        from trainer.rank import worker
 
         self.config, self.device = config_of(setting), device_here()
         worker.make_repeatable(min(8, os.cpu_count() or 1))
@@ -143,7 +143,7 @@ class Steps:
         self._synthetic = self._steps(itertools.repeat(resident), total)
 
     def _steps(self, batches: Iterator[Any], total: int) -> Iterator[Any]:
-        from trainer import worker
+        from trainer.rank import worker
 
         return worker.train_steps(
             self.stepper,
@@ -235,8 +235,8 @@ def backends(setting: Setting) -> dict[str, Any]:
     """The device's backends give the reference's bytes; what each costs."""
     import torch
 
-    from dataio.augment import draw, reference
-    from dataio.backends import make_backend
+    from dataio.codecs.image.augment import draw, reference
+    from dataio.codecs.image.backends import make_backend
 
     device = device_here()
     generator = np.random.default_rng(0)
@@ -281,7 +281,7 @@ def checkpoint_stall(setting: Setting) -> dict[str, Any]:
     from cluster.checkpointer import Checkpointer
     from cluster.storage import open_storage
     from cluster.store import Store
-    from trainer.state import TrainState
+    from trainer.learn.state import TrainState
 
     device = device_here()
     model = torchvision.models.resnet18(num_classes=10).to(device).to(memory_format=torch.channels_last)
@@ -340,9 +340,9 @@ def _tree_rank(rank: int, folder: str, world: int, setting: Setting) -> None:
     from benchmarks.bare import loader_of
     from cluster.reduce import TreeReducer
     from dataio.parquet import open_dataset
-    from trainer import worker
-    from trainer.loop import Stepper
-    from trainer.optim import loss_sum
+    from trainer.learn.step import Stepper
+    from trainer.rank import worker
+    from trainer.tasks.losses import cross_entropy_sum
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
@@ -363,7 +363,7 @@ def _tree_rank(rank: int, folder: str, world: int, setting: Setting) -> None:
             preprocess=preprocess,
             optimizer=worker.build_optimizer(model, config.optim, worker.head_of(model)[0]),
             ema=None,
-            loss_sum=loss_sum,
+            loss_sum=cross_entropy_sum,
             clip=None,
             seed=0,
             precision="fp32" if setting.small else "bf16",

@@ -40,13 +40,13 @@ from benchmarks.common import (
     spread,
     target,
 )
-from dataio import augment
-from dataio.backends import make_backend
+from dataio.codecs.image import augment
+from dataio.codecs.image.backends import make_backend
 from dataio.config import DataConfig
 from dataio.loader import Loader
 from dataio.order import Order
 from dataio.parquet import open_dataset
-from trainer.model import Preprocess
+from trainer.models.vision import Preprocess
 
 PAD = 4
 TUTORIAL, TUTORIAL_ALONE = "tutorial, 2 workers", "tutorial, 0 workers"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead [--rounds 96] [--batch-size 100] [--processes 3] [--json] [--out FILE]
 
-1. In one process, in turns of a few steps: `trainer.worker.train_rank` as it is, with a real coordinator, ledger, metrics server,
+1. In one process, in turns of a few steps: `trainer.rank.worker.train_rank` as it is, with a real coordinator, ledger, metrics server,
    heartbeat, guard, weights check and checkpoints; the bare loop of benchmarks/bare.py; that loop with PyTorch's own optimiser in place of
    ours; and `Stepper` alone, which tells the cost of the step's own proofs from that of the rest. What is judged is the difference to the
    bare loop that has our optimiser; the difference to PyTorch's is told beside it. Same model, same batches, each with a loader of its
@@ -59,11 +59,11 @@ from cluster.store import Store
 from cluster.zygote import MEMORY_KEPT
 from dataio.loader import Batch
 from dataio.parquet import open_dataset
-from trainer import worker
-from trainer.cli import parse
-from trainer.config import RunConfig, TrainConfig
-from trainer.loop import StepStats
-from trainer.spec import WorkerSpec
+from trainer.learn.step import StepStats
+from trainer.rank import worker
+from trainer.settings.cli import parse
+from trainer.settings.spec import WorkerSpec
+from trainer.settings.tree import RunConfig, TrainConfig
 
 GOAL = 0.01
 STEPS_A_BLOCK = 2

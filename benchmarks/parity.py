@@ -4,7 +4,7 @@
 
 Writes the source's images in CIFAR-10's own archive format (32x32 RGB, five training batches), runs `python -m trainer.run --config
 article` on that archive for some steps, and `benchmarks.article` from the same initial weights on the same batches. The batches are cut
-here from the archive with the slow reference of `dataio.augment`, so that neither program's input pipeline is on both sides.
+here from the archive with the slow reference of `dataio.codecs.image.augment`, so that neither program's input pipeline is on both sides.
 """
 
 import argparse
@@ -26,14 +26,14 @@ import pyarrow.parquet as pq
 import torch
 
 from cluster.preflight import versions
-from dataio.augment import draw, reference
+from dataio.codecs.image.augment import draw, reference
 from dataio.convert import prepare
 from dataio.order import Order
 from dataio.parquet import open_dataset
 from dataio.sources import open_source
-from trainer.cli import load
-from trainer.config import RunConfig
-from trainer.model import build_model
+from trainer.models.vision import build_model
+from trainer.settings.cli import load
+from trainer.settings.tree import RunConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = "cifar-10-batches-py"

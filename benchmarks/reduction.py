@@ -32,10 +32,11 @@ from torch import Tensor
 from cluster.reduce import TreeReducer
 from cluster.versions import versions
 from dataio.loader import Batch
-from trainer.config import ModelConfig, OptimConfig
-from trainer.loop import Stepper
-from trainer.model import Preprocess, build_model
-from trainer.optim import build_optimizer, loss_sum
+from trainer.learn.optim import build_optimizer
+from trainer.learn.step import Stepper
+from trainer.models.vision import Preprocess, build_model
+from trainer.settings.tree import ModelConfig, OptimConfig
+from trainer.tasks.losses import cross_entropy_sum
 
 SIZE, CLASSES = 32, 10
 MEGABYTE = 2**20
@@ -68,7 +69,7 @@ def stepper(case: Case, rank: int, workers: int, precision: str) -> Stepper:
         preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, image_size=0, interpolation="bilinear"),
         optimizer=build_optimizer(model, OptimConfig(lr=1e-4), "fc"),
         ema=None,
-        loss_sum=loss_sum,
+        loss_sum=cross_entropy_sum,
         clip=None,
         seed=0,
         precision=precision,

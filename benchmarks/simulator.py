@@ -289,8 +289,8 @@ def resnet18(*, classes: int = 10, image_size: int = 32, statistics: bool = Fals
     import torch
     from torch import nn
 
-    from trainer.config import ModelConfig
-    from trainer.model import build_model
+    from trainer.models.vision import build_model
+    from trainer.settings.tree import ModelConfig
 
     model = build_model(ModelConfig(weights="none", stem="article"), classes=classes, seed=0, image_hw=(image_size, image_size)).to("meta")
     order: list[tuple[nn.Module, float]] = []  # as they ran, with the FLOPs of a forward pass

@@ -2,7 +2,7 @@
 
     python -m benchmarks.small_maps [--threads 2] [--batch-sizes 16,50,100,256] [--rounds 7] [--json] [--out FILE]
 
-The measurement behind trainer/small_maps.py's rules. bf16, channels_last, on a CPU. The two ways take turns and the best round of each
+The measurement behind trainer/models/im2col.py's rules. bf16, channels_last, on a CPU. The two ways take turns and the best round of each
 counts; a ratio above 1 means that the product is faster. Layers that the rules leave to oneDNN stand beside those that they take: what was
 not gained, and what would be lost. The step is forward and backward of ResNet-18 with the CIFAR stem on one batch of 100.
 """
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import add_arguments, described, finish, interleave, parser_of, spread, target
-from trainer.config import ModelConfig
-from trainer.model import build_model
-from trainer.small_maps import Layer, result_of, takes_gradient, takes_result, use_products, weight_gradient_of
+from trainer.models.im2col import Layer, result_of, takes_gradient, takes_result, use_products, weight_gradient_of
+from trainer.models.vision import build_model
+from trainer.settings.tree import ModelConfig
 
 # (image side, in, out, stride), all 3 x 3: ResNet's on 32 and on 224 pixels, and narrower ones.
 LAYERS = (

@@ -3,7 +3,8 @@
     python -m benchmarks.stems [--data cifar10] [--model resnet18] [--weights imagenet] [--seeds 0 1 2] [--epochs 2] [--json] [--out FILE]
 
 One process, no Ray. Seeds and stems take turns; each trains from the same pretrained weights with the same order and augmentation, and is
-tested on all of the test split. Beside the stems of trainer/stem.py stands the untouched network on enlarged images (--enlarge 4, repeated
+tested on all of the test split. Beside the stems of trainer/models/stem.py stands the untouched network on enlarged images (--enlarge 4,
+repeated
 or interpolated), which is what the folded ones stand for. Differences of accuracy are paired by seed.
 Without the weights (no network, no file) there is nothing to say about accuracy: then the images/s alone are measured, on random weights,
 and the result says so. `--model timm/tf_efficientnet_lite0 --weights package:efficientnet_lite0` has real ones without a download.
@@ -26,11 +27,11 @@ from benchmarks.common import SAMPLE, add_arguments, described, finish, interlea
 from dataio.convert import prepare
 from dataio.manifest import image_size_of
 from dataio.parquet import Dataset, open_dataset
-from trainer import worker
-from trainer.cli import parse
-from trainer.config import ModelConfig, RunConfig, Stem
-from trainer.model import WeightsError, build_model
-from trainer.spec import make_order, total_steps_of
+from trainer.models.vision import WeightsError, build_model
+from trainer.rank import worker
+from trainer.settings.cli import parse
+from trainer.settings.spec import make_order, total_steps_of
+from trainer.settings.tree import ModelConfig, RunConfig, Stem
 
 WARM_STEPS = 3
 

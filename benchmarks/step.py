@@ -6,7 +6,8 @@ The cases take turns in every round, each round beginning with another one; a ro
 by events in the stream, which it fills without a wait; on a CPU by the clock, with the CPU time of the process beside it: where the machine
 has other work, that is the figure to trust. A case's ratio is to `tutorial`, round by round: torchvision's model and PyTorch's loop as the
 tutorial writes them, in fp32 and contiguous, on normalised floats. Ours begin from the bytes that the loader gives, so that normalising
-is part of the step. Compiling happens before the rounds and is told apart. "Of peak" is arithmetic (trainer.profile.count_work) over what
+is part of the step. Compiling happens before the rounds and is told apart. "Of peak" is arithmetic (trainer.rank.profile.count_work)
+over what
 the device did just before with square matrices in the case's precision.
 """
 
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 
 from benchmarks.common import add_arguments, described, finish, interleave, parser_of, spread
 from dataio.loader import Batch
-from trainer.config import ModelConfig, OptimConfig, Stem
-from trainer.loop import Stepper
-from trainer.model import Preprocess, build_model
-from trainer.optim import build_optimizer, loss_sum
-from trainer.profile import Ceilings, count_work, measure_ceilings
+from trainer.learn.optim import build_optimizer
+from trainer.learn.step import Stepper
+from trainer.models.vision import Preprocess, build_model
+from trainer.rank.profile import Ceilings, count_work, measure_ceilings
+from trainer.settings.tree import ModelConfig, OptimConfig, Stem
+from trainer.tasks.losses import cross_entropy_sum
 
 SIZE, CLASSES = 32, 10
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -108,7 +110,7 @@ def ours(case: Case, device: torch.device, batch: int) -> Job:
         preprocess=Preprocess(mean=MEAN, std=STD, channels_last=case.channels_last).to(device),
         optimizer=build_optimizer(model, OptimConfig(lr=0.001), "fc"),
         ema=None,
-        loss_sum=loss_sum,
+        loss_sum=cross_entropy_sum,
         clip=None,
         seed=0,
         precision=case.precision,
@@ -218,7 +220,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    # The trainer's own settings (trainer.worker.make_repeatable), for the peer too.
+    # The trainer's own settings (trainer.rank.worker.make_repeatable), for the peer too.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")

@@ -162,11 +162,11 @@ def main() -> int:
 
 
 def adapted(weights: Path, into: Path) -> Path:
-    """Pretrained weights with the tutorial's new stem and head, as `trainer.model` makes them: both programs load all of it."""
+    """Pretrained weights with the tutorial's new stem and head, as `trainer.models.vision` makes them: both programs load all of it."""
     import torch
 
-    from trainer.config import ModelConfig
-    from trainer.model import build_model
+    from trainer.models.vision import build_model
+    from trainer.settings.tree import ModelConfig
 
     model = build_model(ModelConfig(weights=str(weights), stem="article"), classes=10, seed=0, image_hw=(32, 32))
     torch.save(model.state_dict(), into)

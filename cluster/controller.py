@@ -1,4 +1,5 @@
-"""Attempt, decide, retry or raise: the loop around one run's attempts. Called by trainer/drive.py; decisions are `failures.decide`'s."""
+"""Attempt, decide, retry or raise: the loop around one run's attempts. Called by trainer/drive/drive.py; decisions are
+`failures.decide`'s."""
 
 import time
 from collections.abc import Callable

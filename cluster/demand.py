@@ -1,6 +1,7 @@
 """The room that an elastic run lacks, stated so that an autoscaler (KubeRay's, `ray up`'s) brings the nodes for it.
 
-Called by trainer/run.py before the cluster is planned with, and by trainer/drive.py while a run waits for room or is at work with fewer
+Called by trainer/run.py before the cluster is planned with, and by trainer/drive/drive.py while a run waits for room or is at work with
+fewer
 workers than it may have. Whether to grow into what came stays with the driver.
 
 What states it is placement groups that wait: an autoscaler counts them, and Ray's head removes them with the job that made them, however

@@ -36,7 +36,7 @@ REASONS = (
     "bad label",
     OTHER,
 )
-"""Of dataio.sniff.KINDS."""
+"""Of dataio.codecs.image.sniff.KINDS."""
 CAUSES = (
     "steps",
     "data_wait",
@@ -51,7 +51,7 @@ CAUSES = (
     "lost_work",
     OTHER,
 )
-"""Of trainer.summary.accounting."""
+"""Of trainer.runs.summary.accounting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,13 +24,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataio.codecs.image.decode import Checker
+from dataio.codecs.image.sniff import Header
 from dataio.config import DataConfig
-from dataio.decode import Checker
 from dataio.manifest import MANIFEST_NAME, SPLITS, VERSION, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo
 from dataio.parquet import QUARANTINE_NAME, ROWS_PER_GROUP, Dataset, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample, Quarantine
 from dataio.remote import is_remote, is_uri, local_path, shown
-from dataio.sniff import Header
 from dataio.sources import Balanced, Sample, Source, open_source
 
 SHARD_BYTES = 64 << 20

@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataio import augment
-from dataio.backends import Backend, Store, choose_backend, exact_device, gather, make_backend, upload
+from dataio.codecs.image import augment
+from dataio.codecs.image.backends import Backend, Store, choose_backend, exact_device, gather, make_backend, upload
+from dataio.codecs.image.decode import Decoded, Decoder, decode_split
 from dataio.config import DataConfig
-from dataio.decode import Decoded, Decoder, decode_split
 from dataio.manifest import image_size_of
 from dataio.order import Order
 from dataio.parquet import Dataset, Split

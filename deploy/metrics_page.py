@@ -59,7 +59,8 @@ the host, and the newest steps are not in them yet. With `--train.reduction ddp`
 told apart, on a GPU `forward_backward` holds it. Checkpoint stalls and evaluations are between steps.
 
 `finetune_mfu_ratio` is images/s times the multiplications and additions (two operations) of an image's forward and backward pass, counted
-once on tensors without data, over the dense peak of the device in the run's precision by its data sheet (`trainer/device_metrics.py`; in
+once on tensors without data, over the dense peak of the device in the run's precision by its data sheet
+(`trainer/rank/device_metrics.py`; in
 fp32 that of TF32, where convolutions may use it). For a device that is not in that table, CPUs among them, the peak is what `--profile`
 measured, and without that there is no such series. `finetune_gpu_*` come from the driver (NVML, package `nvidia-ml-py`) every 5 s;
 without a GPU, or the package, they are missing, and the rank's log says so.

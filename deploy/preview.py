@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 from deploy.grafana import DASHBOARDS, Dashboard
 from deploy.grafana.panels import COLUMNS, Panel, Query, places, substitute
-from trainer.units import duration, size
+from trainer.settings.units import duration, size
 
 DASHBOARD_NAMES = tuple(dashboard.name for dashboard in DASHBOARDS)
 POINTS = 240

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cluster.coordinator import FILE_SD
 from deploy.preview import DASHBOARD_NAMES, draw
-from trainer.config import RunConfig
+from trainer.settings.tree import RunConfig
 
 HERE = Path(__file__).resolve().parent
 HOST = "127.0.0.1"

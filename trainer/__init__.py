@@ -1,1 +1,3 @@
-"""What is trained: the model, its optimiser, its steps, its evaluation. `trainer.run` puts everything together."""
+"""What is trained: settings, tasks, models, the step, a rank, the driver, runs and their reports. Each is a package of its own; the
+command lines
+(`run`, `evaluate`, `predict`) stand here. Imports point downwards only: drive, rank, learn, report, models, runs, tasks, settings."""

@@ -1,6 +1,7 @@
 """`python -m trainer.evaluate RUN`: how good a finished run's model is, on the run's own data or on other data with the same classes.
 
-Every sample is counted once, by the code that evaluates during training (`trainer.worker`, `trainer.metrics`), in the same batches and
+Every sample is counted once, by the code that evaluates during training (`trainer.rank.worker`, `trainer.tasks.classification`), in the
+same batches and
 precision: on the run's own test split the result is the one in its summary.json. Single images are `trainer.predict`'s.
 """
 
@@ -25,14 +26,14 @@ from dataio.loader import Loader
 from dataio.manifest import Manifest
 from dataio.order import Order
 from dataio.quarantine import BadSample, Quarantine
-from trainer.cli import fail, from_toml
-from trainer.config import RunConfig
-from trainer.export import load_export
-from trainer.metrics import Answers, EvalResult, Evaluation
-from trainer.predictions import LIMIT, About, named
-from trainer.runs import RunFolder, find_run
-from trainer.units import number, percent
-from trainer.worker import evaluate_share, make_repeatable, share_of
+from trainer.models.export import load_export
+from trainer.rank.worker import evaluate_share, make_repeatable, share_of
+from trainer.runs.folder import RunFolder, find_run
+from trainer.settings.cli import fail, from_toml
+from trainer.settings.tree import RunConfig
+from trainer.settings.units import number, percent
+from trainer.tasks.classification import Answers, EvalResult, Evaluation
+from trainer.tasks.predictions import LIMIT, About, named
 
 PROG = "python -m trainer.evaluate"
 _SHOWN = 8

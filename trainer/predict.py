@@ -15,13 +15,13 @@ import torch
 import tyro
 from torch import Tensor
 
+from dataio.codecs.image.decode import Decoder
 from dataio.config import Fit
-from dataio.decode import Decoder
 from dataio.sources import IMAGE_SUFFIXES
-from trainer.cli import fail
-from trainer.config import RunConfig
-from trainer.export import load_export
-from trainer.runs import RunFolder, find_run
+from trainer.models.export import load_export
+from trainer.runs.folder import RunFolder, find_run
+from trainer.settings.cli import fail
+from trainer.settings.tree import RunConfig
 
 PROG = "python -m trainer.predict"
 BATCH = 64

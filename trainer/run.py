@@ -31,18 +31,18 @@ from cluster.redact import redact
 from cluster.storage import Storage, open_storage
 from cluster.store import Commit, NoValidCheckpoint, Store
 from cluster.zygote import Zygote
+from dataio.codecs.image.decode import DECODER_VERSIONS, FIRST_VERSIONS
 from dataio.convert import Progress as ConvertProgress
 from dataio.convert import is_converted, open_prepared
-from dataio.decode import DECODER_VERSIONS, FIRST_VERSIONS
 from dataio.manifest import Manifest, image_size_of, resizes
 from dataio.parquet import QUARANTINE_NAME, Dataset, open_dataset
 from dataio.sources import open_source
-from trainer.capability import Capability, as_started, decide, here, weakest
-from trainer.check import ModelCheck
-from trainer.cli import fail, from_toml, parse, settings, to_toml, validate, worker_count
-from trainer.config import RunConfig
-from trainer.progress import final_table, predict_command
-from trainer.spec import RANK_MODULES
+from trainer.drive.capability import Capability, as_started, decide, here, weakest
+from trainer.drive.check import ModelCheck
+from trainer.runs.progress import final_table, predict_command
+from trainer.settings.cli import fail, from_toml, parse, settings, to_toml, validate, worker_count
+from trainer.settings.spec import RANK_MODULES
+from trainer.settings.tree import RunConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Settings that change neither the weights nor the evaluation; all others must be the same when a run goes on.
@@ -102,7 +102,7 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
     """Say what would run: steps, memory, cost."""
     import torch
 
-    from trainer.plan import Hardware, describe, model_facts, table
+    from trainer.drive.plan import Hardware, describe, model_facts, table
 
     manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
     classes = len(manifest.classes) if manifest else 10
@@ -306,7 +306,7 @@ def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str
     from cluster.launch import Hardware, gpus_here, plan_resources, ray_cluster
     from cluster.preflight import on_every_node, preflight
     from cluster.versions import versions
-    from trainer.drive import Drive
+    from trainer.drive.drive import Drive
 
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if in_job:

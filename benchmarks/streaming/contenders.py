@@ -529,8 +529,9 @@ class _Shuffled:
 
 
 def peers_decoder(by: str) -> Any:
-    """A class to stand in for `dataio.decode.Decoder`: decodes as the peers do, in as many threads. Made here: peers import no dataio."""
-    from dataio.decode import Decoded, Decoder
+    """A class to stand in for `dataio.codecs.image.decode.Decoder`: decodes as the peers do, in as many threads. Made here: peers import
+    no dataio."""
+    from dataio.codecs.image.decode import Decoded, Decoder
 
     class PeersDecoder(Decoder):
         decoded = 0

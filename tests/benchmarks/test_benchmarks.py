@@ -172,7 +172,7 @@ def test_cpu_time_of_the_tutorials_worker_processes_is_counted():
 
 
 def test_one_dali_kernel_makes_the_reference_images():
-    from dataio.augment import draw, reference
+    from dataio.codecs.image.augment import draw, reference
 
     images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
     ids = np.arange(39, -1, -2)

@@ -27,7 +27,7 @@ from benchmarks.streaming.contenders import Decode, Got, ImageFolder, contender_
 from benchmarks.streaming.measure import Plan, compare_ids, measure, table
 from benchmarks.streaming.pictures import Images, make_images
 from benchmarks.streaming.usage import cpu_seconds, memory
-from dataio.decode import Decoder
+from dataio.codecs.image.decode import Decoder
 
 COUNT, BATCH, SIZE = 60, 8, 96
 HERE = "tests.benchmarks.test_streaming"

@@ -18,9 +18,9 @@ from prometheus_client import generate_latest
 from cluster.exporter import Server, serve_discovery, serve_metrics, write_file_sd
 from cluster.failures import Kind
 from cluster.metrics import CAUSES, LABELS, METRICS, OTHER, PREFIX, Metrics, most_series
-from dataio.sniff import KINDS
+from dataio.codecs.image.sniff import KINDS
 from tests.ports import free_ports
-from trainer.summary import accounting
+from trainer.runs.summary import accounting
 
 PROMTOOL, PROMETHEUS = shutil.which("promtool"), shutil.which("prometheus")
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataio.augment import bits, centre, draw, reference
+from dataio.codecs.image.augment import bits, centre, draw, reference
 
 
 def chi2(observed: np.ndarray) -> float:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataio.augment import Draw, centre, draw, reference
-from dataio.backends import NAMES, Backend, choose_backend, gather, make_backend
+from dataio.codecs.image.augment import Draw, centre, draw, reference
+from dataio.codecs.image.backends import NAMES, Backend, choose_backend, gather, make_backend
 
 CPU = torch.device("cpu")
 GEOMETRIES = [(6, 6, 0), (6, 6, 2), (5, 9, 3), (9, 4, 1), (3, 2, 7), (1, 1, 1)]  # height, width, pad; also more padding than image
@@ -64,8 +64,8 @@ def test_large_images_go_one_by_one_to_the_same_bits(geometry: tuple[int, int, i
     picked = np.array(rows, np.int64)
     drawn = draw(seed=seed, epoch=1, ids=picked * 1000 + 7, pad=geometry[2], flip=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dataio.backends.LARGE_PIXELS", 0)
-        patch.setattr("dataio.backends._SERIAL", 40)  # a few rows, where torch has several threads
+        patch.setattr("dataio.codecs.image.backends.LARGE_PIXELS", 0)
+        patch.setattr("dataio.codecs.image.backends._SERIAL", 40)  # a few rows, where torch has several threads
         patch.setattr("torch.get_num_threads", lambda: threads)
         large = make_backend("numpy", height=geometry[0], width=geometry[1], pad=geometry[2], batch_size=8, device=CPU)
         batch = large.batch(images, picked, drawn)

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataio import convert as module
+from dataio.codecs.image.decode import Decoder, decode_split
 from dataio.config import DataConfig
 from dataio.convert import DiskFull, Progress, convert, is_converted, main, prepare
-from dataio.decode import Decoder, decode_split
 from dataio.manifest import Manifest
 from dataio.parquet import ShardWriter, open_dataset
 from dataio.quarantine import BadSample, TooManyBadSamples

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataio import augment
+from dataio.codecs.image import augment
 from dataio.config import DataConfig
 from dataio.loader import STEPS_AHEAD, Batch, Loader, available_memory_bytes, choose_cache, run_ahead
 from dataio.manifest import Manifest, SplitInfo, image_size_of

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataio.codecs.image.decode import Checker, Decoder, window_of
+from dataio.codecs.image.sniff import KINDS, Header, Refusal, simple_webp, sniff
 from dataio.config import Fit
-from dataio.decode import Checker, Decoder, window_of
-from dataio.sniff import KINDS, Header, Refusal, simple_webp, sniff
 
 UNSNIFFABLE = ("undecodable", "wrong size")
 
@@ -90,7 +90,7 @@ def _expected(case: Good) -> np.ndarray:
 
 
 def test_the_pipeline_survives_a_failed_batch_and_later_batches_stay_aligned():
-    from dataio.decode import _Encoded, _Pipeline
+    from dataio.codecs.image.decode import _Encoded, _Pipeline
 
     pipeline = _Pipeline(batch_size=8, threads=1, device_id=None)
     undecodable = next(case.data for case in bad() if case.kind == "undecodable")
@@ -131,7 +131,7 @@ def test_a_closed_decoder_builds_itself_anew():
 
 
 def test_a_broken_pipeline_is_not_blamed_on_the_images(monkeypatch: pytest.MonkeyPatch):
-    from dataio.decode import _Encoded, _Pipeline
+    from dataio.codecs.image.decode import _Encoded, _Pipeline
 
     def broken(self: _Pipeline, batch: list[_Encoded]) -> list[np.ndarray]:
         raise RuntimeError("CUDA error: device lost")
@@ -260,7 +260,7 @@ def test_bad_images_among_resized_ones_are_named_and_black_and_hurt_no_other(mix
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_no_more_threads_resize_at_a_time_than_the_decoder_was_given(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataio import decode
+    from dataio.codecs.image import decode
 
     resize, lock, at_work, most, names = decode._resize, threading.Lock(), 0, 0, set()
 

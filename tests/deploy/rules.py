@@ -12,8 +12,8 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from trainer.cli import parse, validate
-from trainer.config import RunConfig
+from trainer.settings.cli import parse, validate
+from trainer.settings.tree import RunConfig
 
 Object = dict[str, Any]
 PROJECT = Path(__file__).resolve().parents[2]

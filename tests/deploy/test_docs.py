@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from tests.deploy.rules import PROJECT
-from trainer.cli import parse
+from trainer.settings.cli import parse
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"python -m trainer\.run(?=\s|$)")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from cluster.ledger import read_ledger
 from tests.e2e.conftest import TRAIN_IMAGES
 from tests.e2e.running import Run, processes_of_session
-from trainer.predictions import PREDICTIONS_FILE, Predictions
+from trainer.tasks.predictions import PREDICTIONS_FILE, Predictions
 
 EPOCHS = 8
 STEPS_PER_EPOCH = TRAIN_IMAGES // 20

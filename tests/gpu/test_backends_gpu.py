@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataio.augment import draw, reference
-from dataio.backends import Store, gather, make_backend
+from dataio.codecs.image.augment import draw, reference
+from dataio.codecs.image.backends import Store, gather, make_backend
 from dataio.config import DataConfig
 from dataio.loader import Loader
 from dataio.order import Order

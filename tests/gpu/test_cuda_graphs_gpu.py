@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from cluster.reduce import TreeReducer
 from dataio.loader import Batch
-from trainer.config import OptimConfig
-from trainer.loop import Stepper
-from trainer.model import Preprocess
-from trainer.optim import build_optimizer, loss_sum
+from trainer.learn.optim import build_optimizer
+from trainer.learn.step import Stepper
+from trainer.models.vision import Preprocess
+from trainer.settings.tree import OptimConfig
+from trainer.tasks.losses import cross_entropy_sum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +59,7 @@ def trained(*, cuda_graphs: bool, virtual_ranks: int) -> tuple[list[Tensor], dic
         preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, channels_last=True).cuda(),
         optimizer=build_optimizer(model, OptimConfig(lr=0.05), "fc"),
         ema=None,
-        loss_sum=loss_sum,
+        loss_sum=cross_entropy_sum,
         clip=None,
         seed=3,
         precision="bf16",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataio.decode import Decoder
+from dataio.codecs.image.decode import Decoder
 from tests.dataio.corpus import HEIGHT, MAX_PIXELS, WIDTH, Bad, Good, bad, good, pillow
 
 pytestmark = [

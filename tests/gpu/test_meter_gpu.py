@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cluster.metrics import Metrics
-from trainer.device_metrics import GpuWatch, gpu_address
-from trainer.meter import Split
+from trainer.rank.device_metrics import GpuWatch, gpu_address
+from trainer.rank.meter import Split
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,8 @@ from torch import Tensor
 from cluster.failures import BadNumbers
 from cluster.interval import AUTO, IntervalChooser, SharedInterval
 from cluster.verify import Fingerprint, WeightsCheck
-from trainer.guard import Guard
-from trainer.loop import Arriving
+from trainer.learn.step import Arriving
+from trainer.rank.guard import Guard
 
 pytestmark = [
     pytest.mark.gpu,

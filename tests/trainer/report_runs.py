@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 
 from dataio.config import DataConfig
 from dataio.parquet import open_dataset
-from trainer.cli import to_toml
-from trainer.config import OptimConfig, RunConfig
-from trainer.history import CURVE_SCHEMA
-from trainer.predictions import About, Predictions
-from trainer.summary import accounting
+from trainer.rank.history import CURVE_SCHEMA
+from trainer.runs.summary import accounting
+from trainer.settings.cli import to_toml
+from trainer.settings.tree import OptimConfig, RunConfig
+from trainer.tasks.predictions import About, Predictions
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"
 MANIFEST = open_dataset(SAMPLE).manifest

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer import blocked
-from trainer.blocked import BlockedAdamW, BlockedSGD
-from trainer.state import TrainState
+from trainer.learn import cpu_optim as blocked
+from trainer.learn.cpu_optim import BlockedAdamW, BlockedSGD
+from trainer.learn.state import TrainState
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import capability as caps
-from trainer.capability import Capability, as_started, decide, of_cpu, of_gpu, parse_gpus, weakest
-from trainer.cli import from_toml, parse, to_toml
-from trainer.config import RunConfig, TrainConfig
-from trainer.model import has_depthwise
+from trainer.drive import capability as caps
+from trainer.drive.capability import Capability, as_started, decide, of_cpu, of_gpu, parse_gpus, weakest
+from trainer.models.vision import has_depthwise
+from trainer.settings.cli import from_toml, parse, to_toml
+from trainer.settings.tree import RunConfig, TrainConfig
 
 AUTO = TrainConfig(precision="auto", channels_last="auto")
 H200, V100, P100 = of_gpu("NVIDIA H200", (9, 0)), of_gpu("Tesla V100", (7, 0)), of_gpu("Tesla P100", (6, 0))

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.interval import AUTO
-from trainer.cli import from_toml, load, parse, recipe_names, settings, to_toml, validate, worker_count
-from trainer.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.settings.cli import from_toml, load, parse, recipe_names, settings, to_toml, validate, worker_count
+from trainer.settings.tree import DataConfig, OptimConfig, RunConfig, TrainConfig
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -331,7 +331,7 @@ def test_help_lists_every_setting_with_its_meaning(capsys: pytest.CaptureFixture
 
 
 def test_a_wrong_setting_ends_a_program_with_status_2_and_one_short_message() -> None:
-    code = "import sys; from trainer.cli import parse; parse(sys.argv[1:])"
+    code = "import sys; from trainer.settings.cli import parse; parse(sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", code, "--train.epochs", "0"], cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )

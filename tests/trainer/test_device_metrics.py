@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.metrics import Metrics
-from trainer.device_metrics import PEAKS, GpuAddress, GpuWatch, device_peak, gpu_address, peak_flops_per_second
+from trainer.rank.device_metrics import PEAKS, GpuAddress, GpuWatch, device_peak, gpu_address, peak_flops_per_second
 
 ADDRESS = GpuAddress(uuid="11111111-2222-3333-4444-555555555555", pci_bus_id="00000000:1b:00.0")
 NAMES = ("gpu_utilization_ratio", "gpu_power_watts", "gpu_memory_used_bytes")

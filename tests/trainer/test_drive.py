@@ -12,8 +12,8 @@ from queue import SimpleQueue
 import pytest
 
 from cluster.coordinator import Coordinator, RankInfo
-from trainer.config import RunConfig
-from trainer.drive import Drive, has_begun
+from trainer.drive.drive import Drive, has_begun
+from trainer.settings.tree import RunConfig
 
 HERE = RankInfo(host="here", pid=1, node_id="node", metrics_address="")
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.metrics import Evaluation
+from trainer.tasks.classification import Evaluation
 
 
 def slow_reference(logits: Tensor, labels: Tensor, classes: int) -> tuple[float, list[list[int]]]:

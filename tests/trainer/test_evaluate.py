@@ -13,22 +13,22 @@ import torch
 from PIL import Image
 
 from cluster.storage import open_storage
+from dataio.codecs.image.decode import Decoder, decode_split
 from dataio.config import DataConfig
 from dataio.convert import convert
-from dataio.decode import Decoder, decode_split
 from dataio.loader import Loader
 from dataio.parquet import RowGroup, Split, open_dataset
 from dataio.sources import open_source
-from trainer.cli import to_toml
-from trainer.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.evaluate import class_mapping, main
-from trainer.export import export_model, load_export
-from trainer.loop import train_steps
-from trainer.model import Preprocess, head_of
-from trainer.optim import Ema, build_optimizer, set_trainable
-from trainer.predictions import Predictions
-from trainer.runs import find_run
-from trainer.worker import build, evaluate, evaluation_entry, make_order, make_repeatable, make_stepper
+from trainer.learn.optim import Ema, build_optimizer, set_trainable
+from trainer.learn.step import train_steps
+from trainer.models.export import export_model, load_export
+from trainer.models.vision import Preprocess, head_of
+from trainer.rank.worker import build, evaluate, evaluation_entry, make_order, make_repeatable, make_stepper
+from trainer.runs.folder import find_run
+from trainer.settings.cli import to_toml
+from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.tasks.predictions import Predictions
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"
 CLASSES = open_dataset(SAMPLE).manifest.classes

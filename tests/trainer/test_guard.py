@@ -27,11 +27,11 @@ from cluster.reduce import TreeReducer, block
 from cluster.store import Receipt
 from dataio.loader import Batch
 from tests.trainer.test_loop import CPU, PREPROCESS, Net, batches_of, make, order_of, same_bits, sgd
-from trainer.guard import ENOUGH, WINDOW, Guard
-from trainer.history import History
-from trainer.loop import Arriving, Stepper, StepStats, train_steps
-from trainer.optim import OptimConfig, set_learning_rate
-from trainer.state import TrainState, weights_sha256
+from trainer.learn.optim import OptimConfig, set_learning_rate
+from trainer.learn.state import TrainState, weights_sha256
+from trainer.learn.step import Arriving, Stepper, StepStats, train_steps
+from trainer.rank.guard import ENOUGH, WINDOW, Guard
+from trainer.rank.history import History
 
 sizes = st.sampled_from([100, 100, 100, 60, 50, 49, 3, 1])
 

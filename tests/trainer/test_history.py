@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.guard import Guard
-from trainer.history import CURVE_SCHEMA, Curves, History, Speed
-from trainer.loop import Arriving, StepStats
+from trainer.learn.step import Arriving, StepStats
+from trainer.rank.guard import Guard
+from trainer.rank.history import CURVE_SCHEMA, Curves, History, Speed
 
 
 def step(

@@ -30,12 +30,13 @@ from dataio.config import DataConfig
 from dataio.loader import Batch, Loader
 from dataio.order import Order
 from dataio.parquet import open_dataset
-from trainer.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from trainer.loop import Stepper, StepStats, _DdpWaits, evaluating, step_seed, train_steps
-from trainer.model import Preprocess
-from trainer.optim import Ema, build_optimizer, loss_sum, set_learning_rate, set_trainable
-from trainer.state import TrainState, weights_sha256
-from trainer.worker import evaluate, make_stepper, phases
+from trainer.learn.optim import Ema, build_optimizer, set_learning_rate, set_trainable
+from trainer.learn.state import TrainState, weights_sha256
+from trainer.learn.step import Stepper, StepStats, _DdpWaits, evaluating, step_seed, train_steps
+from trainer.models.vision import Preprocess
+from trainer.rank.worker import evaluate, make_stepper, phases
+from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.tasks.losses import cross_entropy_sum
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"  # 2,000 images of 28x28 to train with
 CLASSES = 10
@@ -165,7 +166,7 @@ def make(
         model=model,
         preprocess=PREPROCESS,
         optimizer=optimizer,
-        loss_sum=lambda logits, labels: loss_sum(logits, labels, label_smoothing=label_smoothing),
+        loss_sum=lambda logits, labels: cross_entropy_sum(logits, labels, label_smoothing=label_smoothing),
         seed=SEED,
         **settings,
     )
@@ -373,7 +374,7 @@ def test_a_compiled_model_hands_over_its_gradients_in_pieces(
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("trainer.loop.COMPILER", compiler)
+    monkeypatch.setattr("trainer.learn.step.COMPILER", compiler)
     model, eager = Net(dropout=0.0), Net(dropout=0.0)
     (batches,) = batches_of((2, 40), 0, 1)
     reducer = TreeReducer(2, 1, 0, bucket_bytes=buckets[0], small_bucket_bytes=buckets[1])
@@ -738,7 +739,7 @@ def rank_main(rank: int, folder: str) -> None:
     groups = {world: dist.new_group(list(range(world))) for world in (1, 2, 3, 4)}
     results: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.loop.COMPILER", "aot_eager")  # autograd as in a compiled model, without a C++ compiler
+        patch.setattr("trainer.learn.step.COMPILER", "aot_eager")  # autograd as in a compiled model, without a C++ compiler
         for name, case in TREE_CASES.items():
             for world in case.worlds:
                 if rank < world:
@@ -978,7 +979,7 @@ def test_full_batches_are_compiled_once_and_short_ones_are_not(
     monkeypatch: pytest.MonkeyPatch, virtual_ranks: int, full_only: bool
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("trainer.loop.COMPILER", as_it_is(seen))
+    monkeypatch.setattr("trainer.learn.step.COMPILER", as_it_is(seen))
     torch._dynamo.reset()
     shape = (virtual_ranks, 332)  # step 6 of 7 is short
     full = 332 // virtual_ranks
@@ -999,7 +1000,7 @@ def test_full_batches_are_compiled_once_and_short_ones_are_not(
 
 @pytest.mark.parametrize("virtual_ranks", [1, 4])
 def test_compiling_ahead_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, virtual_ranks: int) -> None:
-    monkeypatch.setattr("trainer.loop.COMPILER", as_it_is([]))
+    monkeypatch.setattr("trainer.learn.step.COMPILER", as_it_is([]))
     torch._dynamo.reset()
     shape = (virtual_ranks, 40)
     model, other = Net(), Net()
@@ -1028,7 +1029,7 @@ COMPILED_RUN = """
     import json, torch
     from torch._dynamo.utils import counters
     from tests.trainer.test_loop import batches_of, loop, make, order_of, sgd
-    from trainer.state import weights_sha256
+    from trainer.learn.state import weights_sha256
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -14,10 +14,10 @@ from torch import nn
 
 from cluster.metrics import Metrics
 from tests.trainer.test_loop import CPU, FOUR, Net, Residual, batches_of, loop, make, order_of, same_bits, sgd
-from trainer.history import Speed
-from trainer.loop import StepStats
-from trainer.meter import SLOW_SECONDS, Meter, Split, resident_bytes
-from trainer.profile import FlopCount, count_work
+from trainer.learn.step import StepStats
+from trainer.rank.history import Speed
+from trainer.rank.meter import SLOW_SECONDS, Meter, Split, resident_bytes
+from trainer.rank.profile import FlopCount, count_work
 
 WHOLE = (1, 300)
 

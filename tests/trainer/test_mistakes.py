@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import trainer.mistakes
+import trainer.report.confusion
 from dataio.config import DataConfig
 from dataio.parquet import RowGroup, Split, open_dataset
 from tests.trainer.report_runs import MANIFEST, SAMPLE, at, predictions_of, story, write_pictured
 from tests.trainer.test_report import HOSTILE, Page, page_of
-from trainer.config import RunConfig
-from trainer.mistakes import PER_CELL, PER_RIGHT_CELL, SIDE, WORST, choose, look_up, thumbnail
-from trainer.predictions import About, Predictions
-from trainer.report import read_files, render, write_report
-from trainer.run_folder import find_run
-from trainer.strip import failures, totals
-from trainer.summary import timeline
+from trainer.report.confusion import PER_CELL, PER_RIGHT_CELL, SIDE, WORST, choose, look_up, thumbnail
+from trainer.report.sections import read_files, render, write_report
+from trainer.report.timeline import failures, totals
+from trainer.runs.folder import find_run
+from trainer.runs.summary import timeline
+from trainer.settings.tree import RunConfig
+from trainer.tasks.predictions import About, Predictions
 
 TEST = open_dataset(SAMPLE).split("test")
 
@@ -92,7 +92,7 @@ def test_keys_from_the_data_stay_text(tmp_path: Path) -> None:
 
 
 def test_images_beyond_the_pages_room_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.mistakes, "PAGE_BYTES", 60_000)
+    monkeypatch.setattr(trainer.report.confusion, "PAGE_BYTES", 60_000)
     found = predictions_of()
     shots = look_up(found, open_dataset(SAMPLE), 10)
     uses = Counter([*shots.worst, *(row for rows in shots.cells.values() for row in rows)])
@@ -121,7 +121,7 @@ def test_what_would_take_too_much_reading_is_left_out() -> None:
             return replace(whole, encoded=whole.encoded[250 * group : 250 * group + 250])
 
     rows = [*range(490, 500), *range(10)]
-    encoded, unread = trainer.mistakes._read(cast(Split, Halves()), predictions_of(), rows)
+    encoded, unread = trainer.report.confusion._read(cast(Split, Halves()), predictions_of(), rows)
     assert (sorted(encoded), unread, read) == (list(range(490, 500)), 10, [1])
     assert encoded[490] == TEST.read_group(0).encoded[490].tobytes()
 
@@ -142,10 +142,10 @@ def test_many_classes_keep_the_images_of_their_most_frequent_mistakes() -> None:
     )
     worst, cells = choose(found, classes)
     assert len(worst) == WORST
-    assert len(cells) == trainer.mistakes.PAIRS
+    assert len(cells) == trainer.report.confusion.PAIRS
     confusion = found.confusion(classes)
     np.fill_diagonal(confusion, 0)
-    assert min(confusion[cell] for cell in cells) >= np.sort(confusion.ravel())[::-1][trainer.mistakes.PAIRS - 1]
+    assert min(confusion[cell] for cell in cells) >= np.sort(confusion.ravel())[::-1][trainer.report.confusion.PAIRS - 1]
 
 
 def test_a_thumbnail_is_small_upright_and_never_the_files_own_bytes() -> None:

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.config import ModelConfig
-from trainer.model import Preprocess, WeightsError, build_model, head_of, replace_head
-from trainer.state import weights_sha256
+from trainer.learn.state import weights_sha256
+from trainer.models.vision import Preprocess, WeightsError, build_model, head_of, replace_head
+from trainer.settings.tree import ModelConfig
 
 
 def build(name: str = "resnet18", *, classes: int = 10, seed: int = 0, hw: tuple[int, int] = (32, 32), **fields: Any) -> nn.Module:
@@ -276,7 +276,7 @@ def test_library_weights_with_old_names_other_sizes_and_auxiliary_heads_are_fitt
     }
     assert (old.keys() == state.keys()) == (name != "densenet121")
     torch.save(old, path)
-    monkeypatch.setattr("trainer.model._sha256", lambda _: path.stem.rpartition("-")[2])
+    monkeypatch.setattr("trainer.models.vision._sha256", lambda _: path.stem.rpartition("-")[2])
     built = build(name, weights="imagenet", hw=hw).state_dict()
     head = head_of(library)[0]
     for key, tensor in built.items():

@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.config import OptimConfig
-from trainer.optim import (
+from trainer.learn.optim import (
     Ema,
     build_optimizer,
     clip_gradients,
     learning_rate,
-    loss_sum,
     parameter_groups,
     set_learning_rate,
     set_trainable,
 )
+from trainer.settings.tree import OptimConfig
+from trainer.tasks.losses import cross_entropy_sum
 
 HEAD = "3"
 
@@ -35,7 +35,7 @@ def small_model(seed: int = 0) -> nn.Module:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, ema: Ema | None = None) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
-        loss_sum(model(torch.randn(8, 3, 4, 4)), torch.randint(0, 5, (8,))).backward()
+        cross_entropy_sum(model(torch.randn(8, 3, 4, 4)), torch.randint(0, 5, (8,))).backward()
         optimizer.step()
         if ema is not None:
             ema.update()
@@ -49,8 +49,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, ema: E
 def test_loss_is_a_sum_over_labelled_samples_so_that_parts_add_up(n: int, smoothing: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits, labels = torch.randn(n, 5, generator=generator), torch.randint(-1, 5, (n,), generator=generator)
-    parts = [loss_sum(logits[i : i + 1], labels[i : i + 1], smoothing) for i in range(n)]
-    assert loss_sum(logits, labels, smoothing).item() == pytest.approx(sum(float(part) for part in parts), abs=1e-5)
+    parts = [cross_entropy_sum(logits[i : i + 1], labels[i : i + 1], smoothing) for i in range(n)]
+    assert cross_entropy_sum(logits, labels, smoothing).item() == pytest.approx(sum(float(part) for part in parts), abs=1e-5)
     assert all(float(part) == 0 for part, label in zip(parts, labels, strict=True) if label == -1)
 
 
@@ -59,7 +59,7 @@ def test_a_batch_without_samples_has_zero_loss_and_finite_gradients() -> None:
         (torch.zeros(0, 5, requires_grad=True), torch.zeros(0).long()),
         (torch.zeros(2, 5, requires_grad=True), torch.tensor([-1, -1])),
     ):
-        loss = loss_sum(logits, labels, 0.1)
+        loss = cross_entropy_sum(logits, labels, 0.1)
         loss.backward()
         assert loss.item() == 0
         assert logits.grad is not None

@@ -14,10 +14,10 @@ from rich.console import Console
 from cluster.interval import AUTO, SharedInterval
 from dataio.manifest import Manifest, ShardInfo, SplitInfo
 from dataio.order import Order
-from trainer.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from trainer.model import build_model
-from trainer.plan import Hardware, ModelFacts, describe, model_facts, table
-from trainer.worker import total_steps_of
+from trainer.drive.plan import Hardware, ModelFacts, describe, model_facts, table
+from trainer.models.vision import build_model
+from trainer.rank.worker import total_steps_of
+from trainer.settings.tree import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 CPU = Hardware(workers=1, device="CPU")
 FACTS = ModelFacts(parameters=1000, trainable=1000, buffer_bytes=80, flops_per_image=1e6)

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from cluster.storage import open_storage
-from trainer.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from trainer.export import export_model, model_card
-from trainer.model import Preprocess, build_model
+from trainer.models.export import export_model, model_card
+from trainer.models.vision import Preprocess, build_model
 from trainer.predict import Predictor, image_paths, main
-from trainer.runs import find_run
+from trainer.runs.folder import find_run
+from trainer.settings.tree import DataConfig, ModelConfig, RunConfig, TrainConfig
 
 CLASSES = ("cat", "dog", "<b>bird`|`</b>")
 CONFIG = RunConfig(

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dataio.parquet import open_dataset
-from trainer.history import RankTotals
-from trainer.loop import StepStats
-from trainer.metrics import Answers, Evaluation
-from trainer.predictions import About, Predictions, named, worst_first
+from trainer.learn.step import StepStats
+from trainer.rank.history import RankTotals
+from trainer.tasks.classification import Answers, Evaluation
+from trainer.tasks.predictions import About, Predictions, named, worst_first
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"
 CLASSES = 5

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.trainer.test_loop import CPU, Net, batches_of, loop, make, order_of, same_bits, sgd
-from trainer.config import ModelConfig
-from trainer.loop import StepStats
-from trainer.model import build_model
-from trainer.profile import PARTS, WINDOW_STEPS, Ceilings, Profiler, Work, count_work, describe, measure_ceilings, step_parts, verdict
+from trainer.learn.step import StepStats
+from trainer.models.vision import build_model
+from trainer.rank.profile import PARTS, WINDOW_STEPS, Ceilings, Profiler, Work, count_work, describe, measure_ceilings, step_parts, verdict
+from trainer.settings.tree import ModelConfig
 
 WORK = Work(flops_per_image=4e9, bytes_per_image=1e6, bytes_per_pass=1e7)
 CEILINGS = Ceilings(flops_per_second=1e12, bytes_per_second=1e10)
@@ -258,10 +258,10 @@ def test_a_model_that_cannot_run_without_data_is_not_counted() -> None:
 def test_ceilings_are_numbers_of_this_machine_and_leave_the_random_state_alone(
     monkeypatch: pytest.MonkeyPatch, convolution: tuple[int, int, int]
 ) -> None:
-    monkeypatch.setattr("trainer.profile.CONVOLUTION", convolution)
+    monkeypatch.setattr("trainer.rank.profile.CONVOLUTION", convolution)
     images, channels, pixels = convolution
-    monkeypatch.setitem(__import__("trainer.profile", fromlist=["MATRIX"]).MATRIX, "cpu", 64)
-    monkeypatch.setitem(__import__("trainer.profile", fromlist=["COPY_BYTES"]).COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(__import__("trainer.rank.profile", fromlist=["MATRIX"]).MATRIX, "cpu", 64)
+    monkeypatch.setitem(__import__("trainer.rank.profile", fromlist=["COPY_BYTES"]).COPY_BYTES, "cpu", 2**20)
     ticks = iter(range(10**6))
     torch.manual_seed(3)
     state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from trainer.progress import CAUSES, ProgressLine, RunState, describe, final_table, summary_rows, time_split
-from trainer.summary import accounting
-from trainer.units import duration, flops, number, percent, size
+from trainer.runs.progress import CAUSES, ProgressLine, RunState, describe, final_table, summary_rows, time_split
+from trainer.runs.summary import accounting
+from trainer.settings.units import duration, flops, number, percent, size
 
 STATE = RunState(
     run="pets",

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from cluster.journal import Journal
 from cluster.storage import open_storage
-from trainer.cli import to_toml
-from trainer.config import RunConfig
-from trainer.history import CURVE_SCHEMA
-from trainer.mistakes import SHOWN_CLASSES
-from trainer.page import Html, tag
-from trainer.plots import CURVE_POINTS, by_attempt, spans_magnitudes, thinned
-from trainer.report import main, read_files, render, verdict, write_report
-from trainer.run_folder import find_run
+from trainer.rank.history import CURVE_SCHEMA
+from trainer.report.confusion import SHOWN_CLASSES
+from trainer.report.page import Html, tag
+from trainer.report.plots import CURVE_POINTS, by_attempt, spans_magnitudes, thinned
+from trainer.report.sections import main, read_files, render, verdict, write_report
+from trainer.runs.folder import find_run
+from trainer.settings.cli import to_toml
+from trainer.settings.tree import RunConfig
 
 CLASSES = ["cat", "dog", "bird"]
 CONFUSION = [[90, 8, 2], [5, 95, 0], [1, 0, 99]]

@@ -14,9 +14,9 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 from deploy.screenshot import BROWSERS, MOST_BYTES, chromium, find_browser, opened  # noqa: E402
 from tests.trainer.report_runs import predictions_of, write_pictured  # noqa: E402
-from trainer.compare import render_comparison  # noqa: E402
-from trainer.report import read_files, write_report  # noqa: E402
-from trainer.run_folder import find_run  # noqa: E402
+from trainer.report.compare import render_comparison  # noqa: E402
+from trainer.report.sections import read_files, write_report  # noqa: E402
+from trainer.runs.folder import find_run  # noqa: E402
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason=f"needs Chromium: none of {', '.join(BROWSERS)} is installed")
 PROJECT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ from cluster.config import ClusterConfig
 from cluster.coordinator import Status
 from cluster.demand import Demand, room_of_worker
 from cluster.launch import Hardware, plan_resources
-from trainer import drive
-from trainer.config import RunConfig
-from trainer.drive import SETTLE_SECONDS, Drive, _Pause
+from trainer.drive import drive
+from trainer.drive.drive import SETTLE_SECONDS, Drive, _Pause
+from trainer.settings.tree import RunConfig
 
 GROW_AFTER = 30.0
 

@@ -16,13 +16,11 @@ from rich.console import Console
 from cluster.journal import Journal, read_journal
 from cluster.storage import Storage, open_storage
 from cluster.store import Commit, Store
+from dataio.codecs.image.decode import DECODER_VERSIONS, FIRST_VERSIONS
 from dataio.config import DataConfig
-from dataio.decode import DECODER_VERSIONS, FIRST_VERSIONS
 from dataio.manifest import Manifest, SplitInfo
-from trainer.capability import of_cpu, of_gpu
-from trainer.cli import from_toml, settings, to_toml
-from trainer.config import RunConfig, TrainConfig
-from trainer.drive import _finite
+from trainer.drive.capability import of_cpu, of_gpu
+from trainer.drive.drive import _finite
 from trainer.run import (
     FREE_SETTINGS,
     check_resume,
@@ -34,6 +32,8 @@ from trainer.run import (
     identity,
     resolved,
 )
+from trainer.settings.cli import from_toml, settings, to_toml
+from trainer.settings.tree import RunConfig, TrainConfig
 
 DATA, OTHER_DATA = "a" * 64, "b" * 64
 

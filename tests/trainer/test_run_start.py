@@ -15,10 +15,10 @@ from rich.console import Console
 
 from cluster.storage import open_storage
 from cluster.zygote import Zygote
-from trainer.check import ModelCheck
-from trainer.config import RunConfig
+from trainer.drive.check import ModelCheck
 from trainer.run import PROJECT, check_before_cluster, described, dry_run, main, open_data, resolved
-from trainer.spec import RANK_MODULES
+from trainer.settings.spec import RANK_MODULES
+from trainer.settings.tree import RunConfig
 
 SMALL = ["--model.name", "shufflenet_v2_x0_5", "--model.weights", "none", "--cluster.threads-per-worker", "1"]
 
@@ -107,7 +107,7 @@ def test_the_model_is_built_once_in_another_process_and_what_is_wrong_with_it_co
 
 
 def test_the_driver_never_imports_torch() -> None:
-    modules = "trainer.run, trainer.drive, cluster.launch, cluster.preflight"
+    modules = "trainer.run, trainer.drive.drive, cluster.launch, cluster.preflight"
     script = f"import sys, {modules}; sys.exit(sum(name in sys.modules for name in ('torch', 'matplotlib', 'nvidia.dali')))"
     assert subprocess.run([sys.executable, "-c", script], cwd=PROJECT, timeout=120).returncode == 0
 

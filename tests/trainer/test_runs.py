@@ -22,15 +22,17 @@ from cluster.journal import Journal, read_journal
 from cluster.metrics import PREFIX, Metrics
 from cluster.storage import Storage, open_storage
 from cluster.store import Store
-from trainer import live, run_list, runs, summary
-from trainer.cli import to_toml
-from trainer.config import RunConfig, TrainConfig
-from trainer.journal_tail import JournalTail
-from trainer.run_folder import RunFolder, find_run
-from trainer.run_list import Driver, Standing, alive_or_not, first_members, look, run_folders, standings
-from trainer.runs import main, table
-from trainer.units import percent
-from trainer.watch import Story, Watch, rank_lines, rank_speed
+from trainer.runs import __main__ as runs
+from trainer.runs import live, summary
+from trainer.runs import status as run_list
+from trainer.runs.__main__ import main, table
+from trainer.runs.folder import RunFolder, find_run
+from trainer.runs.journal_tail import JournalTail
+from trainer.runs.status import Driver, Standing, alive_or_not, first_members, look, run_folders, standings
+from trainer.runs.watch import Story, Watch, rank_lines, rank_speed
+from trainer.settings.cli import to_toml
+from trainer.settings.tree import RunConfig, TrainConfig
+from trainer.settings.units import percent
 
 NOW = 1_700_000_000.0  # before the files' own times
 PROJECT = Path(__file__).parents[2]
@@ -447,7 +449,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(three: Storage) -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, trainer.runs, trainer.watch; print(sorted({'torch', 'ray', 'matplotlib', 'torchvision'} & set(sys.modules)))"
+    heavy = {"torch", "ray", "matplotlib", "torchvision"}
+    code = f"import sys, trainer.runs.__main__, trainer.runs.watch; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer import small_maps
-from trainer.small_maps import (
+from trainer.models import im2col as small_maps
+from trainer.models.im2col import (
     MOST_WINDOW_BYTES,
     Layer,
     SmallMapConv2d,

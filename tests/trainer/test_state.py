@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.config import OptimConfig
-from trainer.optim import Ema, build_optimizer, loss_sum, set_learning_rate, set_trainable
-from trainer.state import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, Snapshot, StateError, TrainState, read_metadata, weights_sha256
+from trainer.learn.optim import Ema, build_optimizer, set_learning_rate, set_trainable
+from trainer.learn.state import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, Snapshot, StateError, TrainState, read_metadata, weights_sha256
+from trainer.settings.tree import OptimConfig
+from trainer.tasks.losses import cross_entropy_sum
 
 HEAD = "3"
 
@@ -41,7 +42,7 @@ class Run:
             images = torch.randn(8, 3, 4, 4, generator=generator).to(self.device)
             labels = torch.randint(0, 5, (8,), generator=generator).to(self.device)
             self.optimizer.zero_grad()
-            loss_sum(self.model(images), labels).backward()
+            cross_entropy_sum(self.model(images), labels).backward()
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update()

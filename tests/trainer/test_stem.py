@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.config import ModelConfig, Stem
-from trainer.stem import FoldedConv2d, apply_stem, fit_stem, is_resnet_like, resolve_stem
+from trainer.models.stem import FoldedConv2d, apply_stem, fit_stem, is_resnet_like, resolve_stem
+from trainer.settings.tree import ModelConfig, Stem
 
 
 def resnet18(seed: int = 0) -> nn.Module:

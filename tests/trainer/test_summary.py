@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.config import RunConfig, TrainConfig
-from trainer.progress import summary_rows
-from trainer.summary import Span, accounting, restarts, sessions, summarise, timeline, wall_seconds
+from trainer.runs.progress import summary_rows
+from trainer.runs.summary import Span, accounting, restarts, sessions, summarise, timeline, wall_seconds
+from trainer.settings.tree import RunConfig, TrainConfig
 
 HISTORY = ("step_seconds", "data_wait_seconds", "checkpoint_stall_seconds", "evaluation_seconds")
 

@@ -1,0 +1,1 @@
+"""Images: what their header says, decoding to uint8, and the augmented batch that is made of them."""

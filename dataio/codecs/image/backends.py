@@ -1,0 +1,302 @@
+"""Crop and flip of a batch, three ways with the same bits: numpy (host), torch (host or device), DALI (host or device).
+
+Called by the loader, from the one thread that prepares batches: a backend reuses its buffers and is not shared between threads. Which
+crop and which flip is `augment.py`'s; normalisation is the trainer's, on the device, so that it is the same for all three.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.utils.dlpack
+
+from dataio.codecs.image.augment import Draw
+
+Ids = npt.NDArray[np.int64]
+Store = npt.NDArray[np.uint8] | torch.Tensor
+"""Decoded images (N, H, W, 3) uint8: an array on the host or a tensor on the device."""
+
+NAMES = ("dali", "torch", "numpy")
+LARGE_PIXELS = 96 * 96  # CPU us an image, all at once and one by one: 2 and 5 at 48 px, 4 and 6 at 64, 8 and 7 at 96, 65 and 17 at 224
+_SERIAL = 32767
+"""Elements that torch handles in the calling thread, whatever its number of threads."""
+_PIXEL = np.dtype("V3")  # three channels moved as one element: mirroring costs 1 us an image instead of 3
+
+
+class Backend(Protocol):
+    """Makes augmented batches out of decoded images."""
+
+    name: str
+
+    def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
+        """Gather `rows` (n,) of `images` and apply their draw: (n, H, W, 3) uint8, contiguous, on the device; n may be 0."""
+        ...
+
+
+def choose_backend(name: str, device: torch.device, cache: str) -> str:
+    """What `data.backend` means for a device and a resolved cache (device, host, none).
+
+    auto: torch where the images are on the device already (no cost a sample on the host), else numpy: 3 us an image on a CPU core against
+    7 for torch and 12 for DALI (batches of 100, 28x28 pixels; "backend alone" in `benchmarks/loader.py`).
+    """
+    on_device = cache == "device" and device.type != "cpu"
+    if name == "auto":
+        return "torch" if on_device else "numpy"
+    if name == "numpy" and on_device:
+        raise ValueError("data.backend=numpy works on the host, data.cache=device is not there; use data.cache=host or data.backend=torch")
+    if name not in NAMES:
+        raise ValueError(f"data.backend={name} is unknown; use one of auto, {', '.join(NAMES)}")
+    return name
+
+
+def make_backend(
+    name: str, *, height: int, width: int, pad: int, batch_size: int, device: torch.device, threads: int = 1, table_bytes: int = 0
+) -> Backend:
+    """`batch_size` is the usual size of a batch, not a limit; `threads` are DALI's. `table_bytes`: what numpy may keep beside a store that
+    stays the same, array and content, from batch to batch; 0 where stores change."""
+    device = exact_device(device)
+    match name:
+        case "numpy":
+            return _Numpy(height, width, pad, batch_size, device, table_bytes)
+        case "torch":
+            return _Torch(height, width, pad, device)
+        case "dali":
+            return _Dali(height, width, pad, batch_size, device, threads)
+        case _:
+            raise ValueError(f"data.backend={name} is unknown; use one of {', '.join(NAMES)}")
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """`cuda` with its index, so that it compares equal to the device of the tensors on it."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
+def gather(images: Store, rows: Ids, device: torch.device) -> torch.Tensor:
+    """Rows of a store as they are, (n, H, W, 3) uint8 on `device`; a copy from host to device is pinned and not waited for."""
+    if isinstance(images, torch.Tensor):
+        if images.device == device:
+            return images.index_select(0, upload(rows, device))
+        assert images.device.type == "cpu", f"images on {images.device} are wanted on {device}"
+        images = images.numpy()
+    out = torch.empty((len(rows), *images.shape[1:]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    # mode="clip" writes straight into `out`, the others go through a buffer; rows come from the order and are in range.
+    np.take(images, rows, axis=0, out=out.numpy(), mode="clip")
+    return out.to(device, non_blocking=True)
+
+
+def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array on the device; the host does not wait (torch frees a pinned buffer only after its copy is done)."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class _Numpy:
+    """Pads the gathered batch in a reused buffer, takes all crops at once through a window view, mirrors what is to be mirrored. Images of
+    LARGE_PIXELS and more go one by one, each copied once: there the copies through memory cost more than the calls. Where a store stays
+    and there is room, its images are kept padded, as they are and mirrored: a batch is then a single gather."""
+
+    name = "numpy"
+
+    def __init__(self, height: int, width: int, pad: int, batch_size: int, device: torch.device, table_bytes: int = 0) -> None:
+        self._table_bytes = table_bytes
+        self._stores: dict[int, tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = {}  # address -> the store, its windows
+        self._height, self._width, self._pad, self._device = height, width, pad, device
+        self._is_large = height * width >= LARGE_PIXELS and pad < min(height, width)
+        self._padded = self._room(0 if self._is_large else batch_size)
+
+    def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
+        if isinstance(images, torch.Tensor):
+            images = images.numpy()
+        if self._is_large:
+            return upload(self._one_by_one(images, rows, drawn), self._device)
+        if (windows := self._windows_of(images)) is not None:
+            x = np.where(drawn.flip, 2 * self._pad - drawn.dx, drawn.dx)  # in the mirrored image, whose padding is mirrored too
+            lines = windows[rows, drawn.flip.astype(np.int64), drawn.dy, x]  # (n, H, W * 3)
+            return upload(lines.reshape(len(rows), self._height, self._width, 3), self._device)
+        n, pad, height, width = len(rows), self._pad, self._height, self._width
+        if n > len(self._padded):
+            self._padded = self._room(n)
+        padded = self._padded[:n]
+        padded[:, pad : pad + height, pad : pad + width] = images[rows]
+        # (n, 2*pad+1, 2*pad+1, H, W, 3): a view in which every possible crop has an index.
+        windows = np.lib.stride_tricks.as_strided(
+            padded, (n, 2 * pad + 1, 2 * pad + 1, height, width, 3), padded.strides[:3] + padded.strides[1:]
+        )
+        crops = windows[np.arange(n), drawn.dy, drawn.dx]
+        pixels = crops.reshape(n, height, width * 3).view(_PIXEL)  # (n, H, W) of three bytes
+        mirrored = np.flatnonzero(drawn.flip)
+        pixels[mirrored] = pixels[mirrored, :, ::-1]
+        return upload(crops, self._device)
+
+    def _windows_of(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:
+        """(N, 2, 2*pad+1, 2*pad+1, H, W*3): every crop of every image as it is and mirrored, each line of it one run of bytes. None where
+        stores do not stay, or there is no room."""
+        count, pad, height, width = len(images), self._pad, self._height, self._width
+        shape = (count, 2, height + 2 * pad, width + 2 * pad, 3)
+        if int(np.prod(shape, dtype=np.int64)) > self._table_bytes:
+            return None
+        address = images.__array_interface__["data"][0]
+        if address not in self._stores:
+            table = np.zeros(shape, np.uint8)
+            inner = table[:, :, pad : pad + height, pad : pad + width]
+            inner[:, 0] = images
+            inner[:, 1] = images[:, :, ::-1]
+            a, b, line, pixel, _ = table.strides
+            windows = np.lib.stride_tricks.as_strided(
+                table, (count, 2, 2 * pad + 1, 2 * pad + 1, height, width * 3), (a, b, line, pixel, line, 1), writeable=False
+            )
+            self._stores = {address: (images, windows)}  # one: that of training
+        return self._stores[address][1]
+
+    def _one_by_one(self, images: npt.NDArray[np.uint8], rows: Ids, drawn: Draw) -> npt.NDArray[np.uint8]:
+        pad, height, width = self._pad, self._height, self._width
+        out = np.empty((len(rows), height, width, 3), np.uint8)
+        for target, row, dy, dx, flip in zip(out, rows.tolist(), drawn.dy.tolist(), drawn.dx.tolist(), drawn.flip.tolist(), strict=True):
+            image = images[row]
+            if flip:
+                image, dx = _mirrored(image), 2 * pad - dx
+            down, right = dy - pad, dx - pad  # where the crop begins in the image, negative in the padding
+            top, bottom = max(0, -down), min(height, height - down)
+            left, end = max(0, -right), min(width, width - right)
+            target[top:bottom, left:end] = image[top + down : bottom + down, left + right : end + right]
+            target[:top] = target[bottom:] = 0
+            target[:, :left] = target[:, end:] = 0
+        return out
+
+    def _room(self, batch_size: int) -> npt.NDArray[np.uint8]:
+        return np.zeros((batch_size, self._height + 2 * self._pad, self._width + 2 * self._pad, 3), dtype=np.uint8)
+
+
+def _mirrored(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """(H, W, 3), left and right exchanged, by torch's vectorised kernel: 9 us at 224 px, where moving pixel by pixel takes 125.
+
+    Where torch has more than one thread it gets some rows at a time, and 22 us: this thread would have helpers of its own, beside those of
+    training, and a core short wait 4 ms for them.
+    """
+    height, width, _ = image.shape
+    rows = height if torch.get_num_threads() == 1 else max(1, _SERIAL // (3 * width))
+    parts = []
+    for top in range(0, height, rows):
+        pixels = torch.from_numpy(image[top : top + rows]).permute(2, 0, 1).unsqueeze(0)  # (1, 3, rows, W) uint8 channels_last
+        parts.append(pixels.flip(3)[0].permute(1, 2, 0).numpy())
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class _Torch:
+    """Computes where each pixel comes from and gathers once, on the device; pixels from outside the image are set to zero."""
+
+    name = "torch"
+
+    def __init__(self, height: int, width: int, pad: int, device: torch.device) -> None:
+        self._pad, self._device = pad, device
+        self._y = torch.arange(height, device=device)
+        self._x = torch.arange(width, device=device)
+
+    def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
+        n, height, width = len(rows), len(self._y), len(self._x)
+        if isinstance(images, torch.Tensor) and images.device == self._device:
+            source, picked = images, rows
+        elif self._device.type == "cpu" and isinstance(images, np.ndarray):
+            source, picked = torch.from_numpy(images), rows
+        else:
+            source, picked = gather(images, rows, self._device), np.arange(n)
+        where = upload(np.stack([picked, drawn.dy, drawn.dx, drawn.flip]).astype(np.int64, copy=False), self._device)  # (4, n): one copy
+        row, dy, dx, flip = where.unsqueeze(-1).unbind(0)  # (n, 1) each
+        y = self._y + dy - self._pad  # (n, H)
+        x = torch.where(flip > 0, width - 1 - self._x, self._x) + dx - self._pad  # (n, W)
+        inside = ((y >= 0) & (y < height)).unsqueeze(2) & ((x >= 0) & (x < width)).unsqueeze(1)  # (n, H, W)
+        line = row * height + y.clamp(0, height - 1)  # (n, H) of N * H
+        pixel = line.unsqueeze(2) * width + x.clamp(0, width - 1).unsqueeze(1)  # (n, H, W) of N * H * W
+        taken = source.reshape(-1, 3).index_select(0, pixel.reshape(-1)).view(n, height, width, 3)
+        return taken.mul_(inside.unsqueeze(3))
+
+
+class _Dali:
+    """A DALI pipeline: external source -> crop -> flip, results handed over by DLPack. On a GPU a slice that pads with zeros, then a flip;
+    on a CPU the batch is padded first and one crop_mirror_normalize does both, in 6 us an image of 32 px instead of 11.
+
+    Built at the first batch, hence inside the process that uses it (a pipeline does not survive a fork). On a GPU it runs on torch's
+    current stream and the host does not wait.
+    """
+
+    name = "dali"
+
+    def __init__(self, height: int, width: int, pad: int, batch_size: int, device: torch.device, threads: int) -> None:
+        self._height, self._width, self._pad, self._device = height, width, pad, device
+        self._most, self._threads = max(batch_size, 1), threads
+        self._pipeline: Any = None
+        self._padded = np.zeros((0, height + 2 * pad, width + 2 * pad, 3), np.uint8)
+
+    def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
+        on_gpu = self._device.type == "cuda"
+        given: Any = gather(images, rows, self._device) if on_gpu else self._pad_all(images, rows)
+        if on_gpu:
+            where: dict[str, npt.NDArray[Any]] = {
+                "start": np.stack([drawn.dy, drawn.dx], axis=1) - np.int32(self._pad)
+            }  # (n, 2) int32, negative in the padding
+        else:  # (n,) float32 each, of the room that a crop has
+            where = {name: (place / max(2 * self._pad, 1)).astype(np.float32) for name, place in (("y", drawn.dy), ("x", drawn.dx))}
+        where["flip"] = drawn.flip.astype(np.int32)
+        pieces = [slice(at, at + self._most) for at in range(0, len(rows), self._most)]
+        done = [self._run(given[piece], {name: each[piece] for name, each in where.items()}) for piece in pieces]
+        match done:
+            case []:
+                return torch.empty((0, self._height, self._width, 3), dtype=torch.uint8, device=self._device)
+            case [one]:
+                return one
+            case _:
+                return torch.cat(done)
+
+    def _pad_all(self, images: Store, rows: Ids) -> npt.NDArray[np.uint8]:
+        """(n, H+2*pad, W+2*pad, 3), until the next batch."""
+        n, pad = len(rows), self._pad
+        if n > len(self._padded):
+            self._padded = np.zeros((n, *self._padded.shape[1:]), np.uint8)
+        stored = images.numpy() if isinstance(images, torch.Tensor) else images
+        self._padded[:n, pad : pad + self._height, pad : pad + self._width] = stored[rows]
+        return self._padded[:n]
+
+    def _run(self, images: Any, where: dict[str, npt.NDArray[Any]]) -> torch.Tensor:
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        self._pipeline.feed_input("images", images, cuda_stream=stream)
+        for name, each in where.items():
+            self._pipeline.feed_input(name, each)
+        (out,) = self._pipeline.run(stream)
+        return torch.utils.dlpack.from_dlpack(out.as_tensor())
+
+    def _build(self) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        on_gpu = self._device.type == "cuda"
+        device_id = self._device.index if on_gpu else None
+        # exec_dynamic: without it a batch handed over by DLPack is overwritten two runs later. Depth 1: the loader is the queue.
+        pipeline = Pipeline(
+            batch_size=self._most, num_threads=self._threads, device_id=device_id, seed=0, prefetch_queue_depth=1, exec_dynamic=True
+        )
+        with pipeline:
+            images = fn.external_source(name="images", device="gpu" if on_gpu else "cpu", layout="HWC", dtype=types.UINT8, ndim=3)
+            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+            shape = [self._height, self._width]
+            if on_gpu:
+                start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+                crops = fn.slice(images, start=start, shape=shape, axes=[0, 1], out_of_bounds_policy="pad", fill_values=[0])
+                done = fn.flip(crops, horizontal=flip)
+            else:
+                y, x = (fn.external_source(name=name, dtype=types.FLOAT, ndim=0) for name in ("y", "x"))
+                done = fn.crop_mirror_normalize(
+                    images,
+                    crop=shape,
+                    crop_pos_y=y,
+                    crop_pos_x=x,
+                    mirror=flip,
+                    mean=[0.0] * 3,
+                    std=[1.0] * 3,
+                    dtype=types.UINT8,
+                    output_layout="HWC",
+                )
+            pipeline.set_outputs(done)
+        pipeline.build()
+        return pipeline

@@ -1,0 +1,342 @@
+"""Encoded images to uint8 RGB by DALI, with the bad ones set apart by index and reason.
+
+Called by the loader (a Decoder of one size) and by convert (a Checker: every image at its own size). A batch is sniffed, what passes is
+decoded together, and only if DALI fails is the batch halved until the bad images are found: DALI's error rarely names them. The pipeline
+survives a failed batch. Which samples to decode, and what becomes of bad ones, is the caller's.
+
+On a CPU, DALI decodes and torch resizes: its kernel for uint8 takes 140 us where DALI's takes 800 (photographs of 256 to 500 pixels a side
+to 224). On a GPU, DALI does both; pixels differ between the two, as those of their JPEG decoders do.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dataio.codecs.image.sniff import Header, Refusal, simple_webp, sniff
+from dataio.config import Fit
+from dataio.parquet import Split
+from dataio.quarantine import BadSample
+from dataio.stream import in_order
+
+DECODER_VERSIONS = {"cpu": 2, "cuda": 1}
+"""By type of device, of what a resized image becomes: raised when its pixels change, and with them a run's weights. Images of the right
+size are never resampled and are the same in all versions."""
+FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
+"""Of runs whose checkpoints do not say: on a CPU too, DALI resized."""
+
+# A 1x1 PNG. A pipeline that fails on it is broken (no memory, a lost device): that is no image's fault.
+_PROBE_BYTES = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c636064620600000e0007d76fe4780000000049454e44ae426082"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """Decoded images; the place of a bad one holds zeros."""
+
+    images: np.ndarray
+    """(n, H, W, 3) uint8"""
+    bad: tuple[tuple[int, str], ...]
+    """(index, reason), by index"""
+
+
+class Decoder:
+    """Decodes to height x width. Pipelines are built at the first call, in the process that uses them; not thread-safe.
+
+    An image of another size is bad under fit="refuse"; "stretch" resizes it to height x width whatever its shape; "crop" takes the largest
+    part of that shape from its middle (`window_of`; on a GPU, what DALI's "not_smaller" and crop give) and resizes it. Resizing is bilinear
+    with antialiasing (a triangular filter as wide as the scale). An image of the right size is never resampled. With a `device_id`, JPEG is
+    decoded on that GPU. At most `threads` threads are at work at a time; what an image becomes depends neither on them nor on what else is
+    decoded with it.
+    """
+
+    def __init__(
+        self, *, height: int, width: int, fit: Fit, threads: int = 1, device_id: int | None = None, max_pixels: int, batch_size: int = 64
+    ) -> None:
+        if height < 1 or width < 1:
+            raise ValueError(f"images of {height}x{width} pixels cannot be made; data.image_size must be positive")
+        self.height, self.width, self._fit, self._max_pixels = height, width, fit, max_pixels
+        self._batch_size, self._threads = batch_size, threads
+        self._native = _Pipeline(batch_size=batch_size, threads=threads, device_id=device_id)
+        self._resized: _Pipeline | None = None
+        if device_id is not None and fit != "refuse":
+            self._resized = _Pipeline(batch_size=batch_size, threads=threads, device_id=device_id, size=(height, width), fit=fit)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def decode(self, encoded: Sequence[np.ndarray | bytes], out: np.ndarray | None = None) -> Decoded:
+        """Any number of images, each (bytes,) uint8. They are written into `out`, (n or more, H, W, 3) uint8, if given: a buffer used again
+        need not be cleared and has its pages. An exception means that the decoder is broken, not an image."""
+        shape = (len(encoded), self.height, self.width, 3)
+        images = np.zeros(shape, np.uint8) if out is None else out[: len(encoded)]  # (n, H, W, 3)
+        assert images.shape == shape, (images.shape, shape)
+        bad: dict[int, str] = {}
+        native: list[_Encoded] = []  # decoded at their own size
+        resized: list[_Encoded] = []  # by the pipeline
+        for index, data in enumerate(encoded):
+            header = sniff(data, max_pixels=self._max_pixels)
+            if isinstance(header, Refusal):
+                bad[index] = header.reason
+                continue
+            is_exact = (header.height, header.width) == (self.height, self.width)
+            if not is_exact and self._fit == "refuse":
+                bad[index] = f"wrong size: {header.height}x{header.width} instead of {self.height}x{self.width}"
+                continue
+            given = _Encoded(index=index, data=_prepared(data, header), height=header.height, width=header.width)
+            (native if is_exact or self._resized is None else resized).append(given)
+
+        def place(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
+            other = []
+            for each, image in zip(batch, decoded, strict=True):
+                if image.shape != (each.height, each.width, 3):
+                    bad[each.index] = f"undecodable: decodes to {image.shape}, its header says {each.height}x{each.width}"
+                elif image.shape == images.shape[1:]:
+                    images[each.index] = image
+                else:
+                    other.append((self._wanted(image), images[each.index]))
+            self._resize(other)
+
+        def place_resized(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
+            for each, image in zip(batch, decoded, strict=True):
+                images[each.index] = image
+
+        self._native.decode(native, place, bad)
+        if self._resized is not None:
+            self._resized.decode(resized, place_resized, bad)
+        if out is not None:
+            images[list(bad)] = 0
+        return Decoded(images=images, bad=tuple(sorted(bad.items())))
+
+    def _wanted(self, image: np.ndarray) -> np.ndarray:
+        """(h, w, 3) of an image of another size: what is to be resized."""
+        if self._fit == "stretch":
+            return image
+        top, left, height, width = window_of(image.shape[0], image.shape[1], self.height, self.width)
+        return image[top : top + height, left : left + width]
+
+    def _resize(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Each first image into the place beside it, by the threads that DALI's leave idle meanwhile."""
+        if self._threads == 1 or len(pairs) < 2:
+            _resize(pairs)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="resize")
+        list(self._pool.map(_resize, (pairs[number :: self._threads] for number in range(self._threads))))
+
+    def warm_up(self) -> None:
+        """Builds the pipeline that the first decode will need: a good use of the time until there are bytes to decode."""
+        (self._native if self._resized is None else self._resized).warm_up()
+
+    def close(self) -> None:
+        """Frees the pipelines' threads and memory; the next decode builds them anew."""
+        self._native.close()
+        if self._resized is not None:
+            self._resized.close()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+Window = tuple[int, int, int, int]
+"""Of an image: (top, left, height, width) in pixels."""
+
+
+def window_of(height: int, width: int, target_height: int, target_width: int) -> Window:
+    """The largest part of an image that has the target's shape, from its middle: sides rounded to the nearest pixel, places down.
+
+    It is cut out before resizing: nothing is resized that is not wanted, and an image of 1 x 10,000 pixels does not become one of
+    224 x 2,240,000 on the way. Its middle is right to half a pixel of the source.
+    """
+    if height * target_width <= width * target_height:
+        window = (height, max(1, (2 * height * target_width + target_height) // (2 * target_height)))
+    else:
+        window = (max(1, (2 * width * target_height + target_width) // (2 * target_width)), width)
+    return (height - window[0]) // 2, (width - window[1]) // 2, *window
+
+
+class Checker:
+    """Decodes images at their own size, only to learn which ones can be: convert's full check. Not thread-safe."""
+
+    def __init__(self, *, threads: int = 1, max_pixels: int, batch_size: int = 64, batch_pixels: int = 64 << 20) -> None:
+        self._max_pixels, self._batch_size, self._batch_pixels = max_pixels, batch_size, batch_pixels
+        self._pipeline = _Pipeline(batch_size=batch_size, threads=threads, device_id=None)
+
+    def check(self, encoded: Sequence[np.ndarray | bytes]) -> list[Header | Refusal]:
+        """For each image its header, or why it cannot be used."""
+        found = [sniff(data, max_pixels=self._max_pixels) for data in encoded]
+        batch: list[_Encoded] = []
+        pixels = 0
+        bad: dict[int, str] = {}
+
+        def compare(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
+            for each, image in zip(batch, decoded, strict=True):
+                if image.shape != (each.height, each.width, 3):
+                    bad[each.index] = f"undecodable: decodes to {image.shape}, its header says {each.height}x{each.width}"
+
+        for index, header in enumerate(found):
+            if isinstance(header, Refusal):
+                continue
+            size = header.height * header.width
+            if batch and pixels + size > self._batch_pixels:  # keeps the memory of a batch of large photographs bounded
+                self._pipeline.decode(batch, compare, bad)
+                batch, pixels = [], 0
+            batch.append(_Encoded(index=index, data=_prepared(encoded[index], header), height=header.height, width=header.width))
+            pixels += size
+        self._pipeline.decode(batch, compare, bad)
+        return [Refusal(reason=bad[index]) if index in bad else header for index, header in enumerate(found)]
+
+    def close(self) -> None:
+        self._pipeline.close()
+
+
+def decode_split(
+    split: Split,
+    decoder: Decoder,
+    *,
+    on_bad: Callable[[BadSample], None],
+    out: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    groups: Iterable[int] | None = None,
+) -> np.ndarray:
+    """Decodes a whole split, or some of its row groups, into `out` ((count, H, W, 3) uint8; made, of zeros, if None), and returns it.
+
+    Images stand at their sample ids. Their labels go into `labels`, (count,) int64, if given. Each bad sample is passed to `on_bad`, after
+    its label was placed; the place of its image is zeroed. The next row groups are read meanwhile.
+    """
+    if out is None:
+        out = np.zeros((split.count, decoder.height, decoder.width, 3), np.uint8)
+    with closing(in_order(split, range(split.groups) if groups is None else groups)) as reading:
+        for rows in reading:
+            decoded = decoder.decode(rows.encoded)
+            begin = int(rows.ids[0])
+            place = slice(begin, begin + len(rows.ids))
+            out[place] = decoded.images
+            if labels is not None:
+                labels[place] = rows.labels
+            for index, reason in decoded.bad:
+                on_bad(BadSample(key=rows.keys[index], reason=reason, split=split.name, sample_id=begin + index))
+    return out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Encoded:
+    """An image that passed the sniff."""
+
+    index: int
+    """In the caller's sequence."""
+    data: np.ndarray = field(repr=False)
+    """(bytes,) uint8"""
+    height: int
+    width: int
+    """As its header says."""
+
+
+_PROBE = _Encoded(index=-1, data=np.frombuffer(_PROBE_BYTES, np.uint8), height=1, width=1)
+_Use = Callable[[Sequence[_Encoded], Sequence[np.ndarray]], None]
+"""Gets the images that were decoded together, each (h, w, 3) uint8; they are DALI's and gone after the call."""
+
+
+class _Pipeline:
+    """A DALI pipeline from bytes to RGB images, built when first used."""
+
+    def __init__(
+        self, *, batch_size: int, threads: int, device_id: int | None, size: tuple[int, int] | None = None, fit: Fit = "refuse"
+    ) -> None:
+        if batch_size < 1 or threads < 1:
+            raise ValueError(f"a decoder needs at least one thread and a batch of one; got threads={threads}, batch_size={batch_size}")
+        self._batch_size, self._threads, self._device_id, self._size, self._fit = batch_size, threads, device_id, size, fit
+        self._pipeline: Any = None
+
+    def decode(self, encoded: Sequence[_Encoded], use: _Use, bad: dict[int, str]) -> None:
+        """Hands what decodes to `use`, batch by batch; notes the others in `bad`."""
+        for begin in range(0, len(encoded), self._batch_size):
+            self._decode(encoded[begin : begin + self._batch_size], use, bad)
+
+    def warm_up(self) -> None:
+        self._run([_PROBE])
+
+    def close(self) -> None:
+        self._pipeline = None
+
+    def _decode(self, batch: Sequence[_Encoded], use: _Use, bad: dict[int, str]) -> None:
+        try:
+            images = self._run(batch)
+        except RuntimeError as error:
+            if len(batch) > 1:
+                half = len(batch) // 2
+                self._decode(batch[:half], use, bad)
+                self._decode(batch[half:], use, bad)
+                return
+            self._run([_PROBE])  # raises, and so ends the work, if the pipeline itself is broken
+            bad[batch[0].index] = f"undecodable: {_cause(error)}"
+            return
+        use(batch, images)
+
+    def _run(self, batch: Sequence[_Encoded]) -> list[np.ndarray]:
+        if self._pipeline is None:
+            self._pipeline = _build(self._batch_size, self._threads, self._device_id, self._size, self._fit)
+        (output,) = self._pipeline.run(encoded=[each.data for each in batch])
+        if self._device_id is not None:
+            output = output.as_cpu()
+        # An index gives a view, at() a copy: 20 us a photograph.
+        return [np.asarray(output[index]) for index in range(len(batch))]
+
+
+def _build(batch_size: int, threads: int, device_id: int | None, size: tuple[int, int] | None, fit: Fit) -> Any:
+    # imported here: DALI takes 0.2 s and must be loaded in the process that runs the pipeline
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
+    def pipeline() -> Any:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        image = fn.decoders.image(encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB)
+        if size is None:
+            return image
+        mode = "stretch" if fit == "stretch" else "not_smaller"
+        image = fn.resize(image, size=list(size), mode=mode, interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.crop(image, crop=size) if fit == "crop" else image
+
+    built = pipeline()
+    built.build()
+    return built
+
+
+def _resize(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Each image, (h, w, 3) uint8, into the place beside it, (H, W, 3) uint8. One thread: the kernel has no more, and lets others run."""
+    import torch  # here: the driver converts and checks images, and does without it
+    import torch.nn.functional as F
+
+    for image, place in pairs:
+        # (1, 3, h, w) uint8 channels_last. unsqueeze gives the first dimension a stride by which torch knows that; image[None] and
+        # permute(...)[None] do not, and what comes back has its channels apart: 300 us a photograph instead of 137.
+        source = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
+        resized = F.interpolate(source, size=place.shape[:2], mode="bilinear", antialias=True)  # (1, 3, H, W) uint8
+        place[:] = resized[0].permute(1, 2, 0).numpy()
+
+
+def _prepared(data: np.ndarray | bytes, header: Header) -> np.ndarray:
+    """The bytes as DALI takes them: a contiguous (bytes,) uint8 array."""
+    if header.format == "webp" and bytes(data[12:16]) == b"VP8X":
+        data = simple_webp(bytes(data))
+    if not isinstance(data, np.ndarray):
+        return np.frombuffer(data, np.uint8)
+    assert data.dtype == np.uint8, f"encoded images are (bytes,) uint8, not {data.dtype}"
+    return np.ascontiguousarray(data)
+
+
+def _cause(error: RuntimeError) -> str:
+    """The sentence of DALI's report that says what failed."""
+    _, _, text = str(error).rpartition("encountered:\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [str(error)]
+    if lines[0].startswith("Failed to decode sample #"):  # numbered within a part of the batch, and nothing more
+        return "the compressed data are damaged"
+    return lines[0][:200]

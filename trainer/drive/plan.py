@@ -1,0 +1,206 @@
+"""`--dry-run`: what a run would do and what it would take, before anything is started. Called by `trainer.run`.
+
+`describe` is arithmetic over facts that it is given; finding them (the manifest, the cluster's devices) is the caller's. Only
+`model_facts` does work: it builds the model without weights and counts.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from cluster.interval import AUTO, steps_between
+from dataio.manifest import Manifest, image_size_of
+from dataio.order import Order
+from trainer.models.vision import build_model, has_depthwise, head_of
+from trainer.rank.profile import count_work
+from trainer.settings.cli import validate
+from trainer.settings.tree import ModelConfig, RunConfig
+from trainer.settings.units import duration, flops, number, size
+
+_FLOAT32_BYTES = 4  # weights, gradients and optimiser state stay fp32 under bf16 autocast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """What the run would get."""
+
+    workers: int
+    device: str
+    """For people: `CPU`, `NVIDIA H200`."""
+    device_bytes: int | None = None
+    """Memory of one device."""
+    flops_per_second: float | None = None
+    """Measured speed of one device at the run's precision; None leaves the time unestimated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """Counted on the built model."""
+
+    parameters: int
+    trainable: int
+    """Parameters that `model.freeze` lets change at the end of training."""
+    buffer_bytes: int
+    flops_per_image: float | None
+    """Forward and backward of one image; None where an operation of the model cannot be counted."""
+    has_depthwise: bool = False
+    """Decides, on a CPU, what train.precision=auto is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What would run. None is not known without the converted data."""
+
+    config: RunConfig
+    hardware: Hardware
+    model: ModelFacts
+    classes: int | None
+    train_images: int | None
+    test_images: int | None
+    image_size: tuple[int, int] | None
+    virtual_ranks: int
+    batch_per_virtual_rank: int
+    steps_per_epoch: int | None
+    total_steps: int | None
+    model_bytes: int
+    """Weights, buffers, gradients, optimiser state and EMA on each device; activations come on top."""
+    cache_bytes: int | None
+    """Decoded images of both splits, all workers together."""
+    checkpoint_bytes: int
+    checkpoint_every: int | None
+    """Steps; None where measurements will say."""
+    total_flops: float | None
+    seconds: float | None
+    destination: str
+
+
+def model_facts(config: ModelConfig, *, classes: int, image_size: tuple[int, int]) -> ModelFacts:
+    """Build the model (random weights: no download) and count. `image_size` is (height, width) of the data."""
+    model = build_model(dataclasses.replace(config, weights="none"), classes=classes, seed=0, image_hw=image_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in head_of(model)[1].parameters()) if config.freeze == "backbone" else parameters
+    height, width = (config.image_size, config.image_size) if config.image_size else image_size
+    return ModelFacts(
+        parameters=parameters,
+        trainable=trainable,
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        flops_per_image=_flops_per_image(model, height=height, width=width, is_head_only=config.freeze == "backbone"),
+        has_depthwise=has_depthwise(model),
+    )
+
+
+def describe(config: RunConfig, manifest: Manifest | None, hardware: Hardware, model: ModelFacts) -> Plan:
+    """What `config` would do on `hardware`. ValueError as from `validate` where the run could not start.
+
+    Without a manifest (data not converted yet) everything that depends on the number of images stays None.
+    """
+    virtual_ranks = config.train.virtual_ranks or hardware.workers
+    validate(config, workers=hardware.workers)
+    train = manifest.splits["train"].count if manifest else None
+    test = manifest.splits["test"].count if manifest and "test" in manifest.splits else None
+    image_size = image_size_of(manifest, config.data) if manifest else (config.data.image_size,) * 2 if config.data.image_size else None
+    steps_per_epoch = total_steps = checkpoint_every = None
+    if manifest and train is not None:
+        order = Order(
+            seed=config.train.seed,
+            fingerprint=manifest.fingerprint,
+            count=train,
+            batch_size=config.data.batch_size,
+            virtual_ranks=virtual_ranks,
+            window=config.data.shuffle_window,
+        )
+        steps_per_epoch = order.steps_per_epoch
+        total_steps = steps_per_epoch * config.train.epochs
+        if config.train.max_steps:
+            total_steps = min(total_steps, config.train.max_steps)
+        checkpoint_every = steps_between(config.train.checkpoint_every, steps_per_epoch)
+    validate(config, workers=hardware.workers, image_size=image_size, total_steps=total_steps)
+
+    weights = model.parameters * _FLOAT32_BYTES + model.buffer_bytes
+    moments = 2 if config.optim.name == "adamw" else 1 if config.optim.momentum > 0 else 0
+    optimizer = moments * model.trainable * _FLOAT32_BYTES
+    ema = weights if config.train.ema else 0
+    gradients = model.trainable * _FLOAT32_BYTES
+    cache = None
+    if train is not None and image_size:
+        cache = 0 if config.data.cache == "none" else (train + (test or 0)) * image_size[0] * image_size[1] * 3
+    work = None
+    if total_steps is not None and steps_per_epoch and train and model.flops_per_image:
+        work = total_steps / steps_per_epoch * train * model.flops_per_image
+    speed = hardware.flops_per_second
+    return Plan(
+        config=config,
+        hardware=hardware,
+        model=model,
+        classes=len(manifest.classes) if manifest else None,
+        train_images=train,
+        test_images=test,
+        image_size=image_size,
+        virtual_ranks=virtual_ranks,
+        batch_per_virtual_rank=config.data.batch_size // virtual_ranks,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        model_bytes=weights + gradients + optimizer + ema,
+        cache_bytes=cache,
+        checkpoint_bytes=weights + optimizer + ema,
+        checkpoint_every=checkpoint_every,
+        total_flops=work,
+        seconds=work / (speed * hardware.workers) if work and speed else None,
+        destination=f"{config.storage.rstrip('/')}/{config.run or '<named after the recipe and the settings>'}",
+    )
+
+
+def table(plan: Plan) -> Table:
+    """The plan for a console."""
+    config, hardware = plan.config, plan.hardware
+    rows: list[tuple[str, str]] = []
+    if plan.train_images is None:
+        rows.append(("Data", f"{config.data.path}: not converted yet; steps and sizes are known once it is (python -m dataio.convert)"))
+    else:
+        side = f", {plan.image_size[0]}x{plan.image_size[1]} pixels" if plan.image_size else ""
+        test = f", {number(plan.test_images)} to test" if plan.test_images is not None else ""
+        rows.append(("Data", f"{config.data.path}: {number(plan.train_images)} images to train{test}, {plan.classes} classes{side}"))
+    resized = f", images resized to {config.model.image_size} pixels" if config.model.image_size else ""
+    share = "" if plan.model.trainable == plan.model.parameters else f" ({number(plan.model.trainable)} trained)"
+    rows.append(("Model", f"{config.model.name}, {number(plan.model.parameters)} parameters{share}{resized}"))
+    rows.append(("Weights", config.model.weights))
+    rows.append(("Workers", f"{hardware.workers} on {hardware.device}, {config.train.precision}"))
+    parts = f", in {plan.virtual_ranks} virtual ranks of {plan.batch_per_virtual_rank}" if plan.virtual_ranks > 1 else ""
+    rows.append(("Batch", f"{config.data.batch_size} images{parts}"))
+    if plan.total_steps is not None:
+        epochs = "1 epoch" if config.train.epochs == 1 else f"{config.train.epochs} epochs"
+        limit = f", stopped by train.max_steps={config.train.max_steps}" if config.train.max_steps else ""
+        rows.append(("Steps", f"{number(plan.total_steps)}: {epochs} of {number(plan.steps_per_epoch)}{limit}"))
+    room = f" of {size(hardware.device_bytes)}" if hardware.device_bytes else ""
+    rows.append(("Model memory", f"{size(plan.model_bytes)}{room} on each device; activations come on top"))
+    if plan.cache_bytes is not None:
+        cache = f"{size(plan.cache_bytes)} of decoded images (data.cache={config.data.cache})"
+        rows.append(("Data memory", cache if plan.cache_bytes else "none: images are decoded every epoch"))
+    keep = config.cluster.keep_checkpoints
+    every = f", every {number(plan.checkpoint_every)} steps" if plan.checkpoint_every else ""
+    if config.train.checkpoint_every == AUTO:
+        every = ", as often as measurements say"
+    rows.append(("Checkpoints", f"{size(plan.checkpoint_bytes)} x {keep} kept = {size(plan.checkpoint_bytes * keep)}{every}"))
+    if plan.total_flops is not None:
+        rows.append(("Work", f"{flops(plan.total_flops)} ({flops(plan.model.flops_per_image)} an image)"))
+    if plan.seconds is not None:
+        rows.append(("Time", f"about {duration(plan.seconds)} of computing, if nothing else is in the way"))
+    rows.append(("Writes to", plan.destination))
+
+    shown = Table(title="What would run", title_justify="left", show_header=False)
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column(overflow="fold")
+    for name, value in rows:
+        shown.add_row(name, Text(value))
+    return shown
+
+
+def _flops_per_image(model: nn.Module, *, height: int, width: int, is_head_only: bool) -> float | None:
+    """Counted on shapes without data, so it costs no arithmetic."""
+    if is_head_only:
+        model.requires_grad_(False)
+        head_of(model)[1].requires_grad_(True)
+    return count_work(model.train(), (height, width), precision="fp32").flops_per_image

@@ -1,0 +1,4 @@
+"""Networks: by name, their weights, stem and head, and the finished model as files. `learn`, `rank`, `drive` and the command lines
+import it.
+
+What the outputs mean is the task's; what moves the weights is `learn`'s."""

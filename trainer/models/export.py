@@ -1,0 +1,204 @@
+"""The finished model as files anybody can use: `model/` in the run's folder. Rank 0 writes it at a run's end (`export_model`),
+`trainer.predict` and `trainer.evaluate` read it (`load_export`).
+
+`config.json` is written last and holds the SHA-256 of `model.safetensors`: a reader sees a whole model or knows that it does not.
+Choosing the weights (final or averaged) is the caller's.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cluster.storage import Storage
+from dataio.config import Fit
+from trainer.models.vision import Preprocess, build_model
+from trainer.runs.folder import RunFolder
+from trainer.settings.tree import ModelConfig, RunConfig
+from trainer.settings.units import percent
+
+MODEL_FOLDER = "model"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """A run's model, ready to be asked."""
+
+    model: nn.Module  # in eval mode
+    preprocess: nn.Module  # (n, 3, H, W) uint8, H and W those of `image_size`, -> what the model takes
+    classes: tuple[str, ...]  # in the order of the outputs
+    image_size: tuple[int, int]  # (height, width) of decoded images
+    fit: Fit
+    max_image_pixels: int
+
+
+def export_model(
+    *,
+    storage: Storage,
+    run: str,
+    tensors: Mapping[str, Tensor],
+    config: RunConfig,
+    classes: Sequence[str],
+    data_image_size: tuple[int, int],
+    summary: Mapping[str, Any],
+) -> None:
+    """Write `<run>/model/`. `tensors` is a state_dict; `data_image_size` is (height, width) of decoded images.
+
+    From `summary`, `weights_sha256` goes into config.json, and the model card shows test_accuracy, test_loss, steps, epochs and
+    dataset_fingerprint where they are given.
+    """
+    folder = f"{run}/{MODEL_FOLDER}"
+    # A copy of each: safetensors takes neither strided views (channels_last) nor two names for the same memory (tied weights).
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    weights = safetensors.torch.save(plain, metadata={"format": "pt"})
+    description = {
+        "model": dataclasses.asdict(config.model),
+        "classes": list(classes),
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "data_image_size": list(data_image_size),
+        "fit": config.data.fit,
+        "max_image_pixels": config.data.max_image_pixels,
+        "weights_sha256": summary.get("weights_sha256"),
+        "file_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    storage.write_atomic(f"{folder}/{WEIGHTS_FILE}", weights)
+    card = model_card(run=run, config=config, classes=classes, data_image_size=data_image_size, summary=summary)
+    storage.write_atomic(f"{folder}/{CARD_FILE}", card.encode())
+    storage.write_atomic(f"{folder}/{CONFIG_FILE}", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool = True) -> Exported:
+    """The model that `export_model` wrote. ValueError where there is none, or where it is damaged."""
+    description = _description(folder)
+    height, width = description["data_image_size"]
+    config = ModelConfig(**description["model"])
+    # The run's weights replace all others: nothing is downloaded.
+    blank = dataclasses.replace(config, weights="none")
+    model = build_model(blank, classes=len(description["classes"]), seed=0, image_hw=(height, width))
+    model.load_state_dict(_weights(folder, description), strict=True)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    preprocess = Preprocess(
+        mean=description["mean"],
+        std=description["std"],
+        image_size=config.image_size,
+        interpolation=config.interpolation,
+        channels_last=channels_last,
+    )
+    return Exported(
+        model=model.to(device).to(memory_format=layout).eval(),
+        preprocess=preprocess.to(device),
+        classes=tuple(description["classes"]),
+        image_size=(height, width),
+        fit=description["fit"],
+        max_image_pixels=int(description["max_image_pixels"]),
+    )
+
+
+def model_card(*, run: str, config: RunConfig, classes: Sequence[str], data_image_size: tuple[int, int], summary: Mapping[str, Any]) -> str:
+    """Markdown for people: what the model is, how good, how to use it."""
+    height, width = data_image_size
+    seen = f"resized on the device to {config.model.image_size}x{config.model.image_size} ({config.model.interpolation})"
+    facts = [
+        ("Backbone", f"`{config.model.name}`, stem `{config.model.stem}`, weights `{config.model.weights}`"),
+        ("Images", f"{width}x{height} RGB" + (f", {seen}" if config.model.image_size else "")),
+        ("Normalisation", f"mean {list(config.data.mean)}, std {list(config.data.std)}, of pixel values in [0, 1]"),
+        ("Trained on", f"`{_last_part(config.data.path)}`" + _optional(summary, "dataset_fingerprint", " (fingerprint `{}`)")),
+        (
+            "Training",
+            f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.train.precision}" + _optional(summary, "steps", ", {} steps"),
+        ),
+        ("Averaged", f"exponential moving average of the weights, decay {config.train.ema:g}" if config.train.ema else "no"),
+    ]
+    accuracy = summary.get("test_accuracy")
+    if accuracy is not None:
+        loss = _optional(summary, "test_loss", ", loss {:.4f}")
+        facts.insert(0, ("Test accuracy", f"{percent(accuracy, 2)}{loss} (images of the held-out split, none of them trained on)"))
+    # Class names come from the data: as JSON inside a code block, with the one character escaped that could close it, they stay text.
+    names = json.dumps(list(classes), ensure_ascii=False).replace("`", "\\u0060")
+    lines = [
+        f"# {run}",
+        "",
+        f"An image classifier of {len(classes)} classes, fine-tuned from `{config.model.name}`.",
+        "",
+        *(f"- **{name}:** {value}" for name, value in facts),
+        "",
+        "## Use",
+        "",
+        "```sh",
+        f"python -m trainer.predict RUN_FOLDER IMAGE...      # RUN_FOLDER: the folder {run} that holds model/",
+        "```",
+        "",
+        f"`{WEIGHTS_FILE}` is a state_dict (safetensors, no pickle). `{CONFIG_FILE}` says how to build the model and prepare an image;",
+        "`trainer.models.vision.build_model` and `trainer.models.vision.Preprocess` take it from there.",
+        "",
+        "## Classes, in the order of the outputs",
+        "",
+        "```json",
+        names,
+        "```",
+        "",
+        "## Limits",
+        "",
+        "The model knows these classes only and names one of them for any image.",
+        "The accuracy holds for images like those it was tested on.",
+        "The weights it started from carry their own licence and their own biases.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _last_part(path: str) -> str:
+    """A name for the data that tells nobody where it lay."""
+    return path.partition("?")[0].rstrip("/").rpartition("/")[2].replace("`", "'")
+
+
+def _optional(summary: Mapping[str, Any], key: str, text: str) -> str:
+    value = summary.get(key)
+    return "" if value is None else text.format(value)
+
+
+def _description(folder: RunFolder) -> Mapping[str, Any]:
+    data = folder.read(f"{MODEL_FOLDER}/{CONFIG_FILE}")
+    if data is None:
+        raise ValueError(
+            f"{folder.location} has no {MODEL_FOLDER}/{CONFIG_FILE}: a run exports its model when it finishes; let it finish first"
+        )
+    try:
+        description = json.loads(data)
+        needed = ("classes", "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
+        missing = [key for key in needed if key not in description]
+        unknown = set(description.get("model", ())) - {field.name for field in dataclasses.fields(ModelConfig)}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} is damaged ({error}); finish the run again to export it anew"
+        ) from None
+    if missing or unknown:
+        what = f"lacks {', '.join(missing)}" if missing else f"has settings that this version does not know: {', '.join(sorted(unknown))}"
+        raise ValueError(f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} {what}; use the version of the program that wrote it")
+    return dict(description)
+
+
+def _weights(folder: RunFolder, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Verified before parsed."""
+    where = f"{folder.location}/{MODEL_FOLDER}/{WEIGHTS_FILE}"
+    data = folder.read(f"{MODEL_FOLDER}/{WEIGHTS_FILE}")
+    if data is None:
+        raise ValueError(f"{where} is missing; finish the run again to export it anew")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != description["file_sha256"]:
+        raise ValueError(
+            f"{where} is damaged: its SHA-256 is {digest[:16]}..., {CONFIG_FILE} says {str(description['file_sha256'])[:16]}...; "
+            "finish the run again to export it anew"
+        )
+    tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    return tensors

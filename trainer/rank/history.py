@@ -1,0 +1,151 @@
+"""What a run remembers of itself across restarts: evaluations, where its seconds went, and its curves.
+
+Kept by rank 0 (worker.py), saved inside every checkpoint, so that steps which are lost are forgotten here too.
+"""
+
+import io
+import json
+import statistics
+from collections import deque
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from trainer.learn.step import StepStats
+from trainer.rank.guard import Guard
+
+CURVE_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("epoch", pa.float64()),
+        ("attempt", pa.int64()),
+        ("time", pa.float64()),
+        ("train_loss", pa.float64()),
+        ("learning_rate", pa.float64()),
+        ("images_per_second", pa.float64()),
+        ("data_wait_seconds", pa.float64()),
+        ("step_seconds", pa.float64()),
+    ]
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class History:
+    """Totals over the steps that lead to the present state; steps lost in a failure are not in it."""
+
+    steps_done: int = 0
+    samples: int = 0  # trained on
+    skipped_samples: int = 0  # of batches left out for their bad numbers
+    step_seconds: float = 0.0  # data wait included
+    data_wait_seconds: float = 0.0
+    exchange_wait_seconds: float = 0.0  # of the steps: waiting for the other ranks' gradients
+    evaluation_seconds: float = 0.0
+    checkpoint_stall_seconds: float = 0.0
+    train_loss: float = float("nan")  # of the newest step whose loss has arrived
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    guard: dict[str, Any] = field(default_factory=dict)  # trainer.rank.guard.Guard's memory; filled in by `settled`
+
+    def stepped(self, stats: StepStats) -> None:
+        self.steps_done = stats.steps_done
+        if stats.skipped:
+            self.skipped_samples += stats.samples
+        else:
+            self.samples += stats.samples
+        self.step_seconds += stats.step_seconds
+        self.data_wait_seconds += stats.data_wait_seconds
+        if stats.losses:
+            self.train_loss = stats.losses[-1][1]
+
+    def copy(self) -> "History":
+        """As it is now, for a checkpoint; entries of `evaluations` are never changed once they are there."""
+        return replace(self, evaluations=list(self.evaluations))
+
+    def settled(self, guard: Guard) -> bytes:
+        """`to_json`, once `guard` (Guard.proof) has seen every loss up to now, those too that arrived after the steps went on."""
+        newest = guard.newest_loss
+        return replace(self, guard=guard.state(), train_loss=self.train_loss if newest is None else newest).to_json()
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "History":
+        return cls(**json.loads(data))
+
+
+@dataclass(kw_only=True, slots=True)
+class RankTotals:
+    """One rank's own seconds since its attempt began, for the comparison of ranks; a rank's images are its share of each batch."""
+
+    steps: int = 0
+    images: float = 0.0
+    step_seconds: float = 0.0  # the waits for data and for other ranks included
+    data_wait_seconds: float = 0.0
+    exchange_wait_seconds: float = 0.0
+    checkpoint_stall_seconds: float = 0.0  # between steps
+
+    def stepped(self, stats: StepStats, exchange_seconds: float, share: float) -> None:
+        if not stats.skipped:
+            self.steps += 1
+            self.images += stats.samples * share
+            self.step_seconds += stats.step_seconds
+            self.data_wait_seconds += stats.data_wait_seconds
+            self.exchange_wait_seconds += exchange_seconds
+
+    def of_all_ranks(self, rank: int, world_size: int, device: torch.device) -> list[dict[str, float]]:
+        """One entry a rank, in order. All ranks are to call it."""
+        table = torch.zeros((world_size, len(fields(self))), dtype=torch.float64, device=device)
+        table[rank] = torch.tensor([float(value) for value in asdict(self).values()], dtype=torch.float64)
+        if world_size > 1:
+            dist.all_reduce(table)
+        return [dict(zip(asdict(self), row, strict=True)) for row in table.tolist()]
+
+
+class Curves:
+    """Rows of curves.parquet: at most about 2,000 of them, whatever the run's length."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, **row: float) -> None:
+        self._rows.append(row)
+
+    def to_parquet(self) -> bytes:
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=CURVE_SCHEMA), sink)
+        return sink.getvalue()
+
+    @classmethod
+    def from_parquet(cls, data: bytes) -> "Curves":
+        curves = cls()
+        curves._rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        return curves
+
+
+class Speed:
+    """Images per second and data wait over the last steps (median step, so that one hiccup does not show as a dip). Skipped steps, which
+    compute nothing, do not count."""
+
+    def __init__(self, window: int = 20) -> None:
+        self._steps: deque[StepStats] = deque(maxlen=window)
+
+    def stepped(self, stats: StepStats) -> None:
+        if not stats.skipped:
+            self._steps.append(stats)
+
+    @property
+    def images_per_second(self) -> float:
+        seconds = statistics.median(s.step_seconds for s in self._steps) if self._steps else 0.0
+        return statistics.median(s.samples for s in self._steps) / seconds if seconds > 0 else 0.0
+
+    @property
+    def data_wait_ratio(self) -> float:
+        total = sum(s.step_seconds for s in self._steps)
+        return sum(s.data_wait_seconds for s in self._steps) / total if total > 0 else 0.0

@@ -1,0 +1,199 @@
+"""What one rank tells Prometheus of its steps: `Meter`, which worker.py shows every step, and `Split`, which the step itself tells.
+
+Names and meanings are cluster.metrics', what a GPU says of itself is device_metrics', the work of a step profile's. In a step this reads
+the clock, adds up and never waits for the device; what costs more than microseconds is done every SLOW_SECONDS.
+"""
+
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from cluster.metrics import Metrics
+from trainer.learn.step import Stepper, StepStats
+from trainer.rank.history import Speed
+from trainer.rank.profile import FlopCount
+
+SLOW_SECONDS = 2.0
+"""Between two looks at what Prometheus, every few seconds, need not have from every step: memory, reads, the gradient's norm."""
+
+
+_log = logging.getLogger(__name__)
+
+
+class Reads(Protocol):
+    """What a loader counts (dataio.loader.Loader)."""
+
+    @property
+    def decode_seconds(self) -> float: ...
+    @property
+    def memory_held_bytes(self) -> int: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def read_wait_seconds(self) -> float: ...
+
+
+class Split:
+    """How long steps were in forward and backward, and in the update after them; `mark` is for Stepper.mark.
+
+    On a GPU the times are the device's: events are put into its stream, and read when it has passed them, steps later. `marks` are four a
+    step at most: where forwards begin, the newest backward's end, the reduction's, the optimiser's."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.forward_backward_seconds = self.optimizer_seconds = 0.0
+        self._is_cuda, self._clock = device.type == "cuda", clock
+        self._begin = self._backward = self._reduced = 0.0
+        self._open: dict[str, Any] = {}  # part -> event, of the step that is being queued
+        self._parts: set[str] = set()  # that it has marked
+        self._queued: deque[dict[str, Any]] = deque()  # steps whose events the device may not have passed
+        self._free: list[dict[str, Any]] = []
+
+    def mark(self, part: str) -> None:
+        """`part` of a step ends here, in the order of the device's work."""
+        if self._is_cuda:
+            self._record(part)
+        elif part == "data":
+            self._begin, self._backward, self._reduced = self._clock(), 0.0, 0.0
+        elif part == "backward":
+            self._backward = self._clock()
+        elif part == "reduction":
+            self._reduced = self._clock()
+        elif part == "optimizer" and self._backward:
+            self.forward_backward_seconds += self._backward - self._begin
+            self.optimizer_seconds += self._clock() - max(self._reduced, self._backward)
+
+    def _record(self, part: str) -> None:
+        if part == "data":
+            self._collect()
+            self._open, self._parts = self._free.pop() if self._free else {}, set()
+        if part == "forward":
+            return
+        if part not in self._open:
+            self._open[part] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._open[part].record()  # an event that is recorded again, as the backward's is, stands for the newest time
+        self._parts.add(part)
+        if part == "optimizer" and "backward" in self._parts:
+            self._queued.append(self._open)
+
+    def _collect(self) -> None:
+        """Add up the steps that the device is through with."""
+        while self._queued and self._queued[0]["optimizer"].query():
+            events = self._queued.popleft()
+            self.forward_backward_seconds += events["data"].elapsed_time(events["backward"]) / 1e3
+            self.optimizer_seconds += events.get("reduction", events["backward"]).elapsed_time(events["optimizer"]) / 1e3
+            self._free.append(events)
+
+
+class Meter:
+    """Call `stepped` after each step."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        device: torch.device,
+        share: float,
+        steps_per_epoch: int,
+        planned_steps: int,
+        waits_in_backward: bool,
+        peak_flops_per_second: float | None,
+        reads: Reads,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`share` is the part of a batch that this rank carries. `waits_in_backward`: other ranks are waited for inside the backward pass
+        (DDP on a CPU), and not between it and the update. `peak_flops_per_second`: the most that the device can do, if that is known."""
+        self._metrics, self._device, self._reads, self._clock = metrics, device, reads, clock
+        self._share, self._steps_per_epoch, self._waits_in_backward = share, steps_per_epoch, waits_in_backward
+        self._split = Split(device)
+        self._stepper: Stepper | None = None
+        self._told = [0.0, 0.0]  # of the split, to Prometheus
+        self._reads_told = [0.0, 0.0, 0.0]
+        self._slow_at = -math.inf
+        self._counting: threading.Thread | None = None
+        self.peak_flops_per_second = peak_flops_per_second
+        self.flops_per_image: float | None = None
+        """Of forward and backward."""
+        metrics.set("planned_steps", planned_steps)
+
+    def watch(self, stepper: Stepper) -> None:
+        """The stepper of the steps to come, whose work is another where other parameters are trained."""
+        if self.flops_per_image is not None:
+            self.flops_per_image = None
+            self._metrics.unset("mfu_ratio")
+        self._stepper = stepper
+        stepper.mark = self._split.mark
+        stepper.take_norm = True
+
+    def count_flops(self, flops: FlopCount, image_hw: tuple[int, int], precision: str) -> None:
+        """Find `flops_per_image` beside the first steps. That takes some tenths of a second, which no restart should wait for."""
+
+        def count() -> None:
+            self.flops_per_image = flops.count(image_hw, precision=precision)
+            if self.flops_per_image is None:
+                _log.info("mfu_ratio is left out: the model cannot be counted")
+
+        self._counting = threading.Thread(target=count, name="flops", daemon=True)
+
+    def close(self) -> None:
+        if self._counting is not None and self._counting.is_alive():
+            self._counting.join(10.0)
+
+    def stepped(self, stats: StepStats, speed: Speed, exchange_seconds: float) -> None:
+        """`exchange_seconds`: what the host waited in the step for other ranks."""
+        metrics, split = self._metrics, self._split
+        metrics.add("steps_total")
+        metrics.add("samples_total", stats.samples * self._share)
+        metrics.add("data_wait_seconds_total", stats.data_wait_seconds)
+        metrics.add("reduce_seconds_total", exchange_seconds)
+        metrics.add("compute_seconds_total", max(0.0, stats.step_seconds - stats.data_wait_seconds - exchange_seconds))
+        forward_backward, optimizer = split.forward_backward_seconds, split.optimizer_seconds
+        inside = exchange_seconds if self._waits_in_backward else 0.0
+        metrics.add("forward_backward_seconds_total", max(0.0, forward_backward - self._told[0] - inside))
+        metrics.add("optimizer_seconds_total", optimizer - self._told[1])
+        self._told = [forward_backward, optimizer]
+        metrics.observe("step_seconds", stats.step_seconds)
+        metrics.set("step", stats.steps_done)
+        metrics.set("epoch", stats.steps_done / self._steps_per_epoch)
+        metrics.set("learning_rate", stats.learning_rate)
+        images_per_second = speed.images_per_second * self._share
+        metrics.set("images_per_second", images_per_second)
+        if self.peak_flops_per_second is not None and self.flops_per_image is not None:
+            metrics.set("mfu_ratio", images_per_second * self.flops_per_image / self.peak_flops_per_second)
+        if stats.losses:
+            metrics.set("loss", stats.losses[-1][1])
+        if stats.gradient_norms:
+            metrics.set("gradient_norm", stats.gradient_norms[-1])
+        now = self._clock()
+        if now - self._slow_at >= SLOW_SECONDS:
+            if self._counting is not None and self._counting.ident is None:
+                self._counting.start()  # after the first step, which has waits of its own
+            self._slow_at = now
+            self.look()
+
+    def look(self) -> None:
+        """What is looked at every few seconds."""
+        metrics, reads = self._metrics, self._reads
+        if self._stepper is not None:
+            self._stepper.take_norm = True
+        metrics.set("host_memory_bytes", resident_bytes())
+        metrics.set("loader_memory_bytes", reads.memory_held_bytes)
+        if self._device.type == "cuda":
+            metrics.set("device_memory_bytes", torch.cuda.max_memory_allocated(self._device))
+        totals = [float(reads.bytes_read), reads.read_wait_seconds, reads.decode_seconds]
+        names = ("read_bytes_total", "read_wait_seconds_total", "decode_seconds_total")
+        for name, total, told in zip(names, totals, self._reads_told, strict=True):
+            metrics.add(name, max(0.0, total - told))
+        self._reads_told = totals
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is on the host's chips, what it shares with the process that it was forked from included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

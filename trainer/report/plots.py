@@ -1,0 +1,99 @@
+"""Curves as drawings inside a page. Called by the report and by the comparison of runs; which curves there are is theirs.
+
+Colours are the page's: a drawing follows its light and dark scheme.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from trainer.report.page import Html, tag
+
+CURVE_POINTS = 600  # more are below a pixel, and each costs bytes
+LOG_FROM = 20.0  # a loss that reaches this many times its median is drawn on a logarithmic axis
+
+Values = npt.NDArray[np.float64]
+Line = tuple[str, Values, Values, str]
+"""Label, x, y, and Matplotlib's line style."""
+
+# Colours that no drawing uses by chance; each becomes a CSS variable, so that the page's scheme colours the curves, too.
+_INK, _SERIES = "#010203", ("#020304", "#030405", "#040506")
+
+
+def thinned(x: Values, y: Values, points: int = CURVE_POINTS) -> tuple[Values, Values]:
+    """At most `points` finite points: means of equal runs of neighbours, not a choice of them, which would hide or invent spikes."""
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
+    each = -(-len(x) // points) if len(x) else 1
+    if each <= 1:
+        return x, y
+    starts = np.arange(0, len(x), each)
+    sizes = np.diff(np.append(starts, len(x)))
+    return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
+
+
+def by_attempt(x: Values, y: Values, attempt: Values) -> tuple[Values, Values]:
+    """Thinned, with a gap between attempts: while nothing was computed there is nothing to draw."""
+    starts = np.flatnonzero(np.diff(attempt) != 0) + 1 if np.isfinite(attempt).all() else np.zeros(0, dtype=np.int64)
+    each = max(2, CURVE_POINTS // (len(starts) + 1))
+    parts = [thinned(xs, ys, each) for xs, ys in zip(np.split(x, starts), np.split(y, starts), strict=True)]
+    gap = (np.array([np.nan]), np.array([np.nan]))
+    joined = [part for known in parts if len(known[0]) for part in (known, gap)][:-1] or [gap]
+    return np.concatenate([xs for xs, _ in joined]), np.concatenate([ys for _, ys in joined])
+
+
+def spans_magnitudes(values: Values) -> bool:
+    known = values[np.isfinite(values)]
+    return bool(len(known) and known.min() > 0 and known.max() > LOG_FROM * np.median(known))
+
+
+def plot(lines: Sequence[Line], *, marks: Sequence[float], x: str, log: bool, ident: str) -> Html:
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": ident, "font.size": 9.0, "axes.edgecolor": _INK}):
+        figure = Figure(figsize=(5.2, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        for (label, xs, ys, style), colour in zip(lines, _SERIES, strict=False):
+            axes.plot(xs, ys, style, color=colour, label=label, linewidth=1.4, markersize=3.5)
+        for mark in marks:
+            axes.axvline(mark, color=_SERIES[2], linestyle="--", linewidth=0.8)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # not 10^1 in mathematics' letters
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(x, color=_INK)
+        axes.tick_params(colors=_INK, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(visible=True, color=_INK, alpha=0.12, linewidth=0.6)
+        if len(lines) > 1:
+            axes.legend(frameon=False, labelcolor=_INK)
+        return svg(figure, ident)
+
+
+def heat(share: Values) -> Html:
+    """A large confusion matrix as a picture: rows true classes, columns predictions, darker is more."""
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "heat", "font.size": 9.0}):
+        figure = Figure(figsize=(6, 6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(share, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xlabel("predicted class", color=_INK)
+        axes.set_ylabel("true class", color=_INK)
+        axes.tick_params(colors=_INK)
+        return tag("figure", svg(figure, "heat"))
+
+
+def svg(figure: Figure, ident: str) -> Html:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]  # without the XML header and the document type, whose address HTML has no use for
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Names must be unique in the page, not only in their own drawing.
+    text = re.sub(r'(\bid="|url\(#|href="#)', lambda match: f"{match[1]}{ident}-", text)
+    for index, colour in enumerate(_SERIES):
+        text = text.replace(colour, f"var(--s{index})")
+    return Html(text.replace(_INK, "var(--ink)"))

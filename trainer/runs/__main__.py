@@ -1,0 +1,207 @@
+"""`python -m trainer.runs`: the runs of a storage, and how they are doing; `watch RUN` follows one of them (trainer/runs/watch.py).
+
+What a run's folder tells is found by trainer/runs/status.py; this file is the command line and the table. The small commands' way to a
+run's
+folder, find_run, can be imported from here too.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from cluster.redact import redact
+from cluster.storage import open_storage
+from trainer.runs.folder import RunFolder, find_run
+from trainer.runs.status import Standing, moment, printable, run_folders, standings
+from trainer.settings.cli import fail
+from trainer.settings.tree import RunConfig
+from trainer.settings.units import duration, number, percent, size
+
+__all__ = ["Arguments", "RunFolder", "find_run", "main", "table"]
+
+PROG = "python -m trainer.runs"
+RETRY_SECONDS = 5.0  # for each file of a remote storage: who looks at a list can look again
+INTERRUPTED = 130  # 128 + SIGINT
+NAME_WIDTH = 16  # of a run's name, at least, before columns are left out
+GAP = "  "
+
+Sort = Literal["started", "name", "status", "step", "accuracy", "speed", "goodput", "restarts", "duration"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """List runs, the newest first. `watch RUN` instead follows one: see `watch --help`."""
+
+    pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME-PATTERN")] = ""
+    """Only runs whose names contain this, or match it as a shell pattern (`pets-*`)."""
+    storage: str = RunConfig().storage
+    """Folder or URI that holds the runs' folders."""
+    sort: Sort = "started"
+    """Numbers the largest first, times the newest first."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One JSON object a line for each run: numbers without units, null for what is not known."""
+    live: bool = True
+    """Ask runs that are at work for their figures over HTTP (/metrics), where they can be reached."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """0; 2 (SystemExit) for a wrong command line or a storage that cannot be read; watch's own status for watch."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background, else
+    try:
+        if argv[:1] == ["watch"]:
+            from trainer.runs.watch import main as watch
+
+            return watch(argv[1:])
+        return _list(tyro.cli(Arguments, prog=PROG, args=argv))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _list(arguments: Arguments) -> int:
+    try:
+        storage = open_storage(arguments.storage, RETRY_SECONDS)
+        everything = run_folders(storage)
+        found = list(standings(run_folders(storage, arguments.pattern), is_live=arguments.live))
+    except (ValueError, OSError) as error:
+        fail(redact(str(error)))
+    key, is_descending = _SORTS[arguments.sort]
+    found.sort(key=lambda standing: standing.run)
+    known = [standing for standing in found if key(standing) is not None]
+    known.sort(key=key, reverse=is_descending)
+    ordered = known + [standing for standing in found if key(standing) is None]
+    if arguments.json:
+        for standing in ordered:
+            print(json.dumps(dataclasses.asdict(standing), ensure_ascii=False))
+        return 0
+    if ordered:
+        console = Console(highlight=False)
+        # A file or a program gets every column, in full.
+        for line in table(ordered, width=console.width if console.is_terminal else None, now=time.time()):
+            console.print(line, soft_wrap=True)
+    elif arguments.pattern and any(folder.is_run() for folder in everything):
+        print(f"no run in {storage.address} has a name like {arguments.pattern!r}")
+    else:
+        print(f"no runs in {storage.address}; `python -m trainer.run` starts one, --storage says where others are")
+    return 0
+
+
+_SORTS: Mapping[Sort, tuple[Callable[[Standing], Any], bool]] = {
+    "started": (lambda standing: standing.started, True),
+    "name": (lambda standing: standing.run, False),
+    "status": (lambda standing: standing.status, False),
+    "step": (lambda standing: standing.step, True),
+    "accuracy": (lambda standing: standing.test_accuracy, True),
+    "speed": (lambda standing: standing.images_per_second, True),
+    "goodput": (lambda standing: standing.goodput, True),
+    "restarts": (lambda standing: standing.restarts, True),
+    "duration": (lambda standing: standing.seconds, True),
+}
+
+# --- the table ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Column:
+    heading: str
+    show: Callable[[Standing, float], str]
+    """The run, and the unix time of now."""
+    rank: int
+    """Where the width is too small, the column with the highest goes first; 0 stays."""
+    is_text: bool = False
+
+
+def _or_dash(value: object, show: Callable[[Any], str]) -> str:
+    return "-" if value is None else show(value)
+
+
+def _steps(standing: Standing, now: float) -> str:
+    if standing.step is None:
+        return "-"
+    return f"{standing.step:,}/{_or_dash(standing.total_steps, number).replace('-', '?')}"
+
+
+def _restarts(standing: Standing, now: float) -> str:
+    return _or_dash(standing.restarts, number) + "+" * (standing.restarts_are_more and standing.restarts is not None)
+
+
+def _saved(standing: Standing, now: float) -> str:
+    if standing.checkpoint_step is None:
+        return "-"
+    return f"{standing.checkpoint_step:,} ({size(standing.checkpoint_bytes)})"
+
+
+def age(seconds: float) -> str:
+    """`12 s`, `3 min`, `7 h`, `12 d`."""
+    for unit, length, until in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 48 * 3600)):
+        if seconds < until:
+            return f"{max(0, int(seconds / length))} {unit}"
+    return f"{int(seconds / 86400)} d"
+
+
+_COLUMNS = (
+    _Column(heading="run", show=lambda standing, now: printable(standing.run), rank=0, is_text=True),
+    _Column(heading="status", show=lambda standing, now: standing.status, rank=0, is_text=True),
+    _Column(heading="step", show=_steps, rank=0),
+    _Column(heading="accuracy", show=lambda standing, now: _or_dash(standing.test_accuracy, percent), rank=1),
+    _Column(heading="img/s", show=lambda standing, now: _or_dash(standing.images_per_second, lambda value: f"{value:,.0f}"), rank=2),
+    _Column(heading="goodput", show=lambda standing, now: _or_dash(standing.goodput, percent), rank=3),
+    _Column(heading="restarts", show=_restarts, rank=4),
+    _Column(heading="workers", show=lambda standing, now: _or_dash(standing.workers, number), rank=7),
+    _Column(heading="started", show=lambda standing, now: _or_dash(standing.started, moment), rank=9, is_text=True),
+    _Column(heading="age", show=lambda standing, now: _or_dash(standing.started, lambda started: age(now - started)), rank=5),
+    _Column(heading="took", show=lambda standing, now: _or_dash(standing.seconds, duration), rank=6),
+    _Column(heading="saved at step", show=_saved, rank=8),
+)
+_STYLES = {"running": "green", "finished": "blue", "failed": "red", "killed": "red", "silent": "yellow", "unknown": "yellow"}
+
+
+def table(runs: Sequence[Standing], *, width: int | None, now: float) -> list[Text]:
+    """Aligned lines: a heading, a line for each run, and below it what is wrong with it. Where `width` is too small for all columns, the
+    least telling are left out, and names and remarks are cut; None has room for everything."""
+    columns = list(_COLUMNS)
+    while True:
+        cells = [[column.heading for column in columns], *([column.show(run, now) for column in columns] for run in runs)]
+        widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+        if width is None:
+            break
+        room = width - sum(widths[1:]) - len(GAP) * (len(columns) - 1)
+        if room >= min(widths[0], NAME_WIDTH) or not any(column.rank for column in columns):
+            widths[0] = min(widths[0], max(room, 1))
+            break
+        columns.remove(max(columns, key=lambda column: column.rank))
+    lines = [_line(columns, widths, cells[0], "bold", "bold")]
+    for run, row in zip(runs, cells[1:], strict=True):
+        lines.append(_line(columns, widths, row, _STYLES.get(run.status, ""), ""))
+        lines += [Text(cut(f"{GAP}{printable(remark)}", width), style="dim") for remark in (*filter(None, [run.note]), *run.problems)]
+    return lines
+
+
+def _line(columns: Sequence[_Column], widths: Sequence[int], row: Sequence[str], status_style: str, style: str) -> Text:
+    line = Text(style=style)
+    for index, (column, column_width, cell) in enumerate(zip(columns, widths, row, strict=True)):
+        shown = cut(cell, column_width)
+        is_last = index == len(columns) - 1
+        padded = (shown if is_last else f"{shown:<{column_width}}") if column.is_text else f"{shown:>{column_width}}"
+        line.append(padded + GAP * (not is_last), style=status_style if column.heading == "status" else "")
+    return line
+
+
+def cut(text: str, width: int | None) -> str:
+    return text if width is None or len(text) <= width else text[: max(0, width - 1)] + "…"[: max(0, width)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

