@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dataio.loader import Batch, Loader
+from dataio.batch import Batch
+from dataio.loader import Loader
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample
 from trainer.drive.capability import decide, here
@@ -72,8 +73,8 @@ class Bare:
         set_learning_rate(self._optimizer, self._config.optim, step, self._total)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.train.precision == "bf16"):
-            logits = self._forward(self._preprocess(batch.images))  # (n, classes)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self._config.optim.label_smoothing)
+            logits = self._forward(self._preprocess(batch.samples))  # (n, classes)
+        loss = F.cross_entropy(logits.float(), batch.targets["label"], label_smoothing=self._config.optim.label_smoothing)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return loss.detach()

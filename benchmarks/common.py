@@ -391,8 +391,8 @@ def _pixels(data: str, split: str, count: int) -> tuple[Any, list[int]]:
     config = parse(["--data.path", data, "--train.virtual-ranks", "1", "--data.cache", "host"]).config
     has = dataset.split(split).count
     batches = list(loader_of(config, dataset, torch.device("cpu")).evaluate(split, range(min(count, has)), 256))
-    images = np.concatenate([batch.images.numpy() for batch in batches])
-    labels = np.concatenate([batch.labels.numpy() for batch in batches])
+    images = np.concatenate([batch.samples.numpy() for batch in batches])
+    labels = np.concatenate([batch.targets["label"].numpy() for batch in batches])
     height, width = images.shape[2:]
     if max(height, width) > 32:
         raise ValueError(f"--source {data} has images of {height}x{width}; CIFAR-10's archive holds 32x32, give smaller ones")

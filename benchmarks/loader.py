@@ -64,7 +64,7 @@ def measure(data: str, *, images: int, batch_size: int, rounds: int) -> dict[str
     steps = -(-images // batch_size)
     ours = {f"{backend}, cache={cache}": loader_of(data, order, backend, cache) for cache in ("host", "none") for backend in BACKENDS}
     resident = ours["numpy, cache=host"]
-    decoded = np.concatenate([b.images.permute(0, 2, 3, 1).numpy() for b in resident.evaluate("train", range(count), 500)])
+    decoded = np.concatenate([b.samples.permute(0, 2, 3, 1).numpy() for b in resident.evaluate("train", range(count), 500)])
     height, width = resident.image_size
     tutorial = Tutorial(decoded, dataset.split("train").labels())
 
@@ -131,7 +131,7 @@ def normalised(loader: Loader, steps: int) -> Generator[torch.Tensor, None, None
     preprocess = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3)
     with contextlib.closing(loader.train(0, steps)) as batches:
         for (batch,) in batches:
-            yield preprocess(batch.images)
+            yield preprocess(batch.samples)
 
 
 def backend_round(name: str, images: np.ndarray, order: Order, steps: int) -> int:

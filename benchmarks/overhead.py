@@ -57,7 +57,7 @@ from cluster.rank import Place, RankContext
 from cluster.storage import open_storage
 from cluster.store import Store
 from cluster.zygote import MEMORY_KEPT
-from dataio.loader import Batch
+from dataio.batch import Batch
 from dataio.parquet import open_dataset
 from trainer.learn.step import StepStats
 from trainer.rank import worker

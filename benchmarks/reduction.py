@@ -31,7 +31,7 @@ from torch import Tensor
 
 from cluster.reduce import TreeReducer
 from cluster.versions import versions
-from dataio.loader import Batch
+from dataio.batch import Batch
 from trainer.learn.optim import build_optimizer
 from trainer.learn.step import Stepper
 from trainer.models.vision import Preprocess, build_model
@@ -89,8 +89,8 @@ def batches(case: Case, rank: int, batch: int) -> list[Batch]:
     n = batch // case.halves
     return [
         Batch(
-            images=images[half * n : (half + 1) * n],
-            labels=labels[half * n : (half + 1) * n],
+            samples=images[half * n : (half + 1) * n],
+            targets={"label": labels[half * n : (half + 1) * n]},
             ids=np.arange(n),
             epoch=0,
             step=0,

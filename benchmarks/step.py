@@ -25,7 +25,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.common import add_arguments, described, finish, interleave, parser_of, spread
-from dataio.loader import Batch
+from dataio.batch import Batch
 from trainer.learn.optim import build_optimizer
 from trainer.learn.step import Stepper
 from trainer.models.vision import Preprocess, build_model
@@ -122,7 +122,7 @@ def ours(case: Case, device: torch.device, batch: int) -> Job:
         full_batch=batch,
     )
     images, labels = random_batch(device, batch)
-    given = [Batch(images=images, labels=labels, ids=np.arange(batch), epoch=0, step=0, virtual_rank=0)]
+    given = [Batch(samples=images, targets={"label": labels}, ids=np.arange(batch), epoch=0, step=0, virtual_rank=0)]
     return Job(
         step=lambda: stepper.step(given, global_count=batch, step=0),
         compile_seconds=stepper.compile_ahead((3, SIZE, SIZE)),

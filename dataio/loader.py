@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dataio.batch import Batch, Ids
 from dataio.codecs.image import augment
 from dataio.codecs.image.backends import Backend, Store, choose_backend, exact_device, gather, make_backend, upload
 from dataio.codecs.image.decode import Decoded, Decoder, decode_split
@@ -36,7 +36,6 @@ from dataio.parquet import Dataset, Split
 from dataio.quarantine import BadSample
 from dataio.stream import Reading, Shelf
 
-Ids = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.int64]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -56,19 +55,6 @@ BAD = -1
 """Label of a sample that could not be decoded: no weight in the loss, not counted in evaluation."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Batch:
-    """What one virtual rank sees in one step; n may be 0 in the last step of an epoch."""
-
-    images: torch.Tensor  # (n, 3, H, W) uint8 channels_last, on the device
-    labels: torch.Tensor  # (n,) int64 on the device; -1 where the sample is bad and its image zeros
-    ids: Ids  # (n,)
-    epoch: int
-    step: int
-    """Global step; in evaluation the batch's number."""
-    virtual_rank: int
 
 
 class Loader:
@@ -216,7 +202,9 @@ class Loader:
         def batches() -> Iterator[list[tuple[Batch, ...]]]:
             for number, chosen, images, rows, labels in fetches:
                 pixels = gather(images, rows, self.device).permute(0, 3, 1, 2)
-                batch = Batch(images=pixels, labels=upload(labels, self.device), ids=chosen, epoch=0, step=number, virtual_rank=0)
+                batch = Batch(
+                    samples=pixels, targets={"label": upload(labels, self.device)}, ids=chosen, epoch=0, step=number, virtual_rank=0
+                )
                 yield [(batch,)]
 
         with closing(self._ahead(batches(), wait, "evaluate", fetches)) as ahead:
@@ -236,7 +224,14 @@ class Loader:
                 cut = slice(start, start + len(part))
                 start += len(part)
                 batches.append(
-                    Batch(images=pixels[cut], labels=device_labels[cut], ids=part, epoch=epoch, step=step, virtual_rank=virtual_rank)
+                    Batch(
+                        samples=pixels[cut],
+                        targets={"label": device_labels[cut]},
+                        ids=part,
+                        epoch=epoch,
+                        step=step,
+                        virtual_rank=virtual_rank,
+                    )
                 )
             block.append(tuple(batches))
         return block
@@ -305,8 +300,9 @@ class Loader:
                 stream.wait_event(event)
                 for batches in block:
                     for batch in batches:
-                        batch.images.record_stream(stream)
-                        batch.labels.record_stream(stream)
+                        batch.samples.record_stream(stream)
+                        for target in batch.targets.values():
+                            target.record_stream(stream)
                 yield from block
 
 

@@ -490,7 +490,7 @@ class Ours(Contender):
         for (batch,) in loader.train(state or 0, order.steps_per_epoch):
             if task.decoder != "dali" and not self._peers.decoded:
                 raise RuntimeError("dataio.loader no longer makes its decoder by the name Decoder; put the peers' where it does")
-            yield Got(images=batch.images, labels=batch.labels, ids=batch.ids)
+            yield Got(images=batch.samples, labels=batch.targets["label"], ids=batch.ids)
 
     def state(self, done: int) -> Any:
         return done

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataio.batch import Batch
 from dataio.codecs.image import augment
 from dataio.config import DataConfig
-from dataio.loader import STEPS_AHEAD, Batch, Loader, available_memory_bytes, choose_cache, run_ahead
+from dataio.loader import STEPS_AHEAD, Loader, available_memory_bytes, choose_cache, run_ahead
 from dataio.manifest import Manifest, SplitInfo, image_size_of
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, ShardWriter, Split, open_dataset
@@ -116,7 +117,7 @@ def make(
 
 def content(batch: Batch) -> tuple[object, ...]:
     ids = tuple(batch.ids.tolist())
-    return batch.step, batch.epoch, batch.virtual_rank, ids, tuple(batch.labels.tolist()), batch.images.numpy().tobytes()
+    return batch.step, batch.epoch, batch.virtual_rank, ids, tuple(batch.targets["label"].tolist()), batch.samples.numpy().tobytes()
 
 
 def contents(steps: Iterator[tuple[Batch, ...]]) -> list[tuple[object, ...]]:
@@ -143,12 +144,12 @@ def test_batches_are_the_samples_of_the_order_augmented_by_their_draw(good: Data
             drawn = augment.draw(seed=3, epoch=number // 6, ids=ids, pad=2, flip=True)
             assert (batch.step, batch.epoch) == (number, number // 6)
             assert np.array_equal(batch.ids, ids)
-            assert batch.labels.dtype == torch.int64
-            assert batch.labels.tolist() == [label("train", i) for i in ids.tolist()]
-            assert batch.images.shape == (len(ids), 3, HEIGHT, WIDTH)
-            assert batch.images.dtype == torch.uint8
-            assert batch.images.is_contiguous(memory_format=torch.channels_last)
-            assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), augment.reference(images[ids], drawn, 2))
+            assert batch.targets["label"].dtype == torch.int64
+            assert batch.targets["label"].tolist() == [label("train", i) for i in ids.tolist()]
+            assert batch.samples.shape == (len(ids), 3, HEIGHT, WIDTH)
+            assert batch.samples.dtype == torch.uint8
+            assert batch.samples.is_contiguous(memory_format=torch.channels_last)
+            assert np.array_equal(batch.samples.permute(0, 2, 3, 1).numpy(), augment.reference(images[ids], drawn, 2))
     assert next(expected_steps, None) is None
 
 
@@ -178,7 +179,7 @@ def test_an_epoch_shows_each_sample_once_and_its_last_step_may_be_empty_for_some
     sizes = []
     for step in make(good, cache=cache, batch_size=88, window=32).train(0, 2):  # lanes of 23, 23, 22, 22 in steps of 22
         sizes.append([len(batch.ids) for batch in step])
-        assert all(batch.images.shape == (len(batch.ids), 3, HEIGHT, WIDTH) for batch in step)
+        assert all(batch.samples.shape == (len(batch.ids), 3, HEIGHT, WIDTH) for batch in step)
         seen.update(sample for batch in step for sample in batch.ids.tolist())
     assert sizes == [[22, 22, 22, 22], [1, 1, 0, 0]]
     assert seen == Counter(range(90))
@@ -239,14 +240,14 @@ def test_a_bad_sample_keeps_its_place_as_zeros_without_a_label_and_is_reported_o
             for place, sample in enumerate(batch.ids.tolist()):
                 seen[sample] += 1
                 if sample in BAD:
-                    assert batch.labels[place] == -1
-                    assert not batch.images[place].any()
+                    assert batch.targets["label"][place] == -1
+                    assert not batch.samples[place].any()
                 else:
-                    assert batch.labels[place] == label("train", sample)
-                    assert batch.images[place].any()
+                    assert batch.targets["label"][place] == label("train", sample)
+                    assert batch.samples[place].any()
     assert seen == Counter(dict.fromkeys(range(90), 2))
     evaluated = list(loader.evaluate("train", range(90), 50))
-    assert torch.cat([batch.labels for batch in evaluated]).eq(-1).nonzero().flatten().tolist() == sorted(BAD)
+    assert torch.cat([batch.targets["label"] for batch in evaluated]).eq(-1).nonzero().flatten().tolist() == sorted(BAD)
     assert sorted((bad.split, bad.sample_id, bad.key, bad.kind) for bad in reported) == [
         ("train", 17, "train/17", "unknown format"),
         ("train", 40, "train/40", "empty"),
@@ -273,11 +274,11 @@ def test_evaluation_shows_the_given_samples_in_order_as_they_are(good: Dataset, 
         batches = list(loader.evaluate(split, ids, 8))
         assert [len(batch.ids) for batch in batches] == [min(8, len(ids) - start) for start in range(0, len(ids), 8)]
         wanted = np.asarray(ids, np.int64)
-        shown = np.concatenate([np.empty((0, HEIGHT, WIDTH, 3), np.uint8), *(b.images.permute(0, 2, 3, 1).numpy() for b in batches)])
+        shown = np.concatenate([np.empty((0, HEIGHT, WIDTH, 3), np.uint8), *(b.samples.permute(0, 2, 3, 1).numpy() for b in batches)])
         assert np.array_equal(np.concatenate([np.empty(0, np.int64), *(batch.ids for batch in batches)]), wanted)
         assert np.array_equal(shown, pixels(split)[wanted])
-        assert [value for batch in batches for value in batch.labels.tolist()] == [label(split, i) for i in wanted.tolist()]
-        assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in batches)
+        assert [value for batch in batches for value in batch.targets["label"].tolist()] == [label(split, i) for i in wanted.tolist()]
+        assert all(batch.samples.is_contiguous(memory_format=torch.channels_last) for batch in batches)
 
 
 @pytest.mark.parametrize("cache", ["host", "none"])
@@ -338,7 +339,11 @@ def test_steps_made_in_blocks_are_those_made_one_by_one(good: Dataset, monkeypat
         loader = make(good, backend=backend, cache="host")
         with closing(loader.train(1, 2 * loader._order.steps_per_epoch + 2)) as steps:
             made.append(
-                [(b.step, b.epoch, b.virtual_rank, b.ids.tolist(), b.labels.tolist(), b.images.clone()) for each in steps for b in each]
+                [
+                    (b.step, b.epoch, b.virtual_rank, b.ids.tolist(), b.targets["label"].tolist(), b.samples.clone())
+                    for each in steps
+                    for b in each
+                ]
             )
     for others in made[1:]:
         assert [each[:-1] for each in others] == [each[:-1] for each in made[0]]
@@ -450,5 +455,5 @@ def test_the_shipped_sample_gives_the_same_bits_from_memory_and_from_disk() -> N
     for host, none in zip(*streams, strict=True):
         assert [content(batch) for batch in host] == [content(batch) for batch in none]
         seen += [sample for batch in host for sample in batch.ids.tolist()]
-        assert all(np.array_equal(batch.labels.numpy(), labels[batch.ids]) for batch in host)
+        assert all(np.array_equal(batch.targets["label"].numpy(), labels[batch.ids]) for batch in host)
     assert sorted(seen) == list(range(count))

@@ -21,9 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataio.batch import Batch
 from dataio.config import DataConfig
 from dataio.convert import is_converted, open_prepared, prepare
-from dataio.loader import Batch, Loader
+from dataio.loader import Loader
 from dataio.manifest import Manifest, SplitInfo
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import CorruptShard, Dataset, RowGroup, ShardWriter, Split, open_dataset
@@ -271,7 +272,13 @@ def make(
 
 
 def content(batch: Batch) -> tuple[object, ...]:
-    return batch.step, batch.virtual_rank, tuple(batch.ids.tolist()), tuple(batch.labels.tolist()), batch.images.numpy().tobytes()
+    return (
+        batch.step,
+        batch.virtual_rank,
+        tuple(batch.ids.tolist()),
+        tuple(batch.targets["label"].tolist()),
+        batch.samples.numpy().tobytes(),
+    )
 
 
 def contents(steps: Iterator[tuple[Batch, ...]]) -> list[tuple[object, ...]]:

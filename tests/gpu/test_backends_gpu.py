@@ -102,9 +102,9 @@ def test_a_loader_on_the_gpu_gives_the_bits_it_gives_on_a_cpu(cache: str, backen
     steps = order.steps_per_epoch + 3
     for on_gpu, on_cpu in zip(gpu.train(0, steps), cpu.train(0, steps), strict=True):
         for one, other in zip(on_gpu, on_cpu, strict=True):
-            assert one.images.device.type == one.labels.device.type == "cuda"
-            assert one.images.is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(one.images.cpu(), other.images)
-            assert torch.equal(one.labels.cpu(), other.labels)
+            assert one.samples.device.type == one.targets["label"].device.type == "cuda"
+            assert one.samples.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(one.samples.cpu(), other.samples)
+            assert torch.equal(one.targets["label"].cpu(), other.targets["label"])
     for one, other in zip(gpu.evaluate("test", range(100), 32), cpu.evaluate("test", range(100), 32), strict=True):
-        assert torch.equal(one.images.cpu(), other.images)
+        assert torch.equal(one.samples.cpu(), other.samples)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.reduce import TreeReducer
-from dataio.loader import Batch
+from dataio.batch import Batch
 from trainer.learn.optim import build_optimizer
 from trainer.learn.step import Stepper
 from trainer.models.vision import Preprocess
@@ -46,7 +46,7 @@ def batches(step: int, virtual_ranks: int, count: int) -> Sequence[Batch]:
         images = torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
         labels = torch.randint(0, 10, (count,), generator=generator)
         ids = np.arange(count, dtype=np.int64)
-        made.append(Batch(images=images.cuda(), labels=labels.cuda(), ids=ids, epoch=0, step=step, virtual_rank=virtual_rank))
+        made.append(Batch(samples=images.cuda(), targets={"label": labels.cuda()}, ids=ids, epoch=0, step=step, virtual_rank=virtual_rank))
     return made
 
 

@@ -25,7 +25,7 @@ from cluster.failures import BadNumbers, Failure, classify, exit_failure
 from cluster.ledger import LedgerWriter, read_ledger
 from cluster.reduce import TreeReducer, block
 from cluster.store import Receipt
-from dataio.loader import Batch
+from dataio.batch import Batch
 from tests.trainer.test_loop import CPU, PREPROCESS, Net, batches_of, make, order_of, same_bits, sgd
 from trainer.learn.optim import OptimConfig, set_learning_rate
 from trainer.learn.state import TrainState, weights_sha256
@@ -284,7 +284,7 @@ def test_ordinary_training_over_warm_up_peak_and_small_last_batches_raises_no_al
 def test_a_batch_of_wrong_labels_is_found() -> None:
     def poisoned(batches: Iterator[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
         for step, (batch,) in enumerate(batches):
-            yield (replace(batch, labels=(batch.labels + 5) % 10) if step == 120 else batch,)
+            yield (replace(batch, targets={"label": (batch.targets["label"] + 5) % 10}) if step == 120 else batch,)
 
     _, stats = trained(124, poison=poisoned, optim=OptimConfig(lr=0.1, schedule="constant"))
     assert [step for step, _ in judged(stats)] == [120]
@@ -419,7 +419,9 @@ class Story:
                 if self.kills.get(number) == step:
                     raise Killed
                 ledger.record(0, step, 0, batch.ids, skipped=step in self.skip)
-                yield (replace(batch, labels=torch.full_like(batch.labels, NAN_LABEL)) if step in self.bad else batch,)
+                yield (
+                    replace(batch, targets={"label": torch.full_like(batch.targets["label"], NAN_LABEL)}) if step in self.bad else batch,
+                )
 
         try:
             for stats in train_steps(

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cluster.reduce import TreeReducer, block, tree_sum
+from dataio.batch import Batch
 from dataio.config import DataConfig
-from dataio.loader import Batch, Loader
+from dataio.loader import Loader
 from dataio.order import Order
 from dataio.parquet import open_dataset
 from trainer.learn.optim import Ema, build_optimizer, set_learning_rate, set_trainable
@@ -210,7 +211,7 @@ def test_one_virtual_rank_is_the_plain_pytorch_loop_bit_for_bit() -> None:
     for step, (batch,) in enumerate(batches_of(shape, 0, 9)):
         torch.manual_seed(step_seed(SEED, step, 0))
         optimizer.zero_grad()
-        loss = F.cross_entropy(plain(PREPROCESS(batch.images)), batch.labels)
+        loss = F.cross_entropy(plain(PREPROCESS(batch.samples)), batch.targets["label"])
         loss.backward()
         optimizer.step()
         plain_ema.update()
@@ -235,7 +236,7 @@ def by_hand(model: nn.Module, batches: Sequence[Batch], step: int) -> tuple[list
         loss = torch.zeros(())
         if share:
             torch.manual_seed(step_seed(SEED, step, batch.virtual_rank))
-            loss = F.cross_entropy(own(PREPROCESS(batch.images)), batch.labels, reduction="sum") / total
+            loss = F.cross_entropy(own(PREPROCESS(batch.samples)), batch.targets["label"], reduction="sum") / total
         gradients = torch.autograd.grad(loss, list(own.parameters())) if share else [torch.zeros_like(p) for p in own.parameters()]
         statistics = [buffer * share for buffer in own.buffers() if buffer.is_floating_point()]
         parts.append([*gradients, *statistics, loss.detach()])
@@ -273,7 +274,7 @@ def test_the_last_uneven_batch_weighs_every_sample_the_same(shape: tuple[int, in
     model = Net(norm=False, dropout=0.0)
     reference = copy.deepcopy(model)
     loss = make(model, sgd(model), virtual_ranks=shape[0]).step(batches, global_count=order.batch_count(last), step=last)
-    images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+    images, labels = torch.cat([batch.samples for batch in batches]), torch.cat([batch.targets["label"] for batch in batches])
     wanted = F.cross_entropy(reference(PREPROCESS(images)), labels)
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -286,10 +287,10 @@ def test_the_last_uneven_batch_weighs_every_sample_the_same(shape: tuple[int, in
 def test_a_quarantined_sample_has_no_weight(virtual_ranks: int, label_smoothing: float) -> None:
     (batches,) = batches_of((virtual_ranks, 40), 0, 1)
     bad = torch.arange(len(batches[0].ids)) % 3 == 0
-    images, labels = batches[0].images.clone(), batches[0].labels.clone()
+    images, labels = batches[0].samples.clone(), batches[0].targets["label"].clone()
     images[bad], labels[bad] = 0, -1
-    spoilt = [replace(batches[0], images=images, labels=labels), *batches[1:]]
-    without = [replace(batches[0], images=images[~bad], labels=labels[~bad], ids=batches[0].ids[~bad.numpy()]), *batches[1:]]
+    spoilt = [replace(batches[0], samples=images, targets={"label": labels}), *batches[1:]]
+    without = [replace(batches[0], samples=images[~bad], targets={"label": labels[~bad]}, ids=batches[0].ids[~bad.numpy()]), *batches[1:]]
     gradients = []
     for given_batches in (spoilt, without):
         model = Net(norm=False, dropout=0.0)
@@ -307,7 +308,8 @@ def test_a_single_image_left_over_is_no_error_where_maps_have_one_pixel(virtual_
         model(torch.zeros(1, 3, 28, 28))
     (batches,) = batches_of((virtual_ranks, 30), 0, 1)
     single = [
-        replace(b, images=b.images[:n], labels=b.labels[:n], ids=b.ids[:n]) for b, n in zip(batches, [1, 1, 0][:virtual_ranks], strict=True)
+        replace(b, samples=b.samples[:n], targets={"label": b.targets["label"][:n]}, ids=b.ids[:n])
+        for b, n in zip(batches, [1, 1, 0][:virtual_ranks], strict=True)
     ]
     norm = model[1]
     assert isinstance(norm, nn.BatchNorm2d)
@@ -664,8 +666,8 @@ def tree_by_hand(case: TreeCase) -> str:
                     norm.eval()
             torch.manual_seed(step_seed(SEED, step, batch.virtual_rank))
             with torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bf16"):
-                logits = own(PREPROCESS(batch.images))
-            loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum") / count_of(batches)
+                logits = own(PREPROCESS(batch.samples))
+            loss = F.cross_entropy(logits.float(), batch.targets["label"], reduction="sum") / count_of(batches)
             own_trained = [p for p in own.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(loss, own_trained, allow_unused=True)
             shares = [b * (len(batch.ids) / count_of(batches)) for m in own_norms for b in statistics(m)]
@@ -799,7 +801,7 @@ def ddp_reference(rank_blocks: Sequence[range], freeze: str = "none") -> tuple[n
             if not own:
                 continue
             torch.manual_seed(step_seed(SEED, step, blocks.start))
-            images, labels = torch.cat([b.images for b in own]), torch.cat([b.labels for b in own])
+            images, labels = torch.cat([b.samples for b in own]), torch.cat([b.targets["label"] for b in own])
             replica = copy.deepcopy(model)
             loss = F.cross_entropy(replica(PREPROCESS(images)), labels, reduction="sum") / total
             for into, gradient in zip(sums, torch.autograd.grad(loss, [p for p in replica.parameters() if p.requires_grad]), strict=True):
@@ -887,7 +889,7 @@ def by_hand_in_parts(model: nn.Module, batch: Batch, total: int, step: int, part
     own = copy.deepcopy(model)
     torch.manual_seed(step_seed(SEED, step, batch.virtual_rank))
     losses = []
-    for images, labels in zip(batch.images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True):
+    for images, labels in zip(batch.samples.tensor_split(parts), batch.targets["label"].tensor_split(parts), strict=True):
         loss = F.cross_entropy(own(PREPROCESS(images)), labels, reduction="sum") / total
         loss.backward()
         losses.append(loss.detach())

@@ -21,7 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from dataio.loader import Batch
+from dataio.batch import Batch
 from trainer.learn.cpu_optim import InBlocks
 
 COMPILER: str | Callable[..., Any] = "inductor"
@@ -326,8 +326,8 @@ class Stepper:
         full = [batch for batch in batches if len(batch.ids)]
         seed = step_seed(self._seed, step, batches[0].virtual_rank)
         if full:
-            images = full[0].images if len(full) == 1 else torch.cat([batch.images for batch in full])
-            labels = full[0].labels if len(full) == 1 else torch.cat([batch.labels for batch in full])
+            images = full[0].samples if len(full) == 1 else torch.cat([batch.samples for batch in full])
+            labels = full[0].targets["label"] if len(full) == 1 else torch.cat([batch.targets["label"] for batch in full])
             # DDP averages over ranks; the sum is wanted.
             ranks = self._world_size if self._ddp else 1
             torch.manual_seed(seed)
@@ -335,7 +335,7 @@ class Stepper:
         else:
             # A rank without samples in the last step still has to answer DDP's all-reduce: one blank image that counts for nothing.
             ranks = 1
-            blank = torch.zeros((1, *batches[0].images.shape[1:]), dtype=torch.uint8, device=self._device)
+            blank = torch.zeros((1, *batches[0].samples.shape[1:]), dtype=torch.uint8, device=self._device)
             with evaluating(self._model), self._autocast:
                 loss = self._forward(self._preprocess(blank)).float().sum() * 0.0
             loss.backward()
@@ -395,7 +395,7 @@ class Stepper:
             n = len(batch.ids)
             if n:
                 torch.manual_seed(step_seed(self._seed, step, batch.virtual_rank))
-                self._put_in(reducer, self._cut(batch.images, batch.labels), global_count, share=n / global_count)
+                self._put_in(reducer, self._cut(batch.samples, batch.targets["label"]), global_count, share=n / global_count)
             reducer.end()
             # Each virtual rank starts from the same statistics, and counters: BatchNorm may weigh by them.
             _copy(self._statistics_before, self._statistics)

@@ -31,8 +31,9 @@ from cluster.storage import Storage, StorageOutage, open_storage
 from cluster.store import Store
 from cluster.verify import WeightsCheck
 from cluster.versions import versions
+from dataio.batch import Batch
 from dataio.codecs.image.decode import DECODER_VERSIONS
-from dataio.loader import Batch, Loader, available_memory_bytes
+from dataio.loader import Loader, available_memory_bytes
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
@@ -530,10 +531,10 @@ def evaluate_share(
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in loader.evaluate(split, share, batch_size=EVALUATION_BATCH):
-            labels = batch.labels
+            labels = batch.targets["label"]
             if to_class is not None:
                 labels = torch.where(labels < 0, labels, to_class[labels.clamp(min=0)])  # a bad sample's -1 stays
-            logits = model(preprocess(batch.images))
+            logits = model(preprocess(batch.samples))
             evaluation.update(logits, labels)
             if answers is not None:
                 answers.update(batch.ids, logits, labels)

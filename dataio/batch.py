@@ -1,0 +1,25 @@
+"""What a step is given. Made by the loader, taken apart by the task (trainer.tasks): here nobody knows what the numbers stand for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Ids = npt.NDArray[np.int64]
+Targets = Mapping[str, torch.Tensor]
+"""By the target's name, each (n, ...) on the device; what is not known of a sample has its kind's `missing` value (dataio.schema)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Batch:
+    """What one virtual rank sees in one step; n may be 0 in the last step of an epoch."""
+
+    samples: torch.Tensor  # (n, *row) on the device: images (n, 3, H, W) uint8 channels_last; a bad sample is zeros
+    targets: Targets
+    ids: Ids  # (n,)
+    epoch: int
+    step: int
+    """Global step; in evaluation the batch's number."""
+    virtual_rank: int
