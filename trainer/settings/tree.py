@@ -33,6 +33,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """What the model is trained to say of a sample."""
+
+    name: str = "auto"
+    """`classification` (one label), `multilabel` (several labels or none), `multitask` (several targets, each of its kind), or a task of your
+    own as `module:Class` (docs/extending.md). `auto` follows the data: one target of one label, one of several labels, several targets."""
+    loss: Literal["bce", "asymmetric"] = "bce"
+    """Of several labels: binary cross-entropy, or the asymmetric loss (Ridnik et al. 2021), which minds rare labels more."""
+    threshold: float = 0.5
+    """Probability from which on a label of several is given."""
+    head_weights: Literal["fixed", "learned"] = "fixed"
+    """How a multitask's losses are added up: by `weights`, or by weights learned from their uncertainty (Kendall et al. 2018)."""
+    weights: str = ""
+    """Of the losses of a multitask, as `NAME=WEIGHT,NAME=WEIGHT`; a head that is not named weighs 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """Optimiser, schedule and loss."""
 
