@@ -37,8 +37,8 @@ class TaskConfig:
     """What the model is trained to say of a sample."""
 
     name: str = "auto"
-    """`classification` (one label), `multilabel` (several labels or none), `multitask` (several targets, each of its kind), or a task of your
-    own as `module:Class` (docs/extending.md). `auto` follows the data: one target of one label, one of several labels, several targets."""
+    """`classification` (one label), `multilabel` (several labels or none), `multitask` (several targets, each of its kind), or a task of
+    your own as `module:Class` (docs/extending.md). `auto` follows the data: one target of one label, one of several labels, several targets."""
     loss: Literal["bce", "asymmetric"] = "bce"
     """Of several labels: binary cross-entropy, or the asymmetric loss (Ridnik et al. 2021), which minds rare labels more."""
     threshold: float = 0.5
