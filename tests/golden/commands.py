@@ -1,6 +1,7 @@
 """The commands whose results are pinned, and what starts them. Called by test_golden.py and record.py."""
 
 import io
+import itertools
 import json
 import pickle
 import re
@@ -10,7 +11,7 @@ import sys
 import tarfile
 import time
 import tomllib
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from PIL import Image
 from tests.e2e.running import PROJECT, Run
 
 SAMPLES = "dataio/samples/fashion_mnist"  # relative to the project, where all commands run: no machine's path gets into a run's files
+ARCHIVE = "{archive}"  # stands for a CIFAR-10 archive of the samples
 STOPPED_RUNS = Path(__file__).parent / "run_of_86cc2bf"
 BF16_CPU_FLAGS = {"amx_bf16", "avx512_bf16"}
 
@@ -32,12 +34,12 @@ _CUT_IN_TWO = ["--train.virtual-ranks", "2", "--train.checkpoint-every", "2", "-
 QUICKSTART = ["--config", "quickstart", "--model.image-size", "48", "--train.max-steps", "10", *_CUT_IN_TWO, *_EVERYWHERE]
 # 200 images in batches of 20: the second epoch begins at step 10.
 ARTICLE = ["--config", "article", "--model.weights", "none", "--data.batch-size", "20", "--train.max-steps", "14"]
-ARTICLE += ["--data.path", "{archive}", *_CUT_IN_TWO, *_EVERYWHERE]
+ARTICLE += ["--data.path", ARCHIVE, *_CUT_IN_TWO, *_EVERYWHERE]
 ARTICLE_BF16 = [*ARTICLE, "--train.precision", "bf16", "--train.channels-last", "on"]
 # As little as possible is at its default. 5 steps an epoch: the head alone for the first, then everything.
 UNUSUAL = [
     *("--model.name", "timm/test_resnet", "--model.weights", "none", "--model.image-size", "64", "--model.interpolation", "bicubic"),
-    *("--model.freeze", "lp-ft", "--data.path", "{archive}", "--data.batch-size", "40", "--data.pad", "3", "--data.no-flip"),
+    *("--model.freeze", "lp-ft", "--data.path", ARCHIVE, "--data.batch-size", "40", "--data.pad", "3", "--data.no-flip"),
     *("--data.shuffle-window", "64", "--data.mean", "0.4", "0.5", "0.6", "--data.std", "0.2", "0.25", "0.3"),
     *("--optim.name", "adamw", "--optim.lr", "0.003", "--optim.momentum", "0.8", "--optim.weight-decay", "0.01", "--optim.decay-all"),
     *("--optim.schedule", "cosine", "--optim.warmup-steps", "2", "--optim.final-lr-fraction", "0.1", "--optim.head-lr-factor", "3"),
@@ -64,6 +66,16 @@ class Golden:
     needs_bf16: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Killed:
+    """A run whose rank 1 is killed after a commit, while there are steps left."""
+
+    args: tuple[str, ...]
+    at_commit: int
+    same_as: str
+    """The run of `RUNS` that ends in the same bits."""
+
+
 RUNS = {
     "quickstart, 1 worker": Golden(args=("--workers", "1", *QUICKSTART), bits_of="quickstart"),
     "quickstart, 2 workers": Golden(args=("--workers", "2", *QUICKSTART), bits_of="quickstart"),
@@ -71,6 +83,11 @@ RUNS = {
     "article in bf16, 2 workers": Golden(args=("--workers", "2", *ARTICLE_BF16), bits_of="article in bf16", needs_bf16=True),
     "unusual, 2 workers": Golden(args=("--workers", "2", *UNUSUAL), bits_of="unusual"),
 }
+KILLED = {
+    "quickstart, killed": Killed(args=("--workers", "2", *QUICKSTART), at_commit=2, same_as="quickstart, 1 worker"),
+    "article, killed": Killed(args=("--workers", "2", *ARTICLE), at_commit=4, same_as="article, 1 worker"),
+}
+RESUMED = "resumed"
 SETTINGS = {
     "default": [],
     "quickstart": ["--config", "quickstart"],
@@ -85,14 +102,15 @@ NAMED = {
     "article": ["--config", "article", *_ON_SAMPLES],
     "best": ["--config", "best", *_ON_SAMPLES],
     "quickstart and article": ["--config", "quickstart", "--config", "article", *_ON_SAMPLES],
-    "article in bf16": ARTICLE_BF16,
-    "unusual": UNUSUAL,
 }
 
 
 def has_bf16() -> bool:
     """Whether this CPU computes in bf16, and does not emulate it."""
     return not BF16_CPU_FLAGS.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+
+
+ORDER = (*(name for name, golden in RUNS.items() if has_bf16() or not golden.needs_bf16), *KILLED, RESUMED)
 
 
 class Started(Run):
@@ -116,44 +134,47 @@ class Started(Run):
 
 
 class Goldens:
-    """Starts commands in `folder`, each once, and remembers where their results are."""
+    """Starts commands in `folder`, each once, and remembers where their results are.
+
+    A run is asked for by its name, and the next of `ORDER` is begun beside it: a start waits more than it computes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._started: dict[str, Started] = {}
-        self._archive: Path | None = None
+        self._archive = folder / "cifar-10-python.tar.gz"
+        write_cifar_archive(self._archive, train=200, test=100)
+        self._pool = ThreadPoolExecutor(2)
+        self._results: dict[str, Future[Path]] = {}
+        self._started: list[Started] = []
+        self._numbers = itertools.count()
 
     def finished(self, name: str) -> Path:
-        """The folder of a run of `RUNS` that was not disturbed."""
-        return self._once(name, lambda: self.start(name, RUNS[name].args))
+        """The folder of a run of `ORDER`."""
+        following = ORDER[ORDER.index(name) + 1 :][:1]
+        for wanted in (name, *following):
+            if wanted not in self._results:
+                self._results[wanted] = self._pool.submit(self._finish, wanted)
+        return self._results[name].result()
 
-    def killed(self, name: str, *args: str, at_commit: int) -> Path:
-        """The same for a command of 2 workers whose rank 1 is killed after a commit, while there are steps left."""
-
-        def start() -> Started:
-            run = self.start(name, ("--workers", "2", *args))
-            run.wait_for("checkpoint_committed", step=at_commit)
+    def _finish(self, name: str) -> Path:
+        if name in RUNS:
+            run = self.start(name, RUNS[name].args)
+        elif name in KILLED:
+            run = self.start(name, KILLED[name].args)
+            run.wait_for("checkpoint_committed", timeout=300, step=KILLED[name].at_commit)
             run.kill_worker(rank=1)
-            return run
-
-        return self._once(name, start)
-
-    def resumed(self) -> Path:
-        """The run that 86cc2bf stopped, to its end."""
-
-        def start() -> Started:
-            shutil.copytree(STOPPED_RUNS, self._folder / "resumed")
-            return self.start("resumed", tuple(STOPPED))
-
-        return self._once("resumed", start)
-
-    def uninterrupted(self) -> Path:
-        """The same command, from its first step to its end."""
-        return self._once("uninterrupted", lambda: self.start("uninterrupted", tuple(STOPPED)))
+        else:
+            assert name == RESUMED
+            shutil.copytree(STOPPED_RUNS, self._folder / RESUMED)
+            run = self.start(name, tuple(STOPPED))
+        assert run.finish(timeout=400) == 0, run.output()
+        return run.folder
 
     def start(self, name: str, args: tuple[str, ...]) -> Started:
         """A command in a storage of its own, which is called after `name`."""
-        return Started(*self._placed(args), storage=self._folder / name.replace(",", "").replace(" ", "-"))
+        run = Started(*self._placed(args), storage=self._folder / name.replace(",", "").replace(" ", "-"))
+        self._started.append(run)
+        return run
 
     def name_of(self, args: list[str]) -> str:
         """The name that a command gives its run, without the run: `--resume must` refuses to begin one, and says which."""
@@ -164,23 +185,15 @@ class Goldens:
         return found[1]
 
     def close(self) -> None:
-        for run in self._started.values():
+        """End what still runs."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for run in self._started:
             run.kill()
 
-    def _once(self, name: str, start: Callable[[], Started]) -> Path:
-        if name not in self._started:
-            self._started[name] = start()
-        run = self._started[name]
-        assert run.finish() == 0, run.output()
-        return run.folder
-
     def _placed(self, args: tuple[str, ...]) -> list[str]:
-        if "{archive}" not in args:
-            return list(args)
-        if self._archive is None:
-            self._archive = self._folder / "cifar-10-python.tar.gz"
-            write_cifar_archive(self._archive, train=200, test=100)
-        return [*(str(self._archive) if arg == "{archive}" else arg for arg in args), "--data.root", str(self._folder / "data")]
+        placed = [str(self._archive) if arg == ARCHIVE else arg for arg in args]
+        # Two runs at the same time would convert the archive into the same folder.
+        return [*placed, "--data.root", str(self._folder / f"data-{next(self._numbers)}")] if ARCHIVE in args else placed
 
 
 def print_config(args: list[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tests.golden.commands import NAMED, RUNS, SETTINGS, STOPPED, Goldens, Started, has_bf16, print_config
+from tests.golden.commands import NAMED, RESUMED, RUNS, SETTINGS, STOPPED, Goldens, Started, has_bf16, print_config
 from tests.golden.probe import probe
 from tests.golden.results import bits, differences, facts
 
@@ -42,18 +42,21 @@ def record(goldens: Goldens, here: str) -> tuple[dict[str, Any], dict[str, Any]]
         "runs": {},
     }
     for name, golden in RUNS.items():
+        if golden.needs_bf16 and not has_bf16():
+            continue
         print(name, flush=True)
         folder = goldens.finished(name)
-        if not (golden.needs_bf16 and not has_bf16()):
-            everywhere["runs"][name] = facts(folder)
-            found = rounded.setdefault(golden.bits_of, bits(folder))
-            if changed := differences(bits(folder), found):
-                raise SystemExit("\n".join([f"{name} ends in other bits than another number of workers:", *changed]))
+        everywhere["runs"][name] = facts(folder)
+        found = rounded.setdefault(golden.bits_of, bits(folder))
+        if changed := differences(bits(folder), found):
+            raise SystemExit("\n".join([f"{name} ends in other bits than another number of workers:", *changed]))
     print("the run that 86cc2bf stopped", flush=True)
-    rounded["resumed"] = bits(goldens.resumed())
+    rounded[RESUMED] = bits(goldens.finished(RESUMED))
     if here == STOPPED_WITH:
-        whole = bits(goldens.uninterrupted())
-        if changed := differences(rounded["resumed"], whole):
+        whole = goldens.start("whole", tuple(STOPPED))
+        if whole.finish(timeout=400):
+            raise SystemExit(whole.output())
+        if changed := differences(rounded[RESUMED], bits(whole.folder)):
             raise SystemExit("\n".join(["the run that 86cc2bf stopped ends in other bits than one that is not:", *changed]))
     return everywhere, rounded
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.golden.commands import ARTICLE, NAMED, QUICKSTART, RUNS, SETTINGS, STOPPED_RUNS, Goldens, has_bf16, print_config
+from tests.golden.commands import KILLED, NAMED, RESUMED, RUNS, SETTINGS, STOPPED_RUNS, Goldens, has_bf16, print_config
 from tests.golden.probe import probe
 from tests.golden.record import load
 from tests.golden.results import (
@@ -28,7 +28,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 EXPECTED = load()
 EVERYWHERE = EXPECTED["everywhere"]
-KILLED = {"quickstart": (QUICKSTART, 2), "article": (ARTICLE, 4)}  # and the commit after which it is
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +88,9 @@ def test_two_workers_end_in_the_bits_of_one(goldens: Goldens) -> None:
     assert bits(one)["weights_sha256"] == bits(two)["weights_sha256"]
 
 
-@pytest.mark.parametrize("recipe", KILLED)
-def test_two_workers_one_of_them_killed_end_in_the_bits_of_one(recipe: str, goldens: Goldens) -> None:
-    args, at_commit = KILLED[recipe]
-    one, killed = goldens.finished(f"{recipe}, 1 worker"), goldens.killed(f"{recipe}, killed", *args, at_commit=at_commit)
+@pytest.mark.parametrize("name", KILLED)
+def test_two_workers_one_of_them_killed_end_in_the_bits_of_one(name: str, goldens: Goldens) -> None:
+    one, killed = goldens.finished(KILLED[name].same_as), goldens.finished(name)
     failed = [event for event in events(killed) if event["event"] == "attempt_failed"]
     assert [event["kind"] for event in failed] == ["infrastructure"]
     assert order(one) == order(killed)
@@ -101,8 +99,7 @@ def test_two_workers_one_of_them_killed_end_in_the_bits_of_one(recipe: str, gold
 
 
 def test_a_killed_run_answers_as_an_undisturbed_one_and_leaves_the_same_keys(goldens: Goldens) -> None:
-    whole = goldens.finished("quickstart, 2 workers")
-    killed = goldens.killed("quickstart, killed", *QUICKSTART, at_commit=KILLED["quickstart"][1])
+    whole, killed = goldens.finished("quickstart, 2 workers"), goldens.finished("quickstart, killed")
     assert killed.name == whole.name
     assert predictions_sha256(killed) == predictions_sha256(whole)
     found, undisturbed = facts(killed), facts(whole)
@@ -115,7 +112,7 @@ def test_a_killed_run_answers_as_an_undisturbed_one_and_leaves_the_same_keys(gol
 
 def test_a_run_that_86cc2bf_stopped_goes_on_from_its_step_and_sees_each_sample_once(goldens: Goldens) -> None:
     (stopped,) = STOPPED_RUNS.iterdir()
-    resumed = goldens.resumed()
+    resumed = goldens.finished(RESUMED)
     assert resumed.name == stopped.name  # the same command means the same run
     saved = int(newest_checkpoint(stopped).name[5:13])
     assert saved % 40 > 0, "the saved step is to be in the middle of an epoch"
@@ -133,11 +130,11 @@ def test_a_run_that_86cc2bf_stopped_goes_on_from_its_step_and_sees_each_sample_o
 
 def test_a_checkpoint_has_the_files_keys_and_tensors_that_86cc2bf_saved(goldens: Goldens) -> None:
     (stopped,) = STOPPED_RUNS.iterdir()
-    now, then = checkpoint(newest_checkpoint(goldens.resumed())), checkpoint(newest_checkpoint(stopped))
+    now, then = checkpoint(newest_checkpoint(goldens.finished(RESUMED))), checkpoint(newest_checkpoint(stopped))
     assert shape(now.pop("history.json").pop("evaluations")) != []  # there was none yet
     assert then.pop("history.json")
     assert_same(now, then)
 
 
 def test_a_run_that_86cc2bf_stopped_ends_in_the_bits_of_one_that_was_not(goldens: Goldens, rounded: dict[str, Any]) -> None:
-    assert_same(bits(goldens.resumed()), rounded["resumed"])
+    assert_same(bits(goldens.finished(RESUMED)), rounded[RESUMED])
