@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 EXPECTED = load()
 EVERYWHERE = EXPECTED["everywhere"]
+SHOWN = 20  # of the differences
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,9 @@ def rounded() -> dict[str, Any]:
 
 
 def assert_same(found: Any, pinned: Any) -> None:
-    assert not (lines := differences(found, pinned)), "\n".join(lines)
+    lines = differences(found, pinned)
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    assert not lines, "\n".join([*lines[:SHOWN], *more])
 
 
 def skip_without_bf16(name: str) -> None:
