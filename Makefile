@@ -25,10 +25,10 @@ check: .venv/.dev
 	$(BIN)/python -m deploy.kubernetes --check
 
 unit: .venv/.dev
-	$(BIN)/python -m pytest --ignore=tests/e2e
+	$(BIN)/python -m pytest --ignore=tests/e2e --ignore=tests/golden
 
 e2e: .venv/.dev
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest tests/e2e tests/golden
 
 dashboards: .venv/.quickstart debian
 	$(BIN)/python -m deploy.up
