@@ -34,7 +34,7 @@ def facts(folder: Path) -> dict[str, Any]:
     return {
         "run": folder.name,
         "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
-        "events": {event["event"]: sorted(event) for event in events(folder)},
+        "events": {event["event"]: dict.fromkeys(sorted(event), "there") for event in events(folder)},
         "settings": {key: value for key, value in settings.items() if key not in PLACES},
         "summary": shape(summary),
         "counted": {key: summary[key] for key in COUNTED},
@@ -144,12 +144,11 @@ def sha256(value: Any) -> str:
 
 
 def differences(found: Any, pinned: Any, where: str = "") -> list[str]:
-    """Where two values differ, one line each: `summary.goodput: 'number' is pinned, this run has nothing`."""
+    """Where `found` lacks or changes what is pinned, one line each: `summary.goodput: 'number' is pinned, this run has nothing`. Keys
+    that a later release adds are no difference: nobody who reads the others minds them."""
     if isinstance(found, dict) and isinstance(pinned, dict):
         return [
-            line
-            for key in [*pinned, *(key for key in found if key not in pinned)]
-            for line in differences(found.get(key, _Nothing), pinned.get(key, _Nothing), f"{where}.{key}" if where else str(key))
+            line for key in pinned for line in differences(found.get(key, _Nothing), pinned[key], f"{where}.{key}" if where else str(key))
         ]
     if isinstance(found, list) and isinstance(pinned, list) and len(found) == len(pinned):
         return [line for i, pair in enumerate(zip(found, pinned, strict=True)) for line in differences(*pair, f"{where}[{i}]")]
