@@ -440,9 +440,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    found, checked = result["simulated"], result["validation"]
     plt.rcParams.update(
         {"svg.hashsalt": "scaling", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "legend.fontsize": 7.5}
     )
@@ -452,6 +451,21 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         "Lines are arithmetic, no run is behind them. Points are measurements: published ones, or made here where it says so.",
         fontsize=11,
     )
+    _draw_scaling(result, speed, share)
+    _draw_network(result["validation"], times, errors)
+    for axes in (speed, times):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def _draw_scaling(result: Mapping[str, Any], speed: Any, share: Any) -> None:
+    """Images/s and efficiency by the number of GPUs, into two axes."""
+    from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
+
+    found, checked = result["simulated"], result["validation"]
     styles = {
         "all-reduce, DDP's 25 MiB buckets": ("C0", "-"),
         "all-reduce, not overlapped": ("C0", ":"),
@@ -499,6 +513,11 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     speed.legend(loc="upper left")
     share.legend(loc="lower left", bbox_to_anchor=(0.12, 0.0))
 
+
+def _draw_network(checked: Mapping[str, Any], times: Any, errors: Any) -> None:
+    """One all-reduce against published times, and the model's errors, into two axes."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
     network = fitted()
     grid = [2 ** (step / 8) for step in range(81)]  # MiB, 1 to 1,024
     colors = {1: "C0", 2: "C1", 4: "C2", 8: "C3"}
@@ -537,16 +556,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         title="Error of the model (faint: outside of the claimed sizes)",
     )
     errors.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:+.0%}"))
-    for axes in (speed, times):
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
     for axes in (times, errors):
         ticks = [4**power for power in range(6)]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
