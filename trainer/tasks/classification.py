@@ -1,5 +1,4 @@
-"""Image classification: one label of several for each image. Made by `trainer.tasks.make`; trainer.tasks.multitask takes its parts for a
-head of one label.
+"""Image classification: one label of several for each image. Made by `trainer.tasks.make`; trainer.tasks.multitask takes its head.
 
 How a run evaluates (which samples, which rank) is the caller's; what the numbers look like is the report's.
 """
@@ -16,11 +15,12 @@ from dataio.batch import Targets
 from dataio.loader import BAD
 from dataio.schema import Target
 from trainer.settings.tree import TaskConfig
-from trainer.tasks.image import ImageTask
+from trainer.tasks.heads import HeadTask
+from trainer.tasks.image import only_target
 from trainer.tasks.info import CLASSIFICATION
 from trainer.tasks.losses import cross_entropy_sum
 from trainer.tasks.sums import SummedEvaluation, nothing_to_evaluate
-from trainer.tasks.task import Evaluation, Result, Rows
+from trainer.tasks.task import Result, Rows
 
 LABEL_COLUMNS: Mapping[str, pa.DataType] = {
     "label": pa.int32(),
@@ -30,30 +30,69 @@ LABEL_COLUMNS: Mapping[str, pa.DataType] = {
 }
 
 
-class Classification(ImageTask):
-    """Cross-entropy over the classes; outputs are logits (n, classes)."""
+class Classification(HeadTask):
+    """One label; outputs are logits (n, classes)."""
 
     info = CLASSIFICATION
-    columns = LABEL_COLUMNS
 
     def __init__(self, config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0) -> None:
         """ValueError where `targets` is not one target of one label of at least two classes."""
-        super().__init__(config, targets, label_smoothing=label_smoothing)
-        self._target = only_target(targets, kind="label", task="classification")
-        if len(self._target.classes) < 2:
-            raise ValueError(f"{len(self._target.classes)} classes cannot be told apart; a data set needs at least 2")
+        target = only_target(targets, kind="label", task="classification")
+        super().__init__(config, LabelHead(target, label_smoothing=label_smoothing), label_smoothing=label_smoothing)
 
-    def loss_sum(self, outputs: Tensor, targets: Targets) -> Tensor:
-        return cross_entropy_sum(outputs, targets[self._target.name], label_smoothing=self.label_smoothing)
 
-    def evaluation(self, device: torch.device) -> Evaluation:
-        return LabelEvaluation(self._target, device)
+class LabelHead:
+    """Cross-entropy over the classes."""
 
-    def rows(self, outputs: Tensor, targets: Targets) -> Rows:
-        return label_rows(outputs, targets[self._target.name])
+    measures = CLASSIFICATION.measures
+    columns = LABEL_COLUMNS
+    likelihood_factor = 1.0
+
+    def __init__(self, target: Target, *, label_smoothing: float) -> None:
+        """ValueError where there is nothing to tell apart."""
+        if len(target.classes) < 2:
+            raise ValueError(f"target {target.name}: {len(target.classes)} classes cannot be told apart; a data set needs at least 2")
+        self.target, self._label_smoothing = target, label_smoothing
+
+    def prepare(self, values: Tensor) -> Tensor:
+        return values
+
+    def knows(self, values: Tensor) -> Tensor:
+        return values != BAD
+
+    def loss_sum(self, outputs: Tensor, values: Tensor) -> Tensor:
+        return cross_entropy_sum(outputs, values, label_smoothing=self._label_smoothing)
+
+    def losses(self, outputs: Tensor, values: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.double(), values, reduction="none", ignore_index=BAD)
+
+    def evaluation(self, device: torch.device) -> "LabelEvaluation":
+        return LabelEvaluation(self.target, device)
+
+    def score(self, measures: Mapping[str, float]) -> float:
+        return measures["accuracy"]
+
+    @torch.no_grad()
+    def rows(self, outputs: Tensor, values: Tensor) -> Rows:
+        """Mistakes are worse than right answers; the surest mistakes are the worst, the surest right answers the best."""
+        logits = outputs.double()
+        predictions = logits.argmax(1)  # as the evaluation takes it, so that ties are the same
+        confidence = logits.softmax(1).gather(1, predictions[:, None])[:, 0].float()
+        sure = confidence.nan_to_num(0.0)
+        return Rows(
+            columns={"label": values, "prediction": predictions, "confidence": confidence, "loss": self.losses(outputs, values).float()},
+            known=self.knows(values),
+            badness=torch.where(values != predictions, 2.0 + sure, 1.0 - sure).double(),
+        )
 
     def answers(self, outputs: Tensor, *, top: int) -> Sequence[Mapping[str, Any]]:
-        return [{"predictions": best} for best in likeliest(outputs, self._target.classes, top=top)]
+        """The `top` likeliest classes, in order."""
+        classes = self.target.classes
+        values, indices = outputs.float().softmax(dim=1).cpu().topk(min(top, len(classes)), dim=1)
+        return [
+            {"predictions": [{"class": classes[index], "probability": value} for index, value in zip(few, theirs, strict=True)]}
+            for few, theirs in zip(indices.tolist(), values.tolist(), strict=True)
+        ]
 
     def sentence(self, answer: Mapping[str, Any]) -> str:
         return "  ".join(f"{best['class']} {100 * best['probability']:.1f} %" for best in answer["predictions"])
@@ -106,40 +145,3 @@ def class_score(hits: int, *, support: int, predicted: int) -> dict[str, Any]:
         "f1": 2 * hits / (support + predicted) if support + predicted else 0.0,
         "support": support,
     }
-
-
-@torch.no_grad()
-def label_rows(logits: Tensor, labels: Tensor) -> Rows:
-    """What is recorded of (n, classes) and (n,). Mistakes are worse than right answers; the surest mistakes are the worst, the surest right
-    answers the best."""
-    logits = logits.double()
-    predictions = logits.argmax(1)  # as the evaluation takes it, so that ties are the same
-    confidence = logits.softmax(1).gather(1, predictions[:, None])[:, 0].float()
-    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=BAD).float()
-    sure = confidence.nan_to_num(0.0)
-    return Rows(
-        columns={"label": labels, "prediction": predictions, "confidence": confidence, "loss": losses},
-        known=labels != BAD,
-        badness=torch.where(labels != predictions, 2.0 + sure, 1.0 - sure).double(),
-    )
-
-
-def likeliest(logits: Tensor, classes: Sequence[str], *, top: int) -> list[list[dict[str, Any]]]:
-    """For each of (n, classes) the `top` classes of the highest probability, in order."""
-    probabilities = logits.float().softmax(dim=1).cpu()
-    values, indices = probabilities.topk(min(top, len(classes)), dim=1)
-    return [
-        [{"class": classes[index], "probability": value} for index, value in zip(row, row_values, strict=True)]
-        for row, row_values in zip(indices.tolist(), values.tolist(), strict=True)
-    ]
-
-
-def only_target(targets: Sequence[Target], *, kind: str, task: str) -> Target:
-    """The one target of that kind. ValueError where there is another or none."""
-    if len(targets) == 1 and targets[0].kind == kind:
-        return targets[0]
-    there = ", ".join(f"{target.name} ({target.kind})" for target in targets) or "none"
-    raise ValueError(
-        f"task.name={task} learns one target of the kind {kind}; the data's targets are: {there}. "
-        "Use --task.name auto, which follows the data, or convert the data with the one target that is to be learned"
-    )

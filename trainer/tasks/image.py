@@ -40,3 +40,14 @@ class ImageTask:
 def outputs_of(target: Target) -> int:
     """Numbers that a model says of it."""
     return 1 if target.kind == "number" else len(target.classes)
+
+
+def only_target(targets: Sequence[Target], *, kind: str, task: str) -> Target:
+    """The one target of that kind. ValueError where there is another or none."""
+    if len(targets) == 1 and targets[0].kind == kind:
+        return targets[0]
+    there = ", ".join(f"{target.name} ({target.kind})" for target in targets) or "none"
+    raise ValueError(
+        f"task.name={task} learns one target of the kind {kind}; the data's targets are: {there}. "
+        "Use --task.name auto, which follows the data, or convert the data with the one target that is to be learned"
+    )

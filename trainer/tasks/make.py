@@ -9,10 +9,12 @@ from typing import Any
 from dataio.schema import Target
 from trainer.settings.tree import TaskConfig
 from trainer.tasks.classification import Classification
+from trainer.tasks.multilabel import Multilabel
+from trainer.tasks.multitask import Multitask
 from trainer.tasks.task import Task
 
 AUTO = "auto"
-BUILT_IN: dict[str, Callable[..., Task]] = {"classification": Classification}
+BUILT_IN: dict[str, Callable[..., Task]] = {"classification": Classification, "multilabel": Multilabel, "multitask": Multitask}
 _MEMBERS = sorted({*Task.__annotations__, *(name for name in vars(Task) if not name.startswith("_"))})
 
 
@@ -21,7 +23,11 @@ def make_task(config: TaskConfig, targets: Sequence[Target], *, label_smoothing:
     if not targets:
         raise ValueError("the data have no target, so there is nothing to learn; convert them with a label")
     name = name_for(targets) if config.name == AUTO else config.name
-    task = (BUILT_IN[name] if name in BUILT_IN else _imported(name))(config, targets, label_smoothing=label_smoothing)
+    found = BUILT_IN[name] if name in BUILT_IN else _imported(name)
+    try:
+        task = found(config, tuple(targets), label_smoothing=label_smoothing)
+    except TypeError as error:
+        raise ValueError(f"task.name={name} is not made as a task is, NAME(config, targets, label_smoothing=0.0): {error}") from error
     missing = [member for member in _MEMBERS if not hasattr(task, member)]
     if missing:
         raise ValueError(
