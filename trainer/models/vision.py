@@ -91,8 +91,8 @@ def head_of(model: nn.Module) -> tuple[str, Head]:
 
 def replace_head(model: nn.Module, classes: int, generator: torch.Generator) -> str:
     """Give the model a new random classifier of `classes` outputs, in place; its qualified name."""
-    if classes < 2:
-        raise ValueError(f"{classes} classes cannot be told apart; a data set needs at least 2")
+    if classes < 1:
+        raise ValueError(f"{classes} outputs: a model says at least one number of an image")
     name, old = head_of(model)
     options: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
     # skip_init: the constructors would draw from the global state.

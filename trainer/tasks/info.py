@@ -5,6 +5,7 @@ A task (trainer.tasks.task) makes its TaskInfo in the rank; the driver learns it
 image classification: `info_of`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -72,6 +73,24 @@ CLASSIFICATION = TaskInfo(
     panels=("confusion", "examples", "classes"),
 )
 """One label of several an image."""
+
+
+MULTILABEL = TaskInfo(
+    name="multilabel",
+    measures=(
+        Measure(name="map", title="mAP"),
+        Measure(name="micro_f1", title="Micro F1"),
+        Measure(name="macro_f1", title="Macro F1"),
+        Measure(name="exact_match", title="Exact match"),
+    ),
+    panels=("labels", "examples"),
+)
+"""Any number of labels an image."""
+
+
+def measure_name(target: str, measure: str) -> str:
+    """What a task of several targets calls a measure of one of them: a name that keys and Prometheus take."""
+    return f"{re.sub(r'[^a-z0-9]+', '_', target.lower()).strip('_') or 'target'}_{measure}"
 
 
 def info_of(*said: Mapping[str, Any] | None) -> TaskInfo:

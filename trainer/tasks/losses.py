@@ -1,11 +1,67 @@
-"""Losses of the tasks, each summed over its samples: who divides by what is the step's. Pure functions of tensors."""
+"""Losses of the tasks, each summed over its samples: who divides by what is the step's. Pure functions of tensors.
 
+What is not known of a sample adds exactly 0 to the sum, and to the gradient of what the model says of it.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dataio.loader import BAD
 
+LabelsLoss = Literal["bce", "asymmetric"]
+UNKNOWN = 255
+"""Of a label that a sample may or may not have (dataio.schema, kind `labels`)."""
+GAMMA_NEGATIVE, CLIP = 4, 0.05
+
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy summed over the samples, () float32; labels of -1 count for nothing. (n, C), (n,) int64; n may be 0."""
     return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=BAD, label_smoothing=label_smoothing)
+
+
+def labels_losses(logits: Tensor, labels: Tensor, *, loss: LabelsLoss = "bce", label_smoothing: float = 0.0) -> Tensor:
+    """Of each sample the mean over those labels that are known of it, (n,) of the logits' type; 0 where none is. (n, K), (n, K) uint8 of
+    0, 1 and 255 (unknown).
+
+    The mean, not the sum: a learning rate fits data of five labels and of five thousand.
+    """
+    known = labels != UNKNOWN
+    each = _LOSSES[loss](logits, torch.where(known, labels, 0).to(logits.dtype), label_smoothing)
+    return torch.where(known, each, 0.0).sum(1) / known.sum(1).clamp(min=1)
+
+
+def labels_loss_sum(logits: Tensor, labels: Tensor, *, loss: LabelsLoss = "bce", label_smoothing: float = 0.0) -> Tensor:
+    """`labels_losses` summed over the samples, () float32."""
+    return labels_losses(logits.float(), labels, loss=loss, label_smoothing=label_smoothing).sum()
+
+
+def squared_error_sum(values: Tensor, true: Tensor) -> Tensor:
+    """Summed over the samples, () float32; NaN in `true` stands for unknown. (n,), (n,)."""
+    return squared_errors(values.float(), true).sum()
+
+
+def squared_errors(values: Tensor, true: Tensor) -> Tensor:
+    """(n,) of the values' type, 0 where `true` is NaN."""
+    known = ~true.isnan()
+    return torch.where(known, values - torch.where(known, true, 0.0), 0.0).square()
+
+
+def _binary(logits: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:
+    """Binary cross-entropy, (n, K); smoothing draws both answers towards 1/2."""
+    return F.binary_cross_entropy_with_logits(logits, positive * (1 - label_smoothing) + label_smoothing / 2, reduction="none")
+
+
+def _asymmetric(logits: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:
+    """Ridnik et al. 2021, equations 5 to 7, with the paper's gamma+ = 0, gamma- = 4 and margin 0.05: of a label that is not there p is
+    lowered by the margin, then the loss weighed by p ** 4, so that the many easy ones hardly count. (n, K)."""
+    assert not label_smoothing, "the task has refused this"
+    shifted = (logits.sigmoid() - CLIP).clamp(min=0.0)
+    absent = -(shifted**GAMMA_NEGATIVE) * torch.log1p(-shifted)
+    return torch.where(positive > 0, F.softplus(-logits), absent)
+
+
+_LOSSES: dict[LabelsLoss, Callable[[Tensor, Tensor, float], Tensor]] = {"bce": _binary, "asymmetric": _asymmetric}

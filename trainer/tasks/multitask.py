@@ -1,0 +1,252 @@
+"""Several targets of each image, learned together: heads of one label, of several labels, of a number, on one backbone. Made by
+`trainer.tasks.make`.
+
+One linear layer makes all outputs; each head has its columns of it. A head is trained and evaluated as the task of that target alone is
+(trainer.tasks.heads). What is not known of a sample adds nothing to any head's loss.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from dataio.batch import Targets
+from dataio.schema import Target
+from trainer.models.vision import head_of
+from trainer.settings.tree import ModelConfig, TaskConfig
+from trainer.tasks.classification import LabelHead
+from trainer.tasks.heads import Head
+from trainer.tasks.image import ImageTask, outputs_of
+from trainer.tasks.info import Measure, TaskInfo, measure_name
+from trainer.tasks.multilabel import LabelsHead
+from trainer.tasks.numbers import NumberHead
+from trainer.tasks.sums import SummedEvaluation, nothing_to_evaluate
+from trainer.tasks.task import Evaluation, Result, Rows
+
+LOG_VARIANCES = "task_log_variances"
+"""The parameter that learned weights are, of the model's last layer, with which it is trained: (heads,), s = log(sigma ** 2) of each."""
+_OF_A_HEAD = {"accuracy", "map", "mae", "rmse", "r2"}
+"""Measures of a head that are the task's too; the others are in the head's details."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A head's place in the outputs."""
+
+    head: Head
+    start: int
+    stop: int
+    weight: float
+    """Of its loss; 1 where weights are learned."""
+
+    @property
+    def name(self) -> str:
+        return self.head.target.name
+
+    def of(self, outputs: Tensor) -> Tensor:
+        """(n, all outputs) -> (n, the head's)."""
+        return outputs[:, self.start : self.stop]
+
+    @property
+    def measures(self) -> Iterator[Measure]:
+        return (measure for measure in self.head.measures if measure.name in _OF_A_HEAD)
+
+
+class Multitask(ImageTask):
+    """A sample's loss is the weighted sum of the losses of those heads of which anything is known."""
+
+    def __init__(self, config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0) -> None:
+        """ValueError where settings and targets do not go together."""
+        super().__init__(config, targets, label_smoothing=label_smoothing)
+        self._is_learned = config.head_weights == "learned"
+        self.parts = tuple(_parts(self.targets, config, label_smoothing))
+        self.info = _info(self.parts, is_learned=self._is_learned)
+        self.columns: Mapping[str, pa.DataType] = {
+            **{f"{part.name}_{name}": kind for part in self.parts for name, kind in part.head.columns.items() if name != "loss"},
+            "loss": pa.float32(),
+        }
+        self._log_variances: Tensor | None = None
+
+    def build(self, model: ModelConfig, *, image_hw: tuple[int, int], seed: int) -> nn.Module:
+        built = super().build(model, image_hw=image_hw, seed=seed)
+        if self._is_learned:
+            _, layer = head_of(built)
+            layer.register_parameter(LOG_VARIANCES, nn.Parameter(torch.zeros(len(self.parts))))
+        return built
+
+    def bind(self, model: nn.Module) -> None:
+        if self._is_learned:
+            (self._log_variances,) = (value for name, value in model.named_parameters() if name.endswith(f".{LOG_VARIANCES}"))
+
+    def prepare(self, samples: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        return samples, {**targets, **{part.name: part.head.prepare(targets[part.name]) for part in self.parts}}
+
+    def loss_sum(self, outputs: Tensor, targets: Targets) -> Tensor:
+        """With fixed weights w the sum of w L over the heads. With learned ones (Kendall et al. 2018, equation 10, s = log(sigma ** 2)) the
+        sum of exp(-s) L + s / 2, and of a number exp(-s) L / 2 + s / 2, over the known heads of each sample."""
+        losses = [part.head.loss_sum(part.of(outputs), targets[part.name]) for part in self.parts]
+        if not self._is_learned:
+            return torch.stack([part.weight * loss for part, loss in zip(self.parts, losses, strict=True)]).sum()
+        assert self._log_variances is not None, "bind(model) comes before the first loss"
+        terms = []
+        for part, loss, log_variance in zip(self.parts, losses, self._log_variances, strict=True):
+            count = part.head.knows(targets[part.name]).sum()
+            terms.append(part.head.likelihood_factor * torch.exp(-log_variance) * loss + 0.5 * log_variance * count)
+        return torch.stack(terms).sum()
+
+    def evaluation(self, device: torch.device) -> Evaluation:
+        return _PartsEvaluation(self, device)
+
+    @torch.no_grad()
+    def rows(self, outputs: Tensor, targets: Targets) -> Rows:
+        """The larger the loss, the worse."""
+        columns: dict[str, Tensor] = {}
+        for part in self.parts:
+            said = part.head.rows(part.of(outputs), targets[part.name]).columns
+            columns |= {f"{part.name}_{name}": values for name, values in said.items() if name != "loss"}
+        losses = self.losses(outputs, targets)
+        return Rows(columns={**columns, "loss": losses.float()}, known=self.knows(targets), badness=losses.nan_to_num(torch.inf))
+
+    def losses(self, outputs: Tensor, targets: Targets) -> Tensor:
+        """(n,) float64, of targets as the loader gives them: without smoothing, and with weights of 1 where they are learned."""
+        return torch.stack([part.weight * part.head.losses(part.of(outputs), targets[part.name]) for part in self.parts]).sum(0)
+
+    def knows(self, targets: Targets) -> Tensor:
+        """(n,) bool: whether anything is known of a sample."""
+        return torch.stack([part.head.knows(targets[part.name]) for part in self.parts]).any(0)
+
+    def weights(self) -> list[float]:
+        """What each head's loss is multiplied by now. Waits for the device where that is learned."""
+        if self._log_variances is None:
+            return [part.weight for part in self.parts]
+        logs = self._log_variances.tolist()
+        return [part.head.likelihood_factor * math.exp(-log) for part, log in zip(self.parts, logs, strict=True)]
+
+    def answers(self, outputs: Tensor, *, top: int) -> Sequence[Mapping[str, Any]]:
+        said = {part.name: part.head.answers(part.of(outputs), top=top) for part in self.parts}
+        return [{"heads": {name: answers[index] for name, answers in said.items()}} for index in range(len(outputs))]
+
+    def sentence(self, answer: Mapping[str, Any]) -> str:
+        return "; ".join(f"{part.name}: {part.head.sentence(answer['heads'][part.name])}" for part in self.parts)
+
+
+class _PartsEvaluation(SummedEvaluation):
+    """Each head's evaluation, and what they give together: the loss, and the headline.
+
+    The headline `score` is the mean over the heads of accuracy, mAP, or of a number R2 (0 where that is negative). A head of which nothing
+    is known in the split has measures of NaN and no part in the score.
+    """
+
+    def __init__(self, task: Multitask, device: torch.device) -> None:
+        super().__init__(2, device)  # (sum of the samples' losses, samples of which anything is known)
+        self._task = task
+        self._evaluations = [part.head.evaluation(device) for part in task.parts]
+
+    @torch.no_grad()
+    def update(self, outputs: Tensor, targets: Targets) -> None:
+        for part, evaluation in zip(self._task.parts, self._evaluations, strict=True):
+            evaluation.update(part.of(outputs), targets)
+        self.sums += torch.stack([self._task.losses(outputs, targets).sum(), self._task.knows(targets).sum().double()])
+
+    def combine(self, rank: int, world_size: int) -> None:
+        super().combine(rank, world_size)
+        for evaluation in self._evaluations:
+            evaluation.combine(rank, world_size)
+
+    def result(self) -> Result:
+        loss, count = self.sums.tolist()
+        if not count:
+            raise nothing_to_evaluate()
+        found = [_result_or_none(evaluation) for evaluation in self._evaluations]
+        scores = [part.head.score(result.measures) for part, result in zip(self._task.parts, found, strict=True) if result]
+        measures = {"score": sum(scores) / len(scores)}
+        for part, result in zip(self._task.parts, found, strict=True):
+            for measure in part.measures:
+                measures[measure_name(part.name, measure.name)] = result.measures[measure.name] if result else math.nan
+        heads = {
+            part.name: {"kind": part.head.target.kind, "weight": weight, **_described(part, result)}
+            for part, weight, result in zip(self._task.parts, self._task.weights(), found, strict=True)
+        }
+        return Result(loss=loss / count, count=int(count), measures=measures, details={"heads": heads})
+
+
+def _result_or_none(evaluation: Evaluation) -> Result | None:
+    try:
+        return evaluation.result()
+    except ValueError:  # of this head nothing is known; of others something is
+        return None
+
+
+def _described(part: Part, result: Result | None) -> dict[str, Any]:
+    if result is None:
+        return {"loss": None, "count": 0, "measures": {}, "details": {}}
+    # What the rows of a confusion matrix are, the summary does not say elsewhere.
+    named = {"classes": list(part.head.target.classes)} if "confusion" in result.details else {}
+    return {"loss": result.loss, "count": result.count, "measures": dict(result.measures), "details": {**result.details, **named}}
+
+
+def _parts(targets: Sequence[Target], config: TaskConfig, label_smoothing: float) -> Iterator[Part]:
+    weights, start = _weights(config, targets), 0
+    for target in targets:
+        stop = start + outputs_of(target)
+        head = _head_for(target, config, label_smoothing)
+        yield Part(head=head, start=start, stop=stop, weight=weights.get(target.name, 1.0))
+        start = stop
+
+
+def _head_for(target: Target, config: TaskConfig, label_smoothing: float) -> Head:
+    match target.kind:
+        case "label":
+            return LabelHead(target, label_smoothing=label_smoothing)
+        case "labels":
+            return LabelsHead(target, config, label_smoothing=label_smoothing)
+        case "number":
+            return NumberHead(target)
+
+
+def _weights(config: TaskConfig, targets: Sequence[Target]) -> Mapping[str, float]:
+    """`NAME=WEIGHT,NAME=WEIGHT`. ValueError where it says anything else, or names no target."""
+    names = [target.name for target in targets]
+    weights: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in config.weights.split(","))):
+        name, _, text = part.rpartition("=")
+        weight = _weight(text)
+        if name not in names or name in weights or weight is None:
+            raise ValueError(
+                f"task.weights={config.weights}: {part!r} is not NAME=WEIGHT, a target once and a number from 0 on; "
+                f"the targets are {', '.join(names)}"
+            )
+        weights[name] = weight
+    if weights and config.head_weights == "learned":
+        raise ValueError(f"task.weights={config.weights} is not used with task.head_weights=learned; leave one of them out")
+    if not any(weights.get(name, 1.0) for name in names):
+        raise ValueError(f"task.weights={config.weights} leaves nothing to learn; give at least one target a weight above 0")
+    return weights
+
+
+def _weight(text: str) -> float | None:
+    try:
+        weight = float(text)
+    except ValueError:
+        return None
+    return weight if math.isfinite(weight) and weight >= 0 else None
+
+
+def _info(parts: Sequence[Part], *, is_learned: bool) -> TaskInfo:
+    measures = [Measure(name="score", title="Score")]
+    owners: dict[str, str] = {}
+    for part in parts:
+        for measure in part.measures:
+            name = measure_name(part.name, measure.name)
+            if name in owners:
+                raise ValueError(
+                    f"the targets {owners[name]!r} and {part.name!r} would both be measured as {name}; rename one of them in the data"
+                )
+            owners[name] = part.name
+            title = measure.title[:1].lower() + measure.title[1:] if measure.title[1:2].islower() else measure.title
+            measures.append(Measure(name=name, title=f"{part.name} {title}", unit=measure.unit, higher_is_better=measure.higher_is_better))
+    return TaskInfo(name="multitask", measures=tuple(measures), panels=("heads", "examples"), loss_floor=None if is_learned else 0.0)
