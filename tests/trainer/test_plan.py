@@ -14,12 +14,12 @@ from rich.console import Console
 from cluster.interval import AUTO, SharedInterval
 from dataio.manifest import Manifest, ShardInfo, SplitInfo
 from dataio.order import Order
-from trainer.drive.plan import Hardware, ModelFacts, describe, model_facts, table
+from trainer.drive.plan import Devices, ModelFacts, describe, model_facts, table
 from trainer.models.vision import build_model
 from trainer.rank.worker import total_steps_of
 from trainer.settings.tree import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
-CPU = Hardware(workers=1, device="CPU")
+CPU = Devices(workers=1, name="CPU")
 FACTS = ModelFacts(parameters=1000, trainable=1000, buffer_bytes=80, flops_per_image=1e6)
 
 
@@ -102,7 +102,7 @@ def test_a_frozen_backbone_needs_neither_gradients_nor_momentum() -> None:
 
 
 def test_data_and_work_are_counted() -> None:
-    plan = describe(RunConfig(train=TrainConfig(epochs=3)), manifest_of(), Hardware(workers=2, device="X", flops_per_second=1e9), FACTS)
+    plan = describe(RunConfig(train=TrainConfig(epochs=3)), manifest_of(), Devices(workers=2, name="X", flops_per_second=1e9), FACTS)
     assert plan.cache_bytes == 2500 * 28 * 28 * 3
     assert plan.total_flops == 3 * 2000 * 1e6
     assert plan.seconds == 3.0
@@ -122,7 +122,7 @@ def test_a_plan_that_cannot_run_is_an_error() -> None:
 
 def test_the_table_tells_what_would_run() -> None:
     config = RunConfig(run="pets", storage="s3://bucket/runs/", train=TrainConfig(epochs=4))
-    text = shown(describe(config, manifest_of(), replace(CPU, device_bytes=8_000_000_000), FACTS))
+    text = shown(describe(config, manifest_of(), replace(CPU, memory_bytes=8_000_000_000), FACTS))
     for words in (
         "2,000 images to train, 500 to test, 3 classes, 28x28 pixels",
         "80: 4 epochs of 20",
