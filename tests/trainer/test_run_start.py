@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from cluster.zygote import Zygote
+from dataio.schema import Target
 from trainer.drive.check import Checked, ModelCheck, Question
 from trainer.drive.data import open_data
 from trainer.drive.dry_run import dry_run
@@ -34,7 +35,7 @@ from trainer.drive.start import (
 from trainer.run import main
 from trainer.settings.cli import to_toml
 from trainer.settings.spec import RANK_MODULES
-from trainer.settings.tree import RunConfig
+from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.info import CLASSIFICATION
 
 SMALL = ["--model.name", "shufflenet_v2_x0_5", "--model.weights", "none", "--cluster.threads-per-worker", "1"]
@@ -152,12 +153,20 @@ def test_in_a_job_a_storage_that_goes_with_it_is_refused_before_anything_is_conv
 
 
 def test_the_model_is_built_once_in_another_process_and_what_is_wrong_with_it_comes_back(config: RunConfig) -> None:
+    question = Question(
+        task=config.task,
+        targets=(Target(name="label", kind="label", classes=("cat", "dog")),),
+        label_smoothing=0.0,
+        model=config.model,
+        image_size=(40, 40),
+        seed=0,
+    )
     zygote = Zygote(RANK_MODULES)
     try:
 
         def check(**fields: str) -> Checked:
             model = replace(config.model, **fields)  # type: ignore[arg-type]
-            return ModelCheck(zygote, Question(model=model, classes=2, seed=0, image_size=(40, 40))).wait()
+            return ModelCheck(zygote, replace(question, model=model)).wait()
 
         assert check() == Checked(has_depthwise=True, task=CLASSIFICATION)
         with pytest.raises(ValueError, match="did you mean resnet18"):
@@ -165,7 +174,9 @@ def test_the_model_is_built_once_in_another_process_and_what_is_wrong_with_it_co
         with pytest.raises(ValueError, match=r"no such file; weights are imagenet, none, package:"):
             check(weights="/nowhere.pth")
         assert check(name="resnet18") == Checked(has_depthwise=False, task=CLASSIFICATION)
-        under_way = ModelCheck(zygote, Question(model=config.model, classes=2, seed=0, image_size=(40, 40)))
+        with pytest.raises(ValueError, match=r"task\.name=classfication is no task: .*did you mean classification"):
+            ModelCheck(zygote, replace(question, task=TaskConfig(name="classfication"))).wait()
+        under_way = ModelCheck(zygote, question)
         zygote.close(kill=True)
         with pytest.raises(RuntimeError, match="ended with status"):
             under_way.wait()

@@ -1,4 +1,4 @@
-"""Builds the run's model once before anything is started for it: what is wrong with its name or its weights is found in seconds,
+"""Builds the run's model once before anything is started for it: what is wrong with its task, its name or its weights is found in seconds,
 downloaded weights are in the library's cache when the ranks want them, and the driver learns what the run's task is.
 
 trainer/drive/start.py starts it as soon as the settings are known. It happens in a process forked from the zygote, so that the driver never
@@ -12,18 +12,21 @@ from multiprocessing.connection import Connection
 from typing import Literal
 
 from cluster.zygote import Zygote
-from trainer.settings.tree import ModelConfig
-from trainer.tasks.info import CLASSIFICATION, TaskInfo
+from dataio.schema import Target
+from trainer.settings.tree import ModelConfig, TaskConfig
+from trainer.tasks.info import TaskInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """What is to be built."""
 
+    task: TaskConfig
+    targets: tuple[Target, ...]
+    label_smoothing: float
     model: ModelConfig
-    classes: int
-    seed: int
     image_size: tuple[int, int]
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +79,13 @@ def answer(descriptors: list[int]) -> None:
 
 
 def _built(question: Question) -> Checked | Refused:
-    from trainer.models.vision import build_model, has_depthwise
+    from trainer.models.vision import has_depthwise
+    from trainer.tasks.make import make_task
 
     try:
-        model = build_model(question.model, classes=question.classes, seed=question.seed, image_hw=question.image_size)
-        return Checked(has_depthwise=has_depthwise(model), task=CLASSIFICATION)
+        task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing)
+        model = task.build(question.model, image_hw=question.image_size, seed=question.seed)
+        return Checked(has_depthwise=has_depthwise(model), task=task.info)
     except ValueError as error:
         return Refused(kind="value", message=str(error))
     except OSError as error:

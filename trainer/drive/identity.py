@@ -1,8 +1,8 @@
 """Is it the same run, what is it called, and where does it go on. Called by trainer/drive/start.py and dry_run.py.
 
-A run is what decides its weights: its settings but for the free ones, and the content of its data. Its automatic name is made of that, so
-that the same command goes on with the same run; one that has a given name is refused where it was started as another. What is wrong is a
-ValueError that says what to do. Reads the storage, and writes nothing but what a damaged checkpoint leaves in the journal.
+A run is what decides its weights: its settings (trainer.settings.identity says which), and the content of its data. Its automatic name is
+made of that, so that the same command goes on with the same run; a run of a given name is refused where it was started as another. What is
+wrong is a ValueError that says what to do. Reads the storage, and writes nothing but what a damaged checkpoint leaves in the journal.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.journal import Journal
@@ -19,15 +18,9 @@ from cluster.store import Commit, NoValidCheckpoint, Store
 from dataio.codecs.image.decode import DECODER_VERSIONS, FIRST_VERSIONS
 from dataio.manifest import Manifest, resizes
 from trainer.drive.capability import as_started
-from trainer.settings.cli import from_toml, settings, validate
+from trainer.settings.cli import from_toml, validate
+from trainer.settings.identity import deciding_changes, deciding_settings
 from trainer.settings.tree import RunConfig
-
-# Settings that change neither the weights nor the evaluation; all others must be the same when a run goes on.
-FREE_SETTINGS = {
-    *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
-    *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
-    *("train.verify_every", "train.profile", "train.cuda_graphs"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +47,7 @@ class Resolved:
 
 def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     """What decides a run's weights."""
-    flat = {key: value for key, value in settings(config).items() if key not in FREE_SETTINGS and not key.startswith("cluster.")}
-    if flat["train.small_maps"] == "auto":
-        del flat["train.small_maps"]  # so runs that a release without it has named keep their names
-    return flat | {"dataset": fingerprint, "model.weights": Path(config.model.weights).name}
+    return deciding_settings(config) | {"dataset": fingerprint}
 
 
 def run_prefix(config: RunConfig, recipes: tuple[str, ...]) -> str:
@@ -115,15 +105,15 @@ def _virtual_ranks_of(saved: RunConfig | None, workers: int) -> int:
     return saved.train.virtual_ranks if saved is not None and saved.train.virtual_ranks >= workers else 0
 
 
-def check_same_run(config: RunConfig, saved: RunConfig | None, fingerprint: str) -> None:
+def check_same_run(config: RunConfig, saved: RunConfig | None) -> None:
     """ValueError if the run of this name was started with other settings, which are `saved`."""
     if saved is None:
         return
-    before = identity(saved, fingerprint)
-    now = identity(config, fingerprint)
-    changed = [f"{key}: {before[key]!r} then, {now[key]!r} now" for key in now if before.get(key) != now[key]]
-    if changed and before["train.virtual_ranks"] < now["train.virtual_ranks"]:
-        changed.append(f"it can go on with at most {before['train.virtual_ranks']} workers")
+    # What is left at auto is taken from the run, see `resolved`.
+    now = dataclasses.replace(config, train=as_started(config.train, saved.train))
+    changed = [f"{key}: {before!r} then, {after!r} now" for key, (before, after) in deciding_changes(saved, now).items()]
+    if changed and saved.train.virtual_ranks < config.train.virtual_ranks:
+        changed.append(f"it can go on with at most {saved.train.virtual_ranks} workers")
     if changed:
         raise ValueError(
             f"run {config.run!r} was started with other settings ({'; '.join(changed)}); "

@@ -32,8 +32,9 @@ from cluster.redact import redact
 from cluster.storage import Storage, open_storage
 from cluster.store import Commit, Store
 from cluster.zygote import Zygote
-from dataio.manifest import image_size_of
+from dataio.manifest import Manifest, image_size_of
 from dataio.parquet import Dataset, open_dataset
+from dataio.schema import LABEL, Target
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck, Question
 from trainer.drive.data import open_data
@@ -106,6 +107,10 @@ class Placed:
     workers: int
     """The most that there may be."""
     found: Found
+
+    @property
+    def question(self) -> Question:
+        return question_of(self.config, self.data.dataset.manifest, self.data.image_size)
 
     def is_outdated(self, workers: int) -> bool:
         """There may be another number of workers, or another process has started or ended this run since."""
@@ -238,13 +243,13 @@ def place(data: WithData, workers: int) -> Placed:
         prefix=data.asked.prefix,
         image_size=data.image_size,
     )
-    check_same_run(named.config, named.found.saved, data.fingerprint)
+    check_same_run(named.config, named.found.saved)
     return Placed(data=data, config=named.config, workers=workers, found=named.found)
 
 
 def check_before_cluster(placed: Placed, zygote: Zygote) -> Checked:
     """What would fail on the workers fails here, in a second and before a cluster is started. ValueError or OSError."""
-    check = ModelCheck(zygote, _question(placed))
+    check = ModelCheck(zygote, placed.question)
     check_folder_and_ports(placed)
     return check.wait()
 
@@ -261,12 +266,15 @@ def check_folder_and_ports(placed: Placed) -> None:
     serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()  # the coordinator will, on this node
 
 
-def _question(placed: Placed) -> Question:
+def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, int]) -> Question:
+    """What is to be built of the run's model before anything is started for it."""
     return Question(
-        model=placed.config.model,
-        classes=len(placed.data.dataset.manifest.classes),
-        seed=placed.config.train.seed,
-        image_size=placed.data.image_size,
+        task=config.task,
+        targets=(Target(name=LABEL, kind="label", classes=manifest.classes),),
+        label_smoothing=config.optim.label_smoothing,
+        model=config.model,
+        image_size=image_size,
+        seed=config.train.seed,
     )
 
 
@@ -295,7 +303,7 @@ def decide(
     is_shared = preflight(data.storage, placed.config.run, hardware, lambda: open_dataset(location).manifest.fingerprint)
     use_gpus = resources.gpus_per_worker > 0
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
-    checked = checked or ModelCheck(zygote, _question(placed)).wait()
+    checked = checked or ModelCheck(zygote, placed.question).wait()
     return Decided(
         config=settled(
             placed.config,
