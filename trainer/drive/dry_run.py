@@ -12,24 +12,27 @@ from cluster.storage import open_storage
 from dataio.convert import is_converted
 from dataio.manifest import Manifest, image_size_of
 from dataio.parquet import open_dataset
+from dataio.schema import LABEL, Target
 from dataio.sources import open_source
 from trainer.drive.capability import here, settled
 from trainer.drive.identity import resolved, run_prefix
 from trainer.drive.plan import Devices, describe, model_facts, table
 from trainer.settings.cli import worker_count
 from trainer.settings.tree import RunConfig
+from trainer.tasks.make import make_task
 
 
 def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> int:
     """Say what would run: steps, memory, cost."""
     manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
-    classes = len(manifest.classes) if manifest else _classes_of_source(config)
+    classes = manifest.classes if manifest else _classes_of_source(config)
+    task = make_task(config.task, (Target(name=LABEL, kind="label", classes=classes),), label_smoothing=config.optim.label_smoothing)
     size = image_size_of(manifest, config.data) if manifest else (config.data.image_size or 32,) * 2
     gpus = torch.cuda.device_count()
     devices = _devices(worker_count(config) or max(1, gpus), gpus)
     if manifest is not None:
         config = _named(config, recipes, manifest, workers=devices.workers, image_size=size)
-    facts = model_facts(config.model, classes=classes, image_size=size)
+    facts = model_facts(task, config.model, image_size=size)
     config = settled(
         config,
         here(use_gpus=gpus > 0 and config.cluster.gpus_per_worker != 0),
@@ -43,10 +46,12 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
     return 0
 
 
-def _classes_of_source(config: RunConfig) -> int:
+def _classes_of_source(config: RunConfig) -> tuple[str, ...]:
     """ValueError where there is nothing to convert."""
     source = open_source(config.data.path, root=Path(config.data.root).expanduser(), test_fraction=config.data.test_fraction)
-    return 10 if source.kind.startswith("cifar") else len(source.classes)  # to count CIFAR's it would have to be downloaded
+    if source.kind.startswith("cifar"):  # to count CIFAR's it would have to be downloaded
+        return tuple(map(str, range(10)))
+    return tuple(source.classes)
 
 
 def _devices(workers: int, gpus: int) -> Devices:

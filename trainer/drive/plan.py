@@ -14,11 +14,13 @@ from torch import nn
 from cluster.interval import AUTO, steps_between
 from dataio.manifest import Manifest, image_size_of
 from dataio.order import Order
-from trainer.models.vision import build_model, has_depthwise, head_of
+from trainer.models.vision import has_depthwise, head_of
 from trainer.rank.profile import count_work
 from trainer.settings.cli import validate
+from trainer.settings.spec import total_steps_of
 from trainer.settings.tree import ModelConfig, RunConfig
 from trainer.settings.units import duration, flops, number, size
+from trainer.tasks.task import Task
 
 _FLOAT32_BYTES = 4  # weights, gradients and optimiser state stay fp32 under bf16 autocast
 
@@ -77,9 +79,9 @@ class Plan:
     destination: str
 
 
-def model_facts(config: ModelConfig, *, classes: int, image_size: tuple[int, int]) -> ModelFacts:
-    """Build the model (random weights: no download) and count. `image_size` is (height, width) of the data."""
-    model = build_model(dataclasses.replace(config, weights="none"), classes=classes, seed=0, image_hw=image_size)
+def model_facts(task: Task, config: ModelConfig, *, image_size: tuple[int, int]) -> ModelFacts:
+    """Build the task's model (random weights: no download) and count. `image_size` is (height, width) of the data."""
+    model = task.build(dataclasses.replace(config, weights="none"), image_hw=image_size, seed=0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in head_of(model)[1].parameters()) if config.freeze == "backbone" else parameters
     height, width = (config.image_size, config.image_size) if config.image_size else image_size
@@ -93,7 +95,7 @@ def model_facts(config: ModelConfig, *, classes: int, image_size: tuple[int, int
 
 
 def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, model: ModelFacts) -> Plan:
-    """What `config` would do on `hardware`. ValueError as from `validate` where the run could not start.
+    """What `config` would do on `devices`. ValueError as from `validate` where the run could not start.
 
     Without a manifest (data not converted yet) everything that depends on the number of images stays None.
     """
@@ -103,19 +105,9 @@ def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, mod
     test = manifest.splits["test"].count if manifest and "test" in manifest.splits else None
     image_size = image_size_of(manifest, config.data) if manifest else (config.data.image_size,) * 2 if config.data.image_size else None
     steps_per_epoch = total_steps = checkpoint_every = None
-    if manifest and train is not None:
-        order = Order(
-            seed=config.train.seed,
-            fingerprint=manifest.fingerprint,
-            count=train,
-            batch_size=config.data.batch_size,
-            virtual_ranks=virtual_ranks,
-            window=config.data.shuffle_window,
-        )
-        steps_per_epoch = order.steps_per_epoch
-        total_steps = steps_per_epoch * config.train.epochs
-        if config.train.max_steps:
-            total_steps = min(total_steps, config.train.max_steps)
+    if manifest is not None:
+        steps_per_epoch = _steps_per_epoch(config, manifest, virtual_ranks)
+        total_steps = total_steps_of(config, steps_per_epoch)
         checkpoint_every = steps_between(config.train.checkpoint_every, steps_per_epoch)
     validate(config, workers=devices.workers, image_size=image_size, total_steps=total_steps)
 
@@ -151,6 +143,18 @@ def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, mod
         seconds=work / (speed * devices.workers) if work and speed else None,
         destination=f"{config.storage.rstrip('/')}/{config.run or '<named after the recipe and the settings>'}",
     )
+
+
+def _steps_per_epoch(config: RunConfig, manifest: Manifest, virtual_ranks: int) -> int:
+    order = Order(
+        seed=config.train.seed,
+        fingerprint=manifest.fingerprint,
+        count=manifest.splits["train"].count,
+        batch_size=config.data.batch_size,
+        virtual_ranks=virtual_ranks,
+        window=config.data.shuffle_window,
+    )
+    return order.steps_per_epoch
 
 
 def table(plan: Plan) -> Table:
