@@ -21,7 +21,8 @@ from cluster.preflight import check_node, preflight
 from cluster.storage import open_storage
 from dataio.parquet import open_dataset
 from tests.e2e.running import PROJECT
-from trainer.run import check_storage_outlives_job, ship
+from trainer.drive.data import ship
+from trainer.drive.start import check_storage_outlives_job
 from trainer.settings.tree import RunConfig
 
 SAMPLES = PROJECT / "dataio" / "samples" / "fashion_mnist"

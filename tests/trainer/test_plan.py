@@ -14,13 +14,15 @@ from rich.console import Console
 from cluster.interval import AUTO, SharedInterval
 from dataio.manifest import Manifest, ShardInfo, SplitInfo
 from dataio.order import Order
-from dataio.schema import single_label
-from trainer.drive.plan import Hardware, ModelFacts, describe, model_facts, table
+from dataio.schema import Target, single_label
+from trainer.drive.plan import Devices, ModelFacts, describe, model_facts, table
 from trainer.models.vision import build_model
 from trainer.rank.worker import total_steps_of
-from trainer.settings.tree import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.settings.tree import DataConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
+from trainer.tasks.make import make_task
+from trainer.tasks.task import Task
 
-CPU = Hardware(workers=1, device="CPU")
+CPU = Devices(workers=1, name="CPU")
 FACTS = ModelFacts(parameters=1000, trainable=1000, buffer_bytes=80, flops_per_image=1e6)
 
 
@@ -40,6 +42,10 @@ def manifest_of(train: int = 2000, test: int = 500, sizes: tuple[str, ...] = ("2
         source="idx",
         identity="0" * 64,
     )
+
+
+def classification(classes: int) -> Task:
+    return make_task(TaskConfig(), (Target(name="label", kind="label", classes=tuple(map(str, range(classes)))),))
 
 
 def shown(plan: Any) -> str:
@@ -103,7 +109,7 @@ def test_a_frozen_backbone_needs_neither_gradients_nor_momentum() -> None:
 
 
 def test_data_and_work_are_counted() -> None:
-    plan = describe(RunConfig(train=TrainConfig(epochs=3)), manifest_of(), Hardware(workers=2, device="X", flops_per_second=1e9), FACTS)
+    plan = describe(RunConfig(train=TrainConfig(epochs=3)), manifest_of(), Devices(workers=2, name="X", flops_per_second=1e9), FACTS)
     assert plan.cache_bytes == 2500 * 28 * 28 * 3
     assert plan.total_flops == 3 * 2000 * 1e6
     assert plan.seconds == 3.0
@@ -123,7 +129,7 @@ def test_a_plan_that_cannot_run_is_an_error() -> None:
 
 def test_the_table_tells_what_would_run() -> None:
     config = RunConfig(run="pets", storage="s3://bucket/runs/", train=TrainConfig(epochs=4))
-    text = shown(describe(config, manifest_of(), replace(CPU, device_bytes=8_000_000_000), FACTS))
+    text = shown(describe(config, manifest_of(), replace(CPU, memory_bytes=8_000_000_000), FACTS))
     for words in (
         "2,000 images to train, 500 to test, 3 classes, 28x28 pixels",
         "80: 4 epochs of 20",
@@ -141,7 +147,7 @@ def test_the_table_without_converted_data_says_so() -> None:
 
 
 def test_facts_of_the_tutorials_resnet18() -> None:
-    facts = model_facts(ModelConfig(stem="article"), classes=10, image_size=(32, 32))
+    facts = model_facts(classification(10), ModelConfig(stem="article"), image_size=(32, 32))
     model = build_model(ModelConfig(stem="article", weights="none"), classes=10, seed=0, image_hw=(32, 32))
     assert facts.parameters == facts.trainable == sum(p.numel() for p in model.parameters()) == 11_173_962
     # 555.4 MMAC forward, twice that backward but for the first convolution, whose input needs no gradient.
@@ -155,17 +161,17 @@ def test_facts_of_the_tutorials_resnet18() -> None:
 def test_work_of_other_models_is_counted_too(name: str, side: int) -> None:
     if name.startswith("timm/"):
         pytest.importorskip("timm")
-    facts = model_facts(ModelConfig(name=name), classes=10, image_size=(side, side))
+    facts = model_facts(classification(10), ModelConfig(name=name), image_size=(side, side))
     assert facts.flops_per_image is not None
     assert facts.flops_per_image > 2 * facts.parameters
 
 
 def test_counting_leaves_the_random_state_alone_and_downloads_nothing() -> None:
     before = torch.random.get_rng_state()
-    facts = model_facts(ModelConfig(weights="/nowhere.pt", freeze="backbone"), classes=7, image_size=(32, 32))
+    facts = model_facts(classification(7), ModelConfig(weights="/nowhere.pt", freeze="backbone"), image_size=(32, 32))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert facts.trainable == 512 * 7 + 7
-    whole = model_facts(ModelConfig(weights="none"), classes=7, image_size=(32, 32))
+    whole = model_facts(classification(7), ModelConfig(weights="none"), image_size=(32, 32))
     assert facts.flops_per_image is not None
     assert whole.flops_per_image is not None
     assert facts.flops_per_image < whole.flops_per_image / 2.5  # no backward pass through the backbone

@@ -1,8 +1,7 @@
 """Claims about the room that a driver sees, waits for and asks for, on a cluster of numbers: no Ray, no clock."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +10,10 @@ import pytest
 from cluster import demand
 from cluster.config import ClusterConfig
 from cluster.coordinator import Status
-from cluster.demand import Demand, room_of_worker
 from cluster.launch import Hardware, plan_resources
-from trainer.drive import drive
-from trainer.drive.drive import SETTLE_SECONDS, Drive, _Pause
-from trainer.settings.tree import RunConfig
+from trainer.drive import fleets
+from trainer.drive.fleets import SETTLE_SECONDS, Fleets, Pause, Room
+from trainer.drive.signals import Signals
 
 GROW_AFTER = 30.0
 
@@ -87,42 +85,40 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(demand, "placement_group", lambda bundles: cluster.make(bundles))
     monkeypatch.setattr(demand, "placement_group_table", lambda group: cluster.table(group))
     monkeypatch.setattr(demand, "remove_placement_group", lambda group: cluster.remove(group))
-    monkeypatch.setattr(drive, "free_resources", lambda: [{"CPU": cpus} for cpus in cluster.free])
-    monkeypatch.setattr(drive, "total_resources", lambda: [{"CPU": cpus} for cpus in cluster.total])
-    monkeypatch.setattr(drive, "draining_nodes", dict)
-    for module in (drive, demand):
+    monkeypatch.setattr(fleets, "free_resources", lambda: [{"CPU": cpus} for cpus in cluster.free])
+    monkeypatch.setattr(fleets, "total_resources", lambda: [{"CPU": cpus} for cpus in cluster.total])
+    monkeypatch.setattr(fleets, "draining_nodes", dict)
+    for module in (fleets, demand):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: cluster.now, sleep=cluster.sleep))
     return cluster
 
 
-class Driver(Drive):
+class Driver:
     """No run behind it: only what looks at the cluster."""
 
     def __init__(self, workers: str, *, is_local: bool = False, at_work: int = 0) -> None:
-        settings = ClusterConfig(cpus_per_worker=1, placement_seconds=100, grow_after_seconds=GROW_AFTER)
-        self.config = replace(RunConfig(), cluster=settings)
-        self.resources = plan_resources(workers, settings, Hardware(local=is_local, nodes=1, cpus=64, gpus=0))
-        self.demand = Demand(room_of_worker(self.resources))
-        self.may_ask = not is_local and self.resources.fewest < self.resources.most
-        self.workers, self.number, self.signal, self.fleet = at_work, 1, 0, None
-        self.looked_at_cluster, self.room_since, self.asked_for_workers = -math.inf, None, 0
+        settings = ClusterConfig(cpus_per_worker=1)
+        resources = plan_resources(workers, settings, Hardware(local=is_local, nodes=1, cpus=64, gpus=0))
         self.told: list[tuple[str, dict[str, Any]]] = []
+        self.shown: list[str] = []
+        self.at_work = at_work
+        self.room = Room(
+            resources,
+            may_ask=not is_local and resources.fewest < resources.most,
+            placement_seconds=100,
+            grow_after_seconds=GROW_AFTER,
+            tell=lambda event, **fields: self.told.append((event, fields)),
+        )
 
-    def tell(self, event: str, **fields: Any) -> None:
-        self.told.append((event, fields))
+    def wait_for_room(self) -> int | None:
+        return self.room.wait(is_stopping=lambda: False, show=self.shown.append)
 
-    def ask(self, method: str, *args: Any) -> Any:
-        return None
-
-    def show(self, status: Any) -> None:
-        pass
-
-    def looks(self, cluster: Cluster, seconds: float) -> _Pause | None:
+    def looks(self, cluster: Cluster, seconds: float) -> Pause | None:
         """As an attempt does while the ranks train."""
         end = cluster.now + seconds
         while cluster.now < end:
             cluster.sleep(0.25)
-            if (pause := self.reason_to_pause(NOTHING)) is not None:
+            if (pause := self.room.reason_to_pause(NOTHING, workers=self.at_work, attempt=1)) is not None:
                 return pause
         return None
 
@@ -140,6 +136,7 @@ def test_a_run_that_waits_asks_for_the_fewest_in_one_group_and_gives_it_back_whe
     seen: list[list[int]] = []
     assert driver.wait_for_room() == 2
     assert seen == [[2]]
+    assert set(driver.shown) == {"waiting for room for 2 workers, there is for 1"}
     assert cluster.groups == []
     assert cluster.free == [1, 1]
 
@@ -152,7 +149,7 @@ def test_room_that_came_is_counted_once_though_ray_says_late_what_is_free(cluste
         said.append((cluster.now, list(cluster.free)))
         return [{"CPU": cpus} for cpus in [free for when, free in said if when <= cluster.now - 0.3][-1]]
 
-    monkeypatch.setattr(drive, "free_resources", late)
+    monkeypatch.setattr(fleets, "free_resources", late)
     cluster.coming = {1010.0: lambda: (cluster.add_node(2), said.append((cluster.now - 0.3, [2.0])))}
     assert driver.wait_for_room() == 2
     assert cluster.free == [2]
@@ -170,11 +167,11 @@ def test_what_the_fleet_before_gives_back_is_not_asked_for(cluster: Cluster) -> 
 
 def test_of_two_runs_that_wait_for_two_each_one_gets_both_nodes(cluster: Cluster) -> None:
     first, second = Driver("2:4"), Driver("2:4")
-    second.demand.state(1, workers_each=2)
+    second.room._demand.state(1, workers_each=2)
     cluster.coming = {1010.0: lambda: cluster.add_node(1), 1020.0: lambda: cluster.add_node(1)}
     assert first.wait_for_room() is None  # the other's are placed
-    assert second.demand.is_placed()
-    second.demand.withdraw()
+    assert second.room._demand.is_placed()
+    second.room._demand.withdraw()
     assert first.wait_for_room() == 2
 
 
@@ -213,7 +210,7 @@ def test_room_that_a_restarting_neighbour_left_is_free_again_before_it_has_to_as
     cluster.free[0] = 1.0  # its fleet ended
     cluster.place()
     assert cluster.free == [0]
-    driver.looks(cluster, drive.CLUSTER_POLL_SECONDS + 0.25)
+    driver.looks(cluster, fleets.CLUSTER_POLL_SECONDS + 0.25)
     assert cluster.free == [1]
     cluster.free[0] = 0.0  # and the next one is there
     assert driver.looks(cluster, 2 * GROW_AFTER) is None
@@ -233,14 +230,37 @@ def test_nothing_is_asked_for_by_a_fixed_number_a_local_ray_or_a_full_fleet(
     assert driver.told == []
 
 
-def test_a_fleet_that_ends_or_dies_leaves_nothing_that_would_take_its_room(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fleet_that_ends_or_dies_leaves_nothing_that_would_take_its_room(cluster: Cluster) -> None:
     driver = Driver("1:4", at_work=1)
-    monkeypatch.setattr(driver, "is_taken_over", lambda: False)
+    several: Any = SimpleNamespace(resources=SimpleNamespace(workers=1))
+    present = Fleets(several, driver.room, Signals())
     driver.looks(cluster, 5)
     assert cluster.waiting() == [1, 1, 1]
-    driver.end_fleet()
+    present.end()
     assert cluster.groups == []
     driver.looks(cluster, 5)
     assert cluster.waiting() == [1, 1, 1]
-    driver.fleet_died(SimpleNamespace(failure=lambda: None))  # type: ignore[arg-type]
+    present.died()
     assert cluster.groups == []
+
+
+def test_a_run_that_is_to_stop_waits_for_no_room(cluster: Cluster) -> None:
+    driver = Driver("2:4")
+    began = cluster.now
+    assert driver.room.wait(is_stopping=lambda: cluster.now > began + 1, show=driver.shown.append) is None
+    assert cluster.now < began + 2
+    assert cluster.groups == []
+
+
+@pytest.mark.parametrize("draining", [{}, {"ours": 0.0}, {"another": 0.0}])
+def test_a_notice_of_preemption_and_a_node_of_ours_that_ray_drains_are_reasons_to_pause(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, draining: dict[str, float]
+) -> None:
+    monkeypatch.setattr(fleets, "draining_nodes", lambda: draining)
+    driver = Driver("2", at_work=2)
+    reports = {0: SimpleNamespace(node_id="ours")}
+    told: Any = SimpleNamespace(notices=("a file said so",), reports=reports)
+    assert driver.room.reason_to_pause(told, workers=2, attempt=1) == Pause(kind="preempted", reason="notice of preemption: a file said so")
+    quiet: Any = SimpleNamespace(notices=(), reports=reports)
+    pause = driver.room.reason_to_pause(quiet, workers=2, attempt=1)
+    assert pause == (Pause(kind="preempted", reason="Ray drains node ours") if "ours" in draining else None)

@@ -1,6 +1,5 @@
-"""Is it the same run, where does it go on, what is it called: the decisions of trainer/run.py that need no cluster."""
+"""Is it the same run, where does it go on, what is it called: the decisions of a run's start that need no cluster."""
 
-import io
 import json
 import math
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from cluster.journal import Journal, read_journal
 from cluster.storage import Storage, open_storage
@@ -20,15 +18,16 @@ from dataio.codecs.image.decode import DECODER_VERSIONS, FIRST_VERSIONS
 from dataio.config import DataConfig
 from dataio.manifest import Manifest, SplitInfo
 from dataio.schema import single_label
-from trainer.drive.capability import of_cpu, of_gpu
-from trainer.drive.drive import _finite
-from trainer.run import (
+from trainer.drive.capability import of_cpu, of_gpu, settled
+from trainer.drive.ending import finite
+from trainer.drive.identity import (
+    Found,
+    check_may_show,
     check_resume,
     check_same_decoder,
     check_same_run,
-    decided,
+    find,
     find_start,
-    finished_summary,
     identity,
     resolved,
 )
@@ -102,19 +101,29 @@ def started(storage: Storage, config: RunConfig) -> RunConfig:
     return config
 
 
+def ready(config: RunConfig, *, workers: int = 1, data: str = DATA, recipe: str = "best") -> RunConfig:
+    """`config` with its name."""
+    storage = open_storage(config.storage)
+    return resolved(config, storage, workers=workers, fingerprint=data, prefix=recipe, image_size=(32, 32)).config
+
+
+def check_same(config: RunConfig, storage: Storage) -> None:
+    check_same_run(config, find(storage, config.run).saved)
+
+
 # --- the same run -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ALL)
 def test_a_run_goes_on_with_a_changed_setting_only_if_that_does_not_touch_its_weights(storage: Storage, key: str) -> None:
     config = started(storage, RunConfig(run="r", train=TrainConfig(virtual_ranks=4, small_maps="product")))
-    check_same_run(config, storage, DATA)
+    check_same(config, storage)
     now = replace(changed(config, key), run="r")
     if key in MAY_CHANGE:
-        check_same_run(now, storage, DATA)
+        check_same(now, storage)
         return
     with pytest.raises(ValueError, match="started with other settings") as caught:
-        check_same_run(now, storage, DATA)
+        check_same(now, storage)
     assert key in str(caught.value)
     assert "--run NAME" in str(caught.value)
     assert f"{settings(config)[key]!r} then, {settings(now)[key]!r} now" in str(caught.value)
@@ -125,20 +134,24 @@ def test_weights_are_known_by_their_name_not_by_where_they_lie(storage: Storage)
     here = replace(config, model=replace(config.model, weights="/home/a/weights.safetensors"))
     there = replace(config, model=replace(config.model, weights="/mnt/b/weights.safetensors"))
     started(storage, here)
-    check_same_run(there, storage, DATA)
+    check_same(there, storage)
 
 
 def test_a_name_that_was_never_used_is_free(storage: Storage) -> None:
-    check_same_run(RunConfig(run="new"), storage, DATA)
-    assert finished_summary(RunConfig(run="new", storage=storage.uri), DATA) is None
+    assert find(storage, "new") == Found(saved=None, summary=None)
+    check_same(RunConfig(run="new"), storage)
+
+
+def test_a_run_without_a_name_is_nowhere(storage: Storage) -> None:
+    storage.write_atomic("summary.json", b"{}")  # not a run's
+    assert find(storage, "") == Found(saved=None, summary=None)
 
 
 # --- its name ---------------------------------------------------------------------------------------------------------------------------
 
 
 def name_of(config: RunConfig, tmp_path: Path, *, workers: int = 2, data: str = DATA, recipe: str = "best") -> str:
-    config = replace(config, storage=str(tmp_path))
-    return resolved(config, workers=workers, fingerprint=data, recipe=recipe, image_size=(32, 32)).run
+    return ready(replace(config, storage=str(tmp_path)), workers=workers, data=data, recipe=recipe).run
 
 
 def test_the_same_command_has_the_same_name_and_any_other_outcome_another(tmp_path: Path) -> None:
@@ -165,36 +178,42 @@ def test_workers_do_not_matter_where_virtual_ranks_are_given(tmp_path: Path) -> 
 
 def test_a_given_name_and_everything_left_open_is_decided(tmp_path: Path) -> None:
     config = RunConfig(run="mine", storage=str(tmp_path))
-    done = resolved(config, workers=2, fingerprint=DATA, recipe="best", image_size=(32, 32))
+    done = ready(config, workers=2)
     assert (done.run, done.train.virtual_ranks, done.storage) == ("mine", 2, open_storage(tmp_path).uri)
     with pytest.raises(ValueError, match=r"data\.batch_size=100 is not a multiple of .*=3; use 99 or 102"):
-        resolved(config, workers=3, fingerprint=DATA, recipe="best", image_size=(32, 32))
+        ready(config, workers=3)
 
 
 # --- finished already -------------------------------------------------------------------------------------------------------------------
 
 
-def test_only_a_finished_run_of_the_same_settings_and_data_is_shown_again(storage: Storage) -> None:
+def test_only_a_finished_run_of_the_same_data_is_shown_again_and_not_where_resuming_is_forbidden(storage: Storage) -> None:
     config = started(storage, RunConfig(run="r"))
 
-    def ended(status: str) -> None:
+    def ended(status: str) -> Found:
         summary = {"status": status, "dataset_fingerprint": DATA, "test_accuracy": 0.5}
         storage.write_atomic("r/summary.json", json.dumps(summary).encode())
+        return find(storage, "r")
 
-    for status in ("stopped", "failed"):
-        ended(status)
-        assert finished_summary(config, DATA) is None
-    ended("finished")
-    summary = finished_summary(config, DATA)
-    assert summary is not None
-    assert summary["test_accuracy"] == 0.5
-    with pytest.raises(ValueError, match=r"optim\.lr"):
-        finished_summary(replace(config, optim=replace(config.optim, lr=9.0)), DATA)
+    assert not find(storage, "r").has_finished
+    assert not ended("stopped").has_finished
+    assert not ended("failed").has_finished
+    found = ended("finished")
+    assert found.has_finished
+    assert found.summary is not None
+    assert found.summary["test_accuracy"] == 0.5
+    check_may_show(config, found.summary, DATA)
     with pytest.raises(ValueError, match=f"trained on the data set {DATA[:12]}, this is {OTHER_DATA[:12]}.*--run NAME"):
-        finished_summary(config, OTHER_DATA)
+        check_may_show(config, found.summary, OTHER_DATA)
+    with pytest.raises(ValueError, match=r"--resume never, but run 'r' in .* has finished; give another --run NAME"):
+        check_may_show(replace(config, resume="never"), found.summary, DATA)
 
 
 # --- where it goes on -------------------------------------------------------------------------------------------------------------------
+
+
+def no_word(line: str) -> None:
+    raise AssertionError(line)
 
 
 def commit(storage: Storage, *steps: int, **more: Any) -> Store:
@@ -208,11 +227,11 @@ def commit(storage: Storage, *steps: int, **more: Any) -> Store:
 
 def start_of(storage: Storage, resume: Any = "auto", *, fingerprint: str = DATA) -> tuple[Commit | None, str]:
     config = RunConfig(run="r", storage=storage.uri, resume=resume)
-    said = io.StringIO()
+    said: list[str] = []
     journal = Journal.open(storage, "r", "driver")
-    start = find_start(config, Store.open(storage, "r"), journal, Console(file=said, width=500), fingerprint)
+    start = find_start(config, Store.open(storage, "r"), journal, fingerprint, said.append)
     check_resume(config, has_checkpoint=start is not None)
-    return start, said.getvalue()
+    return start, "\n".join(said)
 
 
 def test_without_a_commit_auto_and_never_start_from_zero_and_must_refuses(storage: Storage) -> None:
@@ -256,7 +275,7 @@ def test_a_damaged_commit_is_passed_over_aloud_and_if_all_are_nothing_starts(sto
 def test_a_fresh_run_that_forbade_resuming_goes_on_after_its_own_failure(storage: Storage) -> None:
     commit(storage, 10)
     config = RunConfig(run="r", storage=storage.uri, resume="never")
-    start = find_start(config, Store.open(storage, "r"), Journal.open(storage, "r", "driver"), Console(quiet=True), DATA)
+    start = find_start(config, Store.open(storage, "r"), Journal.open(storage, "r", "driver"), DATA, no_word)
     assert start is not None
     assert start.step == 10
 
@@ -311,7 +330,7 @@ def test_a_run_that_resizes_goes_on_with_the_decoder_that_it_began_with(storage:
 
 def test_json_gets_null_for_what_it_does_not_have() -> None:
     value = {"a": [1, math.nan, (math.inf, -math.inf, 0.5)], "b": {"c": math.nan, "d": "nan", "e": True, "f": None}}
-    plain = _finite(value)
+    plain = finite(value)
     assert plain == {"a": [1, None, [None, None, 0.5]], "b": {"c": None, "d": "nan", "e": True, "f": None}}
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
 
@@ -333,42 +352,36 @@ def test_identity_names_the_data_by_content() -> None:
 def test_a_run_of_a_release_that_knew_no_products_goes_on_without_them_and_under_its_name(tmp_path: Path) -> None:
     asked = RunConfig(storage=str(tmp_path), train=TrainConfig(precision="bf16", channels_last="on"))
 
-    def started(config: RunConfig) -> RunConfig:
-        return resolved(config, workers=1, fingerprint=DATA, recipe="best", image_size=(32, 32))
-
-    first = started(asked)
+    first = ready(asked)
     assert "train.small_maps" not in identity(asked, DATA)  # which the name is made of
     text = to_toml(first).replace('small_maps = "auto"\n', "")
     assert "small_maps" not in text
     storage = open_storage(str(tmp_path))
     storage.write_atomic(f"{first.run}/config.toml", text.encode())
-    again = started(asked)
+    again = ready(asked)
     assert again.run == first.run
-    check_same_run(again, storage, DATA)
+    check_same(again, storage)
     epyc = of_cpu("flags : avx512_bf16\n")
-    assert decided(again, epyc, has_depthwise=False, tell=lambda line: None).train.small_maps == "convolution"
-    assert decided(first, epyc, has_depthwise=False, tell=lambda line: None).train.small_maps == "product"
+    assert settled(again, epyc, has_depthwise=False, tell=lambda line: None).train.small_maps == "convolution"
+    assert settled(first, epyc, has_depthwise=False, tell=lambda line: None).train.small_maps == "product"
 
 
 def test_auto_is_decided_once_and_kept_where_the_same_command_goes_on_elsewhere(tmp_path: Path) -> None:
     asked = RunConfig(storage=str(tmp_path), train=TrainConfig(precision="auto", channels_last="auto"))
 
-    def started(config: RunConfig) -> RunConfig:
-        return resolved(config, workers=1, fingerprint=DATA, recipe="best", image_size=(32, 32))
-
     said: list[str] = []
-    first = decided(started(asked), of_gpu("H200", (9, 0)), has_depthwise=False, tell=said.append)
+    first = settled(ready(asked), of_gpu("H200", (9, 0)), has_depthwise=False, tell=said.append)
     assert (first.train.precision, first.train.channels_last) == ("bf16", "on")
     assert said == ["train.precision=auto: bf16 (H200)", "train.channels_last=auto: on (H200)"]
     storage = open_storage(str(tmp_path))
     storage.write_atomic(f"{first.run}/config.toml", to_toml(first).encode())
-    again = started(asked)
+    again = ready(asked)
     assert again == first  # the name too
-    check_same_run(again, storage, DATA)
+    check_same(again, storage)
     said.clear()
-    assert decided(again, of_cpu(""), has_depthwise=True, tell=said.append) == first
+    assert settled(again, of_cpu(""), has_depthwise=True, tell=said.append) == first
     assert len(said) == 1
     assert "warning: train.precision=bf16 is emulated here" in said[0]
     other = replace(asked, run=first.run, train=replace(asked.train, precision="fp32"))
     with pytest.raises(ValueError, match=r"train.precision: 'bf16' then, 'fp32' now"):
-        check_same_run(started(other), storage, DATA)
+        check_same(ready(other), storage)

@@ -1,5 +1,6 @@
-"""What trainer.run says before any cluster is started: a user's mistake costs seconds, names the fix, and leaves nothing behind."""
+"""What a run's start says before any cluster is started: a user's mistake costs seconds, names the fix, and leaves nothing behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,18 +8,35 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from cluster.storage import open_storage
 from cluster.zygote import Zygote
-from trainer.drive.check import ModelCheck
-from trainer.run import PROJECT, check_before_cluster, described, dry_run, main, open_data, resolved
+from dataio.schema import Target
+from trainer.drive.check import Checked, ModelCheck, Question
+from trainer.drive.data import open_data
+from trainer.drive.dry_run import dry_run
+from trainer.drive.start import (
+    PROJECT,
+    Asked,
+    Environment,
+    WithData,
+    check_folder_and_ports,
+    described,
+    place,
+    show_finished,
+    with_data,
+    workers_known,
+)
+from trainer.run import main
 from trainer.settings.spec import RANK_MODULES
-from trainer.settings.tree import RunConfig
+from trainer.settings.toml import to_toml
+from trainer.settings.tree import RunConfig, TaskConfig
+from trainer.tasks.info import CLASSIFICATION
 
 SMALL = ["--model.name", "shufflenet_v2_x0_5", "--model.weights", "none", "--cluster.threads-per-worker", "1"]
 
@@ -51,6 +69,18 @@ def no_ray(*_: object, **__: object) -> None:
     raise AssertionError("a cluster was started")
 
 
+QUIET = Console(quiet=True)
+
+
+def asked(config: RunConfig, **environment: Any) -> Asked:
+    known = Environment(ray_address="", in_job=False, is_verbose=False, cpus=2, process_started=0.0)
+    return Asked(config=config, prefix="pets", command="", environment=replace(known, **environment))
+
+
+def of(config: RunConfig) -> WithData:
+    return with_data(asked(config), QUIET)
+
+
 def test_an_unconverted_folder_is_converted_in_words_and_what_is_left_out_is_said_each_time(config: RunConfig) -> None:
     console = Console(width=160, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
     folder, dataset = open_data(config, console)
@@ -67,14 +97,9 @@ def test_an_unconverted_folder_is_converted_in_words_and_what_is_left_out_is_sai
     assert "2 images that could not be used are left out" in again
 
 
-def test_what_would_fail_on_the_workers_is_found_before_a_cluster_is_started(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, dataset = open_data(config, Console(quiet=True))
-
+def test_what_would_fail_on_the_workers_is_found_before_a_cluster_is_started(config: RunConfig, tmp_path: Path) -> None:
     def check(changed: RunConfig) -> None:
-        ready = resolved(changed, workers=1, fingerprint=dataset.manifest.fingerprint, recipe="pets", image_size=(40, 40))
-        check_before_cluster(ready, open_storage(ready.storage), dataset)
+        check_folder_and_ports(place(of(changed), 1))
 
     check(config)
     with pytest.raises(ValueError, match=r"--resume must, but run 'pets-.*' .* has no checkpoint; give --run NAME"):
@@ -85,20 +110,73 @@ def test_what_would_fail_on_the_workers_is_found_before_a_cluster_is_started(
     assert list((tmp_path / "runs").iterdir()) == []  # no run's folder was made for nothing
 
 
-def test_the_model_is_built_once_in_another_process_and_what_is_wrong_with_it_comes_back(config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_that_has_finished_is_found_by_its_name_and_its_settings(config: RunConfig) -> None:
+    named = replace(config, run="mine")
+    first = place(of(named), 1)
+    assert not first.found.has_finished
+    assert not first.is_outdated(1)
+    assert first.is_outdated(2)
+    storage, fingerprint = first.data.storage, first.data.fingerprint
+    storage.write_atomic("mine/config.toml", to_toml(first.config).encode())
+    assert first.is_outdated(1)  # another process has started it meanwhile
+    begun = place(of(named), 1)
+    assert not begun.is_outdated(1)
+    assert not begun.found.has_finished
+    storage.write_atomic("mine/summary.json", json.dumps({"status": "finished", "dataset_fingerprint": fingerprint}).encode())
+    assert begun.is_outdated(1)
+    done = place(of(named), 1)
+    assert done.found.has_finished
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    assert show_finished(done, console) == 0
+    assert "run mine has finished already; --run NAME starts another" in console.export_text()
+    with pytest.raises(ValueError, match=r"'mine' was started with other settings \(optim.lr: .*--run NAME"):
+        place(of(replace(named, optim=replace(named.optim, lr=9.0))), 1)
+    with pytest.raises(ValueError, match=r"--resume never, but run 'mine' in .* has finished"):
+        show_finished(place(of(replace(named, resume="never")), 1), QUIET)
+
+
+def test_how_many_workers_there_may_be_is_known_without_a_cluster_unless_that_has_to_say(config: RunConfig) -> None:
+    def known(workers: str, address: str) -> int | None:
+        return workers_known(asked(replace(config, workers=workers), ray_address=address))
+
+    assert [known(workers, "somewhere:6379") for workers in ("auto", "3", "1:4")] == [None, 3, 4]
+    assert [known(workers, "") for workers in ("2", "1:2")] == [2, 2]
+    for address in ("", "somewhere:6379"):
+        with pytest.raises(ValueError, match="workers=many is not a number of workers"):
+            known("many", address)
+
+
+def test_in_a_job_a_storage_that_goes_with_it_is_refused_before_anything_is_converted(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--storage runs is relative"):
+        with_data(asked(replace(config, storage="runs"), in_job=True), QUIET)
+    assert not (tmp_path / "root").exists()
+
+
+def test_the_model_is_built_once_in_another_process_and_what_is_wrong_with_it_comes_back(config: RunConfig) -> None:
+    question = Question(
+        task=config.task,
+        targets=(Target(name="label", kind="label", classes=("cat", "dog")),),
+        label_smoothing=0.0,
+        model=config.model,
+        image_size=(40, 40),
+        seed=0,
+    )
     zygote = Zygote(RANK_MODULES)
     try:
 
-        def check(**fields: str) -> None:
-            ModelCheck(zygote, replace(config.model, **fields), classes=2, seed=0, image_size=(40, 40)).wait()  # type: ignore[arg-type]
+        def check(**fields: str) -> Checked:
+            model = replace(config.model, **fields)  # type: ignore[arg-type]
+            return ModelCheck(zygote, replace(question, model=model)).wait()
 
-        check()
+        assert check() == Checked(has_depthwise=True, task=CLASSIFICATION)
         with pytest.raises(ValueError, match="did you mean resnet18"):
             check(name="resnet81")
         with pytest.raises(ValueError, match=r"no such file; weights are imagenet, none, package:"):
             check(weights="/nowhere.pth")
-        check()
-        under_way = ModelCheck(zygote, config.model, classes=2, seed=0, image_size=(40, 40))
+        assert check(name="resnet18") == Checked(has_depthwise=False, task=CLASSIFICATION)
+        with pytest.raises(ValueError, match=r"task\.name=classfication is no task: .*did you mean classification"):
+            ModelCheck(zygote, replace(question, task=TaskConfig(name="classfication"))).wait()
+        under_way = ModelCheck(zygote, question)
         zygote.close(kill=True)
         with pytest.raises(RuntimeError, match="ended with status"):
             under_way.wait()
@@ -144,16 +222,16 @@ def test_a_users_mistake_ends_with_status_2_one_message_and_no_cluster(
 def test_a_dry_run_of_data_that_are_not_there_says_so(config: RunConfig) -> None:
     missing = replace(config, data=replace(config.data, path="/nowhere"))
     with pytest.raises(ValueError, match="'/nowhere' does not exist"):
-        dry_run(missing, (), Console(quiet=True))
+        dry_run(missing, (), QUIET)
 
 
 def test_a_dry_run_names_the_folder_that_the_run_will_have(config: RunConfig) -> None:
-    folder, dataset = open_data(config, Console(quiet=True))
-    ready = replace(config, data=replace(config.data, path=str(folder)))
+    folder, _ = open_data(config, QUIET)
+    ready = replace(config, data=replace(config.data, path=folder))
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     assert dry_run(ready, (), console) == 0
-    name = resolved(ready, workers=1, fingerprint=dataset.manifest.fingerprint, recipe="shufflenet_v2_x0_5", image_size=(40, 40)).run
-    assert f"{config.storage}/{name} " in console.export_text()
+    name = place(of(ready), 1).config.run
+    assert f"{config.storage}/{name.replace('pets', 'shufflenet_v2_x0_5')} " in console.export_text()
 
 
 def test_a_full_disk_while_converting_is_no_traceback(

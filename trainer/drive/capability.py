@@ -1,19 +1,19 @@
 """What a device is good at, and what `auto` of `train.precision`, `train.channels_last` and `train.small_maps` becomes on it. Called by
-trainer/run.py.
+trainer/drive/start.py, identity.py and dry_run.py.
 
-Decided by the driver, once a run: where the run goes on, as it was started (`as_started`), else from what the workers' nodes report
+The driver decides it once a run: where the run goes on, as it was started (`as_started`), else from what the workers' nodes report
 (`here`, run on each of them; `decide`). Pure but for `here`, which imports torch only where there are GPUs and nvidia-smi is silent.
 What the choices are worth is measured by benchmarks/step.py.
 """
 
 import dataclasses
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.settings.tree import TrainConfig
+from trainer.settings.tree import RunConfig, TrainConfig
 
 BF16_COMPUTE_CAPABILITY = (8, 0)  # Ampere; before it there are no bf16 tensor cores
 CHANNELS_LAST_COMPUTE_CAPABILITY = (7, 0)  # the first tensor cores, which want NHWC
@@ -129,6 +129,14 @@ def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -
         )
     decided = dataclasses.replace(train, precision=precision, channels_last=layout, small_maps=small_maps)
     return Decision(train=decided, said=tuple(said), warnings=tuple(warnings))
+
+
+def settled(config: RunConfig, capability: Capability, *, has_depthwise: bool, tell: Callable[[str], None]) -> RunConfig:
+    """`config` with what is still at auto decided by the devices, and told. A run that goes on has nothing left open (`as_started`)."""
+    decision = decide(config.train, capability, has_depthwise=has_depthwise)
+    for line in (*decision.said, *(f"warning: {warning}" for warning in decision.warnings)):
+        tell(line)
+    return dataclasses.replace(config, train=decision.train)
 
 
 def _cpuinfo() -> str:

@@ -1,6 +1,6 @@
-"""`--dry-run`: what a run would do and what it would take, before anything is started. Called by `trainer.run`.
+"""What a run would do and what it would take, before anything is started: the arithmetic behind `--dry-run`. Called by dry_run.py.
 
-`describe` is arithmetic over facts that it is given; finding them (the manifest, the cluster's devices) is the caller's. Only
+`describe` is arithmetic over facts that it is given; finding them (the manifest, the devices) is the caller's. Only
 `model_facts` does work: it builds the model without weights and counts.
 """
 
@@ -14,24 +14,26 @@ from torch import nn
 from cluster.interval import AUTO, steps_between
 from dataio.manifest import Manifest, image_size_of
 from dataio.order import Order
-from trainer.models.vision import build_model, has_depthwise, head_of
+from trainer.models.vision import has_depthwise, head_of
 from trainer.rank.profile import count_work
 from trainer.settings.rules import validate
+from trainer.settings.spec import total_steps_of
 from trainer.settings.tree import ModelConfig, RunConfig
 from trainer.settings.units import duration, flops, number, size
+from trainer.tasks.task import Task
 
 _FLOAT32_BYTES = 4  # weights, gradients and optimiser state stay fp32 under bf16 autocast
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Hardware:
+class Devices:
     """What the run would get."""
 
     workers: int
-    device: str
-    """For people: `CPU`, `NVIDIA H200`."""
-    device_bytes: int | None = None
-    """Memory of one device."""
+    name: str
+    """Of each worker's device, for people: `CPU`, `NVIDIA H200`."""
+    memory_bytes: int | None = None
+    """Of one device."""
     flops_per_second: float | None = None
     """Measured speed of one device at the run's precision; None leaves the time unestimated."""
 
@@ -55,7 +57,7 @@ class Plan:
     """What would run. None is not known without the converted data."""
 
     config: RunConfig
-    hardware: Hardware
+    devices: Devices
     model: ModelFacts
     classes: int | None
     train_images: int | None
@@ -77,9 +79,9 @@ class Plan:
     destination: str
 
 
-def model_facts(config: ModelConfig, *, classes: int, image_size: tuple[int, int]) -> ModelFacts:
-    """Build the model (random weights: no download) and count. `image_size` is (height, width) of the data."""
-    model = build_model(dataclasses.replace(config, weights="none"), classes=classes, seed=0, image_hw=image_size)
+def model_facts(task: Task, config: ModelConfig, *, image_size: tuple[int, int]) -> ModelFacts:
+    """Build the task's model (random weights: no download) and count. `image_size` is (height, width) of the data."""
+    model = task.build(dataclasses.replace(config, weights="none"), image_hw=image_size, seed=0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in head_of(model)[1].parameters()) if config.freeze == "backbone" else parameters
     height, width = (config.image_size, config.image_size) if config.image_size else image_size
@@ -92,32 +94,22 @@ def model_facts(config: ModelConfig, *, classes: int, image_size: tuple[int, int
     )
 
 
-def describe(config: RunConfig, manifest: Manifest | None, hardware: Hardware, model: ModelFacts) -> Plan:
-    """What `config` would do on `hardware`. ValueError as from `validate` where the run could not start.
+def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, model: ModelFacts) -> Plan:
+    """What `config` would do on `devices`. ValueError as from `validate` where the run could not start.
 
     Without a manifest (data not converted yet) everything that depends on the number of images stays None.
     """
-    virtual_ranks = config.train.virtual_ranks or hardware.workers
-    validate(config, workers=hardware.workers)
+    virtual_ranks = config.train.virtual_ranks or devices.workers
+    validate(config, workers=devices.workers)
     train = manifest.splits["train"].count if manifest else None
     test = manifest.splits["test"].count if manifest and "test" in manifest.splits else None
     image_size = image_size_of(manifest, config.data) if manifest else (config.data.image_size,) * 2 if config.data.image_size else None
     steps_per_epoch = total_steps = checkpoint_every = None
-    if manifest and train is not None:
-        order = Order(
-            seed=config.train.seed,
-            fingerprint=manifest.fingerprint,
-            count=train,
-            batch_size=config.data.batch_size,
-            virtual_ranks=virtual_ranks,
-            window=config.data.shuffle_window,
-        )
-        steps_per_epoch = order.steps_per_epoch
-        total_steps = steps_per_epoch * config.train.epochs
-        if config.train.max_steps:
-            total_steps = min(total_steps, config.train.max_steps)
+    if manifest is not None:
+        steps_per_epoch = _steps_per_epoch(config, manifest, virtual_ranks)
+        total_steps = total_steps_of(config, steps_per_epoch)
         checkpoint_every = steps_between(config.train.checkpoint_every, steps_per_epoch)
-    validate(config, workers=hardware.workers, image_size=image_size, total_steps=total_steps)
+    validate(config, workers=devices.workers, image_size=image_size, total_steps=total_steps)
 
     weights = model.parameters * _FLOAT32_BYTES + model.buffer_bytes
     moments = 2 if config.optim.name == "adamw" else 1 if config.optim.momentum > 0 else 0
@@ -130,10 +122,10 @@ def describe(config: RunConfig, manifest: Manifest | None, hardware: Hardware, m
     work = None
     if total_steps is not None and steps_per_epoch and train and model.flops_per_image:
         work = total_steps / steps_per_epoch * train * model.flops_per_image
-    speed = hardware.flops_per_second
+    speed = devices.flops_per_second
     return Plan(
         config=config,
-        hardware=hardware,
+        devices=devices,
         model=model,
         classes=len(manifest.classes) if manifest else None,
         train_images=train,
@@ -148,14 +140,26 @@ def describe(config: RunConfig, manifest: Manifest | None, hardware: Hardware, m
         checkpoint_bytes=weights + optimizer + ema,
         checkpoint_every=checkpoint_every,
         total_flops=work,
-        seconds=work / (speed * hardware.workers) if work and speed else None,
+        seconds=work / (speed * devices.workers) if work and speed else None,
         destination=f"{config.storage.rstrip('/')}/{config.run or '<named after the recipe and the settings>'}",
     )
 
 
+def _steps_per_epoch(config: RunConfig, manifest: Manifest, virtual_ranks: int) -> int:
+    order = Order(
+        seed=config.train.seed,
+        fingerprint=manifest.fingerprint,
+        count=manifest.splits["train"].count,
+        batch_size=config.data.batch_size,
+        virtual_ranks=virtual_ranks,
+        window=config.data.shuffle_window,
+    )
+    return order.steps_per_epoch
+
+
 def table(plan: Plan) -> Table:
     """The plan for a console."""
-    config, hardware = plan.config, plan.hardware
+    config, devices = plan.config, plan.devices
     rows: list[tuple[str, str]] = []
     if plan.train_images is None:
         rows.append(("Data", f"{config.data.path}: not converted yet; steps and sizes are known once it is (python -m dataio.convert)"))
@@ -167,14 +171,14 @@ def table(plan: Plan) -> Table:
     share = "" if plan.model.trainable == plan.model.parameters else f" ({number(plan.model.trainable)} trained)"
     rows.append(("Model", f"{config.model.name}, {number(plan.model.parameters)} parameters{share}{resized}"))
     rows.append(("Weights", config.model.weights))
-    rows.append(("Workers", f"{hardware.workers} on {hardware.device}, {config.train.precision}"))
+    rows.append(("Workers", f"{devices.workers} on {devices.name}, {config.train.precision}"))
     parts = f", in {plan.virtual_ranks} virtual ranks of {plan.batch_per_virtual_rank}" if plan.virtual_ranks > 1 else ""
     rows.append(("Batch", f"{config.data.batch_size} images{parts}"))
     if plan.total_steps is not None:
         epochs = "1 epoch" if config.train.epochs == 1 else f"{config.train.epochs} epochs"
         limit = f", stopped by train.max_steps={config.train.max_steps}" if config.train.max_steps else ""
         rows.append(("Steps", f"{number(plan.total_steps)}: {epochs} of {number(plan.steps_per_epoch)}{limit}"))
-    room = f" of {size(hardware.device_bytes)}" if hardware.device_bytes else ""
+    room = f" of {size(devices.memory_bytes)}" if devices.memory_bytes else ""
     rows.append(("Model memory", f"{size(plan.model_bytes)}{room} on each device; activations come on top"))
     if plan.cache_bytes is not None:
         cache = f"{size(plan.cache_bytes)} of decoded images (data.cache={config.data.cache})"

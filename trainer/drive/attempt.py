@@ -1,0 +1,365 @@
+"""One attempt: one life of the ranks, from the order to begin to the last of them that ended. Called by drive.py.
+
+Again and again the attempt looks at what is there (`Look`), `decide` says what is to be done about it, and the attempt does that. `decide`
+is pure; the attempt's end is an `Outcome`.
+"""
+
+import pickle
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from queue import Empty
+from typing import Any
+
+import ray
+
+from cluster.agent import Payload, poll_seconds
+from cluster.coordinator import Status
+from cluster.failures import Failure
+from cluster.hang import STARTING, Hang, HangWatch, Sign
+from cluster.interval import observed_failures
+from cluster.launch import Fleet, failure_of_ranks
+from trainer.drive.account import Account
+from trainer.drive.fleets import Fleets, Pause, Room
+from trainer.drive.screen import Position, Screen
+from trainer.drive.session import CALL_SECONDS, Session
+from trainer.drive.signals import Signals
+from trainer.settings.spec import TARGET, WorkerSpec
+
+TAKEN_OVER_POLL_SECONDS = 5.0
+AGENT_SILENT_SECONDS = 5.0
+STACKS_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How an attempt ended. Without a failure and without a pause the run is over, or this driver's part of it."""
+
+    failure: Failure | None = None
+    result: Mapping[str, Any] | None = None
+    """What rank 0 handed in when all steps were done, or a stop was asked for."""
+    pause: Pause | None = None
+    """Another attempt is to follow with other workers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """What is there at one moment of an attempt."""
+
+    fleet_ended: bool = False
+    ranks_ended: bool = False
+    """All of them."""
+    is_orphan: bool = False
+    """The coordinator was started again, and does not know the attempt's agents."""
+    lost_agents: tuple[int, ...] = ()
+    """Ranks whose agents do not answer, which holds up the attempt."""
+    hang: Hang | None = None
+    is_taken_over: bool = False
+    """Another process drives this run now."""
+    signal: int = 0
+    """That the driver got; 0: none."""
+    has_begun: bool = False
+    """There may be steps that are not saved."""
+    stop_asked_seconds: float | None = None
+    """Since the ranks were asked to stop; None where they were not."""
+    stop_grace_seconds: float = 0.0
+    pause: Pause | None = None
+    """A reason to go on with other workers."""
+    pause_asked: bool = False
+    """The ranks were asked to stop for such a reason."""
+
+
+class Act(Enum):
+    """What an attempt does about what it sees."""
+
+    TAKE_FLEETS_FAILURE = auto()
+    TAKE_RESULT = auto()
+    ADOPT = auto()
+    GIVE_UP_AGENTS = auto()
+    BREAK_HANG = auto()
+    GIVE_WAY = auto()
+    STOP_AT_ONCE = auto()
+    ASK_TO_STOP = auto()
+    ASK_TO_PAUSE = auto()
+    END_GRACE = auto()
+    GO_ON = auto()
+
+
+def decide(look: Look) -> Act:
+    """What comes first counts: an attempt that has ended is over, whatever else is true of it."""
+    if look.fleet_ended:
+        return Act.TAKE_FLEETS_FAILURE
+    if look.ranks_ended:
+        return Act.TAKE_RESULT
+    if look.is_orphan:
+        return Act.ADOPT
+    if look.lost_agents:
+        return Act.GIVE_UP_AGENTS
+    if look.hang is not None:
+        return Act.BREAK_HANG
+    if look.is_taken_over:
+        return Act.GIVE_WAY
+    if look.signal and look.stop_asked_seconds is None:
+        return Act.ASK_TO_STOP if look.has_begun else Act.STOP_AT_ONCE
+    if look.stop_asked_seconds is not None and look.stop_asked_seconds > look.stop_grace_seconds:
+        return Act.END_GRACE
+    if look.pause is not None and not look.pause_asked and not look.signal:
+        return Act.ASK_TO_PAUSE
+    return Act.GO_ON
+
+
+class Attempt:
+    """One life of the ranks below a fleet's agents."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        position: Position,
+        fleet: Fleet,
+        fleets: Fleets,
+        room: Room,
+        signals: Signals,
+        screen: Screen,
+        account: Account,
+    ) -> None:
+        self._session, self._position, self._fleet = session, position, fleet
+        self._fleets, self._room, self._signals = fleets, room, signals
+        self._screen, self._account = screen, account
+        self._payload = payload_of(session, position)
+        self._stop_asked_at: float | None = None
+        self._pause: Pause | None = None  # that the ranks were asked for
+        self._ended = 0  # ranks, when they were last looked at
+
+    def run(self) -> Outcome:
+        """The attempt from its first order to its end."""
+        position, cluster = self._position, self._session.config.cluster
+        self._session.ask("start_attempt", position.attempt, self._fleet.workers, position.start_step, self._fleet.number, self._payload)
+        watch = HangWatch(hang_seconds=cluster.hang_seconds, start_seconds=cluster.start_seconds, now=time.monotonic())
+        is_taken_over = Seldom(TAKEN_OVER_POLL_SECONDS, self._session.is_taken_over)
+        outcome = None
+        while outcome is None:
+            has_ended = self._fleet.wait(0)
+            status = self._session.status() if has_ended else self._news()
+            outcome = self._act(self._look(status, watch, has_ended, is_taken_over()), status)
+        return outcome
+
+    def _news(self) -> Status:
+        status = wait_for_news(self._session, self._signals, self._fleet, self._ended, is_told=self._stop_asked_at is not None)
+        self._ended = len(status.ended_ranks)
+        self._fleets.seen(status)
+        return status
+
+    def _look(self, status: Status, watch: HangWatch, fleet_ended: bool, is_taken_over: bool) -> Look:
+        ranks_ended = len(status.ended_ranks) == self._fleet.workers
+        silent = silent_agents(status)
+        signal, pause = self._signals.number, None
+        if not fleet_ended and self._pause is None and not signal and status.steps_done > status.start_step:
+            pause = self._room.reason_to_pause(status, workers=self._fleet.workers, attempt=self._position.attempt)
+        return Look(
+            fleet_ended=fleet_ended,
+            ranks_ended=ranks_ended,
+            is_orphan=status.is_orphan,
+            lost_agents=lost_agents(status, silent, living_nodes()) if silent else (),
+            # A coordinator that was started again knows nothing of the ranks at first, which would look like something done.
+            hang=None if ranks_ended or status.is_orphan else watch.look(time.monotonic(), signs(status)),
+            is_taken_over=is_taken_over,
+            signal=signal,
+            has_begun=has_begun(status),
+            stop_asked_seconds=None if self._stop_asked_at is None else time.monotonic() - self._stop_asked_at,
+            stop_grace_seconds=self._session.config.cluster.stop_grace_seconds,
+            pause=pause,
+            pause_asked=self._pause is not None,
+        )
+
+    def _act(self, look: Look, status: Status) -> Outcome | None:
+        """Do what is to be done; the outcome where that ends the attempt."""
+        match decide(look):
+            case Act.TAKE_FLEETS_FAILURE:
+                return self._take_fleets_failure()
+            case Act.TAKE_RESULT:
+                return self._take_result()
+            case Act.ADOPT:
+                self._adopt()
+                return None  # the next status has something to show
+            case Act.GIVE_UP_AGENTS:
+                return self._give_up_agents(look.lost_agents, status)
+            case Act.BREAK_HANG:
+                assert look.hang is not None
+                return self._break_hang(look.hang)
+            case Act.GIVE_WAY:
+                return self._end()
+            case Act.STOP_AT_ONCE:
+                self._ask_to_stop("stopping; no step has been done yet")
+                return self._end()  # no step was done in this attempt: there is nothing new to save
+            case Act.ASK_TO_STOP:
+                self._ask_to_stop("saving a checkpoint, then stopping (again to stop at once)")
+            case Act.END_GRACE:
+                self._screen.message(f"no checkpoint within cluster.stop_grace_seconds={look.stop_grace_seconds:g}; stopping")
+                return self._end()
+            case Act.ASK_TO_PAUSE:
+                assert look.pause is not None
+                self._ask_to_pause(look.pause)
+            case Act.GO_ON:
+                pass
+        self._screen.show(status, self._position, workers=self._fleet.workers, is_stopping=self._signals.number != 0)
+        self._account.tell(status)
+        return None
+
+    # Orders to an attempt that goes on
+
+    def _adopt(self) -> None:
+        attempt = self._position.attempt
+        self._session.ask("adopt", attempt, self._fleet.number, self._payload)
+        self._session.tell("coordinator_restarted", attempt=attempt)
+        self._screen.message("the coordinator died and was started again; the ranks trained on")
+
+    def _ask_to_stop(self, then: str) -> None:
+        self._stop_asked_at = time.monotonic()
+        self._session.ask("request_stop", self._signals.name)
+        self._screen.message(f"{self._signals.name}: {then}")
+
+    def _ask_to_pause(self, pause: Pause) -> None:
+        self._pause = pause
+        self._session.ask("request_pause", self._position.attempt, pause.reason)
+        self._screen.message(f"{pause.reason}; saving a checkpoint, then going on with other workers")
+
+    # Ends
+
+    def _end(self) -> Outcome:
+        """This driver's part of the run is over, without a result."""
+        self._fleets.end()
+        return Outcome()
+
+    def _take_result(self) -> Outcome:
+        """All ranks have ended: by themselves, or as they were asked to."""
+        attempt = self._position.attempt
+        failure = failure_of_ranks(self._session.ask("ends", attempt))
+        result = self._session.ask("result", attempt)
+        if failure is None and result is not None and result["stopped"] and self._pause is not None and not self._signals.number:
+            return Outcome(result=result, pause=self._pause)
+        # An attempt that handed in its result had nothing left to do; what died after that does not matter.
+        if failure is None or result is not None or self._session.is_taken_over():
+            return Outcome(result=result)
+        return Outcome(failure=failure)
+
+    def _take_fleets_failure(self) -> Outcome:
+        """Ray Train gave up on a worker: the ranks went with it."""
+        self._fleets.died()
+        result = self._session.ask("result", self._position.attempt)
+        if result is not None or self._session.is_taken_over():
+            return Outcome(result=result)
+        failure = self._fleet.failure()
+        return Outcome(failure=failure or Failure(kind="infrastructure", rank=None, message="the agents ended before their ranks had"))
+
+    def _give_up_agents(self, lost: Sequence[int], status: Status) -> Outcome:
+        """The agents of these ranks do not answer: their nodes or their workers are gone. The rest of the fleet goes too."""
+        nodes = sorted({status.reports[rank].node_id[:8] for rank in lost})
+        ranks = ", ".join(map(str, lost))
+        self._session.ask("kill_attempt", self._position.attempt)
+        self._fleets.end()
+        message = f"the agents of rank{'s' if len(lost) > 1 else ''} {ranks} on node {', '.join(nodes)} do not answer"
+        return Outcome(failure=Failure(kind="infrastructure", rank=lost[0], message=message))
+
+    def _break_hang(self, hang: Hang) -> Outcome:
+        """Stacks of all ranks into the journal, then the end of their processes."""
+        attempt = self._position.attempt
+        self._session.tell("hang", attempt=attempt, kind=hang.kind, ranks=list(hang.ranks), seconds=hang.seconds)
+        self._screen.message(f"{hang.describe()}; taking stacks, then starting again")
+        self._session.ask("ask_stacks", attempt)
+        self._wait_until(lambda now: len(now.stacks | now.ended_ranks) == now.world_size, STACKS_SECONDS)
+        self._session.ask("kill_attempt", attempt)
+        if not self._wait_until(lambda now: len(now.ended_ranks) == now.world_size, STACKS_SECONDS):
+            self._fleets.end()  # a process in an uninterruptible wait: leave the node's worker with it
+        rank = hang.ranks[0] if len(hang.ranks) == 1 else None
+        return Outcome(failure=Failure(kind="hang", rank=rank, message=hang.describe()))
+
+    def _wait_until(self, condition: Callable[[Status], bool], seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not (done := condition(self._session.status())) and time.monotonic() < end:
+            time.sleep(0.05)
+        return done
+
+
+class Seldom:
+    """A question whose answer takes time, put at most every so many seconds; False in between, and for the first of them."""
+
+    def __init__(self, every_seconds: float, question: Callable[[], bool]) -> None:
+        self._every_seconds, self._question = every_seconds, question
+        self._asked_at = time.monotonic()
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self._asked_at <= self._every_seconds:
+            return False
+        self._asked_at = time.monotonic()
+        return self._question()
+
+
+def payload_of(session: Session, position: Position) -> Payload:
+    """What the ranks of the attempt at `position` are told."""
+    failures, observed_seconds = observed_failures(session.events())
+    spec = WorkerSpec(
+        config=session.config,
+        dataset=session.data if isinstance(session.data, str) else None,
+        generation=session.generation,
+        attempt=position.attempt,
+        resume=(position.start.step, position.start.generation) if position.start else None,
+        threads=session.resources.threads_per_worker,
+        skip=position.skip,
+        failures=failures,
+        observed_seconds=observed_seconds,
+    )
+    return Payload(target=TARGET, spec=pickle.dumps(spec), files={} if isinstance(session.data, str) else session.data)
+
+
+def wait_for_news(session: Session, signals: Signals, fleet: Fleet, ended: int, *, is_told: bool) -> Status:
+    """The status once more than `ended` ranks have ended, or the fleet, or a signal has come (unless `is_told`: the ranks know), or a
+    heartbeat is over."""
+    alarm = signals.new_alarm()
+    if is_told or not signals.number:
+        news = session.coordinator.news.remote(ended, poll_seconds(fleet.workers, session.config.cluster.heartbeat_seconds))
+        news.future().add_done_callback(lambda _: alarm.put(None))
+        with suppress(Empty):
+            alarm.get(timeout=CALL_SECONDS)
+        if not fleet.wait(0) and (is_told or not signals.number):
+            status: Status = ray.get(news, timeout=CALL_SECONDS)
+            return status
+    return session.status()
+
+
+def has_begun(status: Status) -> bool:
+    """Whether the attempt may have steps that are not saved. Beats are a second old, and a fast run has done many meanwhile."""
+    at_work = any(rank.pulse.get("phase", STARTING) != STARTING for rank in status.ranks.values())
+    return at_work or status.steps_done > status.start_step or (status.last_commit_step or 0) > status.start_step
+
+
+def signs(status: Status) -> dict[int, Sign]:
+    """What the hang watch goes by, of the ranks that still live."""
+    return {
+        rank: Sign(
+            state=known.report.state if known.report is not None else "",
+            age_seconds=known.age_seconds,
+            ticks=int(known.pulse.get("ticks", 0)),
+            phase=str(known.pulse.get("phase", "starting")),
+        )
+        for rank, known in status.ranks.items()
+        if rank not in status.ended_ranks
+    }
+
+
+def silent_agents(status: Status) -> list[int]:
+    """Ranks that live, as far as is known, and whose agents do not answer."""
+    return [rank for rank, age in status.agent_ages.items() if age > AGENT_SILENT_SECONDS and rank not in status.ended_ranks]
+
+
+def lost_agents(status: Status, silent: Sequence[int], alive: Collection[str]) -> tuple[int, ...]:
+    """Those of the `silent` that hold up an attempt: all others of it have ended, or the node is not among those `alive`."""
+    if status.ended_ranks and len(status.ended_ranks) + len(silent) >= status.world_size:
+        return tuple(silent)
+    return tuple(rank for rank in silent if status.reports[rank].node_id not in alive)
+
+
+def living_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -1,0 +1,55 @@
+"""A run's data on their way to the ranks: opened, converted first where they are not, and shipped to nodes that cannot read their folder.
+
+Called by trainer/drive/start.py. What a converted data set is, dataio says."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dataio.convert import Progress as ConvertProgress
+from dataio.convert import open_prepared
+from dataio.parquet import QUARANTINE_NAME, Dataset
+from trainer.settings.tree import RunConfig
+
+CONVERT_LINE_SECONDS = 5.0
+
+
+def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
+    """The converted data set a run reads, and its folder or URI; a source that is not converted yet is converted into `data.root`."""
+    shown_at: float | None = None
+
+    def on_progress(progress: ConvertProgress) -> None:
+        nonlocal shown_at
+        if shown_at is None or time.monotonic() - shown_at > CONVERT_LINE_SECONDS:
+            shown_at = time.monotonic()
+            console.print(f"converting {config.data.path}: {progress.describe()}", soft_wrap=True, markup=False)
+
+    location, dataset = open_prepared(config.data, on_progress=on_progress)
+    if shown_at is not None:
+        console.print(f"converted into {dataset.where}", soft_wrap=True, markup=False)
+    if dataset.manifest.quarantined:
+        count = dataset.manifest.quarantined
+        left_out = f"{count} image{'' if count == 1 else 's'} that could not be used {'is' if count == 1 else 'are'} left out"
+        console.print(f"{left_out}: {dataset.where}/{QUARANTINE_NAME}", soft_wrap=True, markup=False)
+    return location, dataset
+
+
+def ship(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
+    """The data set's files in Ray's object store, for nodes that cannot read its folder."""
+    import numpy as np
+    import ray
+
+    if dataset.is_remote:
+        dataset.files()  # says that every node needs a way to it
+    if dataset.size_bytes > config.cluster.object_store_limit_bytes:
+        raise ValueError(
+            f"data set {dataset.where} ({dataset.size_bytes:,} bytes) can be read on this node only and is larger than "
+            f"cluster.object_store_limit_bytes={config.cluster.object_store_limit_bytes:,}; put it on storage that every node mounts "
+            "and give that path to --data.path, or raise the limit if the nodes' object stores can hold it"
+        )
+    return {
+        name: ray.put(np.fromfile(file, dtype=np.uint8) if isinstance(file, Path) else np.frombuffer(file, dtype=np.uint8))
+        for name, file in dataset.files().items()
+    }

@@ -1,0 +1,74 @@
+"""`--dry-run`: finds the data and the devices and says what would run. Called by trainer/run.py; what follows from them, plan.py says.
+
+Starts no driver, and so may import torch."""
+
+import shlex
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cluster.storage import open_storage
+from dataio.convert import is_converted
+from dataio.manifest import Manifest, image_size_of
+from dataio.parquet import open_dataset
+from dataio.schema import LABEL, Target
+from dataio.sources import open_source
+from trainer.drive.capability import here, settled
+from trainer.drive.identity import resolved, run_prefix
+from trainer.drive.plan import Devices, describe, model_facts, table
+from trainer.settings.rules import worker_count
+from trainer.settings.tree import RunConfig
+from trainer.tasks.make import make_task
+
+
+def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> int:
+    """Say what would run: steps, memory, cost."""
+    manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
+    classes = manifest.classes if manifest else _classes_of_source(config)
+    task = make_task(config.task, (Target(name=LABEL, kind="label", classes=classes),), label_smoothing=config.optim.label_smoothing)
+    size = image_size_of(manifest, config.data) if manifest else (config.data.image_size or 32,) * 2
+    gpus = torch.cuda.device_count()
+    devices = _devices(worker_count(config) or max(1, gpus), gpus)
+    if manifest is not None:
+        config = _named(config, recipes, manifest, workers=devices.workers, image_size=size)
+    facts = model_facts(task, config.model, image_size=size)
+    config = settled(
+        config,
+        here(use_gpus=gpus > 0 and config.cluster.gpus_per_worker != 0),
+        has_depthwise=facts.has_depthwise,
+        tell=lambda line: console.print(line, soft_wrap=True, markup=False),
+    )
+    console.print(table(describe(config, manifest, devices, facts)))
+    if manifest is None:
+        command = shlex.join(["python", "-m", "dataio.convert", config.data.path, "DEST"])
+        console.print(f"For exact numbers convert the data first: {command}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _classes_of_source(config: RunConfig) -> tuple[str, ...]:
+    """ValueError where there is nothing to convert."""
+    source = open_source(config.data.path, root=Path(config.data.root).expanduser(), test_fraction=config.data.test_fraction)
+    if source.kind.startswith("cifar"):  # to count CIFAR's it would have to be downloaded
+        return tuple(map(str, range(10)))
+    return tuple(source.classes)
+
+
+def _devices(workers: int, gpus: int) -> Devices:
+    return Devices(
+        workers=workers,
+        name=torch.cuda.get_device_name(0) if gpus else "CPU",
+        memory_bytes=torch.cuda.get_device_properties(0).total_memory if gpus else None,
+    )
+
+
+def _named(config: RunConfig, recipes: tuple[str, ...], manifest: Manifest, *, workers: int, image_size: tuple[int, int]) -> RunConfig:
+    """`config` with the name that the run will have."""
+    return resolved(
+        config,
+        open_storage(config.storage, config.cluster.storage_retry_seconds),
+        workers=workers,
+        fingerprint=manifest.fingerprint,
+        prefix=run_prefix(config, recipes),
+        image_size=image_size,
+    ).config

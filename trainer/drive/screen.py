@@ -1,0 +1,118 @@
+"""What the user sees while a run goes on: the progress line, and the lines that stay. Called by drive.py and attempt.py.
+
+What there is to see is computed from a status and a position; how it is drawn, trainer.runs.progress says."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from cluster.coordinator import Status
+from cluster.store import Commit
+from trainer.drive.session import Session
+from trainer.runs.progress import ProgressLine, RunState
+
+CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
+TRAINING = "training"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where a run is between two attempts."""
+
+    attempt: int = 0
+    """Number of the newest one, over all drivers of the run."""
+    start: Commit | None = None
+    """The commit that it goes on from; None is the run's beginning."""
+    skip: frozenset[int] = field(default_factory=frozenset)
+    """Steps whose batches are left out."""
+    restarts: int = 0
+    """Attempts of this driver that failed."""
+
+    @property
+    def start_step(self) -> int:
+        return self.start.step if self.start is not None else 0
+
+
+def phase_of(status: Status, position: Position, *, workers: int, is_stopping: bool, waiting: str) -> str:
+    """What the run is doing. `waiting`: what it waits for before it can begin."""
+    if is_stopping:
+        return "stopping"
+    if waiting:
+        return waiting
+    if reached(status, position) > position.start_step:
+        return TRAINING
+    if len(status.ranks) < workers:
+        return "restarting workers" if position.attempt > 1 and position.restarts else "starting workers"
+    return "loading data and model"
+
+
+def reached(status: Status, position: Position) -> int:
+    """Steps that the fastest rank has done."""
+    return max((rank.steps_done for rank in status.ranks.values()), default=position.start_step)
+
+
+class Screen:
+    """A context manager: within it there is a progress line."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._line = ProgressLine(session.console)
+        self._phase, self._phase_began = "", time.monotonic()
+        self._failed_checkpoints, self._failure_told_at = 0, -math.inf
+
+    def __enter__(self) -> Self:
+        self._line.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._line.__exit__(kind, error, trace)
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+        self._line.message(text)
+
+    def show(self, status: Status, position: Position, *, workers: int, is_stopping: bool, waiting: str = "") -> None:
+        phase = phase_of(status, position, workers=workers, is_stopping=is_stopping, waiting=waiting)
+        if phase != self._phase:
+            self._phase, self._phase_began = phase, time.monotonic()
+        self._warn_of_checkpoints(status)
+        self._line.update(self._state(status, position))
+
+    def _warn_of_checkpoints(self, status: Status) -> None:
+        if status.failed_checkpoints <= self._failed_checkpoints:
+            return
+        self._failed_checkpoints = status.failed_checkpoints
+        if time.monotonic() - self._failure_told_at > CHECKPOINT_WARNING_SECONDS:
+            self._failure_told_at = time.monotonic()
+            self.message(f"warning: a checkpoint was not saved, training goes on: {status.checkpoint_problem}")
+
+    def _state(self, status: Status, position: Position) -> RunState:
+        session = self._session
+        steps = reached(status, position)
+        stats = status.ranks[0].stats if 0 in status.ranks else {}
+        rate = stats.get("images_per_second") or 0.0
+
+        def known(name: str) -> float | None:
+            value = stats.get(name)
+            return None if value is None or value != value else value
+
+        return RunState(
+            run=session.config.run,
+            phase=self._phase,
+            phase_seconds=None if self._phase == TRAINING else time.monotonic() - self._phase_began,
+            step=steps,
+            total_steps=session.total_steps,
+            epoch=steps / session.steps_per_epoch,
+            epochs=session.config.train.epochs,
+            loss=known("loss"),
+            learning_rate=known("learning_rate"),
+            images_per_second=known("images_per_second"),
+            data_wait_ratio=known("data_wait_ratio"),
+            test_accuracy=known(session.decided.task.headline.key),
+            checkpoint_step=status.last_commit_step,
+            checkpoint_age_seconds=time.time() - status.last_commit_time if status.last_commit_time else None,
+            remaining_seconds=(session.total_steps - steps) * session.config.data.batch_size / rate if rate else None,
+            restarts=position.restarts,
+        )

@@ -1,0 +1,357 @@
+"""From what the user asked for to a run under way. Called by trainer/run.py.
+
+What is found out on the way is found out once, and handed on in frozen values:
+
+    Asked      the settings, the command, and what the environment says
+    WithData   the data are open, and the storage
+    Placed     how many workers there may be, and with that the run's name and what the storage holds of it
+    Decided    the cluster, what each worker gets of it, and what the devices decided
+    Begun      the run is in the journal; its checkpoints, and the one to go on from
+
+Everything that needs no cluster is checked before one is started, in seconds. The zygote comes first: it imports what the ranks need while
+this process imports Ray and starts it. Hence Ray's imports are inside the functions, and run.py can import this file.
+"""
+
+import dataclasses
+import os
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from cluster.exporter import serve_discovery
+from cluster.journal import Journal
+from cluster.redact import redact
+from cluster.storage import Storage, open_storage
+from cluster.store import Commit, Store
+from cluster.zygote import Zygote
+from dataio.manifest import Manifest, image_size_of
+from dataio.parquet import Dataset, open_dataset
+from dataio.schema import LABEL, Target
+from trainer.drive.capability import here, settled, weakest
+from trainer.drive.check import Checked, ModelCheck, Question
+from trainer.drive.data import open_data
+from trainer.drive.identity import Found, check_may_show, check_resume, check_same_decoder, check_same_run, find, find_start, resolved
+from trainer.runs.progress import final_table, predict_command
+from trainer.settings.rules import worker_count
+from trainer.settings.spec import RANK_MODULES
+from trainer.settings.toml import to_toml
+from trainer.settings.tree import RunConfig
+from trainer.tasks.info import TaskInfo
+
+if TYPE_CHECKING:
+    from cluster.launch import Hardware, Resources
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """What this process knows beside its arguments. trainer/run.py reads it."""
+
+    ray_address: str
+    """Of the cluster to join, where the settings name none; "" starts a Ray for this run alone."""
+    in_job: bool
+    """Ray started this process as a job."""
+    is_verbose: bool
+    """Show what Ray's processes say."""
+    cpus: int
+    process_started: float
+    """Unix time: imports are part of a run's seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What the user asked for."""
+
+    config: RunConfig
+    prefix: str
+    """How the run's name begins if it was given none."""
+    command: str
+    environment: Environment
+
+    @property
+    def address(self) -> str:
+        """Of the cluster to join; "" starts a Ray for this run alone."""
+        return self.config.cluster.address or self.environment.ray_address
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WithData:
+    """The data and the storage are open."""
+
+    asked: Asked
+    dataset: Dataset
+    location: str
+    """Folder or URI of the data set."""
+    image_size: tuple[int, int]
+    storage: Storage
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dataset.manifest.fingerprint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """The run has a name. What is left at auto in `config` is for the devices to decide."""
+
+    data: WithData
+    config: RunConfig
+    workers: int
+    """The most that there may be."""
+    found: Found
+
+    @property
+    def question(self) -> Question:
+        return question_of(self.config, self.data.dataset.manifest, self.data.image_size)
+
+    def is_outdated(self, workers: int) -> bool:
+        """There may be another number of workers, or another process has started or ended this run since."""
+        return workers != self.workers or find(self.data.storage, self.config.run) != self.found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decided:
+    """Nothing is left open."""
+
+    config: RunConfig
+    command: str
+    dataset: Dataset
+    location: str
+    is_shared: bool
+    """Every node reads the data set at `location`."""
+    storage: Storage
+    hardware: "Hardware"
+    resources: "Resources"
+    task: TaskInfo
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dataset.manifest.fingerprint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Begun:
+    """The run is in its journal, its settings are in its folder."""
+
+    journal: Journal
+    store: Store
+    start: Commit | None
+    """The commit to go on from; None starts at zero."""
+
+
+def run(asked: Asked, console: Console) -> int:
+    """One run from its data to its report; the exit status."""
+    zygote_name = uuid.uuid4().hex
+    with _zygote(zygote_name) as zygote:
+        from cluster.demand import wait_for_hardware
+        from cluster.launch import plan_resources, ray_cluster
+        from trainer.drive.drive import Drive
+        from trainer.drive.session import open_session
+
+        data = with_data(asked, console)
+        placed, checked = None, None
+        if (workers := workers_known(asked)) is not None:
+            placed = place(data, workers)
+            if placed.found.has_finished:
+                return show_finished(placed, console)
+            checked = check_before_cluster(placed, zygote)
+        console.print(f"joining the Ray cluster at {asked.address}" if asked.address else "starting a local Ray")
+        with ray_cluster(
+            asked.config.cluster,
+            project=PROJECT,
+            address=asked.address,
+            in_job=asked.environment.in_job,
+            cpus=asked.environment.cpus,
+            verbose=asked.environment.is_verbose,
+        ) as hardware:
+            workers_asked, cluster = asked.config.workers, asked.config.cluster
+            hardware = wait_for_hardware(workers_asked, cluster, hardware, lambda line: console.print(line, soft_wrap=True))
+            resources = plan_resources(workers_asked, cluster, hardware)
+            if placed is None or placed.is_outdated(resources.most):
+                placed = place(data, resources.most)
+                if placed.found.has_finished:
+                    return show_finished(placed, console)
+            decided = decide(placed, hardware, resources, zygote, checked, console)
+            begun = begin(decided, asked.environment, console)
+            return Drive(open_session(decided, begun, zygote=zygote_name, console=console), begun.start).go()
+
+
+@contextmanager
+def _zygote(name: str) -> Iterator[Zygote]:
+    """It imports what the ranks need while this process imports Ray and starts it: two seconds, and the ranks of this node share it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # what a process group or a control group is sent is for the driver
+    try:
+        zygote = Zygote(RANK_MODULES, name=name)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield zygote
+    finally:
+        zygote.close(kill=True)
+
+
+# Before a cluster
+
+
+def with_data(asked: Asked, console: Console) -> WithData:
+    """Open the data, converting them where they are not, and the storage."""
+    config = asked.config
+    if asked.environment.in_job:
+        check_storage_outlives_job(config.storage)
+    storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
+    location, dataset = open_data(config, console)
+    return WithData(
+        asked=asked, dataset=dataset, location=location, image_size=image_size_of(dataset.manifest, config.data), storage=storage
+    )
+
+
+def check_storage_outlives_job(storage: str) -> None:
+    """ValueError for a relative folder: a job's working directory is a copy that Ray deletes."""
+    if "://" not in storage and not Path(storage).expanduser().is_absolute():
+        raise ValueError(
+            f"--storage {storage} is relative, and a job's working directory is a copy that Ray deletes after it; "
+            "give an absolute path that every node mounts, or s3://..., gs://..."
+        )
+
+
+def workers_known(asked: Asked) -> int | None:
+    """The most workers that there may be; None where only the cluster that is joined can say."""
+    from cluster.launch import Hardware, gpus_here, plan_resources
+
+    wanted = worker_count(asked.config)  # ValueError for what is no number of workers
+    if asked.address:
+        return wanted
+    this_node = Hardware(local=True, nodes=1, cpus=asked.environment.cpus, gpus=gpus_here())
+    return plan_resources(asked.config.workers, asked.config.cluster, this_node).most
+
+
+def place(data: WithData, workers: int) -> Placed:
+    """Give the run its name, and see what the storage holds of it. ValueError where that was another run."""
+    named = resolved(
+        data.asked.config,
+        data.storage,
+        workers=workers,
+        fingerprint=data.fingerprint,
+        prefix=data.asked.prefix,
+        image_size=data.image_size,
+    )
+    check_same_run(named.config, named.found.saved)
+    return Placed(data=data, config=named.config, workers=workers, found=named.found)
+
+
+def check_before_cluster(placed: Placed, zygote: Zygote) -> Checked:
+    """What would fail on the workers fails here, in a second and before a cluster is started. ValueError or OSError."""
+    check = ModelCheck(zygote, placed.question)
+    check_folder_and_ports(placed)
+    return check.wait()
+
+
+def check_folder_and_ports(placed: Placed) -> None:
+    """ValueError for a storage that cannot be made, a checkpoint that --resume forbids, a port that cannot be had."""
+    config, storage = placed.config, placed.data.storage
+    if storage.is_local:
+        try:
+            storage.make_dir("")
+        except OSError as error:
+            raise ValueError(f"storage {storage.uri!r} cannot be made ({error.strerror}); give a folder that can with --storage") from None
+    check_resume(config, has_checkpoint=bool(Store.open(storage, config.run).commits()))
+    serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()  # the coordinator will, on this node
+
+
+def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, int]) -> Question:
+    """What is to be built of the run's model before anything is started for it."""
+    return Question(
+        task=config.task,
+        targets=(Target(name=LABEL, kind="label", classes=manifest.classes),),
+        label_smoothing=config.optim.label_smoothing,
+        model=config.model,
+        image_size=image_size,
+        seed=config.train.seed,
+    )
+
+
+def show_finished(placed: Placed, console: Console) -> int:
+    """What came out of a run that has finished already. ValueError where that is not what the command asks for."""
+    config, summary = placed.config, placed.found.summary
+    assert summary is not None
+    check_may_show(config, summary, placed.data.fingerprint)
+    folder = f"{config.storage}/{config.run}"
+    console.print(f"run {config.run} has finished already; --run NAME starts another")
+    console.print(final_table(summary, report=f"{folder}/report.html", predict=predict_command(folder)), soft_wrap=True)
+    return 0
+
+
+# In the cluster
+
+
+def decide(
+    placed: Placed, hardware: "Hardware", resources: "Resources", zygote: Zygote, checked: Checked | None, console: Console
+) -> Decided:
+    """Have the nodes looked at, and what is left at auto decided. `checked` is None where the model was not built yet. ValueError where the
+    nodes do not fit together."""
+    from cluster.preflight import on_every_node, preflight
+
+    data, location = placed.data, placed.data.location
+    is_shared = preflight(data.storage, placed.config.run, hardware, lambda: open_dataset(location).manifest.fingerprint)
+    use_gpus = resources.gpus_per_worker > 0
+    capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
+    checked = checked or ModelCheck(zygote, placed.question).wait()
+    return Decided(
+        config=settled(
+            placed.config,
+            capability,
+            has_depthwise=checked.has_depthwise,
+            tell=lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False),
+        ),
+        command=data.asked.command,
+        dataset=data.dataset,
+        location=location,
+        is_shared=is_shared,
+        storage=data.storage,
+        hardware=hardware,
+        resources=resources,
+        task=checked.task,
+    )
+
+
+def begin(decided: Decided, environment: Environment, console: Console) -> Begun:
+    """Write down that the run starts and with what settings, and find where it goes on. ValueError where it may not."""
+    from cluster.versions import versions
+
+    config, storage, resources = decided.config, decided.storage, decided.resources
+    journal = Journal.open(storage, config.run, writer=f"driver-{os.getpid()}-{int(time.time())}")
+    journal.write(
+        "run_started",
+        command=decided.command,
+        versions=versions(),
+        pid=os.getpid(),
+        process_started=environment.process_started,
+        resources=dataclasses.asdict(resources),
+        task=decided.task.to_json(),
+    )
+    store = Store.open(storage, config.run)
+    start = find_start(config, store, journal, decided.fingerprint, console.print)
+    check_resume(config, has_checkpoint=start is not None)
+    check_same_decoder(config, decided.dataset.manifest, start, "cuda" if resources.gpus_per_worker > 0 else "cpu")
+    storage.write_atomic(f"{config.run}/config.toml", redact(to_toml(config)).encode())
+    console.print(f"run {config.run} in {redact(storage.uri)}: {described(resources.workers, decided.hardware)}", soft_wrap=True)
+    return Begun(journal=journal, store=store, start=start)
+
+
+def described(workers: int, hardware: "Hardware") -> str:
+    """`2 workers on 8 CPUs`, `1 worker on 1 GPU and 16 CPUs`."""
+
+    def counted(count: int, what: str) -> str:
+        return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+    gpus = f"{counted(hardware.gpus, 'GPU')} and " if hardware.gpus else ""
+    return f"{counted(workers, 'worker')} on {gpus}{counted(hardware.cpus, 'CPU')}"
