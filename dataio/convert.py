@@ -41,6 +41,8 @@ _STATE_NAME = "conversion.json"
 class DiskFull(OSError):
     """No space is left for the shards; what is complete is kept."""
 
+    failure_kind = "user"
+
     def __str__(self) -> str:
         return self.strerror or ""
 

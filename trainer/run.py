@@ -27,6 +27,7 @@ from rich.console import Console
 
 from cluster.exporter import serve_discovery
 from cluster.journal import Journal
+from cluster.process import process_stat
 from cluster.redact import redact
 from cluster.storage import Storage, open_storage
 from cluster.store import Commit, NoValidCheckpoint, Store
@@ -55,9 +56,10 @@ CONVERT_LINE_SECONDS = 5.0
 
 
 def process_started() -> float:
-    """Unix time at which this process began: imports are part of a run's seconds. From /proc/self/stat, field 22, ticks since boot."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    """Unix time at which this process began: imports are part of a run's seconds."""
+    stat = process_stat("self")
+    assert stat is not None
+    return stat.started()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -303,7 +305,7 @@ def run(config: RunConfig, *, recipe: str, command: str, console: Console) -> in
 def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str, command: str, console: Console) -> int:
     """The run, with a zygote on this node that the ranks come from."""
     from cluster.demand import wait_for_hardware
-    from cluster.launch import Hardware, gpus_here, plan_resources, ray_cluster
+    from cluster.launch import ClusterHardware, gpus_here, plan_resources, ray_cluster
     from cluster.preflight import on_every_node, preflight
     from cluster.versions import versions
     from trainer.drive.drive import Drive
@@ -325,7 +327,7 @@ def run_with(zygote: Zygote, zygote_name: str, config: RunConfig, *, recipe: str
     )
     wanted = worker_count(config)
     if not address:
-        this_node = Hardware(local=True, nodes=1, cpus=os.cpu_count() or 1, gpus=gpus_here())
+        this_node = ClusterHardware(local=True, nodes=1, cpus=os.cpu_count() or 1, gpus=gpus_here())
         wanted = plan_resources(config.workers, config.cluster, this_node).most
     has_depthwise = False
     if wanted is not None:  # everything that needs no cluster is checked before one is started

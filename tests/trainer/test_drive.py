@@ -11,7 +11,9 @@ from queue import SimpleQueue
 
 import pytest
 
-from cluster.coordinator import Coordinator, RankInfo
+from cluster.beat import Beat
+from cluster.coordinator import Coordinator
+from cluster.roster import RankInfo
 from trainer.drive.drive import Drive, has_begun
 from trainer.settings.tree import RunConfig
 
@@ -61,7 +63,7 @@ def test_a_driver_that_waits_hears_of_a_signal_at_once(monkeypatch: pytest.Monke
 
 
 def beat(coordinator: Coordinator, rank: int, steps_done: int, phase: str) -> None:
-    coordinator.beat(1, rank, steps_done, None, {}, steps_done + 1, {"phase": phase, "ticks": 1, "urgent": 0})
+    coordinator.beat(Beat(attempt=1, rank=rank, steps_done=steps_done, steps_begun=steps_done + 1, phase=phase, ticks=1))
 
 
 def test_an_attempt_has_begun_once_a_rank_may_have_steps_that_are_not_saved(coordinator: Coordinator) -> None:

@@ -12,7 +12,7 @@ from cluster import demand
 from cluster.config import ClusterConfig
 from cluster.coordinator import Status
 from cluster.demand import Demand, room_of_worker
-from cluster.launch import Hardware, plan_resources
+from cluster.launch import ClusterHardware, plan_resources
 from trainer.drive import drive
 from trainer.drive.drive import SETTLE_SECONDS, Drive, _Pause
 from trainer.settings.tree import RunConfig
@@ -101,7 +101,7 @@ class Driver(Drive):
     def __init__(self, workers: str, *, is_local: bool = False, at_work: int = 0) -> None:
         settings = ClusterConfig(cpus_per_worker=1, placement_seconds=100, grow_after_seconds=GROW_AFTER)
         self.config = replace(RunConfig(), cluster=settings)
-        self.resources = plan_resources(workers, settings, Hardware(local=is_local, nodes=1, cpus=64, gpus=0))
+        self.resources = plan_resources(workers, settings, ClusterHardware(local=is_local, nodes=1, cpus=64, gpus=0))
         self.demand = Demand(room_of_worker(self.resources))
         self.may_ask = not is_local and self.resources.fewest < self.resources.most
         self.workers, self.number, self.signal, self.fleet = at_work, 1, 0, None

@@ -24,11 +24,12 @@ import ray
 from rich.console import Console
 
 from cluster.agent import Payload, poll_seconds
+from cluster.beat import STARTING
 from cluster.controller import RunFailed, run_attempts
-from cluster.coordinator import FILE_SD, Status
+from cluster.coordinator import Status
 from cluster.demand import Demand, groups_wanted, room_of_worker
-from cluster.failures import Failure, History, history_of
-from cluster.hang import STARTING, Hang, HangWatch, Sign
+from cluster.failures import Failure, FailureCounts, counts_of
+from cluster.hang import Hang, HangWatch, Sign
 from cluster.interval import observed_failures
 from cluster.journal import Journal, last_attempt, read_journal
 from cluster.launch import (
@@ -42,9 +43,11 @@ from cluster.launch import (
     total_resources,
     workers_that_fit,
 )
+from cluster.names import FILE_SD
 from cluster.redact import redact, redacted
 from cluster.storage import Storage
 from cluster.store import Commit, Store
+from cluster.straggler import StragglerLimits
 from cluster.versions import versions
 from dataio.parquet import Dataset
 from trainer.runs.progress import ProgressLine, RunState, final_table, predict_command
@@ -128,7 +131,7 @@ class Drive:
             metrics_host=config.cluster.metrics_host,
             discovery_port=config.cluster.discovery_port,
             storage_retry_seconds=config.cluster.storage_retry_seconds,
-            straggler=(config.cluster.faults.straggler_ratio, config.cluster.faults.straggler_steps),
+            straggler=StragglerLimits(ratio=config.cluster.faults.straggler_ratio, steps=config.cluster.faults.straggler_steps),
         )
 
     def go(self, start: Commit | None) -> int:
@@ -144,10 +147,10 @@ class Drive:
         if self.committed_step() > (start.step if start else 0):  # by a driver that was still at work when this one took over
             start = self.find_start()
         events = read_journal(self.storage, self.config.run)
-        self.number, history = last_attempt(events), history_of(events)
+        self.number, counts = last_attempt(events), counts_of(events)
         # An outage may have cost the journal its last lines; the commit has what counts.
-        self.skip = history.skipped | frozenset(start.meta.get("skipped", ()) if start is not None else ())
-        history = replace(history, skipped=self.skip, rollbacks=max(history.rollbacks, len(self.skip)))
+        self.skip = counts.skipped | frozenset(start.meta.get("skipped", ()) if start is not None else ())
+        counts = replace(counts, skipped=self.skip, rollbacks=max(counts.rollbacks, len(self.skip)))
         discovery = self.ask("discovery_address")
         file_sd = f", file_sd {self.storage.at(self.config.run)}/{FILE_SD}" if self.storage.is_local else ""
         self.console.print(f"Prometheus: http_sd http://{discovery}/sd{file_sd}", soft_wrap=True)
@@ -170,7 +173,7 @@ class Drive:
                     policy=self.config.cluster.faults,
                     on_failure=self.on_failure,
                     on_skip=self.on_skip,
-                    history=history,
+                    counts=counts,
                     stopping=lambda: self.signal != 0,
                 )
         except RunFailed as error:
@@ -280,7 +283,7 @@ class Drive:
             return None
         return failure
 
-    def on_failure(self, number: int, failure: Failure, history: History) -> None:
+    def on_failure(self, number: int, failure: Failure, counts: FailureCounts) -> None:
         self.restarts += 1
         status: Status = self.ask("status")
         reached = max((rank.steps_done for rank in status.ranks.values()), default=0)
@@ -473,9 +476,9 @@ class Drive:
         if time.monotonic() - self.accounted_at < every or 0 not in status.ranks:
             return
         self.accounted_at = time.monotonic()
-        stats = status.ranks[0].stats
+        totals = status.ranks[0].totals
         events = [*read_journal(self.storage, self.config.run), {"time": time.time(), "event": "now"}]
-        self.ask("account", accounting(events, {name: stats.get(f"total_{name}", 0.0) for name in ACCOUNTED}))
+        self.ask("account", accounting(events, {name: totals.get(name, 0.0) for name in ACCOUNTED}))
 
     def wait_until(self, condition: Callable[[Status], bool], seconds: float) -> bool:
         end = time.monotonic() + seconds
@@ -541,11 +544,12 @@ class Drive:
             phase = f"{again}starting workers" if len(ranks) < self.workers else "loading data and model"
         if phase != self.phase:
             self.phase, self.phase_began = phase, time.monotonic()
-        if status.failed_checkpoints > self.failed_checkpoints:
-            self.failed_checkpoints = status.failed_checkpoints
+        checkpoints = status.checkpoints
+        if checkpoints.failures > self.failed_checkpoints:
+            self.failed_checkpoints = checkpoints.failures
             if time.monotonic() - self.failure_told_at > CHECKPOINT_WARNING_SECONDS:
                 self.failure_told_at = time.monotonic()
-                self.line.message(f"warning: a checkpoint was not saved, training goes on: {status.checkpoint_problem}")
+                self.line.message(f"warning: a checkpoint was not saved, training goes on: {checkpoints.problem}")
         rate = stats.get("images_per_second") or 0.0
         left = (self.total_steps - steps) * self.config.data.batch_size / rate if rate else None
 
@@ -567,8 +571,8 @@ class Drive:
                 images_per_second=known("images_per_second"),
                 data_wait_ratio=known("data_wait_ratio"),
                 test_accuracy=known("test_accuracy"),
-                checkpoint_step=status.last_commit_step,
-                checkpoint_age_seconds=time.time() - status.last_commit_time if status.last_commit_time else None,
+                checkpoint_step=checkpoints.last.step if checkpoints.last else None,
+                checkpoint_age_seconds=time.time() - checkpoints.last.time if checkpoints.last and checkpoints.last.time else None,
                 remaining_seconds=left,
                 restarts=self.restarts,
             )
@@ -686,8 +690,9 @@ def _finite(value: Any) -> Any:
 
 def has_begun(status: Status) -> bool:
     """Whether the attempt may have steps that are not saved. Beats are a second old, and a fast run has done many meanwhile."""
-    at_work = any(rank.pulse.get("phase", STARTING) != STARTING for rank in status.ranks.values())
-    return at_work or status.steps_done > status.start_step or (status.last_commit_step or 0) > status.start_step
+    at_work = any(rank.phase != STARTING for rank in status.ranks.values())
+    last = status.checkpoints.last
+    return at_work or status.steps_done > status.start_step or (last is not None and last.step > status.start_step)
 
 
 def signs(status: Status) -> dict[int, Sign]:
@@ -696,8 +701,8 @@ def signs(status: Status) -> dict[int, Sign]:
         rank: Sign(
             state=known.report.state if known.report is not None else "",
             age_seconds=known.age_seconds,
-            ticks=int(known.pulse.get("ticks", 0)),
-            phase=str(known.pulse.get("phase", "starting")),
+            ticks=known.ticks,
+            phase=known.phase,
         )
         for rank, known in status.ranks.items()
         if rank not in status.ended_ranks
