@@ -368,7 +368,7 @@ def _tree_rank(rank: int, folder: str, world: int, setting: Setting) -> None:
             seed=0,
             precision="fp32" if setting.small else "bf16",
             compile_model=False,
-            reducer=TreeReducer(world, world, rank) if name == "tree" else None,
+            reducer=TreeReducer([range(each, each + 1) for each in range(world)], rank) if name == "tree" else None,
             distributed=name == "ddp",
             world_size=world,
         )

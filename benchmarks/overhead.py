@@ -53,7 +53,7 @@ from benchmarks.common import (
 )
 from cluster.coordinator import Coordinator
 from cluster.interval import steps_between
-from cluster.rank import Place, RankContext
+from cluster.rank import Placement, RankContext
 from cluster.storage import open_storage
 from cluster.store import Store
 from cluster.zygote import MEMORY_KEPT
@@ -189,7 +189,7 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
     def call(method: str, *args: Any, **kwargs: Any) -> Any:
         return None if method == "put_result" else getattr(coordinator, method)(*args, **kwargs)
 
-    place = Place(
+    place = Placement(
         host="localhost",
         address="127.0.0.1",
         node_id="benchmark",

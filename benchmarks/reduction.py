@@ -74,7 +74,9 @@ def stepper(case: Case, rank: int, workers: int, precision: str) -> Stepper:
         seed=0,
         precision=precision,
         compile_model=False,
-        reducer=TreeReducer(case.halves * workers, workers, rank) if case.reducer == "tree" else None,
+        reducer=TreeReducer([range(case.halves * each, case.halves * (each + 1)) for each in range(workers)], rank)
+        if case.reducer == "tree"
+        else None,
         distributed=case.reducer == "ddp",
         world_size=workers,
     )
@@ -117,7 +119,7 @@ def alone(name: str, rank: int, workers: int) -> Callable[[], object]:
     model = build_model(ModelConfig(weights="none"), classes=CLASSES, seed=0, image_hw=(SIZE, SIZE))
     gradients = [torch.full_like(p, 1e-3).detach() for p in reversed(list(model.parameters()))]
     if name == "tree":
-        reducer = TreeReducer(workers, workers, rank)
+        reducer = TreeReducer([range(each, each + 1) for each in range(workers)], rank)
         reducer.lay_out(gradients)
 
         def tree() -> Tensor:

@@ -248,7 +248,7 @@ def crew_member(pipe: Connection, rank: int, workers: int, most: int, folder: st
         values = torch.full((mib * MIB // 4,), 1e-3)
         if kind == "all_reduce":
             return lambda: dist.all_reduce(values.fill_(1e-3))  # sums of sums would grow
-        reducer = TreeReducer(workers, workers, rank)
+        reducer = TreeReducer([range(each, each + 1) for each in range(workers)], rank)
         reducer.lay_out([values])
 
         def tree() -> object:

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cluster.reduce import BUCKET_BYTES, SMALL_BUCKET_BYTES, block, subtrees
+from cluster.reduce import BUCKET_BYTES, SMALL_BUCKET_BYTES, subtrees
+from dataio.order import blocks_of_virtual_ranks
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -255,7 +256,7 @@ def tree_seconds(network: Network, size: float, gpus: int, setup: "Setup") -> fl
 @lru_cache(maxsize=256)
 def _subtrees_of_a_rank(virtual_ranks: int, gpus: int) -> int:
     """The most that any rank holds."""
-    return max(len(subtrees(virtual_ranks, block(virtual_ranks, gpus, rank))) for rank in range(gpus))
+    return max(len(subtrees(virtual_ranks, blocks_of_virtual_ranks(virtual_ranks, gpus, rank))) for rank in range(gpus))
 
 
 # -- the model's gradients ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ the coordinator for orders, once in a heartbeat, and hands over its rank's newes
 milliseconds of CPU, which on a small machine the steps go without. What it does on its own is to say how its rank ended, and to end with
 its worker.
 
-    coordinator.order(fleet, rank, report, beat) -> Order      "run" an attempt | "stacks" | "kill" | "wait" | "end", and the beat's answer
+    coordinator.order(fleet, rank, report, beat) -> AgentOrder   "run" an attempt | "stacks" | "kill" | "wait" | "end", and the beat's reply
     coordinator.rank_ended(attempt, rank, end)
 
 Imports no torch: the agent's own start is as short as Ray's."""
@@ -21,21 +21,18 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Literal
 
-from cluster.heartbeat import Orders
-from cluster.rank import STACKS_SIGNAL, CallFailed, Place, RankError, Task, serve_calls
+from cluster.beat import CALLS_PER_SECOND, Beat, BeatReply
+from cluster.failures import RankError
+from cluster.process import process_stat
+from cluster.rank import STACKS_SIGNAL, CallFailed, Placement, Task, serve_calls
 from cluster.zygote import Forked, Zygote
 
-POLLS_A_SECOND = 400
-"""Of all agents together, and of all beats while a stop is being agreed on: a coordinator answers some thousand calls a second, and has
-other things to do."""
 POLL_IDLE_SECONDS = 0.05
 PATIENCE_SECONDS = 60.0
 STACKS_SECONDS = 2.0
 MOST_STACK_BYTES = 64_000
-_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +46,7 @@ class Payload:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
+class AgentOrder:
     """What an agent should be doing."""
 
     command: Literal["wait", "run", "stacks", "kill", "end"]
@@ -57,12 +54,12 @@ class Order:
     world_size: int = 0
     payload: Payload | None = None
     """With "run", to an agent that has not begun this attempt."""
-    beat: Orders | None = None
+    reply: BeatReply | None = None
     """The answer to the beat that came with the question."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
+class AgentReport:
     """An agent's view of its rank's process."""
 
     attempt: int
@@ -87,28 +84,35 @@ class RankEnd:
     killed_by_order: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitingBeat:
+    """A beat that its rank waits for the answer to."""
+
+    beat: Beat
+    reply: Future[BeatReply]
+
+
 class Beats:
     """A rank's beats on their way: `give` waits, in the thread that answers the rank's calls, until the agent has asked for orders."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._lock = threading.Lock()
-        self._waiting: tuple[tuple[Any, ...], Future[Orders]] | None = None
+        self._waiting: WaitingBeat | None = None
         self._closed = False
 
-    def give(self, *beat: Any) -> Orders:
-        """`beat`: the arguments of Coordinator.beat. One that is urgent or has promised a stop does not wait for its turn."""
-        answer: Future[Orders] = Future()
+    def give(self, beat: Beat) -> BeatReply:
+        """A beat that is urgent, or has promised a stop, does not wait for its turn."""
+        waiting = WaitingBeat(beat=beat, reply=Future())
         with self._lock:
             if self._closed:
                 raise CallFailed("the rank has ended")
-            self._waiting = beat, answer
-        _, _, _, seen_stop, _, _, pulse = beat
-        if seen_stop is not None or pulse["urgent"]:
+            self._waiting = waiting
+        if beat.urgent or beat.promised_stop is not None:
             self._wake()
-        return answer.result(PATIENCE_SECONDS)
+        return waiting.reply.result(PATIENCE_SECONDS)
 
-    def take(self) -> tuple[tuple[Any, ...], Future[Orders]] | None:
+    def take(self) -> WaitingBeat | None:
         with self._lock:
             waiting, self._waiting = self._waiting, None
         return waiting
@@ -118,7 +122,7 @@ class Beats:
         with self._lock:
             self._closed = True
         if (waiting := self.take()) is not None:
-            waiting[1].set_exception(CallFailed("the rank has ended"))
+            waiting.reply.set_exception(CallFailed("the rank has ended"))
 
 
 class Agent:
@@ -130,7 +134,7 @@ class Agent:
         *,
         fleet: int,
         rank: int,
-        place: Place,
+        place: Placement,
         modules: Sequence[str],
         heartbeat_seconds: float,
         placement_group: str = "",
@@ -157,18 +161,18 @@ class Agent:
                 self._wake.clear()
                 waiting = self._running.beats.take() if self._running is not None else None
                 try:
-                    order: Order = self._ask("order", self._fleet, self._rank, self._report(), waiting and waiting[0])
+                    order: AgentOrder = self._ask("order", self._fleet, self._rank, self._report(), waiting and waiting.beat)
                 except Exception as error:
                     if waiting is not None:
-                        waiting[1].set_exception(error)
+                        waiting.reply.set_exception(error)
                     if time.monotonic() - answered > PATIENCE_SECONDS:
                         raise
-                    order = Order(command="wait")
+                    order = AgentOrder(command="wait")
                 else:
                     answered = time.monotonic()
                     if waiting is not None:
-                        assert order.beat is not None, "a beat is answered"
-                        waiting[1].set_result(order.beat)
+                        assert order.reply is not None, "a beat is answered"
+                        waiting.reply.set_result(order.reply)
                 if order.command == "end":
                     return
                 if zygote.lost:
@@ -185,7 +189,7 @@ class Agent:
     def _new_zygote(self) -> Zygote:
         return Zygote(self._modules, on_ended=lambda forked: self._wake.set(), name=self._zygote_name)
 
-    def _obey(self, order: Order, zygote: Zygote) -> None:
+    def _obey(self, order: AgentOrder, zygote: Zygote) -> None:
         running = self._running
         if running is not None:
             mine = order.attempt == running.attempt
@@ -222,11 +226,11 @@ class Agent:
                 self._files[name] = descriptor
         return tuple(self._files)
 
-    def _report(self) -> Report:
+    def _report(self) -> AgentReport:
         running = self._running
         pid = running.forked.pid if running else 0
         state, cpu_seconds = process_state(pid) if pid else ("", 0.0)
-        return Report(
+        return AgentReport(
             attempt=self._begun,
             pid=pid,
             state=state,
@@ -291,16 +295,15 @@ class _Running:
 
 def poll_seconds(world_size: int, heartbeat_seconds: float) -> float:
     """Between two questions of an agent at work; 2.5 s with 1,000 ranks."""
-    return max(heartbeat_seconds, world_size / POLLS_A_SECOND)
+    return max(heartbeat_seconds, world_size / CALLS_PER_SECOND)
 
 
 def process_state(pid: int) -> tuple[str, float]:
-    """Its letter in /proc and the CPU seconds it has used; ("", 0) once it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", 0.0
-    return fields[0], (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
+    """Its letter in /proc and the CPU seconds it has used; ("", 0) where that cannot be read: it is gone, as a rule."""
+    stat = None
+    with contextlib.suppress(OSError):
+        stat = process_stat(pid)
+    return (stat.state, stat.cpu_seconds) if stat is not None else ("", 0.0)
 
 
 def agent_main(settings: Mapping[str, Any]) -> None:
@@ -321,7 +324,7 @@ def agent_main(settings: Mapping[str, Any]) -> None:
 
     mine = [str(gpu) for gpu in ray.get_gpu_ids()]
     seen = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    place = Place(
+    place = Placement(
         host=platform.node(),
         address=ray.util.get_node_ip_address(),
         node_id=runtime.get_node_id(),

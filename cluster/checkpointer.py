@@ -24,9 +24,80 @@ Files = Callable[[], Iterable[tuple[str, Buffers]]]
 
 SPILLED_KEPT = 2
 UPLOAD_PAUSE_SECONDS = 1.0
-"""Between two tries to upload, each of which has its own waits (storage.Retry)."""
+"""Between two tries to upload, each of which has its own waits (storage.RetryPolicy)."""
 OUTAGE_PATIENCE_SECONDS = 3600.0
 _CLOSE_SECONDS = 5.0
+
+
+class _SpillQueue:
+    """Spilled checkpoints that wait to be uploaded, oldest first. No lock: the checkpointer's is around it."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Spilled] = []
+        self._on_its_way: Spilled | None = None
+        self._has_uploader = False
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def steps(self) -> list[int]:
+        return [spilled.step for spilled in self._waiting]
+
+    def add(self, spilled: Spilled) -> list[Spilled]:
+        """Those for which there is no room any more: the oldest that are not on their way."""
+        self._waiting.append(spilled)
+        dropped = []
+        while len(self._waiting) > SPILLED_KEPT:
+            victim = next(other for other in self._waiting if other is not self._on_its_way)
+            self._waiting.remove(victim)
+            dropped.append(victim)
+        return dropped
+
+    def needs_uploader(self) -> bool:
+        """True once, until next() has said None: a thread is to be started that calls next()."""
+        needed, self._has_uploader = not self._has_uploader, True
+        return needed
+
+    def next(self, *, is_closed: bool) -> Spilled | None:
+        """What to upload now; None ends the uploader."""
+        self._has_uploader = bool(self._waiting) and not is_closed
+        self._on_its_way = self._waiting[0] if self._has_uploader else None
+        return self._on_its_way
+
+    def put_back(self) -> None:
+        """What is on its way waits again, and may be dropped meanwhile."""
+        self._on_its_way = None
+
+    def remove(self, spilled: Spilled) -> None:
+        self._waiting.remove(spilled)
+        self._on_its_way = None
+
+
+class _Outage:
+    """An outage of the storage, from the first failure to the next success. No lock: the checkpointer's is around it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._since: float | None = None
+        self.problem = ""
+        """What the storage last said."""
+
+    def goes_on(self, problem: str) -> None:
+        self.problem = problem
+
+    def begins(self, problem: str) -> bool:
+        """False if it had begun already."""
+        self.problem, begins = problem, self._since is None
+        if begins:
+            self._since = self._clock()
+        return begins
+
+    def ends(self) -> float | None:
+        """How many seconds it lasted; None if there was none."""
+        if self._since is None:
+            return None
+        seconds, self._since = self._clock() - self._since, None
+        return seconds
 
 
 class Checkpointer:
@@ -49,17 +120,13 @@ class Checkpointer:
         pause: Callable[[float], object] | None = None,
     ) -> None:
         self._stage, self._ack, self._on_staged, self._on_failed, self._on_event = stage, ack, on_staged, on_failed, on_event
-        self._spill, self._clock = spill, clock
+        self._spill = spill
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._hurry = threading.Event()
         self._changed = threading.Condition()
-        self._spilled: list[Spilled] = []  # oldest first
-        self._on_its_way: Spilled | None = None
+        self._spilled, self._outage = _SpillQueue(), _Outage(clock)
         self._uploader: threading.Thread | None = None
-        self._uploading = False
-        self._outage_since: float | None = None
-        self._problem = ""
         self._closed = threading.Event()
         self._pause = pause or self._closed.wait
         self.stall_seconds = 0.0
@@ -95,12 +162,12 @@ class Checkpointer:
         self._join()
         with self._changed:
             done = self._changed.wait_for(lambda: not self._spilled or self._error is not None, timeout_seconds)
-            steps = ", ".join(str(spilled.step) for spilled in self._spilled)
+            steps = ", ".join(map(str, self._spilled.steps()))
         self._raise()
         if not done:
             assert self._spill is not None
             raise StorageOutage(
-                f"checkpoint(s) of step {steps} wait in {self._spill.folder} for a storage that does not answer ({self._problem}); "
+                f"checkpoint(s) of step {steps} wait in {self._spill.folder} for a storage that does not answer ({self._outage.problem}); "
                 "see that it is up, then run the same command again"
             )
 
@@ -170,36 +237,26 @@ class Checkpointer:
 
     def _queue(self, spilled: Spilled) -> None:
         with self._changed:
-            self._spilled.append(spilled)
-            dropped = []
-            while len(self._spilled) > SPILLED_KEPT:
-                victim = next(other for other in self._spilled if other is not self._on_its_way)
-                self._spilled.remove(victim)
-                dropped.append(victim)
-            if not self._uploading:
-                self._uploading = True
+            dropped = self._spilled.add(spilled)
+            if self._spilled.needs_uploader():
                 self._uploader = threading.Thread(target=self._upload_all, name="checkpoint-upload", daemon=True)
                 self._uploader.start()
         for victim in dropped:
             victim.remove()
-            why = f"dropped in an outage of the storage, as the one of step {spilled.step} is whole ({self._problem})"
+            why = f"dropped in an outage of the storage, as the one of step {spilled.step} is whole ({self._outage.problem})"
             self._on_failed(victim.step, StorageOutage(why))
 
     def _note_outage(self, step: int, error: StorageOutage) -> None:
         with self._changed:
-            self._problem = str(error)
-            begins = self._outage_since is None
-            if begins:
-                self._outage_since = self._clock()
+            begins = self._outage.begins(str(error))
         if begins:
             self._on_event("storage_outage", {"step": step, "message": str(error)})
 
     def _note_recovery(self, step: int) -> None:
         with self._changed:
-            if self._outage_since is None or self._spilled:
-                return
-            seconds, self._outage_since = self._clock() - self._outage_since, None
-        self._on_event("storage_recovered", {"step": step, "seconds": seconds})
+            seconds = None if self._spilled else self._outage.ends()
+        if seconds is not None:
+            self._on_event("storage_recovered", {"step": step, "seconds": seconds})
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -219,9 +276,9 @@ class Checkpointer:
                         spilled.uploaded(receipt)
                     self._ack(spilled.step, spilled.staged, spilled.meta)
                 except StorageOutage as error:
-                    self._problem = str(error)
                     with self._changed:
-                        self._on_its_way = None  # may be dropped meanwhile
+                        self._outage.goes_on(str(error))
+                        self._spilled.put_back()
                     self._pause(UPLOAD_PAUSE_SECONDS)
                 except OSError as error:
                     self._remove(spilled)
@@ -235,13 +292,10 @@ class Checkpointer:
 
     def _next(self) -> Spilled | None:
         with self._changed:
-            self._uploading = bool(self._spilled) and not self._closed.is_set()
-            self._on_its_way = self._spilled[0] if self._uploading else None
-            return self._on_its_way
+            return self._spilled.next(is_closed=self._closed.is_set())
 
     def _remove(self, spilled: Spilled) -> None:
         spilled.remove()
         with self._changed:
             self._spilled.remove(spilled)
-            self._on_its_way = None
             self._changed.notify_all()

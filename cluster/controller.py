@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cluster.config import FaultPolicy
-from cluster.failures import Failure, History, Raise, Retry, counted, decide
+from cluster.failures import Failure, FailureCounts, Raise, Retry, counted, decide
 
 
 class RunFailed(Exception):
@@ -24,9 +24,9 @@ def run_attempts(
     first_attempt: int,
     committed_step: Callable[[], int],
     policy: FaultPolicy,
-    on_failure: Callable[[int, Failure, History], None],
+    on_failure: Callable[[int, Failure, FailureCounts], None],
     on_skip: Callable[[int, Failure], None] = lambda step, failure: None,
-    history: History | None = None,
+    counts: FailureCounts | None = None,
     stopping: Callable[[], bool] = lambda: False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
@@ -34,26 +34,26 @@ def run_attempts(
 
     `committed_step()` is the newest commit's step (-1: none): progress is measured in commits, since only those survive.
     A failure while `stopping()` ends the loop: the user asked for the end, what is committed is kept.
-    `history` is what earlier drivers of the run left (failures.history_of). `on_skip(step, failure)` is told, before the next attempt, of a
+    `counts` is what earlier drivers of the run left (failures.counts_of). `on_skip(step, failure)` is told, before the next attempt, of a
     step whose batch all attempts from now on must leave out.
     """
-    history = history or History()
+    counts = counts or FailureCounts()
     number = first_attempt
     before = committed_step()
     while (failure := attempt(number)) is not None:
         now = committed_step()
-        history = counted(history, failure, progressed=now > before)
+        counts = counted(counts, failure, progressed=now > before)
         before = now
-        on_failure(number, failure, history)
+        on_failure(number, failure, counts)
         if stopping():
             break
-        match decide(failure, history, policy):
+        match decide(failure, counts, policy):
             case Raise(reason=reason):
                 raise RunFailed(failure, reason=reason, attempts=number - first_attempt + 1)
             case Retry(delay_seconds=seconds, skip_step=step):
                 if step is not None:
                     on_skip(step, failure)
-                    history = replace(history, skipped=history.skipped | {step})
+                    counts = replace(counts, skipped=counts.skipped | {step})
                 sleep(seconds)
         number += 1
     return number - first_attempt

@@ -20,7 +20,7 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from cluster.config import ClusterConfig
-from cluster.launch import Hardware, Resources, gpus_of_worker, hardware_now, worker_range
+from cluster.launch import ClusterHardware, Resources, gpus_of_worker, hardware_now, worker_range
 
 WAIT_POLL_SECONDS = 0.5
 
@@ -69,7 +69,7 @@ class Demand:
                 remove_placement_group(group)
 
 
-def lacks_fewest(workers: str, config: ClusterConfig, hardware: Hardware) -> dict[str, float]:
+def lacks_fewest(workers: str, config: ClusterConfig, hardware: ClusterHardware) -> dict[str, float]:
     """What each of the fewest workers takes, if the hardware is too little for all of them and somebody may bring more; else {}. A local
     Ray stays as it is, and a fixed number of workers is a statement about what is there: plan_resources refuses both."""
     fewest, most = (1, 1) if workers == "auto" else worker_range(workers)
@@ -81,7 +81,7 @@ def lacks_fewest(workers: str, config: ClusterConfig, hardware: Hardware) -> dic
     return {"CPU": cpus} | ({"GPU": float(gpus)} if gpus else {})
 
 
-def wait_for_hardware(workers: str, config: ClusterConfig, hardware: Hardware, tell: Callable[[str], None]) -> Hardware:
+def wait_for_hardware(workers: str, config: ClusterConfig, hardware: ClusterHardware, tell: Callable[[str], None]) -> ClusterHardware:
     """The cluster's hardware, once it is enough for the fewest workers of N:M. ValueError where it is not within placement_seconds.
 
     Before the run is planned: what a worker gets, and what the devices can compute, is read off the nodes that are there.

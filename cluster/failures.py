@@ -1,18 +1,22 @@
 """What went wrong, and what to do about it: pure functions over small values.
 
-`launch` turns an exception into a `Failure` with `classify`, a dead process with `exit_failure`; `controller` counts with `counted`, asks
-`decide` and acts. Nothing here sleeps, retries or prints.
+A rank puts its exception into words with `described`; `launch` turns that into a `Failure` with `classify`, a dead process with
+`exit_failure`; `controller` counts with `counted`, asks `decide` and acts. Nothing here sleeps, retries or prints.
+
+An exception class of ours says itself what it means for a retry, by the class attribute `failure_kind`, one of Kind: in dataio and trainer
+too, whose classes nothing here needs to know. Only the names of foreign exceptions (torch, Ray) are listed here.
 """
 
-import re
 import signal
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cluster.config import FaultPolicy
 
 Kind = Literal["infrastructure", "preempted", "hang", "numbers", "data", "user"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # A collective's error says that a peer went away; the peer's own failure is the cause. Texts of gloo, NCCL and c10d's TCPStore.
 _PEER_LOST = (
@@ -41,18 +45,14 @@ _RAY_LOST = frozenset(
         "OwnerDiedError",
         "LocalRayletDiedError",
         "RaySystemError",
-        "DataOutage",
         "WorkerGroupStartupFailedError",
         "WorkerGroupStartupTimeoutError",
         "RaytrainWorkerDied",
-        "CoordinatorLost",
-        "CallFailed",
     }
 )
+_RAY_PREEMPTED = frozenset({"PreemptionError", "ActorPreemptedError"})
+_TORCH_COLLECTIVE = frozenset({"RuntimeError", "DistBackendError", "DistNetworkError"})
 
-
-# An exception reaches the driver as its class's name and its text. BadNumbers.__str__ writes what this reads.
-_STEP = re.compile(r"(?:\w+: )?step (\d+): ")
 # Signals that a process gets for a reason worth telling.
 _SIGNALS = {
     signal.SIGKILL: "by hand, or by the kernel for want of memory",
@@ -67,6 +67,8 @@ _SIGNALS = {
 class BadNumbers(ArithmeticError):
     """A step made numbers that training cannot go on from. `step` is the one whose batch to leave out, `loss` what it came to."""
 
+    failure_kind = "numbers"
+
     def __init__(self, step: int, loss: float, reason: str) -> None:
         super().__init__(step, loss, reason)
         self.step, self.loss, self.reason = step, loss, reason
@@ -77,6 +79,8 @@ class BadNumbers(ArithmeticError):
 
 class WeightsDiffer(ArithmeticError):
     """After `steps_done` steps the ranks' weights are not the same bits. `ranks` differ from the majority; without one, all are named."""
+
+    failure_kind = "numbers"
 
     def __init__(self, steps_done: int, ranks: tuple[int, ...], hashes: tuple[int, ...]) -> None:
         super().__init__(steps_done, ranks, hashes)
@@ -93,6 +97,21 @@ class WeightsDiffer(ArithmeticError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RankError:
+    """An exception as it travels: what can be told of it where its class cannot be imported."""
+
+    name: str
+    bases: tuple[str, ...]
+    message: str
+    """With the class's name in front."""
+    traceback: str
+    failure_kind: Kind | None = None
+    """What the exception's class says of itself; None of a foreign one."""
+    step: int | None = None
+    """Of BadNumbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
     """Why an attempt ended early."""
 
@@ -105,7 +124,7 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class History:
+class FailureCounts:
     """The failures of this run so far, as far as the policy cares: each kind has a count of its own."""
 
     failures: int = 0
@@ -133,27 +152,32 @@ class Raise:
     reason: str
 
 
-def classify(name: str, message: str, *, rank: int | None = None, traceback: str = "", bases: tuple[str, ...] = ()) -> Failure:
-    """The failure that an exception of class `name` (with base classes `bases`) on `rank` stands for."""
-    names = {name, *bases}
-    text = message.lower()
-    kind: Kind
-    step = None
-    if names & {"TooManyBadSamples", "CorruptShard"}:
-        kind = "data"
-    elif "BadNumbers" in names:
-        kind = "numbers"
-        found = _STEP.match(message)
-        step = int(found[1]) if found else None
-    elif "WeightsDiffer" in names:
-        kind = "numbers"
-    elif names & {"PreemptionError", "ActorPreemptedError"}:
-        kind = "preempted"
-    elif names & _RAY_LOST or (names & {"RuntimeError", "DistBackendError", "DistNetworkError"} and any(t in text for t in _PEER_LOST)):
-        kind = "infrastructure"
-    else:
-        kind = "user"
-    return Failure(kind=kind, rank=rank, message=message.strip() or name, traceback=traceback, step=step)
+def described(error: BaseException) -> RankError:
+    """`error` in words. What it says of itself counts if it is one of Kind; a foreign class may have an attribute of that name."""
+    kind = getattr(type(error), "failure_kind", None)
+    return RankError(
+        name=type(error).__name__,
+        bases=tuple(base.__name__ for base in type(error).__mro__[1:]),
+        message=f"{type(error).__name__}: {error}",
+        traceback="".join(traceback.format_exception(error)).strip(),
+        failure_kind=kind if kind in KINDS else None,
+        step=error.step if isinstance(error, BadNumbers) else None,
+    )
+
+
+def classify(error: RankError, rank: int | None = None) -> Failure:
+    """The failure that an exception on `rank` stands for."""
+    kind = error.failure_kind or _kind_of_foreign({error.name, *error.bases}, error.message.lower())
+    return Failure(kind=kind, rank=rank, message=error.message.strip() or error.name, traceback=error.traceback, step=error.step)
+
+
+def _kind_of_foreign(names: set[str], text: str) -> Kind:
+    """Of an exception of torch, Ray or the language, by the names of its class and that class's bases, and its text in lower case."""
+    if names & _RAY_PREEMPTED:
+        return "preempted"
+    if names & _RAY_LOST or (names & _TORCH_COLLECTIVE and any(words in text for words in _PEER_LOST)):
+        return "infrastructure"
+    return "user"
 
 
 def exit_failure(rank: int | None, exit_code: int) -> Failure:
@@ -184,23 +208,23 @@ def root_cause(failures: list[Failure]) -> Failure:
     return min(failures, key=weight)
 
 
-def counted(history: History, failure: Failure, *, progressed: bool) -> History:
-    """`history` with `failure` in it. `progressed`: the newest commit is newer than before the attempt.
+def counted(counts: FailureCounts, failure: Failure, *, progressed: bool) -> FailureCounts:
+    """`counts` with `failure` in it. `progressed`: the newest commit is newer than before the attempt.
 
     A preemption is nobody's fault and wrong numbers have their own budget: neither adds to the attempts without progress."""
-    without_progress = 0 if progressed else history.without_progress + (failure.kind in ("infrastructure", "hang"))
+    without_progress = 0 if progressed else counts.without_progress + (failure.kind in ("infrastructure", "hang"))
     return replace(
-        history,
-        failures=history.failures + (failure.kind == "infrastructure"),
-        preemptions=history.preemptions + (failure.kind == "preempted"),
-        hangs=history.hangs + (failure.kind == "hang"),
-        rollbacks=history.rollbacks + (failure.kind == "numbers"),
+        counts,
+        failures=counts.failures + (failure.kind == "infrastructure"),
+        preemptions=counts.preemptions + (failure.kind == "preempted"),
+        hangs=counts.hangs + (failure.kind == "hang"),
+        rollbacks=counts.rollbacks + (failure.kind == "numbers"),
         without_progress=without_progress,
     )
 
 
-def decide(failure: Failure, history: History, policy: FaultPolicy) -> Retry | Raise:
-    """Retry or raise; `history` counts `failure` already. A user's or data error is raised at once: the same code on the same data fails
+def decide(failure: Failure, counts: FailureCounts, policy: FaultPolicy) -> Retry | Raise:
+    """Retry or raise; `counts` counts `failure` already. A user's or data error is raised at once: the same code on the same data fails
     again."""
     match failure.kind:
         case "user":
@@ -208,25 +232,25 @@ def decide(failure: Failure, history: History, policy: FaultPolicy) -> Retry | R
         case "data":
             return Raise(reason="the data are outside their limit, which a retry would meet again")
         case "preempted":
-            if history.preemptions > policy.max_preemptions:
-                return _spent("preemptions", history.preemptions, "max_preemptions", policy.max_preemptions, f"{_AGAIN} {_OTHER_NODES}")
+            if counts.preemptions > policy.max_preemptions:
+                return _spent("preemptions", counts.preemptions, "max_preemptions", policy.max_preemptions, f"{_AGAIN} {_OTHER_NODES}")
             return Retry(delay_seconds=0.0)
         case "numbers":
-            return _decide_numbers(failure, history, policy)
+            return _decide_numbers(failure, counts, policy)
         case "infrastructure":
-            if history.failures > policy.max_failures:
-                return _spent("attempts failed", history.failures, "max_failures", policy.max_failures, f"mend the cluster, then {_AGAIN}")
+            if counts.failures > policy.max_failures:
+                return _spent("attempts failed", counts.failures, "max_failures", policy.max_failures, f"mend the cluster, then {_AGAIN}")
         case "hang":
-            if history.hangs > policy.max_hangs:
+            if counts.hangs > policy.max_hangs:
                 fix = f"see the stacks of all ranks in the run's journal.jsonl, mend what hangs, then {_AGAIN}"
-                return _spent("attempts hung", history.hangs, "max_hangs", policy.max_hangs, fix)
-    if history.without_progress >= policy.max_failures_without_progress:
+                return _spent("attempts hung", counts.hangs, "max_hangs", policy.max_hangs, fix)
+    if counts.without_progress >= policy.max_failures_without_progress:
         return Raise(
-            reason=f"{history.without_progress} attempts in a row committed nothing new "
+            reason=f"{counts.without_progress} attempts in a row committed nothing new "
             f"(cluster.faults.max_failures_without_progress={policy.max_failures_without_progress}): a crash loop; "
             "see the first failure above, or checkpoint more often with --train.checkpoint-every"
         )
-    repeats = max(0, history.without_progress - 1)
+    repeats = max(0, counts.without_progress - 1)
     return Retry(delay_seconds=0.0 if repeats == 0 else min(30.0, policy.backoff_seconds * 2 ** (repeats - 1)))
 
 
@@ -241,29 +265,29 @@ def _spent(what: str, count: int, key: str, limit: int, fix: str) -> Raise:
     return Raise(reason=f"{count} {what}, more than cluster.faults.{key}={limit}; {fix}")
 
 
-def _decide_numbers(failure: Failure, history: History, policy: FaultPolicy) -> Retry | Raise:
+def _decide_numbers(failure: Failure, counts: FailureCounts, policy: FaultPolicy) -> Retry | Raise:
     """Roll back, and leave out the batch that was bad. Where another batch cannot help, say what may."""
     if failure.step == 0:
         return Raise(reason=f"the first step of the run is bad already, so that no checkpoint and no other batch helps; {_CALMER}")
-    if failure.step in history.skipped:
+    if failure.step in counts.skipped:
         return Raise(reason=f"the batch of step {failure.step} was left out already, and the step is bad again; {_CALMER}")
-    if history.rollbacks > policy.max_rollbacks:
+    if counts.rollbacks > policy.max_rollbacks:
         if failure.step is None:
             fix = "a rank named each time has a faulty memory, GPU or node: take it out, then " + _AGAIN
         else:
             fix = f"the run diverges, whatever the batch: {_CALMER}"
-        return _spent("times numbers were wrong", history.rollbacks, "max_rollbacks", policy.max_rollbacks, fix)
+        return _spent("times numbers were wrong", counts.rollbacks, "max_rollbacks", policy.max_rollbacks, fix)
     return Retry(delay_seconds=0.0, skip_step=failure.step)
 
 
 # --- what a run's journal says about earlier drivers' failures --------------------------------------------------------------------------
 
 
-def history_of(events: Iterable[Mapping[str, Any]]) -> History:
+def counts_of(events: Iterable[Mapping[str, Any]]) -> FailureCounts:
     """What a new driver of a run must know of the old ones': the batches left out. A person who gives the command again has seen to the
     cluster, so that the other counts start anew."""
     skipped = skipped_steps(events)
-    return History(rollbacks=len(skipped), skipped=skipped)
+    return FailureCounts(rollbacks=len(skipped), skipped=skipped)
 
 
 def skipped_steps(events: Iterable[Mapping[str, Any]]) -> frozenset[int]:

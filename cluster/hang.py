@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.beat import EXCHANGE, STARTING
+
 STOPPED_SECONDS = 5.0
 SLOWEST_STEPS = 10.0
 LONGEST_LOOK_SECONDS = 1.0
-EXCHANGE = "exchange"
-STARTING = "starting"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class Sign:
     ticks: int
     """Grows whenever it gets something done."""
     phase: str
-    """"starting", "step", "exchange" (waiting for the others), "evaluation", "checkpoint"."""
+    """What it says it is doing: see beat.Beat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,8 @@ from cluster.agent import RankEnd, agent_main
 from cluster.backend import AgentsOnly
 from cluster.config import ClusterConfig
 from cluster.coordinator import CoordinatorActor
-from cluster.failures import Failure, classify, exit_failure, root_cause
+from cluster.failures import Failure, classify, described, exit_failure, root_cause
+from cluster.process import ProcessStat, process_stat
 from cluster.zygote import ZYGOTE_LOST
 
 # Ray polls its workers every 2 s and waits 30 s for a broken process group; both are time in which nothing is trained. A poll costs
@@ -54,7 +55,7 @@ _TEMP_PREFIX = "finetune-ray-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Hardware:
+class ClusterHardware:
     """What the cluster offers. `local` is true for a Ray that this process started."""
 
     local: bool
@@ -83,7 +84,7 @@ class Resources:
 @contextlib.contextmanager
 def ray_cluster(
     config: ClusterConfig, *, project: Path, address: str, in_job: bool, cpus: int, verbose: bool = False
-) -> Iterator[Hardware]:
+) -> Iterator[ClusterHardware]:
     """Join the cluster at `address`, or start a Ray for this run alone and leave no process and no folder of it behind.
 
     `project` is the checkout that workers import from; a cluster joined from outside a job gets a copy of it.
@@ -114,9 +115,9 @@ def ray_cluster(
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temp, **common)
         yield hardware_now(local=not address)
     finally:
-        started = {} if temp is None else _processes_of(temp)
+        started = set() if temp is None else _processes_of(temp)
         # They do not hear SIGTERM: ray.shutdown would wait a second for each. To raylet and GCS it still has something to say.
-        _kill(process for process, (name, is_child) in started.items() if is_child and name not in ("raylet", "gcs_server"))
+        _kill(process for process in started if process.is_child and process.name not in ("raylet", "gcs_server"))
         ray.shutdown()
         if temp is not None:
             # The workers end with their raylet, but for one that Ray's own shutdown holds up for ever, as was seen once.
@@ -124,11 +125,11 @@ def ray_cluster(
             shutil.rmtree(temp, ignore_errors=True)
 
 
-def hardware_now(*, local: bool) -> Hardware:
+def hardware_now(*, local: bool) -> ClusterHardware:
     """What the cluster that this process has joined offers now."""
     total = ray.cluster_resources()
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    return Hardware(
+    return ClusterHardware(
         local=local,
         nodes=len(nodes),
         cpus=int(total.get("CPU", 0)),
@@ -210,35 +211,47 @@ def _without_helpers(*, logs: bool) -> Iterator[None]:
             setattr(Node, name, method)
 
 
-_Process = tuple[int, int]
-"""Its id, and when it began, in clock ticks since boot: ids are used again."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RayProcess:
+    """A process of a local Ray. Ids are used again; an id together with its `start_ticks` is not."""
+
+    pid: int
+    start_ticks: int
+    name: str
+    is_child: bool
+    """Of this process."""
 
 
-def _processes_of(temp: str) -> dict[_Process, tuple[str, bool]]:
-    """The processes of a local Ray: those children of this process whose command names its folder, and all that they have started. Of each
-    its name, and whether it is a child of this process."""
-    seen: dict[int, tuple[int, int, str, bool]] = {}  # id -> parent, begin, name, names the folder
+def _processes_of(temp: str) -> set[_RayProcess]:
+    """The processes of a local Ray: those children of this process whose command names its folder, and all that they have started."""
+    seen: dict[int, ProcessStat] = {}
+    naming: set[int] = set()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):  # gone meanwhile
-                before, _, after = (folder / "stat").read_text().rpartition(")")
-                fields = after.split()
+                stat = process_stat(int(folder.name))
                 names_it = temp.encode() in (folder / "cmdline").read_bytes()
-                seen[int(folder.name)] = int(fields[1]), int(fields[19]), before.partition("(")[2], names_it
+                if stat is not None:
+                    seen[stat.pid] = stat
+                    naming |= {stat.pid} if names_it else set()
     found: set[int] = set()
-    added = {process for process, (parent, _, _, names_it) in seen.items() if parent == os.getpid() and names_it}
+    added = {pid for pid, stat in seen.items() if stat.parent == os.getpid() and pid in naming}
     while added:
         found |= added
-        added = {process for process, (parent, *_) in seen.items() if parent in found} - found
-    return {(process, seen[process][1]): (seen[process][2], seen[process][0] == os.getpid()) for process in found}
+        added = {pid for pid, stat in seen.items() if stat.parent in found} - found
+    return {
+        _RayProcess(pid=pid, start_ticks=seen[pid].start_ticks, name=seen[pid].name, is_child=seen[pid].parent == os.getpid())
+        for pid in found
+    }
 
 
-def _kill(processes: Iterable[_Process]) -> None:
+def _kill(processes: Iterable[_RayProcess]) -> None:
     """SIGKILL to those that still live."""
-    for process, began in processes:
+    for process in processes:
         with contextlib.suppress(OSError):
-            if int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]) == began:
-                os.kill(process, signal.SIGKILL)
+            stat = process_stat(process.pid)
+            if stat is not None and stat.start_ticks == process.start_ticks:
+                os.kill(process.pid, signal.SIGKILL)
 
 
 def _temp_folder() -> str:
@@ -254,7 +267,7 @@ def _remove_stale_temp_folders() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def plan_resources(workers: str, config: ClusterConfig, hardware: Hardware) -> Resources:
+def plan_resources(workers: str, config: ClusterConfig, hardware: ClusterHardware) -> Resources:
     """How many workers, and what each gets. Raises ValueError when the cluster cannot hold them, or with N:M not N of them."""
     per_gpu = gpus_of_worker(config, hardware)
     one_a_gpu = max(1, hardware.gpus // per_gpu) if per_gpu else 1
@@ -288,7 +301,7 @@ def plan_resources(workers: str, config: ClusterConfig, hardware: Hardware) -> R
     )
 
 
-def gpus_of_worker(config: ClusterConfig, hardware: Hardware) -> int:
+def gpus_of_worker(config: ClusterConfig, hardware: ClusterHardware) -> int:
     return config.gpus_per_worker if config.gpus_per_worker >= 0 else int(hardware.gpus > 0)
 
 
@@ -462,8 +475,7 @@ def failure_of_ranks(ends: Mapping[int, RankEnd]) -> Failure | None:
     failures = []
     for rank, end in sorted(ends.items()):
         if end.error is not None:
-            error = end.error
-            failures.append(classify(error.name, error.message, rank=rank, traceback=error.traceback, bases=error.bases))
+            failures.append(classify(end.error, rank))
         elif end.status == ZYGOTE_LOST:
             failures.append(Failure(kind="infrastructure", rank=rank, message="the process that it was forked from died"))
         elif end.status != 0 and not end.killed_by_order:
@@ -497,6 +509,4 @@ def _failure_of_one(error: BaseException, rank: int | None, trace: str) -> Failu
     if isinstance(cause, ray.exceptions.RayTaskError):
         trace = trace or str(cause)
         cause = cause.cause or cause
-    bases = tuple(base.__name__ for base in type(cause).__mro__[1:])
-    message = f"{type(cause).__name__}: {cause}"
-    return classify(type(cause).__name__, message, rank=rank, traceback=trace, bases=bases)
+    return replace(classify(described(cause), rank), traceback=trace)

@@ -2,19 +2,24 @@
 
 Ranks and the coordinator write; exporter serves; dashboards, alerts, docs/metrics.md and tests import METRICS, so that a name cannot drift.
 Names follow Prometheus: prefix `finetune_`, base units, `_total` on counters. Labels are run, rank and attempt, and one more where the
-table says so, whose values it lists: never sample ids or paths. So the number of series is known before anything runs (`most_series`)."""
+table says so. It lists that label's values, or says how many of them a run may declare when it begins: never sample ids or paths. So the
+most series that there can be are known before anything runs (`most_series`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
-PREFIX = "finetune_"
+from cluster.names import PREFIX
+
 LABELS = ("run", "rank", "attempt")
 
 STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 SAVE_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
+MOST_MEASURES = 64
+"""That a task may have."""
 OTHER = "other"
 """What a label's value counts as that its row does not list."""
 FAILURE_KINDS = ("infrastructure", "preempted", "hang", "numbers", "data", "user", OTHER)
@@ -67,6 +72,8 @@ class Metric:
     """One more label beside run, rank and attempt."""
     values: tuple[str, ...] = ()
     """Of that label: all there are; OTHER is one of them."""
+    declared: int = 0
+    """Of a label whose values only the run knows: how many it may declare (Metrics.declare), at most. OTHER comes on top."""
     buckets: tuple[float, ...] = ()
 
     @property
@@ -76,7 +83,9 @@ class Metric:
     @property
     def series(self) -> int:
         """The most that one process exports of it: a histogram has a series for each bucket, the one without bound, its sum and count."""
-        return len(self.buckets) + 3 if self.kind == "histogram" else max(1, len(self.values))
+        if self.kind == "histogram":
+            return len(self.buckets) + 3
+        return self.declared + 1 if self.declared else max(1, len(self.values))
 
     @property
     def unit(self) -> str:
@@ -148,6 +157,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(name="test_accuracy_ratio", kind="gauge", help="Top-1 accuracy on the test split, 0 to 1."),
     Metric(name="test_loss", kind="gauge", help="Mean loss on the test split."),
+    Metric(
+        name="test_measure",
+        kind="gauge",
+        help="A measure of the run's task on the test split, by its name: accuracy, map, ...; what is best, and its unit, the task says.",
+        label="measure",
+        declared=MOST_MEASURES,
+    ),
     Metric(
         name="decode_seconds_total",
         kind="counter",
@@ -227,7 +243,9 @@ def most_series(owner: Literal["rank", "coordinator"]) -> int:
 
 class Metrics:
     """One process's metrics in a registry of its own. A gauge appears when it is first set; counters and histograms start at zero, those
-    with a label for each of its values: Prometheus sees no increase in a series that begins with 1."""
+    with a label for each of its values: Prometheus sees no increase in a series that begins with 1.
+
+    A label whose row leaves its values to the run takes those that were declared; any other value counts as OTHER."""
 
     def __init__(self, run: str, rank: int | str, attempt: int, owner: Literal["rank", "coordinator"] = "rank") -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` doubles the series and nobody reads it
@@ -235,9 +253,17 @@ class Metrics:
         self._labels = (run, str(rank), str(attempt))
         self._collectors: dict[str, Any] = {}
         self._children: dict[tuple[str, str, str], Any] = {}  # by name, kind and the label's value: looked up in every step
+        self._values = {metric.name: frozenset(metric.values) for metric in METRICS}  # that a row's own label may have
         for metric in METRICS:
             if metric.owner == owner:
                 self._collectors[metric.name] = self._register(metric)
+
+    def declare(self, name: str, values: Sequence[str]) -> None:
+        """The values that the row's own label has in this run: once, before any is set. What the row has no room for counts as OTHER."""
+        metric = _TABLE[name]
+        assert metric.declared, f"the values of {name} are listed in the table"
+        assert not self._values[name], f"the values of {name} were declared before"
+        self._values[name] = frozenset(list(dict.fromkeys(values))[: metric.declared]) | {OTHER}
 
     def add(self, name: str, amount: float = 1.0, label: str = "") -> None:
         """Raise a counter. `label`: the value of the row's own label."""
@@ -278,7 +304,7 @@ class Metrics:
         metric = _TABLE[name]
         assert metric.kind == kind, f"{name} is a {metric.kind}, not a {kind}"
         assert bool(metric.label) == bool(label), f"{name} takes the label {metric.label!r}, got the value {label!r}"
-        if label and label not in metric.values:
+        if label and label != OTHER and label not in self._values[name]:
             return self._child(name, kind, OTHER)
         child = self._collectors[name].labels(*self._labels, *([label] if label else []))
         self._children[name, kind, label] = child

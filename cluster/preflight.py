@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from cluster.launch import Hardware
+from cluster.launch import ClusterHardware
 from cluster.storage import Storage, open_storage
 from cluster.versions import versions
 
@@ -45,7 +45,7 @@ def check_node(uri: str, run: str, token: str, data_probe: Callable[[], str]) ->
     return NodeReport(node=node, storage_error=storage_error, data=data, versions=versions())
 
 
-def preflight(storage: Storage, run: str, hardware: Hardware, data_probe: Callable[[], str]) -> bool:
+def preflight(storage: Storage, run: str, hardware: ClusterHardware, data_probe: Callable[[], str]) -> bool:
     """True where every node can read the data; raises ValueError for storage that is not shared or versions that differ."""
     token = uuid.uuid4().hex
     try:
@@ -77,11 +77,11 @@ def preflight(storage: Storage, run: str, hardware: Hardware, data_probe: Callab
     return all(report.data == here for report in reports)
 
 
-def _reports(storage: Storage, run: str, hardware: Hardware, token: str, data_probe: Callable[[], str]) -> list[NodeReport]:
+def _reports(storage: Storage, run: str, hardware: ClusterHardware, token: str, data_probe: Callable[[], str]) -> list[NodeReport]:
     return on_every_node(hardware, partial(check_node, storage.uri, run, token, data_probe))
 
 
-def on_every_node(hardware: Hardware, probe: Callable[[], T], *, with_gpus: bool = False) -> list[T]:
+def on_every_node(hardware: ClusterHardware, probe: Callable[[], T], *, with_gpus: bool = False) -> list[T]:
     """What `probe` returns on each node, or on each that has GPUs; it gets no GPU itself. Where there is one node, in this process."""
     if hardware.nodes == 1:
         return [probe()]

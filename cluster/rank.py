@@ -25,12 +25,14 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+from cluster.failures import RankError, described
+
 STACKS_SIGNAL = signal.SIGUSR1
 _SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class Placement:
     """Where an agent, and so its rank, runs."""
 
     host: str
@@ -54,27 +56,58 @@ class Task:
     rank: int
     world_size: int
     attempt: int
-    place: Place
+    place: Placement
     files: Mapping[str, int]
     """Name -> open file in memory, of the files that travel with the task."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankError:
-    """An exception that ended a rank, as far as it can be told without its class."""
+# What the two ends of the connection send each other
 
-    name: str
-    bases: tuple[str, ...]
-    message: str
-    traceback: str
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Call:
+    """Rank to agent: ask the coordinator."""
+
+    number: int
+    method: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Failed:
+    """Rank to agent: this exception ends me."""
+
+    error: RankError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """Agent to rank: what the call of this number returned, or raised."""
+
+    number: int
+    result: Any = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupStore:
+    """Rank to ranks, by way of the coordinator: where the store of their process group listens."""
+
+    address: str
+    port: int
 
 
 class AgentLost(RuntimeError):
     """The agent does not answer any more: this process has no business left."""
 
+    failure_kind = "infrastructure"
+
 
 class CallFailed(RuntimeError):
     """The coordinator could not be asked, or raised what cannot travel."""
+
+    failure_kind = "infrastructure"
 
 
 class Calls:
@@ -93,18 +126,18 @@ class Calls:
             self._number += 1
             number = self._number
             self._waiting[number] = answer
-        self._send(("call", number, method, args, kwargs))
+        self._send(_Call(number=number, method=method, args=args, kwargs=kwargs))
         return answer.result()
 
     def failed(self, error: RankError) -> None:
         with contextlib.suppress(AgentLost):
-            self._send(("failed", error))
+            self._send(_Failed(error=error))
 
     def listen(self) -> None:
         """Take in answers until the agent is gone; then end this process: what it would save or say has nowhere to go."""
         threading.Thread(target=self._listen, name="agent", daemon=True).start()
 
-    def _send(self, message: tuple[Any, ...]) -> None:
+    def _send(self, message: _Call | _Failed) -> None:
         try:
             with self._sending:
                 self._connection.send(message)
@@ -114,15 +147,15 @@ class Calls:
     def _listen(self) -> None:
         while True:
             try:
-                number, answer, error = self._connection.recv()
+                answer: _Answer = self._connection.recv()
             except (EOFError, OSError):
                 os._exit(1)
             with self._lock:
-                future = self._waiting.pop(number)
-            if error is None:
-                future.set_result(answer)
+                future = self._waiting.pop(answer.number)
+            if answer.error is None:
+                future.set_result(answer.result)
             else:
-                future.set_exception(error)
+                future.set_exception(answer.error)
 
 
 def serve_calls(connection: Connection, ask: Callable[..., Any], on_failed: Callable[[RankError], None]) -> None:
@@ -130,22 +163,21 @@ def serve_calls(connection: Connection, ask: Callable[..., Any], on_failed: Call
 
     sending = threading.Lock()
 
-    def answer(number: int, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        result, failure = None, None
+    def answer(call: _Call) -> None:
         try:
-            result = ask(method, *args, **kwargs)
+            found = _Answer(number=call.number, result=ask(call.method, *call.args, **call.kwargs))
         except Exception as error:
-            failure = _that_can_travel(error)
+            found = _Answer(number=call.number, error=_that_can_travel(error))
         with sending, contextlib.suppress(OSError):  # the process has ended meanwhile
-            connection.send((number, result, failure))
+            connection.send(found)
 
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="calls") as pool:
         while True:
             try:
                 match connection.recv():
-                    case ("call", number, method, args, kwargs):
-                        pool.submit(answer, number, method, args, kwargs)
-                    case ("failed", error):
+                    case _Call() as call:
+                        pool.submit(answer, call)
+                    case _Failed(error=error):
                         on_failed(error)
             except (EOFError, OSError):
                 return
@@ -167,7 +199,7 @@ class RankContext:
     rank: int
     world_size: int
     attempt: int
-    place: Place
+    place: Placement
     files: Mapping[str, memoryview]
     call: Calls
 
@@ -184,15 +216,14 @@ class RankContext:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if self.rank == 0:
             store = TCPStore(self.place.address, 0, self.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-            self.call("publish", self.attempt, "store", (self.place.address, store.port))
+            self.call("publish", self.attempt, "store", GroupStore(address=self.place.address, port=store.port))
         else:
             end = time.monotonic() + timeout_seconds
             while (where := self.call("lookup", self.attempt, "store")) is None:
                 if time.monotonic() > end:
                     raise TimeoutError(f"timed out waiting {timeout_seconds:g} s for rank 0 to open the group's store")
                 time.sleep(0.02)
-            address, port = where
-            store = TCPStore(address, port, self.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+            store = TCPStore(where.address, where.port, self.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
         dist.init_process_group(
             "gloo" if self.place.device_index is None else "nccl",
             store=store,
@@ -236,15 +267,6 @@ def run_rank(descriptors: list[int]) -> None:
     except AgentLost:
         raise SystemExit(1) from None
     except BaseException as error:
-        calls.failed(describe(error))
+        calls.failed(described(error))
         traceback.print_exc(file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def describe(error: BaseException) -> RankError:
-    return RankError(
-        name=type(error).__name__,
-        bases=tuple(base.__name__ for base in type(error).__mro__[1:]),
-        message=f"{type(error).__name__}: {error}",
-        traceback="".join(traceback.format_exception(error)).strip(),
-    )

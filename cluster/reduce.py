@@ -1,10 +1,10 @@
 """Sums over virtual ranks that have the same bits for any number of real ranks: one fixed binary tree.
 
 Called by the training loop with the parts of a virtual rank (its gradients, BatchNorm statistics and loss), each as soon as it is there.
-Which virtual rank a rank carries is block(); what the parts mean is the caller's business. Floating-point sums depend on their brackets, so
-the brackets are fixed: the tree over V virtual ranks splits at the largest power of two below V, and so on down. A rank carries a
-contiguous block and adds up, as it goes, the largest subtrees that lie wholly inside; the other nodes are added from all ranks' subtrees,
-each rank one chunk of the vector:
+Which virtual ranks a rank carries, and what the parts mean, is the caller's business: it hands in the ranks' blocks. Floating-point sums
+depend on their brackets, so the brackets are fixed: the tree over V virtual ranks splits at the largest power of two below V, and so on
+down. A rank carries a contiguous block and adds up, as it goes, the largest subtrees that lie wholly inside; the other nodes are added from
+all ranks' subtrees, each rank one chunk of the vector. The bits do not depend on where the blocks are cut:
 
     V=8, W=3   rank 0: 0 1 2 -> (0+1), 2      rank 1: 3 4 5 -> 3, (4+5)      rank 2: 6 7 -> (6+7)
                everyone sends everyone its chunk, then ((0+1)+(2+3)) + ((4+5)+(6+7)) for one's own chunk, then sends the sum to everyone
@@ -50,19 +50,6 @@ LINE = 16
 T = TypeVar("T")
 
 
-def block(virtual_ranks: int, world_size: int, rank: int) -> range:
-    """The virtual ranks that a rank carries: contiguous, sizes at most one apart, the larger ones first."""
-    if not 1 <= world_size <= virtual_ranks:
-        raise ValueError(
-            f"workers={world_size} must be between 1 and train.virtual_ranks={virtual_ranks}: each worker carries at least one; "
-            f"use at most {virtual_ranks} workers, or start a new run with more virtual ranks"
-        )
-    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-    each, longer = divmod(virtual_ranks, world_size)
-    start = rank * each + min(rank, longer)
-    return range(start, start + each + (rank < longer))
-
-
 def subtrees(virtual_ranks: int, carried: range) -> list[Node]:
     """The largest subtrees of the tree over `virtual_ranks` that lie wholly in `carried`, from left to right."""
 
@@ -93,8 +80,7 @@ class TreeReducer:
 
     def __init__(
         self,
-        virtual_ranks: int,
-        world_size: int,
+        blocks: Sequence[range],
         rank: int,
         group: Any = None,
         *,
@@ -103,32 +89,25 @@ class TreeReducer:
         wire: torch.dtype = torch.float32,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`blocks`: of each rank, the virtual ranks that it carries, at least one; together all of them, in order."""
+        assert [v for each in blocks for v in each] == list(range(blocks[-1].stop)), f"not all virtual ranks in order, once: {blocks}"
+        assert all(blocks), f"a rank carries no virtual rank: {blocks}"
         self.wait_seconds = 0.0
-        self._world_size, self._rank, self._group, self._clock = world_size, rank, group, clock
+        self._rank, self._group, self._clock = rank, group, clock
         self.bucket_bytes, self.small_bucket_bytes = bucket_bytes, small_bucket_bytes
-        self._carried = block(virtual_ranks, world_size, rank)
-        self._leaves = _leaves(virtual_ranks, self._carried)
-        self._counts = [len(subtrees(virtual_ranks, block(virtual_ranks, world_size, r))) for r in range(world_size)]
-        self._merges = _merges(virtual_ranks, world_size)
         assert wire in (torch.float32, torch.bfloat16), f"sums travel as float32 or bfloat16, not {wire}"
         self._wire = wire
-        self._result: Tensor | None = None
-        # Of each dtype that travels, the vectors of the subtrees. Parts of the other dtype have their place in them too, but no memory:
-        # a bucket knows where it begins.
-        self._flats: dict[torch.dtype, list[Tensor]] = {}
-        self._views: list[list[Tensor]] = []
-        self._buckets: list[_Bucket] = []
-        self._bucket_of: list[int] = []  # of a part
-        self._next, self._open = self._carried.start, False
+        self._plan = _plan(blocks, rank)
+        self._layout: _Layout | None = None
+        self._next, self._open = self._plan.carried.start, False
         self._arrived: list[dict[int, Tensor] | None] = []  # of each bucket, part -> its value; None once they are taken in
         self._launched = 0
-        self._stream: torch.cuda.Stream | None = None
         self._thread: _Thread | None = None
 
     @property
     def carried(self) -> range:
         """The virtual ranks that this rank adds."""
-        return self._carried
+        return self._plan.carried
 
     @property
     def is_open(self) -> bool:
@@ -140,7 +119,7 @@ class TreeReducer:
 
         The first `exact` parts travel as float32 whatever the others do. What is returned are views of one float32 vector, into which
         finish() puts the sums. A part lies in one bucket as a whole."""
-        assert not self._buckets, "laid out before"
+        assert self._layout is None, "laid out before"
         assert like, "nothing to add up"
         strange = [
             f"{tensor.dtype} on {tensor.device}" for tensor in like if (tensor.dtype, tensor.device) != (torch.float32, like[0].device)
@@ -148,6 +127,9 @@ class TreeReducer:
         assert not strange, f"expected float32 on {like[0].device}, got {strange[0]}"
         if self._wire == torch.float32:
             exact = len(like)
+        world_size = len(self._plan.counts)
+        buckets: list[_Bucket] = []
+        bucket_of: list[int] = []
         offsets, sizes, high = [], dict.fromkeys((torch.float32, self._wire), 0), 0
         for dtype, chosen in ((torch.float32, like[:exact]), (self._wire, like[exact:])):
             if not chosen:
@@ -157,57 +139,63 @@ class TreeReducer:
                 low = high
                 for part in parts:
                     offsets.append(high)
-                    self._bucket_of.append(len(self._buckets))
+                    bucket_of.append(len(buckets))
                     high += _up(chosen[part].numel(), LINE)
-                high = low + _up(high - low, LINE * self._world_size)  # W equal chunks
-                self._buckets.append(_Bucket(low=low, high=high, parts=len(parts), dtype=dtype, base=base))
+                high = low + _up(high - low, LINE * world_size)  # W equal chunks
+                buckets.append(_Bucket(low=low, high=high, parts=len(parts), dtype=dtype, base=base))
             sizes[dtype] = high - base
         # Zeros, also between the parts: that room is added and sent with the rest.
-        places = range(1 + max(leaf.place for leaf in self._leaves))
-        self._result = like[0].new_zeros(high)
-        for dtype, size in sizes.items():
-            self._flats[dtype] = [like[0].new_zeros(size, dtype=dtype) for _ in places]
-        if self._wire == torch.float32:
-            self._result = self._flats[torch.float32][0]
-        bases = [self._buckets[bucket].base for bucket in self._bucket_of]
-        dtypes = [self._buckets[bucket].dtype for bucket in self._bucket_of]
-        self._views = [
-            [
-                _view(self._flats[dtype][place], start - base, tensor)
-                for dtype, start, base, tensor in zip(dtypes, offsets, bases, like, strict=True)
-            ]
-            for place in places
-        ]
-        self._arrived = [None] * len(self._buckets)
-        if self._world_size > 1:
-            foreign = sum(self._counts) - self._counts[self._rank]
-            widest = max((bucket.high - bucket.low) * bucket.dtype.itemsize for bucket in self._buckets) // self._world_size
-            self._received = like[0].new_empty(foreign * widest, dtype=torch.uint8)
-            if self._received.is_cuda:
-                self._stream = torch.cuda.Stream(self._received.device)  # type: ignore[no-untyped-call]
-        return [_view(self._result, start, tensor) for start, tensor in zip(offsets, like, strict=True)]
+        places = range(1 + max(leaf.place for leaf in self._plan.leaves))
+        flats = {dtype: [like[0].new_zeros(size, dtype=dtype) for _ in places] for dtype, size in sizes.items()}
+        result = flats[torch.float32][0] if self._wire == torch.float32 else like[0].new_zeros(high)
+        at = [buckets[bucket] for bucket in bucket_of]
+        received = None
+        if world_size > 1:
+            foreign = sum(self._plan.counts) - self._plan.counts[self._rank]
+            widest = max((bucket.high - bucket.low) * bucket.dtype.itemsize for bucket in buckets) // world_size
+            received = like[0].new_empty(foreign * widest, dtype=torch.uint8)
+        stream = torch.cuda.Stream(received.device) if received is not None and received.is_cuda else None  # type: ignore[no-untyped-call]
+        self._layout = _Layout(
+            result=result,
+            flats=flats,
+            views=[
+                [
+                    _view(flats[bucket.dtype][place], start - bucket.base, tensor)
+                    for bucket, start, tensor in zip(at, offsets, like, strict=True)
+                ]
+                for place in places
+            ],
+            buckets=buckets,
+            bucket_of=bucket_of,
+            received=received,
+            stream=stream,
+        )
+        self._arrived = [None] * len(buckets)
+        return [_view(result, start, tensor) for start, tensor in zip(offsets, like, strict=True)]
 
     def begin(self, virtual_rank: int) -> None:
         """`virtual_rank`'s parts follow. The views that lay_out() returned are no longer the last step's sums."""
-        assert self._buckets, "lay_out() comes first"
+        assert self._layout is not None, "lay_out() comes first"
         assert not self._open, "end() of the virtual rank before comes first"
-        assert virtual_rank == self._next, f"virtual rank {virtual_rank} came when {self._next} of {self._carried} was due"
+        assert virtual_rank == self._next, f"virtual rank {virtual_rank} came when {self._next} of {self._plan.carried} was due"
         self._open = True
-        self._arrived = [{} for _ in self._buckets]
+        self._arrived = [{} for _ in self._layout.buckets]
 
     def put(self, part: int, value: Tensor) -> None:
         """`part` (its number in lay_out()) of the open virtual rank, once, in any order. `value` must not change before end()."""
+        layout = self._layout
+        assert layout is not None, "lay_out() comes first"
         assert self._open, "begin() comes first"
-        bucket = self._bucket_of[part]
+        bucket = layout.bucket_of[part]
         arrived = self._arrived[bucket]
         assert arrived is not None, f"part {part} came twice"
         assert part not in arrived, f"part {part} came twice"
-        view = self._views[0][part]
+        view = layout.views[0][part]
         assert (value.dtype, value.shape) == (torch.float32, view.shape), (
             f"part {part} is {value.dtype} {tuple(value.shape)}, not {view.shape}"
         )
         arrived[part] = value
-        if len(arrived) == self._buckets[bucket].parts:
+        if len(arrived) == layout.buckets[bucket].parts:
             self._take_in(bucket)
 
     def end(self) -> None:
@@ -224,30 +212,33 @@ class TreeReducer:
         called, on a CPU and from the exchange's thread, as soon as this rank waits for no other any more, even if the caller does not get
         there."""
         assert not self._open, "end() comes first"
-        assert self._next == self._carried.stop, f"virtual ranks {self._next}..{self._carried.stop - 1} were not added"
-        self._next, launched, self._launched = self._carried.start, self._launched, 0
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        layout, carried = self._layout, self._plan.carried
+        assert layout is not None, "lay_out() comes first"
+        assert self._next == carried.stop, f"virtual ranks {self._next}..{carried.stop - 1} were not added"
+        self._next, launched, self._launched = carried.start, self._launched, 0
+        if layout.stream is not None:
+            torch.cuda.current_stream(layout.stream.device).wait_stream(layout.stream)
         elif self._thread is not None:
             begin = self._clock()
             self._thread.start(on_exchanged)
             self._thread.join(launched + 1)
             self.wait_seconds += self._clock() - begin
-        assert self._result is not None
         if self._wire != torch.float32:
-            exact = self._flats[torch.float32][0]
-            self._result[: len(exact)].copy_(exact)
-            self._result[len(exact) :].copy_(self._flats[self._wire][0])
-        return self._result
+            exact = layout.flats[torch.float32][0]
+            layout.result[: len(exact)].copy_(exact)
+            layout.result[len(exact) :].copy_(layout.flats[self._wire][0])
+        return layout.result
 
     def _take_in(self, bucket: int) -> None:
         """Fold a bucket's parts into this rank's subtrees; exchange what is complete."""
         arrived, self._arrived[bucket] = self._arrived[bucket], None
+        layout, plan = self._layout, self._plan
         assert arrived is not None
-        leaf, here = self._leaves[self._next - self._carried.start], self._buckets[bucket]
-        views = self._views[leaf.place]
+        assert layout is not None
+        leaf, here = plan.leaves[self._next - plan.carried.start], layout.buckets[bucket]
+        views = layout.views[leaf.place]
         if len(arrived) < here.parts:
-            missing = [view for part, view in enumerate(views) if self._bucket_of[part] == bucket and part not in arrived]
+            missing = [view for part, view in enumerate(views) if layout.bucket_of[part] == bucket and part not in arrived]
             if leaf.adds:
                 torch._foreach_add_(missing, 0.0)  # not nothing: -0.0 + 0.0 is 0.0
             else:
@@ -260,43 +251,45 @@ class TreeReducer:
                 torch._foreach_add_(into, values)
             else:
                 torch._foreach_copy_(into, values)
-        flats = [flat[here.low - here.base : here.high - here.base] for flat in self._flats[here.dtype]]
+        flats = [flat[here.low - here.base : here.high - here.base] for flat in layout.flats[here.dtype]]
         for left, right in leaf.merges:
             flats[left].add_(flats[right])
-        if self._world_size > 1 and self._next == self._carried.stop - 1:
-            while self._launched < len(self._buckets) and self._arrived[self._launched] is None:
-                self._launch(self._buckets[self._launched])
+        if layout.received is not None and self._next == plan.carried.stop - 1:
+            while self._launched < len(layout.buckets) and self._arrived[self._launched] is None:
+                self._launch(layout.stream, partial(self._exchange, layout, layout.received, layout.buckets[self._launched]))
                 self._launched += 1
 
-    def _launch(self, bucket: "_Bucket") -> None:
-        if self._stream is None:
+    def _launch(self, stream: torch.cuda.Stream | None, exchange: Callable[[], None]) -> None:
+        if stream is None:
             if self._thread is None:
                 self._thread = _Thread("tree reduction")
-            self._thread.start(partial(self._exchange, bucket))
+            self._thread.start(exchange)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            self._exchange(bucket)
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            exchange()
 
-    def _exchange(self, bucket: "_Bucket") -> None:
-        """The sum over all ranks' subtrees into the first of mine, for one bucket."""
-        width = (bucket.high - bucket.low) // self._world_size
+    def _exchange(self, layout: "_Layout", room: Tensor, bucket: "_Bucket") -> None:
+        """The sum over all ranks' subtrees into the first of mine, for one bucket. `room`: bytes, for what other ranks send."""
+        counts = self._plan.counts
+        world_size = len(counts)
+        width = (bucket.high - bucket.low) // world_size
         if not width:  # parts without elements
             return
         # My subtrees, each (W, width): a row for each rank that adds it up.
         low, high = bucket.low - bucket.base, bucket.high - bucket.base
-        flats = self._flats[bucket.dtype][: self._counts[self._rank]]
-        mine = [flat[low:high].view(self._world_size, width) for flat in flats]
+        flats = layout.flats[bucket.dtype][: counts[self._rank]]
+        mine = [flat[low:high].view(world_size, width) for flat in flats]
         own = mine[0][self._rank]
-        peers = [peer for peer in range(self._world_size) if peer != self._rank]
-        foreign = sum(self._counts) - len(mine)
-        received = iter(self._received[: foreign * width * bucket.dtype.itemsize].view(bucket.dtype).view(foreign, width))
+        peers = [peer for peer in range(world_size) if peer != self._rank]
+        foreign = sum(counts) - len(mine)
+        received = iter(room[: foreign * width * bucket.dtype.itemsize].view(bucket.dtype).view(foreign, width))
         rows = []  # of each rank, its subtrees' chunks that I add up, each (width,)
-        for peer, count in enumerate(self._counts):
+        for peer, count in enumerate(counts):
             rows.append([each[peer] for each in mine] if peer == self._rank else [next(received) for _ in range(count)])
         self._swap([(peer, row) for peer in peers for row in rows[peer]], [(peer, each[peer]) for peer in peers for each in mine])
         chunks = [row for each in rows for row in each]
-        *inner, (left, right) = self._merges
+        *inner, (left, right) = self._plan.merges
         for into, other in inner:
             chunks[into].add_(chunks[other])
         torch.add(chunks[left], chunks[right], out=own)  # whichever chunk `own` was, it is in the sum by now
@@ -343,6 +336,38 @@ class _Leaf:
     place: int
     adds: bool
     merges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What follows from the blocks alone."""
+
+    carried: range
+    leaves: tuple[_Leaf, ...]
+    """Of each virtual rank that this rank carries."""
+    counts: tuple[int, ...]
+    """Of each rank, the subtrees that it sends."""
+    merges: tuple[tuple[int, int], ...]
+    """Above the ranks' subtrees."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layout:
+    """The memory, and where each part lies in it."""
+
+    result: Tensor  # (n,) float32
+    flats: dict[torch.dtype, list[Tensor]]
+    """Of each dtype that travels, the vectors of the subtrees. Parts of the other dtype have their place among the buckets too, but no
+    memory here: a bucket knows where it begins."""
+    views: list[list[Tensor]]
+    """Of each vector, each part's room in it."""
+    buckets: list[_Bucket]
+    bucket_of: list[int]
+    """Of each part."""
+    received: Tensor | None
+    """Bytes, for what other ranks send of one bucket; None where there are none."""
+    stream: torch.cuda.Stream | None
+    """For the exchange, on a GPU."""
 
 
 class _Thread:
@@ -397,8 +422,19 @@ def _leaves(virtual_ranks: int, carried: range) -> list[_Leaf]:
     return leaves
 
 
-def _merges(virtual_ranks: int, world_size: int) -> list[tuple[int, int]]:
-    """(left, right) of each addition above the ranks' subtrees, as positions among all ranks' subtrees; the sum goes to the left."""
+def _plan(blocks: Sequence[range], rank: int) -> _Plan:
+    virtual_ranks = blocks[-1].stop
+    nodes = [subtrees(virtual_ranks, each) for each in blocks]
+    return _Plan(
+        carried=blocks[rank],
+        leaves=tuple(_leaves(virtual_ranks, blocks[rank])),
+        counts=tuple(map(len, nodes)),
+        merges=tuple(_merges(virtual_ranks, [node for each in nodes for node in each])),
+    )
+
+
+def _merges(virtual_ranks: int, nodes: Sequence[Node]) -> list[tuple[int, int]]:
+    """(left, right) of each addition above the ranks' subtrees `nodes`, as positions among them; the sum goes to the left."""
     carry: list[tuple[Node, int]] = []
     merges: list[tuple[int, int]] = []
 
@@ -406,7 +442,6 @@ def _merges(virtual_ranks: int, world_size: int) -> list[tuple[int, int]]:
         merges.append((left, right))
         return left
 
-    nodes = [node for rank in range(world_size) for node in subtrees(virtual_ranks, block(virtual_ranks, world_size, rank))]
     for position, node in enumerate(nodes):
         carry.append((node, position))
         fold(virtual_ranks, carry, merge)

@@ -25,6 +25,8 @@ _FIX = "free some space there or set --cluster.spill-dir to a larger disk"
 class SpillDamaged(OSError):
     """A spilled file that is not what was written."""
 
+    failure_kind = "user"
+
 
 class Spilled:
     """One checkpoint of one rank. `staged` are its files that reached the storage, first those from before the outage."""

@@ -49,9 +49,13 @@ T = TypeVar("T")
 class StorageOutage(OSError):
     """A remote storage that did not answer, or not usefully, for as long as it was tried. Later it may."""
 
+    failure_kind = "user"
+
 
 class StorageRefused(OSError):
     """A remote storage that answered, and said no. Trying again does not help."""
+
+    failure_kind = "user"
 
 
 # An answer to a question, not a failure: callers know what to do with these.
@@ -113,7 +117,7 @@ def _remedy(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Retry:
+class RetryPolicy:
     """How long what fails is tried again: waits of 0.05 to 0.1 s that double up to 5 s, half of each drawn, so that ranks do not come back
     in step. `seconds` is all of it, from the first try; 0 tries once."""
 
@@ -163,7 +167,7 @@ class Storage:
     root: str
     is_local: bool
     uri: str
-    retry: Retry = Retry(seconds=0.0)
+    retry: RetryPolicy = RetryPolicy(seconds=0.0)
     """Of every operation on a remote storage; a local one has no weather."""
 
     @property
@@ -309,7 +313,7 @@ def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Stora
         root=root.rstrip("/"),
         is_local=isinstance(filesystem, pafs.LocalFileSystem),
         uri=text,
-        retry=Retry(seconds=retry_seconds),
+        retry=RetryPolicy(seconds=retry_seconds),
     )
 
 

@@ -57,17 +57,25 @@ _FIX = "free some space, lower --cluster.keep-checkpoints or move --storage"
 class StorageFull(OSError):
     """No room for a checkpoint; the ones that exist are unharmed."""
 
+    failure_kind = "user"
+
 
 class Fenced(RuntimeError):
     """A newer driver has claimed the run: this one must not commit any more."""
+
+    failure_kind = "user"
 
 
 class CorruptCheckpoint(ValueError):
     """A committed checkpoint whose bytes are not those that were committed."""
 
+    failure_kind = "user"
+
 
 class NoValidCheckpoint(RuntimeError):
     """The run has checkpoints and none can be trusted. Starting from zero instead would be silent loss."""
+
+    failure_kind = "user"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

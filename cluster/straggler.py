@@ -10,6 +10,14 @@ _KEPT = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StragglerLimits:
+    """When a rank is one: its own work on a step takes more than `ratio` times the others' for `steps` steps in a row."""
+
+    ratio: float = 1.5
+    steps: int = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Straggler:
     """An episode of a rank begins, or ends."""
 

@@ -46,6 +46,8 @@ _FORMAT = 1  # part of a conversion's identity: raised when the same source woul
 class DiskFull(OSError):
     """No space is left for the shards; what is complete is kept."""
 
+    failure_kind = "user"
+
     def __str__(self) -> str:
         return self.strerror or ""
 

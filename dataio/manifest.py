@@ -31,6 +31,8 @@ _SIZE = re.compile(r"[1-9][0-9]*x[1-9][0-9]*")
 class ManifestError(ValueError):
     """A manifest.json that is damaged, or written by another version."""
 
+    failure_kind = "user"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:

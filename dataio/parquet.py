@@ -45,6 +45,8 @@ _VALUE_BYTES = 8
 class CorruptShard(ValueError):
     """A shard whose bytes are not those that were written; names the shard and, where known, the row group."""
 
+    failure_kind = "data"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowGroup:

@@ -40,6 +40,8 @@ class BadSample:
 class TooManyBadSamples(ValueError):
     """More samples than `data.max_bad_fraction` allows are bad."""
 
+    failure_kind = "data"
+
 
 class Quarantine:
     """The bad samples met so far; thread-safe.

@@ -64,9 +64,13 @@ _hurry: ContextVar[threading.Event | None] = ContextVar("hurry", default=None)
 class DataOutage(OSError):
     """A storage of data that did not answer, or not usefully, for as long as it was tried. Later it may."""
 
+    failure_kind = "infrastructure"
+
 
 class DataRefused(ValueError):
     """A storage of data that answered, and said no, or has no such file. Trying again does not help."""
+
+    failure_kind = "user"
 
 
 def is_uri(location: object) -> bool:

@@ -50,6 +50,8 @@ HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev")  # the first tha
 class SourceError(ValueError):
     """A source that is not there, not of an accepted kind, or not what its kind promises."""
 
+    failure_kind = "user"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cluster.coordinator import FILE_SD
 from cluster.metrics import LABELS, METRICS, OTHER, Metric, most_series
+from cluster.names import FILE_SD
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 NEWLINE = "\n"
@@ -25,7 +25,7 @@ MANY = 1000
 def page() -> str:
     rank, coordinator = most_series("rank"), most_series("coordinator")
     buckets = [f"- `{m.full_name}`: {', '.join(f'{bound:g}' for bound in m.buckets)} s" for m in METRICS if m.buckets]
-    values = [f"- `{m.full_name}`, `{m.label}`: {', '.join(m.values)}" for m in METRICS if m.values]
+    values = [f"- `{m.full_name}`, `{m.label}`: {_values(m)}" for m in METRICS if m.label]
     everywhere = ", ".join(f"`{label}`" for label in LABELS)
     return f"""<!-- Written by python -m deploy.metrics_page; change cluster/metrics.py instead. -->
 # Metrics
@@ -76,8 +76,8 @@ stale when it leaves the list: they are gone from queries some seconds after its
 minutes. No series of the coordinator's names a rank, so nothing outlives one.
 
 ## How many series
-Known before anything runs: every label's values are listed above. A rank has at most {rank} series, the coordinator {coordinator};
-a run of N ranks
+Known before anything runs: every label's values are listed above, or how many there may be. A rank has at most {rank} series, the
+coordinator {coordinator}; a run of N ranks
 
     {rank} N + {coordinator}
 
@@ -85,6 +85,10 @@ at a time: {2 * rank + coordinator:,} with 2 ranks, {MANY * rank + coordinator:,
 attempt is a new value of `attempt`: its series take the place of the old attempt's, which Prometheus keeps on disk as long as all its
 data. The list of {MANY:,} ranks is one answer of less than 200 kB.
 """
+
+
+def _values(metric: Metric) -> str:
+    return f"at most {metric.declared}, which the run declares when it begins" if metric.declared else ", ".join(metric.values)
 
 
 def _table(owner: Literal["rank", "coordinator"]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from cluster.coordinator import FILE_SD
+from cluster.names import FILE_SD
 from deploy.preview import DASHBOARD_NAMES, draw
 from trainer.settings.tree import RunConfig
 

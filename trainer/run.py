@@ -11,12 +11,11 @@ if __name__ == "__main__":  # the imports below take seconds: Ctrl-C ends them w
 import os
 import shlex
 import sys
-import time
-from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
+from cluster.process import process_stat
 from trainer.drive.identity import run_prefix
 from trainer.drive.start import Asked, Environment, run
 from trainer.settings.cli import fail, parse
@@ -72,9 +71,10 @@ def environment() -> Environment:
 
 
 def process_started() -> float:
-    """Unix time at which this process began: imports are part of a run's seconds. From /proc/self/stat, field 22, ticks since boot."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    """Unix time at which this process began: imports are part of a run's seconds."""
+    stat = process_stat("self")
+    assert stat is not None
+    return stat.started()
 
 
 if __name__ == "__main__":

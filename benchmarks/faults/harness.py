@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.agent import process_state
 from cluster.ledger import read_ledger
+from cluster.process import process_stat
 
 PROJECT = Path(__file__).resolve().parents[2]
 INJECT = Path(__file__).resolve().parent / "inject"
@@ -169,7 +170,9 @@ class Trial:
 
 
 def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    stat = process_stat(pid)
+    assert stat is not None, f"process {pid} is gone"
+    return stat.parent
 
 
 def process_named(text: str) -> int:

@@ -33,7 +33,7 @@ from cluster.checkpointer import Checkpointer, Files
 from cluster.coordinator import Coordinator
 from cluster.journal import read_journal
 from cluster.spill import Spill
-from cluster.storage import Retry, Storage, open_storage
+from cluster.storage import RetryPolicy, Storage, open_storage
 from cluster.store import CorruptCheckpoint, NoValidCheckpoint, Store
 
 Row = dict[str, Any]
@@ -345,7 +345,7 @@ def outage(*, seconds: float = 600.0, speed: float = 200.0, ranks: int = 2, stor
     clock = FastClock(speed)
     place = storage or memory_storage()
     weather = Weather(place.fs)
-    retry = Retry(seconds=20.0, clock=clock, sleep=clock.sleep)
+    retry = RetryPolicy(seconds=20.0, clock=clock, sleep=clock.sleep)
     real = Storage(fs=weather, root=place.root, is_local=False, uri=place.uri, retry=retry)
     patience = {"FIRST_PAUSE_SECONDS": 0.5 / speed, "LONGEST_PAUSE_SECONDS": 5.0 / speed}
     most_spilled, during = 0, 0

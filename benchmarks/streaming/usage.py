@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
+from cluster.process import process_stat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,12 +26,13 @@ def cpu_seconds() -> float:
     seconds = 0.0
     for pid in tree():
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            stat = process_stat(pid)
             # Its CPU clock, to the nanosecond (clock_getcpuclockid(3) makes its number like this); stat counts in ticks of 10 ms.
             own = time.clock_gettime(~pid << 3 | 2)
         except OSError:  # it has just ended; if it was waited for, its time is in its parent's
             continue
-        seconds += own + (int(fields[13]) + int(fields[14])) / TICKS_A_SECOND  # cutime, cstime
+        if stat is not None:
+            seconds += own + stat.children_cpu_seconds
     return seconds
 
 

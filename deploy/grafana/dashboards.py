@@ -195,7 +195,6 @@ RUN = Dashboard(
                         Query(expr=f"max({{loss}}{FIRST})", legend="training"),
                         Query(expr=f"max({{test_loss}}{R})", legend="test", needs="evaluation"),
                     ),
-                    width=12,
                     height=9,
                     decimals=3,
                 ),
@@ -204,7 +203,12 @@ RUN = Dashboard(
                     description="Top-1 on the test split, at each evaluation.",
                     queries=(Query(expr=f"max({{test_accuracy_ratio}}{R})", legend="accuracy", needs="evaluation"),),
                     unit="percentunit",
-                    width=12,
+                    height=9,
+                ),
+                Panel(
+                    title="Test measures",
+                    description="All measures of the run's task on the test split, by their names, at each evaluation.",
+                    queries=(Query(expr=f"max by (measure) ({{test_measure}}{R})", legend="{{measure}}", needs="evaluation"),),
                     height=9,
                 ),
                 Panel(

@@ -5,7 +5,8 @@ Used by deploy.prometheus.alerts and deploy.grafana."""
 import difflib
 import re
 
-from cluster.metrics import METRICS, PREFIX
+from cluster.metrics import METRICS
+from cluster.names import PREFIX
 
 _TABLE = {metric.name: metric for metric in METRICS}
 _SUFFIXES = ("_bucket", "_sum", "_count")

@@ -335,10 +335,10 @@ def test_buckets_are_those_of_ddp(part_sizes: list[int], limit: int) -> None:
 @example(floats=[3 * MIB, 100, 100], limit=8)
 @example(floats=[3 * MIB, 100, MIB // 4], limit=8)
 def test_the_trees_buckets_are_those_of_its_reducer(floats: list[int], limit: int) -> None:
-    reducer = TreeReducer(1, 1, 0, bucket_bytes=limit * MIB, small_bucket_bytes=min(SMALL_BUCKET_BYTES, limit * MIB))
+    reducer = TreeReducer([range(1)], 0, bucket_bytes=limit * MIB, small_bucket_bytes=min(SMALL_BUCKET_BYTES, limit * MIB))
     reducer.lay_out([torch.empty(n) for n in floats])
-    expected: list[list[int]] = [[] for _ in reducer._buckets]
-    for part, bucket in enumerate(reducer._bucket_of):
+    expected: list[list[int]] = [[] for _ in reducer._layout.buckets]
+    for part, bucket in enumerate(reducer._layout.bucket_of):
         expected[bucket].append(part)
     assert [list(bucket) for bucket in tree_buckets([4 * n for n in floats], limit * MIB)] == expected
 

@@ -34,11 +34,11 @@ def echo(spec: Any, context: RankContext) -> None:
 
 def beat(spec: Any, context: RankContext) -> None:
     """Beats, and hands back the answers."""
-    context.call("report", tuple(context.call("beat", *each) for each in spec))
+    context.call("report", tuple(context.call("beat", each) for each in spec))
 
 
 def die_in_a_beat(spec: Any, context: RankContext) -> None:
-    threading.Thread(target=context.call, args=("beat", *spec), daemon=True).start()
+    threading.Thread(target=context.call, args=("beat", spec), daemon=True).start()
     time.sleep(0.2)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -48,6 +48,11 @@ def raise_key_error(spec: Any, context: RankContext) -> None:
         return table["learning rate"]
 
     look_up({})
+
+
+def raise_it(spec: Any, context: RankContext) -> None:
+    """The exception that it is handed."""
+    raise spec
 
 
 def raise_what_the_coordinator_raised(spec: Any, context: RankContext) -> None:

@@ -13,16 +13,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.agent import POLLS_A_SECOND, Agent, Beats, Order, Payload, RankEnd, Report, poll_seconds, process_state
-from cluster.coordinator import Coordinator, RankInfo
-from cluster.heartbeat import Orders
+from cluster.agent import Agent, AgentOrder, AgentReport, Beats, Payload, RankEnd, poll_seconds, process_state
+from cluster.beat import CALLS_PER_SECOND, Beat, BeatReply
+from cluster.coordinator import Coordinator
+from cluster.failures import Kind, RankError
 from cluster.journal import read_journal
 from cluster.launch import failure_of_ranks
-from cluster.rank import CallFailed, Place, RankError, interface_of
+from cluster.process import process_stat
+from cluster.rank import CallFailed, Placement, interface_of
+from cluster.roster import RankInfo
 from cluster.storage import open_storage
 from cluster.zygote import ZYGOTE_LOST
 
-PLACE = Place(host="here", address="127.0.0.1", node_id="node", local_rank=0, local_world_size=1, device_index=None)
+PLACE = Placement(host="here", address="127.0.0.1", node_id="node", local_rank=0, local_world_size=1, device_index=None)
+
+
+def beat(steps_done: int, **fields: Any) -> Beat:
+    return Beat(attempt=1, rank=0, steps_done=steps_done, steps_begun=steps_done + 1, phase="step", **fields)
 
 
 class Fleet:
@@ -121,14 +128,14 @@ def test_a_rank_gets_its_task_its_files_and_answers(fleet: Fleet):
 
 def test_beats_travel_with_the_question_for_orders_and_an_urgent_one_does_not_wait(slow: Fleet):
     fleet = slow
-    calm, urgent = ({"phase": "step", "ticks": ticks, "urgent": ticks % 2} for ticks in (2, 3))
-    fleet.start(1, "beat", [(1, 0, 7, None, {"loss": 0.5}, 8, urgent), (1, 0, 8, 9, {}, 9, calm), (1, 0, 9, None, {}, 10, urgent)])
+    first = beat(7, stats={"loss": 0.5}, ticks=3, urgent=True)
+    fleet.start(1, "beat", [first, beat(8, promised_stop=9, ticks=2), beat(9, ticks=3, urgent=True)])
     began = time.monotonic()
     assert fleet.ends(1)[0].status == 0
     assert time.monotonic() - began < 20
-    assert fleet.reports == [((Orders(stop_at=None, confirmed=False),) * 3,)]
+    assert fleet.reports == [((BeatReply(stop_at=None, confirmed=False),) * 3,)]
     status = fleet.coordinator.status().ranks[0]
-    assert (status.steps_done, status.stats, status.pulse["ticks"]) == (9, {"loss": 0.5}, 3)
+    assert (status.steps_done, status.stats, status.ticks) == (9, {"loss": 0.5}, 3)
     assert not any(method == "beat" for method in fleet.asked)  # no call of their own
 
 
@@ -136,13 +143,13 @@ def test_beats_travel_with_the_question_for_orders_and_an_urgent_one_does_not_wa
 def test_agents_ask_once_a_heartbeat_and_all_of_them_together_not_too_often(world_size: int, heartbeat_seconds: float):
     seconds = poll_seconds(world_size, heartbeat_seconds)
     assert seconds >= heartbeat_seconds
-    assert world_size / seconds <= POLLS_A_SECOND + 1e-9
-    assert seconds == heartbeat_seconds or world_size > POLLS_A_SECOND * heartbeat_seconds
+    assert world_size / seconds <= CALLS_PER_SECOND + 1e-9
+    assert seconds == heartbeat_seconds or world_size > CALLS_PER_SECOND * heartbeat_seconds
 
 
 def test_a_rank_that_ends_with_a_beat_on_its_way_holds_up_nobody(slow: Fleet):
     fleet = slow
-    fleet.start(1, "die_in_a_beat", (1, 0, 7, None, {}, 8, {"phase": "step", "ticks": 1, "urgent": 0}))
+    fleet.start(1, "die_in_a_beat", beat(7))
     began = time.monotonic()
     assert fleet.ends(1)[0].status == -signal.SIGKILL
     assert time.monotonic() - began < 4  # end() gives what was said last five seconds
@@ -155,7 +162,7 @@ def test_every_beat_is_answered_or_refused(urgent: list[bool], close_after: int)
 
     def give(is_urgent: bool) -> None:
         try:
-            told.append(beats.give(1, 0, 5, None, {}, 6, {"urgent": int(is_urgent)}))
+            told.append(beats.give(beat(5, urgent=is_urgent)))
         except CallFailed as error:
             told.append(error)
 
@@ -168,11 +175,11 @@ def test_every_beat_is_answered_or_refused(urgent: list[bool], close_after: int)
             time.sleep(0.001)
         if number < close_after:
             assert waiting is not None
-            waiting[1].set_result(Orders(stop_at=number, confirmed=False))
+            waiting.reply.set_result(BeatReply(stop_at=number, confirmed=False))
         thread.join(10)
         assert not thread.is_alive()
     answered = min(close_after, len(urgent))
-    assert told[:answered] == [Orders(stop_at=number, confirmed=False) for number in range(answered)]
+    assert told[:answered] == [BeatReply(stop_at=number, confirmed=False) for number in range(answered)]
     assert all(isinstance(each, CallFailed) for each in told[answered:])
     assert len(told) == len(urgent)
     assert len(woken) == sum(urgent[:answered])
@@ -238,8 +245,9 @@ def test_the_stacks_of_a_rank_that_hangs_are_told_before_it_is_killed(fleet: Fle
 def test_a_dead_zygote_costs_an_attempt_and_no_more(fleet: Fleet):
     fleet.start(1, "hang_in_python")
     fleet.until(lambda: len(fleet.here) == 1)
-    stat = Path(f"/proc/{fleet.here[0]}/stat").read_text().rpartition(")")[2].split()
-    os.kill(int(stat[1]), signal.SIGKILL)
+    stat = process_stat(fleet.here[0])
+    assert stat is not None
+    os.kill(stat.parent, signal.SIGKILL)
     assert fleet.ends(1)[0].status in (ZYGOTE_LOST, -signal.SIGKILL)
     fleet.start(2, "echo", [])
     assert fleet.ends(2)[0].status == 0
@@ -266,13 +274,13 @@ def test_a_later_fleet_ends_the_earlier_one(tmp_path: Path):
 
 def test_orders_follow_the_attempts(tmp_path: Path):
     coordinator = Coordinator(str(tmp_path), "run", 1, 2)
-    report = Report(attempt=0, pid=0, state="", cpu_seconds=0.0, notice="", node_id="n", placement_group="")
-    assert coordinator.order(1, 0, report) == Order(command="wait")
+    report = AgentReport(attempt=0, pid=0, state="", cpu_seconds=0.0, notice="", node_id="n", placement_group="")
+    assert coordinator.order(1, 0, report) == AgentOrder(command="wait")
     payload = Payload(target="m:f", spec=b"")
     coordinator.start_attempt(1, 2, 0, 1, payload)
-    assert coordinator.order(1, 0, report) == Order(command="run", attempt=1, world_size=2, payload=payload)
-    begun = Report(attempt=1, pid=5, state="R", cpu_seconds=0.0, notice="spot", node_id="n", placement_group="")
-    assert coordinator.order(1, 0, begun) == Order(command="run", attempt=1, world_size=2)  # the payload travels once
+    assert coordinator.order(1, 0, report) == AgentOrder(command="run", attempt=1, world_size=2, payload=payload)
+    begun = AgentReport(attempt=1, pid=5, state="R", cpu_seconds=0.0, notice="spot", node_id="n", placement_group="")
+    assert coordinator.order(1, 0, begun) == AgentOrder(command="run", attempt=1, world_size=2)  # the payload travels once
     assert coordinator.status().notices == ("spot",)
     coordinator.register(1, 0, RankInfo(host="h", pid=5, node_id="n", metrics_address="127.0.0.1:1"))
     assert len(coordinator.targets()) == 2
@@ -285,16 +293,18 @@ def test_orders_follow_the_attempts(tmp_path: Path):
     coordinator.publish(1, "store", 5)
     assert (coordinator.lookup(1, "store"), coordinator.lookup(1, "other"), coordinator.lookup(2, "store")) == (5, None, None)
     coordinator.start_attempt(2, 1, 0, 2, payload)
-    assert coordinator.order(1, 0, begun) == Order(command="end")
+    assert coordinator.order(1, 0, begun) == AgentOrder(command="end")
     assert coordinator.lookup(2, "store") is None
     coordinator.end_fleet(2)
-    assert coordinator.order(2, 0, begun) == Order(command="end")
+    assert coordinator.order(2, 0, begun) == AgentOrder(command="end")
     coordinator.close()
 
 
 def test_the_cause_is_the_rank_that_failed_by_itself():
     def end(status: int, message: str = "", by_order: bool = False) -> RankEnd:
-        error = RankError(name=message.partition(":")[0], bases=(), message=message, traceback="t") if message else None
+        kind: Kind | None = "data" if message.startswith("TooManyBadSamples") else None
+        name = message.partition(":")[0]
+        error = RankError(name=name, bases=(), message=message, traceback="t", failure_kind=kind) if message else None
         return RankEnd(status=status, error=error, killed_by_order=by_order)
 
     echo = end(1, "RuntimeError: Connection closed by peer")

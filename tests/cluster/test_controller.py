@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import FaultPolicy
 from cluster.controller import RunFailed, run_attempts
-from cluster.failures import Failure, History, Raise, decide
+from cluster.failures import Failure, FailureCounts, Raise, decide
 
 LOST = Failure(kind="infrastructure", rank=1, message="worker killed")
 BUG = Failure(kind="user", rank=0, message="ZeroDivisionError: division by zero", traceback="Traceback ...")
@@ -21,8 +21,8 @@ def drive(outcomes: list[tuple[int, Failure | None]], policy: FaultPolicy | None
         committed[0] = step
         return failure
 
-    def on_failure(number: int, failure: Failure, history: History) -> None:
-        seen.append((number, failure.kind, history))
+    def on_failure(number: int, failure: Failure, counts: FailureCounts) -> None:
+        seen.append((number, failure.kind, counts))
 
     restarts = run_attempts(
         attempt,
@@ -43,7 +43,7 @@ def test_an_attempt_that_ends_well_is_the_only_one() -> None:
 def test_a_lost_worker_is_retried_and_told() -> None:
     restarts, seen, _ = drive([(5, LOST), (10, None)])
     assert restarts == 1
-    assert seen == [(1, "infrastructure", History(failures=1, without_progress=0))]
+    assert seen == [(1, "infrastructure", FailureCounts(failures=1, without_progress=0))]
 
 
 def test_a_users_exception_is_raised_with_its_traceback() -> None:
@@ -90,7 +90,7 @@ def test_a_bad_batch_is_told_before_the_next_attempt_and_never_twice() -> None:
         first_attempt=4,
         committed_step=lambda: 5,
         policy=FaultPolicy(max_rollbacks=2),
-        on_failure=lambda number, failure, history: told.append(("failed", number, history.rollbacks)),
+        on_failure=lambda number, failure, counts: told.append(("failed", number, counts.rollbacks)),
         on_skip=on_skip,
         sleep=lambda seconds: None,
     )
@@ -110,15 +110,15 @@ def test_a_bad_batch_is_told_before_the_next_attempt_and_never_twice() -> None:
 def test_a_batch_that_is_not_worth_another_try_is_not_left_out(step: int) -> None:
     """The first step, and a budget that earlier drivers have used up."""
     failure = Failure(kind="numbers", rank=0, message="NaN", step=step)
-    earlier = History(rollbacks=3, skipped=frozenset({1, 2, 3}))
-    assert isinstance(decide(failure, History(rollbacks=4), FaultPolicy()), Raise)
+    earlier = FailureCounts(rollbacks=3, skipped=frozenset({1, 2, 3}))
+    assert isinstance(decide(failure, FailureCounts(rollbacks=4), FaultPolicy()), Raise)
     with pytest.raises(RunFailed, match=r"lower --optim\.lr"):
         run_attempts(
             lambda number: failure,
             first_attempt=1,
             committed_step=lambda: 5,
             policy=FaultPolicy(max_rollbacks=3),
-            on_failure=lambda number, failure, history: None,
+            on_failure=lambda number, failure, counts: None,
             on_skip=lambda step, failure: pytest.fail("left out"),
-            history=earlier,
+            counts=earlier,
         )

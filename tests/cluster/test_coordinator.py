@@ -13,17 +13,19 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
-from cluster import coordinator as module
+from cluster import committer
 from cluster.agent import RankEnd
-from cluster.coordinator import Coordinator, RankInfo, StopVote
-from cluster.heartbeat import AGAIN_SECONDS, CoordinatorLost, Gate, Heartbeat, Orders
+from cluster.beat import Beat, BeatReply
+from cluster.coordinator import Coordinator
+from cluster.heartbeat import CoordinatorLost, Heartbeat
 from cluster.journal import read_journal
+from cluster.names import FILE_SD
+from cluster.roster import RankInfo
 from cluster.storage import Storage, StorageOutage, open_storage
 from cluster.store import Receipt, StorageFull, Store
+from cluster.targets import Discovery
 
 
 @pytest.fixture
@@ -40,6 +42,10 @@ def coordinator(tmp_path: Path, store: Store) -> Iterator[Coordinator]:
 
 def info(rank: int) -> RankInfo:
     return RankInfo(host="localhost", pid=100 + rank, node_id="node", metrics_address=f"127.0.0.1:{9000 + rank}")
+
+
+def beat(attempt: int, rank: int, steps_done: int, stats: dict[str, float] | None = None, own_seconds: float | None = None) -> Beat:
+    return Beat(attempt=attempt, rank=rank, steps_done=steps_done, steps_begun=steps_done, stats=stats or {}, own_seconds=own_seconds)
 
 
 def events(store: Store, name: str) -> list[dict[str, Any]]:
@@ -74,8 +80,8 @@ def test_a_checkpoint_is_committed_when_all_ranks_acked_and_not_before(coordinat
     assert (commit.step, commit.meta, commit.read("rank-0001.json")) == (5, {"world": 2}, b"5/1")
     last = coordinator.last_commit()
     assert last is not None
-    assert last[0] == 5
-    assert abs(last[1] - time.time()) < 60
+    assert last.step == 5
+    assert abs(last.time - time.time()) < 60
     (event,) = events(store, "checkpoint_committed")
     assert (event["step"], event["size_bytes"], event["attempt"]) == (5, 6, 1)
 
@@ -127,8 +133,8 @@ def test_a_failed_commit_is_told_and_the_next_one_goes_through(
     assert newest(store) == 1
     (event,) = events(store, "checkpoint_failed")
     assert (event["step"], event["kind"]) == (2, kind)
-    assert coordinator.status().failed_checkpoints == 1
-    assert coordinator.status().checkpoint_problem == str(error)
+    assert coordinator.status().checkpoints.failures == 1
+    assert coordinator.status().checkpoints.problem == str(error)
     save(coordinator, store, 3)
     assert coordinator.wait_committed(3, 10)
     assert newest(store) == 3
@@ -143,7 +149,7 @@ def test_a_rank_that_cannot_stage_fails_the_checkpoint_and_nothing_else(coordina
     coordinator.fail_checkpoint(1, 1, 4, "no room here either")
     assert coordinator.drain(5)
     assert newest(store) is None
-    assert coordinator.status().failed_checkpoints == 1
+    assert coordinator.status().checkpoints.failures == 1
     save(coordinator, store, 8)
     assert coordinator.wait_committed(8, 10)
 
@@ -154,7 +160,7 @@ def test_a_driver_that_was_replaced_stops(coordinator: Coordinator, store: Store
     save(coordinator, store, 1)
     assert not coordinator.wait_committed(1, 10)
     assert coordinator.drain(10)
-    assert "taken over by generation 2" in str(coordinator.status().stop_reason)
+    assert "taken over by generation 2" in str(coordinator.status().stop.reason)
     assert newest(store) is None
 
 
@@ -167,7 +173,7 @@ def test_what_is_newer_than_the_start_of_an_attempt_is_no_answer_to_its_waits(co
     assert not coordinator.wait_committed(4, 0.05)
     last = coordinator.last_commit()
     assert last is not None
-    assert last[0] == 2
+    assert last.step == 2
 
 
 def test_commits_work_on_object_stores(tmp_path: Path) -> None:
@@ -188,7 +194,7 @@ class Away:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
         self.left, self.real, self.tried = calls, Store.commit, []
-        monkeypatch.setattr(module, "COMMIT_PAUSE_SECONDS", 0.005)
+        monkeypatch.setattr(committer, "COMMIT_PAUSE_SECONDS", 0.005)
         monkeypatch.setattr(Store, "commit", self.bound())
 
     def bound(self) -> Any:
@@ -214,7 +220,7 @@ def test_a_commit_waits_for_a_storage_that_is_away_and_the_next_ones_with_it(
     assert [event["step"] for event in events(store, "checkpoint_committed")] == [4, 8, 12]
     assert [event["step"] for event in events(store, "storage_outage")] == [4]
     assert [event["step"] for event in events(store, "storage_recovered")] == [4]
-    assert coordinator.status().failed_checkpoints == 0
+    assert coordinator.status().checkpoints.failures == 0
 
 
 def test_commits_do_not_pile_up_without_end_where_ranks_reach_the_storage_and_the_coordinator_does_not(
@@ -244,128 +250,23 @@ def test_an_outage_that_outlasts_the_run_does_not_hold_up_its_end(
 
 # Stopping
 
-Action = tuple[str, int]
-
-
-class Rank:
-    """A rank as the protocol sees it: at a gate, inside a step that needs all others, or stopped; and one beat on its way at most."""
-
-    def __init__(self, start: int) -> None:
-        self.gate, self.done, self.place = Gate(start), start, "step"
-        self.answer: Orders | None = None
-
-
-class World:
-    """Ranks in lockstep by the collective of each step, a StopVote, and beats whose answers arrive when the schedule says."""
-
-    def __init__(self, ranks: int, start: int, margin: int) -> None:
-        self.vote, self.ranks, self.size = StopVote(ranks, margin), [Rank(start) for _ in range(ranks)], ranks
-
-    def do(self, action: Action) -> None:
-        what, which = action
-        rank = self.ranks[which % self.size]
-        match what:
-            case "stop":
-                self.vote.requested = True
-            case "step" if rank.place == "step":
-                # A rank comes out of step n when every rank is in it, or past it.
-                if all(other.done > rank.done or (other.done == rank.done and other.place == "step") for other in self.ranks):
-                    rank.done, rank.place = rank.done + 1, "gate"
-            case "step" if rank.place == "gate":
-                passed = rank.gate.arrive(rank.done)
-                rank.place = {False: "step", True: "stopped", None: "gate"}[passed]
-            case "beat" if rank.answer is None:
-                rank.answer = self.vote.hear(which % self.size, rank.gate.steps_begun, rank.gate.stop_at)
-            case "hear" if rank.answer is not None:
-                rank.gate.take(rank.answer)
-                rank.answer = None
-            case "restart":  # a new coordinator that knows only that a stop was requested
-                requested, self.vote = self.vote.requested, StopVote(self.size)
-                self.vote.requested = requested
-            case _:
-                pass
-
-
-BEFORE = st.tuples(st.sampled_from(["step"] * 6 + ["beat", "hear"]), st.integers(0, 3))
-AFTER = st.tuples(st.sampled_from(["step"] * 5 + ["beat"] * 3 + ["hear"] * 3 + ["restart"]), st.integers(0, 3))
-
-
-@settings(max_examples=1000)
-@given(
-    ranks=st.sampled_from([1, 2, 2, 2, 3, 4]),
-    start=st.integers(0, 1000),
-    margin=st.integers(1, 3),
-    before=st.lists(BEFORE, max_size=30),
-    after=st.lists(AFTER, max_size=100),
-)
-def test_all_ranks_stop_after_the_same_number_of_steps_and_none_waits_for_ever(
-    ranks: int, start: int, margin: int, before: list[Action], after: list[Action]
-) -> None:
-    world = World(ranks, start, margin)
-    for action in [*before, ("stop", 0), *after]:
-        world.do(action)
-        stopped = {rank.done for rank in world.ranks if rank.place == "stopped"}
-        assert len(stopped) <= 1
-        assert all(rank.done <= stop for rank in world.ranks for stop in stopped)
-    for _ in range(60):  # then a fair schedule, with slow beats: ten steps for each
-        for rank in range(ranks):
-            world.do(("beat", rank))
-            for _ in range(10):
-                for other in range(ranks):
-                    world.do(("step", other))
-            world.do(("hear", rank))
-    assert all(rank.place == "stopped" for rank in world.ranks)
-    assert len({rank.done for rank in world.ranks}) == 1
-
-
-def test_a_new_coordinator_adopts_a_stop_that_some_ranks_have_already_taken() -> None:
-    vote = StopVote(2)
-    vote.requested = True
-    for rank in range(2):
-        stop = vote.hear(rank, 10, None).stop_at
-    confirmed = [vote.hear(rank, 10, stop) for rank in range(2)][-1]
-    assert confirmed.confirmed  # rank 1 stops; rank 0 waits, and the coordinator dies
-    heir = StopVote(2)
-    heir.requested = True
-    assert heir.hear(0, stop or 0, stop) == Orders(stop_at=None, confirmed=False, again_seconds=AGAIN_SECONDS)
-    assert heir.hear(1, stop or 0, stop) == confirmed
-    assert heir.hear(0, stop or 0, stop) == confirmed
-
-
-@given(ranks=st.integers(1, 3), start=st.integers(0, 1000), calm=st.integers(0, 5000), pace=st.integers(0, 500))
-def test_however_many_steps_a_beat_takes_a_stop_is_agreed_on_in_five(ranks: int, start: int, calm: int, pace: int) -> None:
-    """`calm` steps between the beats until the stop is asked for, `pace` while a beat is on its way from then on."""
-    world = World(ranks, start, 2)
-    everyone = range(ranks)
-
-    def beats(steps: int) -> None:
-        for what in ("beat", *["step"] * 3 * steps, "hear"):
-            for rank in everyone:
-                world.do((what, rank))
-
-    beats(calm)
-    world.do(("stop", 0))
-    for _ in range(5):
-        beats(pace)
-    assert world.vote.confirmed
-
 
 def test_while_a_stop_is_being_agreed_on_beats_are_urgent_and_do_not_wait_for_their_turn() -> None:
-    pulses: list[Any] = []
+    beats: list[Beat] = []
     ended = threading.Event()
 
-    def call(*beat: Any) -> Orders:
-        pulses.append(beat[-1])
-        if len(pulses) == 30:
+    def call(beat: Beat) -> BeatReply:
+        beats.append(beat)
+        if len(beats) == 30:
             ended.set()
-        return Orders(stop_at=None, confirmed=False, again_seconds=0.001 if len(pulses) < 30 else None)
+        return BeatReply(stop_at=None, confirmed=False, again_seconds=0.001 if len(beats) < 30 else None)
 
     heartbeat = Heartbeat(call, 0, 1, 60.0, start_step=0)
     assert ended.wait(30)
     time.sleep(0.1)
-    assert len(pulses) == 30  # once it is agreed on, the interval counts again
+    assert len(beats) == 30  # once it is agreed on, the interval counts again
     heartbeat.close()
-    assert [pulse["urgent"] for pulse in pulses] == [0, *[1] * 29, 1]
+    assert [beat.urgent for beat in beats] == [False, *[True] * 29, True]
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -393,15 +294,14 @@ def test_real_ranks_with_real_heartbeats_stop_together_while_training(coordinato
     status = coordinator.status()
     assert status.steps_done > 7
     assert set(status.ranks) == set(range(ranks))
-    assert status.stats_sum["images_per_second"] == 100.0 * ranks
-    assert status.stats_mean["loss"] == sum(range(ranks)) / ranks
+    assert {rank: known.stats["loss"] for rank, known in status.ranks.items()} == {rank: float(rank) for rank in range(ranks)}
     coordinator.request_stop("SIGTERM")
     for thread in threads:
         thread.join(20)
     assert len(stopped) == ranks
     assert len(set(stopped.values())) == 1
     final = coordinator.status()
-    assert (final.stop_reason, final.stop_at, final.stop_confirmed) == ("SIGTERM", stopped[0], True)
+    assert (final.stop.reason, final.stop.at, final.stop.confirmed) == ("SIGTERM", stopped[0], True)
 
 
 def test_a_rank_does_not_wait_when_nobody_asks_it_to_stop(coordinator: Coordinator) -> None:
@@ -415,9 +315,9 @@ def test_a_rank_does_not_wait_when_nobody_asks_it_to_stop(coordinator: Coordinat
 
 
 def test_training_goes_on_without_a_coordinator_and_a_waiting_rank_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([Orders(stop_at=5, confirmed=False)])
+    answers = iter([BeatReply(stop_at=5, confirmed=False)])
 
-    def call(*_: object) -> Orders:
+    def call(_: Beat) -> BeatReply:
         try:
             return next(answers)
         except StopIteration:
@@ -434,12 +334,12 @@ def test_training_goes_on_without_a_coordinator_and_a_waiting_rank_gives_up(monk
 
 def test_beats_of_an_older_attempt_get_no_orders_and_change_nothing(coordinator: Coordinator) -> None:
     coordinator.start_attempt(1, 1, 0)
-    coordinator.beat(1, 0, 50, None, {})
+    coordinator.beat(beat(1, 0, 50))
     coordinator.start_attempt(2, 1, 10)
     coordinator.request_stop("SIGINT")
-    assert coordinator.beat(1, 0, 51, None, {}) == Orders(stop_at=None, confirmed=False)
+    assert coordinator.beat(beat(1, 0, 51)) == BeatReply(stop_at=None, confirmed=False)
     assert coordinator.status().ranks == {}
-    orders = coordinator.beat(2, 0, 12, None, {})
+    orders = coordinator.beat(beat(2, 0, 12))
     assert orders.stop_at is not None
     assert orders.stop_at > 12
 
@@ -460,10 +360,11 @@ def test_a_new_coordinator_knows_what_the_dead_one_knew(tmp_path: Path, store: S
     heir = Coordinator(str(tmp_path), "run", generation, 2)
     status = heir.status()
     assert (status.attempt, status.world_size, status.start_step) == (3, 2, 40)
-    assert (status.last_commit_step, status.stop_reason, status.quarantined) == (44, "SIGTERM", 1)
+    assert status.checkpoints.last is not None
+    assert (status.checkpoints.last.step, status.stop.reason, status.quarantined) == (44, "SIGTERM", 1)
     assert {rank: known.info for rank, known in status.ranks.items()} == {0: info(0), 1: info(1)}
     assert [target["targets"] for target in heir.targets()] == [["127.0.0.1:9000"], ["127.0.0.1:9001"], [heir.discovery_address()]]
-    assert json.loads((tmp_path / "run" / module.FILE_SD).read_text()) == heir.targets()
+    assert json.loads((tmp_path / "run" / FILE_SD).read_text()) == heir.targets()
     save(heir, store, 48, attempt=3)
     assert heir.wait_committed(48, 10)
     for each in (dead, heir):
@@ -476,9 +377,9 @@ def test_the_stop_of_an_earlier_driver_does_not_stop_the_next(tmp_path: Path, st
     first.request_stop("SIGTERM")
     first.close()
     second = Coordinator(str(tmp_path), "run", store.claim_generation(), 2)
-    assert second.status().stop_reason is None
+    assert second.status().stop.reason is None
     second.start_attempt(2, 1, 0)
-    assert second.beat(2, 0, 5, None, {}) == Orders(stop_at=None, confirmed=False)
+    assert second.beat(beat(2, 0, 5)) == BeatReply(stop_at=None, confirmed=False)
     second.close()
 
 
@@ -515,9 +416,9 @@ def test_prometheus_finds_the_ranks_of_the_current_attempt(tmp_path: Path, coord
         {"targets": ["127.0.0.1:9001"], "labels": {"run": "run", "rank": "1", "attempt": "2"}},
         {"targets": [coordinator.discovery_address()], "labels": {"run": "run", "rank": "coordinator", "attempt": "0"}},
     ]
-    assert json.loads((tmp_path / "run" / module.FILE_SD).read_text()) == served
+    assert json.loads((tmp_path / "run" / FILE_SD).read_text()) == served
     coordinator.close()
-    assert json.loads((tmp_path / "run" / module.FILE_SD).read_text()) == []
+    assert json.loads((tmp_path / "run" / FILE_SD).read_text()) == []
 
 
 def exposition(coordinator: Coordinator) -> dict[str, float]:
@@ -589,13 +490,13 @@ def test_what_is_gone_is_no_target_and_has_no_series(tmp_path: Path, coordinator
     def targets() -> list[str]:
         with urllib.request.urlopen(f"http://{coordinator.discovery_address()}/sd", timeout=10) as response:
             served = json.load(response)
-        assert json.loads((tmp_path / "run" / module.FILE_SD).read_text()) == served
+        assert json.loads((tmp_path / "run" / FILE_SD).read_text()) == served
         return [target["labels"]["rank"] for target in served]
 
     coordinator.start_attempt(1, 3, 0)
     for rank in range(3):
         coordinator.register(1, rank, info(rank))
-        coordinator.beat(1, rank, 5, None, {"loss": 1.0, "own_seconds": 1.0})
+        coordinator.beat(beat(1, rank, 5, {"loss": 1.0}, own_seconds=1.0))
     assert targets() == ["0", "1", "2", "coordinator"]
     coordinator.rank_ended(1, 1, RankEnd(status=-9, error=None, killed_by_order=False))
     assert targets() == ["0", "2", "coordinator"]  # at once, while the others are still being ended
@@ -616,7 +517,7 @@ def test_what_is_gone_is_no_target_and_has_no_series(tmp_path: Path, coordinator
 def test_a_thousand_ranks_are_one_answer_of_less_than_200_kb(coordinator: Coordinator) -> None:
     coordinator.start_attempt(1, 1000, 0)
     found = {rank: replace(info(rank), metrics_address=f"worker-{rank:04d}.ray-cluster.svc:40000") for rank in range(1000)}
-    with patch.object(Coordinator, "_write_targets"):  # the file has the same, test_what_is_gone says; a thousand times is long
+    with patch.object(Discovery, "write"):  # the file has the same, test_what_is_gone says; a thousand times is long
         for rank, where in found.items():
             coordinator.register(1, rank, where)
     with urllib.request.urlopen(f"http://{coordinator.discovery_address()}/sd", timeout=10) as response:
@@ -628,8 +529,8 @@ def test_a_thousand_ranks_are_one_answer_of_less_than_200_kb(coordinator: Coordi
 def test_what_goes_over_the_wire_can_be_pickled(coordinator: Coordinator) -> None:
     coordinator.start_attempt(1, 1, 0)
     coordinator.register(1, 0, info(0))
-    coordinator.beat(1, 0, 3, None, {"loss": 1.0})
-    for message in (coordinator.status(), Orders(stop_at=4, confirmed=True), Receipt(name="a", size_bytes=1, sha256="0"), info(0)):
+    coordinator.beat(beat(1, 0, 3, {"loss": 1.0}))
+    for message in (coordinator.status(), BeatReply(stop_at=4, confirmed=True), Receipt(name="a", size_bytes=1, sha256="0"), info(0)):
         assert pickle.loads(pickle.dumps(message)) == message
 
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from cluster import demand
 from cluster.config import ClusterConfig
 from cluster.demand import Demand, groups_wanted, lacks_fewest, wait_for_hardware
-from cluster.launch import Hardware, plan_resources
+from cluster.launch import ClusterHardware, plan_resources
 
 
-def hardware(cpus: int, gpus: int = 0, *, local: bool = False) -> Hardware:
-    return Hardware(local=local, nodes=1, cpus=cpus, gpus=gpus)
+def hardware(cpus: int, gpus: int = 0, *, local: bool = False) -> ClusterHardware:
+    return ClusterHardware(local=local, nodes=1, cpus=cpus, gpus=gpus)
 
 
 @given(st.integers(-2, 64), st.integers(0, 64), st.booleans())

@@ -15,7 +15,7 @@ from pyarrow import fs as pafs
 from benchmarks.faults.storage import Weather
 from cluster import journal as journal_module
 from cluster.journal import Journal, last_attempt, read_journal
-from cluster.storage import Retry, Storage, open_storage
+from cluster.storage import RetryPolicy, Storage, open_storage
 
 
 @pytest.fixture(params=["local", "objects"])
@@ -116,7 +116,7 @@ def test_events_of_an_outage_are_written_after_it(storage: Storage, monkeypatch:
 
 def test_a_remote_journal_holds_up_nobody_in_an_outage_and_keeps_the_newest_events(monkeypatch: pytest.MonkeyPatch) -> None:
     weather = Weather(pafs.SubTreeFileSystem("bucket", pafs._MockFileSystem()))
-    storage = Storage(fs=weather, root="runs", is_local=False, uri="mock://bucket/runs", retry=Retry(seconds=3600.0))
+    storage = Storage(fs=weather, root="runs", is_local=False, uri="mock://bucket/runs", retry=RetryPolicy(seconds=3600.0))
     monkeypatch.setattr(journal_module, "BACKLOG_EVENTS", 10)
     monkeypatch.setattr(journal_module, "FIRST_PAUSE_SECONDS", 0.01)
     journal = Journal.open(storage, "run", "driver")

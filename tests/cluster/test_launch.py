@@ -16,14 +16,14 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cluster import launch
 from cluster.config import ClusterConfig
-from cluster.launch import Hardware, failure_of, plan_resources, workers_that_fit
+from cluster.launch import ClusterHardware, failure_of, plan_resources, workers_that_fit
 from dataio.quarantine import TooManyBadSamples
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def hardware(cpus: int, gpus: int = 0) -> Hardware:
-    return Hardware(local=True, nodes=1, cpus=cpus, gpus=gpus)
+def hardware(cpus: int, gpus: int = 0) -> ClusterHardware:
+    return ClusterHardware(local=True, nodes=1, cpus=cpus, gpus=gpus)
 
 
 # What each worker gets
@@ -88,7 +88,7 @@ def test_an_elastic_plan_starts_with_what_fits_and_each_gets_the_same_however_ma
 @given(st.lists(st.integers(0, 16), min_size=1, max_size=6).filter(any), st.integers(1, 24))
 def test_an_even_share_fits_on_the_nodes_and_no_larger_whole_one_does(node_cpus: list[int], workers: int) -> None:
     plan = plan_resources(
-        str(workers), ClusterConfig(), Hardware(local=False, nodes=1, cpus=sum(node_cpus), gpus=0, node_cpus=tuple(node_cpus))
+        str(workers), ClusterConfig(), ClusterHardware(local=False, nodes=1, cpus=sum(node_cpus), gpus=0, node_cpus=tuple(node_cpus))
     )
     assert workers_that_fit(plan, [{"CPU": float(cpus)} for cpus in node_cpus]) >= workers
     assert plan.threads_per_worker == max(1, int(plan.cpus_per_worker))

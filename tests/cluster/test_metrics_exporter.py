@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 from cluster.exporter import Server, serve_discovery, serve_metrics, write_file_sd
 from cluster.failures import Kind
-from cluster.metrics import CAUSES, LABELS, METRICS, OTHER, PREFIX, Metrics, most_series
+from cluster.metrics import CAUSES, LABELS, METRICS, MOST_MEASURES, OTHER, Metrics, most_series
+from cluster.names import PREFIX
 from dataio.codecs.image.sniff import KINDS
 from tests.ports import free_ports
 from trainer.runs.summary import accounting
@@ -30,7 +33,10 @@ def filled(owner: str, rank: int | str) -> Metrics:
     metrics = Metrics("run-1", rank, 2, owner=owner)  # type: ignore[arg-type]
     for number, metric in enumerate(METRICS):
         if metric.owner == owner:
-            for label in metric.values or ("",):
+            declared = tuple(f"value {n}" for n in range(metric.declared))
+            if declared:
+                metrics.declare(metric.name, declared)
+            for label in metric.values or (*declared, *([OTHER] if declared else [""])):
                 match metric.kind:
                     case "counter":
                         metrics.add(metric.name, number, label=label)
@@ -116,7 +122,7 @@ def test_what_no_listed_value_fits_counts_as_other() -> None:
 
 
 def test_labels_have_the_values_that_their_sources_give() -> None:
-    values = {metric.name: metric.values for metric in METRICS if metric.label}
+    values = {metric.name: metric.values for metric in METRICS if metric.label and not metric.declared}
     kinds = get_args(Kind)
     assert values == {
         "quarantined_samples_total": (*KINDS, OTHER),
@@ -128,12 +134,38 @@ def test_labels_have_the_values_that_their_sources_give() -> None:
     assert all(OTHER in each for each in values.values())
 
 
+@given(names=st.lists(st.text(min_size=1, max_size=10), max_size=100))
+def test_a_run_declares_the_values_of_a_label_and_what_there_is_no_room_for_is_other(names: list[str]) -> None:
+    metrics = Metrics("run-1", 0, 2)
+    metrics.declare("test_measure", names)
+    for number, name in enumerate(names):
+        metrics.set("test_measure", number, label=name)
+    metrics.set("test_measure", -1, label="never declared" * 2)
+    (family,) = (family for family in metrics.registry.collect() if family.name == "finetune_test_measure")
+    found = {sample.labels["measure"]: sample.value for sample in family.samples}
+    distinct = list(dict.fromkeys(names))
+    kept = [name for name in distinct[:MOST_MEASURES] if name != OTHER]
+    assert found == {name: max(n for n, other in enumerate(names) if other == name) for name in kept} | {OTHER: -1}
+    assert len(found) <= MOST_MEASURES + 1
+
+
+def test_values_are_declared_once_and_only_where_the_table_leaves_them_to_the_run() -> None:
+    metrics = Metrics("run-1", 0, 2)
+    metrics.declare("test_measure", ["accuracy"])
+    with pytest.raises(AssertionError, match="declared before"):
+        metrics.declare("test_measure", ["map"])
+    with pytest.raises(AssertionError, match="listed in the table"):
+        metrics.declare("quarantined_samples_total", ["truncated"])
+    assert all(bool(metric.label) == bool(metric.values or metric.declared) for metric in METRICS)
+    assert not any(metric.declared and (metric.values or metric.kind != "gauge") for metric in METRICS)
+
+
 def test_units_are_in_the_names() -> None:
     units = {metric.name: metric.unit for metric in METRICS}
     assert (units["step_seconds"], units["data_wait_seconds_total"], units["goodput_ratio"]) == ("seconds", "seconds", "ratio")
     assert (units["images_per_second"], units["samples_total"], units["restarts_total"]) == ("images/second", "samples", "restarts")
     assert (units["gpu_power_watts"], units["checkpoint_bytes"], units["read_bytes_total"]) == ("watts", "bytes", "bytes")
-    assert {name for name, unit in units.items() if not unit} == {"learning_rate", "gradient_norm"}  # which have none
+    assert {name for name, unit in units.items() if not unit} == {"learning_rate", "gradient_norm", "test_measure"}  # which have none
 
 
 def test_a_value_that_is_not_known_any_more_is_gone_and_may_come_back() -> None:

@@ -16,7 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster import preflight as module
-from cluster.launch import Hardware
+from cluster.launch import ClusterHardware
 from cluster.preflight import check_node, preflight
 from cluster.storage import open_storage
 from dataio.parquet import open_dataset
@@ -26,8 +26,8 @@ from trainer.drive.start import check_storage_outlives_job
 from trainer.settings.tree import RunConfig
 
 SAMPLES = PROJECT / "dataio" / "samples" / "fashion_mnist"
-ALONE = Hardware(local=True, nodes=1, cpus=2, gpus=0)
-TWO = Hardware(local=False, nodes=2, cpus=2, gpus=0)
+ALONE = ClusterHardware(local=True, nodes=1, cpus=2, gpus=0)
+TWO = ClusterHardware(local=False, nodes=2, cpus=2, gpus=0)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The tree reduction: the same bits for any number of ranks, by real gloo processes and by the shape of the tree for every size."""
 
+import itertools
 import os
 import random
 import subprocess
@@ -21,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cluster.reduce import TreeReducer, _cut, block, fold, subtrees, tree_sum
+from cluster.reduce import TreeReducer, _cut, fold, subtrees, tree_sum
+from dataio.order import blocks_of_virtual_ranks
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Parts of a step: a scalar, odd sizes, nothing at all, a matrix, a channels_last kernel, more than a small bucket.
@@ -29,6 +31,11 @@ SHAPES = ((), (1,), (7,), (0,), (33, 3), (4, 3, 3, 3), (1000,))
 BUCKETS = ((1, 1), (200, 64), (25 * 2**20, 2**20))  # (bucket_bytes, small_bucket_bytes): a bucket each, several, one
 STEPS = 4
 CASES = [(v, w) for v in (1, 2, 3, 4, 5, 7, 8) for w in (1, 2, 3, 4) if w <= v]
+
+
+def blocks_of(virtual_ranks: int, world: int) -> list[range]:
+    """As the trainer hands them in."""
+    return [blocks_of_virtual_ranks(virtual_ranks, world, rank) for rank in range(world)]
 
 
 def vectors(virtual_ranks: int, size: int, step: int) -> np.ndarray:
@@ -94,7 +101,7 @@ def rank_main(rank: int, folder: str) -> None:
             if rank < world:
                 ticks = count()
                 reducer = TreeReducer(
-                    *(virtual_ranks, world, rank, groups[world]),
+                    *(blocks_of(virtual_ranks, world), rank, groups[world]),
                     bucket_bytes=large,
                     small_bucket_bytes=small,
                     clock=lambda ticks=ticks: float(next(ticks)),  # type: ignore[misc]
@@ -158,12 +165,19 @@ def join(left: str, right: str) -> str:
     return f"({left}+{right})"
 
 
-@given(data=st.data(), virtual_ranks=st.integers(1, 64))
-def test_any_split_among_ranks_brackets_the_sum_alike(data: st.DataObject, virtual_ranks: int) -> None:
-    world = data.draw(st.integers(1, virtual_ranks))
+@st.composite
+def splits(draw: st.DrawFn) -> list[range]:
+    """Any way to cut 1 to 64 virtual ranks into blocks, however uneven."""
+    virtual_ranks = draw(st.integers(1, 64))
+    cuts = sorted({0, virtual_ranks, *draw(st.lists(st.integers(0, virtual_ranks), max_size=20))})
+    return [range(low, high) for low, high in itertools.pairwise(cuts)]
+
+
+@given(blocks=splits())
+def test_any_split_among_ranks_brackets_the_sum_alike(blocks: list[range]) -> None:
+    virtual_ranks = blocks[-1].stop
     carry: list[tuple[tuple[int, int], str]] = []
-    for rank in range(world):
-        carried = block(virtual_ranks, world, rank)
+    for carried in blocks:
         local: list[tuple[tuple[int, int], str]] = []
         for v in carried:
             local.append(((v, v + 1), str(v)))
@@ -177,21 +191,22 @@ def test_any_split_among_ranks_brackets_the_sum_alike(data: st.DataObject, virtu
     assert tree_sum([str(v) for v in range(virtual_ranks)], join) == brackets(0, virtual_ranks)
 
 
-@given(virtual_ranks=st.integers(1, 100), data=st.data())
-def test_blocks_cover_all_virtual_ranks_evenly(virtual_ranks: int, data: st.DataObject) -> None:
-    world = data.draw(st.integers(1, virtual_ranks))
-    blocks = [block(virtual_ranks, world, rank) for rank in range(world)]
-    assert [v for each in blocks for v in each] == list(range(virtual_ranks))
-    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+@given(blocks=splits(), data=st.data())
+def test_a_rank_carries_the_block_that_it_is_handed(blocks: list[range], data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, len(blocks) - 1))
+    assert TreeReducer(blocks, rank).carried == blocks[rank]
 
 
-def test_more_workers_than_virtual_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"workers=5 .* train.virtual_ranks=4.* use at most 4 workers"):
-        TreeReducer(4, 5, 0)
+@pytest.mark.parametrize(
+    "blocks", [[range(2), range(3, 4)], [range(2), range(1, 4)], [range(2), range(2, 2), range(2, 4)], [range(2, 4), range(2)]]
+)
+def test_blocks_that_are_not_all_virtual_ranks_once_in_order_are_our_mistake(blocks: list[range]) -> None:
+    with pytest.raises(AssertionError, match="virtual rank"):
+        TreeReducer(blocks, 0)
 
 
 def in_one_process(virtual_ranks: int, **changes: Any) -> TreeReducer:
-    return TreeReducer(virtual_ranks, 1, 0, **changes)
+    return TreeReducer([range(virtual_ranks)], 0, **changes)
 
 
 @given(virtual_ranks=st.integers(1, 40), seed=st.integers(0, 2**32), data=st.data())
@@ -206,15 +221,17 @@ def test_values_are_not_changed_and_the_sums_stay_in_one_place(virtual_ranks: in
         assert [total.stride() for total in sums] == [room(shape).stride() for shape in SHAPES]
     assert len(places) == 1
     assert all(torch.equal(part, old) for part, old in zip(rows, before, strict=True))
-    assert len(reducer._flats[torch.float32]) <= 1 + (virtual_ranks - 1).bit_length()  # log2(V) subtrees wait for their siblings at most
+    assert reducer._layout is not None
+    assert (
+        len(reducer._layout.flats[torch.float32]) <= 1 + (virtual_ranks - 1).bit_length()
+    )  # log2(V) subtrees wait for their siblings at most
 
 
-@given(virtual_ranks=st.integers(1, 64), data=st.data())
-def test_a_rank_keeps_as_many_vectors_as_it_has_subtrees_or_waiting_siblings(virtual_ranks: int, data: st.DataObject) -> None:
-    world = data.draw(st.integers(1, virtual_ranks))
-    rank = data.draw(st.integers(0, world - 1))
-    carried = block(virtual_ranks, world, rank)
-    reducer = TreeReducer(virtual_ranks, world, rank)
+@given(blocks=splits(), data=st.data())
+def test_a_rank_keeps_as_many_vectors_as_it_has_subtrees_or_waiting_siblings(blocks: list[range], data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, len(blocks) - 1))
+    carried, virtual_ranks = blocks[rank], blocks[-1].stop
+    reducer = TreeReducer(blocks, rank)
     reducer.lay_out([torch.zeros(3)])
     most, carry = 0, []
     for v in carried:
@@ -222,15 +239,17 @@ def test_a_rank_keeps_as_many_vectors_as_it_has_subtrees_or_waiting_siblings(vir
         is_leaf_of_its_own = len(carry)
         fold(virtual_ranks, carry, join)
         most = max(most, is_leaf_of_its_own if len(carry) == is_leaf_of_its_own else is_leaf_of_its_own - 1)
-    assert len(reducer._flats[torch.float32]) == most
-    if virtual_ranks == world:
+    assert reducer._layout is not None
+    assert len(reducer._layout.flats[torch.float32]) == most
+    if virtual_ranks == len(blocks):
         assert most == 1
 
 
 def test_the_vector_holds_the_sums_and_zeros_between_them() -> None:
     reducer = in_one_process(3)
     for sums in reduce_steps(reducer, 3, random.Random(0)):
-        flat = reducer._flats[torch.float32][0]
+        assert reducer._layout is not None
+        flat = reducer._layout.flats[torch.float32][0]
         inside = torch.zeros_like(flat, dtype=torch.bool)
         for total in sums:
             assert total.numel() == 0 or total.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
@@ -328,7 +347,7 @@ RANK_THAT_LOSES_ITS_PEER = """
             sys.exit(0)
         sys.stdin.read()  # lives, and never answers, until the test lets it go
         sys.exit(0)
-    reducer = TreeReducer(2, 2, 0)
+    reducer = TreeReducer([range(1), range(1, 2)], 0)
     reducer.lay_out([torch.zeros(100), torch.zeros(100)])
     reducer.begin(0)
     reducer.put(0, torch.ones(100))
@@ -370,7 +389,7 @@ RANK_THAT_MAY_BE_LATE = """
 
     rank, folder = int(sys.argv[1]), sys.argv[2]
     dist.init_process_group("gloo", init_method=f"file://{folder}/late", rank=rank, world_size=2)
-    reducer = TreeReducer(2, 2, rank)
+    reducer = TreeReducer([range(1), range(1, 2)], rank)
     reducer.lay_out([torch.zeros(100)])
     reducer.begin(rank)
     if rank == 1:
@@ -436,7 +455,7 @@ class Mailbox:
 def reduced_by(world: int, rows: list[Tensor], *, exact: int, wire: torch.dtype, **buckets: int) -> tuple[list[list[Tensor]], int]:
     """(each rank's sums of `rows`, each (V, *shape); the bytes that all ranks sent). Two steps: buffers are used again."""
     virtual_ranks, mailbox = len(rows[0]), Mailbox()
-    reducers = [TreeReducer(virtual_ranks, world, rank, wire=wire, **buckets) for rank in range(world)]
+    reducers = [TreeReducer(blocks_of(virtual_ranks, world), rank, wire=wire, **buckets) for rank in range(world)]
     sums = []
     for rank, reducer in enumerate(reducers):
         reducer._swap = mailbox.swap_of(rank)  # type: ignore[method-assign]
@@ -510,7 +529,7 @@ def bf16_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     rows = [part.clone() for part in parts(3, 0)]
-    reducer = TreeReducer(3, 2, rank, wire=torch.bfloat16, bucket_bytes=200, small_bucket_bytes=64)
+    reducer = TreeReducer(blocks_of(3, 2), rank, wire=torch.bfloat16, bucket_bytes=200, small_bucket_bytes=64)
     sums = reducer.lay_out([torch.empty_like(part[0]) for part in rows], exact=2)
     for v in reducer.carried:
         reducer.begin(v)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
 from benchmarks.faults.storage import Weather
-from cluster.storage import Retry, Storage, StorageOutage, StorageRefused, is_transient, open_storage
+from cluster.storage import RetryPolicy, Storage, StorageOutage, StorageRefused, is_transient, open_storage
 
 
 @pytest.fixture(params=["local", "objects"])
@@ -152,8 +152,8 @@ class Clock:
         self.sleeps.append(seconds)
         self.now += seconds
 
-    def retry(self, seconds: float, draw: Callable[[], float] = lambda: 0.5) -> Retry:
-        return Retry(seconds=seconds, clock=self, sleep=self.sleep, draw=draw)
+    def retry(self, seconds: float, draw: Callable[[], float] = lambda: 0.5) -> RetryPolicy:
+        return RetryPolicy(seconds=seconds, clock=self, sleep=self.sleep, draw=draw)
 
 
 class Failing:

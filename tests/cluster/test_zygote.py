@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.process import process_stat
 from cluster.zygote import ZYGOTE_LOST, Forked, Zygote
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -17,10 +18,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 def gone(pid: int) -> bool:
     """Whether a process has ended (a zombie has)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+    stat = process_stat(pid)
+    return stat is None or not stat.is_alive
 
 
 def soon(condition, seconds: float = 20.0) -> bool:

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.coordinator import FILE_SD
 from cluster.exporter import Server, serve_metrics
 from cluster.metrics import CAUSES, Metrics
+from cluster.names import FILE_SD
 
 STEP_SECONDS = 0.1
 BATCH = 64

@@ -53,7 +53,7 @@ def batches(step: int, virtual_ranks: int, count: int) -> Sequence[Batch]:
 def trained(*, cuda_graphs: bool, virtual_ranks: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     model = Net().cuda().to(memory_format=torch.channels_last)
-    more: dict[str, Any] = {"reducer": TreeReducer(virtual_ranks, 1, 0)} if virtual_ranks > 1 else {"reducer": None}
+    more: dict[str, Any] = {"reducer": TreeReducer([range(virtual_ranks)], 0)} if virtual_ranks > 1 else {"reducer": None}
     stepper = Stepper(
         model=model,
         preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, channels_last=True).cuda(),

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from cluster.checkpointer import Buffers, Checkpointer
 from cluster.config import FaultPolicy
 from cluster.controller import RunFailed, run_attempts
-from cluster.failures import BadNumbers, Failure, classify, exit_failure
+from cluster.failures import BadNumbers, Failure, classify, described, exit_failure
 from cluster.ledger import LedgerWriter, read_ledger
-from cluster.reduce import TreeReducer, block
+from cluster.reduce import TreeReducer
 from cluster.store import Receipt
 from dataio.batch import Batch
+from dataio.order import blocks_of_virtual_ranks
 from tests.trainer.test_loop import CPU, PREPROCESS, Net, batches_of, make, order_of, same_bits, sgd
 from trainer.learn.optim import OptimConfig, set_learning_rate
 from trainer.learn.state import TrainState, weights_sha256
@@ -382,7 +383,7 @@ class Story:
         except Killed:
             return exit_failure(0, -9)
         except BadNumbers as error:  # as the driver meets it
-            return classify("BadNumbers", f"BadNumbers: {error}", rank=0)
+            return classify(described(error), rank=0)
         return None
 
     def train(self, number: int) -> None:
@@ -508,7 +509,7 @@ def ddp_losses(rank: int, skip: frozenset[int]) -> tuple[list[Any], list[Any], l
     model = Net()
     order = order_of(shape)
     stepper = make(model, sgd(model), distributed=True, world_size=2)
-    batches = iter(batches_of(shape, 0, STEPS, carried=block(3, 2, rank)))
+    batches = iter(batches_of(shape, 0, STEPS, carried=blocks_of_virtual_ranks(3, 2, rank)))
     arrived: list[Any] = []
     late: list[Any] = []
     which: list[list[int]] = []
@@ -540,10 +541,10 @@ def ddp_losses(rank: int, skip: frozenset[int]) -> tuple[list[Any], list[Any], l
 def tree_losses(rank: int, skip: frozenset[int]) -> tuple[list[Any], str]:
     shape = (4, 332)
     model = Net()
-    stepper = make(model, sgd(model), reducer=TreeReducer(4, 2, rank), distributed=True, world_size=2)
+    stepper = make(model, sgd(model), reducer=TreeReducer([range(2), range(2, 4)], rank), distributed=True, world_size=2)
     steps = train_steps(
         stepper,
-        iter(batches_of(shape, 0, STEPS, carried=block(4, 2, rank))),
+        iter(batches_of(shape, 0, STEPS, carried=blocks_of_virtual_ranks(4, 2, rank))),
         start_step=0,
         stop_step=STEPS,
         steps_per_epoch=order_of(shape).steps_per_epoch,

@@ -25,11 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cluster.reduce import TreeReducer, block, tree_sum
+from cluster.reduce import TreeReducer, tree_sum
 from dataio.batch import Batch
 from dataio.config import DataConfig
 from dataio.loader import Loader
-from dataio.order import Order
+from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import open_dataset
 from trainer.learn.optim import Ema, build_optimizer, set_learning_rate, set_trainable
 from trainer.learn.state import TrainState, weights_sha256
@@ -157,7 +157,7 @@ def make(
         "ema": None,
         "clip": None,
         "precision": "fp32",
-        "reducer": TreeReducer(virtual_ranks, 1, 0) if virtual_ranks > 1 else None,
+        "reducer": TreeReducer([range(virtual_ranks)], 0) if virtual_ranks > 1 else None,
         "distributed": False,
         "world_size": 1,
         "compile_model": False,
@@ -379,7 +379,7 @@ def test_a_compiled_model_hands_over_its_gradients_in_pieces(
     monkeypatch.setattr("trainer.learn.step.COMPILER", compiler)
     model, eager = Net(dropout=0.0), Net(dropout=0.0)
     (batches,) = batches_of((2, 40), 0, 1)
-    reducer = TreeReducer(2, 1, 0, bucket_bytes=buckets[0], small_bucket_bytes=buckets[1])
+    reducer = TreeReducer([range(2)], 0, bucket_bytes=buckets[0], small_bucket_bytes=buckets[1])
     make(model, sgd(model), reducer=reducer, compile_model=True).step(batches, global_count=40, step=0)
     make(eager, sgd(eager), virtual_ranks=2).step(batches, global_count=40, step=0)
     assert len(graphs) == pieces
@@ -406,7 +406,7 @@ def model_as_it_is(model: nn.Module) -> nn.Module:
 
 
 def test_wait_seconds_are_the_reducers_and_none_where_nobody_is_waited_for() -> None:
-    reducer = TreeReducer(2, 1, 0)
+    reducer = TreeReducer([range(2)], 0)
     model = Net()
     stepper = make(model, sgd(model), reducer=reducer)
     (batches,) = batches_of((2, 40), 0, 1)
@@ -631,14 +631,21 @@ def tree_run(case: TreeCase, world: int, rank: int, group: Any) -> str:
             optimizer,
             ema=ema,
             precision=case.precision,
-            reducer=TreeReducer(virtual_ranks, world, rank, group, bucket_bytes=large, small_bucket_bytes=small, wire=case.wire),
+            reducer=TreeReducer(
+                [blocks_of_virtual_ranks(virtual_ranks, world, each) for each in range(world)],
+                rank,
+                group,
+                bucket_bytes=large,
+                small_bucket_bytes=small,
+                wire=case.wire,
+            ),
             distributed=world > 1,
             world_size=world,
             compile_model=case.compile_model,
             accumulate=case.accumulate,
             full_batch=case.full_batch,
         )
-        batches = iter(batches_of(case.shape, first, last, carried=block(virtual_ranks, world, rank)))
+        batches = iter(batches_of(case.shape, first, last, carried=blocks_of_virtual_ranks(virtual_ranks, world, rank)))
         losses += [pair for stats in loop(stepper, batches, order, first, last) for pair in stats.losses]
     return f"{weights_sha256(model)} {weights_sha256(ema.weights())} {losses}"
 
@@ -714,7 +721,7 @@ def ddp_run(rank: int, freeze: Any = "none", **changes: Any) -> tuple[dict[str, 
     for first, last in phases(config, 0, DDP_STOP, order.steps_per_epoch):
         set_trainable(model, freeze, first // order.steps_per_epoch, lp_epochs=1, head_name="head")
         stepper = make_stepper(config, model, PREPROCESS, optimizer, None, world_size=2, rank=rank, device=CPU)
-        batches = batches_of(THREE, first, last, carried=block(3, 2, rank))
+        batches = batches_of(THREE, first, last, carried=blocks_of_virtual_ranks(3, 2, rank))
         sizes += [count_of(step) for step in batches]
         for stats in loop(stepper, iter(batches), order, first, last, ranks_summed=True):
             losses += stats.losses
@@ -727,7 +734,9 @@ def ddp_average(rank: int) -> tuple[tuple[float, float], tuple[float, float]]:
     model = Net()
     ema = Ema(model, 0.5)
     stepper = make_stepper(config, model, PREPROCESS, build_optimizer(model, OPTIM, "head"), ema, world_size=2, rank=rank, device=CPU)
-    for step in loop(stepper, iter(batches_of(THREE, 0, 3, carried=block(3, 2, rank))), order_of(THREE), 0, 3, ranks_summed=True):
+    for step in loop(
+        stepper, iter(batches_of(THREE, 0, 3, carried=blocks_of_virtual_ranks(3, 2, rank))), order_of(THREE), 0, 3, ranks_summed=True
+    ):
         assert step.samples == 333
     loader, dataset = loader_of(THREE)[0], open_dataset(SAMPLE)
     alone = evaluate(model, PREPROCESS, dataset, loader, ema=ema, precision="fp32")
@@ -854,7 +863,7 @@ def test_sums_in_bf16_are_other_sums_but_for_the_loss_and_the_statistics_of_the_
     found = []
     for wire in (torch.float32, torch.bfloat16):
         model = Net(dropout=0.0)
-        loss = make(model, sgd(model), reducer=TreeReducer(7, 1, 0, wire=wire)).step(batches, global_count=count_of(batches), step=0)
+        loss = make(model, sgd(model), reducer=TreeReducer([range(7)], 0, wire=wire)).step(batches, global_count=count_of(batches), step=0)
         found.append((loss, [b.clone() for b in model.buffers()], [p.grad for p in model.parameters()]))
     (loss, buffers, gradients), (other_loss, other_buffers, rounded) = found
     assert torch.equal(loss, other_loss)

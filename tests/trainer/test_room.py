@@ -10,7 +10,7 @@ import pytest
 from cluster import demand
 from cluster.config import ClusterConfig
 from cluster.coordinator import Status
-from cluster.launch import Hardware, plan_resources
+from cluster.launch import ClusterHardware, plan_resources
 from trainer.drive import fleets
 from trainer.drive.fleets import SETTLE_SECONDS, Fleets, Pause, Room
 from trainer.drive.signals import Signals
@@ -98,7 +98,7 @@ class Driver:
 
     def __init__(self, workers: str, *, is_local: bool = False, at_work: int = 0) -> None:
         settings = ClusterConfig(cpus_per_worker=1)
-        resources = plan_resources(workers, settings, Hardware(local=is_local, nodes=1, cpus=64, gpus=0))
+        resources = plan_resources(workers, settings, ClusterHardware(local=is_local, nodes=1, cpus=64, gpus=0))
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.shown: list[str] = []
         self.at_work = at_work

@@ -270,7 +270,7 @@ def test_ctrl_c_during_the_imports_is_quiet() -> None:
 
 
 def test_a_cluster_is_described_in_words() -> None:
-    from cluster.launch import Hardware
+    from cluster.launch import ClusterHardware
 
-    assert described(2, Hardware(local=True, nodes=1, cpus=8, gpus=0)) == "2 workers on 8 CPUs"
-    assert described(1, Hardware(local=True, nodes=1, cpus=16, gpus=1)) == "1 worker on 1 GPU and 16 CPUs"
+    assert described(2, ClusterHardware(local=True, nodes=1, cpus=8, gpus=0)) == "2 workers on 8 CPUs"
+    assert described(1, ClusterHardware(local=True, nodes=1, cpus=16, gpus=1)) == "1 worker on 1 GPU and 16 CPUs"

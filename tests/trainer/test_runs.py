@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cluster.coordinator import FILE_SD
 from cluster.exporter import serve_metrics, write_file_sd
 from cluster.journal import Journal, read_journal
-from cluster.metrics import PREFIX, Metrics
+from cluster.metrics import Metrics
+from cluster.names import FILE_SD
 from cluster.storage import Storage, open_storage
 from cluster.store import Store
 from trainer.runs import __main__ as runs
@@ -488,10 +488,6 @@ def served(storage: Storage) -> Iterator[tuple[Maker, list[Metrics]]]:
     finally:
         for server in servers:
             server.close()
-
-
-def test_names_that_are_written_twice_agree() -> None:
-    assert (live.TARGETS_FILE, live.PREFIX) == (FILE_SD, PREFIX)
 
 
 def test_a_run_that_answers_gives_its_figures_of_now(served: tuple[Maker, list[Metrics]]) -> None:

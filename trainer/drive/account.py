@@ -23,6 +23,6 @@ class Account:
         if time.monotonic() - self._told_at < self._every_seconds or 0 not in status.ranks:
             return
         self._told_at = time.monotonic()
-        stats = status.ranks[0].stats
+        totals = status.ranks[0].totals
         events = [*self._session.events(), {"time": time.time(), "event": "now"}]
-        self._session.ask("account", accounting(events, {name: stats.get(f"total_{name}", 0.0) for name in ACCOUNTED}))
+        self._session.ask("account", accounting(events, {name: totals.get(name, 0.0) for name in ACCOUNTED}))

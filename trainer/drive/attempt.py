@@ -16,9 +16,10 @@ from typing import Any
 import ray
 
 from cluster.agent import Payload, poll_seconds
+from cluster.beat import STARTING
 from cluster.coordinator import Status
 from cluster.failures import Failure
-from cluster.hang import STARTING, Hang, HangWatch, Sign
+from cluster.hang import Hang, HangWatch, Sign
 from cluster.interval import observed_failures
 from cluster.launch import Fleet, failure_of_ranks
 from trainer.drive.account import Account
@@ -331,8 +332,9 @@ def wait_for_news(session: Session, signals: Signals, fleet: Fleet, ended: int, 
 
 def has_begun(status: Status) -> bool:
     """Whether the attempt may have steps that are not saved. Beats are a second old, and a fast run has done many meanwhile."""
-    at_work = any(rank.pulse.get("phase", STARTING) != STARTING for rank in status.ranks.values())
-    return at_work or status.steps_done > status.start_step or (status.last_commit_step or 0) > status.start_step
+    at_work = any(rank.phase != STARTING for rank in status.ranks.values())
+    last = status.checkpoints.last
+    return at_work or status.steps_done > status.start_step or (last is not None and last.step > status.start_step)
 
 
 def signs(status: Status) -> dict[int, Sign]:
@@ -341,8 +343,8 @@ def signs(status: Status) -> dict[int, Sign]:
         rank: Sign(
             state=known.report.state if known.report is not None else "",
             age_seconds=known.age_seconds,
-            ticks=int(known.pulse.get("ticks", 0)),
-            phase=str(known.pulse.get("phase", "starting")),
+            ticks=known.ticks,
+            phase=known.phase,
         )
         for rank, known in status.ranks.items()
         if rank not in status.ended_ranks

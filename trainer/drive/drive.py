@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.controller import RunFailed, run_attempts
-from cluster.coordinator import FILE_SD
-from cluster.failures import Failure, History, history_of
+from cluster.failures import Failure, FailureCounts, counts_of
 from cluster.journal import last_attempt
+from cluster.names import FILE_SD
 from cluster.store import Commit
 from trainer.drive.account import Account
 from trainer.drive.attempt import Attempt, Outcome
@@ -50,25 +50,25 @@ class Drive:
         try:
             if self._session.resources.fewest == self._session.resources.most:
                 self._fleets.start(0, show=self._show_waiting)  # Ray Train places the agents while the coordinator starts
-            history = self._take_up()
-            return self._attempts(history)
+            counts = self._take_up()
+            return self._attempts(counts)
         finally:
             self._fleets.end()
 
-    def _take_up(self) -> History:
+    def _take_up(self) -> FailureCounts:
         """Where the run is, and what its earlier drivers' failures were."""
         session, start = self._session, self._position.start
         if session.committed_step() > self._position.start_step:  # by a driver that was still at work when this one took over
             start = session.find_start()
         events = session.events()
-        history = history_of(events)
+        counts = counts_of(events)
         # An outage may have cost the journal its last lines; the commit has what counts.
-        skip = history.skipped | frozenset(start.meta.get("skipped", ()) if start is not None else ())
+        skip = counts.skipped | frozenset(start.meta.get("skipped", ()) if start is not None else ())
         self._position = Position(attempt=last_attempt(events), start=start, skip=skip)
         tell_beginning(session, start)
-        return replace(history, skipped=skip, rollbacks=max(history.rollbacks, len(skip)))
+        return replace(counts, skipped=skip, rollbacks=max(counts.rollbacks, len(skip)))
 
-    def _attempts(self, history: History) -> int:
+    def _attempts(self, counts: FailureCounts) -> int:
         session = self._session
         try:
             with self._screen, self._signals.heard():
@@ -79,7 +79,7 @@ class Drive:
                     policy=session.config.cluster.faults,
                     on_failure=self._on_failure,
                     on_skip=self._on_skip,
-                    history=history,
+                    counts=counts,
                     stopping=lambda: self._signals.number != 0,
                 )
         except RunFailed as error:
@@ -132,7 +132,7 @@ class Drive:
         self._fleets.end()
         self._go_back()
 
-    def _on_failure(self, number: int, failure: Failure, history: History) -> None:
+    def _on_failure(self, number: int, failure: Failure, counts: FailureCounts) -> None:
         self._position = replace(self._position, restarts=self._position.restarts + 1)
         last_step = reached(self._session.status(), Position())
         self._session.tell(

@@ -81,17 +81,18 @@ class Screen:
         self._line.update(self._state(status, position))
 
     def _warn_of_checkpoints(self, status: Status) -> None:
-        if status.failed_checkpoints <= self._failed_checkpoints:
+        if status.checkpoints.failures <= self._failed_checkpoints:
             return
-        self._failed_checkpoints = status.failed_checkpoints
+        self._failed_checkpoints = status.checkpoints.failures
         if time.monotonic() - self._failure_told_at > CHECKPOINT_WARNING_SECONDS:
             self._failure_told_at = time.monotonic()
-            self.message(f"warning: a checkpoint was not saved, training goes on: {status.checkpoint_problem}")
+            self.message(f"warning: a checkpoint was not saved, training goes on: {status.checkpoints.problem}")
 
     def _state(self, status: Status, position: Position) -> RunState:
         session = self._session
         steps = reached(status, position)
         stats = status.ranks[0].stats if 0 in status.ranks else {}
+        last = status.checkpoints.last
         rate = stats.get("images_per_second") or 0.0
 
         def known(name: str) -> float | None:
@@ -111,8 +112,8 @@ class Screen:
             images_per_second=known("images_per_second"),
             data_wait_ratio=known("data_wait_ratio"),
             test_accuracy=known(session.decided.task.headline.key),
-            checkpoint_step=status.last_commit_step,
-            checkpoint_age_seconds=time.time() - status.last_commit_time if status.last_commit_time else None,
+            checkpoint_step=last.step if last else None,
+            checkpoint_age_seconds=time.time() - last.time if last and last.time else None,
             remaining_seconds=(session.total_steps - steps) * session.config.data.batch_size / rate if rate else None,
             restarts=position.restarts,
         )

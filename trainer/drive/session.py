@@ -11,6 +11,7 @@ from cluster.journal import Journal, read_journal
 from cluster.launch import Resources, start_coordinator
 from cluster.storage import Storage
 from cluster.store import Commit, Store
+from cluster.straggler import StragglerLimits
 from trainer.drive.data import ship
 from trainer.drive.identity import find_start
 from trainer.drive.start import Begun, Decided
@@ -111,7 +112,7 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
             metrics_host=cluster.metrics_host,
             discovery_port=cluster.discovery_port,
             storage_retry_seconds=cluster.storage_retry_seconds,
-            straggler=(cluster.faults.straggler_ratio, cluster.faults.straggler_steps),
+            straggler=StragglerLimits(ratio=cluster.faults.straggler_ratio, steps=cluster.faults.straggler_steps),
         ),
         zygote=zygote,
         console=console,

@@ -47,7 +47,7 @@ from trainer.settings.tree import RunConfig
 from trainer.tasks.info import TaskInfo
 
 if TYPE_CHECKING:
-    from cluster.launch import Hardware, Resources
+    from cluster.launch import ClusterHardware, Resources
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -129,7 +129,7 @@ class Decided:
     is_shared: bool
     """Every node reads the data set at `location`."""
     storage: Storage
-    hardware: "Hardware"
+    hardware: "ClusterHardware"
     resources: "Resources"
     task: TaskInfo
 
@@ -225,12 +225,12 @@ def check_storage_outlives_job(storage: str) -> None:
 
 def workers_known(asked: Asked) -> int | None:
     """The most workers that there may be; None where only the cluster that is joined can say."""
-    from cluster.launch import Hardware, gpus_here, plan_resources
+    from cluster.launch import ClusterHardware, gpus_here, plan_resources
 
     wanted = worker_count(asked.config)  # ValueError for what is no number of workers
     if asked.address:
         return wanted
-    this_node = Hardware(local=True, nodes=1, cpus=asked.environment.cpus, gpus=gpus_here())
+    this_node = ClusterHardware(local=True, nodes=1, cpus=asked.environment.cpus, gpus=gpus_here())
     return plan_resources(asked.config.workers, asked.config.cluster, this_node).most
 
 
@@ -294,7 +294,7 @@ def show_finished(placed: Placed, console: Console) -> int:
 
 
 def decide(
-    placed: Placed, hardware: "Hardware", resources: "Resources", zygote: Zygote, checked: Checked | None, console: Console
+    placed: Placed, hardware: "ClusterHardware", resources: "Resources", zygote: Zygote, checked: Checked | None, console: Console
 ) -> Decided:
     """Have the nodes looked at, and what is left at auto decided. `checked` is None where the model was not built yet. ValueError where the
     nodes do not fit together."""
@@ -347,7 +347,7 @@ def begin(decided: Decided, environment: Environment, console: Console) -> Begun
     return Begun(journal=journal, store=store, start=start)
 
 
-def described(workers: int, hardware: "Hardware") -> str:
+def described(workers: int, hardware: "ClusterHardware") -> str:
     """`2 workers on 8 CPUs`, `1 worker on 1 GPU and 16 CPUs`."""
 
     def counted(count: int, what: str) -> str:

@@ -51,6 +51,8 @@ _SLOTS: dict[type[torch.optim.Optimizer], Callable[[dict[str, Any]], tuple[str, 
 class StateError(ValueError):
     """A checkpoint that does not fit this run; the message names what differs."""
 
+    failure_kind = "user"
+
 
 class Snapshot:
     """The state at one moment, in buffers of its own until `release()`. May be waited for and read in another thread."""

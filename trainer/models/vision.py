@@ -44,6 +44,8 @@ _PACKAGES = {
 class WeightsError(ValueError):
     """Pretrained weights that cannot be had, or do not fit the model; the message says what to do."""
 
+    failure_kind = "user"
+
 
 def build_model(config: ModelConfig, *, classes: int, seed: int, image_hw: tuple[int, int]) -> nn.Module:
     """The model on the CPU in float32, in train mode: (n, 3, H, W) -> (n, classes).

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.checkpointer import OUTAGE_PATIENCE_SECONDS, Buffers, Checkpointer, Files
-from cluster.coordinator import RankInfo
 from cluster.exporter import serve_metrics
 from cluster.heartbeat import Heartbeat
 from cluster.interval import AUTO, IntervalChooser, SharedInterval
@@ -26,6 +25,7 @@ from cluster.ledger import LedgerWriter
 from cluster.metrics import Metrics
 from cluster.rank import RankContext
 from cluster.reduce import TreeReducer
+from cluster.roster import RankInfo
 from cluster.spill import Spill
 from cluster.storage import Storage, StorageOutage, open_storage
 from cluster.store import Store
@@ -78,7 +78,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     info = RankInfo(host=place.host, pid=os.getpid(), node_id=place.node_id, metrics_address=server.address)
     call("register", spec.attempt, rank, info)
     heartbeat = Heartbeat(
-        lambda *beat: call("beat", *beat),
+        lambda beat: call("beat", beat),
         rank,
         spec.attempt,
         config.cluster.heartbeat_seconds / 2,  # so that one is ready whenever the agent asks
@@ -298,7 +298,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
                 for step, loss in stats.losses:
                     if step % log_every == 0:
                         curves.add(**curve_row(stats, step, loss, speed, attempt=spec.attempt, steps_per_epoch=order.steps_per_epoch))
-                heartbeat.progress(done, beat_stats(stats, history, speed, own_seconds))
+                heartbeat.progress(done, beat_stats(stats, history, speed), totals=beat_totals(history), own_seconds=own_seconds)
                 if weights is not None:
                     if done % config.train.verify_every == 0:
                         weights.start(done)
@@ -400,8 +400,9 @@ def wait_until_saved(checkpointer: Checkpointer, heartbeat: Heartbeat, call: Cal
     while not call("wait_committed", steps_done, timeout=2.0):
         heartbeat.tick()
         status = call("status")
-        if steps_done in status.failed_steps or time.monotonic() > end:
-            raise OSError(f"the last checkpoint, of step {steps_done}, could not be saved: {status.checkpoint_problem or 'no answer'}")
+        if steps_done in status.checkpoints.failed_steps or time.monotonic() > end:
+            why = status.checkpoints.problem or "no answer"
+            raise OSError(f"the last checkpoint, of step {steps_done}, could not be saved: {why}")
 
 
 def make_repeatable(threads: int) -> None:
@@ -460,7 +461,8 @@ def make_stepper(
     tree = config.train.reduction == "tree" and config.train.virtual_ranks > 1
     wire = torch.bfloat16 if config.train.reduce_dtype == "bf16" else torch.float32
     # In tree mode each virtual rank goes through the model by itself, else all that the rank carries do together.
-    together = 1 if tree else len(blocks_of_virtual_ranks(config.train.virtual_ranks, world_size, rank))
+    blocks = [blocks_of_virtual_ranks(config.train.virtual_ranks, world_size, each) for each in range(world_size)]
+    together = 1 if tree else len(blocks[rank])
     return Stepper(
         model=model,
         preprocess=preprocess,
@@ -471,7 +473,7 @@ def make_stepper(
         seed=config.train.seed,
         precision=config.train.precision,
         compile_model=config.train.compile,
-        reducer=TreeReducer(config.train.virtual_ranks, world_size, rank, wire=wire) if tree else None,
+        reducer=TreeReducer(blocks, rank, wire=wire) if tree else None,
         distributed=world_size > 1,
         world_size=world_size,
         accumulate=config.train.accumulate,
@@ -671,7 +673,7 @@ def curve_row(stats: StepStats, step: int, loss: float, speed: Speed, *, attempt
     }
 
 
-def beat_stats(stats: StepStats, history: History, speed: Speed, own_seconds: float) -> dict[str, float]:
+def beat_stats(stats: StepStats, history: History, speed: Speed) -> dict[str, float]:
     accuracy = history.evaluations[-1]["test_accuracy"] if history.evaluations else float("nan")
     return {
         "loss": history.train_loss,
@@ -679,9 +681,11 @@ def beat_stats(stats: StepStats, history: History, speed: Speed, own_seconds: fl
         "images_per_second": speed.images_per_second,
         "data_wait_ratio": speed.data_wait_ratio,
         "test_accuracy": accuracy,
-        "own_seconds": own_seconds,
-        **{f"total_{name}": getattr(history, name) for name in ACCOUNTED},
     }
+
+
+def beat_totals(history: History) -> dict[str, float]:
+    return {name: getattr(history, name) for name in ACCOUNTED}
 
 
 def finish(

@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.names import FILE_SD, PREFIX
 from trainer.runs.folder import RunFolder
 
-TARGETS_FILE = "prometheus-targets.json"  # cluster.coordinator.FILE_SD, whose import costs a third of a second
-PREFIX = "finetune_"  # cluster.metrics.PREFIX, the same
 PATIENCE_SECONDS = 1.0
 ASKED_RANKS = 64  # at most; those of a larger run are asked in turns of as many
 ASKED_AT_ONCE = 16
@@ -55,7 +54,7 @@ def coordinator_place(folder: RunFolder) -> Place | None:
     if not folder.storage.is_local:
         return None
     try:
-        groups = json.loads(folder.read(TARGETS_FILE) or b"[]")
+        groups = json.loads(folder.read(FILE_SD) or b"[]")
         for group in groups:
             if group["labels"]["rank"] == "coordinator":
                 return Place(rank=None, address=str(group["targets"][0]))

@@ -17,9 +17,9 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from cluster.process import process_stat
 from cluster.storage import Storage
 from cluster.store import COMMIT, CORRUPT, MANIFEST, Store
 from trainer.runs import live, summary
@@ -238,13 +238,11 @@ def find_driver(folder: RunFolder, events: Sequence[Event]) -> Driver | None:
 
 def _is_process(pid: int, started: object) -> bool:
     """Whether process `pid` of this machine lives, and is the one that began at unix time `started`, not another with its number."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from field 3, the state, on
-    except (FileNotFoundError, ProcessLookupError):
+    stat = process_stat(pid)
+    if stat is None:
         return False
-    began = time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
-    is_same = not isinstance(started, int | float) or abs(began - started) < SAME_PROCESS_SECONDS
-    return fields[0] not in "ZX" and is_same
+    is_same = not isinstance(started, int | float) or abs(stat.started() - started) < SAME_PROCESS_SECONDS
+    return stat.is_alive and is_same
 
 
 def alive_or_not(events: Sequence[Event], *, driver: Driver | None, is_answering: bool, now: float) -> tuple[Status, str]:

@@ -1,0 +1,263 @@
+"""Who takes part in a run: the agents of its fleets, and the ranks of the current attempt. Pure: no thread, no clock, no storage.
+
+The coordinator holds one, behind its lock, and hands in the time. What an agent should be doing (`order`) follows from the attempt that the
+driver began and from what the ranks have said. Whatever is said about an attempt that is not the current one is ignored: a method that
+takes an attempt's number says by its answer (False or None) that it did so."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from cluster.agent import AgentOrder, AgentReport, Payload, RankEnd
+from cluster.beat import STARTING, Beat
+from cluster.straggler import Straggler, StragglerLimits, StragglerWatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankInfo:
+    """Where a rank runs."""
+
+    host: str
+    pid: int
+    node_id: str
+    metrics_address: str
+    """host:port of its /metrics, empty if it serves none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankStatus:
+    """What is known of a rank that has registered or beaten."""
+
+    steps_done: int
+    stats: Mapping[str, float]
+    totals: Mapping[str, float]
+    phase: str
+    ticks: int
+    """These four: see beat.Beat."""
+    age_seconds: float
+    """Time since its last beat."""
+    info: RankInfo | None
+    report: AgentReport | None
+    """What its agent last said of its process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One life of the ranks, as the driver began it."""
+
+    number: int
+    world_size: int
+    start_step: int
+    fleet: int = 0
+    """Whose agents run it."""
+    payload: Payload | None = None
+    """What its ranks do. None: read from the journal, which does not have it; the driver has to adopt the attempt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """What a beat has shown."""
+
+    straggler: Straggler | None
+    """An episode of a slow rank begins or ends."""
+    skew: float
+    """The slowest rank over the median."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Rank:
+    heard_at: float | None = None
+    info: RankInfo | None = None
+    beat: Beat | None = None
+    end: RankEnd | None = None
+    has_told_stacks: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _AgentSaid:
+    report: AgentReport
+    at: float
+
+
+@dataclass(kw_only=True, slots=True)
+class _Current:
+    """Of the current attempt."""
+
+    attempt: Attempt
+    stragglers: StragglerWatch
+    command: Literal["run", "stacks", "kill"] = "run"
+    ranks: dict[int, _Rank] = field(default_factory=dict)
+    board: dict[str, Any] = field(default_factory=dict)
+    """What ranks publish for each other."""
+
+    def rank(self, number: int) -> _Rank:
+        return self.ranks.setdefault(number, _Rank())
+
+
+class Roster:
+    """See the module."""
+
+    def __init__(self, limits: StragglerLimits) -> None:
+        self._limits = limits
+        self._current: _Current | None = None
+        self._agents: dict[tuple[int, int], _AgentSaid] = {}  # by (fleet, rank)
+        self._over: set[int] = set()  # fleets that are to end
+
+    # The driver's side
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The current one."""
+        return self._current.attempt if self._current is not None else None
+
+    def is_current(self, attempt: int) -> bool:
+        return self._of(attempt) is not None
+
+    def begin(self, attempt: Attempt) -> None:
+        """A new group of ranks. Nothing is known of them yet; agents of older fleets are forgotten."""
+        stragglers = StragglerWatch(attempt.world_size, ratio=self._limits.ratio, steps=self._limits.steps)
+        self._current = _Current(attempt=attempt, stragglers=stragglers)
+        self._agents = {key: said for key, said in self._agents.items() if key[0] >= attempt.fleet}
+
+    def adopt(self, attempt: int, fleet: int, payload: Payload) -> None:
+        if (current := self._of(attempt)) is not None:
+            current.attempt = replace(current.attempt, fleet=fleet, payload=payload)
+
+    def ask_stacks(self, attempt: int) -> None:
+        """Every agent of the attempt is to send the stacks of its rank."""
+        if (current := self._of(attempt)) is not None:
+            current.command = "stacks"
+            for rank in current.ranks.values():
+                rank.has_told_stacks = False
+
+    def kill(self, attempt: int) -> None:
+        """Every agent of the attempt is to kill its rank."""
+        if (current := self._of(attempt)) is not None:
+            current.command = "kill"
+
+    def end_fleet(self, fleet: int) -> None:
+        """Its agents are to end."""
+        self._over.add(fleet)
+
+    # The agents' side
+
+    def order(self, fleet: int, rank: int, report: AgentReport, now: float) -> AgentOrder:
+        """What the agent of this rank should be doing."""
+        self._agents[fleet, rank] = _AgentSaid(report=report, at=now)
+        current = self.attempt
+        if fleet in self._over or (current is not None and fleet < current.fleet):
+            return AgentOrder(command="end")
+        if self._current is None or current is None or current.fleet != fleet or current.payload is None:
+            return AgentOrder(command="wait")
+        command = self._current.command
+        is_new = report.attempt != current.number and command == "run"
+        return AgentOrder(
+            command=command,
+            attempt=current.number,
+            world_size=current.world_size,
+            payload=current.payload if is_new else None,
+        )
+
+    def ended(self, attempt: int, rank: int, end: RankEnd) -> bool:
+        """A rank's process has ended. If not well, the others will not get on without it, and are to be killed."""
+        if (current := self._of(attempt)) is None:
+            return False
+        known = current.rank(rank)
+        known.end, known.info = end, None
+        if end.status != 0:
+            current.command = "kill"
+        return True
+
+    def told_stacks(self, attempt: int, rank: int) -> None:
+        if (current := self._of(attempt)) is not None:
+            current.rank(rank).has_told_stacks = True
+
+    # The ranks' side
+
+    def register(self, attempt: int, rank: int, info: RankInfo, now: float) -> bool:
+        """A rank is up."""
+        if (current := self._of(attempt)) is None:
+            return False
+        known = current.rank(rank)
+        known.info, known.heard_at = info, now
+        return True
+
+    def hear(self, beat: Beat, now: float) -> Heard | None:
+        """Take in a beat. One that overtook another on its way takes no step back, and one without figures leaves those of before."""
+        if (current := self._of(beat.attempt)) is None:
+            return None
+        rank = current.rank(beat.rank)
+        before = rank.beat
+        rank.heard_at = now
+        rank.beat = beat
+        if before is not None:
+            steps_done = max(beat.steps_done, before.steps_done)
+            rank.beat = replace(beat, steps_done=steps_done, stats=beat.stats or before.stats, totals=beat.totals or before.totals)
+        straggler = None
+        if beat.own_seconds is not None:
+            straggler = current.stragglers.hear(beat.rank, beat.steps_done, beat.own_seconds)
+        return Heard(straggler=straggler, skew=current.stragglers.skew)
+
+    def publish(self, attempt: int, key: str, value: Any) -> None:
+        """Tell the other ranks of the attempt."""
+        if (current := self._of(attempt)) is not None:
+            current.board[key] = value
+
+    def lookup(self, attempt: int, key: str) -> Any:
+        """What a rank of the attempt published; None if nothing yet."""
+        current = self._of(attempt)
+        return current.board.get(key) if current is not None else None
+
+    # What is known
+
+    def infos(self) -> dict[int, RankInfo]:
+        """The ranks that are up, in order."""
+        ranks = self._current.ranks if self._current is not None else {}
+        return {number: rank.info for number, rank in sorted(ranks.items()) if rank.info is not None}
+
+    def ends(self, attempt: int | None = None) -> dict[int, RankEnd]:
+        """How the ranks of the attempt (None: the current one) ended, as far as they have."""
+        current = self._current if attempt is None else self._of(attempt)
+        ranks = current.ranks if current is not None else {}
+        return {number: rank.end for number, rank in ranks.items() if rank.end is not None}
+
+    def stacks(self) -> frozenset[int]:
+        """Ranks whose stacks have come in since they were asked for."""
+        ranks = self._current.ranks if self._current is not None else {}
+        return frozenset(number for number, rank in ranks.items() if rank.has_told_stacks)
+
+    def reports(self) -> dict[int, AgentReport]:
+        """What the agents of the current fleet last said, by rank."""
+        return {rank: said.report for rank, said in self._fleet().items()}
+
+    def agent_ages(self, now: float) -> dict[int, float]:
+        """Seconds since they did."""
+        return {rank: now - said.at for rank, said in self._fleet().items()}
+
+    def ranks(self, now: float) -> dict[int, RankStatus]:
+        """The ranks that were heard of, in order."""
+        if self._current is None:
+            return {}
+        start_step, reports = self._current.attempt.start_step, self.reports()
+        found = {}
+        for number, rank in sorted(self._current.ranks.items()):
+            if rank.heard_at is not None:
+                beat = rank.beat
+                found[number] = RankStatus(
+                    steps_done=beat.steps_done if beat else start_step,
+                    stats=beat.stats if beat else {},
+                    totals=beat.totals if beat else {},
+                    phase=beat.phase if beat else STARTING,
+                    ticks=beat.ticks if beat else 0,
+                    age_seconds=now - rank.heard_at,
+                    info=rank.info,
+                    report=reports.get(number),
+                )
+        return found
+
+    def _of(self, attempt: int) -> _Current | None:
+        return self._current if self._current is not None and self._current.attempt.number == attempt else None
+
+    def _fleet(self) -> dict[int, _AgentSaid]:
+        fleet = self._current.attempt.fleet if self._current is not None else 0
+        return {rank: said for (number, rank), said in self._agents.items() if number == fleet}

@@ -1,0 +1,102 @@
+"""All ranks stop after the same number of steps, with no synchronisation a step: both sides of one protocol. No thread, no clock.
+
+The coordinator holds a StopVote, each rank a Gate (inside its Heartbeat); what they say to each other travels in beats (beat.py). A
+proposal to stop after P steps binds a rank only if the rank takes it in before it has begun step P: a rank that has begun it is already
+inside a collective that the others must join. So ranks report the steps they have *begun*, not only those they have done."""
+
+from cluster.beat import CALLS_PER_SECOND, BeatReply
+
+AGAIN_SECONDS = 0.02  # between two beats while a stop is being agreed on
+
+
+class StopVote:
+    """The coordinator's side: agreement on a number of steps after which all ranks stop.
+
+    A proposal is ahead of every step begun. A rank promises it if it has not begun that step, and then waits there. The stop is confirmed
+    once all have promised. A rank that was faster says so by `steps_begun`, and a later proposal takes the place of the first; the margin
+    doubles, or is what that rank has begun since its beat before, so that slow beats and fast steps meet. Meanwhile ranks beat as often as
+    they may. The ranks themselves are at most one step apart, as each step has a collective."""
+
+    def __init__(self, ranks: int, margin: int = 2, *, requested: bool = False) -> None:
+        self._ranks, self._margin, self._requested = ranks, margin, requested
+        self._begun: dict[int, int] = {}
+        self._promised: dict[int, int] = {}
+        self._stop_at: int | None = None
+        self._confirmed = False
+
+    @property
+    def requested(self) -> bool:
+        return self._requested
+
+    @property
+    def stop_at(self) -> int | None:
+        """The newest proposal."""
+        return self._stop_at
+
+    @property
+    def confirmed(self) -> bool:
+        """Every rank has promised it."""
+        return self._confirmed
+
+    def request(self) -> None:
+        self._requested = True
+
+    def hear(self, rank: int, steps_begun: int, promised_stop: int | None) -> BeatReply:
+        stride = steps_begun - self._begun.get(rank, steps_begun)
+        self._begun[rank] = max(steps_begun, self._begun.get(rank, 0))
+        self._promised[rank] = max(promised_stop or 0, self._promised.get(rank, 0))
+        if self._requested and not self._confirmed and len(self._begun) == self._ranks:
+            self._decide(max(self._begun.values()), max(self._promised.values()), stride)
+        again = max(AGAIN_SECONDS, self._ranks / CALLS_PER_SECOND) if self._requested and not self._confirmed else None
+        return BeatReply(stop_at=self._stop_at, confirmed=self._confirmed, again_seconds=again)
+
+    def _decide(self, begun: int, promised: int, stride: int) -> None:
+        if self._stop_at is None and promised >= begun:
+            self._stop_at = promised  # a coordinator before this one proposed it, and some ranks wait there
+        elif self._stop_at is None or begun > self._stop_at:
+            if self._stop_at is not None:
+                self._margin = max(2 * self._margin, stride + 1)
+            self._stop_at = begun + self._margin
+        self._confirmed = all(promise == self._stop_at for promise in self._promised.values())
+
+
+class Gate:
+    """A rank's side: what it has begun and promised. After `n` steps arrive(n) says whether step n may begin."""
+
+    def __init__(self, start_step: int) -> None:
+        self._steps_done = start_step
+        self._steps_begun = start_step + 1  # no gate before the first step
+        self._stop_at: int | None = None
+        self._confirmed = False
+
+    @property
+    def steps_done(self) -> int:
+        return self._steps_done
+
+    @property
+    def steps_begun(self) -> int:
+        return self._steps_begun
+
+    @property
+    def stop_at(self) -> int | None:
+        """The stop that this rank has promised."""
+        return self._stop_at
+
+    def done(self, steps_done: int) -> None:
+        """Steps are done; whether the next one may begin is asked later, by arrive()."""
+        self._steps_done = steps_done
+
+    def take(self, reply: BeatReply) -> None:
+        """Take in a proposal, unless the step it would forbid has begun."""
+        if reply.stop_at is None or reply.stop_at < max(self._steps_begun, self._stop_at or 0):
+            return
+        self._stop_at, self._confirmed = reply.stop_at, reply.confirmed
+
+    def arrive(self, steps_done: int) -> bool | None:
+        """True: stop here. False: the next step has begun. None: wait for confirmation, or for another proposal."""
+        self._steps_done = steps_done
+        if self._stop_at is None or steps_done < self._stop_at:
+            self._steps_begun = max(self._steps_begun, steps_done + 1)
+            return False
+        assert steps_done == self._stop_at, f"{steps_done} steps done, but promised to stop after {self._stop_at}"
+        return True if self._confirmed else None
