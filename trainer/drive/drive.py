@@ -566,7 +566,7 @@ class Drive:
                 learning_rate=known("learning_rate"),
                 images_per_second=known("images_per_second"),
                 data_wait_ratio=known("data_wait_ratio"),
-                test_accuracy=known("test_accuracy"),
+                headline=known("test_accuracy"),
                 checkpoint_step=status.last_commit_step,
                 checkpoint_age_seconds=time.time() - status.last_commit_time if status.last_commit_time else None,
                 remaining_seconds=left,

@@ -9,8 +9,9 @@ part: the worst LIMIT, the surest mistakes first, then the least sure right ones
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,14 @@ class Predictions:
     @property
     def is_complete(self) -> bool:
         return len(self.ids) == self.about.count
+
+    @property
+    def columns(self) -> Mapping[str, npt.NDArray[Any]]:
+        return {"label": self.labels, "prediction": self.answers, "confidence": self.confidence, "loss": self.losses}
+
+    @property
+    def is_classification(self) -> bool:
+        return True
 
     def confusion(self, classes: int) -> Ints:
         """(classes, classes) int64 [label][prediction], of the rows."""
