@@ -31,12 +31,13 @@ from cluster.storage import Storage, StorageOutage, open_storage
 from cluster.store import Store
 from cluster.verify import WeightsCheck
 from cluster.versions import versions
-from dataio.batch import Batch
+from dataio.batch import Batch, Targets
 from dataio.codecs.image.decode import DECODER_VERSIONS
 from dataio.loader import Loader, available_memory_bytes
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
+from dataio.schema import LABEL, Target
 from trainer.learn.optim import Ema, build_optimizer, clip_gradients, set_learning_rate, set_trainable
 from trainer.learn.state import TrainState, weights_sha256
 from trainer.learn.step import Arriving, Stepper, StepStats, evaluating, train_steps
@@ -50,10 +51,12 @@ from trainer.rank.meter import Meter
 from trainer.rank.profile import FlopCount, Profiler, count_work, measure_ceilings
 from trainer.runs.summary import ACCOUNTED
 from trainer.settings.spec import WorkerSpec, make_order, total_steps_of
-from trainer.settings.tree import RunConfig
-from trainer.tasks.classification import Answers, EvalResult, Evaluation
+from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.losses import cross_entropy_sum
-from trainer.tasks.predictions import LIMIT, PREDICTIONS_FILE, About, named
+from trainer.tasks.make import make_task
+from trainer.tasks.prediction_log import PredictionLog
+from trainer.tasks.predictions import PREDICTIONS_FILE, About, named, rows_to_keep
+from trainer.tasks.task import Evaluation, Result, Task
 
 HISTORY_FILE = "history.json"
 CURVES_FILE = "curves.parquet"
@@ -184,7 +187,10 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     def evaluate_now(steps_done: int) -> None:
         begin = time.perf_counter()
         heartbeat.tick("evaluation")
-        answers = Answers(-(-LIMIT // world_size), device) if steps_done == total_steps else None
+        task = task_of(loader)
+        answers = None
+        if steps_done == total_steps:
+            answers = PredictionLog(task.columns, -(-rows_to_keep(task.columns) // world_size), device)
         result = evaluate(
             model,
             preprocess,
@@ -206,9 +212,9 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         seconds = time.perf_counter() - begin
         history.evaluation_seconds += seconds
         metrics.set("test_loss", result.loss)
-        metrics.set("test_accuracy_ratio", result.accuracy)
+        metrics.set("test_accuracy_ratio", result.measures["accuracy"])
         metrics.add("evaluation_seconds_total", seconds)
-        entry = {"step": steps_done, "epoch": steps_done / order.steps_per_epoch, **evaluation_entry(result)}
+        entry = {"step": steps_done, "epoch": steps_done / order.steps_per_epoch, **result.entry()}
         history.evaluations.append(entry)
         if rank == 0:
             brief = {k: entry[k] for k in ("step", "epoch", "test_loss", "test_accuracy")}
@@ -487,24 +493,28 @@ def evaluate(
     precision: str,
     split: str = "test",
     on_batch: Callable[[], None] = lambda: None,
-    answers: Answers | None = None,
-) -> EvalResult:
+    answers: PredictionLog | None = None,
+) -> Result:
     """Exact metrics over all ranks: each takes a contiguous share of the split, nothing is padded or counted twice.
 
     In ddp mode the ranks' BatchNorm statistics, and so their averages, differ; rank 0's are the run's (they are what a checkpoint holds).
     """
-    evaluation = Evaluation(len(loader.classes), next(model.parameters()).device)
+    task = task_of(loader)
+    evaluation = task.evaluation(next(model.parameters()).device)
     with ema.applied() if ema is not None else nullcontext():
         if world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
         share = share_of(dataset.split(split).count, rank, world_size)
         evaluate_share(
-            evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, answers=answers
+            task, evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, answers=answers
         )
-    if world_size > 1:
-        dist.all_reduce(evaluation.tensors())
+    evaluation.combine(rank, world_size)
     return evaluation.result()
+
+
+def task_of(loader: Loader) -> Task:
+    return make_task(TaskConfig(), (Target(name=LABEL, kind="label", classes=loader.classes),))
 
 
 def share_of(count: int, rank: int, world_size: int) -> range:
@@ -513,6 +523,7 @@ def share_of(count: int, rank: int, world_size: int) -> range:
 
 
 def evaluate_share(
+    task: Task,
     evaluation: Evaluation,
     model: nn.Module,
     preprocess: nn.Module,
@@ -521,28 +532,26 @@ def evaluate_share(
     split: str,
     share: range,
     precision: str,
-    to_class: Tensor | None = None,
+    as_learned: Callable[[Targets], Targets] = lambda targets: targets,
     on_batch: Callable[[], None] = lambda: None,
-    answers: Answers | None = None,
+    answers: PredictionLog | None = None,
 ) -> None:
-    """Count the samples `share` of a split, and keep each one's answer in `answers`. `to_class` (data set's classes,) int64 says which
-    output each of its labels stands for."""
+    """Count the samples `share` of a split, and keep each one's answer in `answers`. `as_learned` turns the data set's targets into
+    those that the model was trained on."""
     assert precision in ("fp32", "bf16"), f"precision {precision} is to be decided before (trainer.drive.capability)"
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in loader.evaluate(split, share, batch_size=EVALUATION_BATCH):
-            labels = batch.targets["label"]
-            if to_class is not None:
-                labels = torch.where(labels < 0, labels, to_class[labels.clamp(min=0)])  # a bad sample's -1 stays
-            logits = model(preprocess(batch.samples))
-            evaluation.update(logits, labels)
+            targets = as_learned(batch.targets)
+            outputs = model(preprocess(batch.samples))
+            evaluation.update(outputs, targets)
             if answers is not None:
-                answers.update(batch.ids, logits, labels)
+                answers.update(batch.ids, task.rows(outputs, targets))
             on_batch()
 
 
 def write_predictions(
-    answers: Answers,
+    answers: PredictionLog,
     about: About,
     storage: Storage,
     run: str,
@@ -558,19 +567,9 @@ def write_predictions(
     if found is None:
         return
     try:
-        storage.write_atomic(f"{run}/{PREDICTIONS_FILE}", named(*found, dataset.split(about.split), about, tick).to_parquet())
+        storage.write_atomic(f"{run}/{PREDICTIONS_FILE}", named(found, dataset.split(about.split), about, tick).to_parquet())
     except OSError as error:
         tell("predictions_not_written", message=str(error))
-
-
-def evaluation_entry(result: EvalResult) -> dict[str, Any]:
-    return {
-        "test_loss": result.loss,
-        "test_accuracy": result.accuracy,
-        "test_count": result.count,
-        "per_class": [asdict(score) for score in result.per_class],
-        "confusion": [list(row) for row in result.confusion],
-    }
 
 
 def quarantine(config: RunConfig, dataset: Dataset, metrics: Metrics, call: Callable[..., Any]) -> Callable[[BadSample], None]:

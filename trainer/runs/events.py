@@ -112,7 +112,8 @@ def _hang(event: Event) -> str:
 
 
 def _run_stopped(event: Event) -> str:
-    return f"stopped at step {_step(event)}{f' by {event["signal"]}' if event.get('signal') else ''}"
+    signal = event.get("signal")
+    return f"stopped at step {_step(event)}{f' by {signal}' if signal else ''}"
 
 
 def _straggler(event: Event) -> str:
