@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from dataio.config import DataConfig
 from tests.trainer.report_runs import MANIFEST, SAMPLE, STEPS, predictions_of, story, write_pictured
 from tests.trainer.test_report import HOSTILE, Page
+from trainer.report.__main__ import main
 from trainer.report.compare import chance_of, conclusion, disagreement, render_comparison
-from trainer.report.sections import RunFiles, main, read_files
+from trainer.report.files import RunFiles, read_files
 from trainer.runs.folder import find_run
 from trainer.settings.tree import OptimConfig, RunConfig
 from trainer.tasks.predictions import Predictions

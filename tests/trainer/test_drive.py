@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.beat import Beat
 from cluster.coordinator import Coordinator, Status
 from cluster.failures import Failure
 from cluster.hang import Hang
@@ -119,8 +120,8 @@ def test_an_attempt_goes_on_where_nothing_happens_and_changes_its_workers_for_a_
 
 
 def beat(coordinator: Coordinator, rank: int, steps_done: int, phase: str) -> None:
-    coordinator.beat(1, rank, steps_done, None, {}, steps_done + 1, {"phase": phase, "ticks": 1, "urgent": 0})
     coordinator.beat(Beat(attempt=1, rank=rank, steps_done=steps_done, steps_begun=steps_done + 1, phase=phase, ticks=1))
+
 
 def test_an_attempt_has_begun_once_a_rank_may_have_steps_that_are_not_saved(coordinator: Coordinator) -> None:
     assert not has_begun(coordinator.status())

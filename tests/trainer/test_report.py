@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from cluster.journal import Journal
 from cluster.storage import open_storage
 from trainer.rank.history import CURVE_SCHEMA
-from trainer.report.confusion import SHOWN_CLASSES
+from trainer.report.__main__ import main
+from trainer.report.files import read_files
 from trainer.report.page import Html, tag
 from trainer.report.plots import CURVE_POINTS, by_attempt, spans_magnitudes, thinned
-from trainer.report.sections import main, read_files, render, verdict, write_report
+from trainer.report.sections import render, write_report
+from trainer.report.thumbnails import SHOWN_CLASSES
+from trainer.report.verdict import verdict
 from trainer.runs.folder import find_run
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
@@ -266,9 +269,9 @@ def test_a_failure_is_a_sentence_and_its_long_message_waits_to_be_opened(tmp_pat
     ]
     folder = write_run(tmp_path / "pets", summary=summary_of(), events=events)
     page = page_of(folder)
-    assert "Attempt 1 on rank 1 (infrastructure): WorkerDied: a worker died. It came at step 37; 1 step was lost." in page.text
-    assert "Went on from the checkpoint of step 36." in page.text
-    assert "Attempt 2, 2 workers, from step 36." in page.text
+    assert "Attempt 1 failed on rank 1 at step 37 (infrastructure): WorkerDied: a worker died; 1 step lost" in page.text
+    assert "Going on from the checkpoint of step 36" in page.text
+    assert "Attempt 2: 2 workers, from step 36" in page.text
     details = re.findall(r"<details>.*?</details>", (folder / "report.html").read_text(), flags=re.DOTALL)
     assert ["Worker info" in text for text in details] == [True, False]  # the other one holds the settings
     assert "4711" not in page.text  # a worker's start is no failure

@@ -15,7 +15,8 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 from deploy.screenshot import BROWSERS, MOST_BYTES, chromium, find_browser, opened  # noqa: E402
 from tests.trainer.report_runs import predictions_of, write_pictured  # noqa: E402
 from trainer.report.compare import render_comparison  # noqa: E402
-from trainer.report.sections import read_files, write_report  # noqa: E402
+from trainer.report.files import read_files  # noqa: E402
+from trainer.report.sections import write_report  # noqa: E402
 from trainer.runs.folder import find_run  # noqa: E402
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason=f"needs Chromium: none of {', '.join(BROWSERS)} is installed")
@@ -172,8 +173,8 @@ def test_a_mark_on_the_strip_leads_to_what_failed(browser: Any, report: Path) ->
         row = page.locator("tr:has(:target)")
         assert "killed (SIGKILL)" in row.inner_text()
         assert "17 steps" in row.inner_text()
-        spans = page.locator(".strip i").evaluate_all("parts => parts.map(part => part.getBoundingClientRect().width)")
-        assert sum(spans) == pytest.approx(page.locator(".strip").bounding_box()["width"], abs=1)
+        spans = page.locator(".timeline i").evaluate_all("parts => parts.map(part => part.getBoundingClientRect().width)")
+        assert sum(spans) == pytest.approx(page.locator(".timeline").bounding_box()["width"], abs=1)
 
 
 def test_the_picture_for_the_readme_is_made_by_a_command(report: Path, tmp_path: Path) -> None:

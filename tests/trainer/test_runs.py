@@ -28,8 +28,8 @@ from trainer.runs import status as run_list
 from trainer.runs.__main__ import main, table
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.journal_tail import JournalTail
-from trainer.runs.status import Driver, Standing, alive_or_not, first_members, look, run_folders, standings
-from trainer.runs.watch import Story, Watch, rank_lines, rank_speed
+from trainer.runs.status import Driver, Plan, RunStatus, alive_or_not, first_members, look, run_folders, statuses
+from trainer.runs.watch import RunTracker, Watch, rank_lines, rank_speed
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig, TrainConfig
 from trainer.settings.units import percent
@@ -77,7 +77,7 @@ class Maker:
         self.storage.write_atomic(f"{self.run}/summary.json", json.dumps(known, indent=1).encode())
         return self
 
-    def look(self, *, now: float = NOW, is_live: bool = False) -> Standing:
+    def look(self, *, now: float = NOW, is_live: bool = False) -> RunStatus:
         found = look(self.folder, clock=lambda: now, is_live=is_live)
         assert found is not None
         return found
@@ -93,12 +93,11 @@ def storage(tmp_path: Path) -> Storage:
 
 def test_a_finished_run_is_what_its_summary_says(storage: Storage) -> None:
     maker = Maker(storage, "pets").start().epoch(1, 0.5).epoch(4, 0.7).end("finished", steps=160).summarise("finished")
-    assert maker.look() == Standing(
+    assert maker.look() == RunStatus(
         run="pets",
         status="finished",
         step=160,
-        total_steps=160,
-        test_accuracy=0.884,
+        headline=0.884,
         images_per_second=91.5,
         goodput=0.748,
         restarts=3,
@@ -108,9 +107,7 @@ def test_a_finished_run_is_what_its_summary_says(storage: Storage) -> None:
         seconds=90.0,
         checkpoint_step=160,
         checkpoint_bytes=1000,
-        epochs=4,
-        steps_per_epoch=40,
-        batch_size=RunConfig().data.batch_size,
+        plan=Plan(epochs=4, steps_per_epoch=40, batch_size=RunConfig().data.batch_size, total_steps=160),
     )
 
 
@@ -119,7 +116,7 @@ def test_a_run_that_is_at_work_is_told_by_its_journal(storage: Storage) -> None:
     maker.write("attempt_failed", attempt=1, kind="infrastructure", rank=1, message="gone", last_step=41)
     maker.write("attempt_started", attempt=2, workers=3, start_step=40).write("first_step", attempt=2, step=41).commit(60)
     found = maker.look()
-    assert (found.status, found.step, found.total_steps, found.test_accuracy) == ("running", 60, 160, 0.5)
+    assert (found.status, found.step, found.plan.total_steps, found.headline) == ("running", 60, 160, 0.5)
     assert (found.restarts, found.restarts_are_more, found.workers, found.goodput) == (1, False, 3, None)
     assert found.restarts == summary.restarts(read_journal(storage, "pets"))
     assert found.images_per_second == pytest.approx((60 - 41) * RunConfig().data.batch_size / 1.0)
@@ -137,7 +134,7 @@ def test_a_run_that_is_at_work_is_told_by_its_journal(storage: Storage) -> None:
 def test_other_ends_are_told_with_their_reason(storage: Storage, event: str, fields: dict[str, Any], status: str, note: str) -> None:
     maker = Maker(storage, "pets").start().epoch(1, 0.5).write(event, **fields).summarise(status, steps=40, epochs=1.0)
     found = maker.look()
-    assert (found.status, found.note, found.step, found.total_steps) == (status, note, 40, 160)
+    assert (found.status, found.note, found.step, found.plan.total_steps) == (status, note, 40, 160)
 
 
 def test_a_summary_of_an_earlier_driver_does_not_speak_for_the_one_at_work(storage: Storage) -> None:
@@ -145,7 +142,7 @@ def test_a_summary_of_an_earlier_driver_does_not_speak_for_the_one_at_work(stora
     assert maker.look().status == "stopped"
     maker.write("run_started", pid=2).write("attempt_started", attempt=2, workers=1, start_step=40)
     found = maker.look()
-    assert (found.status, found.workers, found.test_accuracy, found.goodput) == ("running", 1, 0.5, None)
+    assert (found.status, found.workers, found.headline, found.goodput) == ("running", 1, 0.5, None)
     # The same end again, of which no summary could be written: the old one is older than it by far.
     maker.end("stopped", after=1e9, step=80)
     found = maker.look(now=maker.now + 61)
@@ -249,7 +246,7 @@ def test_of_a_huge_summary_only_the_beginning_is_read(storage: Storage) -> None:
     path = Path(storage.at("pets/summary.json"))
     assert path.stat().st_size > 2 * run_list.SUMMARY_BYTES
     path.write_bytes(path.read_bytes()[: 2 * run_list.SUMMARY_BYTES] + b"\xff not JSON")
-    assert maker.look().test_accuracy == 0.884
+    assert maker.look().headline == 0.884
 
 
 def test_of_a_huge_journal_only_the_ends_are_read(storage: Storage) -> None:
@@ -257,7 +254,7 @@ def test_of_a_huge_journal_only_the_ends_are_read(storage: Storage) -> None:
     os.truncate(storage.at("pets/journal.jsonl"), 1 << 40)  # a hole of a terabyte
     maker.write("attempt_started", attempt=7, workers=2, start_step=40).epoch(2, 0.6)
     found = maker.look()
-    assert (found.status, found.started, found.workers, found.step, found.test_accuracy) == ("running", NOW - 102, 2, 80, 0.6)
+    assert (found.status, found.started, found.workers, found.step, found.headline) == ("running", NOW - 102, 2, 80, 0.6)
     assert (found.restarts, found.restarts_are_more, found.seconds) == (1, True, None)
 
 
@@ -397,9 +394,11 @@ def test_where_there_is_nothing_to_list_it_says_so(three: Storage, tmp_path: Pat
 
 
 RUNS = [
-    Standing(run="a" * 30, status="finished", step=123456, total_steps=123456, test_accuracy=0.9, images_per_second=12345.0, goodput=0.9),
-    Standing(run="b", status="silent", note="no sign of life since long ago, " * 5, restarts=2, restarts_are_more=True, started=NOW - 90),
-    Standing(run="evil\x1b[2J\tname", status="unknown", problems=("it has\nno journal",)),
+    RunStatus(
+        run="a" * 30, status="finished", step=123456, plan=Plan(total_steps=123456), headline=0.9, images_per_second=12345.0, goodput=0.9
+    ),
+    RunStatus(run="b", status="silent", note="no sign of life since long ago, " * 5, restarts=2, restarts_are_more=True, started=NOW - 90),
+    RunStatus(run="evil\x1b[2J\tname", status="unknown", problems=("it has\nno journal",)),
 ]
 
 
@@ -494,7 +493,7 @@ def test_a_run_that_answers_gives_its_figures_of_now(served: tuple[Maker, list[M
     maker, _ = served
     in_a_day = maker.now + 86400
     found = maker.look(now=in_a_day, is_live=True)
-    assert (found.status, found.note, found.step, found.total_steps, found.goodput) == ("running", "", 47, 160, 0.75)
+    assert (found.status, found.note, found.step, found.plan.total_steps, found.goodput) == ("running", "", 47, 160, 0.75)
     assert (found.images_per_second, found.last_sign) == (201.0, in_a_day)
     assert maker.look(now=in_a_day, is_live=False).status == "silent"
 
@@ -668,7 +667,7 @@ def test_watch_shows_the_ranks_where_they_answer(served: tuple[Maker, list[Metri
 
 def test_restarts_are_counted_as_in_the_summary(storage: Storage) -> None:
     maker = Maker(storage, "pets").start()
-    story = Story("pets")
+    story = RunTracker("pets")
     for attempt, before in enumerate(("attempt_failed", "attempt_paused", "attempt_failed", "run_started", "attempt_failed"), 2):
         if before == "run_started":
             maker.end("stopped")
@@ -685,7 +684,7 @@ def test_restarts_are_counted_as_in_the_summary(storage: Storage) -> None:
     "name", ["evaluation", "straggler", "hang", "attempt_started", "checkpoint_committed", "attempt_failed", "new_kind"]
 )
 def test_an_event_of_any_shape_is_shown_on_one_line(name: str, fields: dict[str, Any]) -> None:
-    line = Story("pets").take({"time": NOW, "event": name, **fields})
+    line = RunTracker("pets").take({"time": NOW, "event": name, **fields})
     assert line
     assert line.isprintable()
 
@@ -743,4 +742,4 @@ def test_runs_on_an_object_store_are_listed_and_watched(capsys: pytest.CaptureFi
         assert status == 3
         assert said.count("step 80: test accuracy 60.0 %") == 1
         assert said.count("note: step=99") == 1
-        assert [standing.run for standing in standings(run_folders(storage, "do"))] == ["done"]
+        assert [status.run for status in statuses(run_folders(storage, "do"))] == ["done"]

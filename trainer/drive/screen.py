@@ -11,6 +11,7 @@ from typing import Self
 from cluster.coordinator import Status
 from cluster.store import Commit
 from trainer.drive.session import Session
+from trainer.runs.measures import headline_title
 from trainer.runs.progress import ProgressLine, RunState
 
 CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
@@ -89,7 +90,7 @@ class Screen:
             self.message(f"warning: a checkpoint was not saved, training goes on: {status.checkpoints.problem}")
 
     def _state(self, status: Status, position: Position) -> RunState:
-        session = self._session
+        session, task = self._session, self._session.decided.task
         steps = reached(status, position)
         stats = status.ranks[0].stats if 0 in status.ranks else {}
         last = status.checkpoints.last
@@ -111,7 +112,9 @@ class Screen:
             learning_rate=known("learning_rate"),
             images_per_second=known("images_per_second"),
             data_wait_ratio=known("data_wait_ratio"),
-            test_accuracy=known(session.decided.task.headline.key),
+            headline=known("test_headline"),
+            headline_title=headline_title(task),
+            headline_unit=task.headline.unit,
             checkpoint_step=last.step if last else None,
             checkpoint_age_seconds=time.time() - last.time if last and last.time else None,
             remaining_seconds=(session.total_steps - steps) * session.config.data.batch_size / rate if rate else None,

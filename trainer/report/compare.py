@@ -1,8 +1,9 @@
-"""`python -m trainer.report --compare RUN RUN`: two runs on one page. Called by report; what a run's folder holds is read there.
+"""`python -m trainer.report --compare RUN RUN`: two runs on one page. Called by the command line; files reads what a run's folder holds.
 
-Whether one model is better than the other is McNemar's question, where both answered the same test images: of the images that only one of
-them got right, how many would fall to either by chance? (McNemar 1947; exact binomial, two-sided.) Where the images are not the same, or
-not all answers are recorded, nothing is claimed.
+They are compared by the measure that their task goes by; runs of different tasks are shown side by side, and called different. Whether one
+model is better than the other is McNemar's question, where both answered the same test images with one class each: of the images that only
+one of them got right, how many would fall to either by chance? (McNemar 1947; exact binomial, two-sided.) Where the images are not the
+same, or not all answers are recorded, nothing is claimed.
 """
 
 import math
@@ -12,30 +13,22 @@ from typing import Any
 
 import numpy as np
 
+from trainer.report.files import RunFiles, evaluations
 from trainer.report.page import NOTHING, Html, number_or_none, page, section, table, tag
+from trainer.report.panels.classes import entries_of
 from trainer.report.plots import Line, plot, spans_magnitudes, thinned
-from trainer.report.sections import Mood, RunFiles, evaluations, verdict
+from trainer.report.verdict import Mood, verdict
+from trainer.runs.measures import capital, heading, in_words, one_of, shown
 from trainer.runs.progress import summary_rows, time_split
 from trainer.settings.fields import settings
 from trainer.settings.toml import from_toml
 from trainer.settings.units import duration, number, percent
+from trainer.tasks.info import Measure, TaskInfo
 
 SURE = 0.05
 NAMES = ("A", "B")
+MEASURE_PLOTS = 6
 NOT_SETTINGS = ("run", "storage")  # where a run is, not what it does
-_MEASURES = (
-    ("Test accuracy", "test_accuracy", "percent"),
-    ("Test loss", "test_loss", "number"),
-    ("Training loss", "train_loss", "number"),
-    ("Images per second", "images_per_second", "number"),
-    ("Time", "seconds", "duration"),
-    ("Goodput", "goodput", "percent"),
-    ("Data wait", "data_wait_ratio", "percent"),
-    ("Restarts", "restarts", "number"),
-    ("Recovery", "recovery_seconds", "duration"),
-    ("Checkpoint stall", "checkpoint_stall_seconds", "duration"),
-    ("Quarantined images", "quarantined", "number"),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,13 +69,15 @@ def disagreement(first: RunFiles, second: RunFiles) -> tuple[Disagreement | None
     one, other = first.predictions, second.predictions
     if one is None or other is None:
         name, run = ("A", first) if one is None else ("B", second)
-        return None, f"Of {name}: {run.no_shots or 'there are no predictions.'}"
+        return None, f"Of {name}: {run.no_thumbnails or 'there are no predictions.'}"
     if one.about.dataset_fingerprint != other.about.dataset_fingerprint or one.about.split != other.about.split:
         return None, "The two were tested on different data, so that their accuracies do not compare."
     if not (one.is_complete and other.is_complete):
         return None, "Not every answer is recorded, as there are so many."
     if not np.array_equal(one.ids, other.ids):
-        return None, "The two could not read the same images."
+        return None, f"The two could not read the same {first.info.unit}."
+    if not (one.is_classification and other.is_classification):
+        return None, "Whether it is more than chance is not known: the test is for answers of one class."
     right, right_other = one.labels == one.answers, other.labels == other.answers
     only_first, only_second = int((right & ~right_other).sum()), int((~right & right_other).sum())
     return (
@@ -110,8 +105,8 @@ def render_comparison(first: RunFiles, second: RunFiles) -> str:
             tag("p", sentence, class_=f"verdict {mood}"),
         ),
         _runs(first, second),
-        _measures(first, second),
-        _noise(found, unknown),
+        _results(first, second),
+        _noise(found, unknown, first.info.unit),
         _curves(first, second),
         _settings(first, second),
         _classes(first, second),
@@ -124,23 +119,40 @@ def conclusion(first: RunFiles, second: RunFiles, found: Disagreement | None, un
     sha = [run.summary.get("weights_sha256") for run in (first, second)]
     if sha[0] and sha[0] == sha[1]:
         return "good", "The two have the same weights, to the last bit."
-    accuracy = [number_or_none(run.summary.get("test_accuracy")) for run in (first, second)]
-    if accuracy[0] is None or accuracy[1] is None:
-        lacking = " and ".join(name for name, value in zip(NAMES, accuracy, strict=True) if value is None)
-        return "warn", f"There is no test accuracy of {lacking}, and so nothing to compare by."
-    if accuracy[0] == accuracy[1]:
-        said = f"Both classify {percent(accuracy[0], 2)} correctly, with different weights"
-    else:
-        better = int(accuracy[1] > accuracy[0])
-        points = 100 * abs(accuracy[1] - accuracy[0])
-        said = f"{NAMES[better]} is better by {points:.2f} percentage points ({percent(accuracy[0], 2)} and {percent(accuracy[1], 2)})"
+    one, other = first.info, second.info
+    if (one.name, one.headline) != (other.name, other.headline):
+        return "warn", f"The two are of different tasks, A of {_task(one)} and B of {_task(other)}: no number says which is better."
+    measure = one.headline
+    values = [number_or_none(run.summary.get(measure.key)) for run in (first, second)]
+    if values[0] is None or values[1] is None:
+        lacking = " and ".join(name for name, value in zip(NAMES, values, strict=True) if value is None)
+        return "warn", f"There is no {in_words(measure)} of {lacking}, and so nothing to compare by."
+    said = _which_is_better(one, values[0], values[1])
     if found is None:
         return "warn", f"{said}. {unknown}"
-    if accuracy[0] == accuracy[1]:
+    if values[0] == values[1]:
         return "good", f"{said}."
     if found.chance < SURE:
         return "good", f"{said}. That is more than chance: equally good models differ so much {_odds(found.chance)}."
     return "warn", f"{said}. That may be chance: equally good models differ so much {_odds(found.chance)}."
+
+
+def _task(info: TaskInfo) -> str:
+    return f"{info.name} ({in_words(info.headline)})"
+
+
+def _which_is_better(info: TaskInfo, first: float, second: float) -> str:
+    measure = info.headline
+    both = [shown(measure.unit, value, 2) for value in (first, second)]
+    is_classification = info.name == "classification"
+    if first == second:
+        how = f"classify {both[0]} correctly" if is_classification else f"have a {in_words(measure)} of {both[0]}"
+        return f"Both {how}, with different weights"
+    better = NAMES[int((second > first) == measure.higher_is_better)]
+    gap = abs(second - first)
+    by = f"{100 * gap:.2f} percentage points" if measure.unit == "ratio" else number(gap)
+    which = "" if is_classification else f"{in_words(measure)} "
+    return f"{better} is better by {by} ({which}{both[0]} and {both[1]})"
 
 
 def _odds(chance: float) -> str:
@@ -154,16 +166,40 @@ def _runs(first: RunFiles, second: RunFiles) -> Html:
     return section("The two runs", table(("", "run", "what came out"), rows))
 
 
-def _measures(first: RunFiles, second: RunFiles) -> Html:
+def _measures(first: RunFiles, second: RunFiles) -> list[Measure]:
+    """What the tasks of the two measure, each once."""
+    return list(dict.fromkeys((*first.info.measures, *second.info.measures)))
+
+
+def _compared(first: RunFiles, second: RunFiles) -> list[tuple[str, str, str]]:
+    """(title, key of the summary, kind) of the numbers that have a difference."""
+    samples = first.info.unit
+    return [
+        *((heading(measure), measure.key, "percent" if measure.unit == "ratio" else "number") for measure in _measures(first, second)),
+        ("Test loss", "test_loss", "number"),
+        ("Training loss", "train_loss", "number"),
+        (f"{capital(samples)} per second", "images_per_second", "number"),
+        ("Time", "seconds", "duration"),
+        ("Goodput", "goodput", "percent"),
+        ("Data wait", "data_wait_ratio", "percent"),
+        ("Restarts", "restarts", "number"),
+        ("Recovery", "recovery_seconds", "duration"),
+        ("Checkpoint stall", "checkpoint_stall_seconds", "duration"),
+        (f"Quarantined {samples}", "quarantined", "number"),
+    ]
+
+
+def _results(first: RunFiles, second: RunFiles) -> Html:
     rows = []
-    for name, key, kind in _MEASURES:
+    compared = _compared(first, second)
+    for name, key, kind in compared:
         values = [number_or_none(run.summary.get(key)) for run in (first, second)]
         if values[0] is None and values[1] is None:
             continue
         rows.append((name, *(_value(value, kind) for value in values), _difference(values[0], values[1], kind)))
     # Whatever else the summaries' tables tell, as text.
     told = [dict(summary_rows(run.summary)) for run in (first, second)]
-    known = {name for name, _, _ in _MEASURES}
+    known = {name for name, _, _ in compared}
     rows += [
         (name, *(words.get(name, "") for words in told), "" if told[0].get(name) == told[1].get(name) else "differs")
         for name in dict.fromkeys([*told[0], *told[1]])
@@ -200,7 +236,7 @@ def _difference(first: float | None, second: float | None, kind: str) -> str:
     return f"{sign}{size}" + (f" ({sign}{percent(abs(change / first))})" if first else "")
 
 
-def _noise(found: Disagreement | None, unknown: str) -> Html:
+def _noise(found: Disagreement | None, unknown: str, unit: str) -> Html:
     if found is None:
         return section("More than chance?", tag("p", unknown))
     rows = (
@@ -211,13 +247,13 @@ def _noise(found: Disagreement | None, unknown: str) -> Html:
     )
     tosses = found.only_first + found.only_second
     if not tosses:
-        words = "No image is right in one and wrong in the other."
+        words = f"No {one_of(unit)} is right in one and wrong in the other."
     else:
         words = (
-            f"Of the {number(found.count)} test images, {number(tosses)} are right in one run only. Were the models equally good, each of "
+            f"Of the {number(found.count)} test {unit}, {number(tosses)} are right in one run only. Were the models equally good, each of "
             f"them would fall to A or B like a coin; a split as uneven as {number(found.only_first)} to {number(found.only_second)} then "
             f"has a probability of {found.chance:.2g} (McNemar's exact test, two-sided). Below {SURE:g} is called more than chance. "
-            "It is about these two models on these images: another seed gives another model."
+            f"It is about these two models on these {unit}: another seed gives another model."
         )
     return section("More than chance?", tag("p", words), table((), rows, numeric=(1,)))
 
@@ -249,8 +285,10 @@ def _curves(first: RunFiles, second: RunFiles) -> Html:
     losses = trained("train_loss")
     add("Training loss", losses, log=bool(losses) and spans_magnitudes(np.concatenate([line[2] for line in losses])))
     add("Test loss", tested("test_loss", 1.0))
-    add("Test accuracy, %", tested("test_accuracy", 100.0))
-    add("Images per second", trained("images_per_second"))
+    for measure in _measures(first, second)[:MEASURE_PLOTS]:
+        is_ratio = measure.unit == "ratio"
+        add(f"{heading(measure)}, %" if is_ratio else heading(measure), tested(measure.key, 100.0 if is_ratio else 1.0))
+    add(f"{capital(first.info.unit)} per second", trained("images_per_second"))
     return section("Curves", tag("div", *figures, class_="figures")) if figures else NOTHING
 
 
@@ -278,16 +316,29 @@ def _setting(value: Any) -> str:
 
 
 def _classes(first: RunFiles, second: RunFiles) -> Html:
-    scores = []
-    for run in (first, second):
-        entries, names = run.summary.get("per_class") or [], run.summary.get("classes") or []
-        if len(entries) != len(names) or not entries:
-            return NOTHING
-        scores.append({str(name): entry for name, entry in zip(names, entries, strict=True) if isinstance(entry, Mapping)})
-    shared = [name for name in scores[0] if name in scores[1]]
+    """Classes by their recall, or labels by their average precision: what the two runs share, the largest difference first."""
+    unit = first.info.unit
+    recalls = [_per_class(run) for run in (first, second)]
+    if all(recalls):
+        about = f"the recall: how many {unit} of the class are found"
+        return _side_by_side("Classes", ("class", unit), recalls, "recall", about)
+    labels = [{str(entry.get("name")): entry for entry in entries_of(run.summary.get("labels"))} for run in (first, second)]
+    about = f"the average precision: how well the label's {unit} are ranked before all others"
+    return _side_by_side("Labels", ("label", unit), labels, "average_precision", about)
+
+
+def _per_class(run: RunFiles) -> dict[str, Mapping[str, Any]]:
+    """By name; nothing where names and entries do not fit."""
+    entries, names = run.summary.get("per_class") or [], run.summary.get("classes") or []
+    if len(entries) != len(names):
+        return {}
+    return {str(name): entry for name, entry in zip(names, entries, strict=True) if isinstance(entry, Mapping)}
+
+
+def _side_by_side(title: str, head: tuple[str, str], scores: Sequence[Mapping[str, Mapping[str, Any]]], key: str, about: str) -> Html:
     rows = []
-    for name in shared:
-        values = [number_or_none(of[name].get("recall")) for of in scores]
+    for name in [name for name in scores[0] if name in scores[1]]:
+        values = [number_or_none(of[name].get(key)) for of in scores]
         if values[0] is not None and values[1] is not None:
             rows.append((name, values[0], values[1]))
     if not rows:
@@ -297,8 +348,8 @@ def _classes(first: RunFiles, second: RunFiles) -> Html:
         (name, percent(one), percent(other), _difference(one, other, "percent"), number(scores[0][name].get("support")))
         for name, one, other in rows
     ]
-    about = tag("p", "The largest difference first. What is compared is the recall: how many images of the class are found.", class_="soft")
-    return section("Classes", about, table(("class", "A", "B", "B − A", "images"), told, numeric=(1, 2, 3, 4)))
+    explained = tag("p", f"The largest difference first. What is compared is {about}.", class_="soft")
+    return section(title, explained, table((head[0], "A", "B", "B − A", head[1]), told, numeric=(1, 2, 3, 4)))
 
 
 def _times(first: RunFiles, second: RunFiles) -> Html:

@@ -1,4 +1,4 @@
-"""What the pages are made of: escaping, tables, the style sheet. Called by the report's parts (report, mistakes, strip, compare).
+"""What the pages are made of: escaping, tables, the style sheet. Called by all of the report's parts.
 
 A page is one file that asks the network for nothing and runs no script. Class names, keys and messages come from the data, and from
 whoever made the data: all text goes through `tag`, which escapes it. What opens does so by `details` and `popover`, without a script.
@@ -75,6 +75,12 @@ def shade(share: float, *, is_right: bool) -> str:
     return f"background:rgba({'46,160,67' if is_right else '218,54,51'},{0.08 + 0.5 * share if share else 0:.3f})"
 
 
+def meter(share: float | None, text: str) -> Html:
+    """A value with a bar of its share (0 to 1) below it; a share that is not known has no bar."""
+    width = 0.0 if share is None else 100 * min(1.0, max(0.0, share))
+    return tag("span", text, tag("i", style=f"width:{width:.1f}%"), class_="meter")
+
+
 def short(value: object, limit: int = 600) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
@@ -115,10 +121,10 @@ figure{margin:0}
 figcaption{font-weight:600}
 svg{display:block;width:100%;height:auto}
 svg text{font-family:system-ui,sans-serif!important}
-.bar,.strip{display:flex;height:1.4rem;border-radius:4px;overflow:hidden;margin-bottom:.5rem}
+.bar,.timeline{display:flex;height:1.4rem;border-radius:4px;overflow:hidden;margin-bottom:.5rem}
 .bar.thin{height:.9rem;min-width:12rem;margin:.3rem 0 0}
-.strip{height:2.2rem;margin:0}
-.strip .off{flex:0 0 3px;background:repeating-linear-gradient(var(--ink) 0 3px,var(--paper) 3px 6px)}
+.timeline{height:2.2rem;margin:0}
+.timeline .off{flex:0 0 3px;background:repeating-linear-gradient(var(--ink) 0 3px,var(--paper) 3px 6px)}
 .axis{display:flex;justify-content:space-between;color:var(--soft);font-size:.8rem}
 .marks{position:relative;height:1.5rem}
 .marks a{position:absolute;bottom:0;padding:0 .2rem;font-size:.8rem;line-height:1.3rem;font-weight:600;color:var(--bad);
@@ -127,6 +133,8 @@ text-decoration:none}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.4rem 0;font-size:.85rem}
 .key{display:inline-block;width:.8em;height:.8em;margin-right:.5em;border-radius:2px}
 .scroll{overflow-x:auto}
+.meter{display:inline-block;min-width:5.5rem}
+.meter i{display:block;height:.25rem;border-radius:2px;background:var(--s0)}
 table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
@@ -154,25 +162,25 @@ background:var(--paper);color:var(--ink)}
 [popover]::backdrop{background:rgba(0,0,0,.45)}
 .top{display:flex;justify-content:space-between;align-items:start;gap:1rem}
 .top h3{margin:0}
-.shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(6.4rem,1fr));gap:.8rem}
-.shots figure{min-width:0}
-.shots img{display:block;width:6rem;height:6rem;max-width:100%;object-fit:contain;background:var(--card);border-radius:4px}
-.shots .pixels{image-rendering:pixelated}
-.shots figcaption{display:grid;font-weight:400;font-size:.8rem;line-height:1.3;margin-top:.25rem}
-.shots figcaption *{overflow-wrap:anywhere}
-.shots b{font-weight:600;color:var(--bad)}
-.shots b::before{content:"→ "}
-.shots .id{color:var(--soft)}
+.thumbnails{display:grid;grid-template-columns:repeat(auto-fill,minmax(6.4rem,1fr));gap:.8rem}
+.thumbnails figure{min-width:0}
+.thumbnails img{display:block;width:6rem;height:6rem;max-width:100%;object-fit:contain;background:var(--card);border-radius:4px}
+.thumbnails .pixels{image-rendering:pixelated}
+.thumbnails figcaption{display:grid;font-weight:400;font-size:.8rem;line-height:1.3;margin-top:.25rem}
+.thumbnails figcaption *{overflow-wrap:anywhere}
+.thumbnails b{font-weight:600;color:var(--bad)}
+.thumbnails b::before{content:"→ "}
+.thumbnails .id{color:var(--soft)}
 .confusion .corner{vertical-align:bottom;font-weight:400;color:var(--soft);white-space:nowrap}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:.7rem;background:var(--card);border-radius:6px;font-size:.85rem}
 @media(max-width:40rem){th,td{padding:.25rem .35rem}dl{grid-template-columns:repeat(auto-fill,minmax(8rem,1fr))}
 .confusion{font-size:.8rem}.confusion td>button{padding:.25rem .3rem}.confusion td{min-width:1.9rem}
-.shots{grid-template-columns:repeat(auto-fill,minmax(5rem,1fr))}.shots img{width:5rem;height:5rem}}
+.thumbnails{grid-template-columns:repeat(auto-fill,minmax(5rem,1fr))}.thumbnails img{width:5rem;height:5rem}}
 @page{margin:14mm}
 @media print{:root{color-scheme:light}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}body{font-size:11px}
 main{max-width:none;padding:0}
-[popover]{display:none}.scroll{overflow:visible}button{text-decoration:none}.shots img{width:4.5rem;height:4.5rem}
+[popover]{display:none}.scroll{overflow:visible}button{text-decoration:none}.thumbnails img{width:4.5rem;height:4.5rem}
 details::details-content{content-visibility:visible;height:auto;display:block}
-figure,tr,dl div,.events>div,.strip,.bar{break-inside:avoid}h2,h3{break-after:avoid}}
+figure,tr,dl div,.events>div,.timeline,.bar{break-inside:avoid}h2,h3{break-after:avoid}}
 """.strip()
 )

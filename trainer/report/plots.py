@@ -5,17 +5,20 @@ Colours are the page's: a drawing follows its light and dark scheme.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from trainer.report.page import Html, tag
 
 CURVE_POINTS = 600  # more are below a pixel, and each costs bytes
+SCATTER_POINTS = 1000
 LOG_FROM = 20.0  # a loss that reaches this many times its median is drawn on a logarithmic axis
 
 Values = npt.NDArray[np.float64]
@@ -23,7 +26,9 @@ Line = tuple[str, Values, Values, str]
 """Label, x, y, and Matplotlib's line style."""
 
 # Colours that no drawing uses by chance; each becomes a CSS variable, so that the page's scheme colours the curves, too.
-_INK, _SERIES = "#010203", ("#020304", "#030405", "#040506")
+_INK, _SERIES = "#010203", ("#020304", "#030405", "#040506", "#050607", "#060708", "#070809", "#08090a", "#090a0b")
+MOST_LINES = len(_SERIES)
+_MARKS = _SERIES[2]
 
 
 def thinned(x: Values, y: Values, points: int = CURVE_POINTS) -> tuple[Values, Values]:
@@ -54,21 +59,17 @@ def spans_magnitudes(values: Values) -> bool:
 
 
 def plot(lines: Sequence[Line], *, marks: Sequence[float], x: str, log: bool, ident: str) -> Html:
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": ident, "font.size": 9.0, "axes.edgecolor": _INK}):
-        figure = Figure(figsize=(5.2, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        for (label, xs, ys, style), colour in zip(lines, _SERIES, strict=False):
+    """At most MOST_LINES lines, each in its colour."""
+    with _styled(ident) as (figure, axes):
+        for (label, xs, ys, style), colour in zip(lines, _SERIES[: len(lines)], strict=True):
             axes.plot(xs, ys, style, color=colour, label=label, linewidth=1.4, markersize=3.5)
         for mark in marks:
-            axes.axvline(mark, color=_SERIES[2], linestyle="--", linewidth=0.8)
+            axes.axvline(mark, color=_MARKS, linestyle="--", linewidth=0.8)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # not 10^1 in mathematics' letters
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(x, color=_INK)
-        axes.tick_params(colors=_INK, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(visible=True, color=_INK, alpha=0.12, linewidth=0.6)
         if len(lines) > 1:
             axes.legend(frameon=False, labelcolor=_INK)
         return svg(figure, ident)
@@ -84,6 +85,39 @@ def heat(share: Values) -> Html:
         axes.set_ylabel("true class", color=_INK)
         axes.tick_params(colors=_INK)
         return tag("figure", svg(figure, "heat"))
+
+
+def scatter(xs: Values, ys: Values, *, x: str, y: str, ident: str) -> Html:
+    """Points, at most SCATTER_POINTS of them at even distances in the order given, and the line on which the two are equal."""
+    each = -(-len(xs) // SCATTER_POINTS)
+    xs, ys = xs[::each], ys[::each]
+    ends = [min(xs.min(), ys.min()), max(xs.max(), ys.max())]
+    with _styled(ident) as (figure, axes):
+        axes.plot(xs, ys, "o", color=_SERIES[0], markersize=2.5, alpha=0.5, markeredgewidth=0)
+        axes.plot(ends, ends, "--", color=_INK, linewidth=0.8)
+        axes.set_ylabel(y, color=_INK)
+        axes.set_xlabel(x, color=_INK)
+        return svg(figure, ident)
+
+
+def histogram(values: Values, *, x: str, ident: str) -> Html:
+    with _styled(ident) as (figure, axes):
+        axes.hist(values, bins=min(60, max(10, round(len(values) ** 0.5))), color=_SERIES[0])
+        axes.axvline(0.0, color=_INK, linestyle="--", linewidth=0.8)
+        axes.set_xlabel(x, color=_INK)
+        return svg(figure, ident)
+
+
+@contextmanager
+def _styled(ident: str) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of the page's size and colours, with empty axes."""
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": ident, "font.size": 9.0, "axes.edgecolor": _INK}):
+        figure = Figure(figsize=(5.2, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.tick_params(colors=_INK, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(visible=True, color=_INK, alpha=0.12, linewidth=0.6)
+        yield figure, axes
 
 
 def svg(figure: Figure, ident: str) -> Html:

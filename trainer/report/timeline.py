@@ -1,6 +1,6 @@
-"""The report's parts about time: the run as a strip, second by second, with its failures on it; and the ranks side by side. For report.
+"""The report's parts about time: the run second by second, with its failures on it; and the ranks side by side. Called by sections.
 
-The strip's spans are those of `trainer.runs.summary.timeline`, from which the account of seconds is made, too.
+The spans are those of `trainer.runs.summary.timeline`, from which the account of seconds is made, too.
 """
 
 import itertools
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.report.page import NOTHING, Html, join, number_or_none, section, short, table, tag
+from trainer.runs.measures import capital
 from trainer.runs.summary import Span, timeline
 from trainer.settings.units import duration, number, percent
 
@@ -32,7 +33,7 @@ COLOURS = {
 SPANS = 1500
 """Of more, neighbours are drawn together: a span is far below a pixel then."""
 LISTED_FAILURES = 50
-MARK_EVERY = 0.035  # of the strip's width: marks that are closer share one
+MARK_EVERY = 0.035  # of the timeline's width: marks that are closer share one
 SHOWN_RANKS = 32
 
 
@@ -41,7 +42,7 @@ class Lost:
     """A failure, and what it cost."""
 
     at: float
-    """Seconds of the strip."""
+    """Seconds of the timeline."""
     since_seconds: float
     """By the clock, since the run began."""
     event: Mapping[str, Any]
@@ -86,7 +87,7 @@ def failures(events: Sequence[Mapping[str, Any]], sessions: Sequence[Sequence[Sp
     return found
 
 
-def strip_section(events: Sequence[Mapping[str, Any]]) -> Html:
+def timeline_section(events: Sequence[Mapping[str, Any]]) -> Html:
     """Nothing where the journal tells of no second."""
     sessions = [spans for spans in timeline(_sound(events)) if spans]
     whole = sum(totals(sessions).values())
@@ -104,7 +105,7 @@ def strip_section(events: Sequence[Mapping[str, Any]]) -> Html:
     lost = failures(events, sessions)
     off = [later[0].begin - earlier[-1].end for earlier, later in itertools.pairwise(sessions)]
     words = ", ".join(f"{cause.replace('_', ' ')} {percent(seconds / whole)}" for cause, seconds in by_cause.items())
-    bar = tag("div", *_drawn(sessions, whole, off), class_="strip", role="img", aria_label=f"The run's {duration(whole)}: {words}")
+    bar = tag("div", *_drawn(sessions, whole, off), class_="timeline", role="img", aria_label=f"The run's {duration(whole)}: {words}")
     axis = tag("div", tag("span", "0 s"), tag("span", duration(whole)), class_="axis")
     gaps = ""
     if off:
@@ -118,7 +119,7 @@ def strip_section(events: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def _sound(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Without events that lack what an account needs: a damaged journal costs its strip those only."""
+    """Without events that lack what an account needs: a damaged journal costs its timeline those only."""
     needs = {"checkpoint_committed": "step", "attempt_started": "start_step"}
 
     def is_sound(event: Mapping[str, Any]) -> bool:
@@ -209,7 +210,7 @@ def _key(cause: str) -> Html:
     return tag("i", class_="key", style=f"background:{colour(cause)}")
 
 
-def ranks_section(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Html:
+def ranks_section(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]], unit: str = "images") -> Html:
     """How fast each rank is by itself, and what its steps are made of: of the last attempt, from summary.json."""
     entries = [entry for entry in summary.get("ranks") or [] if isinstance(entry, Mapping)]
     measured = {rank: split for rank, entry in enumerate(entries) if (split := _split(entry)) is not None}
@@ -241,15 +242,14 @@ def ranks_section(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]
     rates = [rate for rate, _ in measured.values()]
     seen = "the slowest and the fastest of them" if len(shown) < len(measured) else ""
     spread = f" The slowest does {percent(min(rates) / statistics.median(rates))} of the median." if len(rates) > 1 else ""
-    about = (
-        f"Of the last attempt{', ' + seen if seen else ''}. Images a second: what the rank would do if it never waited for another.{spread}"
-    )
+    of = f", {seen}" if seen else ""
+    about = f"Of the last attempt{of}. {capital(unit)} a second: what the rank would do if it never waited for another.{spread}"
     legend = tag(
         "p",
         *(tag("span", _key(name), name, class_="nobreak") for name in ("steps", "data wait", "exchange wait", "checkpoint stall")),
         class_="legend",
     )
-    head = ("rank", "host", "images/s", "a step takes", "of which")
+    head = ("rank", "host", f"{unit}/s", "a step takes", "of which")
     return section("Ranks", tag("p", about, class_="soft"), table(head, rows, numeric=(0, 2, 3)), legend)
 
 

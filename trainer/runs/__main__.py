@@ -1,18 +1,16 @@
 """`python -m trainer.runs`: the runs of a storage, and how they are doing; `watch RUN` follows one of them (trainer/runs/watch.py).
 
 What a run's folder tells is found by trainer/runs/status.py; this file is the command line and the table. The small commands' way to a
-run's
-folder, find_run, can be imported from here too.
+run's folder, find_run, can be imported from here too.
 """
 
-import dataclasses
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -22,7 +20,8 @@ from rich.text import Text
 from cluster.redact import redact
 from cluster.storage import open_storage
 from trainer.runs.folder import RunFolder, find_run
-from trainer.runs.status import Standing, moment, printable, run_folders, standings
+from trainer.runs.measures import shown
+from trainer.runs.status import RunStatus, moment, printable, run_folders, statuses
 from trainer.settings.cli import fail
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration, number, percent, size
@@ -47,7 +46,7 @@ class Arguments:
     storage: str = RunConfig().storage
     """Folder or URI that holds the runs' folders."""
     sort: Sort = "started"
-    """Numbers the largest first, times the newest first."""
+    """Numbers the largest first, times the newest first; `accuracy` is the measure that a run's task goes by, the best first."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """One JSON object a line for each run: numbers without units, null for what is not known."""
     live: bool = True
@@ -74,17 +73,17 @@ def _list(arguments: Arguments) -> int:
     try:
         storage = open_storage(arguments.storage, RETRY_SECONDS)
         everything = run_folders(storage)
-        found = list(standings(run_folders(storage, arguments.pattern), is_live=arguments.live))
+        found = list(statuses(run_folders(storage, arguments.pattern), is_live=arguments.live))
     except (ValueError, OSError) as error:
         fail(redact(str(error)))
     key, is_descending = _SORTS[arguments.sort]
-    found.sort(key=lambda standing: standing.run)
-    known = [standing for standing in found if key(standing) is not None]
+    found.sort(key=lambda run: run.run)
+    known = [run for run in found if key(run) is not None]
     known.sort(key=key, reverse=is_descending)
-    ordered = known + [standing for standing in found if key(standing) is None]
+    ordered = known + [run for run in found if key(run) is None]
     if arguments.json:
-        for standing in ordered:
-            print(json.dumps(dataclasses.asdict(standing), ensure_ascii=False))
+        for run in ordered:
+            print(json.dumps(run.to_json(), ensure_ascii=False))
         return 0
     if ordered:
         console = Console(highlight=False)
@@ -98,16 +97,21 @@ def _list(arguments: Arguments) -> int:
     return 0
 
 
-_SORTS: Mapping[Sort, tuple[Callable[[Standing], Any], bool]] = {
-    "started": (lambda standing: standing.started, True),
-    "name": (lambda standing: standing.run, False),
-    "status": (lambda standing: standing.status, False),
-    "step": (lambda standing: standing.step, True),
-    "accuracy": (lambda standing: standing.test_accuracy, True),
-    "speed": (lambda standing: standing.images_per_second, True),
-    "goodput": (lambda standing: standing.goodput, True),
-    "restarts": (lambda standing: standing.restarts, True),
-    "duration": (lambda standing: standing.seconds, True),
+def _quality(run: RunStatus) -> float | None:
+    """The measure that its task goes by, so that more is better."""
+    return run.headline if run.headline is None or run.task.headline.higher_is_better else -run.headline
+
+
+_SORTS: Mapping[Sort, tuple[Callable[[RunStatus], Any], bool]] = {
+    "started": (lambda run: run.started, True),
+    "name": (lambda run: run.run, False),
+    "status": (lambda run: run.status, False),
+    "step": (lambda run: run.step, True),
+    "accuracy": (_quality, True),
+    "speed": (lambda run: run.images_per_second, True),
+    "goodput": (lambda run: run.goodput, True),
+    "restarts": (lambda run: run.restarts, True),
+    "duration": (lambda run: run.seconds, True),
 }
 
 # --- the table ------------------------------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ _SORTS: Mapping[Sort, tuple[Callable[[Standing], Any], bool]] = {
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Column:
     heading: str
-    show: Callable[[Standing, float], str]
+    show: Callable[[RunStatus, float], str]
     """The run, and the unix time of now."""
     rank: int
     """Where the width is too small, the column with the highest goes first; 0 stays."""
@@ -127,20 +131,25 @@ def _or_dash(value: object, show: Callable[[Any], str]) -> str:
     return "-" if value is None else show(value)
 
 
-def _steps(standing: Standing, now: float) -> str:
-    if standing.step is None:
+def _steps(run: RunStatus, now: float) -> str:
+    if run.step is None:
         return "-"
-    return f"{standing.step:,}/{_or_dash(standing.total_steps, number).replace('-', '?')}"
+    return f"{run.step:,}/{_or_dash(run.plan.total_steps, number).replace('-', '?')}"
 
 
-def _restarts(standing: Standing, now: float) -> str:
-    return _or_dash(standing.restarts, number) + "+" * (standing.restarts_are_more and standing.restarts is not None)
+def _restarts(run: RunStatus, now: float) -> str:
+    return _or_dash(run.restarts, number) + "+" * (run.restarts_are_more and run.restarts is not None)
 
 
-def _saved(standing: Standing, now: float) -> str:
-    if standing.checkpoint_step is None:
+def _headline(run: RunStatus, now: float) -> str:
+    measure = run.task.headline
+    return _or_dash(run.headline, lambda value: f"{shown(measure.unit, value)} {measure.title}")
+
+
+def _saved(run: RunStatus, now: float) -> str:
+    if run.checkpoint_step is None:
         return "-"
-    return f"{standing.checkpoint_step:,} ({size(standing.checkpoint_bytes)})"
+    return f"{run.checkpoint_step:,} ({size(run.checkpoint_bytes)})"
 
 
 def age(seconds: float) -> str:
@@ -152,26 +161,28 @@ def age(seconds: float) -> str:
 
 
 _COLUMNS = (
-    _Column(heading="run", show=lambda standing, now: printable(standing.run), rank=0, is_text=True),
-    _Column(heading="status", show=lambda standing, now: standing.status, rank=0, is_text=True),
+    _Column(heading="run", show=lambda run, now: printable(run.run), rank=0, is_text=True),
+    _Column(heading="status", show=lambda run, now: run.status, rank=0, is_text=True),
     _Column(heading="step", show=_steps, rank=0),
-    _Column(heading="accuracy", show=lambda standing, now: _or_dash(standing.test_accuracy, percent), rank=1),
-    _Column(heading="img/s", show=lambda standing, now: _or_dash(standing.images_per_second, lambda value: f"{value:,.0f}"), rank=2),
-    _Column(heading="goodput", show=lambda standing, now: _or_dash(standing.goodput, percent), rank=3),
+    _Column(heading="accuracy", show=lambda run, now: _or_dash(run.headline, percent), rank=1),
+    _Column(heading="img/s", show=lambda run, now: _or_dash(run.images_per_second, lambda value: f"{value:,.0f}"), rank=2),
+    _Column(heading="goodput", show=lambda run, now: _or_dash(run.goodput, percent), rank=3),
     _Column(heading="restarts", show=_restarts, rank=4),
-    _Column(heading="workers", show=lambda standing, now: _or_dash(standing.workers, number), rank=7),
-    _Column(heading="started", show=lambda standing, now: _or_dash(standing.started, moment), rank=9, is_text=True),
-    _Column(heading="age", show=lambda standing, now: _or_dash(standing.started, lambda started: age(now - started)), rank=5),
-    _Column(heading="took", show=lambda standing, now: _or_dash(standing.seconds, duration), rank=6),
+    _Column(heading="workers", show=lambda run, now: _or_dash(run.workers, number), rank=7),
+    _Column(heading="started", show=lambda run, now: _or_dash(run.started, moment), rank=9, is_text=True),
+    _Column(heading="age", show=lambda run, now: _or_dash(run.started, lambda started: age(now - started)), rank=5),
+    _Column(heading="took", show=lambda run, now: _or_dash(run.seconds, duration), rank=6),
     _Column(heading="saved at step", show=_saved, rank=8),
 )
+_HEADLINE = _Column(heading="test", show=_headline, rank=1)
+"""In place of the accuracy, where the runs are of different tasks."""
 _STYLES = {"running": "green", "finished": "blue", "failed": "red", "killed": "red", "silent": "yellow", "unknown": "yellow"}
 
 
-def table(runs: Sequence[Standing], *, width: int | None, now: float) -> list[Text]:
+def table(runs: Sequence[RunStatus], *, width: int | None, now: float) -> list[Text]:
     """Aligned lines: a heading, a line for each run, and below it what is wrong with it. Where `width` is too small for all columns, the
     least telling are left out, and names and remarks are cut; None has room for everything."""
-    columns = list(_COLUMNS)
+    columns = _columns(runs)
     while True:
         cells = [[column.heading for column in columns], *([column.show(run, now) for column in columns] for run in runs)]
         widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
@@ -187,6 +198,22 @@ def table(runs: Sequence[Standing], *, width: int | None, now: float) -> list[Te
         lines.append(_line(columns, widths, row, _STYLES.get(run.status, ""), ""))
         lines += [Text(cut(f"{GAP}{printable(remark)}", width), style="dim") for remark in (*filter(None, [run.note]), *run.problems)]
     return lines
+
+
+def _columns(runs: Sequence[RunStatus]) -> list[_Column]:
+    """Accuracy and images, where all runs are measured by them; else each says what its number is."""
+    known = [run.task for run in runs if run.headline is not None]
+    columns = list(_COLUMNS)
+    if any(task.headline.name != "accuracy" for task in known):
+        columns[_named(columns, "accuracy")] = _HEADLINE
+    if any(run.task.unit != "images" for run in runs):
+        speed = columns[index := _named(columns, "img/s")]
+        columns[index] = replace(speed, heading="samples/s")
+    return columns
+
+
+def _named(columns: Sequence[_Column], heading: str) -> int:
+    return next(index for index, column in enumerate(columns) if column.heading == heading)
 
 
 def _line(columns: Sequence[_Column], widths: Sequence[int], row: Sequence[str], status_style: str, style: str) -> Text:

@@ -17,12 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
 from trainer.settings.units import duration, number, percent, size
 
 # The causes of `accounting` for people; a cause that is not here explains itself.
 CAUSES = {
     "steps": "computing the steps that count",
-    "data wait": "steps that waited for images",
+    "data wait": "steps that waited for data",
     "exchange wait": "steps that waited for other ranks: slower ones, and the network",
     "checkpoint stall": "steps that waited for a checkpoint's copy",
     "evaluation": "testing",
@@ -58,8 +59,14 @@ class RunState:
     images_per_second: float | None = None
     data_wait_ratio: float | None = None
     """Part of the time that steps waited for data."""
-    test_accuracy: float | None = None
-    """Of the newest evaluation."""
+    headline: float | None = None
+    """Of the newest evaluation, the measure that the task goes by."""
+    headline_title: str = "test"
+    """As trainer.runs.measures.headline_title says it."""
+    headline_unit: str = "ratio"
+    """Measure.unit."""
+    unit: str = "images"
+    """What samples are called (TaskInfo.unit)."""
     checkpoint_step: int | None = None
     """Step of the newest committed checkpoint."""
     checkpoint_age_seconds: float | None = None
@@ -80,12 +87,12 @@ def describe(state: RunState) -> str:
         parts.append(f"{duration(state.remaining_seconds)} left")
     if state.loss is not None:
         parts.append(f"loss {state.loss:.4f}")
-    if state.test_accuracy is not None:
-        parts.append(f"test {percent(state.test_accuracy)}")
+    if state.headline is not None:
+        parts.append(f"{state.headline_title} {shown(state.headline_unit, state.headline)}")
     if state.learning_rate is not None:
         parts.append(f"lr {state.learning_rate:.3g}")
     if state.images_per_second is not None:
-        parts.append(f"{state.images_per_second:,.0f} img/s")
+        parts.append(f"{state.images_per_second:,.0f} {rate_unit(state.unit)}")
     if state.data_wait_ratio is not None:
         parts.append(f"data wait {percent(state.data_wait_ratio)}")
     if state.checkpoint_step is not None:
@@ -191,18 +198,21 @@ def final_table(
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of the key numbers that `summary` holds. Shared with the report."""
     rows: list[tuple[str, str]] = []
+    info, _ = known_info(summary)
+    samples = capital(info.unit)
 
     def add(name: str, key: str, show: Callable[[Any], str]) -> None:
         if summary.get(key) is not None:
             rows.append((name, show(summary[key])))
 
-    add("Test accuracy", "test_accuracy", lambda value: percent(value, 2))
+    for measure, value in measured(info, summary):
+        rows.append((heading(measure), shown(measure.unit, value, 2)))
     add("Test loss", "test_loss", lambda value: f"{value:.4f}")
     add("Training loss", "train_loss", lambda value: f"{value:.4f}")
     add("Steps", "steps", number)
     add("Epochs", "epochs", number)
-    add("Images seen", "samples_seen", number)
-    add("Images per second", "images_per_second", lambda value: f"{value:,.0f}")
+    add(f"{samples} seen", "samples_seen", number)
+    add(f"{samples} per second", "images_per_second", lambda value: f"{value:,.0f}")
     add("Workers", "workers", number)
     if summary.get("virtual_ranks") != summary.get("workers"):
         add("Virtual ranks", "virtual_ranks", number)
@@ -221,7 +231,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("Checkpoints", "checkpoints", number)
     add("Checkpoint size", "checkpoint_bytes", size)
     add("Checkpoint stall", "checkpoint_stall_seconds", duration)
-    add("Quarantined images", "quarantined", number)
+    add(f"Quarantined {info.unit}", "quarantined", number)
     return rows
 
 

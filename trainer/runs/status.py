@@ -16,7 +16,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from cluster.process import process_stat
@@ -25,8 +25,10 @@ from cluster.store import COMMIT, CORRUPT, MANIFEST, Store
 from trainer.runs import live, summary
 from trainer.runs.folder import RUN_MARKS, RunFolder
 from trainer.runs.journal_tail import Event, Excerpt, JournalTail
+from trainer.runs.measures import known_info
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration
+from trainer.tasks.info import CLASSIFICATION, TaskInfo
 
 Status = Literal["running", "finished", "stopped", "failed", "killed", "silent", "unknown"]
 """killed: its driver is gone without a word. silent: nothing is known of its driver, and it has written nothing for long."""
@@ -45,16 +47,28 @@ _STATUSES: dict[str, Status] = {status: status for status in _ENDS.values()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
+class Plan:
+    """What a run is to do, by its settings and data; None is not known."""
+
+    epochs: int | None = None
+    steps_per_epoch: int | None = None
+    batch_size: int | None = None
+    total_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStatus:
     """One run, as far as its folder tells; None is not known."""
 
     run: str
     status: Status
     note: str = ""
     """Why it failed, since when it is silent, ..."""
+    task: TaskInfo = CLASSIFICATION
+    plan: Plan = field(default=Plan())
     step: int | None = None
-    total_steps: int | None = None
-    test_accuracy: float | None = None
+    headline: float | None = None
+    """Of the newest evaluation, the measure that its task goes by."""
     images_per_second: float | None = None
     goodput: float | None = None
     restarts: int | None = None
@@ -71,10 +85,18 @@ class Standing:
     checkpoint_bytes: int | None = None
     problems: tuple[str, ...] = field(default=())
     """What is wrong with its folder."""
-    epochs: int | None = None
-    """That it is to do, as `steps_per_epoch` and `batch_size` by its settings and data."""
-    steps_per_epoch: int | None = None
-    batch_size: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat object: `--json`."""
+        headline = self.task.headline
+        left_out = ("task", "plan")
+        return {
+            **{name: getattr(self, name) for name in self.__slots__ if name not in left_out},
+            **asdict(self.plan),
+            "test_accuracy": self.headline if headline.name == "accuracy" else None,
+            "task": self.task.name,
+            "headline_name": headline.name,
+        }
 
 
 def run_folders(storage: Storage, pattern: str = "") -> list[RunFolder]:
@@ -88,27 +110,27 @@ def run_folders(storage: Storage, pattern: str = "") -> list[RunFolder]:
     ]
 
 
-def standings(folders: Sequence[RunFolder], *, is_live: bool = True, clock: Callable[[], float] = time.time) -> Iterator[Standing]:
+def statuses(folders: Sequence[RunFolder], *, is_live: bool = True, clock: Callable[[], float] = time.time) -> Iterator[RunStatus]:
     """Of those folders that are runs, in their order. `is_live`: ask runs that may be alive for their figures."""
 
-    def one(folder: RunFolder) -> Standing | None:
+    def one(folder: RunFolder) -> RunStatus | None:
         return look(folder, is_live=is_live, clock=clock)
 
     if all(folder.storage.is_local for folder in folders):
-        found: Iterator[Standing | None] = map(one, folders)
-        yield from (standing for standing in found if standing is not None)
+        found: Iterator[RunStatus | None] = map(one, folders)
+        yield from (status for status in found if status is not None)
         return
     with ThreadPoolExecutor(REMOTE_AT_ONCE) as pool:
-        yield from (standing for standing in pool.map(one, folders) if standing is not None)
+        yield from (status for status in pool.map(one, folders) if status is not None)
 
 
-def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] = time.time) -> Standing | None:
+def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] = time.time) -> RunStatus | None:
     """One run; None if the folder is not a run's. What is damaged is said in `problems`, never raised."""
     problems: list[str] = []
     try:
         entries = {entry.name: entry for entry in folder.storage.list(folder.name)}
     except OSError as error:
-        return Standing(run=folder.name, status="unknown", problems=(f"the folder cannot be read: {_reason(error)}",))
+        return RunStatus(run=folder.name, status="unknown", problems=(f"the folder cannot be read: {_reason(error)}",))
     if not entries.keys() & set(RUN_MARKS):
         return None
     said: Mapping[str, Any] = {}
@@ -134,12 +156,12 @@ def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] 
     except OSError as error:
         problems.append(f"its journal cannot be read: {_reason(error)}")
     try:
-        return _standing(folder, excerpt, known, problems, is_live=is_live, now=clock())
+        return _status(folder, excerpt, known, problems, is_live=is_live, now=clock())
     except (KeyError, TypeError, ValueError, OSError) as error:  # events and summaries of any age and any author
-        return Standing(run=folder.name, status="unknown", problems=(*problems, f"it cannot be made sense of: {_reason(error)}"))
+        return RunStatus(run=folder.name, status="unknown", problems=(*problems, f"it cannot be made sense of: {_reason(error)}"))
 
 
-def _standing(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], problems: list[str], *, is_live: bool, now: float) -> Standing:
+def _status(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], problems: list[str], *, is_live: bool, now: float) -> RunStatus:
     """`known` is the summary if it is of the run as it is now."""
     events, end = excerpt.events, end_of(excerpt.events)
     attempts = [event for event in events if event["event"] == "attempt_started"]
@@ -172,27 +194,35 @@ def _standing(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], pro
     if seconds is None and excerpt.is_whole and events:
         seconds = summary.wall_seconds(events) + (now - events[-1]["time"] if status == "running" else 0.0)
     speed = known.get("images_per_second") if known else speed_of(ranks, workers) or speed_by_journal(events, settings)
-    return Standing(
+    drivers = [event for event in events if event["event"] == "run_started"]
+    task, problem = known_info(known, *reversed(drivers))
+    if problem:
+        problems.append(problem)
+    newest = known or (evaluations[-1] if evaluations else {})
+    return RunStatus(
         run=folder.name,
         status=status,
         note=note,
         step=step,
-        total_steps=step if status == "finished" else _total_steps(settings, steps_per_epoch),
-        test_accuracy=known.get("test_accuracy") if known else evaluations[-1].get("test_accuracy") if evaluations else None,
+        task=task,
+        plan=Plan(
+            epochs=settings.epochs if settings else None,
+            steps_per_epoch=round(steps_per_epoch) if steps_per_epoch else None,
+            batch_size=settings.batch_size if settings else None,
+            total_steps=step if status == "finished" else _total_steps(settings, steps_per_epoch),
+        ),
+        headline=newest.get(task.headline.key),
         images_per_second=speed,
         goodput=known.get("goodput") if known else coordinator.get("goodput_ratio"),
         restarts=known.get("restarts") if known else summary.restarts(events) if events else None,
         restarts_are_more=not known and bool(events) and not excerpt.is_whole,
         workers=workers,
-        started=next((event.get("process_started", event["time"]) for event in events if event["event"] == "run_started"), None),
+        started=next((event.get("process_started", event["time"]) for event in drivers), None),
         last_sign=now if ranks or coordinator else events[-1]["time"] if events else None,
         seconds=seconds,
         checkpoint_step=checkpoint.step,
         checkpoint_bytes=checkpoint.size_bytes,
         problems=tuple(problems),
-        epochs=settings.epochs if settings else None,
-        steps_per_epoch=round(steps_per_epoch) if steps_per_epoch else None,
-        batch_size=settings.batch_size if settings else None,
     )
 
 

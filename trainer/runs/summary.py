@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.settings.tree import RunConfig
+from trainer.tasks.info import TaskInfo, info_of
 
 ACCOUNTED = ("step_seconds", "data_wait_seconds", "exchange_wait_seconds", "evaluation_seconds", "checkpoint_stall_seconds")
 """Of History: what a run's account needs (summary.accounting)."""
@@ -180,7 +181,9 @@ def _count(events: Sequence[Event], name: str) -> int:
 def summarise(
     *, config: RunConfig, status: str, events: Sequence[Event], result: Mapping[str, Any] | None, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """summary.json. `result` is rank 0's (None where an attempt never ended well), `facts` what the driver knows: workers, classes, ..."""
+    """summary.json. `result` is rank 0's (None where an attempt never ended well), `facts` what the driver knows: workers, classes, task (a
+    TaskInfo or its JSON), ... Whatever the evaluation says is in it, its numbers early and its tables late: the list of runs reads the
+    beginning only."""
     result = result or {}
     history = result.get("history", {})
     evaluation = result.get("evaluation", {})
@@ -190,6 +193,9 @@ def summarise(
     commits = [e for e in events if e["event"] == "checkpoint_committed"]
     steps_per_epoch = facts.get("steps_per_epoch") or 1
     steps = result.get("steps_done", commits[-1]["step"] if commits else 0)
+    said = facts.get("task")
+    task = said if isinstance(said, TaskInfo) else info_of({"task": said})
+    measures, details = _evaluated(evaluation)
     return {
         "run": config.run,
         "status": status,
@@ -207,6 +213,8 @@ def summarise(
         "train_loss": history.get("train_loss"),
         "test_accuracy": evaluation.get("test_accuracy"),
         "test_loss": evaluation.get("test_loss"),
+        **measures,
+        "task": task.to_json(),
         "images_per_second": history["samples"] / step_seconds if step_seconds else None,
         "goodput": parts["steps"] / wall if wall and history else None,
         "data_wait_ratio": history["data_wait_seconds"] / step_seconds if step_seconds else None,
@@ -227,8 +235,20 @@ def summarise(
         "test_count": evaluation.get("test_count"),
         "per_class": evaluation.get("per_class"),
         "confusion": evaluation.get("confusion"),
+        **details,
         "accounting": parts if history else None,
         "ranks": result.get("ranks"),
         "versions": facts.get("versions"),
         "command": facts.get("command"),
     }
+
+
+_PLACED = frozenset({"step", "epoch", "test_accuracy", "test_loss", "test_count", "per_class", "confusion"})
+"""Of an evaluation's entry, what has a place of its own in the summary."""
+
+
+def _evaluated(entry: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(numbers, tables): the other keys of an evaluation."""
+    others = {key: value for key, value in entry.items() if key not in _PLACED}
+    numbers = {key: value for key, value in others.items() if key.startswith("test_")}
+    return numbers, {key: value for key, value in others.items() if key not in numbers}

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -21,25 +22,28 @@ from cluster.config import FaultPolicy
 from cluster.redact import redact
 from cluster.storage import open_storage
 from trainer.runs import live
+from trainer.runs.events import is_followed, plainly, words_of
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.journal_tail import Event, JournalTail
+from trainer.runs.measures import headline_title, known_info
 from trainer.runs.progress import ProgressLine, RunState, describe, final_table
 from trainer.runs.status import (
     TAIL_BYTES,
     TAIL_SEGMENTS,
-    Standing,
+    RunStatus,
     current_summary,
     look,
     moment,
     printable,
     run_folders,
-    standings,
     status_of,
+    statuses,
     why_ended,
 )
 from trainer.settings.cli import fail
 from trainer.settings.tree import RunConfig
-from trainer.settings.units import duration, number, percent, size
+from trainer.settings.units import percent
+from trainer.tasks.info import CLASSIFICATION
 
 PROG = "python -m trainer.runs watch"
 RETRY_SECONDS = 5.0
@@ -52,9 +56,6 @@ SHOWN_RANKS = 8
 
 EXITS: Mapping[str, int] = {"finished": 0, "failed": 1, "stopped": 3, "killed": 4}
 """2 is a wrong command line, 130 Ctrl-C."""
-
-# In every run, often; the progress line tells of them, or the events around them do.
-_ROUTINE = frozenset({"worker_registered", "first_step", "account", "stacks", "prune_failed", "checkpoint_pruned", "sample_quarantined"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +93,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _newest(storage: str) -> RunFolder:
     opened = open_storage(storage, RETRY_SECONDS)
-    running = [standing for standing in standings(run_folders(opened)) if standing.status == "running"]
+    running = [status for status in statuses(run_folders(opened)) if status.status == "running"]
     if not running:
         raise ValueError(f"no run in {opened.address} is running; name one, or say with --storage where it is")
-    return RunFolder(storage=opened, name=max(running, key=lambda standing: standing.started or 0.0).run)
+    return RunFolder(storage=opened, name=max(running, key=lambda status: status.started or 0.0).run)
 
 
 class Watch:
@@ -114,7 +115,7 @@ class Watch:
         """`every_seconds`: between looks, 0 takes what suits the storage."""
         self._folder, self._console, self._is_live, self._clock, self._sleep = folder, console, is_live, clock, sleep
         self._every_seconds = every_seconds or (LOCAL_EVERY_SECONDS if folder.storage.is_local else REMOTE_EVERY_SECONDS)
-        self._story = Story(folder.name)
+        self._tracker = RunTracker(folder.name)
         self._look_seconds = LOOK_EVERY_SECONDS if folder.storage.is_local else REMOTE_LOOK_EVERY_SECONDS
         self._places: list[live.Place] = []
         self._figures: Mapping[int | None, live.Figures] = {}
@@ -129,38 +130,38 @@ class Watch:
             events = tail.excerpt(tail_bytes=TAIL_BYTES, tail_segments=TAIL_SEGMENTS).events
         except FileNotFoundError:
             events = []
-        standing = self._look()
+        status = self._look()
         with _Screen(self._console) as screen:
-            said = [line for event in events if (line := self._story.take(event))]
+            said = [line for event in events if (line := self._tracker.take(event))]
             if len(said) > SHOWN_BEFORE:
                 screen.message(f"... {len(said) - SHOWN_BEFORE:,} earlier events are in its journal")
             for line in said[-SHOWN_BEFORE:]:
                 screen.message(line)
             looked_at = ranks_at = self._clock()
             while True:
-                if self._story.end or standing.status in EXITS:
+                if self._tracker.end or status.status in EXITS:
                     # The driver may have written its end between the look at the journal and the look at its process.
                     for event in self._new(tail, screen):
-                        screen.message(self._story.take(event))
+                        screen.message(self._tracker.take(event))
                     break
-                self._ask(standing)
+                self._ask(status)
                 now = self._clock()
-                screen.show(self._story.state(now, standing, self._figures), self._ranks)
+                screen.show(self._tracker.state(now, status, self._figures), self._ranks)
                 if self._ranks and not screen.is_terminal and now - ranks_at >= RANKS_EVERY_SECONDS:
                     ranks_at = now
                     screen.message("; ".join(rank_lines(self._ranks)))
                 self._sleep(self._every_seconds)
                 new = self._new(tail, screen)
                 for event in new:
-                    screen.message(self._story.take(event))
-                is_of_interest = bool(new) and standing.status != "running"
-                is_learned = standing.total_steps is None and (bool(new) or bool(self._figures))
+                    screen.message(self._tracker.take(event))
+                is_of_interest = bool(new) and status.status != "running"
+                is_learned = status.plan.total_steps is None and (bool(new) or bool(self._figures))
                 if is_of_interest or is_learned or self._clock() - looked_at >= self._look_seconds:
-                    looked_at, before = self._clock(), standing.status
-                    standing = self._look(is_live=is_learned)
-                    if standing.status == "silent" and before != "silent":
-                        screen.message(standing.note)
-        return self._tell_end(standing)
+                    looked_at, before = self._clock(), status.status
+                    status = self._look(is_live=is_learned)
+                    if status.status == "silent" and before != "silent":
+                        screen.message(status.note)
+        return self._tell_end(status)
 
     def _new(self, tail: JournalTail, screen: "_Screen") -> list[Event]:
         """What was written since; an outage of the storage is told once, and waited out."""
@@ -176,17 +177,17 @@ class Watch:
             screen.message("the storage answers again")
         return events
 
-    def _look(self, *, is_live: bool = False) -> Standing:
+    def _look(self, *, is_live: bool = False) -> RunStatus:
         """Is it there, and what its settings say, to which its ranks can add how many steps an epoch has; other figures are `_ask`'s."""
-        standing = look(self._folder, is_live=is_live and self._is_live, clock=self._clock)
-        return standing or Standing(run=self._folder.name, status="unknown")
+        status = look(self._folder, is_live=is_live and self._is_live, clock=self._clock)
+        return status or RunStatus(run=self._folder.name, status="unknown")
 
-    def _ask(self, standing: Standing) -> None:
+    def _ask(self, status: RunStatus) -> None:
         """The figures of now: of the coordinator, and of up to 64 ranks, those of a larger run in turns."""
         self._figures = {}
-        if not self._is_live or standing.status not in ("running", "silent"):
+        if not self._is_live or status.status not in ("running", "silent"):
             return
-        places = self._story.places
+        places = self._tracker.places
         if len(places) > live.ASKED_RANKS:  # rank 0 each time: it knows the losses
             if not self._places:
                 self._places = places[1:]
@@ -198,15 +199,15 @@ class Watch:
         fresh = [speed for rank in ranks if (speed := rank_speed(rank, self._before.get(rank, {}), ranks[rank])) is not None]
         self._before |= ranks
         told = {speed.rank for speed in fresh}
-        alive = {place.rank for place in self._story.places}
+        alive = {place.rank for place in self._tracker.places}
         self._ranks = sorted(
             [*fresh, *(old for old in self._ranks if old.rank not in told and old.rank in alive)], key=lambda speed: speed.rank
         )
 
-    def _tell_end(self, standing: Standing) -> int:
+    def _tell_end(self, status: RunStatus) -> int:
         """The driver's own final table, where the run has one."""
-        end = self._story.end
-        status = status_of(end) if end else standing.status
+        end = self._tracker.end
+        ended = status_of(end) if end else status.status
         summary: Mapping[str, Any] = {}
         if end:
             began = self._clock()
@@ -214,20 +215,21 @@ class Watch:
                 self._sleep(LOCAL_EVERY_SECONDS)
             if summary:
                 self._console.print(final_table(summary), soft_wrap=True)
-        why = why_ended(end) if end else standing.note
+        why = why_ended(end) if end else status.note
         if why or not summary:
-            self._console.print(Text(printable(f"{self._folder.name}: {status}{': ' if why else ''}{why}")), soft_wrap=True)
-        return EXITS[status]
+            self._console.print(Text(printable(f"{self._folder.name}: {ended}{': ' if why else ''}{why}")), soft_wrap=True)
+        return EXITS[ended]
 
 
 # --- what happened --------------------------------------------------------------------------------------------------------------------
 
 
-class Story:
+class RunTracker:
     """What the journal's events say of where a run is now. No clock, no storage."""
 
     def __init__(self, run: str) -> None:
         self._run = run
+        self._info = CLASSIFICATION
         self._phase, self._since = "starting", 0.0
         self._workers, self._registered = 0, 0
         self._step, self._start_step = 0, 0
@@ -251,11 +253,9 @@ class Story:
 
     def take(self, event: Event) -> str:
         """The line to show of it; "" where the progress line says enough. An event of an unknown kind is shown as it is."""
-        try:
+        with suppress(KeyError, TypeError, ValueError):  # of a program older or newer than this
             self._learn(event)
-            line = sentence(event)
-        except (KeyError, TypeError, ValueError):  # of a program older or newer than this
-            line = _plain(event)
+        line = (words_of(event, self._info) or f"{event['event']}: {plainly(event)}") if is_followed(event) else ""
         return f"{time.strftime('%m-%d %H:%M:%S', time.localtime(event['time']))}  {printable(line)}" if line else ""
 
     def _learn(self, event: Event) -> None:
@@ -263,6 +263,7 @@ class Story:
         match event:
             case {"event": "run_started"}:
                 self._restarts = self.restarts
+                self._info, _ = known_info(event)
                 self.end, self._attempts, self._pauses = {}, 0, 0
                 self._turn("starting", now)
             case {"event": "attempt_started", "workers": int(workers), "start_step": int(step)}:
@@ -298,108 +299,42 @@ class Story:
     def _turn(self, phase: str, now: float) -> None:
         self._phase, self._since = phase, now
 
-    def state(self, now: float, standing: Standing, figures: Mapping[int | None, live.Figures]) -> RunState:
+    def state(self, now: float, status: RunStatus, figures: Mapping[int | None, live.Figures]) -> RunState:
         """For the progress line; `figures` are the ranks' and, under None, the coordinator's of now."""
         rank_0 = figures.get(0, {})
         ranks = [figures[rank] for rank in figures if rank is not None]
         speeds = [said["images_per_second"] for said in ranks if "images_per_second" in said]
         rate = sum(speeds) / len(speeds) * self._workers if speeds else None
         step = max([self._step, *(int(said["step"]) for said in ranks if "step" in said)])
-        total = standing.total_steps or 0
+        total = status.plan.total_steps or 0
         loss = rank_0.get("loss", self._evaluation.get("train_loss"))
         # Counters since the attempt began; the driver's own line has those of the last steps.
         waited, computed = rank_0.get("data_wait_seconds_total"), rank_0.get("step_seconds_sum")
         steps_left = max(0, total - step)
         # Of one that is silent the same is said again and again, which a log need not repeat.
-        is_silent = standing.status == "silent"
+        is_silent = status.status == "silent"
         age = max(0.0, now - self._commit[1]) if self._commit and not is_silent else None
         return RunState(
             run=printable(self._run),
-            phase=f"no sign of life since {moment(standing.last_sign or self._since)}" if is_silent else self._phase,
+            phase=f"no sign of life since {moment(status.last_sign or self._since)}" if is_silent else self._phase,
             phase_seconds=None if is_silent or self._phase == "training" or not self._since else max(0.0, now - self._since),
             step=step,
             total_steps=total,
-            epoch=rank_0.get("epoch", step / standing.steps_per_epoch if standing.steps_per_epoch else 0.0),
-            epochs=standing.epochs or 0,
+            epoch=rank_0.get("epoch", step / status.plan.steps_per_epoch if status.plan.steps_per_epoch else 0.0),
+            epochs=status.plan.epochs or 0,
             loss=loss,
             learning_rate=rank_0.get("learning_rate"),
-            images_per_second=rate or standing.images_per_second,
+            images_per_second=rate or status.images_per_second,
             data_wait_ratio=waited / computed if waited is not None and computed else None,
-            test_accuracy=self._evaluation.get("test_accuracy"),
+            headline=self._evaluation.get(self._info.headline.key),
+            headline_title=headline_title(self._info),
+            headline_unit=self._info.headline.unit,
+            unit=self._info.unit,
             checkpoint_step=self._commit[0] if self._commit else None,
             checkpoint_age_seconds=age,
-            remaining_seconds=steps_left * standing.batch_size / rate if rate and standing.batch_size and total else None,
+            remaining_seconds=steps_left * status.plan.batch_size / rate if rate and status.plan.batch_size and total else None,
             restarts=self.restarts,
         )
-
-
-def sentence(event: Event) -> str:
-    """What an event says, for people; "" where it is routine."""
-    step = number(event.get("step"))
-    message = str(event.get("message", "")).strip().partition("\n")[0]
-    match event["event"]:
-        case name if name in _ROUTINE:
-            return ""
-        case "run_started":
-            return f"started: {event.get('command', '')}"
-        case "attempt_started":
-            workers = event.get("workers")
-            start = number(event.get("start_step"))
-            return f"attempt {event.get('attempt')}: {workers} worker{'' if workers == 1 else 's'}, from step {start}"
-        case "training_started":
-            return f"training from step {step}"
-        case "compiled":
-            return f"compiled in {duration(event.get('seconds'))}"
-        case "evaluation":
-            return f"step {step}: test accuracy {percent(event.get('test_accuracy'))}, loss {event.get('test_loss', float('nan')):.4f}"
-        case "checkpoint_committed":
-            return f"step {step}: checkpoint saved ({size(event.get('size_bytes'))})"
-        case "checkpoint_failed":
-            return f"step {step}: the checkpoint was not saved: {message}"
-        case "checkpoint_corrupt":
-            return f"checkpoint {event.get('path')} is damaged: {event.get('reason')}"
-        case "attempt_failed":
-            where = f" on rank {event['rank']}" if event.get("rank") is not None else ""
-            lost = event.get("lost_steps")
-            cost = f"; {number(lost)} step{'' if lost == 1 else 's'} lost" if lost is not None else ""
-            at = f"{where} at step {number(event.get('last_step'))} ({event.get('kind')})"
-            return f"attempt {event.get('attempt')} failed{at}: {message}{cost}"
-        case "attempt_paused" | "pause_requested":
-            return f"to other workers: {event.get('reason')}"
-        case "workers_asked_for":
-            return f"asked the cluster for {number(event.get('workers'))} more"
-        case "resumed":
-            return f"going on from the checkpoint of step {step}"
-        case "hang":
-            ranks = ", ".join(map(str, event.get("ranks") or []))
-            return f"hang: rank {ranks} {event.get('kind')} for {duration(event.get('seconds'))}"
-        case "straggler":
-            own, others = event["own_seconds"], event["others_seconds"]
-            return f"step {step}: rank {event.get('rank')} is slow, {duration(own)} a step of its own; the others {duration(others)}"
-        case "straggler_recovered":
-            return f"step {step}: rank {event.get('rank')} is as fast as the others again"
-        case "batch_skipped":
-            return f"the batch of step {step} is left out: {event.get('reason')}"
-        case "stop_requested":
-            return f"asked to stop: {event.get('reason')}"
-        case "storage_outage":
-            return f"step {step}: the storage does not answer: {message}"
-        case "storage_recovered":
-            return f"step {step}: the storage answers again, after {duration(event.get('seconds'))}"
-        case "run_taken_over":
-            return f"taken over by {event.get('by')}"
-        case "run_finished":
-            return f"finished after {number(event.get('steps'))} steps"
-        case "run_stopped":
-            return f"stopped at step {step} {event.get('signal', '')}".rstrip()
-        case "run_failed":
-            return f"failed ({event.get('kind')}): {message}"
-    return _plain(event)
-
-
-def _plain(event: Event) -> str:
-    details = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
-    return f"{event['event']}: {details}"[:300]
 
 
 # --- the ranks ------------------------------------------------------------------------------------------------------------------------

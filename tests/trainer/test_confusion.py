@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import trainer.report.confusion
+import trainer.report.thumbnails
 from dataio.config import DataConfig
 from dataio.parquet import RowGroup, Split, open_dataset
 from tests.trainer.report_runs import MANIFEST, SAMPLE, at, predictions_of, story, write_pictured
 from tests.trainer.test_report import HOSTILE, Page, page_of
-from trainer.report.confusion import PER_CELL, PER_RIGHT_CELL, SIDE, WORST, choose, look_up, thumbnail
-from trainer.report.sections import read_files, render, write_report
+from trainer.report.files import read_files
+from trainer.report.sections import render, write_report
+from trainer.report.thumbnails import PER_CELL, PER_RIGHT_CELL, SIDE, WORST, choose, look_up, thumbnail
 from trainer.report.timeline import failures, totals
 from trainer.runs.folder import find_run
 from trainer.runs.summary import timeline
@@ -42,35 +43,35 @@ def stored(sample: int) -> np.ndarray:
 
 def test_each_cell_shows_its_own_images_the_surest_mistakes_first() -> None:
     found = predictions_of()
-    shots = look_up(found, open_dataset(SAMPLE), 10)
+    thumbnails = look_up(found, open_dataset(SAMPLE), 10)
     confusion = found.confusion(10)
-    assert set(shots.cells) == {(int(i), int(j)) for i, j in np.argwhere(confusion)}
-    for (label, answer), rows in shots.cells.items():
+    assert set(thumbnails.cells) == {(int(i), int(j)) for i, j in np.argwhere(confusion)}
+    for (label, answer), rows in thumbnails.cells.items():
         members = np.flatnonzero((found.labels == label) & (found.answers == answer))
         by_confidence = members[np.argsort(found.confidence[members], kind="stable")]
         expected = by_confidence[:PER_RIGHT_CELL] if label == answer else by_confidence[::-1][:PER_CELL]
         assert list(rows) == expected.tolist()
         for row in rows:
-            assert np.array_equal(pixels(shots.sources[row]), stored(int(found.ids[row])))
+            assert np.array_equal(pixels(thumbnails.sources[row]), stored(int(found.ids[row])))
     wrong = np.flatnonzero(found.labels != found.answers)
-    assert list(shots.worst) == wrong[np.argsort(-found.confidence[wrong], kind="stable")][:WORST].tolist()
-    assert shots.notes == []
+    assert list(thumbnails.worst) == wrong[np.argsort(-found.confidence[wrong], kind="stable")][:WORST].tolist()
+    assert thumbnails.notes == []
 
 
 def test_the_page_holds_those_images_and_nothing_that_runs_or_loads(tmp_path: Path) -> None:
     found = predictions_of()
     page = page_of(write_pictured(tmp_path / "pictured", found))
     sources = [value for name, key, value in page.attributes if (name, key) == ("img", "src")]
-    shots = look_up(found, open_dataset(SAMPLE), 10)
-    shown = Counter([*shots.worst, *(row for rows in shots.cells.values() for row in rows)])
-    assert Counter(sources) == sum((Counter({shots.sources[row]: times}) for row, times in shown.items()), Counter())
+    thumbnails = look_up(found, open_dataset(SAMPLE), 10)
+    shown = Counter([*thumbnails.worst, *(row for rows in thumbnails.cells.values() for row in rows)])
+    assert Counter(sources) == sum((Counter({thumbnails.sources[row]: times}) for row, times in shown.items()), Counter())
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "script" not in page.elements
     targets = {value for _, key, value in page.attributes if key == "popovertarget"}
     assert targets == {value for _, key, value in page.attributes if key == "id" and value.startswith("cell-") and "title" not in value}
     alts = [value for name, key, value in page.attributes if (name, key) == ("img", "alt")]
     assert all("sure" in alt for alt in alts)
-    row = shots.worst[0]
+    row = thumbnails.worst[0]
     label, answer = (MANIFEST.classes[index] for index in (found.labels[row], found.answers[row]))
     assert f"{found.keys[row]}: {label} taken for {answer}, {100 * found.confidence[row]:.1f} % sure" in alts
     assert page.text.count(found.keys[row]) == 2  # among the worst, and in its cell
@@ -92,14 +93,14 @@ def test_keys_from_the_data_stay_text(tmp_path: Path) -> None:
 
 
 def test_images_beyond_the_pages_room_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.report.confusion, "PAGE_BYTES", 60_000)
+    monkeypatch.setattr(trainer.report.thumbnails, "PAGE_BYTES", 60_000)
     found = predictions_of()
-    shots = look_up(found, open_dataset(SAMPLE), 10)
-    uses = Counter([*shots.worst, *(row for rows in shots.cells.values() for row in rows)])
-    assert 40_000 < sum(len(shots.sources[row]) * times for row, times in uses.items() if row in shots.sources) <= 60_000
-    assert set(shots.worst) <= set(shots.sources)  # the most telling ones come first
-    (note,) = shots.notes
-    assert note.startswith(f"{len(uses) - len(shots.sources)} more images would make this page larger than 60 kB")
+    thumbnails = look_up(found, open_dataset(SAMPLE), 10)
+    uses = Counter([*thumbnails.worst, *(row for rows in thumbnails.cells.values() for row in rows)])
+    assert 40_000 < sum(len(thumbnails.sources[row]) * times for row, times in uses.items() if row in thumbnails.sources) <= 60_000
+    assert set(thumbnails.worst) <= set(thumbnails.sources)  # the most telling ones come first
+    (note,) = thumbnails.notes
+    assert note.startswith(f"{len(uses) - len(thumbnails.sources)} more images would make this page larger than 60 kB")
     page = page_of(write_pictured(tmp_path / "pictured", found))
     assert note in page.text
 
@@ -121,7 +122,7 @@ def test_what_would_take_too_much_reading_is_left_out() -> None:
             return replace(whole, encoded=whole.encoded[250 * group : 250 * group + 250])
 
     rows = [*range(490, 500), *range(10)]
-    encoded, unread = trainer.report.confusion._read(cast(Split, Halves()), predictions_of(), rows)
+    encoded, unread = trainer.report.thumbnails._read(cast(Split, Halves()), predictions_of(), rows)
     assert (sorted(encoded), unread, read) == (list(range(490, 500)), 10, [1])
     assert encoded[490] == TEST.read_group(0).encoded[490].tobytes()
 
@@ -144,10 +145,10 @@ def test_many_classes_keep_the_images_of_their_most_frequent_mistakes() -> None:
     )
     worst, cells = choose(found, classes)
     assert len(worst) == WORST
-    assert len(cells) == trainer.report.confusion.PAIRS
+    assert len(cells) == trainer.report.thumbnails.PAIRS
     confusion = found.confusion(classes)
     np.fill_diagonal(confusion, 0)
-    assert min(confusion[cell] for cell in cells) >= np.sort(confusion.ravel())[::-1][trainer.report.confusion.PAIRS - 1]
+    assert min(confusion[cell] for cell in cells) >= np.sort(confusion.ravel())[::-1][trainer.report.thumbnails.PAIRS - 1]
 
 
 def test_a_thumbnail_is_small_upright_and_never_the_files_own_bytes() -> None:

@@ -1,0 +1,80 @@
+"""The report's curves: losses and measures by epoch, speed by time. Called by sections; how a drawing is made is plots'."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trainer.report.files import RunFiles, began, evaluations
+from trainer.report.page import NOTHING, Html, number_or_none, section, tag
+from trainer.report.plots import MOST_LINES, Line, Values, by_attempt, plot, spans_magnitudes, thinned
+from trainer.runs.measures import capital, heading
+from trainer.tasks.info import Measure
+
+NUMBER_PLOTS = 4  # measures that are no ratios have a plot each, as their scales differ
+
+
+class _Figures:
+    """The drawings so far."""
+
+    def __init__(self) -> None:
+        self.made: list[Html] = []
+
+    def add(self, title: str, *lines: Line, marks: Sequence[float] = (), x: str = "epoch", log: bool = False) -> None:
+        drawn = [line for line in lines if len(line[1]) and np.isfinite(line[2]).any()]
+        if drawn:
+            drawing = plot(drawn, marks=marks, x=x, log=log, ident=f"f{len(self.made)}")
+            self.made.append(tag("figure", tag("figcaption", title), drawing))
+
+
+def curves_section(run: RunFiles) -> Html:
+    figures = _Figures()
+    epochs = run.curves.get("epoch", np.zeros(0))
+
+    def column(name: str) -> Values:
+        return run.curves.get(name, np.full(len(epochs), np.nan))
+
+    losses = (("training", *thinned(epochs, column("train_loss")), "-"), ("test", _tested(run, "epoch"), _tested(run, "test_loss"), "o-"))
+    log = spans_magnitudes(np.concatenate([losses[0][2], losses[1][2]]))
+    figures.add("Loss (logarithmic)" if log else "Loss", *losses, log=log)
+    _add_measures(figures, run)
+    figures.add("Learning rate", ("learning rate", *thinned(epochs, column("learning_rate")), "-"))
+    _add_speed(figures, run, column("time"), column("images_per_second"), column("attempt"))
+    return section("Curves", tag("div", *figures.made, class_="figures")) if figures.made else NOTHING
+
+
+def _tested(run: RunFiles, key: str) -> Values:
+    values = (number_or_none(event.get(key)) for event in evaluations(run.events))
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _add_measures(figures: _Figures, run: RunFiles) -> None:
+    """All ratios in one plot, the others in one each."""
+    epochs = _tested(run, "epoch")
+
+    def line(measure: Measure, label: str) -> Line:
+        return label, epochs, (100 if measure.unit == "ratio" else 1) * _tested(run, measure.key), "o-"
+
+    ratios = [measure for measure in run.info.measures if measure.unit == "ratio"]
+    if len(ratios) == 1:
+        figures.add(f"{heading(ratios[0])}, %", line(ratios[0], "test"))
+    elif ratios:
+        more = f" (the first {MOST_LINES} of {len(ratios)})" if len(ratios) > MOST_LINES else ""
+        figures.add(f"Test measures, %{more}", *(line(measure, measure.title) for measure in ratios[:MOST_LINES]))
+    for measure in [measure for measure in run.info.measures if measure.unit != "ratio"][:NUMBER_PLOTS]:
+        figures.add(heading(measure), line(measure, "test"))
+
+
+def _add_speed(figures: _Figures, run: RunFiles, times: Values, speed: Values, attempt: Values) -> None:
+    if not (len(times) and np.isfinite(times).any()):
+        return
+    begin = float(began(run.events) or np.nanmin(times))
+    failed = [event for event in run.events if event.get("event") in ("worker_failed", "attempt_failed", "resumed")]
+    scale, name = (60.0, "minutes") if np.nanmax(times) - begin > 300 else (1.0, "seconds")
+    marks = [(float(event["time"]) - begin) / scale for event in failed if number_or_none(event.get("time")) is not None]
+    rate = f"{run.info.unit} per second"
+    figures.add(
+        capital(rate) + (" (dashed: failures and restarts)" if marks else ""),
+        (rate, *by_attempt((times - begin) / scale, speed, attempt), "-"),
+        marks=marks,
+        x=f"{name} since the start",
+    )

@@ -1,0 +1,197 @@
+"""What a run's folder holds, read for the pages: a damaged or missing file is named, never fatal, since failed runs need reports too.
+Called by the report's command line and by the driver at a run's end; what to say of it is the other modules' matter."""
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.journal import read_journal
+from dataio.parquet import Dataset
+from trainer.report.page import number_or_none
+from trainer.report.plots import Values
+from trainer.report.thumbnails import NO_THUMBNAILS, Thumbnails, find_dataset, look_up
+from trainer.runs.folder import RunFolder
+from trainer.runs.measures import known_info
+from trainer.settings.toml import from_toml
+from trainer.settings.units import number
+from trainer.tasks.info import CLASSIFICATION, TaskInfo
+from trainer.tasks.predictions import PREDICTIONS_FILE, Predictions
+
+Counts = npt.NDArray[np.int64]
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFiles:
+    """What a run's folder holds; what is missing is empty and named in `missing`."""
+
+    location: str
+    name: str
+    summary: Mapping[str, Any]
+    events: Sequence[Event]
+    info: TaskInfo = CLASSIFICATION
+    curves: Mapping[str, Values]
+    """Columns of curves.parquet, each (rows,) float64."""
+    quarantined: Sequence[Mapping[str, Any]]
+    config_text: str
+    missing: Sequence[str]
+    """Sentences."""
+    predictions: Predictions | None = None
+    """Of the evaluation that the summary tells of."""
+    thumbnails: Thumbnails = NO_THUMBNAILS
+    no_thumbnails: str = ""
+    """Why there are no images, where there are none."""
+
+
+def read_files(folder: RunFolder, dataset: Dataset | None = None, *, pictures: bool = True) -> RunFiles:
+    """Everything that the report tells of; with `pictures`, images of the data set, too. `dataset` is the run's, where the caller has it
+    open; else it is looked for where the run had it."""
+    missing: list[str] = []
+    summary = _summary(folder, missing)
+    events = read_journal(folder.storage, folder.name)
+    if not events:
+        missing.append("There is no journal: what failed is not known.")
+    info, problem = known_info(summary, *(event for event in reversed(events) if event.get("event") == "run_started"))
+    if problem:
+        missing.append(f"{problem[0].upper()}{problem[1:]}.")
+    curves = _curves(folder, missing)
+    text = (folder.read("config.toml") or b"").decode(errors="replace")
+    if not text:
+        missing.append("There is no config.toml.")
+    predictions, no_thumbnails = _predictions(folder, summary)
+    thumbnails = NO_THUMBNAILS
+    if predictions is not None and pictures:
+        try:
+            if dataset is None:
+                dataset = find_dataset(from_toml(text, origin=f"{folder.location}/config.toml").data, predictions.about.dataset_fingerprint)
+            thumbnails = look_up(predictions, dataset, len(confusion_of(summary)))
+        except (ValueError, OSError, ImportError) as error:
+            no_thumbnails = f"There are no images here: {error}."
+    return RunFiles(
+        location=folder.location,
+        name=folder.name,
+        summary=summary,
+        events=events,
+        info=info,
+        curves=curves,
+        quarantined=_quarantined(folder, events),
+        config_text=text,
+        missing=missing,
+        predictions=predictions,
+        thumbnails=thumbnails,
+        no_thumbnails=no_thumbnails,
+    )
+
+
+def _summary(folder: RunFolder, missing: list[str]) -> Mapping[str, Any]:
+    data = folder.read("summary.json")
+    if data is None:
+        missing.append("There is no summary.json: the run has not ended, or was killed.")
+        return {}
+    try:
+        loaded = json.loads(data)
+        return loaded if isinstance(loaded, dict) else {}
+    except ValueError as error:
+        missing.append(f"summary.json cannot be read: {error}.")
+        return {}
+
+
+def _curves(folder: RunFolder, missing: list[str]) -> Mapping[str, Values]:
+    data = folder.read("curves.parquet")
+    if data is None:
+        missing.append("There are no curves (curves.parquet).")
+        return {}
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        return {name: table[name].to_numpy().astype(np.float64) for name in table.column_names}
+    except (pa.ArrowException, ValueError) as error:
+        missing.append(f"curves.parquet cannot be read: {error}.")
+        return {}
+
+
+def _quarantined(folder: RunFolder, events: Sequence[Event]) -> Sequence[Mapping[str, Any]]:
+    found = []
+    for line in (folder.read("quarantine.jsonl") or b"").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a torn last line; the count is the summary's
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found or [event for event in events if event.get("event") == "sample_quarantined"]
+
+
+def _predictions(folder: RunFolder, summary: Mapping[str, Any]) -> tuple[Predictions | None, str]:
+    """Those of the run's last evaluation, or why there are none."""
+    data = folder.read(PREDICTIONS_FILE)
+    if data is None:
+        return None, f"There is no {PREDICTIONS_FILE}, which a run writes when it finishes: which images were mistaken is not known."
+    try:
+        found = Predictions.from_parquet(data)
+        problem = next(_problems(found, summary), "")
+    except ValueError as error:
+        problem = str(error)
+    return (None, f"{PREDICTIONS_FILE} is not used: {problem}.") if problem else (found, "")
+
+
+def _problems(found: Predictions, summary: Mapping[str, Any]) -> Iterator[str]:
+    """Why these predictions are not those of the run's last evaluation."""
+    if found.about.step != summary.get("steps"):
+        yield f"they are of step {number(found.about.step)}, the summary is of step {number(summary.get('steps'))}"
+    elif found.about.dataset_fingerprint != summary.get("dataset_fingerprint"):
+        yield "they are of another data set"
+    elif found.is_classification:
+        matrix = confusion_of(summary)
+        if len(found.ids) and not _are_classes(found.labels, len(matrix)) & _are_classes(found.answers, len(matrix)):
+            yield "they are of other classes"
+        elif found.is_complete and not np.array_equal(found.confusion(len(matrix)), matrix):
+            yield "they are of another evaluation: its confusion matrix is not the summary's"
+
+
+def _are_classes(values: Counts, classes: int) -> bool:
+    return bool(values.min() >= 0 and values.max() < classes)
+
+
+# --- what several parts of the pages ask for ------------------------------------------------------------------------------------------
+
+
+def matrix_of(value: object) -> Counts:
+    """(C, C) int64, rows are true classes; (0, 0) where `value` is no such matrix."""
+    try:
+        matrix = np.asarray(value or [], dtype=np.int64)
+    except (ValueError, TypeError):
+        matrix = np.zeros(0, dtype=np.int64)
+    return matrix if matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] else np.zeros((0, 0), dtype=np.int64)
+
+
+def confusion_of(summary: Mapping[str, Any]) -> Counts:
+    return matrix_of(summary.get("confusion"))
+
+
+def class_names(said: object, count: int) -> list[str]:
+    """The names that a file gives of its `count` classes; else their numbers."""
+    names = [str(name) for name in said] if isinstance(said, list | tuple) else []
+    return names if len(names) == count else [str(index) for index in range(count)]
+
+
+def evaluations(events: Iterable[Event]) -> list[Event]:
+    """The last evaluation at each step: one that a restart repeated counts once."""
+    by_step = {event.get("step"): event for event in events if event.get("event") == "evaluation"}
+    return sorted(by_step.values(), key=lambda event: number_or_none(event.get("epoch")) or 0.0)
+
+
+def last(events: Iterable[Event], kind: str, key: str) -> Any:
+    """Of the newest event of that kind which has it."""
+    return next((event[key] for event in reversed(list(events)) if event.get("event") == kind and key in event), None)
+
+
+def began(events: Sequence[Event]) -> float | None:
+    """When the run's first process began."""
+    return next((number_or_none(event.get("process_started", event.get("time"))) for event in events), None)

@@ -1,0 +1,186 @@
+"""The images that the report shows: chosen by predictions.parquet, read from the data set, made small. Called by files.
+
+Which images are chosen follows from the predictions alone: of a classification in each cell of its confusion matrix the surest mistakes (of
+right answers the least sure), and the surest of all; of another task those of the largest loss. They are read where the data set can still
+be read, within READ_BYTES, made small, and put into the page, within PAGE_BYTES; where something is left out, `notes` says so.
+"""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dataio.config import DataConfig
+from dataio.manifest import MANIFEST_NAME, Manifest, ManifestError
+from dataio.parquet import Dataset, Split, open_dataset
+from dataio.remote import is_remote, is_uri, local_path
+from trainer.settings.units import number, size
+from trainer.tasks.predictions import Predictions, worst_first
+
+SHOWN_CLASSES = 30
+"""A larger confusion matrix becomes a picture, and keeps the images of its most frequent mistakes only."""
+WORST = 24
+PER_CELL, PER_RIGHT_CELL = 12, 6
+PAIRS = 40  # kinds of mistakes whose images are kept where the matrix is a picture
+SIDE = 96  # pixels; smaller images stay as they are
+LOSSLESS_SIDE = 64
+PAGE_BYTES = 2_000_000  # of all images, as they are in the page
+READ_BYTES = 256_000_000  # of the data set: row groups are read whole
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # those that a data set may hold (dataio.codecs.image.sniff)
+
+Cell = tuple[int, int]
+"""Class and answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thumbnails:
+    """The images of a report, chosen and made small."""
+
+    worst: Sequence[int] = ()
+    """Rows of the predictions: the surest mistakes, or those of the largest loss."""
+    cells: Mapping[Cell, Sequence[int]]
+    """Rows of the predictions, in the order in which a cell shows them."""
+    sources: Mapping[int, str]
+    """By row: the image as a data: URI."""
+    notes: Sequence[str] = ()
+    """Sentences: what is not shown, and why."""
+
+
+NO_THUMBNAILS = Thumbnails(cells={}, sources={})
+
+
+def find_dataset(config: DataConfig, fingerprint: str) -> Dataset:
+    """The run's data set, where it was: nothing is downloaded or converted. ValueError or OSError where it cannot be read any more."""
+    if is_remote(config.path):
+        candidates: list[str | Path] = [config.path]
+    else:
+        path = (local_path(config.path) if is_uri(config.path) else None) or Path(config.path).expanduser()
+        root = Path(config.root).expanduser()
+        folders = [path, *(sorted(folder.parent for folder in root.glob(f"*/{MANIFEST_NAME}")) if root.is_dir() else ())]
+        candidates = [folder for folder in folders if _fingerprint(folder) == fingerprint]
+    for where in candidates:
+        dataset = open_dataset(where)
+        if dataset.manifest.fingerprint == fingerprint:
+            return dataset
+    raise ValueError("the data set of this run is not there any more (no converted folder has its fingerprint)")
+
+
+def _fingerprint(folder: Path) -> str:
+    try:
+        return Manifest.from_json((folder / MANIFEST_NAME).read_bytes()).fingerprint
+    except (OSError, ManifestError):
+        return ""
+
+
+def choose(found: Predictions, classes: int) -> tuple[list[int], dict[Cell, list[int]]]:
+    """(the worst, images by cell): rows of `found`. Cells are of classifications only."""
+    worst = worst_rows(found)
+    if not found.is_classification:
+        return worst, {}
+    order = worst_first(found)
+    cell_of = found.labels[order] * classes + found.answers[order]
+    by_cell = np.argsort(cell_of, kind="stable")
+    numbers, starts, counts = np.unique(cell_of[by_cell], return_index=True, return_counts=True)
+    kept = {
+        (int(cell) // classes, int(cell) % classes): order[by_cell[start : start + count]]
+        for cell, start, count in zip(numbers, starts, counts, strict=True)
+    }
+    if classes > SHOWN_CLASSES:
+        pairs = sorted((cell for cell in kept if cell[0] != cell[1]), key=lambda cell: (-len(kept[cell]), cell))[:PAIRS]
+        kept = {cell: kept[cell] for cell in pairs}
+    return worst, {cell: rows[: PER_RIGHT_CELL if cell[0] == cell[1] else PER_CELL].tolist() for cell, rows in kept.items()}
+
+
+def worst_rows(found: Predictions) -> list[int]:
+    """Of a classification the surest mistakes, of another task the samples of the largest loss, if it has one."""
+    if found.is_classification:
+        order = worst_first(found)
+        rows = order[found.labels[order] != found.answers[order]]
+    elif "loss" in found.columns:
+        losses = np.nan_to_num(found.columns["loss"].astype(np.float64), nan=-np.inf, posinf=np.finfo(np.float64).max)
+        order = np.lexsort((found.ids, -losses))
+        rows = order[np.isfinite(losses[order])]
+    else:
+        rows = np.zeros(0, dtype=np.int64)
+    worst: list[int] = rows[:WORST].tolist()
+    return worst
+
+
+def look_up(found: Predictions, dataset: Dataset, classes: int) -> Thumbnails:
+    """The chosen images, read from `dataset`. Raises what reading it raises."""
+    worst, cells = choose(found, classes)
+    # The most telling first, as room may run out: the worst, then each cell's first, each cell's second, ...
+    matrix = found.confusion(classes) if cells else np.zeros((0, 0), dtype=np.int64)
+    wrong_first = sorted(cells, key=lambda cell: (cell[0] == cell[1], -int(matrix[cell]), cell))
+    deepest = max((len(rows) for rows in cells.values()), default=0)
+    wanted = [*worst, *(cells[cell][depth] for depth in range(deepest) for cell in wrong_first if depth < len(cells[cell]))]
+    uses = Counter(wanted)  # in the order of their first use
+    encoded, unread = _read(dataset.split(found.about.split), found, list(uses))
+    sources: dict[int, str] = {}
+    used = unfit = undecodable = 0
+    for row, times in uses.items():
+        if row not in encoded:
+            continue
+        source = thumbnail(encoded[row])
+        if source is None:
+            undecodable += 1
+        elif used + times * len(source) > PAGE_BYTES:
+            unfit += 1
+        else:
+            used += times * len(source)
+            sources[row] = source
+    notes = []
+    if unfit:
+        notes.append(f"{number(unfit)} more images would make this page larger than {size(PAGE_BYTES)} and are left out.")
+    if unread:
+        notes.append(f"{number(unread)} images are left out, as reading them takes more than {size(READ_BYTES)} of the data set.")
+    if undecodable:
+        notes.append(f"{number(undecodable)} images could not be decoded for this page.")
+    return Thumbnails(worst=worst, cells=cells, sources=sources, notes=notes)
+
+
+def _read(split: Split, found: Predictions, rows: Sequence[int]) -> tuple[dict[int, bytes], int]:
+    """Encoded images of `rows`, and how many of them are beyond READ_BYTES."""
+    groups = np.searchsorted(split.group_offsets, found.ids[list(rows)], side="right") - 1
+    by_group: dict[int, list[int]] = {}
+    for row, group in zip(rows, groups.tolist(), strict=True):
+        by_group.setdefault(group, []).append(row)
+    encoded: dict[int, bytes] = {}
+    left, unread = READ_BYTES, 0
+    for group, members in by_group.items():
+        left -= split.group_bytes(group)
+        if left < 0 and encoded:
+            unread += len(members)
+            continue
+        images = split.read_group(group).encoded
+        for row in members:
+            encoded[row] = images[int(found.ids[row] - split.group_offsets[group])].tobytes()
+    return encoded, unread
+
+
+def thumbnail(encoded: bytes) -> str | None:
+    """At most SIDE pixels wide and high, as a data: URI; None where it cannot be decoded. Always encoded anew: no byte of the data set gets
+    into the page as it is."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as opened:
+            opened.draft("RGB", (2 * SIDE, 2 * SIDE))
+            small = ImageOps.exif_transpose(opened).convert("RGB")
+            small.thumbnail((SIDE, SIDE))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    pixels = np.asarray(small)
+    # From the pixels alone, as Pillow hands a file's comments and tags on.
+    small = Image.fromarray(pixels[..., 0] if (pixels == pixels[..., :1]).all() else pixels)
+    sink = io.BytesIO()
+    if max(small.size) <= LOSSLESS_SIDE:
+        small.save(sink, "PNG", optimize=True)
+        kind = "png"
+    else:
+        small.save(sink, "JPEG", quality=82)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(sink.getvalue()).decode()}"

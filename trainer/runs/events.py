@@ -1,0 +1,160 @@
+"""The journal's events in words: one table for everybody who tells people what happened, `watch` on a line and the report in its list.
+
+A kind of event that is not in the table (of a newer program) is shown plainly, with all its fields.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.runs.measures import in_words, measured, shown
+from trainer.settings.units import duration, number, size
+from trainer.tasks.info import CLASSIFICATION, TaskInfo
+
+Event = Mapping[str, Any]
+
+LONGEST = 300
+"""Characters of a message on one line; of an event that is shown plainly, of all its fields."""
+_OF_EVERY_EVENT = frozenset({"time", "event", "writer"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """How one kind of event is told."""
+
+    words: Callable[[Event], str] | None = None
+    """A sentence without its capital and its dot; None shows the fields plainly."""
+    is_followed: bool = True
+    """Shown by `watch`; else its progress line, or the events around it, say enough."""
+    is_unusual: bool = True
+    """Listed by the report; else it happens in every run."""
+
+
+def words_of(event: Event, info: TaskInfo = CLASSIFICATION) -> str:
+    """What an event says, for people, on one line; "" of a kind or a shape that is not known. `info` is the run's task."""
+    name = str(event.get("event"))
+    try:
+        if name == "evaluation":
+            return _evaluation(event, info)
+        words = KINDS.get(name, Kind()).words
+        return words(event) if words else ""
+    except (KeyError, TypeError, ValueError):  # of a program older or newer than this
+        return ""
+
+
+def plainly(event: Event) -> str:
+    """All fields but those that every event has; the message first, without its name."""
+    message = first_line(event.get("message", ""))
+    fields = [f"{key}={_short(value)}" for key, value in event.items() if key not in _OF_EVERY_EVENT and key != "message"]
+    return "  ".join(part for part in (message, *fields) if part)[:LONGEST]
+
+
+def is_followed(event: Event) -> bool:
+    return KINDS.get(str(event.get("event")), Kind()).is_followed
+
+
+def is_unusual(event: Event) -> bool:
+    """Worth a line in the report: not what happens in every run."""
+    is_first_attempt = event.get("event") == "attempt_started" and event.get("attempt") in (0, 1) and event.get("start_step") == 0
+    return KINDS.get(str(event.get("event")), Kind()).is_unusual and not is_first_attempt
+
+
+def is_told_whole(event: Event) -> bool:
+    """Whether a line has room for everything that it holds: no traceback, no stacks, no table."""
+    texts = [str(value).strip() for value in event.values()]
+    return all(len(text) <= LONGEST and "\n" not in text for text in texts)
+
+
+def first_line(text: object) -> str:
+    return _short(str(text).strip().partition("\n")[0])
+
+
+def _short(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------------------
+
+
+def _step(event: Event) -> str:
+    return number(event.get("step"))
+
+
+def _message(event: Event) -> str:
+    return first_line(event.get("message", ""))
+
+
+def _evaluation(event: Event, info: TaskInfo) -> str:
+    """The headline, known or not; of the other measures those that the event holds."""
+    told = [(info.headline, event.get(info.headline.key)), *(pair for pair in measured(info, event) if pair[0] != info.headline)]
+    words = ", ".join(f"{in_words(measure)} {shown(measure.unit, value)}" for measure, value in told)
+    return f"step {_step(event)}: {words}, loss {event.get('test_loss', float('nan')):.4f}"
+
+
+def _attempt_started(event: Event) -> str:
+    workers = event.get("workers")
+    return f"attempt {event.get('attempt')}: {workers} worker{'' if workers == 1 else 's'}, from step {number(event.get('start_step'))}"
+
+
+def _attempt_failed(event: Event) -> str:
+    where = f" on rank {event['rank']}" if event.get("rank") is not None else ""
+    lost = event.get("lost_steps")
+    cost = f"; {number(lost)} step{'' if lost == 1 else 's'} lost" if lost is not None else ""
+    at = f" at step {number(event['last_step'])}" if event.get("last_step") is not None else ""
+    return f"attempt {event.get('attempt', '?')} failed{where}{at} ({event.get('kind', '?')}): {_message(event).removesuffix('.')}{cost}"
+
+
+def _hang(event: Event) -> str:
+    ranks = event.get("ranks") or []
+    who = f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
+    return f"{who} made no progress for {duration(event.get('seconds'))} ({event.get('kind')})"
+
+
+def _run_stopped(event: Event) -> str:
+    signal = event.get("signal")
+    return f"stopped at step {_step(event)}{f' by {signal}' if signal else ''}"
+
+
+def _straggler(event: Event) -> str:
+    own, others = event["own_seconds"], event["others_seconds"]
+    return f"step {_step(event)}: rank {event.get('rank')} is slow, {duration(own)} a step of its own; the others {duration(others)}"
+
+
+KINDS: Mapping[str, Kind] = {
+    "run_started": Kind(words=lambda event: f"started: {event.get('command', '')}", is_unusual=False),
+    "attempt_started": Kind(words=_attempt_started),
+    "worker_registered": Kind(is_followed=False, is_unusual=False),
+    "training_started": Kind(words=lambda event: f"training from step {_step(event)}", is_unusual=False),
+    "first_step": Kind(is_followed=False, is_unusual=False),
+    "compiled": Kind(words=lambda event: f"compiled in {duration(event.get('seconds'))}"),
+    "evaluation": Kind(is_unusual=False),  # in the measures of its task
+    "checkpoint_committed": Kind(
+        words=lambda event: f"step {_step(event)}: checkpoint saved ({size(event.get('size_bytes'))})", is_unusual=False
+    ),
+    "checkpoint_failed": Kind(words=lambda event: f"step {_step(event)}: the checkpoint was not saved: {_message(event)}"),
+    "checkpoint_corrupt": Kind(words=lambda event: f"checkpoint {event.get('path')} is damaged: {event.get('reason')}"),
+    "checkpoint_pruned": Kind(is_followed=False, is_unusual=False),
+    "prune_failed": Kind(is_followed=False),
+    "attempt_failed": Kind(words=_attempt_failed),
+    "attempt_paused": Kind(words=lambda event: f"to other workers: {event.get('reason')}"),
+    "pause_requested": Kind(words=lambda event: f"to other workers: {event.get('reason')}"),
+    "workers_asked_for": Kind(words=lambda event: f"asked the cluster for {number(event.get('workers'))} more"),
+    "resumed": Kind(words=lambda event: f"going on from the checkpoint of step {_step(event)}"),
+    "hang": Kind(words=_hang),
+    "stacks": Kind(words=lambda event: f"what rank {event.get('rank', '?')} was doing", is_followed=False),
+    "straggler": Kind(words=_straggler),
+    "straggler_recovered": Kind(words=lambda event: f"step {_step(event)}: rank {event.get('rank')} is as fast as the others again"),
+    "batch_skipped": Kind(words=lambda event: f"the batch of step {_step(event)} is left out: {first_line(event.get('reason'))}"),
+    "sample_quarantined": Kind(is_followed=False, is_unusual=False),
+    "stop_requested": Kind(words=lambda event: f"asked to stop: {event.get('reason')}"),
+    "storage_outage": Kind(words=lambda event: f"step {_step(event)}: the storage does not answer: {_message(event)}"),
+    "storage_recovered": Kind(
+        words=lambda event: f"step {_step(event)}: the storage answers again, after {duration(event.get('seconds'))}"
+    ),
+    "run_taken_over": Kind(words=lambda event: f"taken over by {event.get('by')}"),
+    "run_finished": Kind(words=lambda event: f"finished after {number(event.get('steps'))} steps", is_unusual=False),
+    "run_stopped": Kind(words=_run_stopped),
+    "run_failed": Kind(words=lambda event: f"failed ({event.get('kind')}): {_message(event)}"),
+    "account": Kind(is_followed=False, is_unusual=False),
+}
