@@ -27,7 +27,7 @@ from cluster.stop import StopVote
 from cluster.storage import RETRY_SECONDS, Storage, open_storage
 from cluster.store import Receipt, Store
 from cluster.straggler import Straggler, StragglerLimits
-from cluster.targets import Discovery, Target, targets_of
+from cluster.targets import Discovery, ScrapeTarget, targets_of
 
 JOURNAL_SECONDS = 10.0
 """A run that ends in an outage waits for so long for the storage to take its last events."""
@@ -255,7 +255,7 @@ class Coordinator:
         """host:port of http_sd (path /sd); the coordinator's own /metrics is there too."""
         return self._discovery.address
 
-    def targets(self) -> list[Target]:
+    def targets(self) -> list[ScrapeTarget]:
         """http_sd: the ranks of the current attempt and the coordinator."""
         with self._changed:
             attempt, infos = self._roster.attempt, self._roster.infos()

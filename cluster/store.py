@@ -224,7 +224,7 @@ class Store:
         """Write one file of a checkpoint that nobody sees before commit().
 
         `data` is a buffer or an iterable of buffers, written and hashed without a copy. StorageFull if the disk has not twice the room. A
-        file left by a dead attempt is replaced. A remote storage that fails is tried again, unless `give_up()` (see storage.Retry)."""
+        file left by a dead attempt is replaced. A remote storage that fails is tried again, unless `give_up()` (storage.RetryPolicy)."""
         _check_name(name)
         buffers = buffers_of(data)
         if self.storage.is_local:

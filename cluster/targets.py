@@ -14,17 +14,17 @@ from cluster.names import FILE_SD
 from cluster.roster import RankInfo
 from cluster.storage import Storage
 
-Target = dict[str, Any]
+ScrapeTarget = dict[str, Any]
 """{"targets": [host:port], "labels": {...}}, as http_sd and file_sd have it."""
 
 
-def targets_of(run: str, attempt: int, infos: Mapping[int, RankInfo], coordinator: str) -> list[Target]:
+def targets_of(run: str, attempt: int, infos: Mapping[int, RankInfo], coordinator: str) -> list[ScrapeTarget]:
     """The ranks of an attempt, those that serve metrics, and the coordinator at `coordinator`."""
     ranks = [_target(run, infos[rank].metrics_address, str(rank), attempt) for rank in sorted(infos) if infos[rank].metrics_address]
     return [*ranks, _target(run, coordinator, "coordinator", 0)]
 
 
-def _target(run: str, address: str, rank: str, attempt: int) -> Target:
+def _target(run: str, address: str, rank: str, attempt: int) -> ScrapeTarget:
     return {"targets": [address], "labels": {"run": run, "rank": rank, "attempt": str(attempt)}}
 
 
@@ -32,7 +32,7 @@ class Discovery:
     """Publishes a run's targets: over HTTP as they are now, and in the run's folder, where that is local, as of the last write()."""
 
     def __init__(
-        self, storage: Storage, run: str, host: str, port: int, listed: Callable[[], list[Target]], registry: CollectorRegistry
+        self, storage: Storage, run: str, host: str, port: int, listed: Callable[[], list[ScrapeTarget]], registry: CollectorRegistry
     ) -> None:
         """`listed` gives the targets of now; `registry` is served too, at /metrics. ValueError where the port stays taken."""
         self._path = storage.at(f"{run}/{FILE_SD}") if storage.is_local else None

@@ -22,7 +22,7 @@ _CHUNK_WORDS = {"cpu": 1 << 16, "cuda": 1 << 22}
 _ODD = 0x5851F42D4C957F2D  # Knuth's MMIX multiplier
 
 
-class Fingerprint:
+class WeightsHash:
     """An exact, order-dependent hash of tensors: of their bytes as 64-bit words w, h = h * m^k + sum(v[i] * w[i]) modulo 2^64, chunk by
     chunk, with odd m and odd pseudo-random v.
 
@@ -126,7 +126,7 @@ class WeightsCheck:
 
     def __init__(self, tensors: Sequence[Tensor], *, world_size: int, group: Any = None) -> None:
         """`tensors`: in the same order on all ranks, changed in place only."""
-        self._fingerprint = Fingerprint(tensors)
+        self._hash = WeightsHash(tensors)
         self._world_size, self._group = world_size, group
         device = tensors[0].device
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -140,11 +140,11 @@ class WeightsCheck:
         check, whether its verdict is here or not: ranks must agree about how many there are."""
         if self._newest is not None and self._newest.steps_done == steps_done:
             return self._newest
-        finite = self._fingerprint.is_finite().to(torch.int64)
+        finite = self._hash.is_finite().to(torch.int64)
         if self._world_size == 1:  # nobody to compare with
             verdict = Verdict(steps_done, torch.stack([torch.zeros_like(finite), finite]).view(1, 2), None, self._aside)
         else:
-            mine = torch.stack([self._fingerprint.hash(), finite])
+            mine = torch.stack([self._hash.hash(), finite])
             gathered = mine.new_empty((self._world_size, 2))  # (ranks, hash and whether all is finite)
             work = dist.all_gather_into_tensor(gathered.view(-1), mine, self._group, async_op=True)
             verdict = Verdict(steps_done, gathered, work, self._aside)

@@ -59,7 +59,7 @@ def through_a_pipe(error: BaseException) -> RankError:
     told: list[RankError] = []
     Calls(rank).failed(described(error))
     rank.close()
-    serve_calls(agent, lambda *_: None, told.append)  # type: ignore[arg-type]
+    serve_calls(agent, lambda *_: None, told.append)
     (said,) = told
     return said
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,8 +213,8 @@ def test_what_a_local_ray_has_started_is_found_and_killed_whatever_it_calls_itse
             assert process.stdout.read(4) == b"here"
         found = launch._processes_of(folder)
         assert len(found) == 3  # a raylet, its worker, and another that names the folder
-        assert {processes[0].pid, processes[2].pid} < {process for process, _ in found}
-        launch._kill([(process, began + 1) for process, began in found])  # others that have their ids now
+        assert {processes[0].pid, processes[2].pid} < {process.pid for process in found}
+        launch._kill([replace(process, start_ticks=process.start_ticks + 1) for process in found])  # others that have their ids now
         assert launch._processes_of(folder) == found
         launch._kill(found)
         assert processes[0].wait(10) == processes[2].wait(10) == -signal.SIGKILL

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cluster.failures import BadNumbers, WeightsDiffer
-from cluster.verify import Fingerprint, WeightsCheck, judge
+from cluster.verify import WeightsCheck, WeightsHash, judge
 
 SHAPES: list[tuple[tuple[int, ...], torch.dtype]] = [
     ((64, 128, 3, 3), torch.float32),  # large and dense: read where it is
@@ -61,13 +61,13 @@ def one_thread() -> Iterator[None]:
 
 
 ONCE = tensors()
-PRINT = Fingerprint(ONCE)
+PRINT = WeightsHash(ONCE)
 CLEAN = int(PRINT.hash())
 
 
 def test_equal_tensors_have_equal_hashes_wherever_they_are() -> None:
-    assert int(Fingerprint(tensors()).hash()) == CLEAN
-    assert int(Fingerprint(tensors(seed=1)).hash()) != CLEAN
+    assert int(WeightsHash(tensors()).hash()) == CLEAN
+    assert int(WeightsHash(tensors(seed=1)).hash()) != CLEAN
 
 
 @settings(max_examples=200)
@@ -82,26 +82,26 @@ def test_any_flipped_bit_changes_the_hash_and_flipping_it_back_restores_it(which
 @given(st.permutations(range(3)), st.integers(1, 63))
 def test_the_order_counts_within_a_tensor_and_between_tensors(order: list[int], shift: int) -> None:
     same = [torch.randn(64, 300, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    clean = int(Fingerprint(same).hash())
-    assert (int(Fingerprint([same[i] for i in order]).hash()) == clean) == (order == [0, 1, 2])
+    clean = int(WeightsHash(same).hash())
+    assert (int(WeightsHash([same[i] for i in order]).hash()) == clean) == (order == [0, 1, 2])
     rolled = [same[0].roll(shift, 0), *same[1:]]
-    assert int(Fingerprint(rolled).hash()) != clean
+    assert int(WeightsHash(rolled).hash()) != clean
 
 
 def test_a_nan_that_is_not_a_number_to_compare_is_still_a_bit_pattern() -> None:
     plain, other = torch.full((5,), float("nan")), torch.full((5,), float("nan"))
-    assert int(Fingerprint([plain]).hash()) == int(Fingerprint([other]).hash())
+    assert int(WeightsHash([plain]).hash()) == int(WeightsHash([other]).hash())
     flip(other, 3, 0)  # another NaN
-    assert int(Fingerprint([plain]).hash()) != int(Fingerprint([other]).hash())
+    assert int(WeightsHash([plain]).hash()) != int(WeightsHash([other]).hash())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 3, 5, 7, 8])
 def test_numbers_that_are_not_finite_are_found_anywhere(which: int, value: float) -> None:
     own = tensors()
-    assert bool(Fingerprint(own).is_finite())
+    assert bool(WeightsHash(own).is_finite())
     own[which][tuple(size - 1 for size in own[which].shape)] = value
-    assert not bool(Fingerprint(own).is_finite())
+    assert not bool(WeightsHash(own).is_finite())
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------------------------

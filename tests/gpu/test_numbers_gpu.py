@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cluster.failures import BadNumbers
 from cluster.interval import AUTO, IntervalChooser, SharedInterval
-from cluster.verify import Fingerprint, WeightsCheck
+from cluster.verify import WeightsCheck, WeightsHash
 from trainer.learn.step import Arriving
 from trainer.rank.guard import Guard
 
@@ -51,7 +51,7 @@ def test_a_late_nan_is_raised_where_it_is_waited_for() -> None:
 
 def test_the_hash_of_weights_on_a_gpu_finds_every_flipped_bit_and_does_not_depend_on_time() -> None:
     own = [torch.randn(64, 128, 3, 3, device="cuda").to(memory_format=torch.channels_last), torch.randn(7, device="cuda")]
-    fingerprint = Fingerprint(own)
+    fingerprint = WeightsHash(own)
     clean = int(fingerprint.hash())
     assert all(int(fingerprint.hash()) == clean for _ in range(5))
     for tensor in own:
