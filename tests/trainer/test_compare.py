@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataio.config import DataConfig
-from tests.trainer.report_runs import MANIFEST, SAMPLE, STEPS, predictions_of, story, write_pictured
+from tests.trainer.report_runs import MANIFEST, SAMPLE, STEPS, predictions_of, story, write_multilabel, write_pictured
 from tests.trainer.test_report import HOSTILE, Page
 from trainer.report.__main__ import main
 from trainer.report.compare import chance_of, conclusion, disagreement, render_comparison
 from trainer.report.files import RunFiles, read_files
 from trainer.runs.folder import find_run
 from trainer.settings.tree import OptimConfig, RunConfig
+from trainer.tasks.info import Measure, TaskInfo
 from trainer.tasks.predictions import Predictions
 
 
@@ -123,6 +124,37 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     text = text_of(first, read_files(find_run(str(bare)), pictures=False))
     assert "There is no test accuracy of B" in text
     assert "Those of B cannot be read" in text
+
+
+def test_runs_of_a_task_are_compared_by_its_measure(tmp_path: Path) -> None:
+    first, second = (
+        read_files(find_run(str(write_multilabel(tmp_path / name, weights_sha256=name, test_map=value))), pictures=False)
+        for name, value in (("a", 0.73), ("b", 0.75))
+    )
+    text = text_of(first, second)
+    assert "B is better by 2.00 percentage points (test mAP 73.00 % and 75.00 %). Whether it is more than chance is not known" in text
+    assert "Test mAP 73.00 % 75.00 % +2.00 points" in text
+    assert "Test mAP, %" in text
+    assert "label A B B − A images" in text
+    assert "Both have a test mAP of 73.00 %, with different weights" in text_of(
+        first, replace(first, summary={**first.summary, "weights_sha256": "c"})
+    )
+
+
+def test_less_is_better_where_the_task_says_so(tmp_path: Path) -> None:
+    error = TaskInfo(name="age", measures=(Measure(name="mae", title="MAE", unit="number", higher_is_better=False),), panels=())
+    first, second = (run_of(tmp_path / name, task=error.to_json(), test_mae=value) for name, value in (("a", 3.5), ("b", 5.0)))
+    assert conclusion(first, second, None, "")[1] == "A is better by 1.5 (test MAE 3.5 and 5). "
+
+
+def test_runs_of_different_tasks_are_shown_and_not_judged(tmp_path: Path) -> None:
+    other = read_files(find_run(str(write_multilabel(tmp_path / "labels", weights_sha256="x"))), pictures=False)
+    text = text_of(run_of(tmp_path / "plain"), other)
+    assert (
+        "The two are of different tasks, A of classification (test accuracy) and B of multilabel (test mAP): "
+        "no number says which is better."
+    ) in text
+    assert "Test mAP 73.21 %" in text
 
 
 def test_names_from_the_data_stay_text(tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ def test_line_tells_everything_that_is_known() -> None:
     )
 
 
+def test_line_names_the_measure_and_the_samples_of_another_task() -> None:
+    said = describe(replace(STATE, headline_title="test mAP", unit="texts"))
+    assert "  test mAP 87.4 %  " in said
+    assert "  12,346 texts/s  " in said
+    assert "  test MAE 3.912  " in describe(replace(STATE, headline=3.91234, headline_title="test MAE", headline_unit="number"))
+
+
 def test_line_leaves_out_what_is_not_known_yet() -> None:
     assert describe(RunState(run="pets", phase="starting")) == "pets: starting"
 

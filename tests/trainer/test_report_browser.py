@@ -13,7 +13,7 @@ import pytest
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
 from deploy.screenshot import BROWSERS, MOST_BYTES, chromium, find_browser, opened  # noqa: E402
-from tests.trainer.report_runs import predictions_of, write_pictured  # noqa: E402
+from tests.trainer.report_runs import predictions_of, write_multilabel, write_multitask, write_pictured  # noqa: E402
 from trainer.report.compare import render_comparison  # noqa: E402
 from trainer.report.files import read_files  # noqa: E402
 from trainer.report.sections import write_report  # noqa: E402
@@ -45,6 +45,16 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(write_report(str(write_multilabel(tmp_path_factory.mktemp("labels") / "run"))))
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(write_report(str(write_multitask(tmp_path_factory.mktemp("heads") / "run"))))
+
+
 def complaints(page: Any) -> list[str]:
     """Fills up with whatever the browser has to say of the page, from now on."""
     said: list[str] = []
@@ -54,7 +64,7 @@ def complaints(page: Any) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("which", ["report", "comparison"])
+@pytest.mark.parametrize("which", ["report", "comparison", "labels", "heads"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_the_browser_has_no_complaint_and_the_page_fits(browser: Any, which: str, size: dict[str, int], request: Any) -> None:
     file = request.getfixturevalue(which)
@@ -129,8 +139,8 @@ CONTRAST = """
 """
 
 
-def test_light_and_dark_are_two_pages_and_both_can_be_read(browser: Any, report: Path, comparison: Path) -> None:
-    for file in (report, comparison):
+def test_light_and_dark_are_two_pages_and_both_can_be_read(browser: Any, report: Path, comparison: Path, labels: Path, heads: Path) -> None:
+    for file in (report, comparison, labels, heads):
         papers = []
         for scheme in ("light", "dark"):
             with opened(browser, file, scheme=scheme, **WIDE) as page:

@@ -33,6 +33,7 @@ from trainer.runs.watch import RunTracker, Watch, rank_lines, rank_speed
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig, TrainConfig
 from trainer.settings.units import percent
+from trainer.tasks.info import Measure, TaskInfo
 
 NOW = 1_700_000_000.0  # before the files' own times
 PROJECT = Path(__file__).parents[2]
@@ -402,6 +403,40 @@ RUNS = [
 ]
 
 
+def test_runs_of_other_tasks_go_by_their_own_measures(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    error = TaskInfo(
+        name="age", unit="texts", measures=(Measure(name="mae", title="MAE", unit="number", higher_is_better=False),), panels=()
+    )
+    Maker(storage, "plain").start().end("finished").summarise("finished")
+    for name, value in (("good", 1.5), ("bad", 30.0)):
+        Maker(storage, name).start().end("finished").summarise("finished", test_accuracy=None, test_mae=value, task=error.to_json())
+    going = Maker(storage, "going", began=time.time() - 60)
+    going.write("run_started", task=error.to_json()).write("evaluation", step=40, epoch=1.0, test_mae=7.25)
+    assert main(["--storage", storage.uri, "--json", "--sort", "accuracy"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [(run["run"], run["task"], run["headline_name"], run["headline"], run["test_accuracy"]) for run in said]
+    assert found == [
+        ("plain", "classification", "accuracy", 0.884, 0.884),
+        ("good", "age", "mae", 1.5, None),
+        ("going", "age", "mae", 7.25, None),
+        ("bad", "age", "mae", 30.0, None),
+    ]
+    assert main(["--storage", storage.uri]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split()[3:5] == ["test", "samples/s"]
+    assert {line.split()[0]: " ".join(line.split()[3:6]) for line in lines if line.split()[1] == "finished"} == {
+        "plain": "88.4 % Accuracy",
+        "good": "1.5 MAE 92",
+        "bad": "30 MAE 92",
+    }
+
+
+def test_a_task_that_cannot_be_read_is_a_problem_of_its_run(storage: Storage) -> None:
+    found = Maker(storage, "odd").start().end("finished").summarise("finished", task={"name": "odd"}).look()
+    assert (found.status, found.headline) == ("finished", 0.884)
+    assert [problem.startswith("its task cannot be read: ") for problem in found.problems] == [True]
+
+
 @given(width=st.integers(30, 200))
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     lines = [line.plain for line in table(RUNS, width=width, now=NOW)]
@@ -601,6 +636,19 @@ def test_watch_tells_what_happens_as_it_happens_and_ends_with_the_run(storage: S
     ]
     assert "pets: training  epoch 2/4  step 40/160  loss 0.5000  test 50.0 %" in said
     assert percent(0.884, 2) in said  # the driver's own table, from the summary
+
+
+def test_watch_speaks_of_the_runs_own_task(storage: Storage) -> None:
+    task = TaskInfo(name="tags", unit="texts", measures=(Measure(name="map", title="mAP"), Measure(name="f1", title="F1")), panels=())
+    maker = Maker(storage, "tags", began=time.time() - 60).write("run_started", task=task.to_json())
+    maker.write("attempt_started", attempt=1, workers=1, start_step=0).write("training_started", attempt=1, step=0)
+    _, said = watched(
+        maker.folder,
+        lambda: maker.write("evaluation", step=40, epoch=1.0, test_map=0.5, test_f1=0.25, test_loss=1.0),
+        lambda: maker.summarise("stopped").end("stopped", step=40),
+    )
+    assert "step 40: test mAP 50.0 %, test F1 25.0 %, loss 1.0000" in said
+    assert "test mAP 50.0 %" in said.partition("tags: training  epoch 2/4")[2]
 
 
 @pytest.mark.parametrize(("end", "status"), [("failed", 1), ("stopped", 3)])

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.trainer.report_runs import MULTILABEL
 from trainer.runs.progress import summary_rows
+from trainer.runs.status import SUMMARY_BYTES, first_members
 from trainer.runs.summary import Span, accounting, restarts, sessions, summarise, timeline, wall_seconds
 from trainer.settings.tree import RunConfig, TrainConfig
+from trainer.tasks.info import CLASSIFICATION, info_of
 
 HISTORY = ("step_seconds", "data_wait_seconds", "checkpoint_stall_seconds", "evaluation_seconds")
 
@@ -362,6 +365,26 @@ def test_the_summary_has_the_keys_that_other_tools_rely_on() -> None:
     assert {key: summary[key] for key in relied_on} == relied_on
     assert sum(summary["accounting"].values()) == summary["seconds"]
     json.dumps(summary, allow_nan=False)
+
+
+def test_the_summary_has_all_that_the_evaluation_of_any_task_says() -> None:
+    labels = [{"name": "boot", "average_precision": 0.5}] * 2000
+    entry = {"step": 30, "epoch": 2.5, "test_loss": 0.25, "test_map": 0.5, "test_micro_f1": 0.75, "test_count": 100, "labels": labels}
+    result = {"history": HISTORY_KILLED_ONCE, "steps_done": 30, "evaluation": entry}
+    for task in (MULTILABEL, MULTILABEL.to_json()):
+        summary = summary_of(result=result, facts={"task": task})
+        assert {key: summary[key] for key in entry.keys() - {"step", "epoch"}} == {
+            key: value for key, value in entry.items() if key not in ("step", "epoch")
+        }
+        assert info_of(json.loads(json.dumps(summary))) == MULTILABEL
+        assert summary.keys() >= summary_of().keys()
+        assert (summary["test_accuracy"], summary["confusion"], summary["per_class"]) == (None, None, None)
+        assert summary_rows(summary)[:3] == [("Test mAP", "50.00 %"), ("Test micro F1", "75.00 %"), ("Test loss", "0.2500")]
+        # The list of runs reads the beginning only.
+        begun = first_members(json.dumps(summary, indent=1)[:SUMMARY_BYTES])
+        assert begun.keys() >= {"test_map", "test_micro_f1", "task", "goodput", "seconds"}
+        assert "labels" not in begun
+    assert info_of(summary_of()) == CLASSIFICATION
 
 
 def test_without_a_result_the_summary_knows_what_the_journal_knows() -> None:

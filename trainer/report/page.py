@@ -108,6 +108,8 @@ h1{margin:0;font-size:1.6rem;overflow-wrap:anywhere}
 h1 .first{color:var(--s0)}h1 .second{color:var(--s1)}
 h2{margin:2rem 0 .6rem;font-size:1.15rem;border-bottom:1px solid var(--line)}
 h3{margin:1.2rem 0 .4rem;font-size:1rem}
+h3 .soft{font-weight:400}
+td a{color:var(--s0)}
 header .verdict{margin:.8rem 0;padding:.7rem 1rem;border-left:4px solid;background:var(--card);color:var(--ink);font-size:1.1rem;
 overflow-wrap:anywhere}
 .verdict.good{border-color:var(--good)}.verdict.warn{border-color:var(--warn)}.verdict.bad{border-color:var(--bad)}
@@ -133,8 +135,8 @@ text-decoration:none}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.4rem 0;font-size:.85rem}
 .key{display:inline-block;width:.8em;height:.8em;margin-right:.5em;border-radius:2px}
 .scroll{overflow-x:auto}
-.meter{display:inline-block;min-width:5.5rem}
-.meter i{display:block;height:.25rem;border-radius:2px;background:var(--s0)}
+.meter{display:inline-block;min-width:6rem}
+.meter i{display:block;height:.3rem;margin:.1rem 0 0;border-radius:2px;background:var(--s0)}
 table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
@@ -164,6 +166,8 @@ background:var(--paper);color:var(--ink)}
 .top h3{margin:0}
 .thumbnails{display:grid;grid-template-columns:repeat(auto-fill,minmax(6.4rem,1fr));gap:.8rem}
 .thumbnails figure{min-width:0}
+.thumbnails.wide{grid-template-columns:repeat(auto-fill,minmax(9.6rem,1fr))}
+.thumbnails.wide figcaption{gap:.15rem}
 .thumbnails img{display:block;width:6rem;height:6rem;max-width:100%;object-fit:contain;background:var(--card);border-radius:4px}
 .thumbnails .pixels{image-rendering:pixelated}
 .thumbnails figcaption{display:grid;font-weight:400;font-size:.8rem;line-height:1.3;margin-top:.25rem}
@@ -175,7 +179,7 @@ background:var(--paper);color:var(--ink)}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:.7rem;background:var(--card);border-radius:6px;font-size:.85rem}
 @media(max-width:40rem){th,td{padding:.25rem .35rem}dl{grid-template-columns:repeat(auto-fill,minmax(8rem,1fr))}
 .confusion{font-size:.8rem}.confusion td>button{padding:.25rem .3rem}.confusion td{min-width:1.9rem}
-.thumbnails{grid-template-columns:repeat(auto-fill,minmax(5rem,1fr))}.thumbnails img{width:5rem;height:5rem}}
+.thumbnails:not(.wide){grid-template-columns:repeat(auto-fill,minmax(5rem,1fr))}.thumbnails img{width:5rem;height:5rem}}
 @page{margin:14mm}
 @media print{:root{color-scheme:light}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}body{font-size:11px}
 main{max-width:none;padding:0}

@@ -1,6 +1,7 @@
 """An evaluation's numbers and counts of samples in words: titles, percent, `3 images`. For runs and the report; what a task measures is its
 TaskInfo's to say."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,8 @@ def shown(unit: str, value: float | None, digits: int = 1) -> str:
 
 def measured(info: TaskInfo, entry: Mapping[str, Any]) -> list[tuple[Measure, float]]:
     """Those measures that `entry` (an evaluation, a summary) holds, the headline first."""
-    return [(measure, entry[measure.key]) for measure in info.measures if isinstance(entry.get(measure.key), int | float)]
+    values = [(measure, entry.get(measure.key)) for measure in info.measures]
+    return [(measure, value) for measure, value in values if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def one_of(unit: str) -> str:

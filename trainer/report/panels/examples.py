@@ -1,22 +1,16 @@
-"""Panel `examples`: the worst test samples. Of a classification the surest wrong answers; of another task those of the largest loss, with
-what the model said of them: a word or two for each column of predictions.parquet.
+"""Panel `examples`: the worst test samples. Of a classification the surest wrong answers; of another task those of the largest loss, each
+with what is true and what the model said of it (`answers_of`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
 
 from trainer.report.files import RunFiles, class_names, confusion_of
 from trainer.report.page import NOTHING, Html, section, short, table, tag
-from trainer.report.panels.classes import entries_of
+from trainer.report.panels.answers import Answer, Names, answers_of, names_of
 from trainer.report.panels.pictures import labelled_picture, picture
 from trainer.report.thumbnails import worst_rows
 from trainer.settings.units import percent
 from trainer.tasks.predictions import Predictions
-
-LISTED_OF_MANY = 3  # of a column of many numbers, the largest
-SHOWN_COLUMNS = 12
 
 
 def panel(run: RunFiles) -> Html:
@@ -52,48 +46,53 @@ def _mistakes(run: RunFiles, found: Predictions, worst: Sequence[int]) -> Html:
 
 
 def _largest_losses(run: RunFiles, found: Predictions, worst: Sequence[int]) -> Html:
-    title = f"Worst {run.info.unit}"
-    about = f"Those {run.info.unit} on which the model's loss is largest."
-    names = [str(entry.get("name")) for entry in entries_of(run.summary.get("labels"))]
-    said = {row: said_of(found, row, names) for row in worst}
+    about = f"Those {run.info.unit} on which the loss is largest: what is true, then what the model said."
+    names = names_of(run.summary)
     sources = run.thumbnails.sources
     pictured = [row for row in worst if row in sources]
     if pictured:
-        figures = (_picture(found, row, said[row], sources[row]) for row in pictured)
+        figures = (_picture(found, row, names, sources[row]) for row in pictured)
         notes = tag("p", " ".join([about, *run.thumbnails.notes]), class_="soft")
-        return section(title, notes, tag("div", *figures, class_="thumbnails worst"))
-    columns = list(dict.fromkeys(name for row in worst for name in said[row]))
+        return section(f"Worst {run.info.unit}", notes, tag("div", *figures, class_="thumbnails worst wide"))
+    said = [answers_of(found, row, names) for row in worst]
+    head = [word for answer in said[0] for word in (_titled("is", answer.name), _titled("said", answer.name))]
     rows = [
-        (short(found.keys[row], 200), *(said[row].get(name, "") for name in columns), f"{found.columns['loss'][row]:.3g}") for row in worst
+        (short(found.keys[row], 200), *(word for answer in each for word in (answer.true, answer.said)), _loss(found, row))
+        for row, each in zip(worst, said, strict=True)
     ]
     notes = tag("p", f"{about} {run.no_thumbnails}".strip(), class_="soft")
-    return section(title, notes, table(("key", *columns, "loss"), rows, numeric=(len(columns) + 1,)))
+    return section(f"Worst {run.info.unit}", notes, table(("key", *head, "loss"), rows, numeric=(len(head) + 1,)))
 
 
-def _picture(found: Predictions, row: int, said: Mapping[str, str], source: str) -> Html:
-    key = short(found.keys[row], 200)
-    loss = f"loss {found.columns['loss'][row]:.3g}"
-    lines = [tag("span", loss), *(tag("span", f"{name}: {words}") for name, words in said.items()), tag("span", key, class_="id")]
-    what = ", ".join(f"{name} {words}" for name, words in said.items())
-    return picture(source, lines, alt=f"{key}: {what}, {loss}", title=f"{key}, {loss}", kind="wrong")
+def _titled(word: str, name: str) -> str:
+    return f"{name}: {word}" if name else word
 
 
-def said_of(found: Predictions, row: int, names: Sequence[str]) -> dict[str, str]:
-    """By column but the loss: a number as it is; of many numbers the largest three that are half or more, by `names` where those fit."""
-    told: dict[str, str] = {}
-    for name, values in found.columns.items():
-        if name == "loss" or len(told) >= SHOWN_COLUMNS:
-            continue
-        told[short(name.replace("_", " "), 60)] = _many(values[row], names) if values.ndim > 1 else _one(values[row])
-    return told
+def _picture(found: Predictions, row: int, names: Mapping[str, Names], source: str) -> Html:
+    key, loss = short(found.keys[row], 200), f"loss {_loss(found, row)}"
+    answers = answers_of(found, row, names)
+    lines = [line for answer in answers for line in _lines(answer)]
+    what = "; ".join(_titled(f"{answer.true}, said {answer.said}", answer.name) for answer in answers)
+    return picture(
+        source,
+        [*lines, tag("span", loss), tag("span", key, class_="id")],
+        alt=f"{key}: {what}, {loss}",
+        title=f"{key}, {loss}",
+        kind="wrong",
+    )
 
 
-def _one(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, np.floating) else short(value, 80)
+def _lines(answer: Answer) -> list[Html]:
+    """A wrong answer is red, below what is true; a right one is not repeated; a number is on the same line."""
+    name = f"{answer.name}: " if answer.name else ""
+    match answer.is_right:
+        case True:
+            return [tag("span", f"{name}{answer.true}")]
+        case False:
+            return [tag("span", f"{name}{answer.true}"), tag("b", answer.said)]
+        case None:
+            return [tag("span", f"{name}{answer.true}, said {answer.said}")]
 
 
-def _many(values: Any, names: Sequence[str]) -> str:
-    shown = [int(index) for index in np.argsort(-values.astype(np.float64), kind="stable") if values[index] >= 0.5]
-    words = [short(names[index], 60) if len(names) == len(values) else str(index) for index in shown[:LISTED_OF_MANY]]
-    more = f" and {len(shown) - LISTED_OF_MANY} more" if len(shown) > LISTED_OF_MANY else ""
-    return f"{', '.join(words)}{more}" if words else "none"
+def _loss(found: Predictions, row: int) -> str:
+    return f"{float(found.losses[row]):.3g}"

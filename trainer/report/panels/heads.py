@@ -14,7 +14,6 @@ from trainer.report.panels.labels import labels_parts
 from trainer.report.panels.numbers import number_figures
 from trainer.runs.measures import samples, shown
 from trainer.settings.units import number
-from trainer.tasks.info import TaskInfo
 
 GRID_CLASSES = 20
 """A larger confusion matrix is left to summary.json: a page of many heads stays readable."""
@@ -33,7 +32,7 @@ def panel(run: RunFiles) -> Html:
             number(number_or_none(head.get("weight"))),
             number(number_or_none(head.get("loss"))),
             number(head.get("count")),
-            ", ".join(f"{title} {text}" for title, text in _measures(run.info, name, head)),
+            ", ".join(f"{title} {text}" for title, text in _measures(head)),
         )
         for index, (name, head) in enumerate(known.items())
     ]
@@ -45,8 +44,8 @@ def _head(run: RunFiles, name: str, head: Mapping[str, Any], index: int) -> Html
     kind = str(head.get("kind", "?"))
     count = number_or_none(head.get("count"))
     about = f"{_KINDS.get(kind, kind)}, known of {samples(round(count), run.info.unit)}" if count is not None else _KINDS.get(kind, kind)
-    cards = tag("dl", *(tag("div", tag("dt", title), tag("dd", text)) for title, text in _measures(run.info, name, head)))
-    title = tag("h3", short(name, 120), tag("span", f"  {about}", class_="soft"), id=f"head-{index}")
+    cards = tag("dl", *(tag("div", tag("dt", title), tag("dd", text)) for title, text in _measures(head)))
+    title = tag("h3", short(name, 120), tag("span", f" ({about})", class_="soft"), id=f"head-{index}")
     details = head.get("details")
     body = _details(details if isinstance(details, Mapping) else {}, run.info.unit)
     figures = number_figures(run.predictions, name, f"h{index}") if kind == "number" else NOTHING
@@ -71,17 +70,14 @@ def _folded(title: str, inside: Html) -> Html:
     return tag("details", tag("summary", title), inside)
 
 
-def _measures(info: TaskInfo, name: str, head: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(title, value); what a head calls `mae` the task calls `NAME_mae`, where it lists it."""
-    known = {measure.name: measure for measure in info.measures}
+def _measures(head: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(title, value); those of a number are in its own unit, all others are ratios."""
     said = head.get("measures")
-    told = []
-    for key, value in said.items() if isinstance(said, Mapping) else ():
-        measure = known.get(f"{name}_{key}")
-        unit = measure.unit if measure else "number" if head.get("kind") == "number" else "ratio"
-        title = _TITLES.get(str(key), str(key).replace("_", " "))
-        told.append((short(title, 60), shown(unit, number_or_none(value), 2)))
-    return told
+    unit = "number" if head.get("kind") == "number" else "ratio"
+    return [
+        (short(_TITLES.get(str(key), str(key).replace("_", " ")), 60), shown(unit, number_or_none(value), 2))
+        for key, value in (said.items() if isinstance(said, Mapping) else ())
+    ]
 
 
-_TITLES = {"map": "mAP", "f1": "F1", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
+_TITLES = {"map": "mAP", "micro_f1": "micro F1", "macro_f1": "macro F1", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}

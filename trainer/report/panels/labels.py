@@ -51,9 +51,9 @@ def labels_table(entries: Sequence[Entry], unit: str) -> Html:
 
 
 def _quality(entry: Entry) -> float:
-    """By average precision, or F1 where there is none; a label that nothing is known of is no weak one, and comes last."""
+    """By average precision, or F1 where there is none; a label that no sample has is no weak one, and comes last."""
     known = [value for key in ("average_precision", "f1") if (value := number_or_none(entry.get(key))) is not None]
-    return known[0] if known else 2.0
+    return known[0] if known and entry.get("support") != 0 else 2.0
 
 
 def _share(entry: Entry, key: str, *, is_bar: bool = False) -> Html | str:
