@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataio import sources
-from dataio.sources import Balanced, Sample, SourceError, held_out, load_cifar_pickle, open_source
+from dataio.sources import Balanced, Sample, SourceError, held_out, hostile, load_cifar_pickle, open_source
+from dataio.sources.hostile import CIFAR_TRAIN
 
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -72,7 +73,7 @@ def python2_pickle(content: dict[str, Any]) -> bytes:
 
 
 def cifar_members(dump: Any = python2_pickle, **options: Any) -> dict[str, bytes]:
-    members = {name: dump(cifar_content(name, **options)) for name in (*sources.CIFAR_TRAIN, "test_batch")}
+    members = {name: dump(cifar_content(name, **options)) for name in (*CIFAR_TRAIN, "test_batch")}
     return members | {"batches.meta": dump({"num_cases_per_batch": 6, "label_names": CIFAR_CLASSES, "num_vis": 3072})}
 
 
@@ -89,7 +90,7 @@ def write_tar(path: Path, members: dict[str, bytes], extra: list[tarfile.TarInfo
 
 def check_cifar(source: sources.Source, *, keys: bool = True) -> None:
     assert source.classes == tuple(CIFAR_CLASSES)
-    for split, names in (("train", sources.CIFAR_TRAIN), ("test", ("test_batch",))):
+    for split, names in (("train", CIFAR_TRAIN), ("test", ("test_batch",))):
         expected = [(name, index) for name in names for index in range(6)]
         samples = list(source.samples(split))
         assert source.count(split) == len(samples) == len(expected)
@@ -127,7 +128,7 @@ def test_keys_are_batch_and_index_where_file_names_are_missing_or_repeated(tmp_p
     members = cifar_members()
     members["data_batch_2"] = python2_pickle(cifar_content("data_batch_2") | {"filenames": ["same.png"] * 6})
     keys = [sample.key for sample in read(write_tar(tmp_path / "b.tar.gz", members)).samples("train")]
-    assert keys == [f"{name}/{index:05d}" for name in sources.CIFAR_TRAIN for index in range(6)]
+    assert keys == [f"{name}/{index:05d}" for name in CIFAR_TRAIN for index in range(6)]
 
 
 def test_samples_can_start_anywhere(tmp_path: Path):
@@ -272,7 +273,7 @@ def test_a_member_that_claims_a_huge_size_is_refused_before_it_is_read(tmp_path:
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE], ids=["file", "long name", "pax header"])
 def test_a_compressed_bomb_stops_at_the_limit(tmp_path: Path, kind: bytes, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "MAX_ARCHIVE_BYTES", 1 << 20)
+    monkeypatch.setattr(hostile, "MAX_ARCHIVE_BYTES", 1 << 20)
     path = tmp_path / "a.tar.gz"
     path.write_bytes(gzip.compress(member("a/readme.html", kind, size=2**33).tobuf(tarfile.GNU_FORMAT) + bytes(4 << 20)))
     with pytest.raises(SourceError, match="unpacks to more than 1048576 bytes"):
