@@ -522,7 +522,7 @@ class _Shuffled:
         from dataio.sources import Sample
 
         for path in self._paths(split)[start:]:
-            yield Sample(key=path, data=(self._images.folder / path).read_bytes(), label=self.classes.index(path.split("/")[1]))
+            yield Sample(key=path, data=(self._images.folder / path).read_bytes(), values=(self.classes.index(path.split("/")[1]),))
 
     def _paths(self, split: str) -> list[str]:
         return self._train if split == "train" else self._test

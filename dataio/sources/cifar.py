@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from dataio.schema import Target
 from dataio.sources.hostile import CIFAR_MEMBERS, CIFAR_TRAIN, load_cifar_pickle
-from dataio.sources.source import Sample, SourceError, png, text_of
+from dataio.sources.source import Options, Sample, SourceError, asked_for, hashed, png, text_of
+from dataio.sources.splits import Rows, divide, plan_splits
+from dataio.sources.targets import label_target, only_label
 
 CIFAR10 = "cifar10"
 
@@ -19,30 +22,54 @@ class Cifar:
 
     ignored: tuple[str, ...] = ()
 
-    def __init__(self, *, kind: str, identity: str, read: Callable[[], dict[str, bytes]]) -> None:
-        self.kind, self.identity, self._read = kind, identity, read
+    def __init__(self, *, kind: str, identity: str, read: Callable[[], dict[str, bytes]], options: Options) -> None:
+        only_label(options.targets, "CIFAR-10's images")
+        more = asked_for(options)
+        self.kind, self.identity, self._read = kind, hashed(identity, *more) if more else identity, read
+        self.identities = (self.identity,)
+        self._plan = plan_splits(("train", "test"), test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return label_target(self._content[0])
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self._content[0]
 
     def splits(self) -> tuple[str, ...]:
-        return ("train", "test")
+        return self._plan.splits
 
     def count(self, split: str) -> int | None:
-        return sum(len(batch.labels) for batch in self._content[1][split])
+        return len(self._rows[split])
 
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
-        batches = self._content[1][split]
-        names = [name for batch in batches for name in batch.filenames]
-        unique = len(set(names)) == sum(len(batch.labels) for batch in batches)
-        at = 0
-        for batch in batches:
-            for index in range(max(start - at, 0), len(batch.labels)):
-                key = batch.filenames[index] if unique else f"{batch.name}/{index:05d}"
-                pixels = np.ascontiguousarray(batch.images[index].reshape(3, 32, 32).transpose(1, 2, 0))  # (32, 32, 3)
-                yield Sample(key=key, data=png(pixels), label=batch.labels[index])
-            at += len(batch.labels)
+        images = self._images["test" if split == "test" else "train"]
+        for row in self._rows[split][start:].tolist():
+            batch, index, key = images[row]
+            pixels = np.ascontiguousarray(batch.images[index].reshape(3, 32, 32).transpose(1, 2, 0))  # (32, 32, 3)
+            yield Sample(key=key, data=png(pixels), values=(batch.labels[index],))
+
+    @cached_property
+    def _rows(self) -> dict[str, Rows]:
+        """Of each split, the rows of the stored split that are its own."""
+        keys = [key for _, _, key in self._images["train"]]
+        labels = np.array([batch.labels[index] for batch, index, _ in self._images["train"]], np.int64)
+        return {"test": np.arange(len(self._images["test"]))} | divide(keys, labels, self._plan.held)
+
+    @cached_property
+    def _images(self) -> "dict[str, list[tuple[_CifarBatch, int, str]]]":
+        """Stored split -> (batch, index in it, key) of each image: its file's name, where all have one of their own."""
+        images = {}
+        for split, batches in self._content[1].items():
+            names = [name for batch in batches for name in batch.filenames]
+            unique = len(set(names)) == sum(len(batch.labels) for batch in batches)
+            images[split] = [
+                (batch, index, batch.filenames[index] if unique else f"{batch.name}/{index:05d}")
+                for batch in batches
+                for index in range(len(batch.labels))
+            ]
+        return images
 
     @cached_property
     def _content(self) -> tuple[tuple[str, ...], dict[str, list["_CifarBatch"]]]:

@@ -1,16 +1,21 @@
-"""Foreign bytes, read as if an attacker had written them: tar archives and pickles. Called by cifar.
+"""Foreign bytes, read as if an attacker had written them: tar archives and pickles (called by cifar), tables and the files that they name
+(called by table).
 
 Members of an archive are streamed, nothing is extracted by path, sizes are limited, and the unpickler builds nothing but numbers, text,
-lists, dicts and checked uint8 arrays.
+lists, dicts and checked uint8 arrays. A table is streamed too, row by row, none longer than a limit; the files it names lie in its folder.
 """
 
+import csv
+import errno
 import gzip
 import io
 import math
+import os
 import pickle
 import pickletools
+import stat
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -20,6 +25,8 @@ from dataio.sources.source import ACCEPTED, SourceError, text_of
 
 MAX_MEMBER_BYTES = 256 << 20
 MAX_ARCHIVE_BYTES = 1 << 30
+MAX_ROW_BYTES = 1 << 20
+MAX_IMAGE_BYTES = 256 << 20
 CIFAR_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 CIFAR_MEMBERS = (*CIFAR_TRAIN, "test_batch", "batches.meta")
 
@@ -88,6 +95,53 @@ def read_archive(path: Path) -> dict[str, bytes]:
     if not members:
         raise SourceError(f"{path} holds no CIFAR-10 batches (data_batch_1, ..., test_batch, batches.meta); {ACCEPTED}")
     return members
+
+
+def table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of each row of a table in UTF-8, the header first; empty lines are left out."""
+    line, row_bytes = 0, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal line, row_bytes
+        with open(path, "rb") as file:
+            while raw := file.readline(MAX_ROW_BYTES + 1):
+                line += 1
+                row_bytes += len(raw)
+                if row_bytes > MAX_ROW_BYTES:  # a quotation mark that nothing closes takes in all lines that follow
+                    raise SourceError(f"{path}, line {line}: the row has more than {MAX_ROW_BYTES} bytes; is a quotation mark left open?")
+                if b"\0" in raw:
+                    raise SourceError(f"{path}, line {line}: there is a NUL byte, which is in no text; save the table as text in UTF-8")
+                try:
+                    yield raw.removeprefix(b"\xef\xbb\xbf" if line == 1 else b"").decode()
+                except UnicodeDecodeError as error:
+                    found = raw[error.start : error.start + 4]
+                    raise SourceError(f"{path}, line {line}: {found!r} is not UTF-8; save the table in UTF-8") from None
+
+    try:
+        first = 1
+        for cells in csv.reader(lines(), delimiter=delimiter, strict=True):
+            if cells:
+                yield first, cells
+            first, row_bytes = line + 1, 0
+    except csv.Error as error:
+        raise SourceError(f"{path}, line {line}: {error}; write the table as the csv module does, quoted where needed") from error
+
+
+def read_below(folder: Path, name: str) -> bytes:
+    """The bytes of a file that a table names, below the table's `folder`. Raises OSError, also for what is no regular file or is a link out
+    of the folder."""
+    root = os.path.realpath(folder)
+    where = os.path.realpath(os.path.join(root, name))
+    if os.path.commonpath([root, where]) != root:
+        raise OSError(errno.EACCES, "leads out of the table's folder")
+    descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe would wait for its writer
+    with open(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if facts.st_size > MAX_IMAGE_BYTES:
+            raise OSError(errno.EFBIG, f"{facts.st_size} bytes; an image has at most {MAX_IMAGE_BYTES}")
+        return file.read(MAX_IMAGE_BYTES)
 
 
 # What CIFAR batches contain, and nothing else. All that is callable here is an instance without attributes of its own, so that a pickle can

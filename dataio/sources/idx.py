@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dataio.sources.source import Sample, SourceError, hashed, png, stat_hash
-from dataio.sources.splits import held_out
+from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, png, stat_hash
+from dataio.sources.splits import chosen, divide, plan_splits
+from dataio.sources.targets import label_target, only_label
 
 _IDX_NAME = re.compile(r"(?P<split>train|t10k|test)-(?P<what>images|labels)[.-]idx(?P<dims>[13])-ubyte(?:\.gz)?")
 
@@ -20,37 +21,38 @@ class Idx:
     kind = "idx"
     ignored: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path, files: dict[str, tuple[Path, Path]], test_fraction: float) -> None:
-        self._files, self._fraction = files, test_fraction
+    def __init__(self, folder: Path, files: dict[str, tuple[Path, Path]], options: Options) -> None:
+        only_label(options.targets, "IDX files")
+        self._files = files
         self._labels = {split: _idx_labels(labels) for split, (_, labels) in files.items()}
+        self._plan = plan_splits(files, test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
         names = folder / "classes.txt"
         paths = [path for pair in files.values() for path in pair] + ([names] if names.is_file() else [])
-        self.identity = hashed(stat_hash(folder, paths), "" if "test" in files else repr(test_fraction))
+        stat = stat_hash(folder, paths)
+        self.identities = identities_of(stat, files, options, former=former_identity(stat, options, has_test="test" in files))
+        self.identity = self.identities[0]
         highest = max(int(labels.max(initial=0)) for labels in self._labels.values())
         self.classes = tuple(str(number) for number in range(highest + 1))
         if names.is_file():
             self.classes = tuple(line.strip() for line in names.read_text().splitlines() if line.strip())
             if len(self.classes) <= highest:
                 raise SourceError(f"{names} names {len(self.classes)} classes, the labels go up to {highest}; name them all, one a line")
+        self.targets = label_target(self.classes)
+        keys = [f"train/{row:05d}" for row in range(len(self._labels["train"]))]
+        self._rows = {split: np.arange(len(labels)) for split, labels in self._labels.items()}
+        self._rows |= divide(keys, self._labels["train"].astype(np.int64), self._plan.held)
 
     def splits(self) -> tuple[str, ...]:
-        return ("train", "test")
+        return self._plan.splits
 
     def count(self, split: str) -> int | None:
-        if "test" in self._files:
-            return len(self._labels[split])
-        return sum(1 for index in range(len(self._labels["train"])) if held_out(f"train/{index:05d}", self._fraction) == (split == "test"))
+        return len(self._rows[split])
 
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
-        stored = split if "test" in self._files else "train"
-        labels, seen = self._labels[stored], 0
-        for index, image in enumerate(_idx_images(self._files[stored][0], len(labels))):
-            key = f"{stored}/{index:05d}"
-            if "test" not in self._files and held_out(key, self._fraction) != (split == "test"):
-                continue
-            seen += 1
-            if seen > start:
-                yield Sample(key=key, data=png(image), label=int(labels[index]))
+        stored = split if split in self._files else "train"
+        labels = self._labels[stored]
+        for row, image in chosen(_idx_images(self._files[stored][0], len(labels)), 0, self._rows[split][start:]):
+            yield Sample(key=f"{stored}/{row:05d}", data=png(image), values=(int(labels[row]),))
 
 
 def find_idx(folder: Path) -> dict[str, tuple[Path, Path]]:

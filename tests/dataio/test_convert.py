@@ -51,7 +51,7 @@ class Memory:
         self.read.append(start)
         for index in range(start, self._counts[split]):
             is_bad = self._bad_every and index % self._bad_every == self._bad_every - 1
-            yield Sample(key=f"k{index}", data=b"" if is_bad else TINY[index % 16], label=index % 4)
+            yield Sample(key=f"k{index}", data=b"" if is_bad else TINY[index % 16], values=(index % 4,))
 
 
 def run(source: object, dest: Path, **options: object) -> Manifest:
@@ -340,7 +340,7 @@ def test_repeated_keys_are_made_unique_in_order_also_across_a_resumption(tmp_pat
     class Repeating(Memory):
         def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
             for sample in super().samples(split, start):
-                yield Sample(key=f"k{int(sample.key[1:]) % 700}", data=sample.data, label=sample.label)
+                yield Sample(key=f"k{int(sample.key[1:]) % 700}", data=sample.data, values=sample.values)
 
     run(Repeating(bad_every=11), tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
@@ -358,7 +358,7 @@ def test_labels_outside_the_classes_are_bad_samples(tmp_path: Path):
         def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
             for sample in super().samples(split, start):
                 label = {"k3": -1, "k5": 4}.get(sample.key, sample.label)
-                yield Sample(key=sample.key, data=sample.data, label=label)
+                yield Sample(key=sample.key, data=sample.data, values=(label,))
 
     run(Mislabelled(20, 10), tmp_path / "dest")
     assert [(record.key, record.reason) for record in records(tmp_path / "dest") if record.split == "train"] == [
