@@ -34,7 +34,7 @@ from trainer.report.panels.labels import SHOWN_LABELS, labels_table
 from trainer.report.panels.numbers import numbers_of
 from trainer.report.thumbnails import WORST, look_up, worst_rows
 from trainer.runs.folder import find_run
-from trainer.settings.cli import to_toml
+from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
 from trainer.tasks.info import CLASSIFICATION, Measure, TaskInfo
 

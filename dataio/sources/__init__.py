@@ -1,0 +1,109 @@
+"""Labelled images as they come, under one interface: CIFAR-10, Hugging Face Parquet, folders by class, tables, IDX files.
+
+What lives here: `open_source`, which recognises what a path is; a file for each kind of source (cifar, idx, huggingface, folder, table);
+`source`, what all of them are; `targets`, what is asked of them; `splits`, what is held out; `hostile`, which reads archives, pickles and
+tables as if an attacker had written them. Imported by convert, and by whoever needs the classes of a source before it is converted; from
+outside the package only the names below. Left to others: whether bytes are a usable image (codecs), how they are stored (convert, parquet).
+"""
+
+import functools
+from pathlib import Path
+
+from dataio.manifest import MANIFEST_NAME
+from dataio.sources.cifar import CIFAR10, Cifar, download, torchvision_cifar10
+from dataio.sources.folder import IMAGE_SUFFIXES, ImageFolder, find_folders
+from dataio.sources.hostile import CIFAR_MEMBERS, load_cifar_pickle, read_archive, read_batches
+from dataio.sources.huggingface import HuggingFace, find_parquet
+from dataio.sources.idx import Idx, find_idx
+from dataio.sources.source import ACCEPTED, Balanced, Options, Renamed, Sample, Source, SourceError, hashed, stat_hash
+from dataio.sources.table import DELIMITERS, Table
+
+__all__ = [
+    "ACCEPTED",
+    "IMAGE_SUFFIXES",
+    "Balanced",
+    "Sample",
+    "Source",
+    "SourceError",
+    "load_cifar_pickle",
+    "open_source",
+]
+
+
+def open_source(
+    path: str,
+    *,
+    root: Path,
+    test_fraction: float,
+    classes: tuple[str, ...] | None = None,
+    validation_fraction: float = 0.0,
+    targets: str = "",
+) -> Source:
+    """Recognises what `path` is. `root` is where a download goes.
+
+    `test_fraction` of the training images is held out where there is no test split, and `validation_fraction` of those left (0: none) where
+    there is no validation split; by class and by a hash of the key: see splits. `targets` names what is to be learnt, as
+    NAME[:label|labels|number],...; empty, the source's own label. `classes` replaces the source's class names. Raises SourceError (a
+    ValueError) that lists what is accepted and says what was found.
+    """
+    if not 0.0 < test_fraction < 1.0:
+        raise ValueError(
+            f"data.test_fraction={test_fraction} leaves nothing to train or to test with; use a number between 0 and 1, such as 0.1"
+        )
+    if not 0.0 <= validation_fraction < 1.0:
+        raise ValueError(
+            f"data.validation_fraction={validation_fraction} is no fraction of the training images; use 0 (none) or one below 1, like 0.1"
+        )
+    options = Options(test_fraction=test_fraction, validation_fraction=validation_fraction, targets=targets.strip())
+    source = _open_source(path, root, options)
+    return source if classes is None else Renamed(source, classes)
+
+
+def _open_source(path: str, root: Path, options: Options) -> Source:
+    if path == CIFAR10:
+        return Cifar(
+            kind="cifar10",
+            identity=hashed(CIFAR10, torchvision_cifar10().tgz_md5),
+            read=lambda: read_archive(download(root)),
+            options=options,
+        )
+    where = Path(path).expanduser()
+    if not where.exists():
+        raise SourceError(f"data.path={path!r} does not exist; {ACCEPTED}")
+    if where.is_file():
+        return _open_file(where, options)
+    if (where / MANIFEST_NAME).exists():
+        raise SourceError(f"{path} is converted already; read it as it is: --data.path {path}")
+    if (where / "conversion.json").exists():
+        raise SourceError(f"{path} is an unfinished conversion; run the same dataio.convert command again to finish it")
+    for folder in (where, where / "cifar-10-batches-py"):
+        if (folder / "data_batch_1").is_file():
+            files = [file for name in CIFAR_MEMBERS if (file := folder / name).is_file()]
+            return Cifar(
+                kind="cifar-batches", identity=stat_hash(folder, files), read=functools.partial(read_batches, files), options=options
+            )
+    if (where / "cifar-10-python.tar.gz").is_file():
+        return _open_file(where / "cifar-10-python.tar.gz", options)
+    if idx := find_idx(where):
+        return Idx(where, idx, options)
+    if parquet := find_parquet(where):
+        return HuggingFace(where, parquet, options)
+    if folders := find_folders(where):
+        return ImageFolder(where, folders, options)
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in where.iterdir())
+    found = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "nothing"
+    raise SourceError(f"data.path={path!r} is no data set that can be read: it holds {found}; {ACCEPTED}")
+
+
+def _open_file(file: Path, options: Options) -> Source:
+    with open(file, "rb") as opened:
+        start = opened.read(512)
+    if start[:4] == b"PAR1":
+        return HuggingFace(file.parent, {"": [file]}, options)
+    if start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar":
+        return Cifar(kind="cifar-tar", identity=stat_hash(file.parent, [file]), read=lambda: read_archive(file), options=options)
+    if file.suffix.lower() in DELIMITERS:
+        return Table(file, options)
+    raise SourceError(
+        f"{file} is neither a Parquet file nor a tar archive nor a table (.csv, .tsv) (it begins with {start[:8]!r}); {ACCEPTED}"
+    )

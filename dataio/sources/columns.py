@@ -1,0 +1,167 @@
+"""Columns of Parquet files as targets: what their types and the Hugging Face metadata say, and what their cells mean.
+
+Called by huggingface. Integers and text are labels, lists of them several labels, floats numbers; integers also numbers if asked for.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataio.schema import Kind, Target
+from dataio.sources.source import SourceError
+from dataio.sources.targets import FLAG, Asked, checked_classes, is_finite_float32, unknown
+
+_KINDS: Mapping[str, tuple[Kind, ...]] = {
+    "integer": ("label", "number"),
+    "text": ("label",),
+    "boolean": ("label",),
+    "list of integers": ("labels",),
+    "list of text": ("labels",),
+    "float": ("number",),
+}
+"""What a column can be; first what it is where nothing is declared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """A column that is a target."""
+
+    name: str
+    """In the files; the target's may differ."""
+    target: Target
+    texts: Mapping[Any, int] | None
+    """Of a column of text the classes' numbers; None where cells hold the numbers themselves."""
+    null_is_unknown: bool
+    """Else the sample is refused."""
+
+    @property
+    def unknown(self) -> Any:
+        return unknown((self.target,))[0]
+
+    def read(self, cells: Any) -> Iterator[tuple[Any, str | None]]:
+        """(value, refusal or None) of each cell of an Arrow array."""
+        for cell in cells.to_pylist():
+            if cell is None:
+                yield self.unknown, None if self.null_is_unknown else "bad label: null"
+            elif self.target.kind == "label":
+                yield cell if self.texts is None else self.texts.get(cell, -1), None
+            elif self.target.kind == "labels":
+                yield self._labels(cell)
+            elif math.isnan(cell) or is_finite_float32(cell):
+                yield float(cell), None
+            else:
+                yield self.unknown, f"bad label: {self.target.name} is {cell}, more than a number can be"
+
+    def _labels(self, cell: list[Any]) -> tuple[Any, str | None]:
+        classes = len(self.target.classes)
+        numbers = cell if self.texts is None else [self.texts.get(text) for text in cell]
+        if bad := [number for number in numbers if number is None or not 0 <= number < classes]:
+            return self.unknown, f"bad label: {self.target.name} holds {bad[0]}, which is not in 0..{classes - 1}"
+        value = np.zeros(classes, self.target.dtype)
+        value[numbers] = 1
+        return value, None
+
+
+def columns_of(
+    schema: Any, asked: Sequence[Asked], paths: list[Path], *, null_is_unknown: bool, called: str | None = None
+) -> tuple[Column, ...]:
+    """The columns asked for, of files with this Arrow schema; classes that it does not name are found in all `paths`.
+
+    `called`: the target's name, where it is not the column's.
+    """
+    columns = []
+    for target in asked:
+        if target.name not in schema.names:
+            found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+            raise SourceError(f"data.targets names {target.name!r}, which is no column of {paths[0]}; its columns are {found:.500}: {FLAG}")
+        content = _content(schema.field(target.name).type)
+        kinds = _KINDS.get(content or "", ())
+        kind = target.kind or next(iter(kinds), None)
+        if kind is None or kind not in kinds:
+            raise SourceError(
+                f"data.targets: column {target.name!r} of {paths[0]} is {schema.field(target.name).type}, which is no {kind or 'target'}; "
+                f"integers and text are of kind label, lists of them labels, floats and integers number: {FLAG}"
+            )
+        name = called or target.name
+        if kind == "number":
+            columns.append(Column(name=target.name, target=Target(name=name, kind=kind), texts=None, null_is_unknown=null_is_unknown))
+            continue
+        classes, texts = _classes(schema, target.name, kind, paths)
+        columns.append(
+            Column(name=target.name, target=Target(name=name, kind=kind, classes=classes), texts=texts, null_is_unknown=null_is_unknown)
+        )
+    return tuple(columns)
+
+
+def _content(kind: Any) -> str | None:
+    """What a column's cells are, in the words of _KINDS; None for what is no target."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _content(kind.value_type)
+        return f"list of {inner}s".replace("texts", "text") if inner in ("integer", "text") else None
+    if pa.types.is_integer(kind):
+        return "integer"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    if pa.types.is_boolean(kind):
+        return "boolean"
+    return "float" if pa.types.is_floating(kind) else None
+
+
+def _classes(schema: Any, column: str, kind: Kind, paths: list[Path]) -> tuple[tuple[str, ...], dict[Any, int] | None]:
+    """(names, cell -> number, or None where cells are the numbers)."""
+    content = _content(schema.field(column).type)
+    where = f"column {column!r} of {paths[0]}"
+    if content == "boolean":
+        return ("false", "true"), {False: 0, True: 1}
+    if content in ("integer", "list of integers") and (names := _metadata_names(schema, column)):
+        return names, None
+    cells = _distinct(paths, column, where, kind)
+    if not cells:
+        raise SourceError(f"{where} holds no label")
+    if content in ("text", "list of text"):
+        names = tuple(sorted(cells))
+        return names, {name: number for number, name in enumerate(names)}
+    highest = max(int(cell) for cell in cells)
+    checked_classes(highest + 1, kind, where)
+    if highest < 0:
+        raise SourceError(f"{where} holds no label")
+    return tuple(str(number) for number in range(highest + 1)), None
+
+
+def _distinct(paths: Iterable[Path], column: str, where: str, kind: Kind) -> set[Any]:
+    """The values in all cells, or in all cells' lists."""
+    seen: set[Any] = set()
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                if column not in file.schema_arrow.names:
+                    raise SourceError(f"{path} lacks the column {column!r}; all files of a source need the same columns")
+                for batch in file.iter_batches(batch_size=1 << 16, columns=[column]):
+                    cells = batch.column(0)
+                    seen.update((cells if kind == "label" else cells.flatten()).unique().to_pylist())
+                    checked_classes(len(seen) - 1, kind, where)
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{path} cannot be read: {error}") from error
+    return seen - {None}
+
+
+def _metadata_names(schema: Any, column: str) -> tuple[str, ...]:
+    """The names that the Hugging Face metadata gives the column's values; empty if it gives none."""
+    try:
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list, what it is a list of
+        names = feature["names"]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return ()
+    if isinstance(names, dict):  # {"0": "airplane", ...} in older files
+        names = [names[str(number)] for number in range(len(names)) if str(number) in names]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        return ()
+    return tuple(names)

@@ -1,0 +1,199 @@
+"""Parquet files as the Hugging Face hub stores images: a column of images, and columns of what is known of them.
+
+A file's name says its split. Without `data.targets` the target is the column label or fine_label; with it, any columns that columns reads.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataio.schema import LABEL
+from dataio.sources.columns import Column, columns_of
+from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, stat_hash, text_of
+from dataio.sources.splits import ALIASES, Rows, chosen, divide, formerly_read, plan_splits, recognised, strata
+from dataio.sources.targets import FLAG, Asked, parse_targets
+
+_SPLIT_NAME = re.compile(rf"({'|'.join(name for names in ALIASES.values() for name in names)})(?![A-Za-z])")
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+class HuggingFace:
+    """The rows of Parquet files, in the order of files and rows.
+
+    Images are `image|img: struct{bytes, path}` or plain binary. Keys are the paths, else the file's name and the row.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, folder: Path, files: Mapping[str, list[Path]], options: Options) -> None:
+        """`files`: what find_parquet found."""
+        train = files.get("train") or files.get("")
+        if not train:
+            raise SourceError(f"{folder} holds Parquet files for {', '.join(files)}, but none for training (train-*.parquet)")
+        self._files = {"train": train} | {split: files[name] for split, name in recognised(files).items() if split != "train"}
+        used = {path for paths in self._files.values() for path in paths}
+        self.ignored = tuple(str(path.relative_to(folder)) for paths in files.values() for path in paths if path not in used)
+        self.identities = _identities(folder, self._files, options)
+        self.identity = self.identities[0]
+        self._plan = plan_splits(self._files, test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
+        schema = _schema(train[0])
+        self._image = _image_column(train[0], schema)
+        asked = parse_targets(options.targets)
+        labelled = [path for split, paths in self._files.items() if split != "unlabelled" for path in paths]
+        self._columns: tuple[Column, ...]
+        if asked:
+            self._columns = columns_of(schema, asked, labelled, null_is_unknown=True)
+        else:
+            column = _label_column(train[0], schema)
+            self._columns = columns_of(schema, (Asked(name=column, kind="label"),), labelled, null_is_unknown=False, called=LABEL)
+        self.targets = tuple(column.target for column in self._columns)
+        self.classes = self.targets[0].classes
+
+    def splits(self) -> tuple[str, ...]:
+        return self._plan.splits
+
+    def count(self, split: str) -> int | None:
+        if self._plan.is_whole(split):
+            return sum(int(pq.read_metadata(path).num_rows) for path in self._files[split])
+        return len(self._divided[split])
+
+    def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
+        if self._plan.is_whole(split):
+            yield from self._rows(split, start)
+        elif len(rows := self._divided[split][start:]):
+            first = int(rows[0])
+            for _, sample in chosen(self._rows("train", first), first, rows):
+                yield sample
+
+    @cached_property
+    def _divided(self) -> dict[str, Rows]:
+        """Split -> its rows of the training files. Reads keys and labels, no image."""
+        keys: list[str] = []
+        values: list[Any] = []
+        first = self._columns[0]
+        for path, row, batch in _batches(self._files["train"], [first.name], 1 << 14, part=f"{self._image}.path"):
+            keys += _keys(path, row, batch.column(self._image) if self._image in batch.schema.names else None, len(batch))
+            values += [value for value, _ in first.read(batch.column(first.name))]
+        if first.target.kind == "label":  # what is no class will be refused
+            values = [value if 0 <= value < len(self.classes) else first.unknown for value in values]
+        column = np.array(values, first.target.dtype).reshape(len(values), *first.target.shape)
+        return divide(keys, strata(first.target, column), self._plan.held)
+
+    def _rows(self, stored: str, start: int) -> Iterator[Sample]:
+        names = [] if stored == "unlabelled" else [column.name for column in self._columns]
+        for path, row, batch in _batches(self._files[stored], [self._image, *names], 128, start):
+            yield from self._batch(path, row, batch, labelled=stored != "unlabelled")
+
+    def _batch(self, path: Path, row: int, batch: pa.RecordBatch, *, labelled: bool) -> Iterator[Sample]:
+        images = batch.column(self._image)
+        keys = _keys(path, row, images, len(batch))
+        paths = _paths(images, len(batch))
+        if pa.types.is_struct(images.type):
+            images = _children(images)["bytes"]
+        known = [
+            list(column.read(batch.column(column.name))) if labelled else [(column.unknown, None)] * len(batch) for column in self._columns
+        ]
+        for index, key in enumerate(keys):
+            data = images[index].as_py()
+            refusal = next((why for column in known if (why := column[index][1]) is not None), None)
+            if data is None:
+                refusal = "no image: null" if paths[index] is None else "no image: the row holds a path, but no bytes"
+            yield Sample(key=key, data=data or b"", values=tuple(column[index][0] for column in known), refusal=refusal)
+
+
+def find_parquet(folder: Path) -> dict[str, list[Path]]:
+    """The split's name in the files' names -> files, "" for files named after no split; empty if there are none."""
+    below = sorted(path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.parquet")))
+    for place in (folder, folder / "data", *(below if len(below) == 1 else [])):
+        files: dict[str, list[Path]] = {}
+        for path in sorted(place.glob("*.parquet")):
+            match = _SPLIT_NAME.match(path.name)
+            files.setdefault(match[1] if match else "", []).append(path)
+        if files:
+            return files
+    return {}
+
+
+def _identities(folder: Path, files: Mapping[str, list[Path]], options: Options) -> tuple[str, ...]:
+    """`files`: those that are read, by split."""
+    formerly = formerly_read(files)
+    stat = stat_hash(folder, [path for paths in files.values() for path in paths])
+    before = stat_hash(folder, [path for split in formerly for path in files[split]])
+    return identities_of(stat, files, options, former=former_identity(before, options, has_test=len(formerly) > 1))
+
+
+def _batches(
+    paths: list[Path], columns: list[str], size: int, start: int = 0, part: str | None = None
+) -> Iterator[tuple[Path, int, pa.RecordBatch]]:
+    """(file, row in it, rows) from row `start` of all on. `part`: of a struct, as struct.part, read too where it is there."""
+    at = 0  # rows before this file
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                if missing := [name for name in columns if name not in file.schema_arrow.names]:
+                    raise SourceError(f"{path} lacks the column {missing[0]!r}; all files of a source need the same columns")
+                count, row = file.metadata.num_rows, 0
+                for batch in (
+                    file.iter_batches(batch_size=size, columns=[*columns, *([part] if part else [])]) if at + count > start else ()
+                ):
+                    skip = min(max(start - at - row, 0), len(batch))
+                    if skip < len(batch):
+                        yield path, row + skip, batch.slice(skip)
+                    row += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{path} cannot be read: {error}") from error
+        at += count
+
+
+def _keys(path: Path, row: int, images: Any, count: int) -> list[str]:
+    return [text_of(name or f"{path.stem}/{row + index:08d}") for index, name in enumerate(_paths(images, count))]
+
+
+def _paths(images: Any, count: int) -> list[str | None]:
+    """What the column of images says of their paths."""
+    children = _children(images) if images is not None and pa.types.is_struct(images.type) else {}
+    return children["path"].to_pylist() if "path" in children else [None] * count
+
+
+def _children(images: Any) -> dict[str, Any]:
+    return dict(zip([field.name for field in images.type], images.flatten(), strict=True))  # flatten applies the struct's nulls
+
+
+def _schema(path: Path) -> Any:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path} is no readable Parquet file: {error}") from error
+
+
+def _image_column(path: Path, schema: Any) -> str:
+    def is_image(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return any(field.name == "bytes" and is_image(field.type) for field in kind)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+    return _pick(path, schema, _IMAGE_COLUMNS, is_image, "column image or img of struct{bytes, path} or binary")
+
+
+def _label_column(path: Path, schema: Any) -> str:
+    def is_label(kind: Any) -> bool:
+        return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+    hint = f"say which columns are learnt: {FLAG}"
+    return _pick(path, schema, _LABEL_COLUMNS, is_label, "column label or fine_label of integers or text", hint)
+
+
+def _pick(path: Path, schema: Any, names: tuple[str, ...], fits: Callable[[Any], bool], what: str, hint: str = "") -> str:
+    """The first of the names that is a column of a fitting type."""
+    for name in names:
+        if name in schema.names and fits(schema.field(name).type):
+            return name
+    found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    raise SourceError(f"{path} has no {what}; its columns are {found:.500}" + (f"; {hint}" if hint else ""))

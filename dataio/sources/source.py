@@ -1,0 +1,243 @@
+"""What a source of labelled images is, and the sources made of another one. Every kind of source imports it; it knows none of them."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from dataio.schema import Target
+from dataio.sources.splits import HELD_OUT_RULE
+
+ACCEPTED = """accepted are
+  cifar10                               downloaded, hash-checked
+  cifar-10-python.tar.gz                or another archive in that format, or the folder of its batches
+  a folder of Parquet files             Hugging Face layout: train-*.parquet, test-*.parquet (or in data/); or one such file
+  a folder with train/ and test/        (or val/, validation/) of one folder a class; or the class folders alone; unlabelled/ beside them
+  a table: labels.csv or labels.tsv     a column image (of files, relative to the table), columns of labels, perhaps a column split
+  a folder of IDX files                 train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-...; .gz or not
+  a folder made by dataio.convert       (for --data.path only)"""
+
+
+class SourceError(ValueError):
+    """A source that is not there, not of an accepted kind, or not what its kind promises."""
+
+    failure_kind = "user"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image and what is known of it. With a `refusal` (`kind: detail`) it cannot be used, and that is why."""
+
+    key: str
+    data: bytes
+    values: tuple[Any, ...]
+    """One for each of the source's targets: of a label the class's number, -1 if it is unknown; of labels (classes,) uint8 of 0, 1 and, if
+    they are unknown, 255; of a number a float, NaN if it is unknown."""
+    refusal: str | None = None
+
+    @property
+    def label(self) -> int:
+        """Of a source whose first target is a label."""
+        return int(self.values[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a source is to be read; the settings `data.*` of the same names."""
+
+    test_fraction: float
+    validation_fraction: float = 0.0
+    targets: str = ""
+
+
+class Source(Protocol):
+    """Samples in a fixed order, under keys that should be unique (convert makes them so)."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def identity(self) -> str:
+        """Changes when the source's files, or what is read of them, change; does not need the data (no download)."""
+        ...
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """The identity, then those that the same files had before: what was converted under one of them is to be found again."""
+        ...
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What samples are labelled with. Mean and standard deviation of a number are not known here."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Of the first target; none if it is a number."""
+        ...
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of files, or groups of files, in the source that are not read."""
+        ...
+
+    def splits(self) -> tuple[str, ...]:
+        """`train` and `test`, and `validation` and `unlabelled` where there are such; in the order of `dataio.schema.SPLITS`."""
+        ...
+
+    def count(self, split: str) -> int | None:
+        """None if it is not known before all samples have been seen."""
+        ...
+
+    def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
+        """From sample `start` of the split on."""
+        ...
+
+
+class Renamed:
+    """A source with other class names."""
+
+    def __init__(self, source: Source, classes: tuple[str, ...]) -> None:
+        if len(set(classes)) != len(classes):
+            raise SourceError(f"class names must differ from each other; got {', '.join(classes)}")
+        self._source, self._names = source, classes
+        self.kind, self.ignored = source.kind, source.ignored
+        self.identities = tuple(hashed(identity, *classes) for identity in source.identities)
+        self.identity = self.identities[0]
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        targets = self._source.targets
+        if len(targets) != 1 or targets[0].kind == "number":
+            named = ", ".join(f"{target.name} ({target.kind})" for target in targets)
+            raise SourceError(
+                f"class names can be given where there is one target that has classes; the source has {named}; leave them out"
+            )
+        if len(self._names) != len(targets[0].classes):
+            raise SourceError(f"{len(self._names)} class names were given; the source has {len(targets[0].classes)} classes")
+        return (replace(targets[0], classes=self._names),)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.targets[0].classes
+
+    def splits(self) -> tuple[str, ...]:
+        return self._source.splits()
+
+    def count(self, split: str) -> int | None:
+        return self._source.count(split)
+
+    def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
+        return self._source.samples(split, start)
+
+
+class Balanced:
+    """A sample of a source: the same number of images of each class (one more of the first ones where it does not divide).
+
+    Chosen by a hash of (seed, key), so whatever the source's order; the classes are the first target's. Splits without a size are left out.
+    """
+
+    def __init__(self, source: Source, *, sizes: Mapping[str, int], seed: int) -> None:
+        self._source, self._sizes, self._seed = source, dict(sizes), seed
+        self.kind, self.ignored = source.kind, source.ignored
+        chosen = json.dumps([sorted(self._sizes.items()), seed])
+        self.identities = tuple(hashed(identity, chosen) for identity in source.identities)
+        self.identity = self.identities[0]
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self._source.targets
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._source.classes
+
+    def splits(self) -> tuple[str, ...]:
+        return tuple(split for split in self._source.splits() if split in self._sizes)
+
+    def count(self, split: str) -> int | None:
+        return self._sizes[split]
+
+    def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
+        chosen = self._chosen(split)[start:]
+        wanted = set(chosen)
+        for index, sample in enumerate(self._source.samples(split)):
+            if index in wanted:
+                yield sample
+
+    def _chosen(self, split: str) -> list[int]:
+        if self.targets[0].kind != "label":
+            raise SourceError(
+                f"a sample has as many images of each class, but {self.targets[0].name} is of kind {self.targets[0].kind}; "
+                f"name a target of kind label first, or take the whole source"
+            )
+        ranked: list[list[tuple[bytes, int]]] = [[] for _ in self.classes]
+        for index, sample in enumerate(self._source.samples(split)):
+            if 0 <= sample.label < len(ranked):
+                rank = hashlib.blake2b(sample.key.encode(), digest_size=16, key=str(self._seed).encode()).digest()
+                ranked[sample.label].append((rank, index))
+        share, rest = divmod(self._sizes[split], len(ranked))
+        chosen: list[int] = []
+        for label, members in enumerate(ranked):
+            wanted = share + (label < rest)
+            if len(members) < wanted:
+                raise SourceError(f"class {self.classes[label]} has {len(members)} {split} images; a sample of {wanted} was asked for")
+            chosen += [index for _, index in sorted(members)[:wanted]]
+        return sorted(chosen)
+
+
+def identities_of(files: str, stored: Collection[str], options: Options, *, former: str | None = None) -> tuple[str, ...]:
+    """The identity of a source whose files, those read, have the `stat_hash` `files`; then `former`, the one it had before.
+
+    Of a source that stores just train and test it is what it ever was. With options that there were not before, nothing was before.
+    """
+    more = asked_for(options)
+    if set(stored) == {"train", "test"}:
+        return (hashed(files, "", *more),)
+    identity = hashed(files, "" if "test" in stored else repr(options.test_fraction), HELD_OUT_RULE, *more)
+    return (identity,) if more or former is None else (identity, former)
+
+
+def former_identity(files: str, options: Options, *, has_test: bool) -> str:
+    """What a source's identity was when its test samples were held out by their keys alone, and validation served as test."""
+    return hashed(files, "" if has_test else repr(options.test_fraction))
+
+
+def asked_for(options: Options) -> list[str]:
+    """What enters the identity of the options that are not at their defaults; `test_fraction` does so where it is used."""
+    more = [f"validation_fraction={options.validation_fraction!r}"] if options.validation_fraction else []
+    return more + ([f"targets={options.targets}"] if options.targets else [])
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """(H, W) or (H, W, 3) uint8 as PNG; the same bytes for the same pixels and the same zlib."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=6)  # once; a tenth slower than level 1, and smaller
+    return out.getvalue()
+
+
+def hashed(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def stat_hash(folder: Path, paths: Iterable[Path]) -> str:
+    """Of the files' names under `folder`, sizes and times: a changed file is another source, a moved folder the same one."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        try:
+            stat = path.stat()
+            line = (os.fsencode(path.relative_to(folder)).hex(), stat.st_size, stat.st_mtime_ns)
+        except OSError:  # a dangling link: samples() says so
+            line = (os.fsencode(path.relative_to(folder)).hex(), -1, -1)
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
+
+
+def text_of(raw: bytes | str) -> str:
+    return raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw.encode("utf-8", "backslashreplace").decode()
