@@ -28,6 +28,7 @@ from trainer.runs import status as run_list
 from trainer.runs.__main__ import main, table
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.journal_tail import JournalTail
+from trainer.runs.progress import describe
 from trainer.runs.status import Driver, Plan, RunStatus, alive_or_not, first_members, look, run_folders, statuses
 from trainer.runs.watch import RunTracker, Watch, rank_lines, rank_speed
 from trainer.settings.toml import to_toml
@@ -640,15 +641,15 @@ def test_watch_tells_what_happens_as_it_happens_and_ends_with_the_run(storage: S
 
 def test_watch_speaks_of_the_runs_own_task(storage: Storage) -> None:
     task = TaskInfo(name="tags", unit="texts", measures=(Measure(name="map", title="mAP"), Measure(name="f1", title="F1")), panels=())
-    maker = Maker(storage, "tags", began=time.time() - 60).write("run_started", task=task.to_json())
+    maker = Maker(storage, "tags", began=NOW - 60).write("run_started", task=task.to_json())
     maker.write("attempt_started", attempt=1, workers=1, start_step=0).write("training_started", attempt=1, step=0)
-    _, said = watched(
-        maker.folder,
-        lambda: maker.write("evaluation", step=40, epoch=1.0, test_map=0.5, test_f1=0.25, test_loss=1.0),
-        lambda: maker.summarise("stopped").end("stopped", step=40),
-    )
-    assert "step 40: test mAP 50.0 %, test F1 25.0 %, loss 1.0000" in said
-    assert "test mAP 50.0 %" in said.partition("tags: training  epoch 2/4")[2]
+    maker.write("evaluation", step=40, epoch=1.0, test_map=0.5, test_f1=0.25, test_loss=1.0)
+    tracker = RunTracker("tags")
+    lines = [tracker.take(event).partition("  ")[2] for event in read_journal(storage, "tags")]
+    assert lines[-1] == "step 40: test mAP 50.0 %, test F1 25.0 %, loss 1.0000"
+    line = describe(tracker.state(NOW, maker.look(), {0: {"step": 41.0, "images_per_second": 80.0}}))
+    assert line.startswith("tags: training  epoch 2/4  step 41/160")
+    assert line.endswith("test mAP 50.0 %  80 texts/s")
 
 
 @pytest.mark.parametrize(("end", "status"), [("failed", 1), ("stopped", 3)])

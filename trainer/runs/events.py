@@ -134,7 +134,6 @@ KINDS: Mapping[str, Kind] = {
     ),
     "checkpoint_failed": Kind(words=lambda event: f"step {_step(event)}: the checkpoint was not saved: {_message(event)}"),
     "checkpoint_corrupt": Kind(words=lambda event: f"checkpoint {event.get('path')} is damaged: {event.get('reason')}"),
-    "checkpoint_pruned": Kind(is_followed=False, is_unusual=False),
     "prune_failed": Kind(is_followed=False),
     "attempt_failed": Kind(words=_attempt_failed),
     "attempt_paused": Kind(words=lambda event: f"to other workers: {event.get('reason')}"),
