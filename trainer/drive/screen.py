@@ -115,6 +115,7 @@ class Screen:
             headline=known("test_headline"),
             headline_title=headline_title(task),
             headline_unit=task.headline.unit,
+            unit=task.unit,
             checkpoint_step=last.step if last else None,
             checkpoint_age_seconds=time.time() - last.time if last and last.time else None,
             remaining_seconds=(session.total_steps - steps) * session.config.data.batch_size / rate if rate else None,
