@@ -19,7 +19,8 @@ from rich.console import Console
 
 from trainer.drive.identity import run_prefix
 from trainer.drive.start import Asked, Environment, run
-from trainer.settings.cli import fail, parse, to_toml
+from trainer.settings.cli import fail, parse
+from trainer.settings.toml import to_toml
 
 
 def main(argv: list[str] | None = None) -> int:

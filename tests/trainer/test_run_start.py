@@ -33,8 +33,8 @@ from trainer.drive.start import (
     workers_known,
 )
 from trainer.run import main
-from trainer.settings.cli import to_toml
 from trainer.settings.spec import RANK_MODULES
+from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.info import CLASSIFICATION
 

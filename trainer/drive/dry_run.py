@@ -17,7 +17,7 @@ from dataio.sources import open_source
 from trainer.drive.capability import here, settled
 from trainer.drive.identity import resolved, run_prefix
 from trainer.drive.plan import Devices, describe, model_facts, table
-from trainer.settings.cli import worker_count
+from trainer.settings.rules import worker_count
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
 

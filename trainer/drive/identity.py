@@ -18,8 +18,9 @@ from cluster.store import Commit, NoValidCheckpoint, Store
 from dataio.codecs.image.decode import DECODER_VERSIONS, FIRST_VERSIONS
 from dataio.manifest import Manifest, resizes
 from trainer.drive.capability import as_started
-from trainer.settings.cli import from_toml, validate
 from trainer.settings.identity import deciding_changes, deciding_settings
+from trainer.settings.rules import validate
+from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig
 
 

@@ -40,8 +40,9 @@ from trainer.drive.check import Checked, ModelCheck, Question
 from trainer.drive.data import open_data
 from trainer.drive.identity import Found, check_may_show, check_resume, check_same_decoder, check_same_run, find, find_start, resolved
 from trainer.runs.progress import final_table, predict_command
-from trainer.settings.cli import to_toml, worker_count
+from trainer.settings.rules import worker_count
 from trainer.settings.spec import RANK_MODULES
+from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
 from trainer.tasks.info import TaskInfo
 
