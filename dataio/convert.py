@@ -174,7 +174,7 @@ def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None =
         open_dataset(path)  # raises if it is damaged
         return path
     root = Path(config.root).expanduser()
-    source = open_source(config.path, root=root, test_fraction=config.test_fraction)
+    source = source_of(config)
     dests = [root / f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels)]
     dest = next((made for made in dests if _intact(made) is not None), dests[0])
     convert(
@@ -186,6 +186,17 @@ def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None =
         force=_intact(dest) is None,
     )
     return dest
+
+
+def source_of(config: DataConfig) -> Source:
+    """What `config.path` is, read as the settings say. Raises what open_source raises."""
+    return open_source(
+        config.path,
+        root=Path(config.root).expanduser(),
+        test_fraction=config.test_fraction,
+        validation_fraction=config.validation_fraction,
+        targets=config.targets,
+    )
 
 
 def _intact(dest: Path) -> Manifest | None:
@@ -206,10 +217,9 @@ def _check_limit(dest: Path, manifest: Manifest, max_bad_fraction: float) -> Non
 def conversion_identities(source: Source, max_image_pixels: int) -> tuple[str, ...]:
     """Hashes of all that the converted folder's content depends on. The first is that of a conversion made now; the others are those of the
     rules by which the source used to be read: a conversion that was made by them is still good, and is what runs of then go on with."""
-    identities: tuple[str, ...] = getattr(source, "identities", (source.identity,))  # a source whose rules never changed has one
     return tuple(
         hashlib.sha256(json.dumps([_FORMAT, ROWS_PER_GROUP, source.kind, identity, max_image_pixels]).encode()).hexdigest()
-        for identity in identities
+        for identity in source.identities
     )
 
 
@@ -590,12 +600,21 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m dataio.convert",
         description="Converts labelled images into a folder that training reads. Stopped, it goes on when run again.",
     )
-    parser.add_argument("source", help="cifar10, an archive, a folder of Parquet or IDX files, or a folder of class folders")
+    parser.add_argument(
+        "source", help="cifar10, an archive, a folder of Parquet or IDX files, a folder of class folders, or a table (CSV, TSV)"
+    )
     parser.add_argument("dest", type=Path, help="the folder to make")
     parser.add_argument("--root", type=Path, default=Path(defaults.root), help="where a download goes (%(default)s)")
     parser.add_argument(
         "--test-fraction", type=float, default=defaults.test_fraction, help="held out where there is no test split (%(default)s)"
     )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=defaults.validation_fraction,
+        help="held out of train for validation where there is no such split (%(default)s)",
+    )
+    parser.add_argument("--targets", default=defaults.targets, help="what is learnt: NAME[:label|labels|number],...; else the label alone")
     parser.add_argument(
         "--max-bad-fraction", type=float, default=defaults.max_bad_fraction, help="bad images tolerated, of all (%(default)s)"
     )
@@ -615,6 +634,8 @@ def main(arguments: list[str] | None = None) -> int:
             root=options.root.expanduser(),
             test_fraction=options.test_fraction,
             classes=tuple(name.strip() for name in options.classes.split(",")) if options.classes else None,
+            validation_fraction=options.validation_fraction,
+            targets=options.targets,
         )
         if options.sample is not None:
             held_out = options.sample // 4 if options.sample_test is None else options.sample_test

@@ -5,7 +5,7 @@
     python -m deploy.preempt watch-spot --notice /tmp/preempted              on an AWS spot instance, in the background
 
 Called by deploy/kubernetes and deploy/vms. The run watches for the file (`--cluster.preemption-notice`) and for nodes that Ray drains;
-what it does then is decided in trainer/drive/drive.py. Both are told: the file is seen within half a second, a drained node gets no new
+what it does then is decided in trainer/drive/attempt.py. Both are told: the file is seen within half a second, a drained node gets no new
 worker.
 """
 

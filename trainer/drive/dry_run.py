@@ -3,17 +3,15 @@
 Starts no driver, and so may import torch."""
 
 import shlex
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from cluster.storage import open_storage
-from dataio.convert import is_converted
+from dataio.convert import is_converted, source_of
 from dataio.manifest import Manifest, image_size_of
 from dataio.parquet import open_dataset
-from dataio.schema import LABEL, Target
-from dataio.sources import open_source
+from dataio.schema import Target, single_label
 from trainer.drive.capability import here, settled
 from trainer.drive.identity import resolved, run_prefix
 from trainer.drive.plan import Devices, describe, model_facts, table
@@ -25,8 +23,8 @@ from trainer.tasks.make import make_task
 def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> int:
     """Say what would run: steps, memory, cost."""
     manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
-    classes = manifest.classes if manifest else _classes_of_source(config)
-    task = make_task(config.task, (Target(name=LABEL, kind="label", classes=classes),), label_smoothing=config.optim.label_smoothing)
+    targets = manifest.targets if manifest else _targets_of_source(config)
+    task = make_task(config.task, targets, label_smoothing=config.optim.label_smoothing)
     size = image_size_of(manifest, config.data) if manifest else (config.data.image_size or 32,) * 2
     gpus = torch.cuda.device_count()
     devices = _devices(worker_count(config) or max(1, gpus), gpus)
@@ -46,12 +44,12 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
     return 0
 
 
-def _classes_of_source(config: RunConfig) -> tuple[str, ...]:
+def _targets_of_source(config: RunConfig) -> tuple[Target, ...]:
     """ValueError where there is nothing to convert."""
-    source = open_source(config.data.path, root=Path(config.data.root).expanduser(), test_fraction=config.data.test_fraction)
-    if source.kind.startswith("cifar"):  # to count CIFAR's it would have to be downloaded
-        return tuple(map(str, range(10)))
-    return tuple(source.classes)
+    source = source_of(config.data)
+    if source.kind.startswith("cifar"):  # to count CIFAR's classes it would have to be downloaded
+        return single_label(tuple(map(str, range(10))))
+    return source.targets
 
 
 def _devices(workers: int, gpus: int) -> Devices:

@@ -34,7 +34,6 @@ from cluster.store import Commit, Store
 from cluster.zygote import Zygote
 from dataio.manifest import Manifest, image_size_of
 from dataio.parquet import Dataset, open_dataset
-from dataio.schema import LABEL, Target
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck, Question
 from trainer.drive.data import open_data
@@ -271,7 +270,7 @@ def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, in
     """What is to be built of the run's model before anything is started for it."""
     return Question(
         task=config.task,
-        targets=(Target(name=LABEL, kind="label", classes=manifest.classes),),
+        targets=manifest.targets,
         label_smoothing=config.optim.label_smoothing,
         model=config.model,
         image_size=image_size,
