@@ -600,9 +600,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m dataio.convert",
         description="Converts labelled images into a folder that training reads. Stopped, it goes on when run again.",
     )
-    parser.add_argument(
-        "source", help="cifar10, an archive, a table, a folder of Parquet or IDX files, or of class folders"
-    )
+    parser.add_argument("source", help="cifar10, an archive, a table, a folder of Parquet or IDX files, or of class folders")
     parser.add_argument("dest", type=Path, help="the folder to make")
     parser.add_argument("--root", type=Path, default=Path(defaults.root), help="where a download goes (%(default)s)")
     parser.add_argument(

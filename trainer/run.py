@@ -17,7 +17,8 @@ from rich.console import Console
 
 from cluster.process import process_stat
 from trainer.drive.identity import run_prefix
-from trainer.drive.start import Asked, Environment, run
+from trainer.drive.stages import Asked, Environment
+from trainer.drive.start import run
 from trainer.settings.cli import fail, parse
 from trainer.settings.toml import to_toml
 

@@ -20,18 +20,8 @@ from dataio.schema import Target
 from trainer.drive.check import Checked, ModelCheck, Question
 from trainer.drive.data import open_data
 from trainer.drive.dry_run import dry_run
-from trainer.drive.start import (
-    PROJECT,
-    Asked,
-    Environment,
-    WithData,
-    check_folder_and_ports,
-    described,
-    place,
-    show_finished,
-    with_data,
-    workers_known,
-)
+from trainer.drive.stages import Asked, Environment, WithData
+from trainer.drive.start import PROJECT, check_folder_and_ports, described, place, show_finished, with_data, workers_known
 from trainer.run import main
 from trainer.settings.spec import RANK_MODULES
 from trainer.settings.toml import to_toml

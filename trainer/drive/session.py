@@ -14,7 +14,7 @@ from cluster.store import Commit, Store
 from cluster.straggler import StragglerLimits
 from trainer.drive.data import ship
 from trainer.drive.identity import find_start
-from trainer.drive.start import Begun, Decided
+from trainer.drive.stages import Begun, Decided
 from trainer.settings.spec import make_order, total_steps_of
 from trainer.settings.tree import RunConfig
 

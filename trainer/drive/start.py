@@ -1,12 +1,7 @@
 """From what the user asked for to a run under way. Called by trainer/run.py.
 
-What is found out on the way is found out once, and handed on in frozen values:
-
-    Asked      the settings, the command, and what the environment says
-    WithData   the data are open, and the storage
-    Placed     how many workers there may be, and with that the run's name and what the storage holds of it
-    Decided    the cluster, what each worker gets of it, and what the devices decided
-    Begun      the run is in the journal; its checkpoints, and the one to go on from
+What is found out on the way is found out once, and handed on in frozen values (trainer/drive/stages.py): Asked, WithData, Placed, Decided,
+Begun.
 
 Everything that needs no cluster is checked before one is started, in seconds. The zygote comes first: it imports what the ranks need while
 this process imports Ray and starts it. Hence Ray's imports are inside the functions, and run.py can import this file.
@@ -19,7 +14,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,122 +23,25 @@ from rich.console import Console
 from cluster.exporter import serve_discovery
 from cluster.journal import Journal
 from cluster.redact import redact
-from cluster.storage import Storage, open_storage
-from cluster.store import Commit, Store
+from cluster.storage import open_storage
+from cluster.store import Store
 from cluster.zygote import Zygote
-from dataio.manifest import Manifest, image_size_of
-from dataio.parquet import Dataset, open_dataset
+from dataio.manifest import image_size_of
+from dataio.parquet import open_dataset
 from trainer.drive.capability import here, settled, weakest
-from trainer.drive.check import Checked, ModelCheck, Question
+from trainer.drive.check import Checked, ModelCheck
 from trainer.drive.data import open_data
-from trainer.drive.identity import Found, check_may_show, check_resume, check_same_decoder, check_same_run, find, find_start, resolved
+from trainer.drive.identity import check_may_show, check_resume, check_same_decoder, check_same_run, find_start, resolved
+from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.rules import worker_count
 from trainer.settings.spec import RANK_MODULES
 from trainer.settings.toml import to_toml
-from trainer.settings.tree import RunConfig
-from trainer.tasks.info import TaskInfo
 
 if TYPE_CHECKING:
     from cluster.launch import ClusterHardware, Resources
 
 PROJECT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Environment:
-    """What this process knows beside its arguments. trainer/run.py reads it."""
-
-    ray_address: str
-    """Of the cluster to join, where the settings name none; "" starts a Ray for this run alone."""
-    in_job: bool
-    """Ray started this process as a job."""
-    is_verbose: bool
-    """Show what Ray's processes say."""
-    cpus: int
-    process_started: float
-    """Unix time: imports are part of a run's seconds."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What the user asked for."""
-
-    config: RunConfig
-    prefix: str
-    """How the run's name begins if it was given none."""
-    command: str
-    environment: Environment
-
-    @property
-    def address(self) -> str:
-        """Of the cluster to join; "" starts a Ray for this run alone."""
-        return self.config.cluster.address or self.environment.ray_address
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WithData:
-    """The data and the storage are open."""
-
-    asked: Asked
-    dataset: Dataset
-    location: str
-    """Folder or URI of the data set."""
-    image_size: tuple[int, int]
-    storage: Storage
-
-    @property
-    def fingerprint(self) -> str:
-        return self.dataset.manifest.fingerprint
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Placed:
-    """The run has a name. What is left at auto in `config` is for the devices to decide."""
-
-    data: WithData
-    config: RunConfig
-    workers: int
-    """The most that there may be."""
-    found: Found
-
-    @property
-    def question(self) -> Question:
-        return question_of(self.config, self.data.dataset.manifest, self.data.image_size)
-
-    def is_outdated(self, workers: int) -> bool:
-        """There may be another number of workers, or another process has started or ended this run since."""
-        return workers != self.workers or find(self.data.storage, self.config.run) != self.found
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decided:
-    """Nothing is left open."""
-
-    config: RunConfig
-    command: str
-    dataset: Dataset
-    location: str
-    is_shared: bool
-    """Every node reads the data set at `location`."""
-    storage: Storage
-    hardware: "ClusterHardware"
-    resources: "Resources"
-    task: TaskInfo
-
-    @property
-    def fingerprint(self) -> str:
-        return self.dataset.manifest.fingerprint
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Begun:
-    """The run is in its journal, its settings are in its folder."""
-
-    journal: Journal
-    store: Store
-    start: Commit | None
-    """The commit to go on from; None starts at zero."""
 
 
 def run(asked: Asked, console: Console) -> int:
@@ -264,18 +161,6 @@ def check_folder_and_ports(placed: Placed) -> None:
             raise ValueError(f"storage {storage.uri!r} cannot be made ({error.strerror}); give a folder that can with --storage") from None
     check_resume(config, has_checkpoint=bool(Store.open(storage, config.run).commits()))
     serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()  # the coordinator will, on this node
-
-
-def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, int]) -> Question:
-    """What is to be built of the run's model before anything is started for it."""
-    return Question(
-        task=config.task,
-        targets=manifest.targets,
-        label_smoothing=config.optim.label_smoothing,
-        model=config.model,
-        image_size=image_size,
-        seed=config.train.seed,
-    )
 
 
 def show_finished(placed: Placed, console: Console) -> int:

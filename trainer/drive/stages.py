@@ -1,0 +1,132 @@
+"""What is known on the way from what the user asked for to a run under way, stage by stage, each made once. start.py makes them.
+
+Asked      the settings, the command, and what the environment says
+WithData   the data are open, and the storage
+Placed     how many workers there may be, and with that the run's name and what the storage holds of it
+Decided    the cluster, what each worker gets of it, and what the devices decided
+Begun      the run is in the journal; its checkpoints, and the one to go on from
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.journal import Journal
+from cluster.storage import Storage
+from cluster.store import Commit, Store
+from dataio.manifest import Manifest
+from dataio.parquet import Dataset
+from trainer.drive.check import Question
+from trainer.drive.identity import Found, find
+from trainer.settings.tree import RunConfig
+from trainer.tasks.info import TaskInfo
+
+if TYPE_CHECKING:
+    from cluster.launch import ClusterHardware, Resources
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """What this process knows beside its arguments. trainer/run.py reads it."""
+
+    ray_address: str
+    """Of the cluster to join, where the settings name none; "" starts a Ray for this run alone."""
+    in_job: bool
+    """Ray started this process as a job."""
+    is_verbose: bool
+    """Show what Ray's processes say."""
+    cpus: int
+    process_started: float
+    """Unix time: imports are part of a run's seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What the user asked for."""
+
+    config: RunConfig
+    prefix: str
+    """How the run's name begins if it was given none."""
+    command: str
+    environment: Environment
+
+    @property
+    def address(self) -> str:
+        """Of the cluster to join; "" starts a Ray for this run alone."""
+        return self.config.cluster.address or self.environment.ray_address
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WithData:
+    """The data and the storage are open."""
+
+    asked: Asked
+    dataset: Dataset
+    location: str
+    """Folder or URI of the data set."""
+    image_size: tuple[int, int]
+    storage: Storage
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dataset.manifest.fingerprint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """The run has a name. What is left at auto in `config` is for the devices to decide."""
+
+    data: WithData
+    config: RunConfig
+    workers: int
+    """The most that there may be."""
+    found: Found
+
+    @property
+    def question(self) -> Question:
+        return question_of(self.config, self.data.dataset.manifest, self.data.image_size)
+
+    def is_outdated(self, workers: int) -> bool:
+        """There may be another number of workers, or another process has started or ended this run since."""
+        return workers != self.workers or find(self.data.storage, self.config.run) != self.found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decided:
+    """Nothing is left open."""
+
+    config: RunConfig
+    command: str
+    dataset: Dataset
+    location: str
+    is_shared: bool
+    """Every node reads the data set at `location`."""
+    storage: Storage
+    hardware: "ClusterHardware"
+    resources: "Resources"
+    task: TaskInfo
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dataset.manifest.fingerprint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Begun:
+    """The run is in its journal, its settings are in its folder."""
+
+    journal: Journal
+    store: Store
+    start: Commit | None
+    """The commit to go on from; None starts at zero."""
+
+
+def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, int]) -> Question:
+    """What is to be built of the run's model before anything is started for it."""
+    return Question(
+        task=config.task,
+        targets=manifest.targets,
+        label_smoothing=config.optim.label_smoothing,
+        model=config.model,
+        image_size=image_size,
+        seed=config.train.seed,
+    )
