@@ -135,13 +135,16 @@ def read_below(folder: Path, name: str) -> bytes:
     if os.path.commonpath([root, where]) != root:
         raise OSError(errno.EACCES, "leads out of the table's folder")
     descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe would wait for its writer
-    with open(descriptor, "rb") as file:
+    try:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         if facts.st_size > MAX_IMAGE_BYTES:
             raise OSError(errno.EFBIG, f"{facts.st_size} bytes; an image has at most {MAX_IMAGE_BYTES}")
-        return file.read(MAX_IMAGE_BYTES)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_IMAGE_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 # What CIFAR batches contain, and nothing else. All that is callable here is an instance without attributes of its own, so that a pickle can
