@@ -100,7 +100,7 @@ def train(config: RunConfig, dataset: Dataset, device: torch.device, *, test: bo
                 images += stats.samples
     _settle(device)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-    accuracy = worker.evaluate(model, preprocess, dataset, loader, precision=config.train.precision).accuracy if test else None
+    accuracy = worker.evaluate(model, preprocess, dataset, loader, precision=config.train.precision).measures["accuracy"] if test else None
     return {"accuracy": accuracy, "images_per_second": images / seconds, "cpu_us_per_image": 1e6 * cpu_seconds / images}
 
 

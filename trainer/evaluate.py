@@ -1,7 +1,6 @@
 """`python -m trainer.evaluate RUN`: how good a finished run's model is, on the run's own data or on other data with the same classes.
 
-Every sample is counted once, by the code that evaluates during training (`trainer.rank.worker`, `trainer.tasks.classification`), in the
-same batches and
+Every sample is counted once, by the code that evaluates during training (`trainer.rank.evaluation`, `trainer.tasks`), in the same batches and
 precision: on the run's own test split the result is the one in its summary.json. Single images are `trainer.predict`'s.
 """
 
@@ -20,20 +19,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dataio.batch import Targets
 from dataio.config import DataConfig
 from dataio.convert import Progress, open_prepared
 from dataio.loader import Loader
 from dataio.manifest import Manifest
 from dataio.order import Order
 from dataio.quarantine import BadSample, Quarantine
+from dataio.schema import LABEL, Target
 from trainer.models.export import load_export
-from trainer.rank.worker import evaluate_share, make_repeatable, share_of
+from trainer.rank.evaluation import evaluate_share, share_of
+from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder, find_run
 from trainer.settings.cli import fail, from_toml
-from trainer.settings.tree import RunConfig
+from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.settings.units import number, percent
-from trainer.tasks.classification import Answers, EvalResult, Evaluation
-from trainer.tasks.predictions import LIMIT, About, named
+from trainer.tasks.make import make_task
+from trainer.tasks.prediction_log import PredictionLog
+from trainer.tasks.predictions import About, named, rows_to_keep
+from trainer.tasks.task import Result
 
 PROG = "python -m trainer.evaluate"
 _SHOWN = 8
@@ -85,7 +89,7 @@ class Report:
     device: str
     precision: str
     classes: tuple[str, ...]
-    result: EvalResult
+    result: Result
     quarantined: tuple[BadSample, ...]
     """Samples that could not be read; they are not counted."""
     recorded_accuracy: float | None
@@ -96,7 +100,10 @@ class Report:
         about = ("run", "data", "split", "dataset_fingerprint", "device", "precision", "recorded_accuracy", "seconds")
         return {
             **{name: getattr(self, name) for name in about},
-            **self.result.to_json(),
+            "loss": self.result.loss,
+            **self.result.measures,
+            "count": self.result.count,
+            **self.result.details,
             "classes": list(self.classes),
             "quarantined": [asdict(bad) for bad in self.quarantined],
         }
@@ -151,12 +158,14 @@ def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, devic
         threads=threads,
         on_bad=lambda bad: _add(quarantine, bad),
     )
-    evaluation = Evaluation(len(exported.classes), device)
-    answers = Answers(LIMIT, device) if predictions else None
+    task = make_task(TaskConfig(), (Target(name=LABEL, kind="label", classes=exported.classes),))
+    evaluation = task.evaluation(device)
+    answers = PredictionLog(task.columns, rows_to_keep(task.columns), device) if predictions else None
     # In the shares that the run's ranks had: a sample's logits may depend, in their last bits, on the batch that it is in.
     ranks = int(summary.get("workers") or 1)
     for rank in range(ranks):
         evaluate_share(
+            task,
             evaluation,
             exported.model,
             exported.preprocess,
@@ -164,13 +173,13 @@ def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, devic
             split=split,
             share=share_of(count, rank, ranks),
             precision=config.train.precision,
-            to_class=torch.tensor(to_class, device=device) if to_class != list(range(len(to_class))) else None,
-            answers=answers,
+            as_learned=Relabelled(to_class, device) if to_class != list(range(len(to_class))) else lambda targets: targets,
+            log=answers,
         )
     result = evaluation.result()
     if answers is not None and (found := answers.gathered(0, 1)) is not None:
         about = About(step=int(summary.get("steps") or 0), split=split, dataset_fingerprint=manifest.fingerprint, count=result.count)
-        Path(predictions).write_bytes(named(*found, dataset.split(split), about).to_parquet())
+        Path(predictions).write_bytes(named(found, dataset.split(split), about).to_parquet())
     is_runs_own = split == "test" and summary.get("dataset_fingerprint") == manifest.fingerprint
     return Report(
         run=folder.name,
@@ -185,6 +194,17 @@ def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, devic
         recorded_accuracy=summary.get("test_accuracy") if is_runs_own else None,
         seconds=time.perf_counter() - begin,
     )
+
+
+class Relabelled:
+    """A data set's labels as the model's outputs."""
+
+    def __init__(self, to_class: Sequence[int], device: torch.device) -> None:
+        self._to_class = torch.tensor(to_class, device=device)
+
+    def __call__(self, targets: Targets) -> Targets:
+        labels = targets[LABEL]
+        return {LABEL: torch.where(labels < 0, labels, self._to_class[labels.clamp(min=0)])}  # a bad sample's -1 stays
 
 
 def class_mapping(model: Sequence[str], data: Sequence[str], *, where: str) -> list[int]:
@@ -204,14 +224,13 @@ def class_mapping(model: Sequence[str], data: Sequence[str], *, where: str) -> l
 
 def show(report: Report, console: Console) -> None:
     """Tables for people."""
-    result = report.result
+    result, accuracy = report.result, report.result.measures["accuracy"]
     console.print(Text(f"{report.run} on the {report.split} split of {report.data}", style="bold"), soft_wrap=True)
     recorded = report.recorded_accuracy
-    if recorded is None:
-        note = ""
-    else:
-        note = " (as in summary.json)" if recorded == result.accuracy else f" (summary.json: {percent(recorded, 2)})"
-    console.print(f"accuracy {percent(result.accuracy, 2)}{note}")
+    note = ""
+    if recorded is not None:
+        note = " (as in summary.json)" if recorded == accuracy else f" (summary.json: {percent(recorded, 2)})"
+    console.print(f"accuracy {percent(accuracy, 2)}{note}")
     console.print(f"loss     {result.loss:.4f}")
     console.print(f"images   {number(result.count)}, {report.precision} on {report.device}, {report.seconds:.1f} s")
     table = Table(show_edge=False, pad_edge=False)
@@ -219,9 +238,9 @@ def show(report: Report, console: Console) -> None:
     for name in ("images", "recall", "precision", "f1"):
         table.add_column(name, justify="right")
     table.add_column("most often taken for")
-    for index, (name, score) in enumerate(zip(report.classes, result.per_class, strict=True)):
-        ratios = (percent(value) for value in (score.recall, score.precision, score.f1))
-        table.add_row(Text(name), number(score.support), *ratios, Text(_confused_with(report, index)))
+    for index, (name, score) in enumerate(zip(report.classes, result.details["per_class"], strict=True)):
+        ratios = (percent(value) for value in (score["recall"], score["precision"], score["f1"]))
+        table.add_row(Text(name), number(score["support"]), *ratios, Text(_confused_with(report, index)))
     console.print(table)
     if report.quarantined:
         shown = "".join(f"\n  {bad.key}: {bad.reason}" for bad in report.quarantined[:_SHOWN])
@@ -230,7 +249,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def _confused_with(report: Report, index: int) -> str:
-    wrong = {other: count for other, count in enumerate(report.result.confusion[index]) if other != index and count}
+    wrong = {other: count for other, count in enumerate(report.result.details["confusion"][index]) if other != index and count}
     if not wrong:
         return ""
     other = max(wrong, key=lambda other: wrong[other])

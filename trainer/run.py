@@ -40,17 +40,12 @@ from dataio.sources import open_source
 from trainer.drive.capability import Capability, as_started, decide, here, weakest
 from trainer.drive.check import ModelCheck
 from trainer.runs.progress import final_table, predict_command
-from trainer.settings.cli import fail, from_toml, parse, settings, to_toml, validate, worker_count
+from trainer.settings.cli import fail, from_toml, parse, to_toml, validate, worker_count
+from trainer.settings.identity import deciding_changes, deciding_settings
 from trainer.settings.spec import RANK_MODULES
 from trainer.settings.tree import RunConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
-# Settings that change neither the weights nor the evaluation; all others must be the same when a run goes on.
-FREE_SETTINGS = {
-    *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
-    *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
-    *("train.verify_every", "train.profile", "train.cuda_graphs"),
-}
 CONVERT_LINE_SECONDS = 5.0
 
 
@@ -180,10 +175,7 @@ def check_resume(config: RunConfig, *, has_checkpoint: bool) -> None:
 
 def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     """What decides a run's weights."""
-    flat = {key: value for key, value in settings(config).items() if key not in FREE_SETTINGS and not key.startswith("cluster.")}
-    if flat["train.small_maps"] == "auto":
-        del flat["train.small_maps"]  # so runs that a release without it has named keep their names
-    return flat | {"dataset": fingerprint, "model.weights": Path(config.model.weights).name}
+    return deciding_settings(config) | {"dataset": fingerprint}
 
 
 def resolved(config: RunConfig, *, workers: int, fingerprint: str, recipe: str, image_size: tuple[int, int]) -> RunConfig:
@@ -231,11 +223,11 @@ def check_same_run(config: RunConfig, storage: Storage, fingerprint: str) -> Non
     saved = saved_config(storage, config.run)
     if saved is None:
         return
-    before = identity(saved, fingerprint)
-    now = identity(config, fingerprint)
-    changed = [f"{key}: {before[key]!r} then, {now[key]!r} now" for key in now if before.get(key) != now[key]]
-    if changed and before["train.virtual_ranks"] < now["train.virtual_ranks"]:
-        changed.append(f"it can go on with at most {before['train.virtual_ranks']} workers")
+    # What is left at auto is taken from the run, see `resolved`.
+    now = dataclasses.replace(config, train=as_started(config.train, saved.train))
+    changed = [f"{key}: {before!r} then, {after!r} now" for key, (before, after) in deciding_changes(saved, now).items()]
+    if changed and saved.train.virtual_ranks < config.train.virtual_ranks:
+        changed.append(f"it can go on with at most {saved.train.virtual_ranks} workers")
     if changed:
         raise ValueError(
             f"run {config.run!r} was started with other settings ({'; '.join(changed)}); "

@@ -35,10 +35,12 @@ def predictions_of(*, seed: int = 0, right: float = 0.8, step: int = STEPS, keys
         about=About(step=step, split="test", dataset_fingerprint=MANIFEST.fingerprint, count=split.count),
         ids=ids,
         keys=split.keys(ids) if keys is None else keys,
-        labels=labels,
-        answers=answers,
-        confidence=(0.2 + 0.8 * draw.random(split.count)).astype(np.float32),
-        losses=draw.random(split.count).astype(np.float32),
+        columns={
+            "label": labels.astype(np.int32),
+            "prediction": answers.astype(np.int32),
+            "confidence": (0.2 + 0.8 * draw.random(split.count)).astype(np.float32),
+            "loss": draw.random(split.count).astype(np.float32),
+        },
     )
 
 

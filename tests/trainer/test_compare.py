@@ -36,7 +36,7 @@ def wrong_in(rows: list[int]) -> Predictions:
     found = predictions_of(right=1.1)
     answers = found.labels.copy()
     answers[rows] = (answers[rows] + 1) % 10
-    return replace(found, answers=answers)
+    return replace(found, columns={**found.columns, "prediction": answers.astype(np.int32)})
 
 
 @given(st.integers(0, 120), st.integers(0, 120))

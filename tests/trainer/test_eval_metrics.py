@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.tasks.classification import Evaluation
+from dataio.schema import Target
+from trainer.tasks.classification import LabelEvaluation
+
+
+def evaluation_of(classes: int) -> LabelEvaluation:
+    return LabelEvaluation(Target(name="label", kind="label", classes=tuple("abcdef"[:classes])))
 
 
 def slow_reference(logits: Tensor, labels: Tensor, classes: int) -> tuple[float, list[list[int]]]:
@@ -41,60 +46,60 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, list[int]]:
 @given(cases())
 def test_equals_counting_one_by_one_for_any_split_over_batches_and_ranks(case: tuple[Tensor, Tensor, int, list[int]]) -> None:
     logits, labels, classes, cuts = case
-    ranks = [Evaluation(classes), Evaluation(classes)]
+    ranks = [evaluation_of(classes), evaluation_of(classes)]
     edges = [0, *cuts, len(labels)]
     for index, (begin, end) in enumerate(itertools.pairwise(edges)):
-        ranks[index % 2].update(logits[begin:end], labels[begin:end])  # some are empty
-    ranks[0].tensors().add_(ranks[1].tensors())
+        ranks[index % 2].update(logits[begin:end], {"label": labels[begin:end]})  # some are empty
+    ranks[0].sums += ranks[1].sums  # what combine does between processes
     result = ranks[0].result()
     loss, confusion = slow_reference(logits, labels, classes)
     count = int((labels >= 0).sum())
-    assert [list(row) for row in result.confusion] == confusion
+    assert result.details["confusion"] == confusion
     assert result.count == count
     assert result.loss == pytest.approx(loss / count, rel=1e-12)
-    assert result.accuracy == sum(confusion[c][c] for c in range(classes)) / count
-    for c, score in enumerate(result.per_class):
+    assert result.measures["accuracy"] == sum(confusion[c][c] for c in range(classes)) / count
+    for c, score in enumerate(result.details["per_class"]):
         actual, claimed, hit = sum(confusion[c]), sum(row[c] for row in confusion), confusion[c][c]
-        assert score.support == actual
-        assert score.recall == (hit / actual if actual else 0)
-        assert score.precision == (hit / claimed if claimed else 0)
-        both = score.precision + score.recall
-        assert score.f1 == pytest.approx(2 * score.precision * score.recall / both if both else 0)
+        assert score["support"] == actual
+        assert score["recall"] == (hit / actual if actual else 0)
+        assert score["precision"] == (hit / claimed if claimed else 0)
+        both = score["precision"] + score["recall"]
+        assert score["f1"] == pytest.approx(2 * score["precision"] * score["recall"] / both if both else 0)
 
 
 def test_counts_stay_exact_far_beyond_what_float32_holds() -> None:
-    evaluation = Evaluation(2)
-    evaluation.tensors()[1] = 2.0**40
-    evaluation.update(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
-    assert evaluation.result().confusion[0][0] == 2**40 + 1
+    evaluation = evaluation_of(2)
+    evaluation.sums[1] = 2.0**40
+    evaluation.update(torch.tensor([[1.0, 0.0]]), {"label": torch.tensor([0])})
+    assert evaluation.result().details["confusion"][0][0] == 2**40 + 1
 
 
 def test_bfloat16_logits_are_taken_as_they_are() -> None:
     logits = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.bfloat16)
-    evaluation = Evaluation(2)
-    evaluation.update(logits, torch.tensor([1, 1]))
+    evaluation = evaluation_of(2)
+    evaluation.update(logits, {"label": torch.tensor([1, 1])})
     loss, confusion = slow_reference(logits, torch.tensor([1, 1]), 2)
     assert evaluation.result().loss == pytest.approx(loss / 2, rel=1e-12)
-    assert evaluation.result().confusion == tuple(map(tuple, confusion))
+    assert evaluation.result().details["confusion"] == confusion
 
 
 def test_a_nan_shows_in_the_loss() -> None:
-    evaluation = Evaluation(2)
-    evaluation.update(torch.tensor([[math.nan, 0.0]]), torch.tensor([1]))
+    evaluation = evaluation_of(2)
+    evaluation.update(torch.tensor([[math.nan, 0.0]]), {"label": torch.tensor([1])})
     assert math.isnan(evaluation.result().loss)
 
 
-def test_result_is_json() -> None:
-    evaluation = Evaluation(2)
-    evaluation.update(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
-    again = json.loads(json.dumps(evaluation.result().to_json()))
+def test_an_entry_is_json_with_the_keys_of_summary() -> None:
+    evaluation = evaluation_of(2)
+    evaluation.update(torch.tensor([[1.0, 0.0]]), {"label": torch.tensor([0])})
+    again = json.loads(json.dumps(evaluation.result().entry()))
     assert again["confusion"] == [[1, 0], [0, 0]]
     assert again["per_class"][0] == {"recall": 1.0, "precision": 1.0, "f1": 1.0, "support": 1}
-    assert set(again) == {"loss", "accuracy", "count", "per_class", "confusion"}
+    assert list(again) == ["test_loss", "test_accuracy", "test_count", "per_class", "confusion"]
 
 
 def test_an_evaluation_of_nothing_is_an_error_with_the_fix() -> None:
-    evaluation = Evaluation(3)
-    evaluation.update(torch.zeros(2, 3), torch.tensor([-1, -1]))
+    evaluation = evaluation_of(3)
+    evaluation.update(torch.zeros(2, 3), {"label": torch.tensor([-1, -1])})
     with pytest.raises(ValueError, match=r"--data.test-fraction"):
         evaluation.result()

@@ -24,7 +24,7 @@ from trainer.learn.optim import Ema, build_optimizer, set_trainable
 from trainer.learn.step import train_steps
 from trainer.models.export import export_model, load_export
 from trainer.models.vision import Preprocess, head_of
-from trainer.rank.worker import build, evaluate, evaluation_entry, make_order, make_repeatable, make_stepper
+from trainer.rank.worker import build, evaluate, make_order, make_repeatable, make_stepper
 from trainer.runs.folder import find_run
 from trainer.settings.cli import to_toml
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -68,7 +68,7 @@ def train(storage: Path, config: RunConfig) -> Path:
         sum_over_ranks=False,
     ):
         pass
-    result = evaluation_entry(evaluate(model, preprocess, dataset, loader, ema=ema, precision=config.train.precision))
+    result = evaluate(model, preprocess, dataset, loader, ema=ema, precision=config.train.precision).entry()
     summary = {**result, "workers": 1, "threads_per_worker": 1, "dataset_fingerprint": dataset.manifest.fingerprint}
     at = open_storage(storage)
     at.write_atomic(f"{config.run}/config.toml", to_toml(replace(config, storage=at.uri)).encode())

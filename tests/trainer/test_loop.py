@@ -732,7 +732,7 @@ def ddp_average(rank: int) -> tuple[tuple[float, float], tuple[float, float]]:
     loader, dataset = loader_of(THREE)[0], open_dataset(SAMPLE)
     alone = evaluate(model, PREPROCESS, dataset, loader, ema=ema, precision="fp32")
     together = evaluate(model, PREPROCESS, dataset, loader, rank=rank, world_size=2, ema=ema, precision="fp32")
-    return (together.loss, together.accuracy), (alone.loss, alone.accuracy)
+    return (together.loss, together.measures["accuracy"]), (alone.loss, alone.measures["accuracy"])
 
 
 def rank_main(rank: int, folder: str) -> None:

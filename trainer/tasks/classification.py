@@ -1,154 +1,145 @@
-"""Exact evaluation metrics: every sample counted once, on the device, over any number of ranks. Called by worker and `trainer.evaluate`.
+"""Image classification: one label of several for each image. Made by `trainer.tasks.make`; trainer.tasks.multitask takes its parts for a
+head of one label.
 
-A rank feeds its share of the test split to an `Evaluation`; the ranks' `tensors()` are added (one all-reduce); `result()` says the rest.
-`Answers` keeps what each sample was answered, for `trainer.tasks.predictions`. Who evaluates which samples, and what is done with the
-result,
-is the callers'. (The run's Prometheus metrics are `cluster.metrics`.)
+How a run evaluates (which samples, which rank) is the caller's; what the numbers look like is the report's.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from dataio.batch import Targets
 from dataio.loader import BAD
+from dataio.schema import Target
+from trainer.settings.tree import TaskConfig
+from trainer.tasks.image import ImageTask
+from trainer.tasks.info import CLASSIFICATION
+from trainer.tasks.losses import cross_entropy_sum
+from trainer.tasks.sums import SummedEvaluation, nothing_to_evaluate
+from trainer.tasks.task import Evaluation, Result, Rows
+
+LABEL_COLUMNS: Mapping[str, pa.DataType] = {
+    "label": pa.int32(),
+    "prediction": pa.int32(),
+    "confidence": pa.float32(),  # probability of the prediction
+    "loss": pa.float32(),  # cross-entropy
+}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassScore:
-    """One class against the rest. A ratio whose denominator is 0 is 0."""
+class Classification(ImageTask):
+    """Cross-entropy over the classes; outputs are logits (n, classes)."""
 
-    recall: float
-    precision: float
-    f1: float
-    support: int  # samples of this class
+    info = CLASSIFICATION
+    columns = LABEL_COLUMNS
+
+    def __init__(self, config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0) -> None:
+        """ValueError where `targets` is not one target of one label of at least two classes."""
+        super().__init__(config, targets, label_smoothing=label_smoothing)
+        self._target = only_target(targets, kind="label", task="classification")
+        if len(self._target.classes) < 2:
+            raise ValueError(f"{len(self._target.classes)} classes cannot be told apart; a data set needs at least 2")
+
+    def loss_sum(self, outputs: Tensor, targets: Targets) -> Tensor:
+        return cross_entropy_sum(outputs, targets[self._target.name], label_smoothing=self.label_smoothing)
+
+    def evaluation(self, device: torch.device) -> Evaluation:
+        return LabelEvaluation(self._target, device)
+
+    def rows(self, outputs: Tensor, targets: Targets) -> Rows:
+        return label_rows(outputs, targets[self._target.name])
+
+    def answers(self, outputs: Tensor, *, top: int) -> Sequence[Mapping[str, Any]]:
+        return [{"predictions": best} for best in likeliest(outputs, self._target.classes, top=top)]
+
+    def sentence(self, answer: Mapping[str, Any]) -> str:
+        return "  ".join(f"{best['class']} {100 * best['probability']:.1f} %" for best in answer["predictions"])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalResult:
-    """An evaluated split."""
+class LabelEvaluation(SummedEvaluation):
+    """Mean cross-entropy, without smoothing, and the confusion matrix with what follows from it."""
 
-    loss: float  # mean cross-entropy, without label smoothing
-    accuracy: float  # top-1
-    count: int  # samples; quarantined ones are not among them
-    per_class: tuple[ClassScore, ...]
-    confusion: tuple[tuple[int, ...], ...]  # [label][prediction]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers, lists and dicts."""
-        return {
-            **asdict(self),
-            "per_class": [asdict(score) for score in self.per_class],
-            "confusion": [list(row) for row in self.confusion],
-        }
-
-
-class Evaluation:
-    """Adds up loss and confusion matrix without waiting for the device."""
-
-    def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
-        self._classes = classes
+    def __init__(self, target: Target, device: torch.device | str = "cpu") -> None:
+        self._target, self._classes = target.name, len(target.classes)
         # (loss sum | confusion, row by row). float64 holds counts exactly up to 2**53, so that one all-reduce adds all of it.
-        self._sums = torch.zeros(1 + classes * classes, dtype=torch.float64, device=device)
+        super().__init__(1 + self._classes**2, device)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """(n, classes) of any float type, (n,) int64; labels of -1 are not counted. n may be 0."""
-        logits = logits.double()
-        self._sums[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=BAD)
+    def update(self, outputs: Tensor, targets: Targets) -> None:
+        """(n, classes) logits of any float type; labels of -1 are not counted. n may be 0."""
+        labels, logits = targets[self._target], outputs.double()
+        self.sums[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=BAD)
         counted = labels != BAD
         cells = labels * self._classes + logits.argmax(1)
         # Quarantined samples add 0 to a cell that exists: dropping them would need their number, and so a wait.
-        self._sums.scatter_add_(0, 1 + torch.where(counted, cells, 0), counted.double())
+        self.sums.scatter_add_(0, 1 + torch.where(counted, cells, 0), counted.double())
 
-    def tensors(self) -> Tensor:
-        """(1 + classes**2,) float64 on the device, not a copy: add the other ranks' to it in place, then ask for the result."""
-        return self._sums
-
-    def result(self) -> EvalResult:
-        """Waits for the device. ValueError where nothing was counted."""
-        sums = self._sums.cpu()
+    def result(self) -> Result:
+        sums = self.sums.cpu()
         confusion = sums[1:].long().view(self._classes, self._classes)  # (label, prediction)
         count = int(confusion.sum())
         if not count:
-            raise ValueError(
-                "nothing to evaluate: the test split has no readable sample; give data with a test split, or --data.test-fraction 0.1"
-            )
+            raise nothing_to_evaluate()
         hits = confusion.diagonal().tolist()
-        support, predicted = confusion.sum(1).tolist(), confusion.sum(0).tolist()
-        return EvalResult(
+        return Result(
             loss=float(sums[0]) / count,
-            accuracy=sum(hits) / count,
             count=count,
-            per_class=tuple(
-                ClassScore(
-                    recall=hit / actual if actual else 0.0,
-                    precision=hit / claimed if claimed else 0.0,
-                    f1=2 * hit / (actual + claimed) if actual + claimed else 0.0,
-                    support=actual,
-                )
-                for hit, actual, claimed in zip(hits, support, predicted, strict=True)
-            ),
-            confusion=tuple(tuple(row) for row in confusion.tolist()),
+            measures={"accuracy": sum(hits) / count},
+            details={
+                "per_class": [
+                    class_score(hit, support=actual, predicted=claimed)
+                    for hit, actual, claimed in zip(hits, confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True)
+                ],
+                "confusion": confusion.tolist(),
+            },
         )
 
 
-class Answers:
-    """Keeps what each sample was answered, without waiting for the device: of all samples, or of more than `limit` the worst `limit`
-    (mistakes, the surest first, then right answers, the least sure first)."""
+def class_score(hits: int, *, support: int, predicted: int) -> dict[str, Any]:
+    """One class against the rest. A ratio whose denominator is 0 is 0."""
+    return {
+        "recall": hits / support if support else 0.0,
+        "precision": hits / predicted if predicted else 0.0,
+        "f1": 2 * hits / (support + predicted) if support + predicted else 0.0,
+        "support": support,
+    }
 
-    def __init__(self, limit: int, device: torch.device | str = "cpu") -> None:
-        self._limit = max(1, limit)
-        self._ints = [torch.empty((0, 3), dtype=torch.int64, device=device)]  # (n, 3): id, label, answer
-        self._floats = [torch.empty((0, 2), dtype=torch.float32, device=device)]  # (n, 2): confidence, loss
-        self._held = 0
 
-    @torch.no_grad()
-    def update(self, ids: npt.NDArray[np.int64], logits: Tensor, labels: Tensor) -> None:
-        """(n,), (n, classes), (n,) int64; a label of -1 stands for a sample that could not be read."""
-        logits = logits.double()
-        answers = logits.argmax(1)  # as Evaluation takes it, so that ties are the same
-        confidence = logits.softmax(1).gather(1, answers[:, None])[:, 0]
-        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=BAD)
-        self._ints.append(torch.stack([torch.from_numpy(ids).to(labels.device, non_blocking=True), labels, answers], 1))
-        self._floats.append(torch.stack([confidence, losses], 1).float())
-        self._held += len(ids)
-        if self._held >= 2 * self._limit:
-            self._cut()
+@torch.no_grad()
+def label_rows(logits: Tensor, labels: Tensor) -> Rows:
+    """What is recorded of (n, classes) and (n,). Mistakes are worse than right answers; the surest mistakes are the worst, the surest right
+    answers the best."""
+    logits = logits.double()
+    predictions = logits.argmax(1)  # as the evaluation takes it, so that ties are the same
+    confidence = logits.softmax(1).gather(1, predictions[:, None])[:, 0].float()
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=BAD).float()
+    sure = confidence.nan_to_num(0.0)
+    return Rows(
+        columns={"label": labels, "prediction": predictions, "confidence": confidence, "loss": losses},
+        known=labels != BAD,
+        badness=torch.where(labels != predictions, 2.0 + sure, 1.0 - sure).double(),
+    )
 
-    def gathered(self, rank: int, world_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
-        """All ranks': (n, 3) id, label, answer and (n, 2) confidence, loss, on rank 0; None on the others. All ranks are to call
-        it. Waits for the device."""
-        self._cut()
-        ints, floats = self._ints[0], self._floats[0]
-        if world_size == 1:
-            return ints.cpu().numpy(), floats.cpu().numpy()
-        sizes = torch.zeros(world_size, dtype=torch.int64, device=ints.device)
-        sizes[rank] = len(ints)
-        dist.all_reduce(sizes)
-        counts = sizes.tolist()
-        parts = (self._from_all(ints, counts, rank), self._from_all(floats, counts, rank))
-        return None if parts[0] is None or parts[1] is None else (parts[0].numpy(), parts[1].numpy())
 
-    @staticmethod
-    def _from_all(own: Tensor, counts: list[int], rank: int) -> Tensor | None:
-        padded = own.new_zeros((max(counts), own.shape[1]))
-        padded[: len(own)] = own
-        everywhere = [torch.empty_like(padded) for _ in counts] if rank == 0 else None
-        dist.gather(padded, everywhere, dst=0)
-        return torch.cat([part[:count].cpu() for part, count in zip(everywhere, counts, strict=True)]) if everywhere else None
+def likeliest(logits: Tensor, classes: Sequence[str], *, top: int) -> list[list[dict[str, Any]]]:
+    """For each of (n, classes) the `top` classes of the highest probability, in order."""
+    probabilities = logits.float().softmax(dim=1).cpu()
+    values, indices = probabilities.topk(min(top, len(classes)), dim=1)
+    return [
+        [{"class": classes[index], "probability": value} for index, value in zip(row, row_values, strict=True)]
+        for row, row_values in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
 
-    def _cut(self) -> None:
-        ints, floats = torch.cat(self._ints), torch.cat(self._floats)
-        if len(ints) > self._limit:
-            confidence = floats[:, 0].nan_to_num(0.0)
-            badness = torch.where(ints[:, 1] != ints[:, 2], 2.0 + confidence, 1.0 - confidence)
-            badness = torch.where(ints[:, 1] == BAD, -1.0, badness)
-            worst = badness.sort(descending=True, stable=True).indices[: self._limit]
-            ints, floats = ints[worst], floats[worst]
-        self._ints, self._floats, self._held = [ints], [floats], len(ints)
+
+def only_target(targets: Sequence[Target], *, kind: str, task: str) -> Target:
+    """The one target of that kind. ValueError where there is another or none."""
+    if len(targets) == 1 and targets[0].kind == kind:
+        return targets[0]
+    there = ", ".join(f"{target.name} ({target.kind})" for target in targets) or "none"
+    raise ValueError(
+        f"task.name={task} learns one target of the kind {kind}; the data's targets are: {there}. "
+        "Use --task.name auto, which follows the data, or convert the data with the one target that is to be learned"
+    )

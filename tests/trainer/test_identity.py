@@ -1,0 +1,162 @@
+"""Which settings decide a run's weights, and so its name: as they did when runs were first named, whatever was added since."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from hypothesis import given
+
+from dataio.config import FREE, LATER, Mark
+from tests.trainer.configs import configs
+from trainer.settings.cli import load, recipe_names
+from trainer.settings.fields import declared, settings
+from trainer.settings.identity import deciding_changes, deciding_settings
+from trainer.settings.tree import RunConfig, TaskConfig
+
+# --- how the first release that named runs did it, and what it knew; never to be changed ----------------------------------------------
+
+FIRST_KEYS = frozenset(
+    f"{table}.{name}"
+    for table, names in {
+        "data": "path root batch_size backend cache image_size fit pad flip mean std shuffle_window max_bad_fraction test_fraction "
+        "max_image_pixels",
+        "model": "name weights stem image_size interpolation freeze lp_epochs",
+        "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps final_lr_fraction head_lr_factor label_smoothing "
+        "clip_norm",
+        "train": "epochs max_steps seed precision channels_last small_maps compile cuda_graphs accumulate reduce_dtype profile "
+        "virtual_ranks reduction checkpoint_every spike_factor verify_every eval_every_epochs ema ledger",
+    }.items()
+    for name in names.split()
+)
+FIRST_FREE = {
+    *("data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
+    *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
+    *("train.verify_every", "train.profile", "train.cuda_graphs"),
+}
+
+
+def first_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
+    everything = settings(config)
+    flat = {key: everything[key] for key in FIRST_KEYS - FIRST_FREE}
+    if flat["train.small_maps"] == "auto":
+        del flat["train.small_maps"]
+    return flat | {"dataset": fingerprint, "model.weights": Path(config.model.weights).name}
+
+
+def digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def same_name(config: RunConfig) -> bool:
+    return digest(deciding_settings(config) | {"dataset": "ab" * 32}) == digest(first_identity(config, "ab" * 32))
+
+
+# --- names are kept -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["", *recipe_names()])
+def test_a_shipped_recipe_has_the_name_it_always_had(recipe: str) -> None:
+    config = load(recipe, RunConfig()) if recipe else RunConfig()
+    assert same_name(config)
+    assert same_name(replace(config, train=replace(config.train, virtual_ranks=4, small_maps="product")))
+
+
+GOLDEN = {
+    "": "809539ede214c2c4",
+    "article": "8d3389b1b021b7d7",
+    "best": "d1d581c3101f76e1",
+    "quickstart": "d15c865a001de058",
+}
+
+
+@pytest.mark.parametrize("recipe", GOLDEN)
+def test_the_digests_themselves_are_kept(recipe: str) -> None:
+    config = load(recipe, RunConfig()) if recipe else RunConfig()
+    assert digest(deciding_settings(config) | {"dataset": "ab" * 32})[:16] == GOLDEN[recipe]
+
+
+@given(configs())
+def test_any_settings_of_the_first_release_have_the_name_they_always_had(config: RunConfig) -> None:
+    later = {key: setting.default for key, setting in declared(RunConfig).items() if LATER in setting.notes and key != "train.small_maps"}
+    for key, default in later.items():
+        config = with_setting(config, key, default)
+    assert same_name(config)
+
+
+def test_whatever_was_added_since_is_marked() -> None:
+    """The mark that is missing here would rename every run."""
+    for key, setting in declared(RunConfig).items():
+        new = key not in FIRST_KEYS and key not in ("workers", "run", "storage", "resume") and not key.startswith("cluster.")
+        assert not new or LATER in setting.notes or FREE in setting.notes, key
+
+
+# --- a setting that is added ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    depth: int = 3
+    told: Annotated[bool, FREE] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NextRelease(RunConfig):
+    twist: Annotated[float, LATER] = 0.5
+    table: Annotated[Table, LATER] = field(default_factory=Table)
+    hint: Annotated[str, FREE] = ""
+
+
+@given(configs())
+def test_a_later_setting_renames_nobody_and_counts_when_it_is_used(config: RunConfig) -> None:
+    values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+    grown = NextRelease(**values)
+    assert deciding_settings(grown) == deciding_settings(config)
+    assert deciding_settings(replace(grown, hint="x", table=Table(told=True))) == deciding_settings(config)
+    used = replace(grown, twist=0.25, table=Table(depth=4))
+    assert deciding_settings(used) == deciding_settings(config) | {"twist": 0.25, "table.depth": 4}
+
+
+def test_a_task_counts_when_it_is_chosen() -> None:
+    plain = deciding_settings(RunConfig())
+    assert not any(key.startswith("task.") for key in plain)
+    chosen = deciding_settings(RunConfig(task=TaskConfig(loss="asymmetric", threshold=0.25)))
+    assert chosen == plain | {"task.loss": "asymmetric", "task.threshold": 0.25}
+
+
+# --- what a run may change ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "now"), [("bce", "asymmetric"), ("asymmetric", "bce")])
+def test_a_later_setting_is_a_change_to_its_default_and_from_it(before: Any, now: Any) -> None:
+    one, two = RunConfig(task=TaskConfig(loss=before)), RunConfig(task=TaskConfig(loss=now))
+    assert deciding_changes(one, two) == {"task.loss": (before, now)}
+    assert deciding_changes(one, one) == {}
+
+
+@given(before=configs(), now=configs())
+def test_two_configs_have_the_same_name_just_when_nothing_that_counts_has_changed(before: RunConfig, now: RunConfig) -> None:
+    assert (deciding_settings(before) == deciding_settings(now)) == (not deciding_changes(before, now))
+    assert not any(FREE in declared(RunConfig)[key].notes for key in deciding_changes(before, now))
+
+
+def test_weights_are_known_by_their_file() -> None:
+    def weighing(weights: str) -> RunConfig:
+        return RunConfig(model=replace(RunConfig().model, weights=weights))
+
+    assert deciding_settings(weighing("/home/a/w.safetensors")) == deciding_settings(weighing("/mnt/b/w.safetensors"))
+    assert deciding_settings(weighing("/home/a/w.safetensors")) != deciding_settings(weighing("/home/a/x.safetensors"))
+
+
+def test_every_mark_is_used() -> None:
+    used = {note for setting in declared(RunConfig).values() for note in setting.notes if isinstance(note, Mark)}
+    assert used == set(Mark)
+
+
+def with_setting(config: Any, key: str, value: Any) -> Any:
+    """`config` with another value for the setting of this dotted name."""
+    head, _, rest = key.partition(".")
+    return replace(config, **{head: with_setting(getattr(config, head), rest, value) if rest else value})

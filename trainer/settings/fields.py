@@ -1,0 +1,53 @@
+"""What a setting's field says of it: its dotted name, type, default and rules. Read by the other modules of this package.
+
+A field is a type and a default, and in `Annotated` whatever else holds for the setting: ranges, what to do instead, marks
+(trainer.settings.rules, trainer.settings.identity). What a table's field says, such as `RunConfig.cluster`, holds for all of its settings.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """A setting as its field declares it."""
+
+    key: str
+    """`data.batch_size`."""
+    type: Any
+    """Without `Annotated`."""
+    default: Any
+    notes: tuple[Any, ...]
+    """What `Annotated` holds, that of the tables above it first."""
+
+
+def declared(config: type) -> dict[str, Setting]:
+    """Every setting of a tree of dataclasses by its dotted name, in their order."""
+    return _declared(config, prefix="", notes=())
+
+
+def settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting's value by its dotted name: {"data.batch_size": 100, ...}."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= settings(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def _declared(config: type, *, prefix: str, notes: tuple[Any, ...]) -> dict[str, Setting]:
+    found: dict[str, Setting] = {}
+    hints = get_type_hints(config, include_extras=True)
+    for field in dataclasses.fields(config):
+        hint = hints[field.name]
+        hint, *own = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        key = prefix + field.name
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found |= _declared(hint, prefix=f"{key}.", notes=(*notes, *own))
+        else:
+            found[key] = Setting(key=key, type=hint, default=field.default, notes=(*notes, *own))
+    return found

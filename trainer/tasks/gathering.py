@@ -1,0 +1,41 @@
+"""Rows of all ranks, which hold unequal numbers of them, in the ranks' order. Collectives: every rank calls them alike."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def counts_of(count: int, rank: int, world_size: int, device: torch.device) -> list[int]:
+    """How many rows each rank holds. Waits for the device."""
+    sizes = torch.zeros(world_size, dtype=torch.int64, device=device)
+    sizes[rank] = count
+    if world_size > 1:
+        dist.all_reduce(sizes)
+    counts: list[int] = sizes.tolist()
+    return counts
+
+
+def gather_rows(own: Tensor, counts: list[int], rank: int) -> Tensor | None:
+    """All rows on the host of rank 0; None on the others."""
+    if len(counts) == 1 or not max(counts):
+        return own.cpu() if rank == 0 else None
+    padded = _padded(own, max(counts))
+    everywhere = [torch.empty_like(padded) for _ in counts] if rank == 0 else None
+    dist.gather(padded, everywhere, dst=0)
+    return torch.cat([part[:count].cpu() for part, count in zip(everywhere, counts, strict=True)]) if everywhere else None
+
+
+def all_gather_rows(own: Tensor, counts: list[int]) -> Tensor:
+    """All rows on every rank's device."""
+    if len(counts) == 1 or not max(counts):
+        return own
+    padded = _padded(own, max(counts))
+    everywhere = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everywhere, padded)
+    return torch.cat([part[:count] for part, count in zip(everywhere, counts, strict=True)])
+
+
+def _padded(own: Tensor, count: int) -> Tensor:
+    padded = own.new_zeros((count, *own.shape[1:]))
+    padded[: len(own)] = own
+    return padded

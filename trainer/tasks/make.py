@@ -1,0 +1,64 @@
+"""The task that a run's settings and data call for. Called in every rank, before a run where its model is checked, and where an exported
+model is loaded."""
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dataio.schema import Target
+from trainer.settings.tree import TaskConfig
+from trainer.tasks.classification import Classification
+from trainer.tasks.task import Task
+
+AUTO = "auto"
+BUILT_IN: dict[str, Callable[..., Task]] = {"classification": Classification}
+_MEMBERS = sorted({*Task.__annotations__, *(name for name in vars(Task) if not name.startswith("_"))})
+
+
+def make_task(config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0) -> Task:
+    """ValueError where there is no such task, or where it does not go with the targets."""
+    if not targets:
+        raise ValueError("the data have no target, so there is nothing to learn; convert them with a label")
+    name = name_for(targets) if config.name == AUTO else config.name
+    task = (BUILT_IN[name] if name in BUILT_IN else _imported(name))(config, targets, label_smoothing=label_smoothing)
+    missing = [member for member in _MEMBERS if not hasattr(task, member)]
+    if missing:
+        raise ValueError(
+            f"task.name={name} is no task: it lacks {', '.join(missing)} (trainer.tasks.task says what each is); "
+            "inherit from trainer.tasks.image.ImageTask, which has some of them"
+        )
+    return task
+
+
+def name_for(targets: Sequence[Target]) -> str:
+    """What `auto` takes."""
+    match [target.kind for target in targets]:
+        case ["label"]:
+            return "classification"
+        case ["labels"]:
+            return "multilabel"
+        case _:
+            return "multitask"
+
+
+def _imported(name: str) -> Callable[..., Task]:
+    """`module:Class`, to be called as a built-in task is."""
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        known = [AUTO, *BUILT_IN]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"task.name={name} is no task: use {', '.join(known)}, or module:Class for one of your own{hint}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"task.name={name}: {module_name} cannot be imported ({error}); a module is named as in an import statement, from the folder "
+            "in which the program is started or from what is installed"
+        ) from error
+    found: Any = getattr(module, class_name, None)
+    if not callable(found):
+        there = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
+        raise ValueError(f"task.name={name}: {module_name} has no class {class_name}; its classes are {', '.join(there) or 'none'}")
+    return found  # type: ignore[no-any-return]  # make_task looks whether it is one

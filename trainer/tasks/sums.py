@@ -1,0 +1,24 @@
+"""Evaluations that are a few sums over the samples: what they have in common."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class SummedEvaluation:
+    """Adds up on the device, in float64, and adds the ranks' sums. A subclass says what is added (`update`) and what follows from it
+    (`result`)."""
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        self.sums: Tensor = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def combine(self, rank: int, world_size: int) -> None:
+        """Add the other ranks' sums: one all-reduce."""
+        if world_size > 1:
+            dist.all_reduce(self.sums)
+
+
+def nothing_to_evaluate() -> ValueError:
+    return ValueError(
+        "nothing to evaluate: the test split has no readable sample; give data with a test split, or --data.test-fraction 0.1"
+    )
