@@ -1,7 +1,7 @@
 """`python -m trainer.evaluate RUN`: how good a finished run's model is, on the run's own data or on other data with the same classes.
 
-Every sample is counted once, by the code that evaluates during training (`trainer.rank.evaluation`, `trainer.tasks`), in the same batches and
-precision: on the run's own test split the result is the one in its summary.json. Single images are `trainer.predict`'s.
+Every sample is counted once, by the code that evaluates during training (`trainer.rank.evaluation`, `trainer.tasks`), in the same batches
+and precision: on the run's own test split the result is the one in its summary.json. Single images are `trainer.predict`'s.
 """
 
 import json

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from trainer.models import im2col as small_maps
 from trainer.models.im2col import (
     MOST_WINDOW_BYTES,
-    Layer,
     Im2colConv2d,
+    Layer,
     result_of,
     takes_gradient,
     takes_result,

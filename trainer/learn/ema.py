@@ -1,4 +1,6 @@
-"""A moving average of the weights (`train.ema`). `trainer.learn.update` updates it in each step; the rank evaluates, saves and exports it."""
+"""A moving average of the weights (`train.ema`). `trainer.learn.update` updates it in each step; the rank evaluates, saves and
+exports it.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -121,8 +121,8 @@ class Stepper:
         return self._update.gradient_norm
 
     def step(self, batches: Sequence[Batch], *, global_count: int, step: int) -> Tensor:
-        """Do global step `step`; its mean loss over the whole batch, () float32 on the device (over this rank's share in ddp mode). It is not
-        finite where a gradient is not."""
+        """Do global step `step`. Returns its mean loss over the whole batch (in ddp mode over this rank's share): () float32 on the device,
+        not finite where a gradient is not."""
         observer, gradients = self.observer, self._gradients
         loss = gradients.compute(batches, global_count=global_count, step=step, observer=observer)
         loss = self._update.apply(loss, is_proven=gradients.proves, takes_norm=observer.takes_norm())

@@ -130,7 +130,9 @@ def evaluate(
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
         share = share_of(dataset.split(split).count, rank, world_size)
-        evaluate_share(task, evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, log=log)
+        evaluate_share(
+            task, evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, log=log
+        )
     evaluation.combine(rank, world_size)
     return evaluation.result()
 

@@ -1,8 +1,8 @@
 """Is a step's loss a number to go on from? NaN, infinity and spikes end the attempt; the driver rolls back and leaves out the batch.
 
-The rank shows every step to `Guard.stepped`, in order: each loss as it arrives on the host. All ranks see the same losses and so decide alike. A
-checkpoint may be acknowledged only once every loss up to it has passed: on a GPU losses arrive some steps late, so `proof` takes along
-those that are still on their way, for the checkpoint's own thread to wait for. What is done then is cluster.failures.decide's.
+The rank shows every step to `Guard.stepped`, in order, with the losses that have arrived on the host. All ranks see the same losses and so
+decide alike. A checkpoint may be acknowledged only once every loss up to it has passed: on a GPU losses arrive some steps late, so `proof`
+takes along those that are still on their way, for the checkpoint's own thread to wait for. What is done then is cluster.failures.decide's.
 """
 
 import math

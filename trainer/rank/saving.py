@@ -130,7 +130,7 @@ class Saver:
         return is_due or self._plan.ends_epoch(steps_done) or self._plan.is_last(steps_done)
 
     def save(self, step: int, late: Sequence[Arriving]) -> None:
-        """Copy the state and have it written beside the steps to come. `late` are the losses (StepStats.late) that the guard has not seen."""
+        """Copy the state and have it written beside the steps to come. The guard has not seen the losses `late` (StepStats)."""
         self._on_begin()
         me, memory = self._me, self._memory
         verdict = self._weights.start(step) if self._weights is not None else None

@@ -1,5 +1,6 @@
 """Which steps an attempt does, and what follows each of them. Pure; the rank's story reads it."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class StepPlan:
         """(first step, one past the last) of what is left, cut where the set of trained parameters changes."""
         total = self.total_steps
         edges = [0, *(min(total, step) for step in self.thaws), total]
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             if max(first, self.start_step) < last:
                 yield max(first, self.start_step), last
 

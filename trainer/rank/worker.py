@@ -84,8 +84,13 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         if me.rank == 0:
             finish(me, storage, learner, data, memory, ranks=ranks, stopped=stopped, steps_done=steps_done)
     finally:
-        for part in (saver, me.heartbeat, meter, gpu, *([ledger] if ledger else []), me.server):
-            part.close()
+        saver.close()
+        me.heartbeat.close()
+        meter.close()
+        gpu.close()
+        if ledger:
+            ledger.close()
+        me.server.close()
 
 
 def train(steps: "Steps", observers: Sequence[Observer], evaluator: Evaluator, saver: Saver) -> bool:
