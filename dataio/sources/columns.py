@@ -65,7 +65,7 @@ class Column:
         if bad := [number for number in numbers if number is None or not 0 <= number < classes]:
             return self.unknown, f"bad label: {self.target.name} holds {bad[0]}, which is not in 0..{classes - 1}"
         value = np.zeros(classes, self.target.dtype)
-        value[numbers] = 1
+        value[np.asarray(numbers, np.int64)] = 1
         return value, None
 
 

@@ -25,14 +25,17 @@ from cluster.failures import BadNumbers, Failure, classify, described, exit_fail
 from cluster.ledger import LedgerWriter, read_ledger
 from cluster.reduce import TreeReducer
 from cluster.store import Receipt
-from dataio.batch import Batch
+from dataio.batch import Batch, Targets
 from dataio.order import blocks_of_virtual_ranks
-from tests.trainer.test_loop import CPU, PREPROCESS, Net, batches_of, make, order_of, same_bits, sgd
+from dataio.schema import LABEL
+from tests.trainer.test_loop import CPU, TASK, Net, batches_of, make, order_of, same_bits, sgd
 from trainer.learn.optim import OptimConfig, set_learning_rate
 from trainer.learn.state import TrainState, weights_sha256
-from trainer.learn.step import Arriving, Stepper, StepStats, train_steps
+from trainer.learn.step import UNOBSERVED, Arriving, StepStats, train_steps
 from trainer.rank.guard import ENOUGH, WINDOW, Guard
 from trainer.rank.history import History
+from trainer.settings.tree import TaskConfig
+from trainer.tasks.classification import Classification
 
 sizes = st.sampled_from([100, 100, 100, 60, 50, 49, 3, 1])
 
@@ -46,9 +49,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def guard_of(sizes: Sequence[int] = (), *, factor: float = 8.0, fresh_at: Sequence[int] = ()) -> Guard:
+def guard_of(sizes: Sequence[int] = (), *, factor: float = 8.0, fresh_at: Sequence[int] = (), floor: float | None = 0.0) -> Guard:
     """Batches of 100, or of `sizes`."""
-    return Guard(spike_factor=factor, batch_size=100, samples_of=lambda step: sizes[step] if sizes else 100, fresh_at=fresh_at)
+    return Guard(
+        spike_factor=factor,
+        batch_size=100,
+        samples_of=lambda step: sizes[step] if sizes else 100,
+        fresh_at=fresh_at,
+        loss_floor=floor,
+    )
 
 
 def verdicts(guard: Guard, losses: Sequence[tuple[int, float]]) -> list[tuple[int, str]]:
@@ -95,6 +104,29 @@ def test_a_spike_is_what_the_rule_says(before: list[float], factor: float, above
             guard.check(len(before), limit * 1.0001 + 1e-9)
     else:
         guard.check(len(before), limit * 0.9999 - 1e-9)
+
+
+eighths = st.integers(0, 80).map(lambda value: value / 8)  # exact in every sum and median here
+
+
+@given(st.lists(eighths, min_size=ENOUGH, max_size=WINDOW), st.integers(-40, 40), st.sampled_from([0.5, 8.0]), st.booleans())
+def test_a_loss_is_judged_by_its_distance_from_the_tasks_floor(losses: list[float], floor: int, factor: float, saved: bool) -> None:
+    at_zero, shifted = guard_of(factor=factor), guard_of(factor=factor, floor=float(floor))
+    if saved:
+        shifted = shifted.copy()
+    wanted = verdicts(at_zero, list(enumerate(losses)))
+    found = verdicts(shifted, [(step, loss + floor) for step, loss in enumerate(losses)])
+    assert [step for step, _ in found] == [step for step, _ in wanted]
+
+
+def test_a_loss_without_a_floor_is_judged_by_its_scatter_alone() -> None:
+    scattered = [(step, 5.0 + step % 2) for step in range(60)]  # sigma 0.74: with a factor of 4 the limit is 2.97 above the median
+    for loss, is_bad in ((8.0, False), (9.0, True)):
+        assert bool(verdicts(guard_of(factor=4.0, floor=None), [*scattered, (60, loss)])) == is_bad
+        assert not verdicts(guard_of(factor=4.0), [*scattered, (60, loss)])
+    negative = [(step, -5.0 + step % 2) for step in range(60)]
+    assert verdicts(guard_of(factor=4.0, floor=None), [*negative, (60, -2.0)]) == []
+    assert [step for step, _ in verdicts(guard_of(factor=4.0, floor=None), [*negative, (60, -1.0)])] == [60]
 
 
 @given(st.lists(st.floats(0.0, 1e6), max_size=ENOUGH))
@@ -328,7 +360,7 @@ def test_the_loss_of_a_good_step_has_the_same_bits_whether_gradients_are_clipped
     loss = make(model, sgd(model), clip=clip).step(batches, global_count=332, step=0)
     with torch.no_grad():
         torch.testing.assert_close(loss, loss + 0.0, rtol=0, atol=0)
-    wanted = make(Net(), sgd(Net()))._plain_gradients(batches, 332, 0)
+    wanted = make(Net(), sgd(Net()))._gradients.compute(batches, global_count=332, step=0, observer=UNOBSERVED)
     assert loss.item() == wanted.item()
 
 
@@ -364,6 +396,14 @@ LENGTH = 12  # steps of 64 images
 NAN_LABEL = 99
 
 
+class NanWhereMarked(Classification):
+    """Its loss is no number where a label is NAN_LABEL."""
+
+    def loss_sum(self, outputs: Tensor, targets: Targets) -> Tensor:
+        labels = targets[LABEL]
+        return F.cross_entropy(outputs, labels % 10, reduction="sum") * (math.nan if NAN_LABEL in labels else 1.0)
+
+
 class Killed(Exception):
     """Stands for the loss of a process."""
 
@@ -389,22 +429,7 @@ class Story:
     def train(self, number: int) -> None:
         shape, model = (1, 64), Net()
         order, optimizer = order_of(shape), sgd(model)
-        stepper = Stepper(
-            model=model,
-            preprocess=PREPROCESS,
-            optimizer=optimizer,
-            ema=None,
-            loss_sum=lambda logits, labels: (
-                F.cross_entropy(logits, labels % 10, reduction="sum") * (math.nan if NAN_LABEL in labels else 1.0)
-            ),
-            clip=None,
-            seed=7,
-            precision="fp32",
-            compile_model=False,
-            reducer=None,
-            distributed=False,
-            world_size=1,
-        )
+        stepper = make(model, optimizer, task=NanWhereMarked(TaskConfig(), TASK.targets))
         state, self.history = TrainState(model, optimizer), History()
         guard = Guard(spike_factor=10.0, batch_size=64, samples_of=order.batch_count)
         start = max(self.commits, default=0)
