@@ -32,7 +32,7 @@ from dataio.order import Order
 from dataio.parquet import open_dataset
 from dataio.sources import open_source
 from trainer.models.vision import build_model
-from trainer.settings.cli import load
+from trainer.settings.toml import load
 from trainer.settings.tree import RunConfig
 
 PROJECT = Path(__file__).resolve().parents[1]

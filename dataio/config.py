@@ -1,12 +1,13 @@
 """What the data are and how a batch is made of them. Read by dataio, written by the command line (`--data.*`).
 
-A setting's rules stand beside it, in `Annotated`; how they are written is said in docs/extending.md, how they are kept in
-trainer.settings.rules.
+The rules of a setting stand beside it, in `Annotated`: docs/extending.md says how they are written, trainer.settings.rules keeps them.
 """
 
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval, MinLen
 
 Backend = Literal["auto", "dali", "torch", "numpy"]
 Cache = Literal["auto", "device", "host", "none"]
@@ -14,9 +15,9 @@ Fit = Literal["refuse", "stretch", "crop"]
 
 
 class Mark(Enum):
-    """What a run's identity makes of a setting; one without a mark decides the weights. Read by trainer.settings.identity.
+    """What is true of a setting beyond its values; stands in its `Annotated`. A setting without a mark decides the weights.
 
-    It stands here, the lowest of the packages that mark their settings.
+    It is defined here since dataio is the lowest of the packages that mark their settings.
     """
 
     FREE = "free"
@@ -27,42 +28,69 @@ class Mark(Enum):
     default, so that adding it renamed no run."""
     PATH = "path"
     """A file or folder: `./` and `../` begin at the file that sets it, and the same name elsewhere is the same thing."""
+    AUTO = "auto"
+    """A number that the word `auto` stands for as well: -1."""
 
 
-FREE, LATER, PATH = Mark
+FREE, LATER, PATH, AUTO = Mark
+
+
+def targets_of(text: str) -> tuple[tuple[str, str], ...]:
+    """`data.targets` as (column, kind) pairs in their order; the kind is empty where the data are to tell it. ValueError for other text."""
+    from dataio.schema import KINDS  # here, since it needs numpy, which --help is not to wait for
+
+    pairs: dict[str, str] = {}
+    for part in text.split(",") if text else ():
+        name, colon, kind = (word.strip() for word in part.rpartition(":"))
+        if not colon:
+            name, kind = kind, ""
+        if not name:
+            raise ValueError(f"data.targets={text!r} names no column in {part!r}; write NAME or NAME:KIND, separated by commas")
+        if colon and kind not in KINDS:
+            raise ValueError(f"data.targets={text!r}: {kind!r} is no kind of target; it must be one of {', '.join(KINDS)}")
+        if name in pairs:
+            raise ValueError(f"data.targets={text!r} names {name} twice; name each column once")
+        pairs[name] = kind
+    return tuple(pairs.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Labelled images and the batches made of them."""
 
-    path: Annotated[str, FREE, PATH] = "cifar10"
+    path: Annotated[str, FREE, PATH, MinLen(1)] = "cifar10"
     """`cifar10` (downloaded, hash-checked), a folder made by `dataio.convert` or its URI, or any source that `dataio.convert` takes."""
-    root: Annotated[str, FREE] = "~/.cache/trainer"
+    root: Annotated[str, FREE, MinLen(1)] = "~/.cache/trainer"
     """Folder for downloads and for sources that had to be converted."""
-    batch_size: int = 100
+    targets: Annotated[str, FREE, targets_of] = ""
+    """Columns to learn, as `NAME` or `NAME:KIND` separated by commas; the kinds are `label` (one class), `labels` (several classes or none)
+    and `number`. Empty takes the source's own single label. Read when a source is converted."""
+    batch_size: Annotated[int, Ge(1), "100 is the default"] = 100
     """Images a step over all workers (global); a multiple of `train.virtual_ranks`."""
     backend: Annotated[Backend, FREE] = "auto"
     """Who crops and flips. All give the same uint8 batch; auto takes the fastest measured one for the device."""
     cache: Annotated[Cache, FREE] = "auto"
     """Where decoded images stay: on the device, on the host, nowhere (decoded every epoch); auto takes the first that fits."""
-    image_size: int = 0
+    image_size: Annotated[int, Ge(0), "0 takes the size that all images share"] = 0
     """Side in pixels of the decoded images; 0 takes the size all images of the data set share."""
     fit: Fit = "refuse"
     """An image of another size is refused (quarantined), stretched, or cut to its largest centred part of the right shape and resized."""
-    pad: int = 4
+    pad: Annotated[int, Ge(0), "0 turns the random crop off"] = 4
     """Zero pixels added on each side before the random crop; 0 turns the crop off."""
     flip: bool = True
     """Mirror each training image with probability one half."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: Annotated[tuple[float, float, float], Interval(ge=0, le=1), "pixel values are scaled to [0, 1] before"] = (0.5, 0.5, 0.5)
     """Per channel, of pixel values scaled to [0, 1]; subtracted on the device."""
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: Annotated[tuple[float, float, float], Gt(0), "the images are divided by it"] = (0.5, 0.5, 0.5)
     """Per channel, of pixel values scaled to [0, 1]; divided by on the device."""
-    shuffle_window: int = 0
+    shuffle_window: Annotated[int, Ge(0), "0 shuffles the whole data set"] = 0
     """Samples shuffled together; 0 shuffles the whole data set, a number keeps reads of a large one local."""
-    max_bad_fraction: Annotated[float, FREE] = 0.001
+    max_bad_fraction: Annotated[float, FREE, Interval(ge=0, le=1), "it is a fraction of the samples, 0.01 being one in a hundred"] = 0.001
     """Quarantined fraction of the samples above which the run fails."""
-    test_fraction: Annotated[float, FREE] = 0.1
+    test_fraction: Annotated[float, FREE, Interval(gt=0, lt=1), "it is a fraction of the samples, 0.1 being one in ten"] = 0.1
     """Fraction held out for testing, by a hash of the key, where the source has no test split."""
-    max_image_pixels: Annotated[int, FREE] = 89_478_485
+    validation_fraction: Annotated[float, FREE, Interval(ge=0, lt=1), "it is a fraction of the training samples, 0 holds out none"] = 0.0
+    """Fraction of the training split held out as the validation split, class by class, where the source has none; 0 holds out none. Read
+    when a source is converted."""
+    max_image_pixels: Annotated[int, FREE, Ge(1)] = 89_478_485
     """Larger images (by their header) are quarantined before any decoding: a decompression bomb's guard."""

@@ -30,7 +30,8 @@ from dataio.schema import LABEL, Target
 from trainer.models.export import load_export
 from trainer.rank.worker import evaluate_share, make_repeatable, share_of
 from trainer.runs.folder import RunFolder, find_run
-from trainer.settings.cli import fail, from_toml
+from trainer.settings.cli import fail
+from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.settings.units import number, percent
 from trainer.tasks.make import make_task

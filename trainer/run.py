@@ -40,9 +40,11 @@ from dataio.sources import open_source
 from trainer.drive.capability import Capability, as_started, decide, here, weakest
 from trainer.drive.check import ModelCheck
 from trainer.runs.progress import final_table, predict_command
-from trainer.settings.cli import fail, from_toml, parse, to_toml, validate, worker_count
+from trainer.settings.cli import fail, parse
 from trainer.settings.identity import deciding_changes, deciding_settings
+from trainer.settings.rules import validate, worker_count
 from trainer.settings.spec import RANK_MODULES
+from trainer.settings.toml import from_toml, to_toml
 from trainer.settings.tree import RunConfig
 
 PROJECT = Path(__file__).resolve().parent.parent

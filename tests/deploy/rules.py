@@ -12,7 +12,8 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from trainer.settings.cli import parse, validate
+from trainer.settings.cli import parse
+from trainer.settings.rules import validate
 from trainer.settings.tree import RunConfig
 
 Object = dict[str, Any]

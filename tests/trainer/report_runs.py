@@ -14,7 +14,7 @@ from dataio.config import DataConfig
 from dataio.parquet import open_dataset
 from trainer.rank.history import CURVE_SCHEMA
 from trainer.runs.summary import accounting
-from trainer.settings.cli import to_toml
+from trainer.settings.toml import to_toml
 from trainer.settings.tree import OptimConfig, RunConfig
 from trainer.tasks.predictions import About, Predictions
 

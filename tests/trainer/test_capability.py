@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from trainer.drive import capability as caps
 from trainer.drive.capability import Capability, as_started, decide, of_cpu, of_gpu, parse_gpus, weakest
 from trainer.models.vision import has_depthwise
-from trainer.settings.cli import from_toml, parse, to_toml
+from trainer.settings.cli import parse
+from trainer.settings.toml import from_toml, to_toml
 from trainer.settings.tree import RunConfig, TrainConfig
 
 AUTO = TrainConfig(precision="auto", channels_last="auto")

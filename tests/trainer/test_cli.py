@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from cluster.interval import AUTO
 from tests.trainer.configs import configs
-from trainer.settings.cli import from_toml, load, parse, recipe_names, settings, to_toml, validate, worker_count
+from trainer.settings.cli import parse
+from trainer.settings.fields import settings
+from trainer.settings.rules import validate, worker_count
+from trainer.settings.toml import from_toml, load, recipe_names, to_toml
 from trainer.settings.tree import DataConfig, OptimConfig, RunConfig, TrainConfig
 
 REPOSITORY = Path(__file__).parents[2]

@@ -26,7 +26,7 @@ from trainer.models.export import export_model, load_export
 from trainer.models.vision import Preprocess, head_of
 from trainer.rank.worker import build, evaluate, make_order, make_repeatable, make_stepper
 from trainer.runs.folder import find_run
-from trainer.settings.cli import to_toml
+from trainer.settings.toml import to_toml
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.tasks.predictions import Predictions
 

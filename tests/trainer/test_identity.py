@@ -12,9 +12,9 @@ from hypothesis import given
 
 from dataio.config import FREE, LATER, Mark
 from tests.trainer.configs import configs
-from trainer.settings.cli import load, recipe_names
 from trainer.settings.fields import declared, settings
 from trainer.settings.identity import deciding_changes, deciding_settings
+from trainer.settings.toml import load, recipe_names
 from trainer.settings.tree import RunConfig, TaskConfig
 
 # --- how the first release that named runs did it, and what it knew; never to be changed ----------------------------------------------

@@ -22,7 +22,7 @@ from trainer.report.page import Html, tag
 from trainer.report.plots import CURVE_POINTS, by_attempt, spans_magnitudes, thinned
 from trainer.report.sections import main, read_files, render, verdict, write_report
 from trainer.runs.folder import find_run
-from trainer.settings.cli import to_toml
+from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
 
 CLASSES = ["cat", "dog", "bird"]

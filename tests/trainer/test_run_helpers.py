@@ -31,7 +31,8 @@ from trainer.run import (
     identity,
     resolved,
 )
-from trainer.settings.cli import from_toml, settings, to_toml
+from trainer.settings.fields import settings
+from trainer.settings.toml import from_toml, to_toml
 from trainer.settings.tree import RunConfig, TrainConfig
 
 DATA, OTHER_DATA = "a" * 64, "b" * 64
@@ -81,6 +82,7 @@ ALL = sorted(settings(RunConfig()))
 # What a run may change on its way, and nothing else: where things are, how fast they go, how often they are saved, looked at and told.
 MAY_CHANGE = {
     *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
+    *("data.targets", "data.validation_fraction"),
     *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
     *("train.verify_every", "train.profile", "train.cuda_graphs"),
     *(key for key in ALL if key.startswith("cluster.")),

@@ -30,7 +30,7 @@ from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.journal_tail import JournalTail
 from trainer.runs.status import Driver, Standing, alive_or_not, first_members, look, run_folders, standings
 from trainer.runs.watch import Story, Watch, rank_lines, rank_speed
-from trainer.settings.cli import to_toml
+from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig, TrainConfig
 from trainer.settings.units import percent
 

@@ -16,7 +16,7 @@ from dataio.manifest import Manifest, image_size_of
 from dataio.order import Order
 from trainer.models.vision import build_model, has_depthwise, head_of
 from trainer.rank.profile import count_work
-from trainer.settings.cli import validate
+from trainer.settings.rules import validate
 from trainer.settings.tree import ModelConfig, RunConfig
 from trainer.settings.units import duration, flops, number, size
 

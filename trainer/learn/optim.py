@@ -72,23 +72,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, head_name: str) -> to
 
     A frozen parameter has no gradient and is not stepped; it keeps its place, so that the layout does not change when it thaws.
     """
-    for field, value, valid, rule in (
-        ("lr", config.lr, config.lr > 0, "must be above 0"),
-        ("momentum", config.momentum, 0 <= config.momentum < 1, "must be at least 0 and below 1"),
-        ("weight_decay", config.weight_decay, config.weight_decay >= 0, "must not be negative"),
-        ("warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "must not be negative"),
-        ("final_lr_fraction", config.final_lr_fraction, 0 <= config.final_lr_fraction <= 1, "must be from 0 to 1"),
-        ("head_lr_factor", config.head_lr_factor, config.head_lr_factor > 0, "must be above 0"),
-        ("label_smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "must be at least 0 and below 1"),
-        ("clip_norm", config.clip_norm, config.clip_norm >= 0, "must not be negative; 0 does not clip"),
-    ):
-        if not (valid and math.isfinite(value)):
-            raise ValueError(f"optim.{field}={value} {rule}")
-    if config.nesterov and not (config.name == "sgd" and config.momentum > 0):
-        raise ValueError(
-            f"optim.nesterov=true needs optim.name=sgd and momentum above 0, not {config.name} with {config.momentum}; "
-            "leave it out or set --optim.momentum 0.9"
-        )
+    assert not config.nesterov or (config.name == "sgd" and config.momentum > 0), "trainer.settings.rules has refused this"
     groups = parameter_groups(model, config, head_name)
     on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     betas = (config.momentum, 0.999)

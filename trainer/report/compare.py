@@ -16,7 +16,8 @@ from trainer.report.page import NOTHING, Html, number_or_none, page, section, ta
 from trainer.report.plots import Line, plot, spans_magnitudes, thinned
 from trainer.report.sections import Mood, RunFiles, evaluations, verdict
 from trainer.runs.progress import summary_rows, time_split
-from trainer.settings.cli import from_toml, settings
+from trainer.settings.fields import settings
+from trainer.settings.toml import from_toml
 from trainer.settings.units import duration, number, percent
 
 SURE = 0.05

