@@ -32,9 +32,10 @@ from dataio.loader import Loader
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample
 from trainer.drive.capability import decide, here
-from trainer.learn.optim import build_optimizer, set_learning_rate
-from trainer.models.vision import build_model, has_depthwise, head_of
-from trainer.rank.worker import build, make_repeatable
+from trainer.learn.build import build_learner, task_of
+from trainer.learn.optim import set_learning_rate
+from trainer.models.vision import build_model, has_depthwise
+from trainer.rank.worker import make_repeatable
 from trainer.settings.spec import make_order, total_steps_of
 from trainer.settings.tree import RunConfig
 
@@ -57,8 +58,8 @@ class Bare:
             if value not in known:
                 raise ValueError(f"{name}={value}: the bare loop knows only {' and '.join(map(str, known))}; compare with one of these")
         self._config, self._device = config, device
-        self._model, self._preprocess = build(config, dataset, image_size, device)
-        self._optimizer = build_optimizer(self._model, config.optim, head_of(self._model)[0])
+        learner = build_learner(config, task_of(config, dataset.manifest), image_size, device)
+        self._model, self._preprocess, self._optimizer = learner.model, learner.preprocess, learner.optimizer
         if pytorchs_optimizer and device.type == "cpu":  # on a GPU ours is PyTorch's
             theirs = torch.optim.SGD if config.optim.name == "sgd" else torch.optim.AdamW
             self._optimizer = theirs(self._optimizer.param_groups)  # each group says all that there is to say

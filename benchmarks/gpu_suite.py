@@ -9,6 +9,7 @@ into benchmarks/GPU.md by hand.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -124,17 +125,18 @@ class Steps:
     def __init__(self, setting: Setting, total: int) -> None:
         from benchmarks.bare import loader_of
         from dataio.parquet import open_dataset
-        from trainer.rank import worker
+        from trainer.learn.build import build_learner, task_of
+        from trainer.rank.worker import make_repeatable
+        from trainer.settings.spec import make_order
 
         self.config, self.device = config_of(setting), device_here()
-        worker.make_repeatable(min(8, os.cpu_count() or 1))
+        make_repeatable(min(8, os.cpu_count() or 1))
         dataset = open_dataset(setting.data)
-        self.order = worker.make_order(self.config, dataset)
+        self.order = make_order(self.config, dataset)
         self.loader = loader_of(self.config, dataset, self.device)
         self.loader.load("train")
-        model, preprocess = worker.build(self.config, dataset, self.loader.image_size, self.device)
-        self.optimizer = worker.build_optimizer(model, self.config.optim, worker.head_of(model)[0])
-        self.stepper = worker.make_stepper(self.config, model, preprocess, self.optimizer, None, world_size=1, rank=0, device=self.device)
+        self.learner = build_learner(self.config, task_of(self.config, dataset.manifest), self.loader.image_size, self.device)
+        self.stepper = self.learner.stepper()
         self.compile_seconds = self.stepper.compile_ahead((3, *self.loader.image_size))
         self._batches = self.loader.train(0, total)
         self._real = self._steps(self._batches, total)
@@ -143,16 +145,16 @@ class Steps:
         self._synthetic = self._steps(itertools.repeat(resident), total)
 
     def _steps(self, batches: Iterator[Any], total: int) -> Iterator[Any]:
-        from trainer.rank import worker
+        from trainer.learn.step import train_steps
 
-        return worker.train_steps(
+        return train_steps(
             self.stepper,
             batches,
             start_step=0,
             stop_step=total,
             steps_per_epoch=self.order.steps_per_epoch,
             batch_count=self.order.batch_count,
-            set_learning_rate=lambda step: worker.set_learning_rate(self.optimizer, self.config.optim, step, total),
+            set_learning_rate=lambda step: self.learner.set_learning_rate(step, total),
             device=self.device,
             sum_over_ranks=False,
         )
@@ -338,17 +340,15 @@ def _tree_rank(rank: int, folder: str, world: int, setting: Setting) -> None:
     import torch.distributed as dist
 
     from benchmarks.bare import loader_of
-    from cluster.reduce import TreeReducer
     from dataio.parquet import open_dataset
-    from trainer.learn.step import Stepper
-    from trainer.rank import worker
-    from trainer.tasks.losses import cross_entropy_sum
+    from trainer.learn.build import build_learner, task_of
+    from trainer.rank.worker import make_repeatable
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    worker.make_repeatable(1)
+    make_repeatable(1)
     dist.init_process_group("nccl" if gpu else "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     config = config_of(setting, "--data.batch-size", str(setting.batch * world), "--train.virtual-ranks", str(world), "--train.no-compile")
     dataset = open_dataset(setting.data)
@@ -357,21 +357,8 @@ def _tree_rank(rank: int, folder: str, world: int, setting: Setting) -> None:
         batch = next(first)
     steppers = {}
     for name in ("tree", "ddp"):
-        model, preprocess = worker.build(config, dataset, loader.image_size, device)
-        steppers[name] = Stepper(
-            model=model,
-            preprocess=preprocess,
-            optimizer=worker.build_optimizer(model, config.optim, worker.head_of(model)[0]),
-            ema=None,
-            loss_sum=cross_entropy_sum,
-            clip=None,
-            seed=0,
-            precision="fp32" if setting.small else "bf16",
-            compile_model=False,
-            reducer=TreeReducer(world, world, rank) if name == "tree" else None,
-            distributed=name == "ddp",
-            world_size=world,
-        )
+        own = dataclasses.replace(config, train=dataclasses.replace(config.train, reduction=name))
+        steppers[name] = build_learner(own, task_of(own, dataset.manifest), loader.image_size, device).stepper(world_size=world, rank=rank)
     block, rounds = (2, 3) if setting.small else (40, 16)
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for number, name in interleave(list(steppers), rounds + 2):

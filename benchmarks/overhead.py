@@ -59,8 +59,9 @@ from cluster.store import Store
 from cluster.zygote import MEMORY_KEPT
 from dataio.batch import Batch
 from dataio.parquet import open_dataset
+from trainer.learn.build import build_learner, task_of
 from trainer.learn.step import StepStats
-from trainer.rank import worker
+from trainer.rank import evaluation, saving, worker
 from trainer.settings.cli import parse
 from trainer.settings.spec import WorkerSpec
 from trainer.settings.tree import RunConfig, TrainConfig
@@ -164,9 +165,9 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
 
     arms = {"bare": block("bare", bare.step), "stepper": block("stepper", alone), "stock": block("stock", stock.step)}
     turns = Turns(arms, device, lambda: settle(watched, coordinator))
-    watched: list[worker.Checkpointer] = []
+    watched: list[saving.Checkpointer] = []
 
-    class Watched(worker.Checkpointer):
+    class Watched(saving.Checkpointer):
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             watched.append(self)
@@ -175,12 +176,12 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
             turns.saves += 1
             return super().save(*args)
 
-    class Check(worker.WeightsCheck):
+    class Check(saving.WeightsCheck):
         def start(self, *args: Any, **kwargs: Any) -> Any:
             turns.checks += 1
             return super().start(*args, **kwargs)
 
-    evaluate = worker.evaluate
+    evaluate = evaluation.evaluate
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         turns.evaluations += 1
@@ -200,8 +201,10 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
     spec = WorkerSpec(config=config, dataset=config.data.path, generation=generation, attempt=1, resume=None, threads=threads)
     context = RankContext(rank=0, world_size=1, attempt=1, place=place, files={}, call=call)  # type: ignore[arg-type]
     patches = [
-        patch.object(worker, name, value)
-        for name, value in (("train_steps", turns), ("Checkpointer", Watched), ("WeightsCheck", Check), ("evaluate", counted))
+        patch.object(worker, "train_steps", turns),
+        patch.object(saving, "Checkpointer", Watched),
+        patch.object(saving, "WeightsCheck", Check),
+        patch.object(evaluation, "evaluate", counted),
     ]
     try:
         with contextlib.ExitStack() as stack:
@@ -218,9 +221,7 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
 
 def stepper_alone(config: RunConfig, dataset: Any, image_size: tuple[int, int], device: torch.device) -> Callable[[Batch, int], Tensor]:
     """The run's own Stepper, with nothing around it."""
-    model, preprocess = worker.build(config, dataset, image_size, device)
-    optimizer = worker.build_optimizer(model, config.optim, worker.head_of(model)[0])
-    stepper = worker.make_stepper(config, model, preprocess, optimizer, None, world_size=1, rank=0, device=device)
+    stepper = build_learner(config, task_of(config, dataset.manifest), image_size, device).stepper()
     stepper.compile_ahead((3, *image_size))
 
     def step(batch: Batch, number: int) -> Tensor:
@@ -229,7 +230,7 @@ def stepper_alone(config: RunConfig, dataset: Any, image_size: tuple[int, int], 
     return step
 
 
-def settle(watched: Sequence[worker.Checkpointer], coordinator: Coordinator) -> bool:
+def settle(watched: Sequence[saving.Checkpointer], coordinator: Coordinator) -> bool:
     """Wait until what was saved is staged, acknowledged and committed."""
     for checkpointer in watched:
         checkpointer.wait()

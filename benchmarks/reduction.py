@@ -32,11 +32,12 @@ from torch import Tensor
 from cluster.reduce import TreeReducer
 from cluster.versions import versions
 from dataio.batch import Batch
-from trainer.learn.optim import build_optimizer
+from dataio.schema import LABEL, Target
+from trainer.learn.build import build_learner
 from trainer.learn.step import Stepper
-from trainer.models.vision import Preprocess, build_model
-from trainer.settings.tree import ModelConfig, OptimConfig
-from trainer.tasks.losses import cross_entropy_sum
+from trainer.models.vision import build_model
+from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.tasks.make import make_task
 
 SIZE, CLASSES = 32, 10
 MEGABYTE = 2**20
@@ -62,22 +63,19 @@ ALONE = {"all_reduce, one vector": "", "all_reduce, the gradients copied in": ""
 
 
 def stepper(case: Case, rank: int, workers: int, precision: str) -> Stepper:
-    model = build_model(ModelConfig(weights="none"), classes=CLASSES, seed=0, image_hw=(SIZE, SIZE))
-    model = model.to(memory_format=torch.channels_last)
-    return Stepper(
-        model=model,
-        preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, image_size=0, interpolation="bilinear"),
-        optimizer=build_optimizer(model, OptimConfig(lr=1e-4), "fc"),
-        ema=None,
-        loss_sum=cross_entropy_sum,
-        clip=None,
-        seed=0,
-        precision=precision,
-        compile_model=False,
-        reducer=TreeReducer(case.halves * workers, workers, rank) if case.reducer == "tree" else None,
-        distributed=case.reducer == "ddp",
-        world_size=workers,
+    config = RunConfig(
+        model=ModelConfig(weights="none"),
+        optim=OptimConfig(lr=1e-4),
+        train=TrainConfig(
+            precision=precision,  # type: ignore[arg-type]
+            channels_last="on",
+            virtual_ranks=case.halves * workers,
+            reduction="tree" if case.reducer == "tree" else "ddp",
+        ),
     )
+    label = Target(name=LABEL, kind="label", classes=tuple(map(str, range(CLASSES))))
+    learner = build_learner(config, make_task(config.task, (label,)), (SIZE, SIZE), torch.device("cpu"))
+    return learner.stepper() if case.reducer == "none" else learner.stepper(world_size=workers, rank=rank)
 
 
 def batches(case: Case, rank: int, batch: int) -> list[Batch]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import add_arguments, described, finish, interleave, parser_of, spread, target
-from trainer.models.im2col import Layer, result_of, takes_gradient, takes_result, use_products, weight_gradient_of
+from trainer.models.im2col import Layer, result_of, takes_gradient, takes_result, use_im2col, weight_gradient_of
 from trainer.models.vision import build_model
 from trainer.settings.tree import ModelConfig
 
@@ -86,7 +86,7 @@ def measure_step(rounds: int) -> dict[str, Any]:
         return build_model(config, classes=10, seed=0, image_hw=(32, 32)).to(memory_format=torch.channels_last).train()
 
     models = {"convolution": network(), "product": network()}
-    use_products(models["product"])
+    use_im2col(models["product"])
     images = torch.randn(STEP_BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(STEP_BATCH) % 10
 

@@ -27,8 +27,11 @@ from benchmarks.common import SAMPLE, add_arguments, described, finish, interlea
 from dataio.convert import prepare
 from dataio.manifest import image_size_of
 from dataio.parquet import Dataset, open_dataset
+from trainer.learn.build import build_learner, task_of
+from trainer.learn.step import train_steps
 from trainer.models.vision import WeightsError, build_model
-from trainer.rank import worker
+from trainer.rank.evaluation import evaluate
+from trainer.rank.worker import make_repeatable
 from trainer.settings.cli import parse
 from trainer.settings.spec import make_order, total_steps_of
 from trainer.settings.tree import ModelConfig, RunConfig, Stem
@@ -74,22 +77,21 @@ def train(config: RunConfig, dataset: Dataset, device: torch.device, *, test: bo
     total = total_steps_of(config, order.steps_per_epoch)
     if total <= WARM_STEPS:
         raise ValueError(f"{total} steps are too few: the first {WARM_STEPS} warm up; give more --epochs or --steps")
-    model, preprocess = worker.build(config, dataset, loader.image_size, device)
-    optimizer = worker.build_optimizer(model, config.optim, worker.head_of(model)[0])
-    stepper = worker.make_stepper(config, model, preprocess, optimizer, None, world_size=1, rank=0, device=device)
+    learner = build_learner(config, task_of(config, dataset.manifest), loader.image_size, device)
+    stepper = learner.stepper()
     stepper.compile_ahead((3, *loader.image_size))
     loader.load("train")
     began = cpu = 0.0
     images = 0
     with contextlib.closing(loader.train(0, total)) as batches:
-        for stats in worker.train_steps(
+        for stats in train_steps(
             stepper,
             batches,
             start_step=0,
             stop_step=total,
             steps_per_epoch=order.steps_per_epoch,
             batch_count=order.batch_count,
-            set_learning_rate=lambda step: worker.set_learning_rate(optimizer, config.optim, step, total),
+            set_learning_rate=lambda step: learner.set_learning_rate(step, total),
             device=device,
             sum_over_ranks=False,
         ):
@@ -100,7 +102,11 @@ def train(config: RunConfig, dataset: Dataset, device: torch.device, *, test: bo
                 images += stats.samples
     _settle(device)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-    accuracy = worker.evaluate(model, preprocess, dataset, loader, precision=config.train.precision).measures["accuracy"] if test else None
+    accuracy = None
+    if test:
+        precision = config.train.precision
+        result = evaluate(learner.task, learner.model, learner.preprocess, dataset, loader, precision=precision)
+        accuracy = result.measures["accuracy"]
     return {"accuracy": accuracy, "images_per_second": images / seconds, "cpu_us_per_image": 1e6 * cpu_seconds / images}
 
 
@@ -112,7 +118,7 @@ def _settle(device: torch.device) -> None:
 def measure(config: RunConfig, dataset: Dataset, *, seeds: Sequence[int], enlarge: int, threads: int) -> dict[str, Any]:
     """Everything measured, JSON-able."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    worker.make_repeatable(threads)
+    make_repeatable(threads)
     side, classes = max(image_size_of(dataset.manifest, config.data)), len(dataset.manifest.classes)
     cases, refused = cases_of(config.model, side, enlarge, classes=classes)
     absent = ""

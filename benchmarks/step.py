@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from benchmarks.common import add_arguments, described, finish, interleave, parser_of, spread
 from dataio.batch import Batch
-from trainer.learn.optim import build_optimizer
-from trainer.learn.step import Stepper
-from trainer.models.vision import Preprocess, build_model
+from dataio.config import DataConfig
+from dataio.schema import LABEL, Target
+from trainer.learn.build import build_learner
 from trainer.rank.profile import Ceilings, count_work, measure_ceilings
-from trainer.settings.tree import ModelConfig, OptimConfig, Stem
-from trainer.tasks.losses import cross_entropy_sum
+from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, Stem, TrainConfig
+from trainer.tasks.make import make_task
 
 SIZE, CLASSES = 32, 10
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -103,30 +103,27 @@ def tutorial(device: torch.device, batch: int) -> Job:
 
 
 def ours(case: Case, device: torch.device, batch: int) -> Job:
-    model = build_model(ModelConfig(weights="none", stem=case.stem), classes=CLASSES, seed=0, image_hw=(SIZE, SIZE)).to(device)
-    model = model.to(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
-    stepper = Stepper(
-        model=model,
-        preprocess=Preprocess(mean=MEAN, std=STD, channels_last=case.channels_last).to(device),
-        optimizer=build_optimizer(model, OptimConfig(lr=0.001), "fc"),
-        ema=None,
-        loss_sum=cross_entropy_sum,
-        clip=None,
-        seed=0,
-        precision=case.precision,
-        compile_model=case.compiled,
-        cuda_graphs=case.cuda_graphs,
-        reducer=None,
-        distributed=False,
-        world_size=1,
-        full_batch=batch,
+    config = RunConfig(
+        data=DataConfig(batch_size=batch, mean=MEAN, std=STD),
+        model=ModelConfig(weights="none", stem=case.stem),
+        optim=OptimConfig(lr=0.001),
+        train=TrainConfig(
+            precision=case.precision,
+            channels_last="on" if case.channels_last else "off",
+            compile=case.compiled,
+            cuda_graphs=case.cuda_graphs,
+            virtual_ranks=1,
+        ),
     )
+    label = Target(name=LABEL, kind="label", classes=tuple(map(str, range(CLASSES))))
+    learner = build_learner(config, make_task(config.task, (label,)), (SIZE, SIZE), device)
+    stepper = learner.stepper()
     images, labels = random_batch(device, batch)
     given = [Batch(samples=images, targets={"label": labels}, ids=np.arange(batch), epoch=0, step=0, virtual_rank=0)]
     return Job(
         step=lambda: stepper.step(given, global_count=batch, step=0),
         compile_seconds=stepper.compile_ahead((3, SIZE, SIZE)),
-        flops_per_image=count_work(model, (SIZE, SIZE), precision=case.precision).flops_per_image,
+        flops_per_image=count_work(learner.model, (SIZE, SIZE), precision=case.precision).flops_per_image,
     )
 
 

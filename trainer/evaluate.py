@@ -1,7 +1,7 @@
 """`python -m trainer.evaluate RUN`: how good a finished run's model is, on the run's own data or on other data with the same classes.
 
-Every sample is counted once, by the code that evaluates during training (`trainer.rank.worker`, `trainer.tasks`), in the same batches and
-precision: on the run's own test split the result is the one in its summary.json. Single images are `trainer.predict`'s.
+Every sample is counted once, by the code that evaluates during training (`trainer.rank.evaluation`, `trainer.tasks`), in the same batches
+and precision: on the run's own test split the result is the one in its summary.json. Single images are `trainer.predict`'s.
 """
 
 import json
@@ -28,7 +28,8 @@ from dataio.order import Order
 from dataio.quarantine import BadSample, Quarantine
 from dataio.schema import LABEL, Target
 from trainer.models.export import load_export
-from trainer.rank.worker import evaluate_share, make_repeatable, share_of
+from trainer.rank.evaluation import evaluate_share, share_of
+from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder, find_run
 from trainer.settings.cli import fail
 from trainer.settings.toml import from_toml
@@ -174,7 +175,7 @@ def evaluate_run(folder: RunFolder, changes: DataArguments, *, split: str, devic
             share=share_of(count, rank, ranks),
             precision=config.train.precision,
             as_learned=Relabelled(to_class, device) if to_class != list(range(len(to_class))) else lambda targets: targets,
-            answers=answers,
+            log=answers,
         )
     result = evaluation.result()
     if answers is not None and (found := answers.gathered(0, 1)) is not None:

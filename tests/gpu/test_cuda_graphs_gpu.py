@@ -1,20 +1,20 @@
 """On a GPU: a step replayed as CUDA graphs gives the bits of the step whose kernels are launched one by one."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cluster.reduce import TreeReducer
 from dataio.batch import Batch
+from dataio.config import DataConfig
+from dataio.schema import LABEL, Target
+from trainer.learn.build import Learner
 from trainer.learn.optim import build_optimizer
-from trainer.learn.step import Stepper
 from trainer.models.vision import Preprocess
-from trainer.settings.tree import OptimConfig
-from trainer.tasks.losses import cross_entropy_sum
+from trainer.settings.tree import OptimConfig, RunConfig, TrainConfig
+from trainer.tasks.make import make_task
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,23 +53,19 @@ def batches(step: int, virtual_ranks: int, count: int) -> Sequence[Batch]:
 def trained(*, cuda_graphs: bool, virtual_ranks: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     model = Net().cuda().to(memory_format=torch.channels_last)
-    more: dict[str, Any] = {"reducer": TreeReducer(virtual_ranks, 1, 0)} if virtual_ranks > 1 else {"reducer": None}
-    stepper = Stepper(
+    config = RunConfig(
+        data=DataConfig(batch_size=BATCH * virtual_ranks),
+        train=TrainConfig(seed=3, precision="bf16", compile=True, cuda_graphs=cuda_graphs, virtual_ranks=virtual_ranks),
+    )
+    stepper = Learner(
+        config=config,
+        task=make_task(config.task, (Target(name=LABEL, kind="label", classes=tuple(map(str, range(10)))),)),
         model=model,
         preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, channels_last=True).cuda(),
         optimizer=build_optimizer(model, OptimConfig(lr=0.05), "fc"),
-        ema=None,
-        loss_sum=cross_entropy_sum,
-        clip=None,
-        seed=3,
-        precision="bf16",
-        compile_model=True,
-        distributed=False,
-        world_size=1,
-        full_batch=BATCH,
-        cuda_graphs=cuda_graphs,
-        **more,
-    )
+        head_name="fc",
+        device=torch.device("cuda", torch.cuda.current_device()),
+    ).stepper()
     stepper.compile_ahead((3, 16, 16))
     losses = []
     for step in range(12):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainer.learn import cpu_optim as blocked
-from trainer.learn.cpu_optim import BlockedAdamW, BlockedSGD
+from trainer.learn.cpu_optim import CpuAdamW, CpuSGD
 from trainer.learn.state import TrainState
 
 
@@ -59,11 +59,11 @@ def test_weights_and_state_are_pytorchs_to_the_bit(
     ours: torch.optim.Optimizer
     reference: torch.optim.Optimizer
     if kind == "adamw":
-        ours = BlockedAdamW([{"params": mine, "weight_decay": decay}], lr=0.01, betas=(0.8, 0.999))
+        ours = CpuAdamW([{"params": mine, "weight_decay": decay}], lr=0.01, betas=(0.8, 0.999))
         reference = torch.optim.AdamW(theirs, lr=0.01, betas=(0.8, 0.999), weight_decay=decay)
     else:
         more: dict[str, Any] = {"momentum": 0.0 if kind == "sgd" else 0.9, "nesterov": kind == "nesterov"}
-        ours = BlockedSGD([{"params": mine, "weight_decay": decay}], lr=0.1, **more)
+        ours = CpuSGD([{"params": mine, "weight_decay": decay}], lr=0.1, **more)
         reference = torch.optim.SGD(theirs, lr=0.1, weight_decay=decay, **more)
     before = blocked.BLOCK_ELEMENTS
     blocked.BLOCK_ELEMENTS = block
@@ -91,13 +91,11 @@ def test_weights_and_state_are_pytorchs_to_the_bit(
 @given(bad=st.sampled_from([math.nan, math.inf, -math.inf, 1e30]), place=st.integers(0, 399_999), adamw=st.booleans())
 def test_the_sum_of_gradients_is_finite_exactly_if_every_gradient_is(bad: float, place: int, adamw: bool) -> None:
     parameter = nn.Parameter(torch.zeros(400_000))  # some blocks, the last one not full
-    optimizer = (
-        BlockedAdamW([parameter], lr=0.1, betas=(0.9, 0.999)) if adamw else BlockedSGD([parameter], lr=0.1, momentum=0.9, nesterov=False)
-    )
+    optimizer = CpuAdamW([parameter], lr=0.1, betas=(0.9, 0.999)) if adamw else CpuSGD([parameter], lr=0.1, momentum=0.9, nesterov=False)
     parameter.grad = torch.ones(400_000)
     optimizer.step()
     assert optimizer.gradient_sum is None  # nobody asked
-    optimizer.adds_up = True
+    optimizer.add_up_gradients()
     optimizer.step()
     assert optimizer.gradient_sum is not None
     assert optimizer.gradient_sum.item() == pytest.approx(400_000)
@@ -109,11 +107,11 @@ def test_the_sum_of_gradients_is_finite_exactly_if_every_gradient_is(bad: float,
 def test_state_that_was_loaded_is_used_though_its_tensors_are_new() -> None:
     """The cuts of the step before must not be written to: they are of the tensors that were replaced."""
 
-    def made() -> tuple[nn.Module, BlockedSGD]:
+    def made() -> tuple[nn.Module, CpuSGD]:
         model = nn.Linear(700, 700)
-        return model, BlockedSGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=False)
+        return model, CpuSGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=False)
 
-    def step(model: nn.Module, optimizer: BlockedSGD, seed: int) -> None:
+    def step(model: nn.Module, optimizer: CpuSGD, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -136,7 +134,7 @@ def test_state_that_was_loaded_is_used_though_its_tensors_are_new() -> None:
 def test_state_of_pytorchs_own_optimiser_is_taken_up_and_given_back() -> None:
     model = nn.Linear(3, 2)
     theirs = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
-    ours = TrainState(model, BlockedSGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=False))
+    ours = TrainState(model, CpuSGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=False))
     for writer, reader in ((theirs, ours), (ours, theirs)):
         snapshot = writer.snapshot({})
         files = {name: b"".join(map(bytes, parts)) for name, parts in snapshot.files().items()}

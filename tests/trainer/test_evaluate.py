@@ -20,12 +20,14 @@ from dataio.loader import Loader
 from dataio.parquet import RowGroup, Split, open_dataset
 from dataio.sources import open_source
 from trainer.evaluate import class_mapping, main
-from trainer.learn.optim import Ema, build_optimizer, set_trainable
+from trainer.learn.build import build_learner, task_of
 from trainer.learn.step import train_steps
 from trainer.models.export import export_model, load_export
-from trainer.models.vision import Preprocess, head_of
-from trainer.rank.worker import build, evaluate, make_order, make_repeatable, make_stepper
+from trainer.models.vision import Preprocess
+from trainer.rank.evaluation import evaluate
+from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import find_run
+from trainer.settings.spec import make_order
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.tasks.predictions import Predictions
@@ -51,13 +53,10 @@ def train(storage: Path, config: RunConfig) -> Path:
     loader = Loader(
         dataset, config.data, order=order, virtual_ranks=range(2), device=device, seed=0, on_bad=lambda bad: pytest.fail(str(bad))
     )
-    model, preprocess = build(config, dataset, loader.image_size, device)
-    optimizer = build_optimizer(model, config.optim, head_of(model)[0])
-    ema = Ema(model, config.train.ema)
-    set_trainable(model, "none", 0, lp_epochs=0, head_name=head_of(model)[0])
-    stepper = make_stepper(config, model, preprocess, optimizer, ema, world_size=1, rank=0, device=device)
+    learner = build_learner(config, task_of(config, dataset.manifest), loader.image_size, device)
+    learner.set_trainable(0)
     for _ in train_steps(
-        stepper,
+        learner.stepper(),
         loader.train(0, STEPS),
         start_step=0,
         stop_step=STEPS,
@@ -68,7 +67,9 @@ def train(storage: Path, config: RunConfig) -> Path:
         sum_over_ranks=False,
     ):
         pass
-    result = evaluate(model, preprocess, dataset, loader, ema=ema, precision=config.train.precision).entry()
+    model, precision = learner.model, config.train.precision
+    result = evaluate(learner.task, model, learner.preprocess, dataset, loader, ema=learner.ema, precision=precision).entry()
+    assert learner.ema is not None
     summary = {**result, "workers": 1, "threads_per_worker": 1, "dataset_fingerprint": dataset.manifest.fingerprint}
     at = open_storage(storage)
     at.write_atomic(f"{config.run}/config.toml", to_toml(replace(config, storage=at.uri)).encode())
@@ -76,7 +77,7 @@ def train(storage: Path, config: RunConfig) -> Path:
     export_model(
         storage=at,
         run=config.run,
-        tensors=ema.weights(),
+        tensors=learner.ema.weights(),
         config=config,
         classes=dataset.manifest.classes,
         data_image_size=loader.image_size,

@@ -25,13 +25,16 @@ from cluster.failures import BadNumbers, Failure, classify, exit_failure
 from cluster.ledger import LedgerWriter, read_ledger
 from cluster.reduce import TreeReducer, block
 from cluster.store import Receipt
-from dataio.batch import Batch
-from tests.trainer.test_loop import CPU, PREPROCESS, Net, batches_of, make, order_of, same_bits, sgd
+from dataio.batch import Batch, Targets
+from dataio.schema import LABEL
+from tests.trainer.test_loop import CPU, TASK, Net, batches_of, make, order_of, same_bits, sgd
 from trainer.learn.optim import OptimConfig, set_learning_rate
 from trainer.learn.state import TrainState, weights_sha256
-from trainer.learn.step import Arriving, Stepper, StepStats, train_steps
+from trainer.learn.step import UNOBSERVED, Arriving, StepStats, train_steps
 from trainer.rank.guard import ENOUGH, WINDOW, Guard
 from trainer.rank.history import History
+from trainer.settings.tree import TaskConfig
+from trainer.tasks.classification import Classification
 
 sizes = st.sampled_from([100, 100, 100, 60, 50, 49, 3, 1])
 
@@ -327,7 +330,7 @@ def test_the_loss_of_a_good_step_has_the_same_bits_whether_gradients_are_clipped
     loss = make(model, sgd(model), clip=clip).step(batches, global_count=332, step=0)
     with torch.no_grad():
         torch.testing.assert_close(loss, loss + 0.0, rtol=0, atol=0)
-    wanted = make(Net(), sgd(Net()))._plain_gradients(batches, 332, 0)
+    wanted = make(Net(), sgd(Net()))._gradients.compute(batches, global_count=332, step=0, observer=UNOBSERVED)
     assert loss.item() == wanted.item()
 
 
@@ -363,6 +366,14 @@ LENGTH = 12  # steps of 64 images
 NAN_LABEL = 99
 
 
+class NanWhereMarked(Classification):
+    """Its loss is no number where a label is NAN_LABEL."""
+
+    def loss_sum(self, outputs: Tensor, targets: Targets) -> Tensor:
+        labels = targets[LABEL]
+        return F.cross_entropy(outputs, labels % 10, reduction="sum") * (math.nan if NAN_LABEL in labels else 1.0)
+
+
 class Killed(Exception):
     """Stands for the loss of a process."""
 
@@ -388,22 +399,7 @@ class Story:
     def train(self, number: int) -> None:
         shape, model = (1, 64), Net()
         order, optimizer = order_of(shape), sgd(model)
-        stepper = Stepper(
-            model=model,
-            preprocess=PREPROCESS,
-            optimizer=optimizer,
-            ema=None,
-            loss_sum=lambda logits, labels: (
-                F.cross_entropy(logits, labels % 10, reduction="sum") * (math.nan if NAN_LABEL in labels else 1.0)
-            ),
-            clip=None,
-            seed=7,
-            precision="fp32",
-            compile_model=False,
-            reducer=None,
-            distributed=False,
-            world_size=1,
-        )
+        stepper = make(model, optimizer, task=NanWhereMarked(TaskConfig(), TASK.targets))
         state, self.history = TrainState(model, optimizer), History()
         guard = Guard(spike_factor=10.0, batch_size=64, samples_of=order.batch_count)
         start = max(self.commits, default=0)

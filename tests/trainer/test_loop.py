@@ -31,13 +31,31 @@ from dataio.config import DataConfig
 from dataio.loader import Loader
 from dataio.order import Order
 from dataio.parquet import open_dataset
-from trainer.learn.optim import Ema, build_optimizer, set_learning_rate, set_trainable
+from dataio.schema import LABEL, Target
+from trainer.learn.build import Learner
+from trainer.learn.ema import Ema
+from trainer.learn.gradients import (
+    DdpGradients,
+    Gradients,
+    PassConfig,
+    PlainGradients,
+    StepObserver,
+    TreeGradients,
+    _DdpWaits,
+    evaluating,
+    step_seed,
+)
+from trainer.learn.objectives import autocast_for, supervised
+from trainer.learn.optim import build_optimizer, set_learning_rate, set_trainable
 from trainer.learn.state import TrainState, weights_sha256
-from trainer.learn.step import Stepper, StepStats, _DdpWaits, evaluating, step_seed, train_steps
+from trainer.learn.step import UNOBSERVED, Stepper, StepStats, train_steps
+from trainer.learn.update import Update
 from trainer.models.vision import Preprocess
-from trainer.rank.worker import evaluate, make_stepper, phases
-from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from trainer.tasks.losses import cross_entropy_sum
+from trainer.rank.evaluation import evaluate
+from trainer.rank.step_plan import StepPlan
+from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
+from trainer.tasks.make import make_task
+from trainer.tasks.task import Task
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"  # 2,000 images of 28x28 to train with
 CLASSES = 10
@@ -149,28 +167,41 @@ def count_of(batches: Sequence[Batch]) -> int:
     return sum(len(batch.ids) for batch in batches)
 
 
+TASK = make_task(TaskConfig(), (Target(name=LABEL, kind="label", classes=tuple(f"class {number}" for number in range(CLASSES))),))
+
+
 def make(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, virtual_ranks: int = 1, label_smoothing: float = 0.0, **changes: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    virtual_ranks: int = 1,
+    reducer: TreeReducer | None = None,
+    distributed: bool = False,
+    world_size: int = 1,
+    clip: Any = None,
+    ema: Ema | None = None,
+    precision: str = "fp32",
+    task: Task = TASK,
+    observer: StepObserver = UNOBSERVED,
+    **passes: Any,
 ) -> Stepper:
-    """A step in one process; through the tree where there are several virtual ranks."""
-    settings: dict[str, Any] = {
-        "ema": None,
-        "clip": None,
-        "precision": "fp32",
-        "reducer": TreeReducer(virtual_ranks, 1, 0) if virtual_ranks > 1 else None,
-        "distributed": False,
-        "world_size": 1,
-        "compile_model": False,
-        **changes,
-    }
-    return Stepper(
-        model=model,
-        preprocess=PREPROCESS,
-        optimizer=optimizer,
-        loss_sum=lambda logits, labels: cross_entropy_sum(logits, labels, label_smoothing=label_smoothing),
-        seed=SEED,
-        **settings,
-    )
+    """A step by its parts, in one process unless told otherwise; through the tree where there are several virtual ranks."""
+    if reducer is None and virtual_ranks > 1:
+        reducer = TreeReducer(virtual_ranks, 1, 0)
+    update = Update(model, optimizer, clip=clip, ema=ema)
+    objective, config = supervised(task, PREPROCESS, autocast_for(CPU, precision)), PassConfig(seed=SEED, **passes)
+    gradients: Gradients
+    if reducer is not None:
+        gradients = TreeGradients(model, task, objective, config, reducer, looks_at_gradients=not update.adds_up)
+    elif distributed:
+        gradients = DdpGradients(model, task, objective, config, world_size=world_size)
+    else:
+        gradients = PlainGradients(model, task, objective, config)
+    return Stepper(gradients, update, observer)
+
+
+def learner_of(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> Learner:
+    return Learner(config=config, task=TASK, model=model, preprocess=PREPROCESS, optimizer=optimizer, head_name="head", ema=ema)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -191,6 +222,11 @@ def loop(
         device=CPU,
         sum_over_ranks=ranks_summed,
     )
+
+
+def phases(config: RunConfig, start: int, stop: int, steps_per_epoch: int) -> Iterator[tuple[int, int]]:
+    """Of a run of `stop` steps."""
+    return replace(StepPlan.of(config, steps_per_epoch, start_step=start), total_steps=stop).phases()
 
 
 def same_bits(one: nn.Module, other: nn.Module) -> bool:
@@ -294,7 +330,8 @@ def test_a_quarantined_sample_has_no_weight(virtual_ranks: int, label_smoothing:
     gradients = []
     for given_batches in (spoilt, without):
         model = Net(norm=False, dropout=0.0)
-        stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, label_smoothing=label_smoothing)
+        task = make_task(TaskConfig(), TASK.targets, label_smoothing=label_smoothing)
+        stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, task=task)
         loss = stepper.step(given_batches, global_count=40, step=0)
         gradients.append([loss, *(p.grad for p in model.parameters())])
     for ours, theirs in zip(*gradients, strict=True):
@@ -352,7 +389,8 @@ def test_a_stepper_that_is_gone_leaves_no_hook_and_no_buffers() -> None:
     optimizer = sgd(model)
     (batches,) = batches_of((2, 40), 0, 1)
     first = make(model, optimizer, virtual_ranks=2)
-    reducer = weakref.ref(first._reducer)
+    assert isinstance(first._gradients, TreeGradients)
+    reducer = weakref.ref(first._gradients._reducer)
     first.step(batches, global_count=40, step=0)
     second = make(model, optimizer, virtual_ranks=2)  # the first is still there, as it is where the backbone thaws
     reference = copy.deepcopy(model)
@@ -376,7 +414,7 @@ def test_a_compiled_model_hands_over_its_gradients_in_pieces(
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("trainer.learn.step.COMPILER", compiler)
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", compiler)
     model, eager = Net(dropout=0.0), Net(dropout=0.0)
     (batches,) = batches_of((2, 40), 0, 1)
     reducer = TreeReducer(2, 1, 0, bucket_bytes=buckets[0], small_bucket_bytes=buckets[1])
@@ -501,7 +539,7 @@ def test_a_frozen_backbone_keeps_its_bits_and_statistics_until_it_thaws(freeze: 
     for first, last in cut:
         frozen = set_trainable(model, freeze, first // order.steps_per_epoch, lp_epochs=2, head_name="head")
         assert frozen == (first == 0)
-        stepper = make_stepper(config, model, PREPROCESS, optimizer, ema, world_size=1, rank=0, device=CPU)
+        stepper = learner_of(config, model, optimizer, ema).stepper()
         for stats in loop(stepper, iter(batches_of(shape, first, last)), order, first, last):
             if stats.steps_done == 2:  # an evaluation in between
                 with evaluating(model), torch.inference_mode():
@@ -713,7 +751,7 @@ def ddp_run(rank: int, freeze: Any = "none", **changes: Any) -> tuple[dict[str, 
     sizes: list[int] = []
     for first, last in phases(config, 0, DDP_STOP, order.steps_per_epoch):
         set_trainable(model, freeze, first // order.steps_per_epoch, lp_epochs=1, head_name="head")
-        stepper = make_stepper(config, model, PREPROCESS, optimizer, None, world_size=2, rank=rank, device=CPU)
+        stepper = learner_of(config, model, optimizer).stepper(world_size=2, rank=rank)
         batches = batches_of(THREE, first, last, carried=block(3, 2, rank))
         sizes += [count_of(step) for step in batches]
         for stats in loop(stepper, iter(batches), order, first, last, ranks_summed=True):
@@ -726,12 +764,12 @@ def ddp_average(rank: int) -> tuple[tuple[float, float], tuple[float, float]]:
     config = RunConfig(optim=OPTIM, train=TrainConfig(seed=SEED, precision="fp32", virtual_ranks=3, reduction="ddp"))
     model = Net()
     ema = Ema(model, 0.5)
-    stepper = make_stepper(config, model, PREPROCESS, build_optimizer(model, OPTIM, "head"), ema, world_size=2, rank=rank, device=CPU)
+    stepper = learner_of(config, model, build_optimizer(model, OPTIM, "head"), ema).stepper(world_size=2, rank=rank)
     for step in loop(stepper, iter(batches_of(THREE, 0, 3, carried=block(3, 2, rank))), order_of(THREE), 0, 3, ranks_summed=True):
         assert step.samples == 333
     loader, dataset = loader_of(THREE)[0], open_dataset(SAMPLE)
-    alone = evaluate(model, PREPROCESS, dataset, loader, ema=ema, precision="fp32")
-    together = evaluate(model, PREPROCESS, dataset, loader, rank=rank, world_size=2, ema=ema, precision="fp32")
+    alone = evaluate(TASK, model, PREPROCESS, dataset, loader, ema=ema, precision="fp32")
+    together = evaluate(TASK, model, PREPROCESS, dataset, loader, rank=rank, world_size=2, ema=ema, precision="fp32")
     return (together.loss, together.measures["accuracy"]), (alone.loss, alone.measures["accuracy"])
 
 
@@ -741,7 +779,7 @@ def rank_main(rank: int, folder: str) -> None:
     groups = {world: dist.new_group(list(range(world))) for world in (1, 2, 3, 4)}
     results: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.learn.step.COMPILER", "aot_eager")  # autograd as in a compiled model, without a C++ compiler
+        patch.setattr("trainer.learn.gradients.COMPILER", "aot_eager")  # autograd as in a compiled model, without a C++ compiler
         for name, case in TREE_CASES.items():
             for world in case.worlds:
                 if rank < world:
@@ -981,7 +1019,7 @@ def test_full_batches_are_compiled_once_and_short_ones_are_not(
     monkeypatch: pytest.MonkeyPatch, virtual_ranks: int, full_only: bool
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("trainer.learn.step.COMPILER", as_it_is(seen))
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", as_it_is(seen))
     torch._dynamo.reset()
     shape = (virtual_ranks, 332)  # step 6 of 7 is short
     full = 332 // virtual_ranks
@@ -1002,7 +1040,7 @@ def test_full_batches_are_compiled_once_and_short_ones_are_not(
 
 @pytest.mark.parametrize("virtual_ranks", [1, 4])
 def test_compiling_ahead_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, virtual_ranks: int) -> None:
-    monkeypatch.setattr("trainer.learn.step.COMPILER", as_it_is([]))
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", as_it_is([]))
     torch._dynamo.reset()
     shape = (virtual_ranks, 40)
     model, other = Net(), Net()

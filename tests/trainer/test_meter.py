@@ -4,7 +4,6 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 
 from cluster.metrics import Metrics
 from tests.trainer.test_loop import CPU, FOUR, Net, Residual, batches_of, loop, make, order_of, same_bits, sgd
-from trainer.learn.step import StepStats
+from trainer.learn.step import Stepper, StepStats
 from trainer.rank.history import Speed
 from trainer.rank.meter import SLOW_SECONDS, Meter, Split, resident_bytes
 from trainer.rank.profile import FlopCount, count_work
@@ -49,6 +48,7 @@ def meter_of(metrics: Metrics, *, clock: Callable[[], float] | None = None, **ch
         "waits_in_backward": False,
         "peak_flops_per_second": None,
         "reads": Loaded(),
+        "speed": Speed(),
         **changes,
     }
     return Meter(metrics, **settings, **({"clock": clock} if clock else {}))
@@ -66,6 +66,32 @@ def stats_of(step: int, **changes: Any) -> StepStats:
         **changes,
     }
     return StepStats(**settings)
+
+
+class Watch:
+    """What a step tells a meter, as the rank has it told."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.part, self.takes_norm = meter.mark, meter.takes_norm
+
+    def phase(self, phase: str, /) -> None: ...
+
+
+class AlwaysTakes:
+    """Wants each step's norm."""
+
+    def __init__(self, mark: Callable[[str], None]) -> None:
+        self.part = mark
+
+    def phase(self, phase: str, /) -> None: ...
+
+    def takes_norm(self) -> bool:
+        return True
+
+
+def watched(meter: Meter, model: nn.Module, **changes: Any) -> Stepper:
+    meter.begin()
+    return make(model, sgd(model), observer=Watch(meter), **changes)
 
 
 # --- seconds --------------------------------------------------------------------------------------------------------------------------
@@ -155,13 +181,12 @@ def test_on_a_gpu_the_split_is_the_devices_and_nobody_waits_for_it(monkeypatch: 
 
 
 def test_a_real_steps_parts_are_no_more_than_the_step() -> None:
-    metrics, model, speed = Metrics("run", 0, 1), Net(), Speed()
-    meter, stepper = meter_of(metrics, share=1.0), make(model, sgd(model), virtual_ranks=FOUR[0])
-    meter.watch(stepper)
-    total, waited = 0.0, 0.0
+    metrics = Metrics("run", 0, 1)
+    meter = meter_of(metrics, share=1.0)
+    stepper = watched(meter, Net(), virtual_ranks=FOUR[0])
+    total = 0.0
     for stats in loop(stepper, iter(batches_of(FOUR, 0, 4)), order_of(FOUR), 0, 4):
-        exchange_seconds, waited = stepper.wait_seconds - waited, stepper.wait_seconds
-        meter.stepped(stats, speed, exchange_seconds)
+        meter.stepped(stats)
         total += stats.step_seconds
     names = ("data_wait", "reduce", "compute", "forward_backward", "optimizer")
     seconds = {name: value(metrics, f"{name}_seconds_total") or 0.0 for name in names}
@@ -182,7 +207,7 @@ def test_what_ddp_waits_for_inside_the_backward_pass_is_no_backward() -> None:
             clock.now += seconds
 
         a_step(meter._split.mark, advance, passes_through_the_model=1, reduces=False)
-        meter.stepped(stats_of(0), Speed(), exchange_seconds=1.0)
+        meter.stepped(stats_of(0, exchange_seconds=1.0))
         assert value(metrics, "forward_backward_seconds_total") == wanted
         assert value(metrics, "optimizer_seconds_total") == 0.25
 
@@ -210,8 +235,8 @@ def test_the_norm_is_that_of_the_whole_batchs_gradient_before_it_is_clipped(case
     (batches,) = batches_of(shape, 0, 1)
     unclipped, model = network(), network()
     make(unclipped, sgd(unclipped), **{k: v for k, v in CASES[case].items() if k != "clip"}).step(batches, global_count=332, step=0)
-    stepper = make(model, sgd(model), **CASES[case])
-    stepper.take_norm = True
+    meter = meter_of(Metrics("run", 0, 1))
+    stepper = watched(meter, model, **CASES[case])
     stepper.step(batches, global_count=332, step=0)
     assert stepper.gradient_norm is not None
     assert float(stepper.gradient_norm) == norm_of(unclipped) > 1e-3
@@ -224,37 +249,36 @@ def test_the_norm_is_that_of_the_whole_batchs_gradient_before_it_is_clipped(case
 def test_a_run_that_is_watched_ends_in_the_same_bits(case: str) -> None:
     """Norms of every step, marks, and the count of its work in a thread beside it, which goes through dropout as the training does."""
     shape = (CASES[case].get("virtual_ranks", 1), 300)
-    alone, watched = Net(), Net()
+    alone, seen_by_all = Net(), Net()
     plain = list(loop(make(alone, sgd(alone), **CASES[case]), iter(batches_of(shape, 0, 8)), order_of(shape), 0, 8))
     assert not any(stats.gradient_norms for stats in plain)
-    metrics, stepper = Metrics("run", 0, 1), make(watched, sgd(watched), **CASES[case])
+    metrics = Metrics("run", 0, 1)
     meter = meter_of(metrics, peak_flops_per_second=1e9)
-    meter.watch(stepper)
-    meter.count_flops(FlopCount(watched), (28, 28), "fp32")
+    meter.begin()
+    stepper = make(seen_by_all, sgd(seen_by_all), observer=AlwaysTakes(meter.mark), **CASES[case])
+    meter.count_flops(FlopCount(seen_by_all), (28, 28), "fp32")
     seen = []
     for stats in loop(stepper, iter(batches_of(shape, 0, 8)), order_of(shape), 0, 8):
-        meter.stepped(stats, Speed(), 0.0)
-        stepper.take_norm = True
+        meter.stepped(stats)
         seen.append(stats)
     meter.close()
-    assert same_bits(alone, watched)
+    assert same_bits(alone, seen_by_all)
     assert [stats.losses for stats in seen] == [stats.losses for stats in plain]
     assert all(len(stats.gradient_norms) == 1 for stats in seen)
     assert value(metrics, "gradient_norm") == seen[-1].gradient_norms[0] > 0
-    assert meter.flops_per_image == count_work(watched, (28, 28), precision="fp32").flops_per_image
+    assert meter.flops_per_image == count_work(seen_by_all, (28, 28), precision="fp32").flops_per_image
 
 
 def test_the_norm_and_what_else_costs_is_looked_at_every_few_seconds() -> None:
     metrics, clock, loaded = Metrics("run", 0, 1), Clock(), Loaded()
-    meter, stepper = meter_of(metrics, clock=clock, reads=loaded), SimpleNamespace(take_norm=False, mark=None)
-    meter.watch(stepper)  # type: ignore[arg-type]
+    meter = meter_of(metrics, clock=clock, reads=loaded)
+    meter.begin()
     asked = []
     for step in range(20):
-        asked.append(stepper.take_norm)
-        stepper.take_norm = False  # as the step does
+        asked.append(meter.takes_norm())  # as the step does
         clock.now += SLOW_SECONDS / 4
         loaded.bytes_read += 10
-        meter.stepped(stats_of(step), Speed(), 0.0)
+        meter.stepped(stats_of(step))
     assert [step for step, was in enumerate(asked) if was] == [0, 1, 5, 9, 13, 17]
     assert value(metrics, "read_bytes_total") == 1000 + 10 * 17  # as of the newest look, in step 16
     assert (value(metrics, "read_wait_seconds_total"), value(metrics, "decode_seconds_total")) == (0.5, 2.0)
@@ -274,21 +298,22 @@ def test_resident_memory_is_what_the_kernel_says() -> None:
 
 
 def test_mfu_is_this_ranks_work_over_the_peak_and_absent_where_either_is_unknown() -> None:
-    for peak, flops in ((None, 1e6), (1e9, None)):
+    for peak in (None, 1e9):
         metrics = Metrics("run", 0, 1)
         meter = meter_of(metrics, peak_flops_per_second=peak)
-        meter.flops_per_image = flops
-        meter.stepped(stats_of(0), Speed(), 0.0)
+        if peak is not None:
+            meter.measured(peak_flops_per_second=peak, flops_per_image=None)
+        meter.stepped(stats_of(0))
         assert value(metrics, "mfu_ratio") is None
     speed = Speed()
     speed.stepped(stats_of(0))  # 100 images in 2 s, of which this rank has half
     metrics = Metrics("run", 0, 1)
-    meter = meter_of(metrics, peak_flops_per_second=1e9)
-    meter.flops_per_image = 4e6
-    meter.stepped(stats_of(0), speed, 0.0)
+    meter = meter_of(metrics, peak_flops_per_second=1e9, speed=speed)
+    meter.measured(peak_flops_per_second=5e9, flops_per_image=4e6)  # what a data sheet says stays
+    meter.stepped(stats_of(0))
     assert value(metrics, "images_per_second") == 25
     assert value(metrics, "mfu_ratio") == 25 * 4e6 / 1e9
-    meter.watch(SimpleNamespace(take_norm=False, mark=None))  # type: ignore[arg-type]  # other parameters from here on
+    meter.begin()  # other parameters from here on
     assert value(metrics, "mfu_ratio") is None
 
 
@@ -376,13 +401,13 @@ def test_a_model_that_cannot_be_counted_or_copied_has_no_mfu_and_trains_all_the_
     model.lock = threading.Lock()  # type: ignore[assignment]  # cannot be copied
     counter = FlopCount(model)
     assert counter.count((28, 28), precision="fp32") is None
-    metrics, stepper = Metrics("run", 0, 1), make(model, sgd(model))
+    metrics = Metrics("run", 0, 1)
     meter = meter_of(metrics, peak_flops_per_second=1e9)
-    meter.watch(stepper)
+    stepper = watched(meter, model)
     meter.count_flops(counter, (28, 28), "fp32")
     steps: Iterator[StepStats] = loop(stepper, iter(batches_of(WHOLE, 0, 2)), order_of(WHOLE), 0, 2)
     for stats in steps:
-        meter.stepped(stats, Speed(), 0.0)
+        meter.stepped(stats)
     meter.close()
     assert value(metrics, "steps_total") == 2
     assert value(metrics, "mfu_ratio") is None

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from trainer.learn.ema import Ema
 from trainer.learn.optim import (
-    Ema,
     build_optimizer,
     clip_gradients,
     learning_rate,

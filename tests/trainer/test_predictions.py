@@ -142,13 +142,21 @@ def rank_main(rank: int, folder: str) -> None:
         log.update(ids[share], TASK.rows(logits[share], {"label": labels[share]}))
     found = log.gathered(rank, WORLD)
     assert (found is None) == (rank != 0)
-    own = RankTotals()
+    own = RankTotals(share=0.5)
     for step in range(rank + 1):
         stats = StepStats(
-            steps_done=step, epoch=0, samples=8, learning_rate=0.1, step_seconds=0.5, data_wait_seconds=0.125, losses=(), skipped=step == 1
+            steps_done=step,
+            epoch=0,
+            samples=8,
+            learning_rate=0.1,
+            step_seconds=0.5,
+            data_wait_seconds=0.125,
+            losses=(),
+            skipped=step == 1,
+            exchange_seconds=0.25,
         )
-        own.stepped(stats, 0.25, 0.5)
-    own.checkpoint_stall_seconds = float(rank)
+        own.stepped(stats)
+    own.stalled(float(rank))
     table = own.of_all_ranks(rank, WORLD, torch.device("cpu"))
     if rank == 0:
         assert found is not None

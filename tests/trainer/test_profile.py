@@ -59,7 +59,7 @@ def run_steps(made: Profiler, clock: Clock, first: int, stop: int, *, between: f
                 continue
             clock.now += seconds
             made.mark(part)
-        made.stepped(stats(step, wait=LENGTHS["data"], skipped=step in skip), 0.0)
+        made.stepped(stats(step, wait=LENGTHS["data"], skipped=step in skip))
 
 
 @pytest.mark.parametrize("first", [0, 1000])
@@ -273,6 +273,18 @@ def test_ceilings_are_numbers_of_this_machine_and_leave_the_random_state_alone(
     assert torch.get_float32_matmul_precision() == precision
 
 
+class Watch:
+    """What a step tells a profile."""
+
+    def __init__(self, profiler: Profiler) -> None:
+        self.part = profiler.mark
+
+    def phase(self, phase: str, /) -> None: ...
+
+    def takes_norm(self) -> bool:
+        return False
+
+
 # --- in the loop ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +297,6 @@ def test_a_profiled_run_has_the_same_bits_and_all_parts(virtual_ranks: int, accu
         make(plain, sgd(plain), virtual_ranks=virtual_ranks, accumulate=accumulate), iter(batches_of(shape, 0, steps)), order, 0, steps
     ):
         pass
-    stepper = make(watched, sgd(watched), virtual_ranks=virtual_ranks, accumulate=accumulate)
     made = Profiler(
         device=CPU,
         first_step=0,
@@ -295,9 +306,9 @@ def test_a_profiled_run_has_the_same_bits_and_all_parts(virtual_ranks: int, accu
         passes=virtual_ranks * accumulate,
         ceilings=CEILINGS,
     )
-    stepper.mark = made.mark
+    stepper = make(watched, sgd(watched), virtual_ranks=virtual_ranks, accumulate=accumulate, observer=Watch(made))
     for done in loop(stepper, iter(batches_of(shape, 0, steps)), order, 0, steps):
-        made.stepped(done, 0.0)
+        made.stepped(done)
     assert same_bits(plain, watched)
     found = made.result(wait=True)
     assert found is not None

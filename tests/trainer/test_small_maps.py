@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from trainer.models import im2col as small_maps
 from trainer.models.im2col import (
     MOST_WINDOW_BYTES,
+    Im2colConv2d,
     Layer,
-    SmallMapConv2d,
     result_of,
     takes_gradient,
     takes_result,
-    use_products,
+    use_im2col,
     weight_gradient_of,
 )
 
@@ -107,7 +107,7 @@ def test_a_step_makes_the_products_it_should_and_its_gradients_are_those_of_conv
     plain, changed = network(), network()
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=torch.channels_last)
     expected, expected_gradients = gradients(plain, x)
-    assert use_products(changed) == 4
+    assert use_im2col(changed) == 4
     found, found_gradients = gradients(changed, x)
     assert calls == ["result_of", *["weight_gradient_of"] * 3]
     for ours, theirs in zip([found, *found_gradients], [expected, *expected_gradients], strict=True):
@@ -120,7 +120,7 @@ def test_a_step_makes_the_products_it_should_and_its_gradients_are_those_of_conv
 
 def test_without_gradients_without_bf16_and_for_what_is_frozen_it_is_the_convolution(calls: list[str]) -> None:
     plain, changed = network(), network()
-    use_products(changed)
+    use_im2col(changed)
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(plain(x), changed(x))
@@ -150,12 +150,12 @@ def test_only_plain_convolutions_are_changed() -> None:
         nn.Linear(4, 4),
     ]
     types = [type(module) for module in left_alone]
-    assert use_products(nn.ModuleList(left_alone)) == 0
+    assert use_im2col(nn.ModuleList(left_alone)) == 0
     assert [type(module) for module in left_alone] == types
     resnet = torchvision.models.resnet18()
-    assert use_products(resnet) == 17  # all but the three of 1 x 1
-    assert isinstance(resnet.layer4[0].conv1, SmallMapConv2d)
-    assert use_products(resnet) == 0  # they are already
+    assert use_im2col(resnet) == 17  # all but the three of 1 x 1
+    assert isinstance(resnet.layer4[0].conv1, Im2colConv2d)
+    assert use_im2col(resnet) == 0  # they are already
 
 
 @given(

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.learn.optim import Ema, build_optimizer, set_learning_rate, set_trainable
+from trainer.learn.ema import Ema
+from trainer.learn.optim import build_optimizer, set_learning_rate, set_trainable
 from trainer.learn.state import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, Snapshot, StateError, TrainState, read_metadata, weights_sha256
 from trainer.settings.tree import OptimConfig
 from trainer.tasks.losses import cross_entropy_sum

@@ -1,7 +1,4 @@
-"""A task from outside the packages: classes are steps of a scale, and a guess that is one step off is half right.
-
-python -m trainer.run --task.name tests.trainer.toy_task:Toy
-"""
+"""A task from outside the packages (--task.name tests.trainer.toy_task:Toy): classes are steps of a scale, guessed as one number."""
 
 import pyarrow as pa
 import torch

@@ -1,6 +1,6 @@
 """Optimisers for the CPU that go through memory once: PyTorch's arithmetic, to the bit, a block of elements at a time.
 
-`trainer.learn.optim` builds them; what else a step is, is `trainer.learn.step`'s.
+`trainer.learn.optim` builds them; what else an update does is `trainer.learn.update`'s.
 
 PyTorch's own loop does one operation after the other on a whole parameter. Where that is larger than a core's cache each of them fetches it
 from memory again, and weight decay writes a second gradient there. Here all operations of a step on a block that the cache holds are done
@@ -68,11 +68,9 @@ class Blocks:
         return _Cut(addresses, None, ())
 
 
-class InBlocks(torch.optim.Optimizer):
+class CpuOptimizer(torch.optim.Optimizer):
     """Goes before the optimiser of PyTorch whose step it stands in for."""
 
-    adds_up = False
-    """Have the next steps leave the sum of all gradients in `gradient_sum`."""
     gradient_sum: Tensor | None = None
     """() float32, of the newest step: not finite where a gradient is not, or where finite ones add up to more than float32 holds. None
     where it was not asked for, or no parameter had a gradient."""
@@ -80,6 +78,11 @@ class InBlocks(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], **settings: Any) -> None:
         super().__init__(params, **settings)
         self._blocks = Blocks()
+        self._adds_up = False
+
+    def add_up_gradients(self) -> None:
+        """Leave the sum of all gradients in `gradient_sum` from the next step on."""
+        self._adds_up = True
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -92,7 +95,7 @@ class InBlocks(torch.optim.Optimizer):
                     continue
                 state, update = self._prepare(parameter, group)
                 for block in self._blocks.of(parameter, parameter.grad, state):
-                    if self.adds_up:
+                    if self._adds_up:
                         sums.append(block[1].sum())
                     update(*block)
         self.gradient_sum = torch.stack(sums).sum() if sums else None
@@ -102,7 +105,7 @@ class InBlocks(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class BlockedSGD(InBlocks, torch.optim.SGD):
+class CpuSGD(CpuOptimizer, torch.optim.SGD):
     """torch.optim.SGD for float32 parameters on a CPU: the same weights, the same state."""
 
     def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Update]:
@@ -130,7 +133,7 @@ class BlockedSGD(InBlocks, torch.optim.SGD):
         return state, update
 
 
-class BlockedAdamW(InBlocks, torch.optim.AdamW):
+class CpuAdamW(CpuOptimizer, torch.optim.AdamW):
     """torch.optim.AdamW for float32 parameters on a CPU: the same weights, the same state."""
 
     def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Update]:

@@ -1,5 +1,5 @@
-"""The training state as files: model, optimiser and moving average, to the bit. Called by `trainer.rank.worker`; the files' way is
-cluster's.
+"""The training state as files: model, optimiser and moving average, to the bit. `trainer.rank.saving` takes and restores it; the way of the
+files is cluster's.
 
 A snapshot is taken on the step path (a copy into private buffers) and written out elsewhere, while steps go on. The buffers are laid out as
 safetensors files from the start, so that nothing is serialised again, and nothing is ever pickled. What the step path copies keeps the
@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from trainer.learn.optim import Ema
+from trainer.learn.ema import Ema
 
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 

@@ -55,14 +55,14 @@ def takes_result(layer: Layer) -> bool:
     return layer.map_pixels <= TINY_MAP_PIXELS and layer.in_channels >= WIDE_CHANNELS[0] and layer.out_channels >= WIDE_CHANNELS[1]
 
 
-def use_products(model: nn.Module) -> int:
+def use_im2col(model: nn.Module) -> int:
     """Let the convolutions of `model` that may gain by products decide on them whenever they run in training; how many may.
 
     Their names and weights stay as they are, and so does what they compute without gradients (evaluation, prediction, export)."""
     changed = 0
     for module in model.modules():
         if type(module) is nn.Conv2d and _may_gain(module):
-            module.__class__ = SmallMapConv2d
+            module.__class__ = Im2colConv2d
             changed += 1
     return changed
 
@@ -79,14 +79,14 @@ def _may_gain(conv: nn.Conv2d) -> bool:
     )
 
 
-class SmallMapConv2d(nn.Conv2d):
-    """nn.Conv2d; under bf16 autocast on a CPU it takes products where they are faster. Made by `use_products`."""
+class Im2colConv2d(nn.Conv2d):
+    """nn.Conv2d; under bf16 autocast on a CPU it takes products where they are faster. Made by `use_im2col`."""
 
     def forward(self, input: Tensor) -> Tensor:  # the name is nn.Module's
         layer = self._layer(input)
         if layer is None or not takes_gradient(layer):
             return super().forward(input)
-        result: Tensor = _ByProducts.apply(
+        result: Tensor = _Im2colConvolution.apply(
             input.to(torch.bfloat16), self.weight.to(torch.bfloat16), self.stride, self.padding, takes_result(layer)
         )
         return result
@@ -112,12 +112,12 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 def _pair(padding: str | tuple[int, ...]) -> tuple[int, int]:
-    assert not isinstance(padding, str), "use_products leaves such ones alone"
+    assert not isinstance(padding, str), "use_im2col leaves such ones alone"
     rows, columns = padding
     return rows, columns
 
 
-class _ByProducts(torch.autograd.Function):
+class _Im2colConvolution(torch.autograd.Function):
     """conv2d(x, weight) of bf16 tensors, x channels_last."""
 
     @staticmethod

@@ -1,8 +1,8 @@
 """What is known of a rank's device beside its steps: the most it can compute, and what its GPU says of itself through NVML.
 
-worker.py asks for both. The peak is a number from a data sheet, never a guess: a device that is not in the table has none. `GpuWatch` is a
-thread that reads utilisation, power and memory every few seconds; without a GPU, or without NVIDIA's library, it says so and the series
-are left out.
+The rank's story asks for both. The peak is a number from a data sheet, never a guess: a device that is not in the table has none.
+`GpuWatch` is a thread that reads utilisation, power and memory every few seconds; without a GPU, or without NVIDIA's library, it says so
+and the series are left out.
 """
 
 import logging

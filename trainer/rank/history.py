@@ -1,13 +1,14 @@
 """What a run remembers of itself across restarts: evaluations, where its seconds went, and its curves.
 
-Kept by rank 0 (worker.py), saved inside every checkpoint, so that steps which are lost are forgotten here too.
+The rank's story shows each step to all of them. Saved inside every checkpoint (trainer.rank.saving), so that steps which are lost are
+forgotten here too.
 """
 
 import io
 import json
 import statistics
 from collections import deque
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -57,8 +58,18 @@ class History:
             self.samples += stats.samples
         self.step_seconds += stats.step_seconds
         self.data_wait_seconds += stats.data_wait_seconds
+        self.exchange_wait_seconds += stats.exchange_seconds
         if stats.losses:
             self.train_loss = stats.losses[-1][1]
+
+    def evaluated(self, entry: dict[str, Any], seconds: float) -> None:
+        """`entry` must not be changed afterwards."""
+        self.evaluations.append(entry)
+        self.evaluation_seconds += seconds
+
+    def stalled(self, seconds: float) -> None:
+        """A checkpoint held the steps up."""
+        self.checkpoint_stall_seconds += seconds
 
     def copy(self) -> "History":
         """As it is now, for a checkpoint; entries of `evaluations` are never changed once they are there."""
@@ -81,6 +92,8 @@ class History:
 class RankTotals:
     """One rank's own seconds since its attempt began, for the comparison of ranks; a rank's images are its share of each batch."""
 
+    share: float
+    """The part of a batch that this rank carries."""
     steps: int = 0
     images: float = 0.0
     step_seconds: float = 0.0  # the waits for data and for other ranks included
@@ -88,21 +101,26 @@ class RankTotals:
     exchange_wait_seconds: float = 0.0
     checkpoint_stall_seconds: float = 0.0  # between steps
 
-    def stepped(self, stats: StepStats, exchange_seconds: float, share: float) -> None:
+    def stepped(self, stats: StepStats) -> None:
         if not stats.skipped:
             self.steps += 1
-            self.images += stats.samples * share
+            self.images += stats.samples * self.share
             self.step_seconds += stats.step_seconds
             self.data_wait_seconds += stats.data_wait_seconds
-            self.exchange_wait_seconds += exchange_seconds
+            self.exchange_wait_seconds += stats.exchange_seconds
+
+    def stalled(self, seconds: float) -> None:
+        """Checkpoints held the steps up."""
+        self.checkpoint_stall_seconds += seconds
 
     def of_all_ranks(self, rank: int, world_size: int, device: torch.device) -> list[dict[str, float]]:
         """One entry a rank, in order. All ranks are to call it."""
-        table = torch.zeros((world_size, len(fields(self))), dtype=torch.float64, device=device)
-        table[rank] = torch.tensor([float(value) for value in asdict(self).values()], dtype=torch.float64)
+        own = {name: float(value) for name, value in asdict(self).items() if name != "share"}
+        table = torch.zeros((world_size, len(own)), dtype=torch.float64, device=device)
+        table[rank] = torch.tensor(list(own.values()), dtype=torch.float64)
         if world_size > 1:
             dist.all_reduce(table)
-        return [dict(zip(asdict(self), row, strict=True)) for row in table.tolist()]
+        return [dict(zip(own, row, strict=True)) for row in table.tolist()]
 
 
 class Curves:

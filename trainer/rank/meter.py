@@ -1,4 +1,4 @@
-"""What one rank tells Prometheus of its steps: `Meter`, which worker.py shows every step, and `Split`, which the step itself tells.
+"""What one rank tells Prometheus of its steps: `Meter`, which is shown every step, and `Split`, which the step itself tells of its parts.
 
 Names and meanings are cluster.metrics', what a GPU says of itself is device_metrics', the work of a step profile's. In a step this reads
 the clock, adds up and never waits for the device; what costs more than microseconds is done every SLOW_SECONDS.
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from cluster.metrics import Metrics
-from trainer.learn.step import Stepper, StepStats
+from trainer.learn.step import StepStats
 from trainer.rank.history import Speed
 from trainer.rank.profile import FlopCount
 
@@ -42,7 +42,7 @@ class Reads(Protocol):
 
 
 class Split:
-    """How long steps were in forward and backward, and in the update after them; `mark` is for Stepper.mark.
+    """How long steps were in forward and backward, and in the update after them; `mark` is for StepObserver.part.
 
     On a GPU the times are the device's: events are put into its stream, and read when it has passed them, steps later. `marks` are four a
     step at most: where forwards begin, the newest backward's end, the reduction's, the optimiser's."""
@@ -93,7 +93,8 @@ class Split:
 
 
 class Meter:
-    """Call `stepped` after each step."""
+    """Call `begin` before the first step of each kind, and `stepped` after each step. To the step it is half of a StepObserver: `mark`
+    is told the parts, `takes_norm` asked."""
 
     def __init__(
         self,
@@ -106,14 +107,16 @@ class Meter:
         waits_in_backward: bool,
         peak_flops_per_second: float | None,
         reads: Reads,
+        speed: Speed,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`share` is the part of a batch that this rank carries. `waits_in_backward`: other ranks are waited for inside the backward pass
-        (DDP on a CPU), and not between it and the update. `peak_flops_per_second`: the most that the device can do, if that is known."""
-        self._metrics, self._device, self._reads, self._clock = metrics, device, reads, clock
+        (DDP on a CPU), and not between it and the update. `peak_flops_per_second`: the most that the device can do, if that is known.
+        `speed` has been shown each step before."""
+        self._metrics, self._device, self._reads, self._speed, self._clock = metrics, device, reads, speed, clock
         self._share, self._steps_per_epoch, self._waits_in_backward = share, steps_per_epoch, waits_in_backward
         self._split = Split(device)
-        self._stepper: Stepper | None = None
+        self._takes_norm = True
         self._told = [0.0, 0.0]  # of the split, to Prometheus
         self._reads_told = [0.0, 0.0, 0.0]
         self._slow_at = -math.inf
@@ -121,16 +124,27 @@ class Meter:
         self.peak_flops_per_second = peak_flops_per_second
         self.flops_per_image: float | None = None
         """Of forward and backward."""
+        self.mark = self._split.mark
+        """`part` of a step ends here, in the order of the device's work."""
         metrics.set("planned_steps", planned_steps)
 
-    def watch(self, stepper: Stepper) -> None:
-        """The stepper of the steps to come, whose work is another where other parameters are trained."""
+    def begin(self) -> None:
+        """Other parameters are trained in the steps to come, whose work is another."""
         if self.flops_per_image is not None:
             self.flops_per_image = None
             self._metrics.unset("mfu_ratio")
-        self._stepper = stepper
-        stepper.mark = self._split.mark
-        stepper.take_norm = True
+        self._takes_norm = True
+
+    def takes_norm(self) -> bool:
+        """Whether the step that asks is to take its gradient's norm: one every SLOW_SECONDS."""
+        takes, self._takes_norm = self._takes_norm, False
+        return takes
+
+    def measured(self, *, peak_flops_per_second: float, flops_per_image: float | None) -> None:
+        """Found by a profile before the steps; a peak that is known from a data sheet stays."""
+        if self.peak_flops_per_second is None:
+            self.peak_flops_per_second = peak_flops_per_second
+        self.flops_per_image = flops_per_image
 
     def count_flops(self, flops: FlopCount, image_hw: tuple[int, int], precision: str) -> None:
         """Find `flops_per_image` beside the first steps. That takes some tenths of a second, which no restart should wait for."""
@@ -146,9 +160,8 @@ class Meter:
         if self._counting is not None and self._counting.is_alive():
             self._counting.join(10.0)
 
-    def stepped(self, stats: StepStats, speed: Speed, exchange_seconds: float) -> None:
-        """`exchange_seconds`: what the host waited in the step for other ranks."""
-        metrics, split = self._metrics, self._split
+    def stepped(self, stats: StepStats) -> None:
+        metrics, split, exchange_seconds = self._metrics, self._split, stats.exchange_seconds
         metrics.add("steps_total")
         metrics.add("samples_total", stats.samples * self._share)
         metrics.add("data_wait_seconds_total", stats.data_wait_seconds)
@@ -163,7 +176,7 @@ class Meter:
         metrics.set("step", stats.steps_done)
         metrics.set("epoch", stats.steps_done / self._steps_per_epoch)
         metrics.set("learning_rate", stats.learning_rate)
-        images_per_second = speed.images_per_second * self._share
+        images_per_second = self._speed.images_per_second * self._share
         metrics.set("images_per_second", images_per_second)
         if self.peak_flops_per_second is not None and self.flops_per_image is not None:
             metrics.set("mfu_ratio", images_per_second * self.flops_per_image / self.peak_flops_per_second)
@@ -181,8 +194,7 @@ class Meter:
     def look(self) -> None:
         """What is looked at every few seconds."""
         metrics, reads = self._metrics, self._reads
-        if self._stepper is not None:
-            self._stepper.take_norm = True
+        self._takes_norm = True
         metrics.set("host_memory_bytes", resident_bytes())
         metrics.set("loader_memory_bytes", reads.memory_held_bytes)
         if self._device.type == "cuda":

@@ -1,6 +1,6 @@
-"""Where a step's time goes, and how much of the device's speed it uses: `--profile`. Called by `trainer.rank.worker`.
+"""Where a step's time goes, and how much of the device's speed it uses: `--profile`. Called by `trainer.rank.observers`.
 
-A Profiler is told by the loop when each part of a step is queued: on a GPU it then records an event in the stream, on a CPU it reads the
+A Profiler is told by the step when each part of a step is queued: on a GPU it then records an event in the stream, on a CPU it reads the
 clock. Nothing waits: a GPU's events are read once they have long passed. It looks at a window of steps after a warm-up. Beside it stand
 the work of a step (`count_work`, on tensors without data) and the speed that this device was measured to have (`measure_ceilings`, a few
 seconds before training). None of it changes a result.
@@ -272,12 +272,12 @@ class Profiler:
         if self._marks and not self.is_over:
             self._marks.append((self._step, "", None))
 
-    def stepped(self, stats: StepStats, exchange_seconds: float) -> None:
-        """After each step. `exchange_seconds`: what the host waited in it for other ranks."""
+    def stepped(self, stats: StepStats) -> None:
+        """After each step."""
         if self._first <= self._step < self._stop and not stats.skipped:
             self._samples += stats.samples
             self._data_waits[self._step] = stats.data_wait_seconds
-            self._exchange_seconds += exchange_seconds
+            self._exchange_seconds += stats.exchange_seconds
         self._step = stats.steps_done
 
     def result(self, *, wait: bool = False) -> dict[str, Any] | None:

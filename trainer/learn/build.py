@@ -1,0 +1,114 @@
+"""Puts together what learns: the model with its optimiser and its average, and the step over it. Called by the rank's story, and by
+benchmarks that measure the same step without the rest.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+
+from cluster.reduce import TreeReducer
+from dataio.manifest import Manifest
+from dataio.order import blocks_of_virtual_ranks
+from dataio.schema import LABEL, Target
+from trainer.learn.ema import Ema
+from trainer.learn.gradients import DdpGradients, Gradients, PassConfig, PlainGradients, StepObserver, TreeGradients
+from trainer.learn.objectives import autocast_for, supervised
+from trainer.learn.optim import build_optimizer, clip_gradients, set_learning_rate, set_trainable
+from trainer.learn.step import UNOBSERVED, Stepper
+from trainer.learn.update import Update
+from trainer.models.im2col import use_im2col
+from trainer.models.vision import Preprocess, head_of
+from trainer.settings.tree import RunConfig
+from trainer.tasks.make import make_task
+from trainer.tasks.task import Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Learner:
+    """What is trained, on its device, and how it is to be trained."""
+
+    config: RunConfig
+    task: Task
+    model: nn.Module
+    preprocess: nn.Module
+    """Takes samples as the loader gives them: (n, 3, H, W) uint8."""
+    optimizer: torch.optim.Optimizer
+    head_name: str
+    ema: Ema | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def set_trainable(self, epoch: int) -> None:
+        """Put the model into the mode that `epoch` calls for. Steppers made before are of no use where that is another one."""
+        model = self.config.model
+        set_trainable(self.model, model.freeze, epoch, lp_epochs=model.lp_epochs, head_name=self.head_name)
+
+    def set_learning_rate(self, step: int, total_steps: int) -> float:
+        """Give every group of parameters its rate for `step`; the backbone's is returned."""
+        return set_learning_rate(self.optimizer, self.config.optim, step, total_steps)
+
+    def stepper(self, *, world_size: int = 1, rank: int = 0, observer: StepObserver = UNOBSERVED) -> Stepper:
+        """The step of the parameters that are trained now. In ddp mode a collective."""
+        clip_norm = self.config.optim.clip_norm
+        clip = partial(clip_gradients, max_norm=clip_norm) if clip_norm else None
+        update = Update(self.model, self.optimizer, clip=clip, ema=self.ema)
+        return Stepper(self._gradients(update, world_size, rank), update, observer)
+
+    def _gradients(self, update: Update, world_size: int, rank: int) -> Gradients:
+        train = self.config.train
+        objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision))
+        # A single virtual rank has nothing to add up: the plain step gives the same bits without the flat vector.
+        is_tree = train.reduction == "tree" and train.virtual_ranks > 1
+        # In tree mode each virtual rank goes through the model by itself, else all that the rank carries do together.
+        together = 1 if is_tree else len(blocks_of_virtual_ranks(train.virtual_ranks, world_size, rank))
+        passes = PassConfig(
+            seed=train.seed,
+            accumulate=train.accumulate,
+            full_batch=together * self.config.data.batch_size // train.virtual_ranks // train.accumulate,
+            compile_model=train.compile,
+            cuda_graphs=train.cuda_graphs,
+        )
+        wire = torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32
+        if is_tree:
+            reducer = TreeReducer(train.virtual_ranks, world_size, rank, wire=wire)
+            return TreeGradients(self.model, self.task, objective, passes, reducer, looks_at_gradients=not update.adds_up)
+        if world_size > 1:
+            compress = wire != torch.float32
+            return DdpGradients(self.model, self.task, objective, passes, world_size=world_size, compress=compress)
+        return PlainGradients(self.model, self.task, objective, passes)
+
+
+def task_of(config: RunConfig, manifest: Manifest) -> Task:
+    """The task that the run's settings and its data call for."""
+    targets = (Target(name=LABEL, kind="label", classes=manifest.classes),)
+    return make_task(config.task, targets, label_smoothing=config.optim.label_smoothing)
+
+
+def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], device: torch.device) -> Learner:
+    """Of images of `image_hw`, on `device`, with the weights that the settings name."""
+    assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
+    is_channels_last = config.train.channels_last == "on"
+    preprocess = Preprocess(
+        mean=config.data.mean,
+        std=config.data.std,
+        image_size=config.model.image_size,
+        interpolation=config.model.interpolation,
+        channels_last=is_channels_last,
+    )
+    model = task.build(config.model, image_hw=image_hw, seed=config.train.seed)
+    model = model.to(device).to(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+    if config.train.small_maps == "product":
+        use_im2col(model)
+    task.bind(model)
+    head_name, _ = head_of(model)
+    return Learner(
+        config=config,
+        task=task,
+        model=model,
+        preprocess=preprocess.to(device),
+        optimizer=build_optimizer(model, config.optim, head_name),
+        head_name=head_name,
+        ema=Ema(model, config.train.ema) if config.train.ema else None,
+        device=device,
+    )

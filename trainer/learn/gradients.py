@@ -1,0 +1,490 @@
+"""How a rank comes by a step's gradients: its virtual ranks' batches go through the model, and the ranks' sums are added up.
+
+`trainer.learn.step` asks one of three, which `trainer.learn.build` makes: PlainGradients in a single process; DdpGradients, whose ranks
+DistributedDataParallel adds up; TreeGradients, whose sums are the same bits whoever carries which virtual rank. What the loss of a batch is
+the objective says (trainer.learn.objectives); what is done with the gradients is `trainer.learn.update`'s.
+"""
+
+import hashlib
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from dataio.batch import Batch, Targets
+from trainer.learn.objectives import Forward, Objective
+from trainer.tasks.task import Task
+
+COMPILER: str | Callable[..., Any] = "inductor"
+"""torch.compile's backend."""
+
+SummedLoss = Callable[[Tensor, Targets], Tensor]
+MicroBatch = tuple[Tensor, Targets]
+
+
+class StepObserver(Protocol):
+    """Who is told how a step gets on, while the host queues it. None of its methods may wait for the device."""
+
+    def phase(self, phase: str, /) -> None:
+        """ "exchange" when the host begins to wait for the other ranks, "step" when it goes on."""
+        ...
+
+    def part(self, part: str, /) -> None:
+        """The part of a step that the host has queued: data, forward, backward, reduction, optimizer."""
+        ...
+
+    def takes_norm(self) -> bool:
+        """Whether this step is to leave its gradient's norm. Asked once a step."""
+        ...
+
+
+class Gradients(Protocol):
+    """Fills the parameters' `.grad` with the gradients of a global step's mean loss."""
+
+    @property
+    def proves(self) -> bool:
+        """The loss is not finite where a gradient is not."""
+        ...
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the host has waited in steps for the other ranks' gradients so far. On a GPU the device waits and this stays about 0."""
+        ...
+
+    def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
+        """The mean loss of the batches that this rank carries, one a virtual rank, as a share of `global_count` samples: () float32 on the
+        device, without a graph. Summed over all ranks where gradients are (tree), over this rank alone with DDP."""
+        ...
+
+    def compile_ahead(self, image: Sequence[int]) -> float:
+        """Compile for full batches of (3, H, W) uint8; seconds, 0 where nothing is compiled. In ddp mode a collective."""
+        ...
+
+
+class Reducer(Protocol):
+    """Sums tensors over all virtual ranks in an order that does not depend on who carries them (cluster.reduce.TreeReducer)."""
+
+    wait_seconds: float
+    bucket_bytes: int
+    small_bucket_bytes: int
+
+    @property
+    def is_open(self) -> bool: ...
+
+    def lay_out(self, like: Sequence[Tensor], *, exact: int = 0) -> list[Tensor]: ...
+
+    def begin(self, virtual_rank: int) -> None: ...
+
+    def put(self, part: int, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+    def finish(self, on_exchanged: Callable[[], None] = ...) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassConfig:
+    """How batches go through the model."""
+
+    seed: int
+    accumulate: int = 1
+    """Micro-batches that each batch is cut into, whose gradients are added up before they are handed over: the same batch in less memory.
+    BatchNorm normalises each micro-batch by itself and updates its running statistics after each, from the first to the last."""
+    full_batch: int = 0
+    """Samples that the model sees at once in a full step. Where the model is compiled, only batches of that size are: the last step of an
+    epoch is short, and a graph of its own for it would cost more than it saves. 0 compiles any size, each by itself: what a size computes
+    does not depend on the sizes that came before it, so that a run that went on from a checkpoint gets the same bits."""
+    compile_model: bool = False
+    cuda_graphs: bool = False
+    """What is compiled is recorded in its first calls and replayed from then on: the same kernels, launched at once."""
+
+    def __post_init__(self) -> None:
+        assert not self.cuda_graphs or (self.compile_model and self.accumulate == 1), "trainer.settings.cli has refused this"
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        return {"triton.cudagraphs": True} if self.cuda_graphs else None
+
+
+def step_seed(seed: int, step: int, virtual_rank: int) -> int:
+    """The seed of every random draw inside (step, virtual rank): dropout, stochastic depth. 63 bits."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{virtual_rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Passes:
+    """A model's passes over micro-batches: each one's loss, by the compiled step where the batch has its size."""
+
+    def __init__(self, model: nn.Module, task: Task, config: PassConfig, *, eager: SummedLoss, compiled: SummedLoss | None) -> None:
+        self._model, self._task, self._config = model, task, config
+        self._eager, self._compiled = eager, compiled
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
+        self.device = self.parameters[0].device
+
+    def clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def seed(self, step: int, virtual_rank: int) -> None:
+        torch.manual_seed(step_seed(self._config.seed, step, virtual_rank))
+
+    def cut(self, batch: Batch) -> list[MicroBatch]:
+        """A virtual rank's micro-batches that hold a sample, in order; a short batch is cut as evenly as it goes."""
+        return self._cut(*self._task.prepare(batch.samples, batch.targets))
+
+    def joined(self, batches: Sequence[Batch]) -> list[MicroBatch]:
+        """The micro-batches of several virtual ranks that go through the model together; none where no batch holds a sample."""
+        full = [self._task.prepare(batch.samples, batch.targets) for batch in batches if len(batch.ids)]
+        if not full:
+            return []
+        samples, targets = full[0]
+        if len(full) > 1:
+            samples = torch.cat([each for each, _ in full])
+            targets = {name: torch.cat([their[name] for _, their in full]) for name in targets}
+        return self._cut(samples, targets)
+
+    def _cut(self, samples: Tensor, targets: Targets) -> list[MicroBatch]:
+        parts = self._config.accumulate
+        if parts == 1:
+            return [(samples, targets)]
+        split = {name: values.tensor_split(parts) for name, values in targets.items()}
+        return [
+            (few, {name: values[number] for name, values in split.items()})
+            for number, few in enumerate(samples.tensor_split(parts))
+            if len(few)
+        ]
+
+    def loss(self, samples: Tensor, targets: Targets, divisor: float) -> Tensor:
+        """() float32, with its graph."""
+        n = len(samples)
+        if self._compiled is not None and n == (self._config.full_batch or n):
+            if self._config.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # what the replay before left behind is used up
+            return self._compiled(samples, targets) / divisor
+        # The rest of an epoch may be a single image. It has no statistics of its own: where its maps have one pixel, BatchNorm refuses it.
+        with _norms_at_rest(self.norms if n == 1 else ()):
+            return self._eager(samples, targets) / divisor
+
+    def backward(
+        self,
+        parts: Sequence[MicroBatch],
+        divisor: float,
+        observer: StepObserver,
+        *,
+        before_the_last: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Tensor:
+        """The loss of all `parts`, and its gradients in the parameters. All but the last go through inside `before_the_last`."""
+        total: Tensor | None = None
+        for number, (samples, targets) in enumerate(parts, start=1):
+            with before_the_last() if number < len(parts) else nullcontext():
+                loss = self.loss(samples, targets, divisor)
+                observer.part("forward")
+                loss.backward()  # type: ignore[no-untyped-call]
+                observer.part("backward")
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def backward_of_nothing(self, row: Sequence[int], dtype: torch.dtype, observer: StepObserver) -> Tensor:
+        """A blank sample that counts for nothing: a loss and gradients of 0."""
+        blank = torch.zeros((1, *row), dtype=dtype, device=self.device)
+        with evaluating(self._model):
+            loss = self._eager(*self._task.prepare(blank, self._task.blank(1, self.device))) * 0.0
+        loss.backward()  # type: ignore[no-untyped-call]
+        observer.part("backward")
+        return loss.detach()
+
+    def compile_ahead(self, image: Sequence[int]) -> float:
+        """Compile now, outside of any step, for full batches of (3, H, W) uint8; the seconds that it took, 0 where nothing is compiled.
+
+        Forward and backward run once on a blank batch. What they leave behind is undone: buffers, gradients, the random state."""
+        full_batch = self._config.full_batch
+        if self._compiled is None or not full_batch:
+            return 0.0
+        begin = time.perf_counter()
+        buffers = list(self._model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        images = torch.zeros((full_batch, *image), dtype=torch.uint8, device=self.device)
+        images = images.contiguous(memory_format=torch.channels_last)  # as the loader's are
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            loss = self.loss(*self._task.prepare(images, self._task.blank(full_batch, self.device)), 1.0)
+            loss.backward()  # type: ignore[no-untyped-call]
+        float(loss.detach())  # the device has done it too; no step waits here
+        self.clear_gradients()
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+        return time.perf_counter() - begin
+
+
+def _bound(objective: Objective, forward: Forward) -> SummedLoss:
+    """`objective` of what goes through `forward`. Holds neither Passes nor gradients: the compiler keeps what it compiled."""
+
+    def loss(samples: Tensor, targets: Targets) -> Tensor:
+        return objective(forward, samples, targets)
+
+    return loss
+
+
+class PlainGradients:
+    """In a single process: all batches of a step go through the model together."""
+
+    proves = False
+    wait_seconds = 0.0
+
+    def __init__(self, model: nn.Module, task: Task, objective: Objective, config: PassConfig) -> None:
+        eager = _bound(objective, model)
+        compiled: SummedLoss | None = None
+        if config.compile_model:  # in one graph from the bytes to the loss
+            # A graph for each size. PyTorch would make the second size that it meets a graph for all further ones, and which size is the
+            # second depends on the step that a run went on from.
+            compiled = torch.compile(eager, backend=COMPILER, dynamic=False, options=config.compiler_options)
+        self._passes = Passes(model, task, config, eager=eager, compiled=compiled)
+
+    def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
+        passes = self._passes
+        passes.clear_gradients()
+        parts = passes.joined(batches)
+        passes.seed(step, batches[0].virtual_rank)
+        return passes.backward(parts, global_count, observer)
+
+    def compile_ahead(self, image: Sequence[int]) -> float:
+        return self._passes.compile_ahead(image)
+
+
+class DdpGradients:
+    """A rank of several, whose gradients DistributedDataParallel adds up while the backward pass runs; all batches of a step go through the
+    model together. `compress` sends them in bf16."""
+
+    proves = False
+
+    def __init__(
+        self, model: nn.Module, task: Task, objective: Objective, config: PassConfig, *, world_size: int, compress: bool = False
+    ) -> None:
+        self._world_size = world_size
+        self._forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if compress:
+            self._forward.register_comm_hook(None, bf16_compress_hook)
+        compiled: SummedLoss | None = None
+        if config.compile_model:
+            compiled = _bound(objective, torch.compile(self._forward, backend=COMPILER, dynamic=False))
+        self._passes = Passes(model, task, config, eager=_bound(objective, self._forward), compiled=compiled)
+        on_cpu = self._passes.device.type == "cpu"
+        self._waits = _DdpWaits(self._passes.parameters) if on_cpu else None
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._waits.seconds if self._waits is not None else 0.0
+
+    def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
+        passes = self._passes
+        passes.clear_gradients()
+        parts = passes.joined(batches)
+        if parts:
+            passes.seed(step, batches[0].virtual_rank)
+            # DDP averages over ranks; the sum is wanted. It exchanges the gradients of the last part, which hold the others'.
+            divisor = global_count / self._world_size
+            loss = passes.backward(parts, divisor, observer, before_the_last=self._forward.no_sync) / self._world_size
+        else:  # in the last step of an epoch; the rank still has to answer DDP's all-reduce
+            samples = batches[0].samples
+            loss = passes.backward_of_nothing(samples.shape[1:], samples.dtype, observer)
+        if self._waits is not None:
+            self._waits.backward_returned()
+        return loss
+
+    def compile_ahead(self, image: Sequence[int]) -> float:
+        return self._passes.compile_ahead(image)
+
+
+class TreeGradients:
+    """A rank whose virtual ranks go through the model one after the other, each handing its loss, its BatchNorm statistics weighted by its
+    share of the batch, and its gradients to a reducer, the gradients from inside the backward pass.
+
+    Hooks on the parameters do that, not DistributedDataParallel with a communication hook: that adds up a rank's virtual ranks one after
+    the other in its buckets, which are other brackets than the tree's, and gives a rank one sum to send where uneven blocks need several.
+    A hook takes each gradient by itself, and is the same for frozen and unused parameters, autocast and compiled models.
+    """
+
+    proves = True
+
+    def __init__(
+        self, model: nn.Module, task: Task, objective: Objective, config: PassConfig, reducer: Reducer, *, looks_at_gradients: bool = True
+    ) -> None:
+        """`looks_at_gradients`: the loss is to tell whether all summed gradients are finite. Off where the update looks at them anyway
+        (Update.adds_up); then it tells that of the statistics alone."""
+        self._reducer, self._looks_at_gradients = reducer, looks_at_gradients
+        compiled: SummedLoss | None = None
+        if config.compile_model:
+            compiled = _bound(objective, _compiled_in_pieces(model, reducer, config))
+        self._passes = Passes(model, task, config, eager=_bound(objective, model), compiled=compiled)
+        norms = self._passes.norms
+        self._statistics = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+        self._counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._statistics_before = [torch.empty_like(b) for b in self._statistics]
+        self._counters_before = [torch.empty_like(c) for c in self._counters]
+        self._hands_over = _Gate()
+        # The loss and the statistics are there before the backward pass begins; it goes through the parameters from the last to the first.
+        parameters, first = self._passes.parameters, 1 + len(self._statistics)
+        loss = torch.zeros((), device=self._passes.device)
+        sums = reducer.lay_out([loss, *self._statistics, *reversed(parameters)], exact=first)
+        self._loss_sums, self._statistic_sums, self._gradient_sums = sums[0], sums[1:first], sums[first:][::-1]
+        for part, parameter in enumerate(reversed(parameters), start=first):
+            hook = _hand_over(weakref.ref(reducer), part, self._hands_over)
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            weakref.finalize(self, handle.remove)
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._reducer.wait_seconds
+
+    def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
+        reducer, passes = self._reducer, self._passes
+        passes.clear_gradients()  # autograd hands over the gradient that it made, and adds it to nothing
+        _copy(self._statistics, self._statistics_before)
+        _copy(self._counters, self._counters_before)
+        for batch in batches:
+            reducer.begin(batch.virtual_rank)
+            n = len(batch.ids)
+            if n:
+                passes.seed(step, batch.virtual_rank)
+                self._put_in(passes.cut(batch), global_count, observer, share=n / global_count)
+            reducer.end()
+            # Each virtual rank starts from the same statistics, and counters: BatchNorm may weigh by them.
+            _copy(self._statistics_before, self._statistics)
+            _copy(self._counters_before, self._counters)
+        observer.phase("exchange")
+        sums = reducer.finish(lambda: observer.phase("step"))  # a rank that hangs here after that is not waiting for the others
+        observer.phase("step")
+        observer.part("reduction")
+        for parameter, gradient in zip(passes.parameters, self._gradient_sums, strict=True):
+            parameter.grad = gradient
+        _copy(self._statistic_sums, self._statistics)
+        if self._counters:
+            torch._foreach_add_(self._counters, 1)  # steps, not forwards
+        # NaN or infinite wherever a sum is.
+        if self._looks_at_gradients:
+            return self._loss_sums + 0.0 * sums.sum()
+        return self._loss_sums + 0.0 * torch.stack([total.sum() for total in (self._loss_sums, *self._statistic_sums)]).sum()
+
+    def _put_in(self, parts: Sequence[MicroBatch], global_count: int, observer: StepObserver, *, share: float) -> None:
+        """Hand the loss, the statistics and the gradients of one virtual rank to the reducer."""
+        reducer, passes = self._reducer, self._passes
+        total: Tensor | None = None
+        for number, (samples, targets) in enumerate(parts, start=1):
+            self._hands_over.is_open = number == len(parts)
+            loss = passes.loss(samples, targets, global_count)
+            total = loss.detach() if total is None else total + loss.detach()
+            if self._hands_over.is_open:
+                reducer.put(0, total)
+                shares = torch._foreach_mul(self._statistics, share) if self._statistics else ()
+                for part, statistic in enumerate(shares, start=1):
+                    reducer.put(part, statistic)
+            observer.part("forward")
+            loss.backward()  # type: ignore[no-untyped-call]
+            observer.part("backward")
+        if len(parts) > 1:  # a parameter that the last micro-batch did not use, and one before it did
+            first = 1 + len(self._statistics)
+            for part, parameter in enumerate(reversed(passes.parameters), start=first):
+                if parameter.grad is not None:
+                    reducer.put(part, parameter.grad)
+                    parameter.grad = None
+
+    def compile_ahead(self, image: Sequence[int]) -> float:
+        return self._passes.compile_ahead(image)
+
+
+def _compiled_in_pieces(model: nn.Module, reducer: Reducer, config: PassConfig) -> Forward:
+    """`model` in pieces of about a bucket's parameters each.
+
+    A compiled graph hands over its gradients all at once, at its end, when nothing is left for the exchange to run beside. Pieces are what
+    PyTorch makes by itself for a DistributedDataParallel. The cuts, where bf16 rounds, are the same for any number of ranks."""
+    from torch._dynamo.backends.distributed import DDPOptimizer
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiler: Any = lookup_backend(COMPILER)
+    if config.compiler_options is not None:
+        compiler = partial(compiler, config_patches=config.compiler_options)  # what torch.compile makes of its options
+    small = min(reducer.small_bucket_bytes, reducer.bucket_bytes)
+    backend = DDPOptimizer(reducer.bucket_bytes, compiler, first_bucket_cap=small).compile_fn
+    compiled: Forward = torch.compile(model, backend=backend, dynamic=False)
+    return compiled
+
+
+class _Gate:
+    """Whether gradients are handed over as they come: only those of a virtual rank's last micro-batch are complete."""
+
+    is_open = True
+
+
+class _DdpWaits:
+    """How long backward passes took from this rank's last gradient to their return: DDP's wait for the other ranks, on a CPU."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds, self._clock = 0.0, clock
+        self._last_gradient = [0.0]
+        for parameter in parameters:
+            hook = _note_time(self._last_gradient, clock)
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            weakref.finalize(self, handle.remove)
+
+    def backward_returned(self) -> None:
+        self.seconds += self._clock() - self._last_gradient[0]
+
+
+def _note_time(into: list[float], clock: Callable[[], float]) -> Callable[[Tensor], None]:
+    def accumulated(parameter: Tensor) -> None:
+        into[0] = clock()
+
+    return accumulated
+
+
+def _hand_over(reducer: "weakref.ref[Reducer]", part: int, gate: _Gate) -> Callable[[Tensor], None]:
+    """A hook that gives a parameter's gradient to the reducer, inside the reducer's own steps. It does not keep the reducer alive."""
+
+    def accumulated(parameter: Tensor) -> None:
+        into = reducer()
+        if into is not None and into.is_open and gate.is_open:
+            assert parameter.grad is not None
+            into.put(part, parameter.grad)
+            parameter.grad = None
+
+    return accumulated
+
+
+def _copy(source: list[Tensor], into: list[Tensor]) -> None:
+    if source:
+        torch._foreach_copy_(into, source)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode inside; afterwards each module in the mode it was in (a frozen backbone stays in eval mode)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _norms_at_rest(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """`norms` normalise by their running statistics inside, and do not change them."""
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True

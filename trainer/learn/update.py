@@ -1,0 +1,80 @@
+"""What a step does with its gradients: clip them, prove them finite, step the optimiser, average the weights. Called by
+`trainer.learn.step`; where the gradients come from is `trainer.learn.gradients`'.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainer.learn.cpu_optim import CpuOptimizer
+
+
+class Average(Protocol):
+    """A moving average of the weights (trainer.learn.ema.Ema)."""
+
+    def update(self) -> None: ...
+
+
+class Update:
+    """Moves the parameters by the gradients that they hold."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: Callable[[Sequence[nn.Parameter]], Tensor] | None = None,
+        ema: Average | None = None,
+    ) -> None:
+        """`clip` scales the gradients and returns their norm before. Made anew where other parameters of `model` are trained."""
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer, self._clip, self._ema = optimizer, clip, ema
+        self._sums = optimizer if clip is None and isinstance(optimizer, CpuOptimizer) else None
+        if self._sums is not None:
+            self._sums.add_up_gradients()
+        self.gradient_norm: Tensor | None = None
+        """() on the device, of the newest step if that was to take it: before any clipping, over the whole batch."""
+
+    @property
+    def adds_up(self) -> bool:
+        """The optimiser adds up the gradients while they are in the cache, so that nobody else need look whether they are finite."""
+        return self._sums is not None
+
+    def apply(self, loss: Tensor, *, is_proven: bool, takes_norm: bool) -> Tensor:
+        """Do the update; `loss`, not finite where a gradient is not.
+
+        `is_proven`: `loss` tells that already. `takes_norm` has the L2 norm of all gradients left in `gradient_norm`; it reads them once
+        more, so not in every step."""
+        norm = self._clip(self._parameters) if self._clip is not None else None
+        self.gradient_norm = None
+        if takes_norm:
+            self.gradient_norm = _norm_of_gradients(self._parameters) if norm is None else norm
+        proof: Tensor | None = None  # not finite where a gradient is not
+        if self._sums is None and not is_proven:
+            proof = _sum_of_norms(self._parameters) if norm is None else norm
+        self._optimizer.step()
+        if self._sums is not None:
+            proof = self._sums.gradient_sum
+        if proof is not None:
+            # NaN shows in the loss: what it does to the weights would else be seen a step late, in a checkpoint perhaps.
+            loss = loss + 0.0 * proof
+        if self._ema is not None:
+            self._ema.update()
+        return loss
+
+
+def _sum_of_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """() on the device, not finite where a gradient is not."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # Any sum that NaN and infinity get through. On a CPU plain ones read ResNet-18's gradients in 1.5 ms, norms in 2.6.
+    sums = torch._foreach_norm(gradients) if gradients[0].is_cuda else [gradient.sum() for gradient in gradients]
+    return torch.stack(sums).sum()
+
+
+def _norm_of_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """() on the device, not waited for; what clip_grad_norm_ would find."""
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm

@@ -1,0 +1,100 @@
+"""A rank's data: which of the run's samples are its own, the loader that brings them, and what is done with those that cannot be read.
+
+The rank's story opens it. Which samples a step has is dataio.order's decision, how they are read and decoded dataio.loader's.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.ledger import LedgerWriter
+from cluster.storage import Storage
+from dataio.batch import Batch
+from dataio.loader import Loader, available_memory_bytes
+from dataio.order import Order, blocks_of_virtual_ranks
+from dataio.parquet import Dataset, open_dataset
+from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
+from trainer.rank.this_rank import ThisRank
+from trainer.settings.spec import make_order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RankData:
+    """Every rank can read every sample; the order says which are its own."""
+
+    dataset: Dataset
+    order: Order
+    virtual_ranks: range
+    """Those that this rank carries."""
+    loader: Loader
+
+    @property
+    def share(self) -> float:
+        """The part of a batch that this rank carries."""
+        return len(self.virtual_ranks) / self.order.virtual_ranks
+
+
+def open_data(me: ThisRank) -> RankData:
+    config, spec = me.config, me.spec
+    dataset = open_dataset(me.files if spec.dataset is None else spec.dataset)
+    order = make_order(config, dataset)
+    virtual_ranks = blocks_of_virtual_ranks(order.virtual_ranks, me.world_size, me.rank)
+    loader = Loader(
+        dataset,
+        config.data,
+        order=order,
+        virtual_ranks=virtual_ranks,
+        device=me.device,
+        seed=config.train.seed,
+        threads=spec.threads,
+        on_bad=quarantine(me, dataset),
+        memory_bytes=available_memory_bytes() // (2 * me.place.local_world_size),
+    )
+    return RankData(dataset=dataset, order=order, virtual_ranks=virtual_ranks, loader=loader)
+
+
+def quarantine(me: ThisRank, dataset: Dataset) -> Callable[[BadSample], None]:
+    """What the loader does with a bad sample: count it, tell the coordinator, fail the run above the limit (over all ranks)."""
+    total = sum(split.count for split in dataset.manifest.splits.values())
+    limit = me.config.data.max_bad_fraction
+
+    def on_record(bad: BadSample) -> None:
+        me.metrics.add("quarantined_samples_total", label=bad.kind)
+        everywhere = me.call("quarantine", [asdict(bad)])
+        if everywhere > limit * total:
+            shown = "".join(f"\n  {record.split} {record.key}: {record.reason}" for record in own.records[:5])
+            raise TooManyBadSamples(
+                f"{everywhere} of {total} samples are bad, more than data.max_bad_fraction={limit:g} allows; the first met here:{shown}\n"
+                f"Repair or remove them, or let them be left out: --data.max-bad-fraction {everywhere / total:.2g} or more"
+            )
+
+    own = Quarantine(1.0, total, on_record)
+
+    def on_bad(bad: BadSample) -> None:
+        own.add(bad.key, bad.reason, bad.split, bad.sample_id)
+
+    return on_bad
+
+
+def open_ledger(me: ThisRank, storage: Storage, *, start_step: int) -> LedgerWriter | None:
+    """Where the run keeps one; run.py has checked that the storage is a local folder."""
+    if not me.config.train.ledger:
+        return None
+    return LedgerWriter(Path(storage.at(f"{me.config.run}/ledger")), me.spec.attempt, me.rank, start_step=start_step)
+
+
+Batches = Generator[tuple[Batch, ...], None, None]
+
+
+def recorded(batches: Batches, ledger: LedgerWriter | None, skip: frozenset[int]) -> Batches:
+    """`batches`, each written into the ledger, where there is one, when the step takes it."""
+    return batches if ledger is None else _recorded(batches, ledger, skip)
+
+
+def _recorded(batches: Batches, ledger: LedgerWriter, skip: frozenset[int]) -> Batches:
+    with closing(batches):
+        for step in batches:
+            for batch in step:
+                ledger.record(batch.epoch, batch.step, batch.virtual_rank, batch.ids, skipped=batch.step in skip)
+            yield step

@@ -1,0 +1,169 @@
+"""How good the model is on a split: exactly, over all ranks. The rank's story calls `Evaluator.run` between steps; `trainer.evaluate` and
+benchmarks call `evaluate` and `evaluate_share` for themselves. What is counted, the task says.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cluster.storage import Storage
+from dataio.batch import Targets
+from dataio.loader import Loader
+from dataio.parquet import Dataset
+from trainer.learn.build import Learner
+from trainer.learn.ema import Ema
+from trainer.learn.gradients import evaluating
+from trainer.learn.objectives import autocast_for
+from trainer.rank.data import RankData
+from trainer.rank.history import History
+from trainer.rank.step_plan import StepPlan
+from trainer.rank.this_rank import ThisRank
+from trainer.tasks.prediction_log import PredictionLog
+from trainer.tasks.predictions import PREDICTIONS_FILE, About, named, rows_to_keep
+from trainer.tasks.task import Evaluation, Result, Task
+
+EVALUATION_BATCH = 256
+ACCURACY = "accuracy"
+
+
+class Evaluator:
+    """A run's evaluations, the last of which also records what was answered to each sample."""
+
+    def __init__(
+        self,
+        me: ThisRank,
+        data: RankData,
+        learner: Learner,
+        plan: StepPlan,
+        *,
+        history: History,
+        storage: Storage,
+        on_begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`history` gets an entry for each. `on_begin` is called before each."""
+        self._me, self._data, self._learner, self._plan = me, data, learner, plan
+        self._history, self._storage, self._on_begin = history, storage, on_begin
+
+    def run(self, steps_done: int) -> None:
+        """Evaluate the test split, and tell the history, Prometheus and the journal. On all ranks after the same step."""
+        self._on_begin()
+        begin = time.perf_counter()
+        heartbeat = self._me.heartbeat
+        heartbeat.tick("evaluation")
+        result = self._evaluate(steps_done)
+        heartbeat.tick("step")
+        self._tell(steps_done, result, time.perf_counter() - begin)
+
+    def _evaluate(self, steps_done: int) -> Result:
+        me, learner, dataset = self._me, self._learner, self._data.dataset
+        columns = learner.task.columns
+        log = PredictionLog(columns, -(-rows_to_keep(columns) // me.world_size), me.device) if self._plan.is_last(steps_done) else None
+        result = evaluate(
+            learner.task,
+            learner.model,
+            learner.preprocess,
+            dataset,
+            self._data.loader,
+            rank=me.rank,
+            world_size=me.world_size,
+            ema=learner.ema,
+            precision=me.config.train.precision,
+            on_batch=me.heartbeat.tick,
+            log=log,
+        )
+        if log is not None:  # before the last commit: where there is one, the predictions of its model are there
+            fingerprint = self._data.order.fingerprint
+            self._write_predictions(log, About(step=steps_done, split="test", dataset_fingerprint=fingerprint, count=result.count))
+        return result
+
+    def _write_predictions(self, log: PredictionLog, about: About) -> None:
+        """All ranks hand in their rows, rank 0 writes them. A storage that does not take them costs the run its report's images only."""
+        me = self._me
+        found = log.gathered(me.rank, me.world_size)
+        if found is None:
+            return
+        try:
+            predictions = named(found, self._data.dataset.split(about.split), about, me.heartbeat.tick)
+            self._storage.write_atomic(f"{me.config.run}/{PREDICTIONS_FILE}", predictions.to_parquet())
+        except OSError as error:
+            me.tell("predictions_not_written", message=str(error))
+
+    def _tell(self, steps_done: int, result: Result, seconds: float) -> None:
+        history, metrics, info = self._history, self._me.metrics, self._learner.task.info
+        metrics.set("test_loss", result.loss)
+        if ACCURACY in result.measures:
+            metrics.set("test_accuracy_ratio", result.measures[ACCURACY])
+        metrics.add("evaluation_seconds_total", seconds)
+        entry: dict[str, Any] = {"step": steps_done, "epoch": steps_done / self._plan.steps_per_epoch, **result.entry()}
+        history.evaluated(entry, seconds)
+        brief = {key: entry[key] for key in ("step", "epoch", "test_loss", *(measure.key for measure in info.measures))}
+        self._me.tell("evaluation", train_loss=history.train_loss, **brief)
+
+
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    preprocess: nn.Module,
+    dataset: Dataset,
+    loader: Loader,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    ema: Ema | None = None,
+    precision: str,
+    split: str = "test",
+    on_batch: Callable[[], None] = lambda: None,
+    log: PredictionLog | None = None,
+) -> Result:
+    """Exact measures over all ranks: each takes a contiguous share of the split, nothing is padded or counted twice.
+
+    In ddp mode the ranks' BatchNorm statistics, and so their averages, differ; rank 0's are the run's (they are what a checkpoint holds).
+    """
+    evaluation = task.evaluation(next(model.parameters()).device)
+    with ema.applied() if ema is not None else nullcontext():
+        if world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+        share = share_of(dataset.split(split).count, rank, world_size)
+        evaluate_share(
+            task, evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, log=log
+        )
+    evaluation.combine(rank, world_size)
+    return evaluation.result()
+
+
+def share_of(count: int, rank: int, world_size: int) -> range:
+    """The samples that a rank evaluates."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def evaluate_share(
+    task: Task,
+    evaluation: Evaluation,
+    model: nn.Module,
+    preprocess: nn.Module,
+    loader: Loader,
+    *,
+    split: str,
+    share: range,
+    precision: str,
+    as_learned: Callable[[Targets], Targets] = lambda targets: targets,
+    on_batch: Callable[[], None] = lambda: None,
+    log: PredictionLog | None = None,
+) -> None:
+    """Count the samples `share` of a split, and keep what was said of each in `log`. `as_learned` turns the data set's targets into those
+    that the model was trained on."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode(), autocast_for(device, precision):
+        for batch in loader.evaluate(split, share, batch_size=EVALUATION_BATCH):
+            targets = as_learned(batch.targets)
+            outputs = model(preprocess(batch.samples))
+            evaluation.update(outputs, targets)
+            if log is not None:
+                log.update(batch.ids, task.rows(outputs, targets))
+            on_batch()

@@ -1,0 +1,63 @@
+"""The end of an attempt that went well: what rank 0 leaves in the run's folder and hands to the driver. Called by the rank's story once the
+last checkpoint is committed.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from cluster.storage import Storage
+from trainer.learn.build import Learner
+from trainer.learn.state import weights_sha256
+from trainer.models.export import export_model
+from trainer.rank.data import RankData
+from trainer.rank.saving import CURVES_FILE, Memory
+from trainer.rank.this_rank import ThisRank
+
+
+def finish(
+    me: ThisRank,
+    storage: Storage,
+    learner: Learner,
+    data: RankData,
+    memory: Memory,
+    *,
+    ranks: list[dict[str, float]],
+    stopped: bool,
+    steps_done: int,
+) -> None:
+    """Write the curves and, of a run that is done, the model; then hand over the result. `ranks` are RankTotals of all."""
+    history, loader = memory.history, data.loader
+    storage.write_atomic(f"{me.config.run}/{CURVES_FILE}", memory.curves.to_parquet())
+    sha256 = weights_sha256(learner.model)
+    last = history.evaluations[-1] if history.evaluations else {}
+    result: dict[str, Any] = {
+        "stopped": stopped,
+        "steps_done": steps_done,
+        "weights_sha256": sha256,
+        "history": {k: v for k, v in asdict(history).items() if k not in ("evaluations", "guard")},
+        "evaluation": last,
+        "ranks": ranks,
+        "parameters": sum(p.numel() for p in learner.model.parameters()),
+        "cache": loader.cache,
+        "backend": loader.backend_name,
+        "decode_seconds": loader.decode_seconds,
+        "device": str(learner.device),
+    }
+    if not stopped:
+        manifest = data.dataset.manifest
+        export_model(
+            storage=storage,
+            run=me.config.run,
+            tensors=learner.ema.weights() if learner.ema is not None else learner.model.state_dict(),
+            config=me.config,
+            classes=manifest.classes,
+            data_image_size=loader.image_size,
+            summary={
+                "test_accuracy": last.get("test_accuracy"),
+                "test_loss": last.get("test_loss"),
+                "steps": steps_done,
+                "weights_sha256": sha256,
+                "dataset_fingerprint": manifest.fingerprint,
+            },
+        )
+    me.call("put_result", me.spec.attempt, result)

@@ -1,0 +1,203 @@
+"""Who is shown each step, one after the other, beside those with a file of their own (guard, history, meter, saving). The rank's story
+holds them in one list; none of them waits for the device.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from cluster.heartbeat import Heartbeat
+from cluster.verify import WeightsCheck
+from trainer.learn.build import Learner
+from trainer.learn.step import StepStats
+from trainer.rank.data import RankData
+from trainer.rank.device_metrics import device_peak
+from trainer.rank.history import Curves, History, Speed
+from trainer.rank.meter import Meter
+from trainer.rank.profile import FlopCount, Profiler, count_work, measure_ceilings
+from trainer.rank.step_plan import StepPlan
+from trainer.rank.this_rank import ThisRank
+from trainer.runs.summary import ACCOUNTED
+from trainer.settings.tree import RunConfig
+from trainer.tasks.info import TaskInfo
+
+CURVE_ROWS = 2000
+"""At most about so many rows has a run's curve."""
+
+
+class Observer(Protocol):
+    def stepped(self, stats: StepStats) -> None:
+        """After each step, on all ranks."""
+        ...
+
+
+class StepWatch:
+    """What the step itself tells while it is queued (StepObserver): the heartbeat is told whom it waits for, the meter its parts, and so is
+    the profile of a run that has one."""
+
+    def __init__(self, heartbeat: Heartbeat, meter: Meter, profile: "StepProfile | None") -> None:
+        self.phase: Callable[[str], None] = heartbeat.tick
+        self.part: Callable[[str], None] = meter.mark if profile is None else both(meter.mark, profile.mark)
+        self.takes_norm: Callable[[], bool] = meter.takes_norm
+
+
+def both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:
+    def call(part: str) -> None:
+        first(part)
+        second(part)
+
+    return call
+
+
+class FirstStep:
+    """The journal is told when the attempt's first step is done."""
+
+    def __init__(self, me: ThisRank, start_step: int) -> None:
+        self._me, self._first = me, start_step + 1
+
+    def stepped(self, stats: StepStats) -> None:
+        if stats.steps_done == self._first:
+            self._me.tell("first_step", step=stats.steps_done, workers=self._me.world_size)
+
+
+class StepProfile:
+    """`--profile`: of the first steps of an attempt, told in the journal. On every rank: they share the machine."""
+
+    def __init__(self, me: ThisRank, data: RankData, learner: Learner, meter: Meter) -> None:
+        self._me, self._data, self._learner, self._meter = me, data, learner, meter
+        self._profiler: Profiler | None = None
+
+    def begin(self, first_step: int, stop_step: int) -> None:
+        """Measure the device and count the model's work, in a few seconds before the steps `first_step` to before `stop_step`."""
+        me, train = self._me, self._learner.config.train
+        me.heartbeat.tick("starting")
+        carried = len(self._data.virtual_ranks)
+        together = 1 if train.reduction == "ddp" or train.virtual_ranks == 1 else carried
+        seen = seen_by_model(me.config, self._data.loader.image_size)
+        self._profiler = Profiler(
+            device=me.device,
+            first_step=first_step,
+            stop_step=stop_step,
+            share=self._data.share,
+            work=count_work(self._learner.model, seen, precision=train.precision),
+            passes=together * train.accumulate,
+            ceilings=measure_ceilings(me.device, precision=train.precision),
+        )
+        peak, work = self._profiler.ceilings.flops_per_second, self._profiler.work
+        self._meter.measured(peak_flops_per_second=peak, flops_per_image=work.flops_per_image)
+        me.heartbeat.tick("step")
+
+    def mark(self, part: str) -> None:
+        if self._profiler is not None:
+            self._profiler.mark(part)
+
+    def cut(self) -> None:
+        """What comes next is no part of a step: an evaluation, a checkpoint."""
+        if self._profiler is not None:
+            self._profiler.cut()
+
+    def stepped(self, stats: StepStats) -> None:
+        if self._profiler is not None:
+            self._profiler.stepped(stats)
+            self._tell(self._profiler, wait=False)
+
+    def end(self) -> None:
+        """No further step is to be looked at."""
+        if self._profiler is not None:
+            self._tell(self._profiler, wait=True)
+            self._profiler = None
+
+    def _tell(self, profiler: Profiler, *, wait: bool) -> None:
+        found = profiler.result(wait=wait)
+        if found is not None:
+            self._me.tell("profiled", profile=found)
+
+
+class CurveLog:
+    """Adds rows to the run's curves, as losses arrive."""
+
+    def __init__(self, curves: Curves, speed: Speed, plan: StepPlan, *, attempt: int) -> None:
+        self._curves, self._speed, self._attempt = curves, speed, attempt
+        self._every, self._steps_per_epoch = max(1, plan.total_steps // CURVE_ROWS), plan.steps_per_epoch
+
+    def stepped(self, stats: StepStats) -> None:
+        for step, loss in stats.losses:
+            if step % self._every == 0:
+                self._curves.add(
+                    step=step,
+                    epoch=step / self._steps_per_epoch,
+                    attempt=self._attempt,
+                    time=time.time(),
+                    train_loss=loss,
+                    learning_rate=stats.learning_rate,
+                    images_per_second=self._speed.images_per_second,
+                    data_wait_seconds=stats.data_wait_seconds,
+                    step_seconds=stats.step_seconds,
+                )
+
+
+class BeatStats:
+    """What the next heartbeat says of the run, for the driver's screen and its account."""
+
+    def __init__(self, heartbeat: Heartbeat, history: History, speed: Speed, info: TaskInfo) -> None:
+        self._heartbeat, self._history, self._speed = heartbeat, history, speed
+        self._headline = info.headline.key
+        self._accuracies = tuple(measure.key for measure in info.measures if measure.name == "accuracy")
+        self._own_seconds = 0.0
+
+    def stepped(self, stats: StepStats) -> None:
+        history, speed = self._history, self._speed
+        self._own_seconds += stats.step_seconds - stats.exchange_seconds
+        newest = history.evaluations[-1] if history.evaluations else {}
+        self._heartbeat.progress(
+            stats.steps_done,
+            {
+                "loss": history.train_loss,
+                "learning_rate": stats.learning_rate,
+                "images_per_second": speed.images_per_second,
+                "data_wait_ratio": speed.data_wait_ratio,
+                **{key: newest.get(key, math.nan) for key in self._accuracies},
+                "test_headline": newest.get(self._headline, math.nan),
+                "own_seconds": self._own_seconds,
+                **{f"total_{name}": getattr(history, name) for name in ACCOUNTED},
+            },
+        )
+
+
+class Comparison:
+    """Has the weights of all ranks compared every so many steps, and takes in the verdicts that have arrived."""
+
+    def __init__(self, check: WeightsCheck, *, every: int) -> None:
+        self._check, self._every = check, every
+
+    def stepped(self, stats: StepStats) -> None:
+        if stats.steps_done % self._every == 0:
+            self._check.start(stats.steps_done)
+        self._check.poll()
+
+
+def meter_of(me: ThisRank, data: RankData, plan: StepPlan, speed: Speed) -> Meter:
+    train = me.config.train
+    return Meter(
+        me.metrics,
+        device=me.device,
+        share=data.share,
+        steps_per_epoch=plan.steps_per_epoch,
+        planned_steps=plan.total_steps,
+        waits_in_backward=train.reduction == "ddp" and me.world_size > 1 and me.device.type == "cpu",
+        peak_flops_per_second=device_peak(me.device, train.precision),
+        reads=data.loader,
+        speed=speed,
+    )
+
+
+def count_flops(me: ThisRank, data: RankData, learner: Learner, meter: Meter) -> None:
+    """Beside the first steps, where the device's peak is known."""
+    if meter.peak_flops_per_second is not None:
+        meter.count_flops(FlopCount(learner.model), seen_by_model(me.config, data.loader.image_size), me.config.train.precision)
+
+
+def seen_by_model(config: RunConfig, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) that the model is given, of images of `image_size`."""
+    return (config.model.image_size,) * 2 if config.model.image_size else image_size

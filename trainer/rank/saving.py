@@ -1,0 +1,245 @@
+"""A rank's checkpoints: when one is due, what is in it, and that none counts whose numbers are bad. The rank's story calls `Saver`.
+
+The copy of the state is trainer.learn.state's, its way into the storage cluster.checkpointer's, the commit the coordinator's.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from cluster.checkpointer import OUTAGE_PATIENCE_SECONDS, Buffers, Checkpointer, Files
+from cluster.interval import AUTO, IntervalChooser, SharedInterval
+from cluster.spill import Spill
+from cluster.storage import StorageOutage
+from cluster.store import Receipt, Store
+from cluster.verify import WeightsCheck
+from cluster.versions import versions
+from dataio.codecs.image.decode import DECODER_VERSIONS
+from trainer.learn.build import Learner
+from trainer.learn.state import TrainState
+from trainer.learn.step import Arriving, StepStats
+from trainer.rank.data import RankData
+from trainer.rank.guard import Guard
+from trainer.rank.history import Curves, History
+from trainer.rank.step_plan import StepPlan
+from trainer.rank.this_rank import ThisRank
+
+HISTORY_FILE = "history.json"
+CURVES_FILE = "curves.parquet"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Memory:
+    """What a checkpoint holds beside the state, and the step that it was made after."""
+
+    start_step: int = 0
+    history: History = field(default_factory=History)
+    curves: Curves = field(default_factory=Curves)
+
+
+def restore(store: Store, resume: tuple[int, int] | None, state: TrainState) -> Memory:
+    """Load the commit to go on from, (step, generation), into `state`; without one, a memory of nothing."""
+    if resume is None:
+        return Memory()
+    commit = store.load(*resume)
+    state.load(commit.read)
+    return Memory(
+        start_step=commit.step,
+        history=History.from_json(commit.read(HISTORY_FILE)),
+        curves=Curves.from_parquet(commit.read(CURVES_FILE)),
+    )
+
+
+def weights_check(me: ThisRank, learner: Learner) -> WeightsCheck | None:
+    """Of all that must be the same on every rank; None where the run compares nothing."""
+    train, model, ema = me.config.train, learner.model, learner.ema
+    same: list[Tensor] = list(model.parameters())
+    if train.reduction == "tree" or me.world_size == 1:  # in ddp mode the ranks' BatchNorm statistics differ by design
+        same += [*model.buffers(), *(ema.weights().values() if ema is not None else ())]
+    return WeightsCheck(same, world_size=me.world_size) if train.verify_every else None
+
+
+def interval_chooser(me: ThisRank, steps_per_epoch: int) -> IntervalChooser | None:
+    """Rank 0's, where checkpoints come as often as measurements say."""
+    if me.rank != 0 or me.config.train.checkpoint_every != AUTO:
+        return None
+    return IntervalChooser(
+        workers=me.world_size,
+        steps_per_epoch=steps_per_epoch,
+        mtbf_hours=me.config.cluster.mtbf_hours,
+        failures=me.spec.failures,
+        observed_seconds=me.spec.observed_seconds,
+    )
+
+
+class Saver:
+    """Saves after the steps that call for it, the same on all ranks."""
+
+    def __init__(
+        self,
+        me: ThisRank,
+        data: RankData,
+        plan: StepPlan,
+        *,
+        store: Store,
+        state: TrainState,
+        memory: Memory,
+        guard: Guard,
+        weights: WeightsCheck | None,
+        on_begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`guard` has seen every loss that has arrived. `on_begin` is called before each checkpoint."""
+        self._me, self._data, self._plan, self._store, self._state = me, data, plan, store, state
+        self._memory, self._guard, self._weights, self._on_begin = memory, guard, weights, on_begin
+        self._chooser = interval_chooser(me, plan.steps_per_epoch)
+        self._interval = SharedInterval(
+            me.config.train.checkpoint_every,
+            start_step=memory.start_step,
+            steps_per_epoch=plan.steps_per_epoch,
+            chooser=self._chooser,
+            world_size=me.world_size,
+            device=me.device,
+        )
+        cluster, spec = me.config.cluster, me.spec
+        is_local = store.storage.is_local
+        self._checkpointer = Checkpointer(
+            stage=self._stage,
+            ack=lambda step, receipts, meta: me.call("ack", spec.attempt, me.rank, step, receipts, meta),
+            on_staged=self._staged,
+            on_failed=lambda step, error: me.call("fail_checkpoint", spec.attempt, me.rank, step, str(error)),
+            on_event=lambda event, fields: me.call("event", event, attempt=spec.attempt, rank=me.rank, **fields),
+            spill=None if is_local else Spill(cluster.spill_dir, me.config.run, spec.generation, me.rank, store.storage),
+        )
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long checkpoints have held up the steps of this attempt."""
+        return self._checkpointer.stall_seconds
+
+    def stepped(self, stats: StepStats) -> None:
+        if self._chooser is not None:
+            self._chooser.stepped(stats.step_seconds)
+
+    def is_due(self, steps_done: int) -> bool:
+        """Save now? To be asked after every step, on all ranks."""
+        is_due = self._interval.due(steps_done)
+        return is_due or self._plan.ends_epoch(steps_done) or self._plan.is_last(steps_done)
+
+    def save(self, step: int, late: Sequence[Arriving]) -> None:
+        """Copy the state and have it written beside the steps to come. The guard has not seen the losses `late` (StepStats)."""
+        self._on_begin()
+        me, memory = self._me, self._memory
+        verdict = self._weights.start(step) if self._weights is not None else None
+        proof = self._guard.proof(late)
+
+        def proven() -> Guard:
+            """In the checkpoint's thread: none counts before every loss up to it and the weights themselves were found good."""
+            if verdict is not None:
+                verdict.wait()
+            return proof()
+
+        stall = self._checkpointer.save(
+            step,
+            lambda: self._files(step, proven),
+            commit_meta(me, self._data) if me.rank == 0 else {},
+        )
+        memory.history.stalled(stall)
+        me.metrics.add("checkpoint_stall_seconds_total", stall)
+        if self._chooser is not None:
+            self._chooser.saved(stall)
+        self._interval.saved(step)
+
+    def wait_until_saved(self, steps_done: int) -> None:
+        """Until the last checkpoint is committed, through an outage of the storage too, whose end nobody knows; OSError where it cannot
+        be."""
+        heartbeat, call = self._me.heartbeat, self._me.call
+        heartbeat.tick("checkpoint")
+        end = time.monotonic() + OUTAGE_PATIENCE_SECONDS
+        while True:
+            try:
+                self._checkpointer.wait(2.0)
+                break
+            except StorageOutage:
+                heartbeat.tick()
+                if time.monotonic() > end:
+                    raise
+        while not call("wait_committed", steps_done, timeout=2.0):
+            heartbeat.tick()
+            status = call("status")
+            if steps_done in status.failed_steps or time.monotonic() > end:
+                raise OSError(f"the last checkpoint, of step {steps_done}, could not be saved: {status.checkpoint_problem or 'no answer'}")
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+    def _stage(self, step: int, name: str, buffers: Buffers) -> Receipt:
+        return self._store.stage(step, self._me.spec.generation, name, buffers, give_up=self._checkpointer.hurried)
+
+    def _staged(self, step: int, seconds: float, size_bytes: int) -> None:
+        self._me.metrics.observe("checkpoint_stage_seconds", seconds)
+        if self._chooser is not None:
+            self._chooser.staged(seconds)
+
+    def _files(self, step: int, proven: Callable[[], Guard]) -> Files:
+        virtual_ranks, threads = self._data.virtual_ranks, self._me.spec.threads
+        return snapshot_files(
+            self._state, self._memory, proven, rank=self._me.rank, step=step, virtual_ranks=virtual_ranks, threads=threads
+        )
+
+
+def snapshot_files(
+    state: TrainState,
+    memory: Memory,
+    proven: Callable[[], Guard],
+    *,
+    rank: int,
+    step: int,
+    virtual_ranks: range,
+    threads: int,
+) -> Files:
+    """Copy what this rank saves now; the returned function gives the files' contents later, once `proven` says that they are good. Rank 0
+    holds the replicated state."""
+    cursor = {"rank": rank, "step": step, "virtual_ranks": [virtual_ranks.start, virtual_ranks.stop], "threads": threads}
+    own: dict[str, Buffers] = {f"rank-{rank:05d}.json": [json.dumps(cursor).encode()]}
+    if rank != 0:
+
+        def cursor_alone() -> Iterator[tuple[str, Buffers]]:
+            proven()
+            yield from own.items()
+
+        return cursor_alone
+    snapshot, past = state.snapshot(), memory.history.copy()
+    own[CURVES_FILE] = [memory.curves.to_parquet()]
+
+    def files() -> Iterator[tuple[str, Buffers]]:
+        try:
+            snapshot.wait()
+            own[HISTORY_FILE] = [past.settled(proven())]
+            yield from snapshot.files().items()
+            yield from own.items()
+        finally:
+            snapshot.release()
+
+    return files
+
+
+def commit_meta(me: ThisRank, data: RankData) -> dict[str, Any]:
+    """What the manifest says beside the files: enough to refuse a resume that could not give the same run."""
+    spec, order = me.spec, data.order
+    return {
+        "run": spec.config.run,
+        "attempt": spec.attempt,
+        "world_size": me.world_size,
+        "virtual_ranks": order.virtual_ranks,
+        "threads": spec.threads,
+        "dataset_fingerprint": order.fingerprint,
+        "steps_per_epoch": order.steps_per_epoch,
+        "skipped": sorted(spec.skip),
+        "verified": bool(spec.config.train.verify_every),  # compared between ranks, and found finite, before it was acknowledged
+        "decoder": DECODER_VERSIONS,
+        "versions": versions(),
+    }
