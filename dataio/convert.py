@@ -4,7 +4,7 @@
 
 Called by the command line above and, through `prepare`, by whoever opens `data.path`. The work happens in DEST.partial, shard after shard;
 each complete shard is recorded beside it, so a conversion that was stopped goes on after its last complete shard. DEST appears in one
-rename, complete. What an image is worth is sniff's and decode's to say; where samples come from, sources'.
+rename, complete. What a sample is worth is the codec's to say, what a value of a target may be schema's, where both come from sources'.
 """
 
 import argparse
@@ -14,28 +14,33 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataio.codecs.image.decode import Checker
-from dataio.codecs.image.sniff import Header
+import numpy as np
+
+from dataio.codecs.codec import Refusal
+from dataio.codecs.make import make_checker
 from dataio.config import DataConfig
-from dataio.manifest import MANIFEST_NAME, SPLITS, VERSION, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo
+from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo, fault_of_splits
 from dataio.parquet import QUARANTINE_NAME, ROWS_PER_GROUP, Dataset, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample, Quarantine
 from dataio.remote import is_remote, is_uri, local_path, shown
+from dataio.schema import SPLITS, UNLABELLED, Target, fault_of_targets, is_known, is_single_label, value_of
 from dataio.sources import Balanced, Sample, Source, open_source
 
 SHARD_BYTES = 64 << 20
 SMALL_SOURCE = 5_000  # samples; such a source is looked at to its end, so that the error about bad ones can count them all
 _STATE_NAME = "conversion.json"
+_FORMAT = 1  # part of a conversion's identity: raised when the same source would be stored otherwise
 
 
 class DiskFull(OSError):
@@ -80,12 +85,12 @@ def convert(
 ) -> Manifest:
     """Converts `source` into the folder `dest`, or finds that this was done before.
 
-    Bad images are left out and recorded in quarantine.jsonl. A key met again in its split is made unique by "#2", "#3", ... in the
+    Bad samples are left out and recorded in quarantine.jsonl. A key met again in its split is made unique by "#2", "#3", ... in the
     source's order. Raises ValueError if `dest` holds anything else (unless `force`, which replaces it once the new one is complete),
     TooManyBadSamples above max_bad_fraction of the whole source, DiskFull. After any of these, or a kill, the same call goes on where it
     stopped.
     """
-    identity = conversion_identity(source, max_image_pixels)
+    identities = conversion_identities(source, max_image_pixels)
     dest = dest.expanduser()
     dest = dest.parent.resolve() / dest.name
     if not dest.name:
@@ -106,7 +111,7 @@ def convert(
             if not any(staging.iterdir()):
                 staging.rmdir()
             existing = _intact(dest)
-            if existing is None or existing.identity != identity:
+            if existing is None or existing.identity not in identities:
                 raise ValueError(
                     f"{dest} exists and is not this source, converted with these settings; name another folder, remove it, "
                     f"or add --force to replace it"
@@ -114,7 +119,9 @@ def convert(
             _check_limit(dest, existing, max_bad_fraction)
             return existing
         try:
-            manifest = _Conversion(source, staging, identity, max_bad_fraction, max_image_pixels, on_progress, shard_bytes, threads).run()
+            manifest = _Conversion(
+                source, staging, identities[0], max_bad_fraction, max_image_pixels, on_progress, shard_bytes, threads
+            ).run()
             _publish(staging, dest)
         except BaseException as error:
             free = shutil.disk_usage(staging.parent).free
@@ -166,7 +173,8 @@ def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None =
         return path
     root = Path(config.root).expanduser()
     source = open_source(config.path, root=root, test_fraction=config.test_fraction)
-    dest = root / f"{source.kind}-{conversion_identity(source, config.max_image_pixels)[:16]}"
+    dests = [root / f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels)]
+    dest = next((made for made in dests if _intact(made) is not None), dests[0])
     convert(
         source,
         dest,
@@ -193,9 +201,14 @@ def _check_limit(dest: Path, manifest: Manifest, max_bad_fraction: float) -> Non
     quarantine.restore(BadSample.from_json(json.loads(line)) for line in lines)
 
 
-def conversion_identity(source: Source, max_image_pixels: int) -> str:
-    """Hash of all that the converted folder's content depends on."""
-    return hashlib.sha256(json.dumps([VERSION, ROWS_PER_GROUP, source.kind, source.identity, max_image_pixels]).encode()).hexdigest()
+def conversion_identities(source: Source, max_image_pixels: int) -> tuple[str, ...]:
+    """Hashes of all that the converted folder's content depends on. The first is that of a conversion made now; the others are those of the
+    rules by which the source used to be read: a conversion that was made by them is still good, and is what runs of then go on with."""
+    identities: tuple[str, ...] = getattr(source, "identities", (source.identity,))  # a source whose rules never changed has one
+    return tuple(
+        hashlib.sha256(json.dumps([_FORMAT, ROWS_PER_GROUP, source.kind, identity, max_image_pixels]).encode()).hexdigest()
+        for identity in identities
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,17 +254,20 @@ class _Conversion:
     ) -> None:
         self._source, self._staging, self._identity = source, staging, identity
         self._on_progress, self._shard_bytes = on_progress, shard_bytes
-        self._checker = Checker(threads=threads, max_pixels=max_image_pixels)
+        self._splits = sorted(source.splits(), key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
+        self._checker = make_checker(max_image_pixels=max_image_pixels, threads=threads)
         self._max_bad_fraction = max_bad_fraction
 
     def run(self) -> Manifest:
+        if (fault := fault_of_splits(self._splits) or fault_of_targets(self._source.targets)) is not None:
+            raise ValueError(f"the source cannot be converted: {fault}")
         parts = self._resume()
-        counts = [self._source.count(split) for split in SPLITS]
+        counts = [self._source.count(split) for split in self._splits]
         total = None if None in counts else sum(count or 0 for count in counts)
         self._quarantine = Quarantine(self._max_bad_fraction, None if total is None or total <= SMALL_SOURCE else total)
         self._quarantine.restore(record for part in parts for record in part.bad)
         try:
-            for split in SPLITS:
+            for split in self._splits:
                 parts += self._convert_split(split, [part for part in parts if part.split == split])
         finally:
             self._checker.close()
@@ -264,7 +280,7 @@ class _Conversion:
         kept: list[_Part] = []
         names = {_STATE_NAME}
         if state.is_file() and state.read_text() == self._identity:
-            for split in SPLITS:
+            for split in self._splits:
                 for index in range(1 << 30):
                     part = self._valid_part(split, index)
                     if part is None:
@@ -294,108 +310,118 @@ class _Conversion:
         """The parts of a split that were not done yet."""
         if done and done[-1].last:
             return []
-        consumed = resumed = done[-1].consumed if done else 0
+        resumed = done[-1].consumed if done else 0
         seen = {record.key for part in done for record in part.bad} | self._stored_keys(split, done)
-        samples = self._source.samples(split, resumed)
+        reading = _Reading(split=split, samples=self._source.samples(split, resumed), seen=seen, consumed=resumed, resumed=resumed)
         total = self._source.count(split)
         parts: list[_Part] = []
-        index, last = len(done), False
-        while not last:
-            path = self._staging / _shard_name(split, index)
-            writer = ShardWriter(path)
-            bad: list[BadSample] = []
-            sizes: Counter[str] = Counter()
-            rows = 0
-            try:
-                while not last and (not rows or writer.size_bytes < self._shard_bytes):
-                    group: list[tuple[Sample, Header]] = []
-                    while len(group) < ROWS_PER_GROUP and not last:
-                        wanted = ROWS_PER_GROUP - len(group)
-                        batch = [_unique(sample, seen) for sample in itertools.islice(samples, wanted)]
-                        last = len(batch) < wanted
-                        for offset, (sample, verdict) in enumerate(zip(batch, self._check(batch), strict=True)):
-                            if isinstance(verdict, Header):
-                                group.append((sample, verdict))
-                                sizes[f"{verdict.height}x{verdict.width}"] += 1
-                            else:
-                                bad.append(BadSample(key=sample.key, reason=verdict, split=split, sample_id=consumed + offset))
-                                self._quarantine.add(sample.key, verdict, split, consumed + offset)
-                        consumed += len(batch)
-                        self._report(split, consumed, total, resumed)
-                    if group:
-                        images = [sample.data for sample, _ in group]
-                        writer.write_group(
-                            images,
-                            [sample.label for sample, _ in group],
-                            [sample.key for sample, _ in group],
-                            [hashlib.sha256(image).digest() for image in images],
-                        )
-                        rows += len(group)
-                shard = writer.close()
-            except BaseException:
-                writer.abort()
-                raise
-            if not rows:
-                path.unlink()
-            part = _Part(
-                split=split,
-                shard=shard if rows else None,
-                consumed=consumed,
-                last=last,
-                bad=tuple(bad),
-                image_sizes=dict(sorted(sizes.items())),
-            )
-            _write(self._staging / _part_name(split, index), part.to_json())
+        while not reading.last:
+            part = self._convert_part(reading, len(done) + len(parts), total)
+            _write(self._staging / _part_name(split, len(done) + len(parts)), part.to_json())
             parts.append(part)
-            index += 1
-        assert total in (None, consumed), f"{split} has {consumed} samples, its source announced {total}"
+        assert total in (None, reading.consumed), f"{split} has {reading.consumed} samples, its source announced {total}"
         return parts
 
-    def _check(self, batch: list[Sample]) -> Iterator[Header | str]:
-        """For each sample the image's header, or the reason to leave it out."""
-        classes = len(self._source.classes)
+    def _convert_part(self, reading: "_Reading", index: int, total: int | None) -> _Part:
+        """The next shard of a split, full or with the split's last samples."""
+        path = self._staging / _shard_name(reading.split, index)
+        writer = ShardWriter(path, self._source.targets)
+        bad: list[BadSample] = []
+        sizes: Counter[str] = Counter()
+        rows = 0
+        try:
+            while not reading.last and (not rows or writer.size_bytes < self._shard_bytes):
+                group: list[_Good] = []
+                while len(group) < ROWS_PER_GROUP and not reading.last:
+                    place = reading.consumed
+                    batch = reading.next(ROWS_PER_GROUP - len(group))
+                    for offset, (sample, verdict) in enumerate(zip(batch, self._check(reading.split, batch), strict=True)):
+                        if isinstance(verdict, _Good):
+                            group.append(verdict)
+                            sizes[verdict.size] += 1
+                        else:
+                            bad.append(BadSample(key=sample.key, reason=verdict, split=reading.split, sample_id=place + offset))
+                            self._quarantine.add(sample.key, verdict, reading.split, place + offset)
+                    self._report(reading.split, reading.consumed, total, reading.resumed)
+                if group:
+                    self._write_group(writer, group)
+                    rows += len(group)
+            shard = writer.close()
+        except BaseException:
+            writer.abort()
+            raise
+        if not rows:
+            path.unlink()
+        return _Part(
+            split=reading.split,
+            shard=shard if rows else None,
+            consumed=reading.consumed,
+            last=reading.last,
+            bad=tuple(bad),
+            image_sizes=dict(sorted(sizes.items())),
+        )
+
+    def _write_group(self, writer: ShardWriter, group: Sequence["_Good"]) -> None:
+        targets = self._source.targets
+        writer.write_group(
+            [good.sample.data for good in group],
+            {target.name: np.stack([good.values[place] for good in group]) for place, target in enumerate(targets)},
+            [good.sample.key for good in group],
+            [hashlib.sha256(good.sample.data).digest() for good in group],
+        )
+
+    def _check(self, split: str, batch: list[Sample]) -> Iterator["_Good | str"]:
+        """For each sample what is stored of it, or the reason to leave it out."""
         verdicts = iter(self._checker.check([sample.data for sample in batch if sample.refusal is None]))
         for sample in batch:
-            verdict = sample.refusal or next(verdicts)
-            if isinstance(verdict, Header) and not 0 <= sample.label < classes:
-                yield f"bad label: {sample.label} is not in 0..{classes - 1}"
+            verdict = next(verdicts) if sample.refusal is None else Refusal(reason=sample.refusal)
+            if isinstance(verdict, Refusal):
+                yield verdict.reason
+                continue
+            try:
+                values = checked_values(self._source.targets, sample.values, may_be_unknown=split == UNLABELLED)
+            except ValueError as error:
+                yield f"bad label: {error}"
             else:
-                yield verdict if isinstance(verdict, Header | str) else verdict.reason
+                yield _Good(sample=sample, values=values, size=verdict.size)
 
     def _stored_keys(self, split: str, done: list[_Part]) -> set[str]:
         shards = tuple(part.shard for part in done if part.shard is not None)
-        return {key for key, _, _ in self._read(split, shards)} if shards else set()
+        return {key for key, _, _ in self._stored(split, shards).content()} if shards else set()
 
-    def _read(self, split: str, shards: tuple[ShardInfo, ...]) -> Iterator[tuple[str, int, bytes]]:
-        return Split(split, [(shard, self._staging / shard.name) for shard in shards]).content()
+    def _stored(self, split: str, shards: tuple[ShardInfo, ...]) -> Split:
+        return Split(split, [(shard, self._staging / shard.name) for shard in shards], self._source.targets)
 
     def _report(self, split: str, done: int, total: int | None, resumed: int) -> None:
         if self._on_progress is not None:
             self._on_progress(Progress(split=split, done=done, total=total, bad=self._quarantine.count, resumed=resumed))
 
     def _finish(self, parts: list[_Part]) -> Manifest:
-        classes = self._source.classes
-        fingerprint = Fingerprint(classes)
-        splits = {}
-        for split in SPLITS:
-            shards = tuple(part.shard for part in parts if part.split == split and part.shard is not None)
+        targets = self._source.targets
+        fingerprint = Fingerprint(targets)
+        splits: dict[str, SplitInfo] = {}
+        for name in self._splits:
+            shards = tuple(part.shard for part in parts if part.split == name and part.shard is not None)
             if not shards:
                 raise ValueError(
-                    f"the source has no usable {split} image; "
+                    f"the source has no usable {name} image; "
                     + (
                         "hold out more: --data.test-fraction (of `dataio.convert`: --test-fraction)"
-                        if split == "test"
+                        if name == "test"
                         else "look at the reasons above"
                     )
                 )
-            for key, label, sha256 in self._read(split, shards):
-                fingerprint.add(split, key, label, sha256)
-            splits[split] = SplitInfo(count=sum(shard.rows for shard in shards), shards=shards)
+            split = self._stored(name, shards)
+            for key, values, sha256 in split.content():
+                fingerprint.add(name, key, values, sha256)
+            if name == "train":
+                targets = tuple(measured(target, split) for target in targets)
+            splits[name] = SplitInfo(count=split.count, shards=shards)
         sizes: Counter[str] = Counter()
         for part in parts:
             sizes.update(part.image_sizes)
         manifest = Manifest(
-            classes=classes,
+            targets=targets,
             splits=splits,
             fingerprint=fingerprint.hexdigest(),
             image_sizes=dict(sorted(sizes.items())),
@@ -406,6 +432,67 @@ class _Conversion:
         _write(self._staging / QUARANTINE_NAME, "".join(record.to_line() for part in parts for record in part.bad))
         _write(self._staging / MANIFEST_NAME, manifest.to_json())
         return manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Good:
+    """A sample that is stored."""
+
+    sample: Sample
+    values: list[np.ndarray]
+    """Of the targets, in their order."""
+    size: str
+
+
+class _Reading:
+    """How far a split of the source has been read."""
+
+    def __init__(self, *, split: str, samples: Iterator[Sample], seen: set[str], consumed: int, resumed: int) -> None:
+        self.split, self.consumed, self.resumed, self.last = split, consumed, resumed, False
+        self._samples, self._seen = samples, seen
+
+    def next(self, wanted: int) -> list[Sample]:
+        """The next `wanted` samples, or all that are left, under keys of their own."""
+        batch = [_unique(sample, self._seen) for sample in itertools.islice(self._samples, wanted)]
+        self.consumed += len(batch)
+        self.last = len(batch) < wanted
+        return batch
+
+
+def checked_values(targets: Sequence[Target], given: Sequence[Any], *, may_be_unknown: bool) -> list[np.ndarray]:
+    """A sample's values as they are stored. Raises ValueError for one that is none of its kind, and where none is known but must be."""
+    assert len(targets) == len(given), f"a source of {len(targets)} targets gives {len(given)} values"
+    is_only = is_single_label(targets)
+    values = []
+    for target, value in zip(targets, given, strict=True):
+        try:
+            values.append(value_of(target, value))
+        except ValueError as error:
+            raise ValueError(str(error) if is_only else f"{target.name}: {error}") from None
+    if not may_be_unknown and not any(map(is_known, targets, values)):
+        raise ValueError(f"{given[0]} is not in 0..{len(targets[0].classes) - 1}" if is_only else "no target is known")
+    return values
+
+
+def measured(target: Target, train: Split) -> Target:
+    """A number with its mean and standard deviation (of the population) over the training split; a target of another kind as it is.
+
+    Both are sums rounded once (math.fsum), so they do not depend on the machine. Raises ValueError for a target of which nothing is known.
+    """
+
+    def known() -> Iterator[np.ndarray]:
+        return (values[~np.isnan(values)].astype(np.float64) for values in train.values(target.name))
+
+    if target.kind != "number":
+        if not any(is_known(target, values) for values in train.values(target.name)):
+            raise ValueError(f"no training sample has a value of the target {target.name!r}; leave it out, or give it one")
+        return target
+    count = sum(len(values) for values in known())
+    if not count:
+        raise ValueError(f"no training sample has a value of the target {target.name!r}; leave it out, or give it one")
+    mean = math.fsum(itertools.chain.from_iterable(known())) / count
+    variance = math.fsum(itertools.chain.from_iterable((values - mean) ** 2 for values in known())) / count
+    return replace(target, mean=mean, std=math.sqrt(variance) or 1.0)  # a constant is learned as 0
 
 
 def _publish(staging: Path, dest: Path) -> None:
@@ -528,7 +615,8 @@ def main(arguments: list[str] | None = None) -> int:
             classes=tuple(name.strip() for name in options.classes.split(",")) if options.classes else None,
         )
         if options.sample is not None:
-            sizes = {"train": options.sample, "test": options.sample // 4 if options.sample_test is None else options.sample_test}
+            held_out = options.sample // 4 if options.sample_test is None else options.sample_test
+            sizes = {split: options.sample if split == "train" else held_out for split in source.splits()}
             source = Balanced(source, sizes=sizes, seed=options.seed)
         elif options.sample_test is not None:
             raise ValueError("--sample-test goes with --sample; give both")
@@ -566,7 +654,13 @@ def _summary(dataset: Dataset, manifest: Manifest, seconds: float) -> str:
     counts = ", ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
     bad = f", {manifest.quarantined} left out (see {QUARANTINE_NAME})" if manifest.quarantined else ""
     size = f"{dataset.size_bytes / 1e6:.1f} MB, {seconds:.1f} s"
-    return f"{counts} images of {len(manifest.classes)} classes{bad}; {size}\nfingerprint {manifest.fingerprint}"
+    return f"{counts} images of {_described(manifest.targets)}{bad}; {size}\nfingerprint {manifest.fingerprint}"
+
+
+def _described(targets: Sequence[Target]) -> str:
+    if is_single_label(targets):
+        return f"{len(targets[0].classes)} classes"
+    return ", ".join(f"{target.name} ({f'{len(target.classes)} classes' if target.classes else target.kind})" for target in targets)
 
 
 @contextlib.contextmanager

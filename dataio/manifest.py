@@ -1,21 +1,28 @@
-"""What a converted data set is: its classes, its shards with their hashes, and a fingerprint of its content.
+"""What a converted data set is: its targets, its shards with their hashes, and a fingerprint of its content.
 
 Written last by convert, so a folder with a manifest is complete. Read by parquet (where the shards are) and by the loader (the fingerprint
 keys the order of the samples).
+
+There are two versions, and the data say which. Version 1 is that of data of one label a sample (`schema.single_label`) in the splits
+train and test: it names the classes, and is written as it always was. Version 2 is everything else: it names the targets, and a program
+that knows version 1 alone refuses it, so that none takes a validation split for something else.
+
+Splits are a set: `train` must be there, and `test` or `validation`, as a run is measured on something while it trains; each of the others
+(schema.SPLITS) may be. Who evaluates a split that is not there is told which ones are (`parquet.Dataset.split`).
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dataio.config import DataConfig
+from dataio.schema import KINDS, SPLITS, Kind, Target, fault_of_targets, is_single_label, single_label
 
-VERSION = 1
+VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
-SPLITS = ("train", "test")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.parquet")
 _SIZE = re.compile(r"[1-9][0-9]*x[1-9][0-9]*")
@@ -48,43 +55,62 @@ class SplitInfo:
 class Manifest:
     """The content of manifest.json."""
 
-    classes: tuple[str, ...]
+    targets: tuple[Target, ...]
+    """In the order of the columns."""
     splits: dict[str, SplitInfo]
-    """By name: "train" and "test"."""
+    """By name, of schema.SPLITS and in that order."""
     fingerprint: str
-    """SHA-256 over the classes and, by split, each (key, label, content hash) in order; does not depend on the sharding."""
+    """SHA-256 over the targets and, by split, each (key, values, content hash) in order; does not depend on the sharding."""
     image_sizes: dict[str, int]
-    """"HxW" as displayed -> images of that size, over all splits."""
+    """What the codec says of a sample (of an image "HxW" as displayed) -> samples of that size, over all splits."""
     quarantined: int
     source: str
     """Kind of the source: cifar10, cifar-tar, cifar-batches, huggingface, folder, idx."""
     identity: str
     """Hash of the source (its files' names, sizes, times) and of the settings it was converted with."""
-    version: int = VERSION
+
+    @property
+    def version(self) -> int:
+        return 1 if is_single_label(self.targets) and set(self.splits) == {"train", "test"} else 2
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those of the only target that has any; none where there are several such targets, or none."""
+        with_classes = [target for target in self.targets if target.classes]
+        return with_classes[0].classes if len(with_classes) == 1 else ()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        value: dict[str, Any] = {name: content for name, content in asdict(self).items() if name != "targets"}
+        first = {"classes": self.classes} if self.version == 1 else {"targets": [asdict(target) for target in self.targets]}
+        return json.dumps({**first, **value, "version": self.version}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
         """Strict: raises ManifestError on a missing or unknown key, a wrong type, or numbers that do not add up."""
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestError(f"{MANIFEST_NAME} is not JSON ({error}); convert the source again") from None
-        if isinstance(value, dict) and value.get("version") != VERSION:
-            raise ManifestError(
-                f"{MANIFEST_NAME} has version {value.get('version')!r}, this program reads {VERSION}; convert the source again"
-            )
-        manifest = cls(**_fields(cls, value, "manifest"))
-        manifest._check()
+        version = value.get("version") if isinstance(value, dict) else 1
+        if isinstance(version, bool) or version not in VERSIONS:
+            known = " and ".join(map(str, VERSIONS))
+            raise ManifestError(f"{MANIFEST_NAME} has version {version!r:.60}, this program reads {known}; convert the source again")
+        known_fields = ["classes" if field.name == "targets" and version == 1 else field.name for field in fields(cls)]
+        read = _read(value, [*known_fields, "version"], "manifest")
+        if version == 1:
+            read["targets"] = single_label(read.pop("classes"))
+        del read["version"]
+        manifest = cls(**read)
+        manifest._check(version)
         return manifest
 
-    def _check(self) -> None:
-        if set(self.splits) != set(SPLITS):
-            raise ManifestError(f"{MANIFEST_NAME} has splits {sorted(self.splits)}, not {sorted(SPLITS)}; convert the source again")
-        if not self.classes or len(set(self.classes)) != len(self.classes):
-            raise ManifestError(f"{MANIFEST_NAME} has no classes, or the same class twice; convert the source again")
+    def _check(self, version: int) -> None:
+        if (fault := fault_of_splits(self.splits)) is not None:
+            raise ManifestError(f"{MANIFEST_NAME}: {fault}; convert the source again")
+        if (fault := fault_of_targets(self.targets)) is not None:
+            raise ManifestError(f"{MANIFEST_NAME}: {fault}; convert the source again")
+        if version != self.version:
+            raise ManifestError(f"{MANIFEST_NAME} has version {version}, its targets and splits are those of {self.version}")
         names = [shard.name for split in self.splits.values() for shard in split.shards]
         if len(set(names)) != len(names):
             raise ManifestError(f"{MANIFEST_NAME} names a shard twice; convert the source again")
@@ -98,19 +124,36 @@ class Manifest:
             raise ManifestError(f"{MANIFEST_NAME}: image_sizes does not add up to the number of images")
 
 
+def fault_of_splits(splits: Collection[str]) -> str | None:
+    """What is wrong with the set of a data set's splits; None where nothing is."""
+    if unknown := sorted(set(splits) - set(SPLITS)):
+        return f"there is a split {unknown[0]!r:.60}; those that there may be are {', '.join(SPLITS)}"
+    if "train" not in splits:
+        return f"the splits are {', '.join(splits) or 'none'}: there is none to train on, named train"
+    if "test" not in splits and "validation" not in splits:
+        return f"the splits are {', '.join(splits)}: there is none to measure a run on, named test or validation"
+    return None
+
+
 class Fingerprint:
     """Hashes a data set's content, split after split, sample after sample."""
 
-    def __init__(self, classes: Iterable[str]) -> None:
-        self._hash = hashlib.sha256(json.dumps(["dataset", VERSION, list(classes)]).encode())
+    def __init__(self, targets: Sequence[Target]) -> None:
+        described: list[Any]
+        if is_single_label(targets):
+            described = ["dataset", 1, list(targets[0].classes)]
+        else:
+            described = ["dataset", 2, [[target.name, target.kind, list(target.classes)] for target in targets]]
+        self._hash = hashlib.sha256(json.dumps(described).encode())
         self._split: str | None = None
 
-    def add(self, split: str, key: str, label: int, sha256: bytes) -> None:
+    def add(self, split: str, key: str, values: bytes, sha256: bytes) -> None:
+        """`values` are those of the targets in their order, each of the length that its kind has (`parquet.Split.content`)."""
         if split != self._split:
             self._split = split
             self._hash.update(b"\xff" + split.encode() + b"\xff")  # 0xff is in no UTF-8 text: it cannot be part of a key
         raw = key.encode()
-        self._hash.update(len(raw).to_bytes(4, "little") + raw + label.to_bytes(8, "little", signed=True) + sha256)
+        self._hash.update(len(raw).to_bytes(4, "little") + raw + values + sha256)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -118,9 +161,12 @@ class Fingerprint:
 
 def _fields(kind: Any, value: object, where: str) -> dict[str, Any]:
     """The checked constructor arguments of one of the dataclasses above."""
+    return _read(value, [field.name for field in fields(kind)], where)
+
+
+def _read(value: object, known: Sequence[str], where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ManifestError(f"{MANIFEST_NAME}: {where} is not an object; convert the source again")
-    known = [field.name for field in fields(kind)]
     if set(value) != set(known):
         missing, extra = sorted(set(known) - set(value)), sorted(set(value) - set(known))
         raise ManifestError(f"{MANIFEST_NAME}: {where} lacks {missing} and has unknown {extra}; convert the source again")
@@ -167,6 +213,43 @@ def _mapping(value: object, where: str) -> Mapping[str, object]:
     return value
 
 
+def _target(value: object, where: str) -> Target:
+    """What a target must be beside its types is schema's to say."""
+    known = [field.name for field in fields(Target)]
+    if not isinstance(value, dict) or set(value) != set(known):
+        raise _wrong(where, value, f"an object of {', '.join(known)}")
+    return Target(
+        name=_text(value["name"], f"{where}.name"),
+        kind=_kind(value["kind"], f"{where}.kind"),
+        classes=_texts(value["classes"], f"{where}.classes"),
+        mean=_number(value["mean"], f"{where}.mean"),
+        std=_number(value["std"], f"{where}.std"),
+    )
+
+
+def _kind(value: object, where: str) -> Kind:
+    found = next((kind for kind in KINDS if kind == value), None)
+    if found is None:
+        raise _wrong(where, value, f"one of {', '.join(KINDS)}")
+    return found
+
+
+def _number(value: object, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or (isinstance(value, int) and abs(value) > 1 << 1000):
+        raise _wrong(where, value, "a number")
+    return float(value)
+
+
+def _texts(value: object, where: str) -> tuple[str, ...]:
+    return tuple(_text(item, where) for item in _list(value, where))
+
+
+def _splits(value: object, where: str) -> dict[str, SplitInfo]:
+    found = _mapping(value, where)
+    ordered = sorted(found, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
+    return {name: SplitInfo(**_fields(SplitInfo, found[name], f"{where}.{name}")) for name in ordered}
+
+
 def _sizes(value: object, where: str) -> dict[str, int]:
     sizes = {key: _count(number, where) for key, number in _mapping(value, where).items()}
     if bad := [key for key in sizes if not _SIZE.fullmatch(key)]:
@@ -183,10 +266,9 @@ _READ: dict[str, Any] = {
     "footer_sha256": _hex,
     "count": _count,
     "shards": lambda value, where: tuple(ShardInfo(**_fields(ShardInfo, item, where)) for item in _list(value, where)),
-    "classes": lambda value, where: tuple(_text(item, where) for item in _list(value, where)),
-    "splits": lambda value, where: {
-        key: SplitInfo(**_fields(SplitInfo, item, f"{where}.{key}")) for key, item in _mapping(value, where).items()
-    },
+    "classes": _texts,
+    "targets": lambda value, where: tuple(_target(item, f"{where}[{index}]") for index, item in enumerate(_list(value, where))),
+    "splits": _splits,
     "fingerprint": _hex,
     "image_sizes": _sizes,
     "quarantined": _count,

@@ -1,18 +1,17 @@
-"""A converted data set on disk, in memory or on remote storage: Parquet shards, read by row group as zero-copy views of the encoded images.
+"""A converted data set on disk, in memory or on remote storage: Parquet shards, read by row group as views of the encoded samples.
 
 Written by convert, one row group at a time; read by the loader, from any thread. Every page carries a checksum and every footer a hash in
-the manifest: a flipped bit is a CorruptShard, never a wrong image. What the bytes decode to is decode's.
+the manifest: a flipped bit is a CorruptShard, never a wrong sample. What the bytes decode to is the codec's.
 
-Arrow reads the footers. The pages are taken apart here, as they are all of the one kind that ShardWriter writes (PLAIN, no nulls, no
-dictionary): the wanted columns of a row group lie side by side, so a group is one ranged read, and what stays in memory is that range and
-nothing else. Arrow's reader copies images into columns, with three times the memory on the way there, at 1.6 GB/s instead of 2.2.
+Arrow reads the footers; the pages are taken apart by columns. The wanted columns of a row group lie side by side, so a group is one ranged
+read, and what stays in memory is that range and nothing else. Arrow's reader copies images into columns, with three times the memory on the
+way there, at 1.6 GB/s instead of 2.2.
 """
 
 import hashlib
 import os
 import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataio.columns import Layout, arrow_array, packed, read_pages
 from dataio.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from dataio.remote import RETRY_SECONDS, Remote, RemoteFile, is_remote, is_uri, local_path
+from dataio.schema import LABEL, Target, is_single_label, single_label
 
 ROWS_PER_GROUP = 512
 QUARANTINE_NAME = "quarantine.jsonl"
-SCHEMA = pa.schema(
-    [
-        pa.field("image", pa.binary(), nullable=False),
-        pa.field("label", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("sha256", pa.binary(32), nullable=False),
-    ]
-)
 File: TypeAlias = "Path | pa.Buffer | RemoteFile"
 """Where the bytes of one file are."""
 
@@ -43,10 +36,10 @@ _TAIL_BYTES = 64 << 10
 """Read at once from a shard's end: the footer of some 150 row groups."""
 _VERIFY_BYTES = 8 << 20
 _ROW_BYTES = 256
-"""What a row takes beside its bytes in the file: a view, a label, a key."""
-
-Pages = list[tuple[int, np.ndarray]]
-"""Of a column of a row group: (number of values, their bytes as PLAIN has them), in order."""
+"""What a row takes beside its bytes in the file: a view, a value of a target, a key."""
+_ONE_LABEL = single_label(())
+_VALUE_BYTES = 8
+"""What each further target adds to that; labels are views."""
 
 
 class CorruptShard(ValueError):
@@ -59,23 +52,31 @@ class RowGroup:
 
     encoded: list[np.ndarray]
     """Each (bytes,) uint8, a read-only view of the row group's buffer."""
-    labels: np.ndarray
-    """(n,) int64"""
+    targets: dict[str, np.ndarray]
+    """By name, each (n, *shape) of the target's dtype."""
     keys: list[str]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64, of data of one label a sample."""
+        return self.targets[LABEL]
 
 
 class Split:
     """One split: `count` samples in row groups of ROWS_PER_GROUP (the last may be short)."""
 
-    def __init__(self, name: str, shards: Sequence[tuple[ShardInfo, File]]) -> None:
-        self.name = name
+    def __init__(self, name: str, shards: Sequence[tuple[ShardInfo, File]], schema: tuple[Target, ...] = _ONE_LABEL) -> None:
+        self.name, self.schema = name, schema
+        layout = Layout(schema)
+        self._of_a_row_group = ("image", *layout.targets, "key")
         self.count = sum(info.rows for info, _ in shards)
         self.is_remote = any(isinstance(where, RemoteFile) for _, where in shards)
         rows = [group for info, _ in shards for group in info.row_group_rows]
         self.group_offsets: np.ndarray = np.concatenate(([0], np.cumsum(rows, dtype=np.int64)))  # (groups + 1,) int64
-        self._shards = [_Shard(name, info, where) for info, where in shards]
+        self._shards = [_Shard(name, info, where, layout) for info, where in shards]
         self._place = [(shard, group) for shard in self._shards for group in range(len(shard.info.row_group_rows))]
-        self._labels: np.ndarray | None = None
+        self._target_columns = layout.targets
+        self._targets: dict[str, np.ndarray] | None = None
 
     @property
     def groups(self) -> int:
@@ -83,23 +84,39 @@ class Split:
 
     def read_group(self, group: int) -> RowGroup:
         """Row group `group` of the split, by one read. Raises CorruptShard; where the shards are remote, DataOutage and DataRefused too."""
-        images, labels, keys = self._read(group, *_OF_A_ROW_GROUP)
-        return RowGroup(encoded=images, labels=labels, keys=keys)
+        encoded, *values, keys = self._read(group, *self._of_a_row_group)
+        return RowGroup(encoded=encoded, targets=self._by_name(values), keys=keys)
 
     def group_bytes(self, group: int) -> int:
-        """The memory that `read_group(group)` takes while any of its images is held: its bytes in the file, and 256 a row for the objects
+        """The memory that `read_group(group)` takes while any of its samples is held: its bytes in the file, and some a row for the objects
         around them. Reads the shard's footer if nobody has; raises what read_group raises."""
         shard, local = self._locate(group)
-        return shard.span(local, _OF_A_ROW_GROUP)[1] + _ROW_BYTES * shard.info.row_group_rows[local]
+        row_bytes = _ROW_BYTES + _VALUE_BYTES * (len(self.schema) - 1)
+        return shard.span(local, self._of_a_row_group)[1] + row_bytes * shard.info.row_group_rows[local]
+
+    def targets(self) -> dict[str, np.ndarray]:
+        """By name, each (count, *shape) of the target's dtype, read-only; read once."""
+        if self._targets is None:
+            parts = [self._read(group, *self._target_columns) for group in range(self.groups)]
+            columns = [
+                np.concatenate([np.empty((0, *target.shape), target.dtype), *(part[index] for part in parts)])
+                for index, target in enumerate(self.schema)
+            ]
+            for column in columns:
+                column.flags.writeable = False
+            self._targets = self._by_name(columns)
+        return self._targets
 
     def labels(self) -> np.ndarray:
-        """(count,) int64, read once."""
-        if self._labels is None:
-            parts = [self._read(group, "label")[0] for group in range(self.groups)]
-            labels = np.concatenate(parts) if parts else np.empty(0, np.int64)
-            labels.flags.writeable = False
-            self._labels = labels
-        return self._labels
+        """(count,) int64, of data of one label a sample. Raises ValueError for others."""
+        if not is_single_label(self.schema):
+            raise ValueError(f"the data set has not one label a sample; its targets are {', '.join(each.name for each in self.schema)}")
+        return self.targets()[LABEL]
+
+    def values(self, name: str) -> Iterator[np.ndarray]:
+        """The values of one target, (n, *shape) a row group, in order: for what must not hold them all."""
+        column = self._target_columns[[target.name for target in self.schema].index(name)]
+        return (self._read(group, column)[0] for group in range(self.groups))
 
     def keys(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The keys of these samples, in the order asked for; reads the row groups they lie in."""
@@ -111,16 +128,21 @@ class Split:
         within = wanted - self.group_offsets[groups]
         return [columns[int(group)][int(row)] for group, row in zip(groups, within, strict=True)]
 
-    def content(self) -> Iterator[tuple[str, int, bytes]]:
-        """(key, label, content SHA-256) of each sample in order, without reading the images."""
+    def content(self) -> Iterator[tuple[str, bytes, bytes]]:
+        """(key, values, content SHA-256) of each sample in order, without reading the samples. The values are the bytes of all targets in
+        their order, little-endian: 8 of a label, one a class of labels, 4 of a number."""
         for group in range(self.groups):
-            keys, labels, hashes = self._read(group, "key", "label", "sha256")
-            yield from zip(keys, labels.tolist(), hashes, strict=True)
+            keys, hashes, *columns = self._read(group, "key", "sha256", *self._target_columns)
+            values = np.concatenate([packed(column) for column in columns], axis=1)  # (n, bytes) uint8
+            yield from zip(keys, (row.tobytes() for row in values), hashes, strict=True)
 
     def verify(self) -> None:
         """Reads all bytes of all shards and compares their hashes. Raises CorruptShard."""
         for shard in self._shards:
             shard.verify()
+
+    def _by_name(self, columns: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        return {target.name: column for target, column in zip(self.schema, columns, strict=True)}
 
     def _read(self, group: int, *columns: str) -> list[Any]:
         shard, local = self._locate(group)
@@ -141,7 +163,8 @@ class Dataset:
         """Where it was opened, without credentials, to be shown."""
         self._files = dict(files)
         self._splits = {
-            name: Split(name, [(shard, self._files[shard.name]) for shard in info.shards]) for name, info in manifest.splits.items()
+            name: Split(name, [(shard, self._files[shard.name]) for shard in info.shards], manifest.targets)
+            for name, info in manifest.splits.items()
         }
 
     def split(self, name: str) -> Split:
@@ -215,15 +238,17 @@ class ShardWriter:
     The caller renames: a shard counts once its ShardInfo is recorded somewhere.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, targets: tuple[Target, ...] = _ONE_LABEL) -> None:
+        self._path, self._targets = path, targets
+        layout = Layout(targets)
+        self._schema = layout.schema
         self._row_group_rows: list[int] = []
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
         try:
             self._writer = pq.ParquetWriter(
                 pa.PythonFile(self._file, mode="w"),
-                SCHEMA,
-                compression={"image": "NONE", "label": "ZSTD", "key": "ZSTD", "sha256": "NONE"},  # PNG and JPEG do not compress
+                layout.schema,
+                compression=layout.compression,
                 use_dictionary=False,
                 write_statistics=False,
                 write_page_checksum=True,
@@ -237,15 +262,16 @@ class ShardWriter:
     def size_bytes(self) -> int:
         return self._file.tell()
 
-    def write_group(self, images: Sequence[bytes], labels: Sequence[int], keys: Sequence[str], hashes: Sequence[bytes]) -> None:
+    def write_group(self, encoded: Sequence[bytes], targets: Mapping[str, Any], keys: Sequence[str], hashes: Sequence[bytes]) -> None:
+        """`targets`: by name, n values each, as `schema.value_of` gives them."""
         arrays = [
-            pa.chunked_array(_binary_chunks(images), pa.binary()),
-            pa.chunked_array([pa.array(labels, pa.int64())]),
+            pa.chunked_array(_binary_chunks(encoded), pa.binary()),
+            *(pa.chunked_array([arrow_array(target, targets[target.name])]) for target in self._targets),
             pa.chunked_array([pa.array(keys, pa.string())]),
             pa.chunked_array([pa.array(hashes, pa.binary(32))]),
         ]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), row_group_size=ROWS_PER_GROUP)
-        self._row_group_rows.append(len(images))
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=ROWS_PER_GROUP)
+        self._row_group_rows.append(len(encoded))
 
     def close(self) -> ShardInfo:
         self._writer.close()
@@ -279,8 +305,9 @@ def shard_info(path: Path, row_group_rows: tuple[int, ...]) -> ShardInfo:
 class _Shard:
     """One shard; its footer is read and checked once. From any thread."""
 
-    def __init__(self, split: str, info: ShardInfo, where: File) -> None:
+    def __init__(self, split: str, info: ShardInfo, where: File, layout: "Layout") -> None:
         self.info = info
+        self._layout = layout
         self._split = split
         self._where = where
         self._metadata: pq.FileMetaData | None = None
@@ -295,13 +322,13 @@ class _Shard:
         rows = self.info.row_group_rows[group]
         values = []
         for name in columns:
-            chunk = row_group.column(_COLUMNS[name])
+            chunk = row_group.column(self._layout.index[name])
             at = chunk.data_page_offset - begin
             try:
-                pages = _pages(data[at : at + chunk.total_compressed_size], chunk.compression, chunk.total_uncompressed_size)
+                pages = read_pages(data[at : at + chunk.total_compressed_size], chunk.compression, chunk.total_uncompressed_size)
                 if sum(count for count, _ in pages) != rows:
                     raise ValueError(f"it has {sum(count for count, _ in pages)} rows instead of {rows}")
-                values.append(_VALUES[name](pages))
+                values.append(self._layout.values[name](pages))
             except (pa.ArrowException, ValueError, IndexError, OSError, MemoryError, struct.error) as error:
                 raise self._corrupt(group, f"{error} (column {name})") from error
         return values
@@ -309,7 +336,7 @@ class _Shard:
     def span(self, group: int, columns: Sequence[str]) -> tuple[int, int]:
         """(offset, bytes) of the range that spans these columns of a row group."""
         row_group = self._checked_metadata().row_group(group)
-        chunks = [row_group.column(_COLUMNS[name]) for name in columns]
+        chunks = [row_group.column(self._layout.index[name]) for name in columns]
         begin = min(chunk.data_page_offset for chunk in chunks)
         return begin, max(chunk.data_page_offset + chunk.total_compressed_size for chunk in chunks) - begin
 
@@ -336,6 +363,8 @@ class _Shard:
                 rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
                 if rows != self.info.row_group_rows:
                     raise self._corrupt(None, f"its row groups hold {rows[:4]}... rows instead of {self.info.row_group_rows[:4]}...")
+                if metadata.schema.names != self._layout.schema.names:
+                    raise self._corrupt(None, f"its columns are {metadata.schema.names}, not {self._layout.schema.names}")
                 self._metadata = metadata
             return self._metadata
 
@@ -402,115 +431,12 @@ def _footer(read: Callable[[int, int], pa.Buffer], size: int) -> bytes:
     return bytes(tail[-length:])
 
 
-# --- Pages: https://parquet.apache.org/docs/file-format/data-pages, headers in Thrift's compact protocol --------------------------
-
-
-def _pages(chunk: np.ndarray, codec: str, most_bytes: int) -> Pages:
-    """The pages of a column chunk, (bytes,) uint8, each checked against its CRC; what is not compressed is not copied. ValueError for any
-    that ShardWriter does not write. `most_bytes` bounds what they decompress to: headers have no checksum."""
-    pages: Pages = []
-    data, at = chunk.data, 0
-    while at < len(data):
-        header, at = _thrift(data, at, depth=0)
-        kind, unpacked, size, crc, values = (header.get(field) for field in (1, 2, 3, 4, 5))
-        if kind != 0 or not isinstance(values, dict) or values.get(2) != 0:
-            raise ValueError("a page is not a PLAIN data page")
-        if not (isinstance(unpacked, int) and isinstance(size, int) and isinstance(crc, int) and isinstance(values.get(1), int)):
-            raise ValueError("a page's header lacks its sizes or its CRC")
-        if not (0 <= size <= len(data) - at and 0 <= unpacked <= most_bytes):
-            raise ValueError("a page is longer than its column")
-        payload = data[at : at + size]
-        if zlib.crc32(payload) != crc & 0xFFFFFFFF:
-            raise ValueError("a page's CRC does not match its bytes")
-        if codec == "UNCOMPRESSED":
-            pages.append((values[1], chunk[at : at + size]))
-        else:
-            pages.append((values[1], np.frombuffer(pa.Codec(codec.lower()).decompress(pa.py_buffer(payload), unpacked), np.uint8)))
-        at += size
-    return pages
-
-
-def _thrift(data: memoryview, at: int, depth: int) -> tuple[dict[int, Any], int]:
-    """(fields by id, end) of the struct that begins at `at`: integers and structs of them, which is what page headers are made of."""
-    fields: dict[int, Any] = {}
-    field = 0
-    while head := data[at]:
-        at += 1
-        kind, step = head & 15, head >> 4
-        if step:
-            field += step
-        else:
-            field, at = _zigzag(data, at)
-        if kind in (1, 2):  # the value is in the type
-            fields[field] = kind == 1
-        elif kind in (4, 5, 6):
-            fields[field], at = _zigzag(data, at)
-        elif kind == 12 and depth < 3:
-            fields[field], at = _thrift(data, at, depth + 1)
-        else:
-            raise ValueError("a page's header is damaged")
-    return fields, at + 1
-
-
-def _zigzag(data: memoryview, at: int) -> tuple[int, int]:
-    """(value, end) of a variable-length integer."""
-    value = shift = 0
-    while shift < 70:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value >> 1 ^ -(value & 1), at
-    raise ValueError("a page's header is damaged")
-
-
-def _byte_arrays(pages: Pages) -> list[np.ndarray]:
-    """Zero-copy (bytes,) uint8 views of values that each follow their length."""
-    views: list[np.ndarray] = []
-    length_at = struct.Struct("<I").unpack_from
-    for count, data in pages:
-        lengths, at = data.data, 0
-        for _ in range(count):
-            (length,) = length_at(lengths, at)
-            begin, at = at + 4, at + 4 + length
-            views.append(data[begin:at])
-        if at != len(data):
-            raise ValueError("a page's values do not fill it")
-    return views
-
-
-def _ints(pages: Pages) -> np.ndarray:
-    return np.concatenate([_fixed(page, 8).view("<i8").reshape(-1) for page in pages]).astype(np.int64, copy=False)
-
-
-def _texts(pages: Pages) -> list[str]:
-    return [view.tobytes().decode() for view in _byte_arrays(pages)]
-
-
-def _hashes(pages: Pages) -> list[bytes]:
-    return [row.tobytes() for page in pages for row in _fixed(page, 32)]
-
-
-def _fixed(page: tuple[int, np.ndarray], width: int) -> np.ndarray:
-    """(values, width) uint8"""
-    count, data = page
-    if len(data) != count * width:
-        raise ValueError("a page's values do not fill it")
-    return data.reshape(count, width)
-
-
-_COLUMNS = {name: index for index, name in enumerate(SCHEMA.names)}
-_VALUES: dict[str, Callable[[Pages], Any]] = {"image": _byte_arrays, "label": _ints, "key": _texts, "sha256": _hashes}
-_OF_A_ROW_GROUP = ("image", "label", "key")
-
-
-def _binary_chunks(images: Sequence[bytes]) -> list[pa.Array]:
+def _binary_chunks(encoded: Sequence[bytes]) -> list[pa.Array]:
     """Arrays of less than 2 GiB each: the offsets of a binary array are 32-bit."""
     chunks, begin, size = [], 0, 0
-    for index, image in enumerate(images):
-        if size + len(image) >= 2**31 - 1:
-            chunks.append(pa.array(images[begin:index], pa.binary()))
+    for index, sample in enumerate(encoded):
+        if size + len(sample) >= 2**31 - 1:
+            chunks.append(pa.array(encoded[begin:index], pa.binary()))
             begin, size = index, 0
-        size += len(image)
-    return [*chunks, pa.array(images[begin:], pa.binary())]
+        size += len(sample)
+    return [*chunks, pa.array(encoded[begin:], pa.binary())]

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dataio.manifest import MANIFEST_NAME
+from dataio.schema import Target, single_label
 
 CIFAR10 = "cifar10"
 ACCEPTED = """accepted are
@@ -56,8 +57,14 @@ class Sample:
 
     key: str
     data: bytes
-    label: int
+    values: tuple[Any, ...]
+    """Of the source's targets, in their order, as `schema.value_of` takes them."""
     refusal: str | None = None
+
+    @property
+    def label(self) -> int:
+        """Of a source of one label a sample."""
+        return int(self.values[0])
 
 
 class Source(Protocol):
@@ -73,6 +80,11 @@ class Source(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
     @property
+    def targets(self) -> tuple[Target, ...]:
+        """What is known of a sample; their means and deviations are convert's to find."""
+        ...
+
+    @property
     def ignored(self) -> tuple[str, ...]:
         """Names of files, or groups of files, in the source that are not read."""
         ...
@@ -85,6 +97,15 @@ class Source(Protocol):
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
         """From sample `start` of the split on."""
         ...
+
+
+class _Labelled:
+    """A source of one label a sample."""
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        classes: tuple[str, ...] = self.classes  # type: ignore[attr-defined]
+        return single_label(classes)
 
 
 def open_source(path: str, *, root: Path, test_fraction: float, classes: tuple[str, ...] | None = None) -> Source:
@@ -145,7 +166,7 @@ def held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(raw, "little") < fraction * 2**64
 
 
-class Renamed:
+class Renamed(_Labelled):
     """A source with other class names."""
 
     def __init__(self, source: Source, classes: tuple[str, ...]) -> None:
@@ -171,7 +192,7 @@ class Renamed:
         return self._source.samples(split, start)
 
 
-class Balanced:
+class Balanced(_Labelled):
     """A sample of a source: the same number of images of each class (one more of the first ones where it does not divide).
 
     Chosen by a hash of (seed, key), so whatever the source's order.
@@ -221,7 +242,7 @@ CIFAR_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 CIFAR_MEMBERS = (*CIFAR_TRAIN, "test_batch", "batches.meta")
 
 
-class Cifar:
+class Cifar(_Labelled):
     """CIFAR-10, or other images in its format, from its five training batches, its test batch and its class names."""
 
     ignored: tuple[str, ...] = ()
@@ -248,7 +269,7 @@ class Cifar:
             for index in range(max(start - at, 0), len(batch.labels)):
                 key = batch.filenames[index] if unique else f"{batch.name}/{index:05d}"
                 pixels = np.ascontiguousarray(batch.images[index].reshape(3, 32, 32).transpose(1, 2, 0))  # (32, 32, 3)
-                yield Sample(key=key, data=png(pixels), label=batch.labels[index])
+                yield Sample(key=key, data=png(pixels), values=(batch.labels[index],))
             at += len(batch.labels)
 
     @cached_property
@@ -504,7 +525,7 @@ def _text(raw: bytes | str) -> str:
 _IDX_NAME = re.compile(r"(?P<split>train|t10k|test)-(?P<what>images|labels)[.-]idx(?P<dims>[13])-ubyte(?:\.gz)?")
 
 
-class Idx:
+class Idx(_Labelled):
     """Gray images of the MNIST family, each written as a PNG. Classes are named by classes.txt (a name a line), else by number."""
 
     kind = "idx"
@@ -540,7 +561,7 @@ class Idx:
                 continue
             seen += 1
             if seen > start:
-                yield Sample(key=key, data=png(image), label=int(labels[index]))
+                yield Sample(key=key, data=png(image), values=(int(labels[index]),))
 
 
 def _find_idx(folder: Path) -> dict[str, tuple[Path, Path]]:
@@ -609,7 +630,7 @@ def _idx_images(path: Path, labels: int) -> Iterator[np.ndarray]:
 # Hugging Face Parquet
 
 
-class HuggingFace:
+class HuggingFace(_Labelled):
     """Parquet files of `image|img: struct{bytes, path}` (or plain binary) and `label|fine_label`, as the Hugging Face hub stores them."""
 
     kind = "huggingface"
@@ -688,7 +709,7 @@ class HuggingFace:
                 refusal = "no image: null" if paths[index] is None else "no image: the row holds a path, but no bytes"
             elif number is None:
                 refusal = "bad label: null"
-            yield Sample(key=key, data=data or b"", label=-1 if number is None else number, refusal=refusal)
+            yield Sample(key=key, data=data or b"", values=(-1 if number is None else number,), refusal=refusal)
 
     def _distinct_labels(self, paths: list[Path]) -> list[Any]:
         column, seen = self._columns[1], set()
@@ -760,7 +781,7 @@ def _class_names(schema: Any, label: str) -> tuple[str, ...]:
 # Folders by class
 
 
-class ImageFolder:
+class ImageFolder(_Labelled):
     """One folder a class, under train/ and a held-out folder, or alone. Classes are the folders' names, sorted."""
 
     kind = "folder"
@@ -795,9 +816,9 @@ class ImageFolder:
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
         for path, label in self._files[split][start:]:
             try:
-                yield Sample(key=self._key(path), data=path.read_bytes(), label=label)
+                yield Sample(key=self._key(path), data=path.read_bytes(), values=(label,))
             except OSError as error:
-                yield Sample(key=self._key(path), data=b"", label=label, refusal=f"unreadable: {error.strerror}")
+                yield Sample(key=self._key(path), data=b"", values=(label,), refusal=f"unreadable: {error.strerror}")
 
     def _key(self, path: Path) -> str:
         return _text(os.fsencode(path.relative_to(self._folder).as_posix()))

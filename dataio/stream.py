@@ -1,14 +1,14 @@
 """Row groups read ahead of their use, by threads, within a budget of bytes.
 
-Called by the loader, which knows the order of training and so which samples the next steps need, and by decode for whole splits. A `Shelf`
-holds the row groups of one split; a `Reading` is one walk through a plan with them. Where bytes come from, and what is tried again, is
-parquet's and remote's; what they decode to is decode's.
+Called by the loader's supplies (streamed, and resident for whole splits), which know what the next steps need. A `Shelf` holds the row
+groups of one split; a `Reading` is one walk through a plan with them. Where bytes come from, and what is tried again, is parquet's and
+remote's; what they decode to is the codec's.
 
 How the budget is kept: a group is charged with all the memory it will take before it is read (its footer tells), and until it is dropped.
 Groups are read in the order of their use; one that does not fit waits for those before it to be used (back-pressure). To make room the
 group is dropped whose next use is the farthest, which is known, as the plan is: no other choice reads less (Belady 1966). What is needed
-before the group that wants the room is never dropped. Where the groups of a single step exceed the budget, the step's images are copied out
-of them: then the most that is held is the budget, or one group where that is larger, and copies of one step's images.
+before the group that wants the room is never dropped. Where the groups of a single step exceed the budget, the step's samples are copied
+out of them: then the most that is held is the budget, or one group where that is larger, and copies of one step's samples.
 """
 
 import threading
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,14 +40,14 @@ _PLAN_AT_START = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples(Generic[T]):
-    """Encoded samples, in the order asked for; the images are valid until the next are asked for."""
+    """Encoded samples, in the order asked for; their bytes are valid until the next are asked for."""
 
     tag: T
     """What the plan gave with them."""
     ids: Ids  # (n,)
     encoded: list[npt.NDArray[np.uint8]]
     """n times (bytes,)"""
-    labels: npt.NDArray[np.int64]  # (n,)
+    targets: dict[str, npt.NDArray[Any]]  # by name, each (n, *shape)
     keys: list[str]
 
 
@@ -73,6 +73,63 @@ class Shelf:
         return Reading(self, iter(plan), horizon, name)
 
 
+class _Plan(Generic[T]):
+    """What the steps of a plan want of which groups, as far as it has been asked for. Uses are numbered in the order in which the plan
+    makes them: each step uses each of its groups once. Whoever calls holds the reading's lock."""
+
+    def __init__(self, steps: Iterator[tuple[T, Ids]], offsets: Ids) -> None:
+        self._asked, self._offsets = steps, offsets
+        self.steps: deque[tuple[T, Ids, Ids]] = deque()  # (tag, ids, their groups), planned and not begun
+        self.ended = False
+        self.failure: BaseException | None = None
+        self.planned_uses = self.taken_uses = 0
+        self.planned_steps = self.begun_steps = 0
+        self.unread: deque[tuple[int, int]] = deque()  # (use, group) that no reader has looked at
+        self.uses: dict[int, deque[int]] = {}  # by group: its uses that are planned and not taken
+
+    def _extend(self) -> None:
+        if self.ended:
+            return
+        try:
+            tag, ids = next(self._asked)
+        except StopIteration:
+            self.ended = True
+            return
+        except BaseException as error:
+            self.ended, self.failure = True, error
+            return
+        groups = np.searchsorted(self._offsets, ids, side="right") - 1  # (n,)
+        self.steps.append((tag, ids, groups))
+        self.planned_steps += 1
+        for group in np.unique(groups).tolist():  # in the order in which the reading takes them
+            self.uses.setdefault(group, deque()).append(self.planned_uses)
+            self.unread.append((self.planned_uses, group))
+            self.planned_uses += 1
+
+    def extend_to(self, steps: int) -> bool:
+        """Plans one more step; False if there is none, or `steps` are planned and not begun."""
+        if self.ended or self.planned_steps - self.begun_steps >= steps:
+            return False
+        self._extend()
+        return True
+
+    def begin(self) -> tuple[T, Ids, Ids] | None:
+        """The next step; None after the last. Raises what the plan raised."""
+        if not self.steps:
+            self._extend()
+        if not self.steps:
+            if self.failure is not None:
+                raise self.failure
+            return None
+        self.begun_steps += 1
+        return self.steps.popleft()
+
+    def take(self, group: int) -> None:
+        """The group's next use has begun."""
+        self.uses[group].popleft()
+        self.taken_uses += 1
+
+
 class Reading(Generic[T]):
     """Steps of a plan, one after the other, with their samples; iterated once, by one thread. Close it: its threads end then.
 
@@ -81,19 +138,11 @@ class Reading(Generic[T]):
 
     def __init__(self, shelf: Shelf, plan: Iterator[tuple[T, Ids]], horizon: int, name: str) -> None:
         shelf._busy = True
-        self._shelf, self._split, self._plan, self._horizon = shelf, shelf.split, plan, horizon
+        self._shelf, self._split, self._horizon = shelf, shelf.split, horizon
+        self._plan = _Plan(plan, shelf.split.group_offsets)
         self._changed = threading.Condition()
         self._stop = threading.Event()
-        # Uses are numbered in the order in which the plan makes them: each step uses each of its groups once.
-        self._steps: deque[tuple[T, Ids, Ids]] = deque()  # (tag, ids, their groups), planned and not begun
-        self._plan_ended = False
-        self._plan_failure: BaseException | None = None
-        self._planned_uses = self._taken_uses = 0
-        self._planned_steps = self._begun_steps = 0
-        self._unread: deque[tuple[int, int]] = deque()  # (use, group) that no reader has looked at
-        self._uses: dict[int, deque[int]] = {}  # by group: its uses that are planned and not taken
         self._sizes: dict[int, int] = {}
-        self._reading: set[int] = set()
         self._failed: dict[int, BaseException] = {}
         self._pinned: set[int] = set()
         self._crowded = False
@@ -127,25 +176,19 @@ class Reading(Generic[T]):
 
     def _next_step(self) -> tuple[T, Ids, Ids] | None:
         with self._changed:
-            if not self._steps:
-                self._plan_step()
             if self._stop.is_set():
                 return None
-            if not self._steps:
-                if self._plan_failure is not None:
-                    raise self._plan_failure
-                return None
-            self._begun_steps += 1
+            step = self._plan.begin()
             self._changed.notify_all()
-            return self._steps.popleft()
+            return step
 
     def _collect(self, tag: T, ids: Ids, groups: Ids) -> Samples[T]:
         n = len(ids)
         encoded: list[npt.NDArray[np.uint8]] = [_NOTHING] * n
-        labels = np.empty(n, np.int64)
+        targets = {target.name: np.empty((n, *target.shape), target.dtype) for target in self._split.schema}
         keys = [""] * n
         by_group = np.argsort(groups, kind="stable")  # (n,) places in the step, those of a group together
-        views: list[int] = []  # places whose image is a view into a pinned group
+        views: list[int] = []  # places whose bytes are a view into a pinned group
         for group, places in _runs(groups[by_group], by_group):
             rows = self._take(group)
             if rows is None:  # no room for it beside the groups of this step: keep copies of what is wanted of those
@@ -156,13 +199,14 @@ class Reading(Generic[T]):
                 rows = self._take(group)
                 assert rows is not None
             within = ids[places] - self._split.group_offsets[group]
-            labels[places] = rows.labels[within]
+            for name, column in rows.targets.items():
+                targets[name][places] = column[within]
             for place, row in zip(places.tolist(), within.tolist(), strict=True):
                 encoded[place] = rows.encoded[row]
                 keys[place] = rows.keys[row]
                 views.append(place)
             del rows  # what is dropped is freed
-        return Samples(tag=tag, ids=ids, encoded=encoded, labels=labels, keys=keys)
+        return Samples(tag=tag, ids=ids, encoded=encoded, targets=targets, keys=keys)
 
     def _take(self, group: int) -> RowGroup | None:
         """The group, pinned; None if what is pinned leaves no room for it."""
@@ -176,8 +220,7 @@ class Reading(Generic[T]):
                 raise self._failed[group]
             if group not in shelf._groups:
                 raise Stopped
-            self._uses[group].popleft()
-            self._taken_uses += 1
+            self._plan.take(group)
             self._pinned.add(group)
             rows = shelf._groups.pop(group)
             shelf._groups[group] = rows  # the most recently used
@@ -201,7 +244,6 @@ class Reading(Generic[T]):
                     self._fail(group, error)
                     continue
                 with self._changed:
-                    self._reading.discard(group)
                     self._shelf._groups[group] = rows
                     self._shelf.groups_read += 1
                     self._shelf.bytes_read += self._sizes[group]
@@ -216,9 +258,9 @@ class Reading(Generic[T]):
                     return None
                 group = self._first_unread()
                 if group is None:
-                    if self._plan_ended:
+                    if self._plan.ended:
                         return None
-                    if not self._may_plan(min(self._horizon, _PLAN_AT_START * (1 + self._begun_steps))):
+                    if not self._plan.extend_to(min(self._horizon, _PLAN_AT_START * (1 + self._plan.begun_steps))):
                         self._changed.wait()
                     continue
                 size = self._sizes.get(group)
@@ -238,7 +280,7 @@ class Reading(Generic[T]):
         """An outage is one only for a step that waited for all of it; until then there is time to try again."""
         while True:
             with self._changed:
-                awaited = self._uses[group][0] <= self._taken_uses
+                awaited = self._plan.uses[group][0] <= self._plan.taken_uses
             try:
                 return read(group)
             except DataOutage:
@@ -246,24 +288,24 @@ class Reading(Generic[T]):
                     raise
 
     def _first_unread(self) -> int | None:
-        shelf = self._shelf
-        while self._unread:
-            use, group = self._unread[0]
-            if use >= self._taken_uses and group not in shelf._charges and group not in self._failed:
+        shelf, plan = self._shelf, self._plan
+        while plan.unread:
+            use, group = plan.unread[0]
+            if use >= plan.taken_uses and group not in shelf._charges and group not in self._failed:
                 return group
-            self._unread.popleft()
+            plan.unread.popleft()
         return None
 
     def _charge(self, group: int, size: int) -> bool:
         """Makes room for the group that is needed next and charges it; False where that had to wait, and things may have changed."""
-        shelf = self._shelf
-        use = self._unread[0][0]
+        shelf, plan = self._shelf, self._plan
+        use = plan.unread[0][0]
         while shelf.held_bytes + size > shelf.budget_bytes and shelf._charges:
-            if self._may_plan(self._horizon):  # to drop the right one, its next use must be known
+            if plan.extend_to(self._horizon):  # to drop the right one, its next use must be known
                 return False
             dropped = self._farthest(use)
             if dropped is None:
-                if use == self._taken_uses and self._pinned:  # the step that waits for it holds the place itself
+                if use == plan.taken_uses and self._pinned:  # the step that waits for it holds the place itself
                     self._crowded = True
                     self._changed.notify_all()
                 self._changed.wait()
@@ -273,8 +315,7 @@ class Reading(Generic[T]):
         shelf._charges[group] = size
         shelf.held_bytes += size
         shelf.peak_bytes = max(shelf.peak_bytes, shelf.held_bytes)
-        self._reading.add(group)
-        self._unread.popleft()
+        plan.unread.popleft()
         return True
 
     def _farthest(self, use: int) -> int | None:
@@ -282,7 +323,7 @@ class Reading(Generic[T]):
         those without a next use, the least recently used that is free."""
         farthest, when, waited_for = None, use, False
         for group in self._shelf._groups:
-            uses = self._uses.get(group, ())
+            uses = self._plan.uses.get(group, ())
             is_free = group not in self._pinned and not (uses and uses[0] < use)
             following = next((later for later in uses if later > use), None)
             if following is None:
@@ -293,36 +334,9 @@ class Reading(Generic[T]):
                 farthest, when = (group if is_free else None), following
         return None if waited_for else farthest
 
-    def _may_plan(self, steps: int) -> bool:
-        """Plans one more step, if there is one and no more than `steps` are planned and not begun."""
-        if self._plan_ended or self._planned_steps - self._begun_steps >= steps:
-            return False
-        self._plan_step()
-        return True
-
-    def _plan_step(self) -> None:
-        if self._plan_ended:
-            return
-        try:
-            tag, ids = next(self._plan)
-        except StopIteration:
-            self._plan_ended = True
-            return
-        except BaseException as error:
-            self._plan_ended, self._plan_failure = True, error
-            return
-        groups = np.searchsorted(self._split.group_offsets, ids, side="right") - 1  # (n,)
-        self._steps.append((tag, ids, groups))
-        self._planned_steps += 1
-        for group in np.unique(groups).tolist():  # in the order in which _collect takes them
-            self._uses.setdefault(group, deque()).append(self._planned_uses)
-            self._unread.append((self._planned_uses, group))
-            self._planned_uses += 1
-
     def _fail(self, group: int, error: BaseException) -> None:
         with self._changed:
             self._failed[group] = error
-            self._reading.discard(group)
             self._shelf.held_bytes -= self._shelf._charges.pop(group, 0)
             self._changed.notify_all()
 

@@ -438,13 +438,14 @@ class Ours(Contender):
         import nvidia.dali.fn
         import nvidia.dali.types  # noqa: F401
 
+        import dataio.codecs.image.codec
         import dataio.loader
         import dataio.parquet
 
         if self.task.decoder != "dali":
-            # The loader asks its module for this name; `batches` sees to it that it was indeed this decoder that worked.
+            # The codec asks its module for this name; `batches` sees to it that it was indeed this decoder that worked.
             self._peers = peers_decoder(self.task.decoder)
-            dataio.loader.Decoder = self._peers  # type: ignore[misc]
+            dataio.codecs.image.codec.Decoder = self._peers  # type: ignore[misc]
 
     def batches(self, state: Any = None) -> Iterator[Got]:
         from dataio.config import DataConfig
@@ -489,7 +490,7 @@ class Ours(Contender):
         )
         for (batch,) in loader.train(state or 0, order.steps_per_epoch):
             if task.decoder != "dali" and not self._peers.decoded:
-                raise RuntimeError("dataio.loader no longer makes its decoder by the name Decoder; put the peers' where it does")
+                raise RuntimeError("the images' codec no longer makes its decoder by the name Decoder; put the peers' where it does")
             yield Got(images=batch.samples, labels=batch.targets["label"], ids=batch.ids)
 
     def state(self, done: int) -> Any:
@@ -507,8 +508,11 @@ class _Shuffled:
     ignored = ()
 
     def __init__(self, images: Images) -> None:
+        from dataio.schema import single_label
+
         self._images = images
         self.identity, self.classes = images.sha256, images.classes
+        self.targets = single_label(images.classes)
         self._train = [images.paths[image_id] for image_id in shuffled(images)]
         self._test = sorted(path.relative_to(images.folder).as_posix() for path in (images.folder / "test").glob("*/*.jpg"))
 
@@ -522,7 +526,7 @@ class _Shuffled:
         from dataio.sources import Sample
 
         for path in self._paths(split)[start:]:
-            yield Sample(key=path, data=(self._images.folder / path).read_bytes(), label=self.classes.index(path.split("/")[1]))
+            yield Sample(key=path, data=(self._images.folder / path).read_bytes(), values=(self.classes.index(path.split("/")[1]),))
 
     def _paths(self, split: str) -> list[str]:
         return self._train if split == "train" else self._test

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataio.codecs.device import gather
 from dataio.codecs.image.augment import Draw, centre, draw, reference
-from dataio.codecs.image.backends import NAMES, Backend, choose_backend, gather, make_backend
+from dataio.codecs.image.backends import NAMES, Backend, choose_backend, make_backend
 
 CPU = torch.device("cpu")
 GEOMETRIES = [(6, 6, 0), (6, 6, 2), (5, 9, 3), (9, 4, 1), (3, 2, 7), (1, 1, 1)]  # height, width, pad; also more padding than image

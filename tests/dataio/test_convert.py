@@ -9,21 +9,25 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from corpus import MAX_PIXELS, Bad, bad, encode, good, picture, pillow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataio import convert as module
-from dataio.codecs.image.decode import Decoder, decode_split
+from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
 from dataio.convert import DiskFull, Progress, convert, is_converted, main, prepare
 from dataio.manifest import Manifest
 from dataio.parquet import ShardWriter, open_dataset
 from dataio.quarantine import BadSample, TooManyBadSamples
+from dataio.resident import decode_split
+from dataio.schema import Target, single_label
 from dataio.sources import Sample, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +45,10 @@ class Memory:
         self._counts, self._bad_every, self._known, self.identity = {"train": train, "test": test}, bad_every, known, identity
         self.read: list[int] = []
 
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return single_label(self.classes)
+
     def splits(self) -> tuple[str, ...]:
         return ("train", "test")
 
@@ -51,7 +59,7 @@ class Memory:
         self.read.append(start)
         for index in range(start, self._counts[split]):
             is_bad = self._bad_every and index % self._bad_every == self._bad_every - 1
-            yield Sample(key=f"k{index}", data=b"" if is_bad else TINY[index % 16], label=index % 4)
+            yield Sample(key=f"k{index}", data=b"" if is_bad else TINY[index % 16], values=(index % 4,))
 
 
 def run(source: object, dest: Path, **options: object) -> Manifest:
@@ -94,8 +102,9 @@ def test_a_corpus_of_bad_images_is_quarantined_by_key_and_reason_and_the_rest_is
     assert manifest.quarantined == 2 * len(expected_bad) == len(records(tmp_path / "dest"))
     split = dataset.split("train")
     assert split.count == len(good())
-    with Decoder(height=24, width=40, fit="refuse", max_pixels=MAX_PIXELS) as decoder:
-        images = decode_split(split, decoder, on_bad=lambda record: pytest.fail(str(record)))
+    config = DataConfig(max_image_pixels=MAX_PIXELS)
+    with closing(ImageCodec(height=24, width=40, config=config, device=torch.device("cpu"))) as codec:
+        images = decode_split(split, codec, on_bad=lambda record: pytest.fail(str(record)))
     for key, label, image in zip(split.keys(range(split.count)), split.labels(), images, strict=True):
         case = cases[int(key[-7:-4])]
         assert label == int(key[len("train/class")])
@@ -340,7 +349,7 @@ def test_repeated_keys_are_made_unique_in_order_also_across_a_resumption(tmp_pat
     class Repeating(Memory):
         def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
             for sample in super().samples(split, start):
-                yield Sample(key=f"k{int(sample.key[1:]) % 700}", data=sample.data, label=sample.label)
+                yield Sample(key=f"k{int(sample.key[1:]) % 700}", data=sample.data, values=sample.values)
 
     run(Repeating(bad_every=11), tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
@@ -358,7 +367,7 @@ def test_labels_outside_the_classes_are_bad_samples(tmp_path: Path):
         def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
             for sample in super().samples(split, start):
                 label = {"k3": -1, "k5": 4}.get(sample.key, sample.label)
-                yield Sample(key=sample.key, data=sample.data, label=label)
+                yield Sample(key=sample.key, data=sample.data, values=(label,))
 
     run(Mislabelled(20, 10), tmp_path / "dest")
     assert [(record.key, record.reason) for record in records(tmp_path / "dest") if record.split == "train"] == [

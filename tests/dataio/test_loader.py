@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataio.ahead import STEPS_AHEAD, run_ahead
 from dataio.batch import Batch
 from dataio.codecs.image import augment
 from dataio.config import DataConfig
-from dataio.loader import STEPS_AHEAD, Loader, available_memory_bytes, choose_cache, run_ahead
+from dataio.loader import Loader, available_memory_bytes, choose_cache
 from dataio.manifest import Manifest, SplitInfo, image_size_of
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
+from dataio.schema import single_label
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 6, 5
@@ -53,11 +55,11 @@ def write_dataset(folder: Path, bad: dict[int, bytes]) -> Dataset:
             for start in range(first, min(first + 2 * GROUP, count), GROUP):
                 ids = range(start, min(start + GROUP, count))
                 data = [bad[i] if split == "train" and i in bad else png(images[i]) for i in ids]
-                writer.write_group(data, [label(split, i) for i in ids], [f"{split}/{i}" for i in ids], [bytes(32)] * len(ids))
+                writer.write_group(data, {"label": [label(split, i) for i in ids]}, [f"{split}/{i}" for i in ids], [bytes(32)] * len(ids))
             shards.append(writer.close())
         splits[split] = SplitInfo(count=count, shards=tuple(shards))
     manifest = Manifest(
-        classes=tuple("abcdefghij"),
+        targets=single_label("abcdefghij"),
         splits=splits,
         fingerprint="ab" * 32,
         image_sizes={f"{HEIGHT}x{WIDTH}": sum(COUNTS.values())},
@@ -213,12 +215,12 @@ def test_streaming_with_a_window_reads_each_row_group_once_an_epoch_in_bounded_m
 
 def test_streaming_in_next_to_no_memory_still_gives_the_same_bits(good: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = contents(make(good).train(0, 7))
-    monkeypatch.setattr(Split, "labels", lambda self: pytest.fail("a streaming loader reads labels with their row groups"))
+    monkeypatch.setattr(Split, "targets", lambda self: pytest.fail("a streaming loader reads targets with their row groups"))
     loader = make(good, cache="none", memory_bytes=1)
     assert contents(loader.train(0, 7)) == expected
     groups = [good.split("train").group_bytes(group) for group in range(6)]
     assert loader.memory_held_bytes in groups  # one group, as there must be one
-    assert loader._sources["train", "train"].shelf.peak_bytes == max(groups)  # type: ignore[attr-defined]
+    assert loader._supplies["train", "train"].shelf.peak_bytes == max(groups)  # type: ignore[attr-defined]
 
 
 def test_streaming_a_large_shuffled_data_set_without_a_window_is_warned_about(good: Dataset, caplog: pytest.LogCaptureFixture) -> None:
@@ -434,7 +436,7 @@ def test_available_memory_is_between_nothing_and_the_machines() -> None:
 def test_the_image_size_is_the_shared_or_the_chosen_one_and_mixed_sizes_are_an_error(good: Dataset) -> None:
     assert image_size_of(good.manifest, DataConfig()) == (HEIGHT, WIDTH)
     assert image_size_of(good.manifest, DataConfig(image_size=24)) == (24, 24)
-    values = {name: getattr(good.manifest, name) for name in ("classes", "splits", "fingerprint", "quarantined", "source", "identity")}
+    values = {name: getattr(good.manifest, name) for name in ("targets", "splits", "fingerprint", "quarantined", "source", "identity")}
     mixed = Manifest(**values, image_sizes={"32x32": 10, "28x30": 900, "64x64": 5, "1x1": 1})
     message = r"there are 4 sizes \(HxW\): 28x30 \(900 images\), 32x32 \(10 images\), 64x64 .*--data\.image-size 224 --data\.fit crop"
     with pytest.raises(ValueError, match=message):

@@ -16,15 +16,20 @@ from hypothesis import strategies as st
 
 from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, SplitInfo
 from dataio.parquet import ROWS_PER_GROUP, CorruptShard, Dataset, ShardWriter, Split, open_dataset
+from dataio.schema import single_label
 
 COUNTS = {"train": 1300, "test": 5}
+
+
+def packed(label: int) -> bytes:
+    return label.to_bytes(8, "little", signed=True)
 
 
 def make_dataset(folder: Path, rows_per_shard: int = 1024) -> Dataset:
     """A converted folder with tiny images; sample i of a split has label i % 7 and key split/i."""
     folder.mkdir()
     images = [encode(picture(seed, 3, 3)) for seed in range(5)]
-    splits, fingerprint = {}, Fingerprint(map(str, range(7)))
+    splits, fingerprint = {}, Fingerprint(single_label(map(str, range(7))))
     for split, count in COUNTS.items():
         shards = []
         for number, begin in enumerate(range(0, count, rows_per_shard)):
@@ -33,13 +38,13 @@ def make_dataset(folder: Path, rows_per_shard: int = 1024) -> Dataset:
                 ids = range(at, min(at + ROWS_PER_GROUP, count))
                 data = [images[index % 5] for index in ids]
                 hashes = [hashlib.sha256(image).digest() for image in data]
-                writer.write_group(data, [index % 7 for index in ids], [f"{split}/{index}" for index in ids], hashes)
+                writer.write_group(data, {"label": [index % 7 for index in ids]}, [f"{split}/{index}" for index in ids], hashes)
                 for index, digest in zip(ids, hashes, strict=True):
-                    fingerprint.add(split, f"{split}/{index}", index % 7, digest)
+                    fingerprint.add(split, f"{split}/{index}", packed(index % 7), digest)
             shards.append(writer.close())
         splits[split] = SplitInfo(count=count, shards=tuple(shards))
     manifest = Manifest(
-        classes=tuple(map(str, range(7))),
+        targets=single_label(map(str, range(7))),
         splits=splits,
         fingerprint=fingerprint.hexdigest(),
         image_sizes={"3x3": sum(COUNTS.values())},
@@ -198,7 +203,9 @@ def test_a_manifest_survives_its_json(folder: Path):
     [
         (lambda value: value.pop("classes"), "lacks \\['classes'\\]"),
         (lambda value: value.update(extra=1), "unknown \\['extra'\\]"),
-        (lambda value: value.update(version=2), "version 2"),
+        (lambda value: value.update(version=2), r"lacks \['targets'\] and has unknown \['classes'\]"),
+        (lambda value: value.update(version=3), "version 3, this program reads 1 and 2"),
+        (lambda value: value.update(version=True), "version True"),
         (lambda value: value.update(fingerprint="xyz"), "64 hexadecimal"),
         (lambda value: value.update(classes=["a", "a"]), "same class twice"),
         (lambda value: value.update(classes="abc"), "not a list"),
@@ -244,10 +251,10 @@ rows = st.lists(st.tuples(st.text(max_size=3), st.integers(-1, 3), st.binary(min
 @given(rows, rows, rows, rows)
 def test_different_content_has_a_different_fingerprint(train: list, test: list, other_train: list, other_test: list):
     def fingerprint(train: list, test: list) -> str:
-        made = Fingerprint(["a"])
+        made = Fingerprint(single_label(["a"]))
         for split, samples in (("train", train), ("test", test)):
             for key, label, digest in samples:
-                made.add(split, key, label, digest)
+                made.add(split, key, packed(label), digest)
         return made.hexdigest()
 
     same = (train, test) == (other_train, other_test)
@@ -269,7 +276,7 @@ def test_what_is_read_is_what_was_written_and_what_arrow_reads_whatever_the_page
         writer = ShardWriter(path)
         for rows in groups:
             images, labels, keys = zip(*rows, strict=True)
-            writer.write_group(images, labels, keys, [hashlib.sha256(image).digest() for image in images])
+            writer.write_group(images, {"label": labels}, keys, [hashlib.sha256(image).digest() for image in images])
         split = Split("train", [(writer.close(), path)])
     for number, rows in enumerate(groups):
         found = split.read_group(number)
@@ -277,7 +284,7 @@ def test_what_is_read_is_what_was_written_and_what_arrow_reads_whatever_the_page
         assert list(zip(encoded, found.labels.tolist(), found.keys, strict=True)) == rows
         table = pq.ParquetFile(path).read_row_group(number)
         assert encoded == table["image"].to_pylist()
-    assert list(split.content()) == [(key, label, hashlib.sha256(image).digest()) for rows in groups for image, label, key in rows]
+    assert list(split.content()) == [(key, packed(label), hashlib.sha256(image).digest()) for rows in groups for image, label, key in rows]
 
 
 def test_a_shard_whose_content_was_swapped_for_another_good_shard_is_found(folder: Path):

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataio.codecs.codec import Refusal
 from dataio.codecs.image.decode import Checker, Decoder, window_of
-from dataio.codecs.image.sniff import KINDS, Header, Refusal, simple_webp, sniff
+from dataio.codecs.image.sniff import KINDS, Header, simple_webp, sniff
 from dataio.config import Fit
 
 UNSNIFFABLE = ("undecodable", "wrong size")

@@ -30,6 +30,7 @@ from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import CorruptShard, Dataset, RowGroup, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample
 from dataio.remote import DataOutage, DataRefused
+from dataio.schema import single_label
 from dataio.stream import Shelf, in_order
 from tests.s3 import Server, answering, serving
 
@@ -50,11 +51,11 @@ def write_dataset(folder: Path) -> Dataset:
             for begin in range(first, min(first + 3 * GROUP, count), GROUP):
                 ids = range(begin, min(begin + GROUP, count))
                 data = [png(pixels[i]) + bytes(37 * (begin // GROUP % 7)) for i in ids]  # bytes behind a PNG's end are ignored
-                writer.write_group(data, [i % 10 for i in ids], [f"{split}/{i}" for i in ids], [bytes(32)] * len(ids))
+                writer.write_group(data, {"label": [i % 10 for i in ids]}, [f"{split}/{i}" for i in ids], [bytes(32)] * len(ids))
             shards.append(writer.close())
         splits[split] = SplitInfo(count=count, shards=tuple(shards))
     manifest = Manifest(
-        classes=tuple("abcdefghij"),
+        targets=single_label("abcdefghij"),
         splits=splits,
         fingerprint="ab" * 32,
         image_sizes={"6x5": sum(COUNTS.values())},
@@ -146,7 +147,7 @@ def test_any_plan_is_served_in_order_and_no_more_than_the_budget_is_ever_in_memo
                 assert samples.tag == number
                 assert samples.ids.tolist() == plan[number]
                 assert [view.tobytes() for view in samples.encoded] == [images[i] for i in plan[number]]
-                assert samples.labels.tolist() == [i % 10 for i in plan[number]]
+                assert samples.targets["label"].tolist() == [i % 10 for i in plan[number]]
                 assert samples.keys == [f"train/{i}" for i in plan[number]]
                 assert shelf.held_bytes <= limit
     assert number == len(plan) - 1

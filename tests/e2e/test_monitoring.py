@@ -106,7 +106,7 @@ def rotten(images: Path, folder: Path) -> Path:
             encoded = [bytes(each) for each in group.encoded]
             if name == "train" and number == 0:
                 encoded[3] = b"rotten"
-            writer.write_group(encoded, list(group.labels), list(group.keys), [bytes(32)] * len(encoded))
+            writer.write_group(encoded, group.targets, list(group.keys), [bytes(32)] * len(encoded))
         splits[name] = SplitInfo(count=split.count, shards=(writer.close(),))
     (out / "manifest.json").write_text(dataclasses.replace(whole.manifest, splits=splits).to_json())
     return out

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from dataio.codecs.codec import Store
+from dataio.codecs.device import gather
 from dataio.codecs.image.augment import draw, reference
-from dataio.codecs.image.backends import Store, gather, make_backend
+from dataio.codecs.image.backends import make_backend
 from dataio.config import DataConfig
 from dataio.loader import Loader
 from dataio.order import Order

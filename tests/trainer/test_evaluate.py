@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from PIL import Image
 
 from cluster.storage import open_storage
-from dataio.codecs.image.decode import Decoder, decode_split
+from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
 from dataio.convert import convert
 from dataio.loader import Loader
 from dataio.parquet import RowGroup, Split, open_dataset
+from dataio.resident import decode_split
 from dataio.sources import open_source
 from trainer.evaluate import class_mapping, main
 from trainer.learn.build import build_learner, task_of
@@ -126,8 +128,8 @@ def folders(root: Path, *, side: int = 28) -> Path:
 
 @lru_cache
 def decoded(split: str) -> tuple[np.ndarray, np.ndarray]:
-    with Decoder(height=28, width=28, fit="refuse", max_pixels=10_000) as decoder:
-        images = decode_split(open_dataset(SAMPLE).split(split), decoder, on_bad=lambda bad: pytest.fail(str(bad)))
+    with closing(ImageCodec(height=28, width=28, config=DataConfig(), device=torch.device("cpu"))) as codec:
+        images = decode_split(open_dataset(SAMPLE).split(split), codec, on_bad=lambda bad: pytest.fail(str(bad)))
     return images, open_dataset(SAMPLE).split(split).labels()
 
 

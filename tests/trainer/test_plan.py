@@ -14,6 +14,7 @@ from rich.console import Console
 from cluster.interval import AUTO, SharedInterval
 from dataio.manifest import Manifest, ShardInfo, SplitInfo
 from dataio.order import Order
+from dataio.schema import single_label
 from trainer.drive.plan import Hardware, ModelFacts, describe, model_facts, table
 from trainer.models.vision import build_model
 from trainer.rank.worker import total_steps_of
@@ -31,7 +32,7 @@ def manifest_of(train: int = 2000, test: int = 500, sizes: tuple[str, ...] = ("2
 
     histogram = dict.fromkeys(sizes[1:], 1) | {sizes[0]: train + test - len(sizes) + 1}
     return Manifest(
-        classes=("a", "b", "c"),
+        targets=single_label("abc"),
         splits={"train": split(train, "train"), "test": split(test, "test")},
         fingerprint="0" * 64,
         image_sizes=histogram,

@@ -19,6 +19,7 @@ from cluster.store import Commit, Store
 from dataio.codecs.image.decode import DECODER_VERSIONS, FIRST_VERSIONS
 from dataio.config import DataConfig
 from dataio.manifest import Manifest, SplitInfo
+from dataio.schema import single_label
 from trainer.drive.capability import of_cpu, of_gpu
 from trainer.drive.drive import _finite
 from trainer.run import (
@@ -269,7 +270,15 @@ def test_a_commit_of_other_data_is_refused(storage: Storage) -> None:
 def images_of(*sizes: str) -> Manifest:
     splits = {"train": SplitInfo(count=len(sizes), shards=()), "test": SplitInfo(count=0, shards=())}
     counts = {size: sizes.count(size) for size in sizes}
-    return Manifest(classes=("a",), splits=splits, fingerprint=DATA, image_sizes=counts, quarantined=0, source="folder", identity="c" * 64)
+    return Manifest(
+        targets=single_label("a"),
+        splits=splits,
+        fingerprint=DATA,
+        image_sizes=counts,
+        quarantined=0,
+        source="folder",
+        identity="c" * 64,
+    )
 
 
 @pytest.mark.parametrize("more", [{}, {"decoder": FIRST_VERSIONS}])  # a checkpoint of before versions were kept, and one that says so

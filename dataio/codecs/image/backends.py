@@ -1,6 +1,6 @@
 """Crop and flip of a batch, three ways with the same bits: numpy (host), torch (host or device), DALI (host or device).
 
-Called by the loader, from the one thread that prepares batches: a backend reuses its buffers and is not shared between threads. Which
+Called by the codec, from the one thread that prepares batches: a backend reuses its buffers and is not shared between threads. Which
 crop and which flip is `augment.py`'s; normalisation is the trainer's, on the device, so that it is the same for all three.
 """
 
@@ -11,11 +11,9 @@ import numpy.typing as npt
 import torch
 import torch.utils.dlpack
 
+from dataio.codecs.codec import Ids, Store
+from dataio.codecs.device import exact_device, gather, upload
 from dataio.codecs.image.augment import Draw
-
-Ids = npt.NDArray[np.int64]
-Store = npt.NDArray[np.uint8] | torch.Tensor
-"""Decoded images (N, H, W, 3) uint8: an array on the host or a tensor on the device."""
 
 NAMES = ("dali", "torch", "numpy")
 LARGE_PIXELS = 96 * 96  # CPU us an image, all at once and one by one: 2 and 5 at 48 px, 4 and 6 at 64, 8 and 7 at 96, 65 and 17 at 224
@@ -65,30 +63,6 @@ def make_backend(
             return _Dali(height, width, pad, batch_size, device, threads)
         case _:
             raise ValueError(f"data.backend={name} is unknown; use one of {', '.join(NAMES)}")
-
-
-def exact_device(device: torch.device) -> torch.device:
-    """`cuda` with its index, so that it compares equal to the device of the tensors on it."""
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
-
-
-def gather(images: Store, rows: Ids, device: torch.device) -> torch.Tensor:
-    """Rows of a store as they are, (n, H, W, 3) uint8 on `device`; a copy from host to device is pinned and not waited for."""
-    if isinstance(images, torch.Tensor):
-        if images.device == device:
-            return images.index_select(0, upload(rows, device))
-        assert images.device.type == "cpu", f"images on {images.device} are wanted on {device}"
-        images = images.numpy()
-    out = torch.empty((len(rows), *images.shape[1:]), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    # mode="clip" writes straight into `out`, the others go through a buffer; rows come from the order and are in range.
-    np.take(images, rows, axis=0, out=out.numpy(), mode="clip")
-    return out.to(device, non_blocking=True)
-
-
-def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """An array on the device; the host does not wait (torch frees a pinned buffer only after its copy is done)."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class _Numpy:

@@ -1,6 +1,6 @@
 """Encoded images to uint8 RGB by DALI, with the bad ones set apart by index and reason.
 
-Called by the loader (a Decoder of one size) and by convert (a Checker: every image at its own size). A batch is sniffed, what passes is
+Called by the codec (a Decoder of one size) and by convert (a Checker: every image at its own size). A batch is sniffed, what passes is
 decoded together, and only if DALI fails is the batch halved until the bad images are found: DALI's error rarely names them. The pipeline
 survives a failed batch. Which samples to decode, and what becomes of bad ones, is the caller's.
 
@@ -10,17 +10,14 @@ to 224). On a GPU, DALI does both; pixels differ between the two, as those of th
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from dataio.codecs.image.sniff import Header, Refusal, simple_webp, sniff
+from dataio.codecs.codec import Refusal
+from dataio.codecs.image.sniff import Header, simple_webp, sniff
 from dataio.config import Fit
-from dataio.parquet import Split
-from dataio.quarantine import BadSample
-from dataio.stream import in_order
 
 DECODER_VERSIONS = {"cpu": 2, "cuda": 1}
 """By type of device, of what a resized image becomes: raised when its pixels change, and with them a run's weights. Images of the right
@@ -196,35 +193,6 @@ class Checker:
 
     def close(self) -> None:
         self._pipeline.close()
-
-
-def decode_split(
-    split: Split,
-    decoder: Decoder,
-    *,
-    on_bad: Callable[[BadSample], None],
-    out: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-    groups: Iterable[int] | None = None,
-) -> np.ndarray:
-    """Decodes a whole split, or some of its row groups, into `out` ((count, H, W, 3) uint8; made, of zeros, if None), and returns it.
-
-    Images stand at their sample ids. Their labels go into `labels`, (count,) int64, if given. Each bad sample is passed to `on_bad`, after
-    its label was placed; the place of its image is zeroed. The next row groups are read meanwhile.
-    """
-    if out is None:
-        out = np.zeros((split.count, decoder.height, decoder.width, 3), np.uint8)
-    with closing(in_order(split, range(split.groups) if groups is None else groups)) as reading:
-        for rows in reading:
-            decoded = decoder.decode(rows.encoded)
-            begin = int(rows.ids[0])
-            place = slice(begin, begin + len(rows.ids))
-            out[place] = decoded.images
-            if labels is not None:
-                labels[place] = rows.labels
-            for index, reason in decoded.bad:
-                on_bad(BadSample(key=rows.keys[index], reason=reason, split=split.name, sample_id=begin + index))
-    return out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

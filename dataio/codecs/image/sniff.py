@@ -38,6 +38,8 @@ from typing import Literal
 
 import numpy as np
 
+from dataio.codecs.codec import Refusal
+
 Format = Literal["png", "jpeg", "webp", "bmp", "tiff"]
 KINDS = (
     "empty",
@@ -67,12 +69,10 @@ class Header:
     bits: int
     """Bits a channel (a palette's: bits an index)."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
-    """Why an image cannot be used: `kind: detail`."""
-
-    reason: str
+    @property
+    def size(self) -> str:
+        """As the manifest counts images."""
+        return f"{self.height}x{self.width}"
 
 
 class _Refused(Exception):

@@ -1,0 +1,128 @@
+"""Items made ahead of their use by a thread of its own, and batches that such a thread makes on a stream of its own.
+
+Called by the loader. What the items are, and what a wait for them means, is its business.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import TypeVar
+
+import torch
+
+from dataio.batch import Batch
+
+T = TypeVar("T")
+Block = Sequence[tuple[Batch, ...]]
+"""Of consecutive steps, a batch for each virtual rank."""
+
+STEPS_AHEAD = 2
+"""Steps, or blocks of steps, that are made in advance."""
+
+
+def run_ahead(
+    items: Iterator[T],
+    *,
+    depth: int,
+    name: str,
+    on_wait: Callable[[float], None],
+    on_close: Callable[[], None] = lambda: None,
+    on_end: Callable[[], None] = lambda: None,
+) -> Generator[T, None, None]:
+    """The same items, made by a thread that keeps at most `depth` of them ready.
+
+    What `items` raises is raised here, after the items before it; `on_wait` gets the seconds waited for each. The thread ends when the
+    items do, and when this generator is closed: then `on_close` tells whatever the thread waits for, and `on_end` is called after it.
+    """
+    ready: deque[T] = deque()
+    changed = threading.Condition()
+    closed = ended = False
+    failure: BaseException | None = None
+
+    def work() -> None:
+        nonlocal ended, failure
+        try:
+            while True:
+                with changed:
+                    changed.wait_for(lambda: closed or len(ready) < depth)
+                    if closed:
+                        return
+                item = next(items)
+                with changed:
+                    ready.append(item)
+                    changed.notify_all()
+        except StopIteration:
+            pass
+        except BaseException as error:
+            failure = error
+        finally:
+            with changed:
+                ended = True
+                changed.notify_all()
+
+    # A daemon, so that an iterator that nobody closed does not keep the process from exiting.
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    try:
+        while True:
+            asked = time.perf_counter()
+            with changed:
+                changed.wait_for(lambda: ready or ended)
+                item = ready.popleft() if ready else None
+                changed.notify_all()
+            on_wait(time.perf_counter() - asked)
+            if item is None:
+                break
+            yield item
+        if failure is not None:
+            raise failure
+    finally:
+        with changed:
+            closed = True
+            changed.notify_all()
+        on_close()
+        thread.join()
+        on_end()
+
+
+def batches_ahead(
+    blocks: Iterator[Block],
+    *,
+    side: torch.cuda.Stream | None,
+    name: str,
+    on_wait: Callable[[float], None],
+    on_close: Callable[[], None],
+    on_end: Callable[[], None],
+) -> Generator[tuple[Batch, ...], None, None]:
+    """The steps of `blocks`, made STEPS_AHEAD blocks ahead; on a GPU that happens on the stream `side`, and the consumer's waits for its
+    events."""
+    if side is None:
+        made = run_ahead(blocks, depth=STEPS_AHEAD, name=name, on_wait=on_wait, on_close=on_close, on_end=on_end)
+        with closing(made) as ready:
+            for block in ready:
+                yield from block
+        return
+    side.wait_stream(torch.cuda.current_stream(side.device))  # for what was put on the device so far: decoded samples
+    made_aside = run_ahead(_on_stream(blocks, side), depth=STEPS_AHEAD, name=name, on_wait=on_wait, on_close=on_close, on_end=on_end)
+    with closing(made_aside) as ready_aside:
+        for block, event in ready_aside:
+            stream = torch.cuda.current_stream(side.device)
+            stream.wait_event(event)
+            for batches in block:
+                for batch in batches:
+                    batch.samples.record_stream(stream)
+                    for target in batch.targets.values():
+                        target.record_stream(stream)
+            yield from block
+
+
+def _on_stream(blocks: Iterator[Block], side: torch.cuda.Stream) -> Iterator[tuple[Block, torch.cuda.Event]]:
+    while True:
+        with torch.cuda.device(side.device), torch.cuda.stream(side):
+            block = next(blocks, None)
+            if block is None:
+                return
+            event = side.record_event()
+        yield block, event

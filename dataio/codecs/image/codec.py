@@ -1,0 +1,81 @@
+"""The codec of images: a decoder, a draw for each sample, and a backend that crops and flips, put together.
+
+Made by `dataio.codecs.make`, used by the loader. How images decode is decode's, what is drawn augment's, who moves the pixels backends'.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dataio.codecs.codec import Bad, Encoded, Ids, Row, Store
+from dataio.codecs.device import exact_device, gather
+from dataio.codecs.image import augment
+from dataio.codecs.image.backends import Backend, choose_backend, make_backend
+from dataio.codecs.image.decode import DECODER_VERSIONS, Decoder
+from dataio.config import DataConfig
+
+
+class ImageCodec:
+    """Implements `dataio.codecs.codec.Codec`. What it needs is made at the first call that needs it, in the process that calls."""
+
+    def __init__(
+        self,
+        *,
+        height: int,
+        width: int,
+        config: DataConfig,
+        device: torch.device,
+        cache: str = "host",
+        threads: int = 1,
+        batch_size: int = 1,
+        table_bytes: int = 0,
+    ) -> None:
+        self.row = Row(shape=(height, width, 3), dtype=np.uint8)
+        self.version = DECODER_VERSIONS[device.type]
+        self.name = choose_backend(config.backend, device, cache)
+        self._device = exact_device(device)
+        self._config, self._threads, self._batch_size, self._table_bytes = config, threads, batch_size, table_bytes
+        self._decoder = Decoder(
+            height=height,
+            width=width,
+            fit=config.fit,
+            threads=threads,
+            device_id=self._device.index if self._device.type == "cuda" else None,
+            max_pixels=config.max_image_pixels,
+        )
+        self._backend: Backend | None = None
+
+    def decode(self, encoded: Sequence[Encoded], out: npt.NDArray[Any]) -> Bad:
+        """Each image into its place of `out`, (n, H, W, 3) uint8; a bad one is zeros."""
+        return self._decoder.decode(encoded, out=out).bad
+
+    def batch(self, store: Store, rows: Ids, ids: Ids, *, seed: int, epoch: int | None) -> torch.Tensor:
+        """(n, 3, H, W) uint8, channels_last by its strides: cropped and flipped or, without an epoch, as they are."""
+        if epoch is None:
+            return gather(store, rows, self._device).permute(0, 3, 1, 2)
+        if self._backend is None:
+            self._backend = self._make_backend()
+        drawn = augment.draw(seed=seed, epoch=epoch, ids=ids, pad=self._config.pad, flip=self._config.flip)
+        return self._backend.batch(store, rows, drawn).permute(0, 3, 1, 2)
+
+    def warm_up(self) -> None:
+        self._decoder.warm_up()
+
+    def close(self) -> None:
+        self._decoder.close()
+
+    def _make_backend(self) -> Backend:
+        height, width, _ = self.row.shape
+        return make_backend(
+            self.name,
+            height=height,
+            width=width,
+            pad=self._config.pad,
+            batch_size=self._batch_size,
+            device=self._device,
+            threads=self._threads,
+            table_bytes=self._table_bytes,
+        )
