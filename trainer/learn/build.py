@@ -11,7 +11,6 @@ from torch import nn
 from cluster.reduce import TreeReducer
 from dataio.manifest import Manifest
 from dataio.order import blocks_of_virtual_ranks
-from dataio.schema import LABEL, Target
 from trainer.learn.ema import Ema
 from trainer.learn.gradients import DdpGradients, Gradients, PassConfig, PlainGradients, StepObserver, TreeGradients
 from trainer.learn.objectives import autocast_for, supervised
@@ -81,8 +80,7 @@ class Learner:
 
 def task_of(config: RunConfig, manifest: Manifest) -> Task:
     """The task that the run's settings and its data call for."""
-    targets = (Target(name=LABEL, kind="label", classes=manifest.classes),)
-    return make_task(config.task, targets, label_smoothing=config.optim.label_smoothing)
+    return make_task(config.task, manifest.targets, label_smoothing=config.optim.label_smoothing)
 
 
 def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], device: torch.device) -> Learner:

@@ -233,6 +233,7 @@ def _info(parts: Sequence[Part], *, is_learned: bool) -> TaskInfo:
                     f"the targets {owners[name]!r} and {part.name!r} would both be measured as {name}; rename one of them in the data"
                 )
             owners[name] = part.name
-            title = measure.title[:1].lower() + measure.title[1:] if measure.title[1:2].islower() else measure.title
-            measures.append(Measure(name=name, title=f"{part.name} {title}", unit=measure.unit, higher_is_better=measure.higher_is_better))
+            measures.append(
+                Measure(name=name, title=f"{part.name} {measure.in_words}", unit=measure.unit, higher_is_better=measure.higher_is_better)
+            )
     return TaskInfo(name="multitask", measures=tuple(measures), panels=("heads", "examples"), loss_floor=None if is_learned else 0.0)
