@@ -90,6 +90,29 @@ def test_auto_is_a_checkpoint_interval_as_a_flag_and_in_toml(words: str) -> None
         validate(RunConfig(train=TrainConfig(checkpoint_every=-2)))
 
 
+@pytest.mark.parametrize(
+    ("flags", "channels_last"),
+    [
+        ("--train.channels-last", "on"),
+        ("--train.channels_last on", "on"),
+        ("--train.channels-last=True", "on"),
+        ("--train.no-channels-last", "off"),
+        ("--train.no_channels_last", "off"),
+        ("--train.channels-last false", "off"),
+        ("--train.channels-last off --train.channels-last auto", "auto"),
+    ],
+)
+def test_a_switch_is_a_flag_or_a_word(flags: str, channels_last: str) -> None:
+    assert parse([*flags.split(), "--train.compile"]).config.train.channels_last == channels_last
+    base = RunConfig(train=TrainConfig(channels_last="auto"))
+    for value in ("true", '"on"'):
+        assert from_toml(f"[train]\nchannels_last = {value}\n", base=base).train.channels_last == "on"
+
+
+def test_profile_has_a_short_flag() -> None:
+    assert parse(["--profile"]).config == RunConfig(train=TrainConfig(profile=True))
+
+
 def test_a_whole_number_is_a_good_float() -> None:
     lr = from_toml("[optim]\nlr = 1\n").optim.lr
     assert lr == 1.0
@@ -222,6 +245,10 @@ def test_unknown_recipe_and_unreadable_file(capsys: pytest.CaptureFixture[str], 
         (["--lr", "3"], "--optim.lr"),
         (["--optim.learning-rate", "3"], "Unrecognized options: --optim.learning-rate"),
         (["--train.precision", "fp16"], "invalid choice 'fp16' for argument '--train.precision'"),
+        (["--train.channels-last", "blue"], "--train.channels-last: invalid choice 'blue'; it must be one of auto, on, off"),
+        (["--data.flip", "perhaps"], "--data.flip: invalid choice 'perhaps'; it must be one of true, false"),
+        (["--data.flip", "true", "quickstart"], "--data.flip: 'true quickstart' is more than one word; settings are given as flags"),
+        (["--train.no-channels-last", "off"], "'false off' is more than one word"),
         (["--optim.lr", "fast"], "--optim.lr: could not convert string to float: 'fast'"),
         (["--config"], "Missing value for argument '--config'"),
         (["quickstart"], "did you mean --config quickstart?"),

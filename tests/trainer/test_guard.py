@@ -48,9 +48,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def guard_of(sizes: Sequence[int] = (), *, factor: float = 8.0, fresh_at: Sequence[int] = ()) -> Guard:
+def guard_of(sizes: Sequence[int] = (), *, factor: float = 8.0, fresh_at: Sequence[int] = (), floor: float | None = 0.0) -> Guard:
     """Batches of 100, or of `sizes`."""
-    return Guard(spike_factor=factor, batch_size=100, samples_of=lambda step: sizes[step] if sizes else 100, fresh_at=fresh_at)
+    return Guard(
+        spike_factor=factor,
+        batch_size=100,
+        samples_of=lambda step: sizes[step] if sizes else 100,
+        fresh_at=fresh_at,
+        loss_floor=floor,
+    )
 
 
 def verdicts(guard: Guard, losses: Sequence[tuple[int, float]]) -> list[tuple[int, str]]:
@@ -97,6 +103,29 @@ def test_a_spike_is_what_the_rule_says(before: list[float], factor: float, above
             guard.check(len(before), limit * 1.0001 + 1e-9)
     else:
         guard.check(len(before), limit * 0.9999 - 1e-9)
+
+
+eighths = st.integers(0, 80).map(lambda value: value / 8)  # exact in every sum and median here
+
+
+@given(st.lists(eighths, min_size=ENOUGH, max_size=WINDOW), st.integers(-40, 40), st.sampled_from([0.5, 8.0]), st.booleans())
+def test_a_loss_is_judged_by_its_distance_from_the_tasks_floor(losses: list[float], floor: int, factor: float, saved: bool) -> None:
+    at_zero, shifted = guard_of(factor=factor), guard_of(factor=factor, floor=float(floor))
+    if saved:
+        shifted = shifted.copy()
+    wanted = verdicts(at_zero, list(enumerate(losses)))
+    found = verdicts(shifted, [(step, loss + floor) for step, loss in enumerate(losses)])
+    assert [step for step, _ in found] == [step for step, _ in wanted]
+
+
+def test_a_loss_without_a_floor_is_judged_by_its_scatter_alone() -> None:
+    scattered = [(step, 5.0 + step % 2) for step in range(60)]  # sigma 0.74: with a factor of 4 the limit is 2.97 above the median
+    for loss, is_bad in ((8.0, False), (9.0, True)):
+        assert bool(verdicts(guard_of(factor=4.0, floor=None), [*scattered, (60, loss)])) == is_bad
+        assert not verdicts(guard_of(factor=4.0), [*scattered, (60, loss)])
+    negative = [(step, -5.0 + step % 2) for step in range(60)]
+    assert verdicts(guard_of(factor=4.0, floor=None), [*negative, (60, -2.0)]) == []
+    assert [step for step, _ in verdicts(guard_of(factor=4.0, floor=None), [*negative, (60, -1.0)])] == [60]
 
 
 @given(st.lists(st.floats(0.0, 1e6), max_size=ENOUGH))

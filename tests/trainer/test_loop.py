@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cluster.reduce import TreeReducer, block, tree_sum
-from dataio.batch import Batch
+from dataio.batch import Batch, Targets
 from dataio.config import DataConfig
 from dataio.loader import Loader
 from dataio.order import Order
@@ -54,6 +54,7 @@ from trainer.models.vision import Preprocess
 from trainer.rank.evaluation import evaluate
 from trainer.rank.step_plan import StepPlan
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
+from trainer.tasks.classification import Classification
 from trainer.tasks.make import make_task
 from trainer.tasks.task import Task
 
@@ -608,6 +609,28 @@ def test_step_and_wait_seconds_are_what_the_clock_says() -> None:
     assert [(s.data_wait_seconds, s.step_seconds, s.learning_rate) for s in stats] == [(5.0, 6.0, 0.0), (5.0, 6.0, 0.5)]
 
 
+class Waiting:
+    """Gradients that are waited for: half a second longer in each step."""
+
+    proves = True
+    wait_seconds = 3.0  # in steps before
+
+    def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
+        self.wait_seconds += 0.5 * (step + 1)
+        return torch.tensor(1.0)
+
+    def compile_ahead(self, image: Sequence[int]) -> float:
+        return 0.0
+
+
+def test_exchange_seconds_are_what_each_step_waited_for_other_ranks() -> None:
+    model = Net()
+    order = Order(seed=SEED, fingerprint="", count=2000, batch_size=1000, virtual_ranks=1)
+    stepper = Stepper(Waiting(), Update(model, sgd(model)))
+    stats = list(loop(stepper, iter(batches_of((1, 1000), 0, 3)), order, 0, 3))
+    assert [each.exchange_seconds for each in stats] == [0.5, 1.0, 1.5]
+
+
 # --- several real processes -----------------------------------------------------------------------------------------------------------
 
 
@@ -953,6 +976,38 @@ def test_micro_batches_add_up_inside_each_virtual_rank_before_the_tree(virtual_r
         for buffer, own in zip(floating, statistics, strict=True):
             weighted = [b * weight if virtual_ranks > 1 else b for b, weight in zip(own, weights, strict=True)]
             assert torch.equal(buffer, tree_sum(weighted, lambda a, b: a + b))
+
+
+class TwoHeads(Classification):
+    """Prepares a second target, and notes what comes to its parts."""
+
+    def __init__(self) -> None:
+        super().__init__(TaskConfig(), TASK.targets)
+        self.prepared: list[int] = []
+        self.met: list[int] = []
+
+    def prepare(self, samples: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        self.prepared.append(len(samples))
+        return samples, {**targets, "twice": torch.stack([targets[LABEL], 2 * targets[LABEL]], 1)}
+
+    def loss_sum(self, outputs: Tensor, targets: Targets) -> Tensor:
+        assert targets["twice"].tolist() == [[label, 2 * label] for label in targets[LABEL].tolist()]
+        self.met.append(len(outputs))
+        return super().loss_sum(outputs, targets)
+
+
+@pytest.mark.parametrize(("virtual_ranks", "tree", "met"), [(1, False, [30, 30, 30]), (3, False, [30, 30, 30]), (3, True, [10] * 9)])
+def test_each_virtual_rank_is_prepared_whole_and_all_its_targets_are_cut_alike(virtual_ranks: int, tree: bool, met: list[int]) -> None:
+    task, model, plain = TwoHeads(), Net(), Net()
+    reducer = TreeReducer(virtual_ranks, 1, 0) if tree else None
+    (batches,) = batches_of((virtual_ranks, 90), 0, 1)
+    stepper = make(model, sgd(model), reducer=reducer, task=task, accumulate=3)
+    loss = stepper.step(batches, global_count=90, step=0)
+    assert task.prepared == [90 // virtual_ranks] * virtual_ranks
+    assert task.met == met
+    wanted = make(plain, sgd(plain), reducer=TreeReducer(virtual_ranks, 1, 0) if tree else None, accumulate=3)
+    assert torch.equal(loss, wanted.step(batches, global_count=90, step=0))
+    assert same_bits(model, plain)
 
 
 @pytest.mark.parametrize("virtual_ranks", [1, 4])

@@ -38,7 +38,10 @@ class Invocation:
 
 @dataclass(frozen=True, kw_only=True)
 class _CommandLine:
-    """Fine-tune a pretrained image model. Without arguments: ResNet-18 with ImageNet weights on CIFAR-10, on all devices here."""
+    """Fine-tune a pretrained image model. Without arguments: ResNet-18 with ImageNet weights on CIFAR-10, on all devices here.
+
+    What is true or false is turned on by its flag, as by --data.flip, and off by --data.no-flip; both take the words as well.
+    """
 
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -140,6 +143,8 @@ def _word(meanings: dict[str, Any], *, shown: Sequence[str]) -> PrimitiveConstru
     """A flag that may be followed by one of some words, those `shown` and others; alone it means `true`."""
 
     def read(words: list[str]) -> Any:
+        if len(words) > 1:  # tyro gives all up to the next flag
+            raise ValueError(f"{' '.join(words)!r} is more than one word; settings are given as flags, such as --train.epochs 3")
         word = words[0].lower() if words else "true"
         if word not in meanings:
             raise ValueError(f"invalid choice {words[0]!r}; it must be one of {', '.join(shown)}")
