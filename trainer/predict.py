@@ -6,14 +6,13 @@ Images are decoded and resized by the same code and rules as in training. Traini
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
 from dataio.codecs.image.decode import Decoder
 from dataio.config import Fit
@@ -22,6 +21,7 @@ from trainer.models.export import load_export
 from trainer.runs.folder import RunFolder, find_run
 from trainer.settings.cli import fail
 from trainer.settings.tree import RunConfig
+from trainer.tasks.task import Task
 
 PROG = "python -m trainer.predict"
 BATCH = 64
@@ -29,14 +29,14 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Classify images with the model of a finished run."""
+    """Ask the model of a finished run about images."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder (path or URI), or its name under --storage."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Image files, or folders of them."""
     top: int = 3
-    """Classes shown for each image."""
+    """Classes, or labels, shown for each image."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """One JSON object a line instead of text."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
@@ -49,20 +49,21 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """One image's result: classes with their probabilities, the most probable first; or the reason why there is none."""
+    """What the model says of one image, or the reason why it says nothing."""
 
     image: str
-    classes: tuple[tuple[str, float], ...] = ()
+    answer: Mapping[str, Any] = field(default_factory=dict)
+    """As the task says it: of a classification `predictions`, classes with their probabilities, the most probable first."""
     error: str = ""
 
 
 class Predictor:
-    """A run's model, ready to classify."""
+    """A run's model, ready to be asked."""
 
     def __init__(self, folder: RunFolder, *, fit: Fit | None = None, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         exported = load_export(folder, self._device)
-        self.classes = exported.classes
+        self.task = exported.task
         self._model, self._preprocess, self._size = exported.model, exported.preprocess, exported.image_size
         self._fit: Fit = fit or exported.fit
         height, width = self._size
@@ -86,18 +87,14 @@ class Predictor:
             decoded = self._decoder.decode(list(encoded.values()))
             reasons = dict(decoded.bad)
             images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
-            probabilities = self._model(self._preprocess(images)).float().softmax(dim=1).cpu()  # (n, classes)
+            answers = self.task.answers(self._model(self._preprocess(images)), top=top)
             for index, path in enumerate(encoded):
                 if index in reasons:
                     results[path] = Prediction(image=path, error=self._explained(reasons[index]))
                 else:
-                    results[path] = Prediction(image=path, classes=self._best(probabilities[index], top))
+                    results[path] = Prediction(image=path, answer=answers[index])
         for path in paths:
             yield results[path]
-
-    def _best(self, probabilities: Tensor, top: int) -> tuple[tuple[str, float], ...]:
-        values, indices = probabilities.topk(min(top, len(self.classes)))
-        return tuple((self.classes[index], value) for index, value in zip(indices.tolist(), values.tolist(), strict=True))
 
     def _explained(self, reason: str) -> str:
         """The decoder's reason, and what to do if it is only the size."""
@@ -127,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
     bad = 0
     for prediction in predictor.predict(paths, top=arguments.top):
         bad += bool(prediction.error)
-        _show(prediction, as_json=arguments.json)
+        _show(prediction, predictor.task, as_json=arguments.json)
     if bad:
         print(f"{bad} of {len(paths)} images could not be classified", file=sys.stderr)
     return 1 if bad else 0
@@ -152,16 +149,14 @@ def image_paths(arguments: Sequence[str]) -> Iterator[str]:
         yield from found
 
 
-def _show(prediction: Prediction, *, as_json: bool) -> None:
+def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
     if as_json:
-        best = [{"class": name, "probability": probability} for name, probability in prediction.classes]
-        result = {"error": prediction.error} if prediction.error else {"predictions": best}
+        result = {"error": prediction.error} if prediction.error else prediction.answer
         print(json.dumps({"image": prediction.image, **result}, ensure_ascii=False), flush=True)
     elif prediction.error:
         print(f"{prediction.image}: {prediction.error}", file=sys.stderr, flush=True)
     else:
-        shown = "  ".join(f"{name} {100 * probability:.1f} %" for name, probability in prediction.classes)
-        print(f"{prediction.image}: {shown}", flush=True)
+        print(f"{prediction.image}: {task.sentence(prediction.answer)}", flush=True)
 
 
 if __name__ == "__main__":

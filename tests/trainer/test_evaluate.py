@@ -21,7 +21,7 @@ from dataio.loader import Loader
 from dataio.parquet import RowGroup, Split, open_dataset
 from dataio.resident import decode_split
 from dataio.sources import open_source
-from trainer.evaluate import class_mapping, main
+from trainer.evaluate import main
 from trainer.learn.build import build_learner, task_of
 from trainer.learn.step import train_steps
 from trainer.models.export import export_model, load_export
@@ -32,6 +32,7 @@ from trainer.runs.folder import find_run
 from trainer.settings.spec import make_order
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.tasks.matching import class_mapping
 from trainer.tasks.predictions import Predictions
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"
@@ -81,7 +82,7 @@ def train(storage: Path, config: RunConfig) -> Path:
         run=config.run,
         tensors=learner.ema.weights(),
         config=config,
-        classes=dataset.manifest.classes,
+        task=learner.task,
         data_image_size=loader.image_size,
         summary=summary,
     )

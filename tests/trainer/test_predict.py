@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 from cluster.storage import open_storage
+from dataio.schema import single_label
 from trainer.models.export import export_model, model_card
 from trainer.models.vision import Preprocess, build_model
 from trainer.predict import Predictor, image_paths, main
 from trainer.runs.folder import find_run
 from trainer.settings.tree import DataConfig, ModelConfig, RunConfig, TrainConfig
+from trainer.tasks.make import make_task
 
 CLASSES = ("cat", "dog", "<b>bird`|`</b>")
 CONFIG = RunConfig(
@@ -27,6 +29,7 @@ CONFIG = RunConfig(
     train=TrainConfig(ema=0.99),
 )
 SIDE = 16
+TASK = make_task(CONFIG.task, single_label(CLASSES))
 
 
 def trained() -> torch.nn.Module:
@@ -50,7 +53,7 @@ def export(storage: Path, config: RunConfig = CONFIG) -> torch.nn.Module:
         run=config.run,
         tensors=model.state_dict(),
         config=config,
-        classes=CLASSES,
+        task=TASK,
         data_image_size=(SIDE, SIDE),
         summary=summary,
     )
@@ -91,8 +94,8 @@ def test_predictions_are_the_trained_models_own(run: tuple[Path, torch.nn.Module
         expected = model(preprocess(torch.from_numpy(pixels).permute(0, 3, 1, 2))).softmax(1)
     for prediction, row in zip(predictions, expected, strict=True):
         assert prediction.error == ""
-        assert [name for name, _ in prediction.classes] == [CLASSES[index] for index in row.argsort(descending=True)]
-        given = dict(prediction.classes)
+        given = {best["class"]: best["probability"] for best in prediction.answer["predictions"]}
+        assert list(given) == [CLASSES[index] for index in row.argsort(descending=True)]
         assert torch.tensor([given[name] for name in CLASSES]).allclose(row, atol=1e-6)
 
 
@@ -111,7 +114,7 @@ def test_tied_weights_are_exported(tmp_path: Path) -> None:
         run="r",
         tensors={"a": shared, "b": shared.t()},
         config=CONFIG,
-        classes=CLASSES,
+        task=TASK,
         data_image_size=(8, 8),
         summary={},
     )
@@ -134,7 +137,7 @@ def test_the_model_card_tells_what_it_is_and_keeps_secrets(run: tuple[Path, torc
     block = card.rpartition("```json\n")[2].partition("\n```")[0]
     assert json.loads(block) == list(CLASSES)
     assert "`" not in block  # so a class cannot end the code block
-    bare = model_card(run="r", config=CONFIG, classes=CLASSES, data_image_size=(8, 8), summary={})
+    bare = model_card(run="r", config=CONFIG, task=TASK, data_image_size=(8, 8), summary={})
     assert "Test accuracy" not in bare
 
 
@@ -176,7 +179,7 @@ def test_the_same_image_twice_and_more_images_than_a_batch(run: tuple[Path, torc
     paths = [str(images / "a.png")] * 70 + [str(images / "b.PNG")]
     predictions = list(Predictor(find_run(str(run[0])), device=torch.device("cpu")).predict(paths, top=1))
     assert [prediction.image for prediction in predictions] == paths
-    assert len({prediction.classes[0][0] for prediction in predictions[:70]}) == 1
+    assert len({prediction.answer["predictions"][0]["class"] for prediction in predictions[:70]}) == 1
 
 
 def _flip_a_bit(model: Path) -> None:

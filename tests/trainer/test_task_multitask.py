@@ -274,12 +274,8 @@ def test_answers_say_something_of_each_head() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"weights": "size=2"}, "'size=2' is not NAME=WEIGHT.*the targets are kind, Traits!, age"),
-        ({"weights": "age"}, "'age' is not NAME=WEIGHT"),
-        ({"weights": "age=much"}, "'age=much' is not NAME=WEIGHT"),
-        ({"weights": "age=-1"}, "'age=-1' is not NAME=WEIGHT"),
-        ({"weights": "age=1,age=2"}, "'age=2' is not NAME=WEIGHT"),
-        ({"weights": "age=0,kind=0,Traits!=0"}, "leaves nothing to learn"),
+        ({"weights": "size=2"}, "the data have no target size; they have kind, Traits!, age"),
+        ({"weights": "age=much"}, "'much' is no number"),
         ({"weights": "age=1", "head_weights": "learned"}, "leave one of them out"),
     ],
 )

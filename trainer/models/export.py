@@ -8,7 +8,7 @@ Choosing the weights (final or averaged) is the caller's.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,14 @@ from torch import Tensor, nn
 
 from cluster.storage import Storage
 from dataio.config import Fit
-from trainer.models.vision import Preprocess, build_model
+from dataio.schema import Target, fault_of_targets, is_single_label, single_label
+from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder
-from trainer.settings.tree import ModelConfig, RunConfig
+from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
+from trainer.tasks.info import CLASSIFICATION
+from trainer.tasks.make import AUTO, make_task, name_for
+from trainer.tasks.task import Task
 
 MODEL_FOLDER = "model"
 WEIGHTS_FILE = "model.safetensors"
@@ -33,9 +37,10 @@ CARD_FILE = "README.md"
 class Exported:
     """A run's model, ready to be asked."""
 
+    task: Task
+    """What the outputs mean."""
     model: nn.Module  # in eval mode
     preprocess: nn.Module  # (n, 3, H, W) uint8, H and W those of `image_size`, -> what the model takes
-    classes: tuple[str, ...]  # in the order of the outputs
     image_size: tuple[int, int]  # (height, width) of decoded images
     fit: Fit
     max_image_pixels: int
@@ -47,14 +52,14 @@ def export_model(
     run: str,
     tensors: Mapping[str, Tensor],
     config: RunConfig,
-    classes: Sequence[str],
+    task: Task,
     data_image_size: tuple[int, int],
     summary: Mapping[str, Any],
 ) -> None:
     """Write `<run>/model/`. `tensors` is a state_dict; `data_image_size` is (height, width) of decoded images.
 
-    From `summary`, `weights_sha256` goes into config.json, and the model card shows test_accuracy, test_loss, steps, epochs and
-    dataset_fingerprint where they are given.
+    From `summary`, `weights_sha256` goes into config.json, and the model card shows the task's headline (test_accuracy), test_loss, steps
+    and dataset_fingerprint where they are given.
     """
     folder = f"{run}/{MODEL_FOLDER}"
     # A copy of each: safetensors takes neither strided views (channels_last) nor two names for the same memory (tied weights).
@@ -62,7 +67,7 @@ def export_model(
     weights = safetensors.torch.save(plain, metadata={"format": "pt"})
     description = {
         "model": dataclasses.asdict(config.model),
-        "classes": list(classes),
+        **_task_description(config.task, task),
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "data_image_size": list(data_image_size),
@@ -72,7 +77,7 @@ def export_model(
         "file_sha256": hashlib.sha256(weights).hexdigest(),
     }
     storage.write_atomic(f"{folder}/{WEIGHTS_FILE}", weights)
-    card = model_card(run=run, config=config, classes=classes, data_image_size=data_image_size, summary=summary)
+    card = model_card(run=run, config=config, task=task, data_image_size=data_image_size, summary=summary)
     storage.write_atomic(f"{folder}/{CARD_FILE}", card.encode())
     storage.write_atomic(f"{folder}/{CONFIG_FILE}", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -84,7 +89,8 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
     config = ModelConfig(**description["model"])
     # The run's weights replace all others: nothing is downloaded.
     blank = dataclasses.replace(config, weights="none")
-    model = build_model(blank, classes=len(description["classes"]), seed=0, image_hw=(height, width))
+    task = _task(folder, description)
+    model = task.build(blank, seed=0, image_hw=(height, width))
     model.load_state_dict(_weights(folder, description), strict=True)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     preprocess = Preprocess(
@@ -94,67 +100,130 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
         interpolation=config.interpolation,
         channels_last=channels_last,
     )
+    model = model.to(device).to(memory_format=layout).eval()
+    task.bind(model)
     return Exported(
-        model=model.to(device).to(memory_format=layout).eval(),
+        task=task,
+        model=model,
         preprocess=preprocess.to(device),
-        classes=tuple(description["classes"]),
         image_size=(height, width),
         fit=description["fit"],
         max_image_pixels=int(description["max_image_pixels"]),
     )
 
 
-def model_card(*, run: str, config: RunConfig, classes: Sequence[str], data_image_size: tuple[int, int], summary: Mapping[str, Any]) -> str:
+def model_card(*, run: str, config: RunConfig, task: Task, data_image_size: tuple[int, int], summary: Mapping[str, Any]) -> str:
     """Markdown for people: what the model is, how good, how to use it."""
+    return "\n".join(
+        [
+            f"# {run}",
+            "",
+            f"{_what_it_is(task)}, fine-tuned from `{config.model.name}`.",
+            "",
+            *(f"- **{name}:** {value}" for name, value in _facts(config, task, data_image_size, summary)),
+            "",
+            "## Use",
+            "",
+            "```sh",
+            f"python -m trainer.predict RUN_FOLDER IMAGE...      # RUN_FOLDER: the folder {run} that holds model/",
+            "```",
+            "",
+            f"`{WEIGHTS_FILE}` is a state_dict (safetensors, no pickle). `{CONFIG_FILE}` says how to build the model and prepare an image;",
+            "`trainer.models.vision.build_model` and `trainer.models.vision.Preprocess` take it from there.",
+            "",
+            *_outputs(task),
+            "## Limits",
+            "",
+            *_limits(task),
+            "The weights it started from carry their own licence and their own biases.",
+            "",
+        ]
+    )
+
+
+def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     height, width = data_image_size
-    seen = f"resized on the device to {config.model.image_size}x{config.model.image_size} ({config.model.interpolation})"
-    facts = [
-        ("Backbone", f"`{config.model.name}`, stem `{config.model.stem}`, weights `{config.model.weights}`"),
-        ("Images", f"{width}x{height} RGB" + (f", {seen}" if config.model.image_size else "")),
-        ("Normalisation", f"mean {list(config.data.mean)}, std {list(config.data.std)}, of pixel values in [0, 1]"),
-        ("Trained on", f"`{_last_part(config.data.path)}`" + _optional(summary, "dataset_fingerprint", " (fingerprint `{}`)")),
-        (
-            "Training",
-            f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.train.precision}" + _optional(summary, "steps", ", {} steps"),
-        ),
-        ("Averaged", f"exponential moving average of the weights, decay {config.train.ema:g}" if config.train.ema else "no"),
-    ]
-    accuracy = summary.get("test_accuracy")
-    if accuracy is not None:
+    headline = task.info.headline
+    if (value := summary.get(headline.key)) is not None:
         loss = _optional(summary, "test_loss", ", loss {:.4f}")
-        facts.insert(0, ("Test accuracy", f"{percent(accuracy, 2)}{loss} (images of the held-out split, none of them trained on)"))
-    # Class names come from the data: as JSON inside a code block, with the one character escaped that could close it, they stay text.
-    names = json.dumps(list(classes), ensure_ascii=False).replace("`", "\\u0060")
-    lines = [
-        f"# {run}",
-        "",
-        f"An image classifier of {len(classes)} classes, fine-tuned from `{config.model.name}`.",
-        "",
-        *(f"- **{name}:** {value}" for name, value in facts),
-        "",
-        "## Use",
-        "",
-        "```sh",
-        f"python -m trainer.predict RUN_FOLDER IMAGE...      # RUN_FOLDER: the folder {run} that holds model/",
-        "```",
-        "",
-        f"`{WEIGHTS_FILE}` is a state_dict (safetensors, no pickle). `{CONFIG_FILE}` says how to build the model and prepare an image;",
-        "`trainer.models.vision.build_model` and `trainer.models.vision.Preprocess` take it from there.",
-        "",
-        "## Classes, in the order of the outputs",
-        "",
-        "```json",
-        names,
-        "```",
-        "",
-        "## Limits",
-        "",
-        "The model knows these classes only and names one of them for any image.",
-        "The accuracy holds for images like those it was tested on.",
-        "The weights it started from carry their own licence and their own biases.",
-        "",
-    ]
-    return "\n".join(lines)
+        shown = percent(value, 2) if headline.unit == "ratio" else f"{value:.4g}"
+        yield f"Test {headline.in_words}", f"{shown}{loss} ({task.info.unit} of the held-out split, none of them trained on)"
+    yield "Backbone", f"`{config.model.name}`, stem `{config.model.stem}`, weights `{config.model.weights}`"
+    seen = f", resized on the device to {config.model.image_size}x{config.model.image_size} ({config.model.interpolation})"
+    yield "Images", f"{width}x{height} RGB" + (seen if config.model.image_size else "")
+    yield "Normalisation", f"mean {list(config.data.mean)}, std {list(config.data.std)}, of pixel values in [0, 1]"
+    yield "Trained on", f"`{_last_part(config.data.path)}`" + _optional(summary, "dataset_fingerprint", " (fingerprint `{}`)")
+    steps = _optional(summary, "steps", ", {} steps")
+    yield "Training", f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.train.precision}{steps}"
+    yield "Averaged", f"exponential moving average of the weights, decay {config.train.ema:g}" if config.train.ema else "no"
+
+
+def _what_it_is(task: Task) -> str:
+    if task.info.name == CLASSIFICATION.name:
+        return f"An image classifier of {len(task.targets[0].classes)} classes"
+    # The names come from the data: in a code span, with the one character replaced that could close it, they stay text.
+    named = [f"`{_inline(target.name)}` ({_KINDS[target.kind].format(len(target.classes))})" for target in task.targets]
+    return f"A model of images (task `{_inline(task.info.name)}`) that says {', '.join(named)}"
+
+
+def _outputs(task: Task) -> Iterator[str]:
+    """The classes of each target."""
+    is_only = len(task.targets) == 1
+    for target in task.targets:
+        if target.classes:
+            what = "labels" if target.kind == "labels" else "classes"
+            yield f"## {what.capitalize()}{'' if is_only else f' of `{_inline(target.name)}`'}, in the order of the outputs"
+            # Names come from the data: as JSON in a code block, with the one character escaped that could close it, they stay text.
+            names = json.dumps(list(target.classes), ensure_ascii=False).replace("`", "\\u0060")
+            yield from ("", "```json", names, "```", "")
+
+
+def _limits(task: Task) -> tuple[str, ...]:
+    if task.info.name == CLASSIFICATION.name:
+        return (
+            "The model knows these classes only and names one of them for any image.",
+            "The accuracy holds for images like those it was tested on.",
+        )
+    return (
+        "The model knows nothing but these, and says something of any image.",
+        "What was measured holds for images like those it was tested on.",
+    )
+
+
+def _task_description(config: TaskConfig, task: Task) -> dict[str, Any]:
+    """A classification of one label is described as it was before there were other tasks."""
+    if task.info.name == CLASSIFICATION.name and is_single_label(task.targets):
+        return {"classes": list(task.targets[0].classes)}
+    name = name_for(task.targets) if config.name == AUTO else config.name  # so that what `auto` takes may change
+    return {
+        "task": dataclasses.asdict(dataclasses.replace(config, name=name)),
+        "targets": [dataclasses.asdict(target) for target in task.targets],
+    }
+
+
+def _task(folder: RunFolder, description: Mapping[str, Any]) -> Task:
+    if "task" not in description:
+        return make_task(TaskConfig(), single_label(description["classes"]))
+    try:
+        targets = [Target(**{**target, "classes": tuple(target["classes"])}) for target in description["targets"]]
+        config = TaskConfig(**description["task"])
+        fault = fault_of_targets(targets)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} describes no task that this version knows ({error}); "
+            "use the version of the program that wrote it"
+        ) from None
+    if fault is not None:
+        raise ValueError(f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} is damaged ({fault}); finish the run again to export it anew")
+    return make_task(config, targets)
+
+
+_KINDS = {"label": "one of {} classes", "labels": "any of {} labels", "number": "a number"}
+
+
+def _inline(text: str) -> str:
+    """Text of the data's inside a code span."""
+    return text.replace("`", "'")
 
 
 def _last_part(path: str) -> str:
@@ -175,7 +244,8 @@ def _description(folder: RunFolder) -> Mapping[str, Any]:
         )
     try:
         description = json.loads(data)
-        needed = ("classes", "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
+        outputs = ("task", "targets") if "task" in description else ("classes",)
+        needed = (*outputs, "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
         missing = [key for key in needed if key not in description]
         unknown = set(description.get("model", ())) - {field.name for field in dataclasses.fields(ModelConfig)}
     except (ValueError, AttributeError, TypeError) as error:

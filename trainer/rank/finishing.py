@@ -44,20 +44,20 @@ def finish(
         "device": str(learner.device),
     }
     if not stopped:
-        manifest = data.dataset.manifest
+        headline = learner.task.info.headline.key
         export_model(
             storage=storage,
             run=me.config.run,
             tensors=learner.ema.weights() if learner.ema is not None else learner.model.state_dict(),
             config=me.config,
-            classes=manifest.classes,
+            task=learner.task,
             data_image_size=loader.image_size,
             summary={
-                "test_accuracy": last.get("test_accuracy"),
+                headline: last.get(headline),
                 "test_loss": last.get("test_loss"),
                 "steps": steps_done,
                 "weights_sha256": sha256,
-                "dataset_fingerprint": manifest.fingerprint,
+                "dataset_fingerprint": data.dataset.manifest.fingerprint,
             },
         )
     me.call("put_result", me.spec.attempt, result)

@@ -27,6 +27,11 @@ class Measure:
     def key(self) -> str:
         return f"test_{self.name}"
 
+    @property
+    def in_words(self) -> str:
+        """The title within a sentence: accuracy; what is an abbreviation keeps its capitals."""
+        return self.title[:1].lower() + self.title[1:] if self.title[1:2].islower() else self.title
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskInfo:

@@ -1,13 +1,13 @@
 """The task that a run's settings and data call for. Called in every rank, before a run where its model is checked, and where an exported
 model is loaded."""
 
-import difflib
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dataio.schema import Target
 from trainer.settings.tree import TaskConfig
+from trainer.settings.values import task_of
 from trainer.tasks.classification import Classification
 from trainer.tasks.multilabel import Multilabel
 from trainer.tasks.multitask import Multitask
@@ -23,7 +23,8 @@ def make_task(config: TaskConfig, targets: Sequence[Target], *, label_smoothing:
     if not targets:
         raise ValueError("the data have no target, so there is nothing to learn; convert them with a label")
     name = name_for(targets) if config.name == AUTO else config.name
-    found = BUILT_IN[name] if name in BUILT_IN else _imported(name)
+    asked = task_of(name)
+    found = BUILT_IN[asked] if isinstance(asked, str) else _imported(*asked)
     try:
         task = found(config, tuple(targets), label_smoothing=label_smoothing)
     except TypeError as error:
@@ -48,23 +49,18 @@ def name_for(targets: Sequence[Target]) -> str:
             return "multitask"
 
 
-def _imported(name: str) -> Callable[..., Task]:
-    """`module:Class`, to be called as a built-in task is."""
-    module_name, colon, class_name = name.partition(":")
-    if not colon:
-        known = [AUTO, *BUILT_IN]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"task.name={name} is no task: use {', '.join(known)}, or module:Class for one of your own{hint}")
+def _imported(module_name: str, class_name: str) -> Callable[..., Task]:
+    """A task from outside, to be called as a built-in one is."""
+    name = f"task.name={module_name}:{class_name}"
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"task.name={name}: {module_name} cannot be imported ({error}); a module is named as in an import statement, from the folder "
-            "in which the program is started or from what is installed"
+            f"{name}: {module_name} cannot be imported ({error}); a module is named as in an import statement, from the folder in which "
+            "the program is started or from what is installed"
         ) from error
     found: Any = getattr(module, class_name, None)
     if not callable(found):
         there = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
-        raise ValueError(f"task.name={name}: {module_name} has no class {class_name}; its classes are {', '.join(there) or 'none'}")
+        raise ValueError(f"{name}: {module_name} has no class {class_name}; its classes are {', '.join(there) or 'none'}")
     return found  # type: ignore[no-any-return]  # make_task looks whether it is one

@@ -18,6 +18,7 @@ from dataio.batch import Targets
 from dataio.schema import Target
 from trainer.models.vision import head_of
 from trainer.settings.tree import ModelConfig, TaskConfig
+from trainer.settings.values import loss_weights
 from trainer.tasks.classification import LabelHead
 from trainer.tasks.heads import Head
 from trainer.tasks.image import ImageTask, outputs_of
@@ -209,31 +210,16 @@ def _head_for(target: Target, config: TaskConfig, label_smoothing: float) -> Hea
 
 
 def _weights(config: TaskConfig, targets: Sequence[Target]) -> Mapping[str, float]:
-    """`NAME=WEIGHT,NAME=WEIGHT`. ValueError where it says anything else, or names no target."""
-    names = [target.name for target in targets]
-    weights: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in config.weights.split(","))):
-        name, _, text = part.rpartition("=")
-        weight = _weight(text)
-        if name not in names or name in weights or weight is None:
-            raise ValueError(
-                f"task.weights={config.weights}: {part!r} is not NAME=WEIGHT, a target once and a number from 0 on; "
-                f"the targets are {', '.join(names)}"
-            )
-        weights[name] = weight
+    weights = loss_weights(config.weights)
+    unknown = [name for name in weights if name not in [target.name for target in targets]]
+    if unknown:
+        raise ValueError(
+            f"task.weights={config.weights}: the data have no target {', '.join(unknown)}; they have "
+            f"{', '.join(target.name for target in targets)}"
+        )
     if weights and config.head_weights == "learned":
         raise ValueError(f"task.weights={config.weights} is not used with task.head_weights=learned; leave one of them out")
-    if not any(weights.get(name, 1.0) for name in names):
-        raise ValueError(f"task.weights={config.weights} leaves nothing to learn; give at least one target a weight above 0")
     return weights
-
-
-def _weight(text: str) -> float | None:
-    try:
-        weight = float(text)
-    except ValueError:
-        return None
-    return weight if math.isfinite(weight) and weight >= 0 else None
 
 
 def _info(parts: Sequence[Part], *, is_learned: bool) -> TaskInfo:
@@ -247,6 +233,7 @@ def _info(parts: Sequence[Part], *, is_learned: bool) -> TaskInfo:
                     f"the targets {owners[name]!r} and {part.name!r} would both be measured as {name}; rename one of them in the data"
                 )
             owners[name] = part.name
-            title = measure.title[:1].lower() + measure.title[1:] if measure.title[1:2].islower() else measure.title
-            measures.append(Measure(name=name, title=f"{part.name} {title}", unit=measure.unit, higher_is_better=measure.higher_is_better))
+            measures.append(
+                Measure(name=name, title=f"{part.name} {measure.in_words}", unit=measure.unit, higher_is_better=measure.higher_is_better)
+            )
     return TaskInfo(name="multitask", measures=tuple(measures), panels=("heads", "examples"), loss_floor=None if is_learned else 0.0)

@@ -1,0 +1,196 @@
+"""Evaluates a finished run's model, outside its run: on the run's own data or on others with the same targets. `trainer.evaluate` calls it
+and shows what comes out.
+
+The counting is the run's own (trainer.rank.evaluation), in the same batches and precision.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataio.config import DataConfig
+from dataio.convert import Progress, open_prepared
+from dataio.loader import Loader
+from dataio.manifest import Manifest
+from dataio.order import Order
+from dataio.parquet import Dataset
+from dataio.quarantine import BadSample, Quarantine
+from trainer.models.export import load_export
+from trainer.rank.evaluation import evaluate_share, share_of
+from trainer.rank.worker import make_repeatable
+from trainer.runs.folder import RunFolder
+from trainer.settings.toml import from_toml
+from trainer.settings.tree import RunConfig
+from trainer.tasks.info import CLASSIFICATION
+from trainer.tasks.matching import match_targets
+from trainer.tasks.prediction_log import PredictionLog
+from trainer.tasks.predictions import About, named, rows_to_keep
+from trainer.tasks.task import Result, Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """An evaluation and what it was of."""
+
+    run: str
+    data: str
+    split: str
+    dataset_fingerprint: str
+    device: str
+    precision: str
+    task: Task
+    result: Result
+    quarantined: tuple[BadSample, ...]
+    """Samples that could not be read; they are not counted."""
+    recorded: float | None
+    """What summary.json says of the headline, for the same split of the same data; None where it says nothing of it."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A classification's as it was before there were other tasks; of the others, also which it is."""
+        about = ("run", "data", "split", "dataset_fingerprint", "device", "precision")
+        info = self.task.info
+        is_classification = info.name == CLASSIFICATION.name
+        return {
+            **{name: getattr(self, name) for name in about},
+            **({} if is_classification else {"task": info.name}),
+            f"recorded_{info.headline.name}": self.recorded,
+            "seconds": self.seconds,
+            "loss": self.result.loss,
+            **self.result.measures,
+            "count": self.result.count,
+            **self.result.details,
+            **({"classes": list(self.task.targets[0].classes)} if is_classification else {}),
+            "quarantined": [asdict(bad) for bad in self.quarantined],
+        }
+
+
+def evaluate_finished(
+    folder: RunFolder, changes: Mapping[str, Any], *, split: str, device: torch.device, predictions: str = ""
+) -> Evaluated:
+    """Load the run's model and evaluate it. `changes` are settings of the data that are not as in the run. ValueError where model, data and
+    run do not go together. `predictions` is a file for what is said of each sample; its labels are the model's outputs, whatever the order
+    of the data set's classes."""
+    begin = time.perf_counter()
+    config, summary = _config(folder), _summary(folder)
+    exported = load_export(folder, device, channels_last=config.train.channels_last == "on")
+    data = replace(config.data, **changes)
+    _, dataset = open_prepared(data, on_progress=_progress(data.path))
+    manifest = dataset.manifest
+    as_learned = match_targets(exported.task.targets, manifest.targets, where=data.path, device=device)
+    if split not in manifest.splits or not manifest.splits[split].count:
+        there = [name for name, info in manifest.splits.items() if info.count]
+        raise ValueError(f"--split {split}, but {data.path} has only {', '.join(there)}; use --split {there[0] if there else 'test'}")
+    data = _sized(data, manifest, exported.image_size)
+
+    threads = config.cluster.threads_per_worker or summary.get("threads_per_worker") or torch.get_num_threads()
+    make_repeatable(threads)
+    count = manifest.splits[split].count
+    quarantine = Quarantine(data.max_bad_fraction, count)
+    task = exported.task
+    evaluation = task.evaluation(device)
+    log = PredictionLog(task.columns, rows_to_keep(task.columns), device) if predictions else None
+    loader = _loader(dataset, data, device, threads, quarantine)
+    # In the shares that the run's ranks had: a sample's outputs may depend, in their last bits, on the batch that it is in.
+    ranks = int(summary.get("workers") or 1)
+    for rank in range(ranks):
+        evaluate_share(
+            task,
+            evaluation,
+            exported.model,
+            exported.preprocess,
+            loader,
+            split=split,
+            share=share_of(count, rank, ranks),
+            precision=config.train.precision,
+            as_learned=as_learned,
+            log=log,
+        )
+    result = evaluation.result()
+    if log is not None and (found := log.gathered(0, 1)) is not None:
+        about = About(step=int(summary.get("steps") or 0), split=split, dataset_fingerprint=manifest.fingerprint, count=result.count)
+        Path(predictions).write_bytes(named(found, dataset.split(split), about).to_parquet())
+    is_runs_own = split == "test" and summary.get("dataset_fingerprint") == manifest.fingerprint
+    return Evaluated(
+        run=folder.name,
+        data=data.path,
+        split=split,
+        dataset_fingerprint=manifest.fingerprint,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        precision=config.train.precision,
+        task=task,
+        result=result,
+        quarantined=quarantine.records,
+        recorded=summary.get(task.info.headline.key) if is_runs_own else None,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _loader(dataset: Dataset, data: DataConfig, device: torch.device, threads: int, quarantine: Quarantine) -> Loader:
+    # An order is training's; nothing is trained here.
+    splits = dataset.manifest.splits
+
+    def on_bad(bad: BadSample) -> None:
+        quarantine.add(bad.key, bad.reason, bad.split, bad.sample_id)
+
+    order = Order(seed=0, fingerprint=dataset.manifest.fingerprint, count=splits["train"].count, batch_size=1, virtual_ranks=1)
+    return Loader(
+        dataset,
+        data,
+        order=order,
+        virtual_ranks=range(1),
+        device=device,
+        seed=0,
+        threads=threads,
+        on_bad=on_bad,
+    )
+
+
+def _config(folder: RunFolder) -> RunConfig:
+    text = folder.read("config.toml")
+    if text is None:
+        raise ValueError(f"{folder.location} has no config.toml, which says how the model was trained; give the folder that the run wrote")
+    return from_toml(text.decode(), origin=f"{folder.location}/config.toml")
+
+
+def _summary(folder: RunFolder) -> Mapping[str, Any]:
+    text = folder.read("summary.json")
+    return dict(json.loads(text)) if text is not None else {}
+
+
+def _sized(data: DataConfig, manifest: Manifest, wanted: tuple[int, int]) -> DataConfig:
+    """`data` with the size that the model was trained on. ValueError where no image has it and none may be resized."""
+    height, width = wanted
+    if set(manifest.image_sizes) == {f"{height}x{width}"}:
+        return data
+    seen = ", ".join(sorted(manifest.image_sizes, key=lambda size: -manifest.image_sizes[size])[:3])
+    if height != width:
+        raise ValueError(
+            f"the model was trained on images of {height}x{width} (HxW), those of {data.path} have other sizes ({seen}) and are resized to "
+            f"squares only; resize them to {height}x{width} before"
+        )
+    if data.fit == "refuse" and f"{height}x{width}" not in manifest.image_sizes:
+        raise ValueError(
+            f"the model was trained on images of {height}x{width} (HxW), those of {data.path} have other sizes ({seen}), which "
+            "data.fit=refuse refuses; add --data.fit crop or --data.fit stretch to have them resized"
+        )
+    return replace(data, image_size=height)
+
+
+def _progress(path: str) -> Callable[[Progress], None]:
+    """A line on stderr every few seconds: a source that was never converted takes a while."""
+    shown = time.monotonic()
+
+    def say(progress: Progress) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > 5:
+            shown = time.monotonic()
+            print(f"converting {path}: {progress.describe()}", file=sys.stderr)
+
+    return say
