@@ -17,7 +17,7 @@ import tyro
 from dataio.codecs.image.decode import Decoder
 from dataio.config import Fit
 from dataio.sources import IMAGE_SUFFIXES
-from trainer.models.export import load_export
+from trainer.export.model_folder import load_export
 from trainer.runs.folder import RunFolder, find_run
 from trainer.settings.cli import fail
 from trainer.settings.tree import RunConfig

@@ -22,9 +22,9 @@ from dataio.parquet import RowGroup, Split, open_dataset
 from dataio.resident import decode_split
 from dataio.sources import open_source
 from trainer.evaluate import main
+from trainer.export.model_folder import export_model, load_export
 from trainer.learn.build import build_learner, task_of
 from trainer.learn.step import train_steps
-from trainer.models.export import export_model, load_export
 from trainer.models.vision import Preprocess
 from trainer.rank.evaluation import evaluate
 from trainer.rank.worker import make_repeatable

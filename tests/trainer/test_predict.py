@@ -14,7 +14,7 @@ from PIL import Image
 
 from cluster.storage import open_storage
 from dataio.schema import single_label
-from trainer.models.export import export_model, model_card
+from trainer.export.model_folder import export_model, model_card
 from trainer.models.vision import Preprocess, build_model
 from trainer.predict import Predictor, image_paths, main
 from trainer.runs.folder import find_run

@@ -1,4 +1,4 @@
-"""Networks: by name, their weights, stem and head, and the finished model as files. `learn`, `rank`, `drive` and the command lines
-import it.
+"""Networks: by name, their weights, stem and head. Tasks build theirs here; `learn`, `rank` and `drive` ask about them.
 
-What the outputs mean is the task's; what moves the weights is `learn`'s."""
+What the outputs mean is the task's; what moves the weights is `learn`'s; the finished model as files is `export`'s.
+"""

@@ -48,6 +48,7 @@ class Evaluator:
         """`history` gets an entry for each. `on_begin` is called before each."""
         self._me, self._data, self._learner, self._plan = me, data, learner, plan
         self._history, self._storage, self._on_begin = history, storage, on_begin
+        me.metrics.declare("test_measure", [measure.name for measure in learner.task.info.measures])
 
     def run(self, steps_done: int) -> None:
         """Evaluate the test split, and tell the history, Prometheus and the journal. On all ranks after the same step."""
@@ -98,6 +99,8 @@ class Evaluator:
         metrics.set("test_loss", result.loss)
         if ACCURACY in result.measures:
             metrics.set("test_accuracy_ratio", result.measures[ACCURACY])
+        for name, value in result.measures.items():
+            metrics.set("test_measure", value, label=name)
         metrics.add("evaluation_seconds_total", seconds)
         entry: dict[str, Any] = {"step": steps_done, "epoch": steps_done / self._plan.steps_per_epoch, **result.entry()}
         history.evaluated(entry, seconds)

@@ -21,7 +21,7 @@ from dataio.manifest import Manifest
 from dataio.order import Order
 from dataio.parquet import Dataset
 from dataio.quarantine import BadSample, Quarantine
-from trainer.models.export import load_export
+from trainer.export.model_folder import load_export
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder

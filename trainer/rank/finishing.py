@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.storage import Storage
+from trainer.export.model_folder import export_model
 from trainer.learn.build import Learner
 from trainer.learn.state import weights_sha256
-from trainer.models.export import export_model
 from trainer.rank.data import RankData
 from trainer.rank.saving import CURVES_FILE, Memory
 from trainer.rank.this_rank import ThisRank
