@@ -118,9 +118,7 @@ def test_several_targets_end_in_the_same_bits_for_any_workers_and_in_a_table_of_
         "traits": "labels",
         "version": "number",
     }
-    assert (
-        heads["subcategory"]["count"] < heads["category"]["count"] == summary["test_count"]
-    )  # some have none, and are left out of that head
+    assert heads["subcategory"]["count"] < heads["category"]["count"] == summary["test_count"]
     assert {f"test_{name}" for name in MEASURES} <= summary.keys()
     assert len({head["weight"] for head in heads.values()}) > 1, "weights were to be learned"
 

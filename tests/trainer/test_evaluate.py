@@ -13,23 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.storage import open_storage
 from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
 from dataio.convert import convert
-from dataio.loader import Loader
 from dataio.parquet import RowGroup, Split, open_dataset
 from dataio.resident import decode_split
 from dataio.sources import open_source
+from tests.trainer.small_run import train
 from trainer.evaluate import main
-from trainer.export.model_folder import export_model, load_export
-from trainer.learn.build import build_learner, task_of
-from trainer.learn.step import train_steps
+from trainer.export.model_folder import load_export
 from trainer.models.vision import Preprocess
-from trainer.rank.evaluation import evaluate
-from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import find_run
-from trainer.settings.spec import make_order
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.tasks.matching import class_mapping
@@ -37,7 +31,6 @@ from trainer.tasks.predictions import Predictions
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"
 CLASSES = open_dataset(SAMPLE).manifest.classes
-STEPS = 40  # one epoch
 SHOWN = 200  # of the 500 test images; all classes are among them
 BASE = RunConfig(
     run="sample",
@@ -46,47 +39,6 @@ BASE = RunConfig(
     optim=OptimConfig(name="adamw", lr=0.01),
     train=TrainConfig(virtual_ranks=2, precision="bf16", channels_last="on", ema=0.5),
 )
-
-
-def train(storage: Path, config: RunConfig) -> Path:
-    """What a run does, without the cluster around it: the run's folder."""
-    make_repeatable(1)
-    dataset, device = open_dataset(SAMPLE), torch.device("cpu")
-    order = make_order(config, dataset)
-    loader = Loader(
-        dataset, config.data, order=order, virtual_ranks=range(2), device=device, seed=0, on_bad=lambda bad: pytest.fail(str(bad))
-    )
-    learner = build_learner(config, task_of(config, dataset.manifest), loader.image_size, device)
-    learner.set_trainable(0)
-    for _ in train_steps(
-        learner.stepper(),
-        loader.train(0, STEPS),
-        start_step=0,
-        stop_step=STEPS,
-        steps_per_epoch=order.steps_per_epoch,
-        batch_count=order.batch_count,
-        set_learning_rate=lambda step: config.optim.lr,
-        device=device,
-        sum_over_ranks=False,
-    ):
-        pass
-    model, precision = learner.model, config.train.precision
-    result = evaluate(learner.task, model, learner.preprocess, dataset, loader, ema=learner.ema, precision=precision).entry()
-    assert learner.ema is not None
-    summary = {**result, "workers": 1, "threads_per_worker": 1, "dataset_fingerprint": dataset.manifest.fingerprint}
-    at = open_storage(storage)
-    at.write_atomic(f"{config.run}/config.toml", to_toml(replace(config, storage=at.uri)).encode())
-    at.write_atomic(f"{config.run}/summary.json", json.dumps(summary).encode())
-    export_model(
-        storage=at,
-        run=config.run,
-        tensors=learner.ema.weights(),
-        config=config,
-        task=learner.task,
-        data_image_size=loader.image_size,
-        summary=summary,
-    )
-    return storage / config.run
 
 
 @pytest.fixture(scope="module", autouse=True)
