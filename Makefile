@@ -23,6 +23,7 @@ check: .venv/.dev
 	$(BIN)/python -m deploy.grafana --check
 	$(BIN)/python -m deploy.prometheus --check
 	$(BIN)/python -m deploy.kubernetes --check
+	$(BIN)/python -m deploy.picture --check
 
 unit: .venv/.dev
 	$(BIN)/python -m pytest --ignore=tests/e2e --ignore=tests/golden
