@@ -507,8 +507,11 @@ class _Shuffled:
     ignored = ()
 
     def __init__(self, images: Images) -> None:
+        from dataio.schema import Target
+
         self._images = images
         self.identity, self.classes = images.sha256, images.classes
+        self.identities, self.targets = (self.identity,), (Target(name="label", kind="label", classes=tuple(images.classes)),)
         self._train = [images.paths[image_id] for image_id in shuffled(images)]
         self._test = sorted(path.relative_to(images.folder).as_posix() for path in (images.folder / "test").glob("*/*.jpg"))
 
