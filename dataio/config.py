@@ -88,7 +88,7 @@ class DataConfig:
     max_bad_fraction: Annotated[float, FREE, Interval(ge=0, le=1), "it is a fraction of the samples, 0.01 being one in a hundred"] = 0.001
     """Quarantined fraction of the samples above which the run fails."""
     test_fraction: Annotated[float, FREE, Interval(gt=0, lt=1), "it is a fraction of the samples, 0.1 being one in ten"] = 0.1
-    """Fraction held out for testing, by a hash of the key, where the source has no test split."""
+    """Fraction of each class held out for testing, by a hash of the key, where the source has no test split."""
     validation_fraction: Annotated[float, FREE, Interval(ge=0, lt=1), "it is a fraction of the training samples, 0 holds out none"] = 0.0
     """Fraction of the training split held out as the validation split, class by class, where the source has none; 0 holds out none. Read
     when a source is converted."""

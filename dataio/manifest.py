@@ -67,7 +67,7 @@ class Manifest:
     """What the codec says of a sample (of an image "HxW" as displayed) -> samples of that size, over all splits."""
     quarantined: int
     source: str
-    """Kind of the source: cifar10, cifar-tar, cifar-batches, huggingface, folder, idx."""
+    """Kind of the source: cifar10, cifar-tar, cifar-batches, huggingface, folder, idx, table."""
     identity: str
     """Hash of the source (its files' names, sizes, times) and of the settings it was converted with."""
 

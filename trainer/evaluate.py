@@ -39,7 +39,7 @@ class DataArguments:
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
     """What is done with images of another size than the model was trained on."""
     test_fraction: float | None = None
-    """Fraction held out for testing, by a hash of the key, where the source has no test split."""
+    """Fraction of each class held out for testing, by a hash of the key, where the source has no test split."""
     max_bad_fraction: float | None = None
     """Unreadable fraction of the samples above which there is no result."""
 

@@ -512,7 +512,7 @@ class _Shuffled:
 
         self._images = images
         self.identity, self.classes = images.sha256, images.classes
-        self.targets = single_label(images.classes)
+        self.identities, self.targets = (self.identity,), single_label(images.classes)
         self._train = [images.paths[image_id] for image_id in shuffled(images)]
         self._test = sorted(path.relative_to(images.folder).as_posix() for path in (images.folder / "test").glob("*/*.jpg"))
 

@@ -61,7 +61,7 @@ class Column:
 
     def _labels(self, cell: list[Any]) -> tuple[Any, str | None]:
         classes = len(self.target.classes)
-        numbers = cell if self.texts is None else [self.texts.get(text) for text in cell]
+        numbers: list[Any] = cell if self.texts is None else [self.texts.get(text) for text in cell]
         if bad := [number for number in numbers if number is None or not 0 <= number < classes]:
             return self.unknown, f"bad label: {self.target.name} holds {bad[0]}, which is not in 0..{classes - 1}"
         value = np.zeros(classes, self.target.dtype)

@@ -527,7 +527,7 @@ def test_the_shipped_sample_is_whole_balanced_and_small():
 
 
 def test_a_cifar_archive_and_its_folder_convert_to_the_same_fingerprint(tmp_path: Path):
-    from test_sources import cifar_members, write_tar
+    from test_sources_cifar import cifar_members, write_tar
 
     archive = write_tar(tmp_path / "cifar-10-python.tar.gz", cifar_members())
     with tarfile.open(archive) as opened:

@@ -26,9 +26,14 @@ def values(source: Source, name: str) -> dict[str, Any]:
 def test_a_table_gives_each_image_its_values_and_its_split(tmp_path: Path):
     path = write_table(
         tmp_path,
-        "split,image,label,tags,age\ntrain,{0},cat,a|b,1.5\ntrain,./images//1.png,dog,,\n\nval,{2},,?,-2e1.\n".replace("-2e1.", "-.5")
-        + 'test,{3}," cat ",b,3.\n'
-        "unlabelled,{4},nonsense,|,what\n",
+        """split,image,label,tags,age
+train,{0},cat,a|b,1.5
+train,./images//1.png,dog,,
+
+val,{2},,?,-.5
+test,{3}," cat ",b,3.
+unlabelled,{4},nonsense,|,what
+""",
     )
     source = read(path, targets="label,tags:labels,age")
     assert (source.kind, source.splits(), source.ignored) == ("table", SPLITS, ())
