@@ -16,7 +16,7 @@ from dataio.manifest import Manifest, ShardInfo, SplitInfo
 from dataio.order import Order
 from trainer.drive.plan import Hardware, ModelFacts, describe, model_facts, table
 from trainer.models.vision import build_model
-from trainer.rank.worker import total_steps_of
+from trainer.settings.spec import total_steps_of
 from trainer.settings.tree import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 CPU = Hardware(workers=1, device="CPU")
