@@ -17,7 +17,7 @@ from dataio.order import Order
 from dataio.schema import Target, single_label
 from trainer.drive.plan import Devices, ModelFacts, describe, model_facts, table
 from trainer.models.vision import build_model
-from trainer.rank.worker import total_steps_of
+from trainer.settings.spec import total_steps_of
 from trainer.settings.tree import DataConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
 from trainer.tasks.make import make_task
 from trainer.tasks.task import Task
