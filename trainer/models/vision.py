@@ -1,4 +1,4 @@
-"""Models by name, their weights and their new head. Called by `trainer.rank.worker`, and by whatever reads a finished run's model.
+"""Models by name, their weights and their new head. Called by the tasks, which build their networks here.
 
 What a model is called: a torchvision classifier (`resnet18`), or timm's (`timm/NAME`, extra `timm`). Where weights come from: the library
 (`imagenet`), nowhere (`none`), a Python package (`package:efficientnet_lite0`, extra `quickstart`) or a file. Weights that are not
