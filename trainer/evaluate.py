@@ -1,6 +1,8 @@
-"""`python -m trainer.evaluate RUN`: how good a finished run's model is, on the run's own data or on other data with the same classes.
+"""The command line `python -m trainer.evaluate RUN`: evaluates a finished run's model, on its own data or on other data with the same
+classes.
 
-On the run's own test split the result is the one in its summary.json (trainer.rank.finished). Single images are `trainer.predict`'s.
+On the run's own test split the result equals the one in its summary.json. trainer.rank.finished does the evaluation; this file parses the
+arguments and prints the result. For single images use `trainer.predict`.
 """
 
 import json
@@ -30,18 +32,18 @@ _SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class DataArguments:
-    """What is evaluated; whatever is not given is as it was in the run."""
+    """The data to evaluate. Settings that are not given keep the run's values."""
 
     path: str = ""
-    """Another data set with the same classes: a converted folder, or any source that dataio.convert takes. Empty takes the run's own."""
+    """Another data set with the same classes: a converted folder, or any source that dataio.convert takes. Empty: the run's own data."""
     root: str = ""
     """Folder for downloads and for sources that had to be converted."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
-    """What is done with images of another size than the model was trained on."""
+    """How to handle images whose size differs from the one the model was trained on."""
     test_fraction: float | None = None
     """Fraction of each class held out for testing, by a hash of the key, where the source has no test split."""
     max_bad_fraction: float | None = None
-    """Unreadable fraction of the samples above which there is no result."""
+    """The evaluation fails if more than this fraction of the samples is unreadable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +54,19 @@ class Arguments:
     """The run's folder (path or URI), or its name under --storage."""
     data: DataArguments = field(default_factory=DataArguments)
     split: Literal["test", "validation", "train"] = "test"
-    """Part of the data set that is evaluated; train too is taken as it is, without augmentation."""
+    """Split of the data set to evaluate. The train split is not augmented either."""
     predictions: str = ""
-    """A file for what is said of each image: predictions.parquet, as the run writes it for its own test split."""
+    """File to write each image's prediction to, in the format of the predictions.parquet that a run writes for its own test split."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One JSON object instead of tables."""
+    """Print one JSON object instead of tables."""
     storage: str = RunConfig().storage
     """Folder or URI that holds the runs' folders."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one."""
+    """auto uses a GPU if there is one."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 with a result on stdout, 2 (SystemExit) where there cannot be one."""
+    """Print the result to stdout and return 0. Exits with status 2 (SystemExit) if there can be no result."""
     arguments = tyro.cli(Arguments, prog=PROG, args=argv)
     try:
         if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -83,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def show(found: Evaluated, console: Console) -> None:
-    """Tables for people."""
+    """Print the evaluation as tables for people."""
     console.print(Text(f"{found.run} on the {found.split} split of {found.data}", style="bold"), soft_wrap=True)
     lines = list(_lines(found))
     width = max(len(name) for name, _ in lines)
@@ -123,7 +125,7 @@ def _measured(measure: Measure, value: float) -> str:
 
 
 def _tables(details: Mapping[str, Any], classes: Sequence[str], unit: str) -> Iterator[Table]:
-    """What an evaluation says beside its measures, of the kinds that are known here."""
+    """One table for each kind of `details` known here: per class, per label, per head."""
     if "per_class" in details:
         yield _class_table(details, classes, unit)
     if "labels" in details:
@@ -174,6 +176,6 @@ def _confused_with(confusion: Sequence[Sequence[int]], classes: Sequence[str], i
 
 
 if __name__ == "__main__":
-    # Before anything creates a CUDA context: cuBLAS reads it once.
+    # cuBLAS reads this once, so set it before anything creates a CUDA context.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
-"""`python -m trainer.predict RUN IMAGE...`: what a finished run's model says about images. Reads `model/` of the run's folder.
+"""The command line `python -m trainer.predict RUN IMAGE...`: a finished run's predictions for images. Reads `model/` in the run's folder.
 
-Images are decoded and resized by the same code and rules as in training. Training the model and exporting it are done elsewhere.
+Images are decoded and resized by the same code and rules as in training. trainer.export writes and loads the model folder.
 """
 
 import json
@@ -36,29 +36,29 @@ class Arguments:
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Image files, or folders of them."""
     top: int = 3
-    """Classes, or labels, shown for each image."""
+    """Number of classes or labels to show for each image."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One JSON object a line instead of text."""
+    """Print one JSON object per image and line instead of text."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
-    """What is done with images of another size than the model was trained on; `run` takes the run's own `data.fit`."""
+    """How to handle images whose size differs from the one the model was trained on. `run` uses the run's own `data.fit`."""
     storage: str = RunConfig().storage
     """Folder or URI that holds the runs' folders."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one."""
+    """auto uses a GPU if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What the model says of one image, or the reason why it says nothing."""
+    """The model's answer for one image, or the reason why there is none."""
 
     image: str
     answer: Mapping[str, Any] = field(default_factory=dict)
-    """As the task says it: of a classification `predictions`, classes with their probabilities, the most probable first."""
+    """In the task's own format. A classification has `predictions`: classes with their probabilities, the most probable first."""
     error: str = ""
 
 
 class Predictor:
-    """A run's model, ready to be asked."""
+    """Holds a run's model on its device and predicts batches of image files."""
 
     def __init__(self, folder: RunFolder, *, fit: Fit | None = None, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +97,7 @@ class Predictor:
             yield results[path]
 
     def _explained(self, reason: str) -> str:
-        """The decoder's reason, and what to do if it is only the size."""
+        """The decoder's reason. If only the image's size is wrong, it also names the flag that resizes it."""
         if reason.startswith("wrong size") and self._fit == "refuse":
             height, width = self._size
             return f"{reason}; the model was trained on {width}x{height}: add --fit crop or --fit stretch to have it resized"
@@ -105,7 +105,8 @@ class Predictor:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 when all images were classified, 1 when some could not be, 2 (SystemExit) when there is nothing to do it with."""
+    """Returns 0 if all images were classified and 1 if some could not be. Exits with 2 (SystemExit) if the arguments or the run are no
+    good."""
     arguments = tyro.cli(Arguments, prog=PROG, args=argv)
     try:
         if arguments.top < 1:
@@ -131,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def image_paths(arguments: Sequence[str]) -> Iterator[str]:
-    """The files that the arguments mean: a folder stands for the images in it and below, sorted. ValueError if a folder holds none."""
+    """The image files that the arguments name. A folder stands for all images below it, sorted. ValueError if a folder holds none."""
     if not arguments:
         raise ValueError("no IMAGE given; name image files, or a folder of them")
     for argument in arguments:

@@ -1,6 +1,7 @@
-"""The command line: `python -m trainer.run`, alone or under `ray job submit --`. Arguments, console, exit status, signals.
+"""The command line `python -m trainer.run`, alone or under `ray job submit --`: arguments, console, exit status, signals.
 
-What a run then is, trainer/drive/start.py says. The only file that reads the environment.
+The run itself is trainer/drive/start.py's job, a dry run trainer/drive/dry_run.py's. This is the only file that reads the environment for
+the driver.
 """
 
 import signal
@@ -24,7 +25,8 @@ from trainer.settings.toml import to_toml
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for; the exit status: 0 done, 1 failed, 2 a wrong setting, 128 + signal when stopped by one."""
+    """Run what the command line asks for. Returns the exit status: 0 done, 1 failed, 2 wrong setting, 128 + signal if a signal stopped
+    it."""
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGINT, signal.default_int_handler)
     invocation = parse(argv)
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         print(to_toml(invocation.config), end="")
         return 0
     signal.signal(signal.SIGTERM, _raise_exit)
-    # A job's log is read by people and other programs: no wrapping at 80 columns there.
+    # People and programs read a job's log: no wrapping at 80 columns there.
     console = Console() if sys.stdout.isatty() else Console(width=160, highlight=False)
     try:
         if invocation.action == "dry_run":
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return run(asked, console)
     except ValueError as error:
         fail(str(error))
-    except OSError as error:  # a full disk, a folder that is no longer there: not a bug, and no traceback helps
+    except OSError as error:  # a full disk or a deleted folder is not a bug, and a traceback would not help
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -61,7 +63,7 @@ def _raise_exit(number: int, frame: FrameType | None) -> None:
 
 
 def environment() -> Environment:
-    """What this process knows beside its arguments."""
+    """Read the environment variables and the facts about this process that the run needs."""
     return Environment(
         ray_address=os.environ.get("RAY_ADDRESS", ""),
         in_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ,
@@ -72,7 +74,7 @@ def environment() -> Environment:
 
 
 def process_started() -> float:
-    """Unix time at which this process began: imports are part of a run's seconds."""
+    """Unix time at which this process began. A run's seconds include its imports."""
     stat = process_stat("self")
     assert stat is not None
     return stat.started()

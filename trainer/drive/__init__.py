@@ -1,3 +1,3 @@
-"""The driver: from settings and data to a running fleet, and from there to the end. Called by `trainer.run`. Imports no torch.
+"""The driver: it goes from settings and data to a running fleet, and drives the run to its end. `trainer.run` calls it.
 
-What a rank does is `rank`'s; how processes are started and watched is `cluster`'s."""
+The driver's process imports no torch; only the dry run does. `trainer.rank` does a rank's work, `cluster` starts and watches processes."""

@@ -1,4 +1,6 @@
-"""Tells Prometheus, while a run goes on, where its seconds went so far. Called by attempt.py."""
+"""Reports to Prometheus, while a run goes on, where its seconds went so far. drive.py makes the Account, attempt.py calls it.
+
+trainer.runs.summary does the accounting."""
 
 import time
 
@@ -7,11 +9,11 @@ from trainer.drive.session import Session
 from trainer.runs.summary import ACCOUNTED, accounting
 
 ACCOUNT_SECONDS = 10.0
-REMOTE_ACCOUNT_SECONDS = 60.0  # there each event is an object to fetch
+REMOTE_ACCOUNT_SECONDS = 60.0  # on remote storage each event is an object to fetch
 
 
 class Account:
-    """Counted again every few seconds."""
+    """Recomputes the accounting every few seconds and gives it to the coordinator."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -19,7 +21,7 @@ class Account:
         self._told_at = 0.0
 
     def tell(self, status: Status) -> None:
-        """Unless it was told a moment ago, or rank 0 has said nothing yet."""
+        """Report the seconds, unless the last report is recent or rank 0 has not reported yet."""
         if time.monotonic() - self._told_at < self._every_seconds or 0 not in status.ranks:
             return
         self._told_at = time.monotonic()

@@ -1,7 +1,7 @@
-"""One attempt: one life of the ranks, from the order to begin to the last of them that ended. Called by drive.py.
+"""One attempt: one life of the ranks, from the order to start until the last rank has ended. Called by drive.py.
 
-Again and again the attempt looks at what is there (`Look`), `decide` says what is to be done about it, and the attempt does that. `decide`
-is pure; the attempt's end is an `Outcome`.
+In a loop, the attempt collects what it sees in a `Look`, `decide` (pure) picks an `Act`, and the attempt carries it out. An attempt ends
+with an `Outcome`. drive.py decides what follows it; fleets.py starts and ends the agents.
 """
 
 import pickle
@@ -36,40 +36,40 @@ STACKS_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How an attempt ended. Without a failure and without a pause the run is over, or this driver's part of it."""
+    """How an attempt ended. Without a failure and without a pause, the run or this driver's part of it is over."""
 
     failure: Failure | None = None
     result: Mapping[str, Any] | None = None
-    """What rank 0 handed in when all steps were done, or a stop was asked for."""
+    """What rank 0 handed in after all steps, or after a requested stop."""
     pause: Pause | None = None
-    """Another attempt is to follow with other workers."""
+    """Why another attempt follows with other workers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
-    """What is there at one moment of an attempt."""
+    """What the driver sees at one moment of an attempt."""
 
     fleet_ended: bool = False
     ranks_ended: bool = False
-    """All of them."""
+    """All ranks have ended."""
     is_orphan: bool = False
-    """The coordinator was started again, and does not know the attempt's agents."""
+    """The coordinator was restarted and does not know the attempt's agents."""
     lost_agents: tuple[int, ...] = ()
-    """Ranks whose agents do not answer, which holds up the attempt."""
+    """Ranks whose agents do not answer and thereby hold up the attempt."""
     hang: Hang | None = None
     is_taken_over: bool = False
     """Another process drives this run now."""
     signal: int = 0
-    """That the driver got; 0: none."""
+    """Number of the signal that the driver got; 0: none."""
     has_begun: bool = False
     """There may be steps that are not saved."""
     stop_asked_seconds: float | None = None
-    """Since the ranks were asked to stop; None where they were not."""
+    """Time since the ranks were asked to stop; None if they were not."""
     stop_grace_seconds: float = 0.0
     pause: Pause | None = None
-    """A reason to go on with other workers."""
+    """Why the run should go on with other workers."""
     pause_asked: bool = False
-    """The ranks were asked to stop for such a reason."""
+    """The ranks were already asked to pause."""
 
 
 class Act(Enum):
@@ -89,7 +89,7 @@ class Act(Enum):
 
 
 def decide(look: Look) -> Act:
-    """What comes first counts: an attempt that has ended is over, whatever else is true of it."""
+    """Pick what to do. The first rule that applies wins: an attempt that has ended is over, whatever else is true of it."""
     if look.fleet_ended:
         return Act.TAKE_FLEETS_FAILURE
     if look.ranks_ended:
@@ -112,7 +112,7 @@ def decide(look: Look) -> Act:
 
 
 class Attempt:
-    """One life of the ranks below a fleet's agents."""
+    """Runs one life of the ranks below a fleet's agents."""
 
     def __init__(
         self,
@@ -131,11 +131,11 @@ class Attempt:
         self._screen, self._account = screen, account
         self._payload = payload_of(session, position)
         self._stop_asked_at: float | None = None
-        self._pause: Pause | None = None  # that the ranks were asked for
-        self._ended = 0  # ranks, when they were last looked at
+        self._pause: Pause | None = None  # the ranks were asked for it
+        self._ended = 0  # number of ended ranks in the last status
 
     def run(self) -> Outcome:
-        """The attempt from its first order to its end."""
+        """Run the attempt from its first order to its end."""
         position, cluster = self._position, self._session.config.cluster
         self._session.ask("start_attempt", position.attempt, self._fleet.workers, position.start_step, self._fleet.number, self._payload)
         watch = HangWatch(hang_seconds=cluster.hang_seconds, start_seconds=cluster.start_seconds, now=time.monotonic())
@@ -164,7 +164,7 @@ class Attempt:
             ranks_ended=ranks_ended,
             is_orphan=status.is_orphan,
             lost_agents=lost_agents(status, silent, living_nodes()) if silent else (),
-            # A coordinator that was started again knows nothing of the ranks at first, which would look like something done.
+            # A restarted coordinator knows nothing of the ranks at first; the watch would take that change for progress.
             hang=None if ranks_ended or status.is_orphan else watch.look(time.monotonic(), signs(status)),
             is_taken_over=is_taken_over,
             signal=signal,
@@ -176,7 +176,7 @@ class Attempt:
         )
 
     def _act(self, look: Look, status: Status) -> Outcome | None:
-        """Do what is to be done; the outcome where that ends the attempt."""
+        """Carry out the decision. Returns the outcome if that ends the attempt."""
         match decide(look):
             case Act.TAKE_FLEETS_FAILURE:
                 return self._take_fleets_failure()
@@ -194,7 +194,7 @@ class Attempt:
                 return self._end()
             case Act.STOP_AT_ONCE:
                 self._ask_to_stop("stopping; no step has been done yet")
-                return self._end()  # no step was done in this attempt: there is nothing new to save
+                return self._end()  # this attempt did no step, so there is nothing new to save
             case Act.ASK_TO_STOP:
                 self._ask_to_stop("saving a checkpoint, then stopping (again to stop at once)")
             case Act.END_GRACE:
@@ -230,24 +230,24 @@ class Attempt:
     # Ends
 
     def _end(self) -> Outcome:
-        """This driver's part of the run is over, without a result."""
+        """End this driver's part of the run without a result."""
         self._fleets.end()
         return Outcome()
 
     def _take_result(self) -> Outcome:
-        """All ranks have ended: by themselves, or as they were asked to."""
+        """All ranks have ended, by themselves or on request."""
         attempt = self._position.attempt
         failure = failure_of_ranks(self._session.ask("ends", attempt))
         result = self._session.ask("result", attempt)
         if failure is None and result is not None and result["stopped"] and self._pause is not None and not self._signals.number:
             return Outcome(result=result, pause=self._pause)
-        # An attempt that handed in its result had nothing left to do; what died after that does not matter.
+        # An attempt that handed in its result had nothing left to do, so a later death does not matter.
         if failure is None or result is not None or self._session.is_taken_over():
             return Outcome(result=result)
         return Outcome(failure=failure)
 
     def _take_fleets_failure(self) -> Outcome:
-        """Ray Train gave up on a worker: the ranks went with it."""
+        """Ray Train gave up on a worker, and the ranks ended with it."""
         self._fleets.died()
         result = self._session.ask("result", self._position.attempt)
         if result is not None or self._session.is_taken_over():
@@ -256,7 +256,7 @@ class Attempt:
         return Outcome(failure=failure or Failure(kind="infrastructure", rank=None, message="the agents ended before their ranks had"))
 
     def _give_up_agents(self, lost: Sequence[int], status: Status) -> Outcome:
-        """The agents of these ranks do not answer: their nodes or their workers are gone. The rest of the fleet goes too."""
+        """The agents of these ranks do not answer: their nodes or workers are gone. End the rest of the fleet too."""
         nodes = sorted({status.reports[rank].node_id[:8] for rank in lost})
         ranks = ", ".join(map(str, lost))
         self._session.ask("kill_attempt", self._position.attempt)
@@ -265,7 +265,7 @@ class Attempt:
         return Outcome(failure=Failure(kind="infrastructure", rank=lost[0], message=message))
 
     def _break_hang(self, hang: Hang) -> Outcome:
-        """Stacks of all ranks into the journal, then the end of their processes."""
+        """Write the stacks of all ranks into the journal, then kill their processes."""
         attempt = self._position.attempt
         self._session.tell("hang", attempt=attempt, kind=hang.kind, ranks=list(hang.ranks), seconds=hang.seconds)
         self._screen.message(f"{hang.describe()}; taking stacks, then starting again")
@@ -273,7 +273,7 @@ class Attempt:
         self._wait_until(lambda now: len(now.stacks | now.ended_ranks) == now.world_size, STACKS_SECONDS)
         self._session.ask("kill_attempt", attempt)
         if not self._wait_until(lambda now: len(now.ended_ranks) == now.world_size, STACKS_SECONDS):
-            self._fleets.end()  # a process in an uninterruptible wait: leave the node's worker with it
+            self._fleets.end()  # a process is in an uninterruptible wait: give up the node's worker with it
         rank = hang.ranks[0] if len(hang.ranks) == 1 else None
         return Outcome(failure=Failure(kind="hang", rank=rank, message=hang.describe()))
 
@@ -285,7 +285,7 @@ class Attempt:
 
 
 class Seldom:
-    """A question whose answer takes time, put at most every so many seconds; False in between, and for the first of them."""
+    """Rate-limits a slow question: asks it at most every `every_seconds`, first after that time, and returns False in between."""
 
     def __init__(self, every_seconds: float, question: Callable[[], bool]) -> None:
         self._every_seconds, self._question = every_seconds, question
@@ -299,7 +299,7 @@ class Seldom:
 
 
 def payload_of(session: Session, position: Position) -> Payload:
-    """What the ranks of the attempt at `position` are told."""
+    """The spec and the data files that the ranks of the attempt at `position` get."""
     failures, observed_seconds = observed_failures(session.events())
     spec = WorkerSpec(
         config=session.config,
@@ -316,8 +316,8 @@ def payload_of(session: Session, position: Position) -> Payload:
 
 
 def wait_for_news(session: Session, signals: Signals, fleet: Fleet, ended: int, *, is_told: bool) -> Status:
-    """The status once more than `ended` ranks have ended, or the fleet, or a signal has come (unless `is_told`: the ranks know), or a
-    heartbeat is over."""
+    """Wait until more than `ended` ranks have ended, the fleet has ended, a signal has come, or a heartbeat interval has passed. Returns
+    the status. Signals do not end the wait if `is_told`: the ranks already know."""
     alarm = signals.new_alarm()
     if is_told or not signals.number:
         news = session.coordinator.news.remote(ended, poll_seconds(fleet.workers, session.config.cluster.heartbeat_seconds))
@@ -331,14 +331,14 @@ def wait_for_news(session: Session, signals: Signals, fleet: Fleet, ended: int, 
 
 
 def has_begun(status: Status) -> bool:
-    """Whether the attempt may have steps that are not saved. Beats are a second old, and a fast run has done many meanwhile."""
+    """Whether the attempt may have unsaved steps. Beats may be a second old, and a fast run does many steps in that time."""
     at_work = any(rank.phase != STARTING for rank in status.ranks.values())
     last = status.checkpoints.last
     return at_work or status.steps_done > status.start_step or (last is not None and last.step > status.start_step)
 
 
 def signs(status: Status) -> dict[int, Sign]:
-    """What the hang watch goes by, of the ranks that still live."""
+    """The hang watch's input: one Sign for each rank that has not ended."""
     return {
         rank: Sign(
             state=known.report.state if known.report is not None else "",
@@ -352,12 +352,12 @@ def signs(status: Status) -> dict[int, Sign]:
 
 
 def silent_agents(status: Status) -> list[int]:
-    """Ranks that live, as far as is known, and whose agents do not answer."""
+    """Ranks that have not ended as far as is known, and whose agents do not answer."""
     return [rank for rank, age in status.agent_ages.items() if age > AGENT_SILENT_SECONDS and rank not in status.ended_ranks]
 
 
 def lost_agents(status: Status, silent: Sequence[int], alive: Collection[str]) -> tuple[int, ...]:
-    """Those of the `silent` that hold up an attempt: all others of it have ended, or the node is not among those `alive`."""
+    """The `silent` ranks that hold up the attempt: all other ranks have ended, or the rank's node is not among those `alive`."""
     if status.ended_ranks and len(status.ended_ranks) + len(silent) >= status.world_size:
         return tuple(silent)
     return tuple(rank for rank in silent if status.reports[rank].node_id not in alive)

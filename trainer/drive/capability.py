@@ -1,9 +1,9 @@
-"""What a device is good at, and what `auto` of `train.precision`, `train.channels_last` and `train.small_maps` becomes on it. Called by
-trainer/drive/start.py, identity.py and dry_run.py.
+"""What a device computes fast, and what `auto` means on it for `train.precision`, `train.channels_last` and `train.small_maps`. Called by
+trainer/drive/start.py, identity.py and dry_run.py, and by benchmarks/bare.py.
 
-The driver decides it once a run: where the run goes on, as it was started (`as_started`), else from what the workers' nodes report
-(`here`, run on each of them; `decide`). Pure but for `here`, which imports torch only where there are GPUs and nvidia-smi is silent.
-What the choices are worth is measured by benchmarks/step.py.
+The driver decides once per run. A run that goes on keeps the values it was started with (`as_started`). A new run decides (`decide`) from
+what the workers' nodes report: `here` runs on each of them. All functions but `here` are pure; `here` imports torch only if the run uses
+GPUs and nvidia-smi reports none. benchmarks/step.py measures what the choices gain.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from typing import Literal
 
 from trainer.settings.tree import RunConfig, TrainConfig
 
-BF16_COMPUTE_CAPABILITY = (8, 0)  # Ampere; before it there are no bf16 tensor cores
-CHANNELS_LAST_COMPUTE_CAPABILITY = (7, 0)  # the first tensor cores, which want NHWC
+BF16_COMPUTE_CAPABILITY = (8, 0)  # Ampere: the first bf16 tensor cores
+CHANNELS_LAST_COMPUTE_CAPABILITY = (7, 0)  # Volta: the first tensor cores, which want NHWC
 BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
 QUERY_SECONDS = 20.0
 
@@ -27,16 +27,16 @@ class Capability:
 
     device: Literal["cpu", "cuda"]
     name: str
-    """For people: `NVIDIA H200`, `CPU with amx_bf16`."""
+    """For people, e.g. `NVIDIA H200`, `CPU with amx_bf16`."""
     has_bf16: bool
     likes_channels_last: bool = True
     likes_products: bool = False
-    """Of convolutions on small maps in bf16 (trainer.models.im2col)."""
+    """Matrix products beat convolutions on small maps in bf16 (trainer.models.im2col)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """`train` with nothing left at auto, and what to tell the user."""
+    """`train` with nothing left at auto, and the lines to tell the user."""
 
     train: TrainConfig
     said: tuple[str, ...]
@@ -44,19 +44,19 @@ class Decision:
 
 
 def of_cpu(cpuinfo: str) -> Capability:
-    """From the text of /proc/cpuinfo: its `flags` lines."""
+    """The CPU's capability, from the `flags` lines of /proc/cpuinfo."""
     flags = {flag for line in cpuinfo.splitlines() if line.startswith("flags") for flag in line.partition(":")[2].split()}
     fast = [flag for flag in BF16_CPU_FLAGS if flag in flags]
     return Capability(
         device="cpu",
         name=f"CPU with {fast[0]}" if fast else "CPU without bf16 instructions",
         has_bf16=bool(fast),
-        likes_products=fast == ["avx512_bf16"],  # with AMX the convolutions have other kernels
+        likes_products=fast == ["avx512_bf16"],  # with AMX, convolutions use other kernels
     )
 
 
 def of_gpu(name: str, compute_capability: tuple[int, int]) -> Capability:
-    """From a GPU's name and its compute capability, (9, 0) being Hopper's."""
+    """The GPU's capability, from its name and compute capability, e.g. (9, 0) for Hopper."""
     return Capability(
         device="cuda",
         name=name,
@@ -66,7 +66,7 @@ def of_gpu(name: str, compute_capability: tuple[int, int]) -> Capability:
 
 
 def weakest(seen: Sequence[Capability]) -> Capability:
-    """What all of `seen` can do; the name is that of the first that lacks something."""
+    """What all of `seen` can do. The name is that of the first device that lacks something, else of the first device."""
     assert seen, "no device was asked"
     lacking = [one for one in seen if not (one.has_bf16 and one.likes_channels_last)]
     return dataclasses.replace(
@@ -78,14 +78,14 @@ def weakest(seen: Sequence[Capability]) -> Capability:
 
 
 def here(*, use_gpus: bool) -> Capability:
-    """Of this node's GPUs, or of its CPU where the run uses no GPU. ValueError where GPUs are asked for and none answers."""
+    """Capability of this node's GPUs, or of its CPU if the run uses no GPU. ValueError if the run uses GPUs and none is found."""
     if not use_gpus:
         return of_cpu(_cpuinfo())
     return weakest(_gpus())
 
 
 def as_started(train: TrainConfig, saved: TrainConfig) -> TrainConfig:
-    """`train` with what it leaves at auto taken from the settings that the run was started with: another precision would be another run."""
+    """`train` with each auto replaced by the value in `saved`, the run's first settings. Another precision would make it another run."""
     return dataclasses.replace(
         train,
         precision=saved.precision if train.precision == "auto" else train.precision,
@@ -95,8 +95,10 @@ def as_started(train: TrainConfig, saved: TrainConfig) -> TrainConfig:
 
 
 def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -> Decision:
-    """What is left at auto, decided by the devices. `has_depthwise`: whether the model has depthwise convolutions, which CPUs compute more
-    slowly in bf16 (EfficientNet-Lite0: 0.67 s a step against 0.46 s in fp32). ValueError for what these devices cannot do."""
+    """Decide from `capability` what is left at auto. ValueError for settings that these devices cannot run.
+
+    `has_depthwise`: the model has depthwise convolutions, which CPUs compute more slowly in bf16 than in fp32 (EfficientNet-Lite0: 0.67 s
+    per step against 0.46 s)."""
     precision, layout, small_maps = train.precision, train.channels_last, train.small_maps
     said, warnings = [], []
     on_cpu = capability.device == "cpu"
@@ -121,7 +123,7 @@ def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -
     is_of_use = on_cpu and precision == "bf16" and layout == "on" and not train.compile
     if small_maps == "auto":
         small_maps = "product" if is_of_use and capability.likes_products else "convolution"
-        if small_maps == "product":  # the other is what everybody expects
+        if small_maps == "product":  # `convolution` is what everybody expects and needs no line
             said.append(f"train.small_maps=auto: product ({capability.name})")
     elif small_maps == "product" and not is_of_use:
         warnings.append(
@@ -132,7 +134,7 @@ def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -
 
 
 def settled(config: RunConfig, capability: Capability, *, has_depthwise: bool, tell: Callable[[str], None]) -> RunConfig:
-    """`config` with what is still at auto decided by the devices, and told. A run that goes on has nothing left open (`as_started`)."""
+    """`config` with the remaining autos decided from `capability`, each told by `tell`. A run that goes on has none left (`as_started`)."""
     decision = decide(config.train, capability, has_depthwise=has_depthwise)
     for line in (*decision.said, *(f"warning: {warning}" for warning in decision.warnings)):
         tell(line)
@@ -142,12 +144,12 @@ def settled(config: RunConfig, capability: Capability, *, has_depthwise: bool, t
 def _cpuinfo() -> str:
     try:
         return Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux: no instructions are known of
+    except OSError:  # not Linux: the CPU's instructions are unknown
         return ""
 
 
 def _gpus() -> list[Capability]:
-    """By the driver's own tool, which sees all GPUs from a process that was given none, and opens no context on them."""
+    """Ask nvidia-smi: it sees all GPUs even from a process that was given none, and creates no CUDA context."""
     command = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS, check=True).stdout
@@ -157,7 +159,7 @@ def _gpus() -> list[Capability]:
 
 
 def parse_gpus(text: str) -> list[Capability]:
-    """Of nvidia-smi's lines `9.0, NVIDIA H200`; a line without numbers (an old driver) says nothing."""
+    """Parse nvidia-smi's lines, e.g. `9.0, NVIDIA H200`. A line without numbers (an old driver) is ignored."""
     found = []
     for line in text.splitlines():
         numbers, _, name = line.partition(",")

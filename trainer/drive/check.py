@@ -1,8 +1,8 @@
-"""Builds the run's model once before anything is started for it: what is wrong with its task, its name or its weights is found in seconds,
-downloaded weights are in the library's cache when the ranks want them, and the driver learns what the run's task is.
+"""Builds the run's model once before the driver starts anything for it. Called by trainer/drive/start.py; stages.py makes the Question.
 
-trainer/drive/start.py starts it as soon as the settings are known. It happens in a process forked from the zygote, so that the driver never
-imports torch.
+This finds a wrong task, model name or weights in seconds, puts downloaded weights into the library's cache before the ranks want them, and
+tells the driver the run's task. start.py begins the check as soon as it knows the settings. The check runs in a process forked from the
+zygote, so that the driver never imports torch.
 """
 
 import socket
@@ -19,7 +19,7 @@ from trainer.tasks.info import TaskInfo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What is to be built."""
+    """The model to build."""
 
     task: TaskConfig
     targets: tuple[Target, ...]
@@ -31,16 +31,16 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """What was built."""
+    """Facts about the model that was built."""
 
     has_depthwise: bool
-    """Whether the model has depthwise convolutions, which decides what train.precision=auto is on a CPU."""
+    """The model has depthwise convolutions. On a CPU this decides what train.precision=auto becomes."""
     task: TaskInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
-    """Why nothing was built: a ValueError or an OSError, which say it all, or a bug, with its traceback."""
+    """Why nothing was built. `message` is the text of a ValueError or OSError, or a bug's traceback."""
 
     kind: Literal["value", "os", "bug"]
     message: str
@@ -50,7 +50,7 @@ class Refused:
 
 
 class ModelCheck:
-    """A check that is under way."""
+    """A check in progress."""
 
     def __init__(self, zygote: Zygote, question: Question) -> None:
         ours, theirs = socket.socketpair()
@@ -60,7 +60,7 @@ class ModelCheck:
         self._connection.send(question)
 
     def wait(self) -> Checked:
-        """What was built. Raises the ValueError or OSError that says why it cannot be."""
+        """Wait for the result. Raises the ValueError or OSError that says why the model cannot be built."""
         try:
             found: Checked | Refused = self._connection.recv()
         except (EOFError, OSError):
@@ -73,7 +73,7 @@ class ModelCheck:
 
 
 def answer(descriptors: list[int]) -> None:
-    """What the forked process calls: one question, one answer."""
+    """Entry point of the forked process: reads one question and sends one answer."""
     connection = Connection(descriptors[0])
     connection.send(_built(connection.recv()))
 

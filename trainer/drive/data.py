@@ -1,6 +1,6 @@
-"""A run's data on their way to the ranks: opened, converted first where they are not, and shipped to nodes that cannot read their folder.
+"""Opens a run's data for the driver, converting them first if necessary, and ships them to nodes that cannot read their folder.
 
-Called by trainer/drive/start.py. What a converted data set is, dataio says."""
+start.py calls `open_data`, session.py calls `ship`. dataio defines the format of a converted data set."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,8 @@ CONVERT_LINE_SECONDS = 5.0
 
 
 def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
-    """The converted data set a run reads, and its folder or URI; a source that is not converted yet is converted into `data.root`."""
+    """The folder or URI of the run's converted data set, and the data set. Converts a source into `data.root` if it is not converted
+    yet."""
     shown_at: float | None = None
 
     def on_progress(progress: ConvertProgress) -> None:
@@ -37,12 +38,12 @@ def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
 
 
 def ship(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
-    """The data set's files in Ray's object store, for nodes that cannot read its folder."""
+    """Put the data set's files into Ray's object store, for nodes that cannot read its folder. Returns a reference for each file name."""
     import numpy as np
     import ray
 
     if dataset.is_remote:
-        dataset.files()  # says that every node needs a way to it
+        dataset.files()  # raises: every node must reach a remote data set by itself
     if dataset.size_bytes > config.cluster.object_store_limit_bytes:
         raise ValueError(
             f"data set {dataset.where} ({dataset.size_bytes:,} bytes) can be read on this node only and is larger than "

@@ -1,8 +1,8 @@
-"""The driver's loop over attempts, once everything is known and checked. Called by start.py.
+"""The driver's loop over attempts, after start.py has decided and checked everything. Called by start.py.
 
-A fleet is a set of agents that Ray Train placed (fleets.py); an attempt is one life of the ranks below them (attempt.py). A rank that dies
-costs an attempt, and the next begins on the same fleet, in seconds. A dead agent or node costs the fleet, and so does a change of the
-number of workers. cluster.controller says what is tried again, ending.py how the run ends.
+A fleet is a set of agents that Ray Train placed (fleets.py). An attempt is one life of the ranks below them (attempt.py). A dead rank costs
+an attempt; the next one starts on the same fleet within seconds. A dead agent or node costs the fleet, and so does a change in the number
+of workers. cluster.controller decides what is tried again. ending.py ends the run.
 """
 
 import traceback
@@ -27,10 +27,10 @@ DRAIN_SECONDS = 30.0
 
 
 class Drive:
-    """Attempt after attempt, to the end."""
+    """Runs attempt after attempt until the run ends."""
 
     def __init__(self, session: Session, start: Commit | None) -> None:
-        """`start` is the commit to go on from."""
+        """`start` is the commit to go on from; None starts at step 0."""
         resources, cluster = session.resources, session.config.cluster
         self._session = session
         self._signals, self._screen, self._account = Signals(), Screen(session), Account(session)
@@ -46,7 +46,7 @@ class Drive:
         self._result: Mapping[str, Any] | None = None
 
     def go(self) -> int:
-        """The whole run; the exit status."""
+        """Drive the whole run. Returns the exit status."""
         try:
             if self._session.resources.fewest == self._session.resources.most:
                 self._fleets.start(0, show=self._show_waiting)  # Ray Train places the agents while the coordinator starts
@@ -56,13 +56,13 @@ class Drive:
             self._fleets.end()
 
     def _take_up(self) -> FailureCounts:
-        """Where the run is, and what its earlier drivers' failures were."""
+        """Find the run's position and the failures under its earlier drivers."""
         session, start = self._session, self._position.start
-        if session.committed_step() > self._position.start_step:  # by a driver that was still at work when this one took over
+        if session.committed_step() > self._position.start_step:  # the previous driver committed it while this one took over
             start = session.find_start()
         events = session.events()
         counts = counts_of(events)
-        # An outage may have cost the journal its last lines; the commit has what counts.
+        # An outage may have cost the journal its last lines; the commit has the skipped steps too.
         skip = counts.skipped | frozenset(start.meta.get("skipped", ()) if start is not None else ())
         self._position = Position(attempt=last_attempt(events), start=start, skip=skip)
         tell_beginning(session, start)
@@ -87,10 +87,10 @@ class Drive:
         except (OSError, ValueError):
             raise
         except Exception:
-            traceback.print_exc()  # now: Ray, whose calls in other threads fail from here on, ends the process without it
+            traceback.print_exc()  # print it now: from here on Ray's calls in other threads fail and end the process without it
             raise
         finally:
-            self._fleets.end()  # before Ray goes: a thread that is inside it then takes the process down
+            self._fleets.end()  # before Ray shuts down: a thread still inside Ray would take the process down
         is_over = self._result is not None and not self._result["stopped"]
         if not is_over and session.is_taken_over():
             return self._ending().taken_over()
@@ -100,7 +100,7 @@ class Drive:
         return Ending(session=self._session, result=self._result, workers=self._fleets.workers, signal=self._signals.number)
 
     def _attempt(self, number: int) -> Failure | None:
-        """Attempts until one fails, or the run is over; a change of the number of workers between two of them is no failure."""
+        """Run attempts until one fails or the run is over. Changing the number of workers between two of them is not a failure."""
         while True:
             self._position = replace(self._position, attempt=self._position.attempt + 1)
             self._result = None
@@ -146,7 +146,7 @@ class Drive:
         )
         self._go_back()
         assert failure.step is None or self._position.start_step <= failure.step, "a commit was acknowledged after a bad step"
-        if failure.kind not in ("user", "data"):  # those end the run, with the whole message
+        if failure.kind not in ("user", "data"):  # these end the run, which then prints the whole message
             self._screen.message(told_failure(failure, self._position, last_step))
 
     def _on_skip(self, step: int, failure: Failure) -> None:
@@ -155,7 +155,7 @@ class Drive:
         self._screen.message(f"the batch of step {step:,} is left out from now on")
 
     def _go_back(self) -> None:
-        """To the newest commit; a checkpoint that all ranks had staged still counts."""
+        """Go back to the newest commit. A checkpoint that all ranks had staged still counts."""
         self._session.ask("drain", DRAIN_SECONDS)
         start = self._session.find_start()
         self._position = replace(self._position, start=start)
@@ -168,7 +168,7 @@ class Drive:
 
 
 def tell_beginning(session: Session, start: Commit | None) -> None:
-    """Where Prometheus finds the ranks, and where the run goes on."""
+    """Tell the user where Prometheus finds the ranks and which step the run goes on from."""
     discovery = session.ask("discovery_address")
     file_sd = f", file_sd {session.storage.at(session.config.run)}/{FILE_SD}" if session.storage.is_local else ""
     session.console.print(f"Prometheus: http_sd http://{discovery}/sd{file_sd}", soft_wrap=True)
@@ -185,7 +185,7 @@ def tell_beginning(session: Session, start: Commit | None) -> None:
 
 
 def told_failure(failure: Failure, position: Position, last_step: int) -> str:
-    """An attempt's failure in one line; `position` is where the run goes back to."""
+    """Describe an attempt's failure in one line. `position` is where the run goes back to."""
     where = f" on rank {failure.rank}" if failure.rank is not None and failure.kind != "numbers" else ""
     lost = last_step - position.start_step
     cost = f"{lost} step{'' if lost == 1 else 's'} to do again, " if lost > 0 else ""

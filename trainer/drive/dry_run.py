@@ -1,6 +1,6 @@
-"""`--dry-run`: finds the data and the devices and says what would run. Called by trainer/run.py; what follows from them, plan.py says.
+"""`--dry-run`: finds the data and the devices and prints what would run. Called by trainer/run.py; plan.py does the arithmetic.
 
-Starts no driver, and so may import torch."""
+It starts no driver, so it may import torch."""
 
 import shlex
 
@@ -21,7 +21,7 @@ from trainer.tasks.make import make_task
 
 
 def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> int:
-    """Say what would run: steps, memory, cost."""
+    """Print what would run: steps, memory, cost."""
     manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
     targets = manifest.targets if manifest else _targets_of_source(config)
     task = make_task(config.task, targets, label_smoothing=config.optim.label_smoothing)
@@ -45,9 +45,9 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
 
 
 def _targets_of_source(config: RunConfig) -> tuple[Target, ...]:
-    """ValueError where there is nothing to convert."""
+    """Targets of data that are not converted yet. ValueError if there is nothing to convert."""
     source = source_of(config.data)
-    if source.kind.startswith("cifar"):  # to count CIFAR's classes it would have to be downloaded
+    if source.kind.startswith("cifar"):  # counting CIFAR's classes would need a download
         return single_label(tuple(map(str, range(10))))
     return source.targets
 

@@ -1,4 +1,6 @@
-"""The four ways in which a driver's session ends, and the summary. Called by drive.py; the exit status comes back."""
+"""The four ways in which a driver's session ends: finished, stopped, taken over, failed. Called by drive.py, which gets the exit status.
+
+Three of them write summary.json and the report. trainer.runs.summary computes the summary, trainer.report the report."""
 
 import json
 import math
@@ -15,20 +17,20 @@ from trainer.drive.session import Session
 from trainer.runs.progress import final_table, predict_command
 from trainer.runs.summary import summarise
 
-# On a rank; where in the program they came up helps nobody.
+# Errors of a rank whose message is enough: a traceback would not help.
 SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:", "StorageOutage:", "StorageRefused:")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """What is known at the end."""
+    """What is known at the end, with one method for each way to end."""
 
     session: Session
     result: Mapping[str, Any] | None
-    """Rank 0's, of the newest attempt; None where that did not end well."""
+    """Rank 0's result of the newest attempt; None if the attempt did not end well."""
     workers: int
     signal: int
-    """That ended the run; 0: none."""
+    """Number of the signal that ended the run; 0: none."""
 
     def finished(self) -> int:
         session = self.session
@@ -53,7 +55,7 @@ class Ending:
         return 128 + self.signal if self.signal else 1
 
     def taken_over(self) -> int:
-        """Nothing but the journal is written: summary and report are the other process's now."""
+        """Write only to the journal: the summary and the report now belong to the other process."""
         session, run = self.session, self.session.config.run
         claim = json.loads(session.storage.read(f"{run}/generations/g{session.store.newest_generation():04d}"))
         other = f"process {claim['pid']} on {claim['host']}"
@@ -77,8 +79,8 @@ class Ending:
         return 1
 
     def write_summary(self, status: str) -> tuple[dict[str, Any], str | None]:
-        """The summary, and where the report is; None where it could not be written."""
-        from trainer.report.sections import write_report  # half a second of imports that nobody waits for before training
+        """Write summary.json and the report. Returns the summary and the report's address, None if they could not be written."""
+        from trainer.report.sections import write_report  # imports take half a second; training should not wait for them
 
         session, dataset = self.session, self.session.decided.dataset
         summary = summarise(config=session.config, status=status, events=session.events(), result=self.result, facts=self._facts())
@@ -88,12 +90,12 @@ class Ending:
             encoded = json.dumps(redacted(finite(summary)), indent=1, allow_nan=False).encode()
             session.storage.write_atomic(f"{session.config.run}/summary.json", encoded)
             return summary, str(write_report(f"{session.storage.uri}/{session.config.run}", dataset))
-        except OSError as error:  # a full disk, most likely: what came out is still told, and the checkpoints are what they were
+        except OSError as error:  # most likely a full disk: the result is still printed, and the checkpoints are untouched
             print(f"warning: summary.json and report.html could not be written: {error}", file=sys.stderr)
             return summary, None
 
     def _facts(self) -> dict[str, Any]:
-        """What the driver alone knows."""
+        """Facts for the summary that only the driver knows."""
         session, manifest = self.session, self.session.decided.dataset.manifest
         return {
             "workers": self.workers,

@@ -1,7 +1,7 @@
-"""A run's fleets, one after another: the room that the cluster has for them, their start and their end.
+"""Starts and ends a run's fleets, one at a time, and watches how much room the cluster has for them. Called by drive.py and attempt.py.
 
-A fleet is a set of agents that Ray Train placed, one a rank (cluster.launch). With `--workers N:M` it is as large as there is room for, and
-an autoscaler is told of what is lacking (cluster.demand). Called by drive.py and attempt.py.
+A fleet is a set of agents that Ray Train placed, one per rank (cluster.launch). With `--workers N:M` a fleet is as large as the cluster has
+room for, and cluster.demand tells an autoscaler which workers are lacking.
 """
 
 import os
@@ -36,14 +36,14 @@ FLEET_END_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pause:
-    """Why an attempt is to end at a commit, and another to begin with other workers."""
+    """Why an attempt should end at a commit and another one begin with other workers."""
 
     kind: Literal["preempted", "grow"]
     reason: str
 
 
 class Room:
-    """What the cluster has room for. Looks at it now and then, waits for room, and asks for more."""
+    """Knows how many workers the cluster has room for: polls the cluster, waits for room, and asks an autoscaler for more."""
 
     def __init__(
         self,
@@ -54,20 +54,21 @@ class Room:
         grow_after_seconds: float,
         tell: Callable[..., None],
     ) -> None:
-        """`may_ask`: somebody may bring nodes. `tell(event, **fields)` writes into the journal."""
+        """`may_ask`: an autoscaler or a person may add nodes. `tell(event, **fields)` writes into the journal."""
         self._resources, self._may_ask, self._tell = resources, may_ask, tell
         self._placement_seconds, self._grow_after_seconds = placement_seconds, grow_after_seconds
         self._demand = Demand(room_of_worker(resources))
-        self._asked_for = 0  # workers, since the present fleet began
+        self._asked_for = 0  # workers asked for since the present fleet began
         self._room_since: float | None = None
         self._looked_at = 0.0
 
     def wait(self, *, is_stopping: Callable[[], bool], show: Callable[[str], None]) -> int | None:
-        """How many workers the cluster holds now, at least the fewest; None if it did not in time, or the run is to stop. `show` is told
-        again and again what is waited for, "" where that is nothing yet.
+        """Wait until the cluster has room for at least the fewest workers. Returns for how many there is room, or None if time ran out or
+        the run is to stop. Calls `show` repeatedly with what it is waiting for; "" means nothing worth showing yet.
 
-        What the fleet before this one held comes back within a second or two: that is waited for. If it is too little then, the fewest are
-        asked for, and in one group: two runs that wait, each holding half of what it needs, would wait for each other."""
+        Ray gives back what the previous fleet held within a second or two, so this waits that long first. If there is still too little
+        room, it asks for the fewest workers in one group: two waiting runs that each held half of what they need would wait for each
+        other."""
         fewest, most = self._resources.fewest, self._resources.most
         began = time.monotonic()
         settled = began + SETTLE_SECONDS
@@ -75,7 +76,7 @@ class Room:
             while True:
                 now = time.monotonic()
                 if self._demand.is_placed():
-                    # Not counted in place: what Ray calls free is a moment old, and this room may be in it still, or not yet again.
+                    # Do not count this room yet: Ray's free resources are a moment old and may or may not include it.
                     self._demand.withdraw()
                     settled = now + SETTLE_SECONDS
                 room = min(most, workers_that_fit(self._resources, free_resources()))
@@ -92,11 +93,12 @@ class Room:
             self._demand.withdraw()
 
     def taken(self) -> None:
-        """A new fleet begins: what is counted of its room begins anew."""
+        """A new fleet takes its room: reset the counts."""
         self._room_since, self._asked_for = None, 0
 
     def reason_to_pause(self, status: Status, *, workers: int, attempt: int) -> Pause | None:
-        """A node of the `workers` at work is about to go, or there is room for more of them. Asks for those that are lacking."""
+        """A Pause if a node of this run is about to go, or there is room for more than `workers`. Also asks for the workers that are
+        lacking."""
         if status.notices:
             return Pause(kind="preempted", reason=f"notice of preemption: {'; '.join(status.notices)}")
         now = time.monotonic()
@@ -121,18 +123,18 @@ class Room:
         return Pause(kind="grow", reason=f"there is room for {workers + free} workers, {workers} are at work")
 
     def _ask(self, workers: int, attempt: int) -> None:
-        """Tell an autoscaler how many workers are lacking, where there is room for none of them."""
+        """Tell an autoscaler how many workers are lacking and have no room."""
         if self._demand.state(workers) and workers != self._asked_for:
             self._asked_for = workers
             self._tell("workers_asked_for", attempt=attempt, workers=workers)
 
     def withdraw(self) -> None:
-        """Ask for nothing: it would take what a fleet that ends gives back, and the next one needs that."""
+        """Withdraw all requests: they would take the room that an ending fleet gives back and the next fleet needs."""
         self._demand.withdraw()
 
 
 class Fleets:
-    """At most one at a time."""
+    """Starts and ends fleets, at most one at a time."""
 
     def __init__(self, session: Session, room: Room, signals: Signals) -> None:
         self._session, self._room, self._signals = session, room, signals
@@ -147,12 +149,12 @@ class Fleets:
 
     @property
     def workers(self) -> int:
-        """Of the present fleet; of the last one where there is none."""
+        """Number of workers of the present fleet, or of the last one if there is none."""
         return self._workers
 
     def start(self, attempt: int, *, show: Callable[[str], None]) -> Failure | None:
-        """A fleet of as many agents as there is room for, if there is none; the failure where there is too little room. None without a
-        fleet: the run is to stop. `show` is told what is waited for."""
+        """Start a fleet of as many agents as there is room for. Returns a failure if there is too little room. Returns None without
+        starting a fleet if the run is to stop. `show` is called with what this waits for."""
         resources, cluster = self._session.resources, self._session.config.cluster
         workers = resources.most
         if resources.fewest < resources.most:
@@ -186,16 +188,16 @@ class Fleets:
         )
 
     def seen(self, status: Status) -> None:
-        """Take from the agents' reports what the fleet holds in Ray."""
+        """Remember from the agents' reports which placement group the fleet holds in Ray."""
         self._placement_group = next((r.placement_group for r in status.reports.values()), "") or self._placement_group
 
     def end(self) -> None:
-        """Have the agents end, and wait for that; what does not end by itself loses its place."""
+        """Ask the agents to end and wait for it. If they do not, remove their placement group."""
         self._room.withdraw()
         fleet, self._present = self._present, None
         if fleet is None:
             return
-        with suppress(ray.exceptions.RayError):  # without a coordinator the agents end by themselves
+        with suppress(ray.exceptions.RayError):  # agents without a coordinator end by themselves
             self._session.ask("end_fleet", fleet.number)
         if not fleet.wait(FLEET_END_SECONDS) and self._placement_group:
             with suppress(ray.exceptions.RayError):

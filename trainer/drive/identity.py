@@ -1,8 +1,9 @@
-"""Is it the same run, what is it called, and where does it go on. Called by trainer/drive/start.py and dry_run.py.
+"""A run's identity: its name, whether a command means the same run as before, and the commit it goes on from. Called by start.py,
+session.py, stages.py, dry_run.py and trainer/run.py.
 
-A run is what decides its weights: its settings (trainer.settings.identity says which), and the content of its data. Its automatic name is
-made of that, so that the same command goes on with the same run; a run of a given name is refused where it was started as another. What is
-wrong is a ValueError that says what to do. Reads the storage, and writes nothing but what a damaged checkpoint leaves in the journal.
+A run's identity is what decides its weights: the settings listed by trainer.settings.identity, and the content of its data. The automatic
+name is a hash of it, so the same command goes on with the same run. A named run that was started with another identity is refused. All
+errors are ValueErrors that say what to do. This file only reads the storage, and writes only journal lines about damaged checkpoints.
 """
 
 import dataclasses
@@ -29,9 +30,9 @@ class Found:
     """What the storage holds of a run."""
 
     saved: RunConfig | None
-    """The settings that it was started with; None where it never was."""
+    """The settings that the run was started with; None if it never was."""
     summary: Mapping[str, Any] | None
-    """Of its last end."""
+    """The summary that its last driver wrote."""
 
     @property
     def has_finished(self) -> bool:
@@ -40,30 +41,30 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resolved:
-    """A run's settings with a name, and what the storage holds of that name."""
+    """A run's settings with a name, and what the storage holds under that name."""
 
     config: RunConfig
     found: Found
 
 
 def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
-    """What decides a run's weights."""
+    """All that decides a run's weights: settings and data."""
     return deciding_settings(config) | {"dataset": fingerprint}
 
 
 def run_prefix(config: RunConfig, recipes: tuple[str, ...]) -> str:
-    """How the name of a run begins that was given none."""
+    """How an automatic name begins: the recipes' names, or the model's."""
     return "-".join(recipes) or config.model.name.replace("/", "-")
 
 
 def automatic_name(config: RunConfig, fingerprint: str, prefix: str) -> str:
-    """A name made of what the run is, so that the same command given again goes on with the same run."""
+    """A name made from the run's identity, so that the same command given again goes on with the same run."""
     digest = hashlib.sha256(json.dumps(identity(config, fingerprint), sort_keys=True, default=list).encode()).hexdigest()
     return f"{prefix}-{digest[:8]}"
 
 
 def find(storage: Storage, run: str) -> Found:
-    """What `storage` holds of the run of this name; "" is a run without a name yet, of which it holds nothing."""
+    """What `storage` holds of the run with this name; nothing for "", a run that has no name yet."""
     return Found(saved=_saved_config(storage, run), summary=_summary(storage, run)) if run else Found(saved=None, summary=None)
 
 
@@ -72,7 +73,7 @@ def _saved_config(storage: Storage, run: str) -> RunConfig | None:
     if not storage.exists(name):
         return None
     config = from_toml(storage.read(name).decode(), origin=name)
-    # A release that knew no other way said nothing of it.
+    # A release that had only convolutions did not write this setting.
     small_maps = "convolution" if config.train.small_maps == "auto" else config.train.small_maps
     return dataclasses.replace(config, train=dataclasses.replace(config.train, small_maps=small_maps))
 
@@ -86,14 +87,15 @@ def _summary(storage: Storage, run: str) -> Mapping[str, Any] | None:
 
 
 def resolved(config: RunConfig, storage: Storage, *, workers: int, fingerprint: str, prefix: str, image_size: tuple[int, int]) -> Resolved:
-    """`config` with everything decided that needs no device: virtual ranks, the run's name, the storage's full address. What is left at
-    auto is as the run was started; a new run leaves it to the devices. ValueError where the settings do not go together."""
+    """`config` with everything decided that needs no device: virtual ranks, the run's name, the storage's full address. A run that goes on
+    takes what is left at auto from its first settings; a new run leaves it to the devices. ValueError if the settings do not fit
+    together."""
     found = find(storage, config.run)
     virtual_ranks = config.train.virtual_ranks or _virtual_ranks_of(found.saved, workers) or workers
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, virtual_ranks=virtual_ranks), storage=storage.uri)
     validate(config, workers=workers, image_size=image_size)
     if not config.run:
-        # Before what is left at auto is decided: the command means the same run on every machine.
+        # Name the run before the autos are decided, so that the command means the same run on every machine.
         config = dataclasses.replace(config, run=automatic_name(config, fingerprint, prefix))
         found = find(storage, config.run)
     if found.saved is not None:
@@ -102,15 +104,15 @@ def resolved(config: RunConfig, storage: Storage, *, workers: int, fingerprint: 
 
 
 def _virtual_ranks_of(saved: RunConfig | None, workers: int) -> int:
-    """Those that a named run was started with, if `workers` can carry them: it may go on with another number of workers. Else 0."""
+    """The virtual ranks that a named run was started with, if they are enough for `workers`; else 0. The number of workers may change."""
     return saved.train.virtual_ranks if saved is not None and saved.train.virtual_ranks >= workers else 0
 
 
 def check_same_run(config: RunConfig, saved: RunConfig | None) -> None:
-    """ValueError if the run of this name was started with other settings, which are `saved`."""
+    """ValueError if the run with this name was started with other settings than `config`, namely `saved`."""
     if saved is None:
         return
-    # What is left at auto is taken from the run, see `resolved`.
+    # The run decides what is left at auto, as in `resolved`.
     now = dataclasses.replace(config, train=as_started(config.train, saved.train))
     changed = [f"{key}: {before!r} then, {after!r} now" for key, (before, after) in deciding_changes(saved, now).items()]
     if changed and saved.train.virtual_ranks < config.train.virtual_ranks:
@@ -123,7 +125,7 @@ def check_same_run(config: RunConfig, saved: RunConfig | None) -> None:
 
 
 def check_same_data(config: RunConfig, saved: str, fingerprint: str) -> None:
-    """ValueError if the run of this name was trained on the data set `saved`, and that is another."""
+    """ValueError if the run with this name was trained on another data set: `saved` is its fingerprint, `fingerprint` the present one."""
     if saved != fingerprint:
         raise ValueError(
             f"run {config.run!r} was trained on the data set {saved[:12]}, this is {fingerprint[:12]}; "
@@ -132,7 +134,7 @@ def check_same_data(config: RunConfig, saved: str, fingerprint: str) -> None:
 
 
 def check_same_decoder(config: RunConfig, manifest: Manifest, start: Commit | None, device: str) -> None:
-    """ValueError if this run's images were resized by another version of the decoder on this type of device (cpu, cuda)."""
+    """ValueError if another version of the decoder on this type of device (cpu, cuda) resized this run's images before."""
     if start is None or not resizes(manifest, config.data):  # images of the right size are the same in all versions
         return
     saved, now = start.meta.get("decoder", FIRST_VERSIONS)[device], DECODER_VERSIONS[device]
@@ -145,7 +147,7 @@ def check_same_decoder(config: RunConfig, manifest: Manifest, start: Commit | No
 
 
 def check_resume(config: RunConfig, *, has_checkpoint: bool) -> None:
-    """ValueError where --resume forbids what was found."""
+    """ValueError if --resume does not allow what was found."""
     if config.resume == "must" and not has_checkpoint:
         raise ValueError(f"--resume must, but run {config.run!r} in {config.storage} has no checkpoint; give --run NAME of one that has")
     if config.resume == "never" and has_checkpoint:
@@ -153,14 +155,14 @@ def check_resume(config: RunConfig, *, has_checkpoint: bool) -> None:
 
 
 def check_may_show(config: RunConfig, summary: Mapping[str, Any], fingerprint: str) -> None:
-    """ValueError where a finished run, of which this is the summary, is not what the command asks for."""
+    """ValueError if the command asks for something else than this finished run, whose summary is `summary`."""
     check_same_data(config, summary["dataset_fingerprint"], fingerprint)
     if config.resume == "never":
         raise ValueError(f"--resume never, but run {config.run!r} in {config.storage} has finished; give another --run NAME")
 
 
 def find_start(config: RunConfig, store: Store, journal: Journal, fingerprint: str, tell: Callable[[str], None]) -> Commit | None:
-    """The commit to go on from; None starts at zero. `tell` is told of damaged ones."""
+    """The newest valid commit, to go on from; None starts at step 0. `tell` is called for each damaged one."""
 
     def on_corrupt(path: str, reason: str) -> None:
         journal.write("checkpoint_corrupt", path=path, reason=reason)

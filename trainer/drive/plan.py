@@ -1,7 +1,7 @@
-"""What a run would do and what it would take, before anything is started: the arithmetic behind `--dry-run`. Called by dry_run.py.
+"""The arithmetic behind `--dry-run`: what a run would do and what it would need. Called by dry_run.py.
 
-`describe` is arithmetic over facts that it is given; finding them (the manifest, the devices) is the caller's. Only
-`model_facts` does work: it builds the model without weights and counts.
+`describe` only computes; the caller finds the facts (manifest, devices). Only `model_facts` does work: it builds the model without weights
+and counts parameters and operations.
 """
 
 import dataclasses
@@ -27,34 +27,34 @@ _FLOAT32_BYTES = 4  # weights, gradients and optimiser state stay fp32 under bf1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Devices:
-    """What the run would get."""
+    """The devices that the run would get."""
 
     workers: int
     name: str
-    """Of each worker's device, for people: `CPU`, `NVIDIA H200`."""
+    """Name of each worker's device for people, e.g. `CPU`, `NVIDIA H200`."""
     memory_bytes: int | None = None
-    """Of one device."""
+    """Memory of one device."""
     flops_per_second: float | None = None
-    """Measured speed of one device at the run's precision; None leaves the time unestimated."""
+    """Measured speed of one device at the run's precision; without it there is no time estimate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """Counted on the built model."""
+    """Numbers counted on the built model."""
 
     parameters: int
     trainable: int
     """Parameters that `model.freeze` lets change at the end of training."""
     buffer_bytes: int
     flops_per_image: float | None
-    """Forward and backward of one image; None where an operation of the model cannot be counted."""
+    """Forward and backward of one image; None if an operation of the model cannot be counted."""
     has_depthwise: bool = False
-    """Decides, on a CPU, what train.precision=auto is."""
+    """On a CPU this decides what train.precision=auto becomes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What would run. None is not known without the converted data."""
+    """What would run. A value is None if it is unknown without the converted data."""
 
     config: RunConfig
     devices: Devices
@@ -73,14 +73,14 @@ class Plan:
     """Decoded images of both splits, all workers together."""
     checkpoint_bytes: int
     checkpoint_every: int | None
-    """Steps; None where measurements will say."""
+    """Steps between two checkpoints; None if measurements will decide it."""
     total_flops: float | None
     seconds: float | None
     destination: str
 
 
 def model_facts(task: Task, config: ModelConfig, *, image_size: tuple[int, int]) -> ModelFacts:
-    """Build the task's model (random weights: no download) and count. `image_size` is (height, width) of the data."""
+    """Build the task's model (with random weights, so without a download) and count. `image_size` is (height, width) of the data."""
     model = task.build(dataclasses.replace(config, weights="none"), image_hw=image_size, seed=0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in head_of(model)[1].parameters()) if config.freeze == "backbone" else parameters
@@ -95,9 +95,9 @@ def model_facts(task: Task, config: ModelConfig, *, image_size: tuple[int, int])
 
 
 def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, model: ModelFacts) -> Plan:
-    """What `config` would do on `devices`. ValueError as from `validate` where the run could not start.
+    """What `config` would do on `devices`. ValueError from `validate` if the run could not start.
 
-    Without a manifest (data not converted yet) everything that depends on the number of images stays None.
+    Without a manifest (data not converted yet), everything that depends on the number of images is None.
     """
     virtual_ranks = config.train.virtual_ranks or devices.workers
     validate(config, workers=devices.workers)
@@ -203,7 +203,7 @@ def table(plan: Plan) -> Table:
 
 
 def _flops_per_image(model: nn.Module, *, height: int, width: int, is_head_only: bool) -> float | None:
-    """Counted on shapes without data, so it costs no arithmetic."""
+    """Count FLOPs on tensors without data, so no arithmetic runs."""
     if is_head_only:
         model.requires_grad_(False)
         head_of(model)[1].requires_grad_(True)

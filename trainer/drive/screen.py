@@ -1,6 +1,6 @@
-"""What the user sees while a run goes on: the progress line, and the lines that stay. Called by drive.py and attempt.py.
+"""What the user sees while a run goes on: the progress line and the lines that stay. Called by drive.py and attempt.py.
 
-What there is to see is computed from a status and a position; how it is drawn, trainer.runs.progress says."""
+This file computes the content from a status and a position; trainer.runs.progress draws it."""
 
 import math
 import time
@@ -14,22 +14,22 @@ from trainer.drive.session import Session
 from trainer.runs.measures import headline_title
 from trainer.runs.progress import ProgressLine, RunState
 
-CHECKPOINT_WARNING_SECONDS = 60.0  # a disk that is full stays so for a while: one line, not one for each checkpoint
+CHECKPOINT_WARNING_SECONDS = 60.0  # a full disk stays full for a while: warn once, not for each checkpoint
 TRAINING = "training"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """Where a run is between two attempts."""
+    """A run's position between two attempts."""
 
     attempt: int = 0
-    """Number of the newest one, over all drivers of the run."""
+    """Number of the newest attempt, counted over all drivers of the run."""
     start: Commit | None = None
-    """The commit that it goes on from; None is the run's beginning."""
+    """The commit to go on from; None is the run's beginning."""
     skip: frozenset[int] = field(default_factory=frozenset)
-    """Steps whose batches are left out."""
+    """Steps whose batches are skipped."""
     restarts: int = 0
-    """Attempts of this driver that failed."""
+    """Number of this driver's failed attempts."""
 
     @property
     def start_step(self) -> int:
@@ -37,7 +37,7 @@ class Position:
 
 
 def phase_of(status: Status, position: Position, *, workers: int, is_stopping: bool, waiting: str) -> str:
-    """What the run is doing. `waiting`: what it waits for before it can begin."""
+    """What the run is doing, in words. `waiting`: what it waits for before it can begin."""
     if is_stopping:
         return "stopping"
     if waiting:
@@ -50,12 +50,12 @@ def phase_of(status: Status, position: Position, *, workers: int, is_stopping: b
 
 
 def reached(status: Status, position: Position) -> int:
-    """Steps that the fastest rank has done."""
+    """Number of steps that the fastest rank has done."""
     return max((rank.steps_done for rank in status.ranks.values()), default=position.start_step)
 
 
 class Screen:
-    """A context manager: within it there is a progress line."""
+    """Context manager that shows a progress line."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -71,7 +71,7 @@ class Screen:
         self._line.__exit__(kind, error, trace)
 
     def message(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._line.message(text)
 
     def show(self, status: Status, position: Position, *, workers: int, is_stopping: bool, waiting: str = "") -> None:

@@ -1,4 +1,5 @@
-"""One driver's session of a run: what its parts share, and the coordinator and the store as they reach them. Made once, by start.py."""
+"""One driver's session of a run: what the driver's parts share, and their access to the coordinator and the store. start.py opens it
+once."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,21 +24,21 @@ CALL_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """Lives as long as one command."""
+    """What the driver's parts share. It lives as long as one command."""
 
     decided: Decided
     data: str | dict[str, Any]
-    """The data set as the ranks reach it: its folder or URI, or its files in Ray's object store."""
+    """How the ranks reach the data set: its folder or URI, or its files in Ray's object store."""
     steps_per_epoch: int
     total_steps: int
     store: Store
     journal: Journal
     generation: int
-    """The driver's claim on the run; a newer one has taken it over."""
+    """Number of this driver's claim on the run. A driver with a newer claim has taken the run over."""
     coordinator: Any
     """The actor's handle."""
     zygote: str
-    """Name of the nodes' zygotes."""
+    """Name under which each node's zygote is found."""
     console: Console
 
     @property
@@ -62,7 +63,7 @@ class Session:
         return status
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Into the journal by way of the coordinator, which counts failures; directly where it is gone."""
+        """Write an event into the journal through the coordinator, which counts failures, or directly if the coordinator is gone."""
         try:
             ray.get(self.coordinator.event.remote(event, **fields), timeout=CALL_SECONDS)
         except ray.exceptions.RayError:
@@ -74,24 +75,24 @@ class Session:
         return read_journal(self.storage, self.config.run)
 
     def is_taken_over(self) -> bool:
-        """Another process drives this run now. A storage that does not answer says nothing about that."""
+        """Whether another process drives this run now. False if the storage does not answer."""
         try:
             return self.store.newest_generation() > self.generation
         except OSError:
             return False
 
     def committed_step(self) -> int:
-        """Of the newest commit; -1 where there is none."""
+        """Step of the newest commit; -1 if there is none."""
         commits = self.store.commits()
         return commits[0].step if commits else -1
 
     def find_start(self) -> Commit | None:
-        """The commit to go on from; says which are damaged."""
+        """The commit to go on from; prints which ones are damaged."""
         return find_start(self.config, self.store, self.journal, self.decided.fingerprint, self.console.print)
 
 
 def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Console) -> Session:
-    """Claim the run, and start its coordinator. ValueError where the data reach no other node."""
+    """Claim the run and start its coordinator. ValueError if the data cannot be shipped to the other nodes."""
     config, storage, cluster = decided.config, decided.storage, decided.config.cluster
     data = decided.location if decided.is_shared else ship(decided.dataset, config)
     steps_per_epoch = make_order(config, decided.dataset).steps_per_epoch

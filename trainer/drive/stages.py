@@ -1,8 +1,8 @@
-"""What is known on the way from what the user asked for to a run under way, stage by stage, each made once. start.py makes them.
+"""The stages from the user's request to a run under way: frozen values, each made once. trainer/run.py makes Asked, start.py the others.
 
-Asked      the settings, the command, and what the environment says
-WithData   the data are open, and the storage
-Placed     how many workers there may be, and with that the run's name and what the storage holds of it
+Asked      the settings, the command and the environment
+WithData   the data and the storage are open
+Placed     the largest number of workers, hence the run's name and what the storage holds of it
 Decided    the cluster, what each worker gets of it, and what the devices decided
 Begun      the run is in the journal; its checkpoints, and the one to go on from
 """
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Environment:
-    """What this process knows beside its arguments. trainer/run.py reads it."""
+    """What this process knows besides its arguments. trainer/run.py reads it."""
 
     ray_address: str
-    """Of the cluster to join, where the settings name none; "" starts a Ray for this run alone."""
+    """Address of the cluster to join if the settings name none; "" starts a Ray for this run alone."""
     in_job: bool
     """Ray started this process as a job."""
     is_verbose: bool
-    """Show what Ray's processes say."""
+    """Show the output of Ray's processes."""
     cpus: int
     process_started: float
-    """Unix time: imports are part of a run's seconds."""
+    """Unix time. A run's seconds include its imports."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +45,13 @@ class Asked:
 
     config: RunConfig
     prefix: str
-    """How the run's name begins if it was given none."""
+    """How the run's automatic name begins."""
     command: str
     environment: Environment
 
     @property
     def address(self) -> str:
-        """Of the cluster to join; "" starts a Ray for this run alone."""
+        """Address of the cluster to join; "" starts a Ray for this run alone."""
         return self.config.cluster.address or self.environment.ray_address
 
 
@@ -73,12 +73,12 @@ class WithData:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-    """The run has a name. What is left at auto in `config` is for the devices to decide."""
+    """The run has a name. The devices decide what is left at auto in `config`."""
 
     data: WithData
     config: RunConfig
     workers: int
-    """The most that there may be."""
+    """Largest number of workers that there may be."""
     found: Found
 
     @property
@@ -86,20 +86,20 @@ class Placed:
         return question_of(self.config, self.data.dataset.manifest, self.data.image_size)
 
     def is_outdated(self, workers: int) -> bool:
-        """There may be another number of workers, or another process has started or ended this run since."""
+        """Whether the largest number of workers is now another, or another process has started or ended this run since."""
         return workers != self.workers or find(self.data.storage, self.config.run) != self.found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decided:
-    """Nothing is left open."""
+    """Everything is decided."""
 
     config: RunConfig
     command: str
     dataset: Dataset
     location: str
     is_shared: bool
-    """Every node reads the data set at `location`."""
+    """Every node can read the data set at `location`."""
     storage: Storage
     hardware: "ClusterHardware"
     resources: "Resources"
@@ -112,16 +112,16 @@ class Decided:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Begun:
-    """The run is in its journal, its settings are in its folder."""
+    """The run's start is in its journal, and its settings are in its folder."""
 
     journal: Journal
     store: Store
     start: Commit | None
-    """The commit to go on from; None starts at zero."""
+    """The commit to go on from; None starts at step 0."""
 
 
 def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, int]) -> Question:
-    """What is to be built of the run's model before anything is started for it."""
+    """The question for trainer.drive.check: can the run's model be built?"""
     return Question(
         task=config.task,
         targets=manifest.targets,

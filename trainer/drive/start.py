@@ -1,10 +1,9 @@
-"""From what the user asked for to a run under way. Called by trainer/run.py.
+"""Goes from the user's request to a run under way, then hands over to drive.py. Called by trainer/run.py.
 
-What is found out on the way is found out once, and handed on in frozen values (trainer/drive/stages.py): Asked, WithData, Placed, Decided,
-Begun.
+Each fact is found once and handed on in a frozen value (trainer/drive/stages.py): Asked, WithData, Placed, Decided, Begun.
 
-Everything that needs no cluster is checked before one is started, in seconds. The zygote comes first: it imports what the ranks need while
-this process imports Ray and starts it. Hence Ray's imports are inside the functions, and run.py can import this file.
+Everything that needs no cluster is checked in seconds, before one is started. The zygote starts first: it imports what the ranks need while
+this process imports and starts Ray. That is why Ray's imports are inside the functions, and run.py can import this file cheaply.
 """
 
 import dataclasses
@@ -45,7 +44,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def run(asked: Asked, console: Console) -> int:
-    """One run from its data to its report; the exit status."""
+    """Do one run from its data to its report. Returns the exit status."""
     zygote_name = uuid.uuid4().hex
     with _zygote(zygote_name) as zygote:
         from cluster.demand import wait_for_hardware
@@ -83,8 +82,9 @@ def run(asked: Asked, console: Console) -> int:
 
 @contextmanager
 def _zygote(name: str) -> Iterator[Zygote]:
-    """It imports what the ranks need while this process imports Ray and starts it: two seconds, and the ranks of this node share it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # what a process group or a control group is sent is for the driver
+    """A zygote that imports what the ranks need while this process imports and starts Ray. This saves two seconds, and the ranks of this
+    node share its memory."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a signal to the process or control group is for the driver
     try:
         zygote = Zygote(RANK_MODULES, name=name)
     finally:
@@ -99,7 +99,7 @@ def _zygote(name: str) -> Iterator[Zygote]:
 
 
 def with_data(asked: Asked, console: Console) -> WithData:
-    """Open the data, converting them where they are not, and the storage."""
+    """Open the storage and the data, converting the data first if necessary."""
     config = asked.config
     if asked.environment.in_job:
         check_storage_outlives_job(config.storage)
@@ -120,10 +120,10 @@ def check_storage_outlives_job(storage: str) -> None:
 
 
 def workers_known(asked: Asked) -> int | None:
-    """The most workers that there may be; None where only the cluster that is joined can say."""
+    """Largest number of workers that there may be; None if only the cluster to join can tell."""
     from cluster.launch import ClusterHardware, gpus_here, plan_resources
 
-    wanted = worker_count(asked.config)  # ValueError for what is no number of workers
+    wanted = worker_count(asked.config)  # ValueError if the setting is not a number of workers
     if asked.address:
         return wanted
     this_node = ClusterHardware(local=True, nodes=1, cpus=asked.environment.cpus, gpus=gpus_here())
@@ -131,7 +131,7 @@ def workers_known(asked: Asked) -> int | None:
 
 
 def place(data: WithData, workers: int) -> Placed:
-    """Give the run its name, and see what the storage holds of it. ValueError where that was another run."""
+    """Name the run and look up what the storage holds of it. ValueError if that was another run."""
     named = resolved(
         data.asked.config,
         data.storage,
@@ -145,14 +145,14 @@ def place(data: WithData, workers: int) -> Placed:
 
 
 def check_before_cluster(placed: Placed, zygote: Zygote) -> Checked:
-    """What would fail on the workers fails here, in a second and before a cluster is started. ValueError or OSError."""
+    """Find in a second, before a cluster is started, what would fail on the workers. ValueError or OSError."""
     check = ModelCheck(zygote, placed.question)
     check_folder_and_ports(placed)
     return check.wait()
 
 
 def check_folder_and_ports(placed: Placed) -> None:
-    """ValueError for a storage that cannot be made, a checkpoint that --resume forbids, a port that cannot be had."""
+    """ValueError if the storage cannot be made, --resume forbids the checkpoint, or the discovery port is taken."""
     config, storage = placed.config, placed.data.storage
     if storage.is_local:
         try:
@@ -160,11 +160,11 @@ def check_folder_and_ports(placed: Placed) -> None:
         except OSError as error:
             raise ValueError(f"storage {storage.uri!r} cannot be made ({error.strerror}); give a folder that can with --storage") from None
     check_resume(config, has_checkpoint=bool(Store.open(storage, config.run).commits()))
-    serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()  # the coordinator will, on this node
+    serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()  # the coordinator will serve on this node
 
 
 def show_finished(placed: Placed, console: Console) -> int:
-    """What came out of a run that has finished already. ValueError where that is not what the command asks for."""
+    """Print the results of a run that has already finished. ValueError if the command asks for something else."""
     config, summary = placed.config, placed.found.summary
     assert summary is not None
     check_may_show(config, summary, placed.data.fingerprint)
@@ -180,8 +180,8 @@ def show_finished(placed: Placed, console: Console) -> int:
 def decide(
     placed: Placed, hardware: "ClusterHardware", resources: "Resources", zygote: Zygote, checked: Checked | None, console: Console
 ) -> Decided:
-    """Have the nodes looked at, and what is left at auto decided. `checked` is None where the model was not built yet. ValueError where the
-    nodes do not fit together."""
+    """Check the nodes, and decide what is left at auto. `checked` is None if the model was not built yet. ValueError if the nodes do not
+    fit together."""
     from cluster.preflight import on_every_node, preflight
 
     data, location = placed.data, placed.data.location
@@ -208,7 +208,7 @@ def decide(
 
 
 def begin(decided: Decided, environment: Environment, console: Console) -> Begun:
-    """Write down that the run starts and with what settings, and find where it goes on. ValueError where it may not."""
+    """Record the start and the settings, and find the commit to go on from. ValueError if the run may not go on."""
     from cluster.versions import versions
 
     config, storage, resources = decided.config, decided.storage, decided.resources
@@ -232,7 +232,7 @@ def begin(decided: Decided, environment: Environment, console: Console) -> Begun
 
 
 def described(workers: int, hardware: "ClusterHardware") -> str:
-    """`2 workers on 8 CPUs`, `1 worker on 1 GPU and 16 CPUs`."""
+    """Text such as `2 workers on 8 CPUs` or `1 worker on 1 GPU and 16 CPUs`."""
 
     def counted(count: int, what: str) -> str:
         return f"{count} {what}" if count == 1 else f"{count} {what}s"
