@@ -107,8 +107,8 @@ def with_data(asked: Asked, console: Console) -> WithData:
     location, dataset = open_data(config, console)
     if "test" not in dataset.manifest.splits:  # found now, and not after the first epoch
         raise ValueError(
-            f"{dataset.where} has the splits {', '.join(dataset.manifest.splits)}, and a run is evaluated on test; convert the source again, "
-            "which holds one out of train where there is none"
+            f"{dataset.where} has the splits {', '.join(dataset.manifest.splits)}, and a run is evaluated on test; convert the source "
+            "again, which holds one out of train where there is none"
         )
     return WithData(
         asked=asked, dataset=dataset, location=location, image_size=image_size_of(dataset.manifest, config.data), storage=storage
