@@ -105,8 +105,7 @@ class Predictor:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0 if all images were classified and 1 if some could not be. Exits with 2 (SystemExit) if the arguments or the run are no
-    good."""
+    """Return 0 if all images were classified, 1 if some could not be. Exits with 2 (SystemExit) for wrong arguments or an unusable run."""
     arguments = tyro.cli(Arguments, prog=PROG, args=argv)
     try:
         if arguments.top < 1:

@@ -25,8 +25,7 @@ from trainer.settings.toml import to_toml
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for. Returns the exit status: 0 done, 1 failed, 2 wrong setting, 128 + signal if a signal stopped
-    it."""
+    """Run what the command line asks for. Returns the exit status: 0 done, 1 failed, 2 wrong setting, 128 + signal if stopped by one."""
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGINT, signal.default_int_handler)
     invocation = parse(argv)

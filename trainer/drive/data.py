@@ -17,8 +17,7 @@ CONVERT_LINE_SECONDS = 5.0
 
 
 def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
-    """The folder or URI of the run's converted data set, and the data set. Converts a source into `data.root` if it is not converted
-    yet."""
+    """The folder or URI of the run's converted data set, and the data set. A source not converted yet is converted into `data.root`."""
     shown_at: float | None = None
 
     def on_progress(progress: ConvertProgress) -> None:

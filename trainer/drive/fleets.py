@@ -97,8 +97,7 @@ class Room:
         self._room_since, self._asked_for = None, 0
 
     def reason_to_pause(self, status: Status, *, workers: int, attempt: int) -> Pause | None:
-        """A Pause if a node of this run is about to go, or there is room for more than `workers`. Also asks for the workers that are
-        lacking."""
+        """A Pause if a node of this run is about to go, or there is room for more than `workers`. Also asks for lacking workers."""
         if status.notices:
             return Pause(kind="preempted", reason=f"notice of preemption: {'; '.join(status.notices)}")
         now = time.monotonic()

@@ -1,5 +1,4 @@
-"""One driver's session of a run: what the driver's parts share, and their access to the coordinator and the store. start.py opens it
-once."""
+"""One driver's session of a run: what the driver's parts share, and their access to coordinator and store. start.py opens it once."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,3 +1,5 @@
-"""One rank's life: data and model in, steps, evaluation, checkpoints, metrics. Forked by `cluster.rank`; nobody but the driver names it.
+"""One rank's life: it opens data and model, trains, evaluates, saves checkpoints and exports metrics. The driver names `worker.train_rank`
+(trainer.settings.spec), and `cluster.rank` calls it in a forked process.
 
-How a step is done is `learn`'s; when ranks stop together, and what a committed checkpoint is, is `cluster`'s."""
+`learn` defines a step. `cluster` decides when ranks stop together and what a committed checkpoint is. `drive.plan` uses `profile`, and
+`trainer.evaluate` uses `finished`."""

@@ -1,6 +1,6 @@
-"""A rank's data: which of the run's samples are its own, the loader that brings them, and what is done with those that cannot be read.
+"""A rank's data: its share of the samples, the loader that reads them, the quarantine of unreadable samples, and the ledger.
 
-The rank's story opens it. Which samples a step has is dataio.order's decision, how they are read and decoded dataio.loader's.
+worker.py opens it at the start of an attempt. dataio.order decides which samples a step has; dataio.loader reads and decodes them.
 """
 
 from collections.abc import Callable, Generator
@@ -21,17 +21,17 @@ from trainer.settings.spec import make_order
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RankData:
-    """Every rank can read every sample; the order says which are its own."""
+    """A rank's view of the data set. Every rank can read every sample; the order decides which ones it trains on."""
 
     dataset: Dataset
     order: Order
     virtual_ranks: range
-    """Those that this rank carries."""
+    """The virtual ranks that this rank carries."""
     loader: Loader
 
     @property
     def share(self) -> float:
-        """The part of a batch that this rank carries."""
+        """Fraction of a batch that this rank carries."""
         return len(self.virtual_ranks) / self.order.virtual_ranks
 
 
@@ -55,7 +55,7 @@ def open_data(me: ThisRank) -> RankData:
 
 
 def quarantine(me: ThisRank, dataset: Dataset) -> Callable[[BadSample], None]:
-    """What the loader does with a bad sample: count it, tell the coordinator, fail the run above the limit (over all ranks)."""
+    """The loader's callback for a bad sample: count it, tell the coordinator, and fail the run if all ranks together exceed the limit."""
     total = sum(split.count for split in dataset.manifest.splits.values())
     limit = me.config.data.max_bad_fraction
 
@@ -78,7 +78,7 @@ def quarantine(me: ThisRank, dataset: Dataset) -> Callable[[BadSample], None]:
 
 
 def open_ledger(me: ThisRank, storage: Storage, *, start_step: int) -> LedgerWriter | None:
-    """Where the run keeps one; run.py has checked that the storage is a local folder."""
+    """The ledger's writer, if the run keeps a ledger. The storage must be a local folder."""
     if not me.config.train.ledger:
         return None
     return LedgerWriter(Path(storage.at(f"{me.config.run}/ledger")), me.spec.attempt, me.rank, start_step=start_step)
@@ -88,7 +88,7 @@ Batches = Generator[tuple[Batch, ...], None, None]
 
 
 def recorded(batches: Batches, ledger: LedgerWriter | None, skip: frozenset[int]) -> Batches:
-    """`batches`, each written into the ledger, where there is one, when the step takes it."""
+    """`batches`, unchanged. If there is a ledger, each batch is written into it when the step takes it."""
     return batches if ledger is None else _recorded(batches, ledger, skip)
 
 

@@ -1,8 +1,8 @@
-"""What is known of a rank's device beside its steps: the most it can compute, and what its GPU says of itself through NVML.
+"""Facts about a rank's device: its peak FLOP/s, and the GPU's own readings from NVML.
 
-The rank's story asks for both. The peak is a number from a data sheet, never a guess: a device that is not in the table has none.
-`GpuWatch` is a thread that reads utilisation, power and memory every few seconds; without a GPU, or without NVIDIA's library, it says so
-and the series are left out.
+observers.py asks for the peak, worker.py starts the `GpuWatch`. The peak is a number from a data sheet, never a guess: a device that is not
+in the table has none. `GpuWatch` is a thread that reads utilisation, power and memory every few seconds. Without a GPU or NVIDIA's library
+it logs that and leaves these series out.
 """
 
 import logging
@@ -24,10 +24,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peak:
-    """Of dense matrices, as NVIDIA's data sheet of the product states it (theirs with sparsity, halved), in TFLOP/s."""
+    """Peak TFLOP/s for dense matrices, from NVIDIA's data sheet of the product (its numbers with sparsity, halved)."""
 
     name: str
-    """As the driver gives it: a pattern for the whole of it."""
+    """Pattern for the whole name that the GPU driver gives."""
     bf16: float | None
     tf32: float | None
     fp32: float
@@ -52,9 +52,9 @@ PEAKS = (
 
 
 def peak_flops_per_second(device_name: str, precision: str, *, tf32: bool) -> float | None:
-    """Of a GPU by its driver's name (torch.cuda.get_device_name), in fp32 or bf16; None where it is not known. `tf32`: convolutions in fp32
-    may use it (torch.backends.cudnn.allow_tf32), so that it is the peak of fp32 where the GPU has it. A part of a GPU (MIG) has another
-    name, and no peak here."""
+    """Peak of a GPU in fp32 or bf16, by the name from torch.cuda.get_device_name; None if unknown. `tf32`: fp32 convolutions may use TF32
+    (torch.backends.cudnn.allow_tf32), so the peak of fp32 is that of TF32 if the GPU has it. A part of a GPU (MIG) has another name and
+    therefore no peak here."""
     for peak in PEAKS:
         if re.fullmatch(peak.name, device_name):
             found = peak.bf16 if precision == "bf16" else (peak.tf32 if tf32 and peak.tf32 else peak.fp32)
@@ -63,7 +63,7 @@ def peak_flops_per_second(device_name: str, precision: str, *, tf32: bool) -> fl
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
-    """FLOP/s of this machine's `device`; of a CPU none is known."""
+    """Peak FLOP/s of this machine's `device`; None for a CPU."""
     if device.type != "cuda":
         return None
     return peak_flops_per_second(torch.cuda.get_device_name(device), precision, tf32=torch.backends.cudnn.allow_tf32)
@@ -71,15 +71,15 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuAddress:
-    """Where a GPU is, whatever its number: CUDA_VISIBLE_DEVICES renumbers CUDA's, and not NVML's."""
+    """A GPU's address independent of its number: CUDA_VISIBLE_DEVICES renumbers CUDA's devices but not NVML's."""
 
     uuid: str
-    """Without the `GPU-` that NVML puts before it."""
+    """Without NVML's prefix `GPU-`."""
     pci_bus_id: str
 
 
 def gpu_address(device: torch.device) -> GpuAddress | None:
-    """None for a CPU."""
+    """The device's address; None for a CPU."""
     if device.type != "cuda":
         return None
     found: Any = torch.cuda.get_device_properties(device)
@@ -88,7 +88,7 @@ def gpu_address(device: torch.device) -> GpuAddress | None:
 
 
 class GpuWatch:
-    """Sets gpu_* every `every_seconds` until close(). A thread of its own speaks to the driver: none of its waits is a step's."""
+    """Sets the gpu_* metrics every `every_seconds` until close(). Its own thread talks to the GPU driver, so steps never wait for it."""
 
     def __init__(self, metrics: Metrics, address: GpuAddress | None, *, every_seconds: float = READ_SECONDS) -> None:
         self._metrics, self._address, self._every_seconds = metrics, address, every_seconds
@@ -103,7 +103,7 @@ class GpuWatch:
     def close(self) -> None:
         self._closed.set()
         if self._thread is not None:
-            self._thread.join(self._every_seconds)  # a driver that hangs holds nobody up; the thread dies with the process
+            self._thread.join(self._every_seconds)  # do not wait for a hanging driver; the thread dies with the process
 
     def _run(self, address: GpuAddress) -> None:
         try:
@@ -123,11 +123,11 @@ class GpuWatch:
                 for name in sorted(names):
                     try:
                         self._metrics.set(name, _READINGS[name](pynvml, handle))
-                    except pynvml.NVMLError_NotSupported as error:  # of parts of a GPU, and of some cards
+                    except pynvml.NVMLError_NotSupported as error:  # parts of a GPU (MIG), and some cards
                         _log.warning("%s is not exported: NVML says %s", name, error)
                         names.discard(name)
                 self._closed.wait(self._every_seconds)
-        except pynvml.NVMLError as error:  # a GPU that fell off the bus: no old value may pass for a new one
+        except pynvml.NVMLError as error:  # e.g. a GPU that fell off the bus: remove the series so that no old value passes for a new one
             _log.warning("what the GPU does is no longer exported: NVML says %s", error)
             for name in names:
                 self._metrics.unset(name)
@@ -136,7 +136,7 @@ class GpuWatch:
 
 
 def _handle(nvml: ModuleType, address: GpuAddress) -> Any:
-    """Of the GPU, or of the part of one, with this address; NVMLError where there is none."""
+    """NVML's handle of the GPU, or part of a GPU, with this address. NVMLError if there is none."""
     for prefix in ("GPU-", "MIG-"):
         try:
             return nvml.nvmlDeviceGetHandleByUUID(prefix + address.uuid)

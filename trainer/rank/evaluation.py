@@ -1,5 +1,5 @@
-"""How good the model is on a split: exactly, over all ranks. The rank's story calls `Evaluator.run` between steps; `trainer.evaluate` and
-benchmarks call `evaluate` and `evaluate_share` for themselves. What is counted, the task says.
+"""Evaluates the model on a split, exactly, over all ranks. worker.py calls `Evaluator.run` between steps; finished.py and benchmarks call
+`evaluate` or `evaluate_share`. The task decides what is measured (trainer.tasks.task.Evaluation).
 """
 
 import time
@@ -32,7 +32,7 @@ ACCURACY = "accuracy"
 
 
 class Evaluator:
-    """A run's evaluations, the last of which also records what was answered to each sample."""
+    """Does a run's evaluations. The last one also records the model's prediction for each sample."""
 
     def __init__(
         self,
@@ -45,13 +45,13 @@ class Evaluator:
         storage: Storage,
         on_begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """`history` gets an entry for each. `on_begin` is called before each."""
+        """`history` gets an entry for each evaluation. `on_begin` is called before each one."""
         self._me, self._data, self._learner, self._plan = me, data, learner, plan
         self._history, self._storage, self._on_begin = history, storage, on_begin
         me.metrics.declare("test_measure", [measure.name for measure in learner.task.info.measures])
 
     def run(self, steps_done: int) -> None:
-        """Evaluate the test split, and tell the history, Prometheus and the journal. On all ranks after the same step."""
+        """Evaluate the test split, and report to the history, Prometheus and the journal. All ranks call it after the same step."""
         self._on_begin()
         begin = time.perf_counter()
         heartbeat = self._me.heartbeat
@@ -77,13 +77,13 @@ class Evaluator:
             on_batch=me.heartbeat.tick,
             log=log,
         )
-        if log is not None:  # before the last commit: where there is one, the predictions of its model are there
+        if log is not None:  # before the last commit, so that a finished checkpoint always has its model's predictions
             fingerprint = self._data.order.fingerprint
             self._write_predictions(log, About(step=steps_done, split="test", dataset_fingerprint=fingerprint, count=result.count))
         return result
 
     def _write_predictions(self, log: PredictionLog, about: About) -> None:
-        """All ranks hand in their rows, rank 0 writes them. A storage that does not take them costs the run its report's images only."""
+        """All ranks hand in their rows, and rank 0 writes them. If the storage refuses them, only the report's images are missing."""
         me = self._me
         found = log.gathered(me.rank, me.world_size)
         if found is None:
@@ -123,9 +123,10 @@ def evaluate(
     on_batch: Callable[[], None] = lambda: None,
     log: PredictionLog | None = None,
 ) -> Result:
-    """Exact measures over all ranks: each takes a contiguous share of the split, nothing is padded or counted twice.
+    """Exact measures over all ranks: each rank takes a contiguous share of the split, and nothing is padded or counted twice.
 
-    In ddp mode the ranks' BatchNorm statistics, and so their averages, differ; rank 0's are the run's (they are what a checkpoint holds).
+    In ddp mode the ranks' BatchNorm statistics, and so their averages, differ. Rank 0's count, because checkpoints hold them; the others
+    get them here.
     """
     evaluation = task.evaluation(next(model.parameters()).device)
     with ema.applied() if ema is not None else nullcontext():
@@ -141,7 +142,7 @@ def evaluate(
 
 
 def share_of(count: int, rank: int, world_size: int) -> range:
-    """The samples that a rank evaluates."""
+    """Positions in the split of the samples that a rank evaluates."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
@@ -159,13 +160,13 @@ def evaluate_share(
     on_batch: Callable[[], None] = lambda: None,
     log: PredictionLog | None = None,
 ) -> None:
-    """Count the samples `share` of a split, and keep what was said of each in `log`. `as_learned` turns the data set's targets into those
-    that the model was trained on."""
+    """Evaluate the samples `share` of a split into `evaluation`, and record each prediction in `log`. `as_learned` converts the data set's
+    targets to those that the model was trained on."""
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), autocast_for(device, precision):
         for batch in loader.evaluate(split, share, batch_size=EVALUATION_BATCH):
             targets = as_learned(batch.targets)
-            outputs = model(preprocess(batch.samples))
+            outputs = model(preprocess(batch.samples))  # (n, task.outputs)
             evaluation.update(outputs, targets)
             if log is not None:
                 log.update(batch.ids, task.rows(outputs, targets))

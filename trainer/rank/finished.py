@@ -1,7 +1,7 @@
-"""Evaluates a finished run's model, outside its run: on the run's own data or on others with the same targets. `trainer.evaluate` calls it
-and shows what comes out.
+"""Evaluates a finished run's model outside the run, on the run's own data or on other data with the same targets. `trainer.evaluate` calls
+it and prints the result.
 
-The counting is the run's own (trainer.rank.evaluation), in the same batches and precision.
+It uses the run's own evaluation (trainer.rank.evaluation), with the same batches and precision.
 """
 
 import json
@@ -36,7 +36,7 @@ from trainer.tasks.task import Result, Task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """An evaluation and what it was of."""
+    """The result of an evaluation, and what was evaluated."""
 
     run: str
     data: str
@@ -47,13 +47,13 @@ class Evaluated:
     task: Task
     result: Result
     quarantined: tuple[BadSample, ...]
-    """Samples that could not be read; they are not counted."""
+    """Samples that could not be read and are not counted."""
     recorded: float | None
-    """What summary.json says of the headline, for the same split of the same data; None where it says nothing of it."""
+    """The headline's value in summary.json, if that is for the same split of the same data; else None."""
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """A classification's as it was before there were other tasks; of the others, also which it is."""
+        """JSON for `--json`. For a classification it has the format from before there were other tasks; other tasks add their name."""
         about = ("run", "data", "split", "dataset_fingerprint", "device", "precision")
         info = self.task.info
         is_classification = info.name == CLASSIFICATION.name
@@ -74,9 +74,10 @@ class Evaluated:
 def evaluate_finished(
     folder: RunFolder, changes: Mapping[str, Any], *, split: str, device: torch.device, predictions: str = ""
 ) -> Evaluated:
-    """Load the run's model and evaluate it. `changes` are settings of the data that are not as in the run. ValueError where model, data and
-    run do not go together. `predictions` is a file for what is said of each sample; its labels are the model's outputs, whatever the order
-    of the data set's classes."""
+    """Load the run's model and evaluate it. ValueError if model, data and run do not fit together.
+
+    `changes` are data settings that differ from the run's. `predictions` is a file to write each sample's prediction to. Its labels are
+    indices of the model's outputs, whatever the order of the data set's classes."""
     begin = time.perf_counter()
     config, summary = _config(folder), _summary(folder)
     exported = load_export(folder, device, channels_last=config.train.channels_last == "on")
@@ -97,7 +98,7 @@ def evaluate_finished(
     evaluation = task.evaluation(device)
     log = PredictionLog(task.columns, rows_to_keep(task.columns), device) if predictions else None
     loader = _loader(dataset, data, device, threads, quarantine)
-    # In the shares that the run's ranks had: a sample's outputs may depend, in their last bits, on the batch that it is in.
+    # Use the shares that the run's ranks had: the last bits of a sample's outputs may depend on the batch that it is in.
     ranks = int(summary.get("workers") or 1)
     for rank in range(ranks):
         evaluate_share(
@@ -133,7 +134,7 @@ def evaluate_finished(
 
 
 def _loader(dataset: Dataset, data: DataConfig, device: torch.device, threads: int, quarantine: Quarantine) -> Loader:
-    # An order is training's; nothing is trained here.
+    # The loader needs an order of training, though nothing is trained here.
     splits = dataset.manifest.splits
 
     def on_bad(bad: BadSample) -> None:
@@ -165,7 +166,7 @@ def _summary(folder: RunFolder) -> Mapping[str, Any]:
 
 
 def _sized(data: DataConfig, manifest: Manifest, wanted: tuple[int, int]) -> DataConfig:
-    """`data` with the size that the model was trained on. ValueError where no image has it and none may be resized."""
+    """`data` with the image size that the model was trained on. ValueError if no image has this size and none may be resized."""
     height, width = wanted
     if set(manifest.image_sizes) == {f"{height}x{width}"}:
         return data
@@ -184,7 +185,7 @@ def _sized(data: DataConfig, manifest: Manifest, wanted: tuple[int, int]) -> Dat
 
 
 def _progress(path: str) -> Callable[[Progress], None]:
-    """A line on stderr every few seconds: a source that was never converted takes a while."""
+    """A callback that prints a line to stderr every few seconds, because converting a source takes a while."""
     shown = time.monotonic()
 
     def say(progress: Progress) -> None:

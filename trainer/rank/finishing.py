@@ -1,5 +1,5 @@
-"""The end of an attempt that went well: what rank 0 leaves in the run's folder and hands to the driver. Called by the rank's story once the
-last checkpoint is committed.
+"""The end of a successful attempt: what rank 0 writes into the run's folder and hands to the driver. worker.py calls it after the last
+checkpoint is committed. trainer.export writes the model folder.
 """
 
 from dataclasses import asdict
@@ -25,7 +25,7 @@ def finish(
     stopped: bool,
     steps_done: int,
 ) -> None:
-    """Write the curves and, of a run that is done, the model; then hand over the result. `ranks` are RankTotals of all."""
+    """Write the curves and, unless the run was stopped, the model; then hand over the result. `ranks`: the RankTotals of all ranks."""
     history, loader = memory.history, data.loader
     storage.write_atomic(f"{me.config.run}/{CURVES_FILE}", memory.curves.to_parquet())
     sha256 = weights_sha256(learner.model)

@@ -1,8 +1,9 @@
-"""Is a step's loss a number to go on from? NaN, infinity and spikes end the attempt; the driver rolls back and leaves out the batch.
+"""Checks each step's loss: NaN, infinity and spikes end the attempt. The driver then rolls back and skips the batch.
 
-The rank shows every step to `Guard.stepped`, in order, with the losses that have arrived on the host. All ranks see the same losses and so
-decide alike. A checkpoint may be acknowledged only once every loss up to it has passed: on a GPU losses arrive some steps late, so `proof`
-takes along those that are still on their way, for the checkpoint's own thread to wait for. What is done then is cluster.failures.decide's.
+worker.py shows every step to `Guard.stepped`, in order, with the losses that have arrived on the host. All ranks see the same losses and so
+decide alike. A checkpoint may be acknowledged only after every loss up to it has passed. On a GPU losses arrive some steps late, so
+saving.py takes a `proof`, in which the checkpoint's own thread waits for those on their way. cluster.failures.decide decides what happens
+to the run.
 """
 
 import math
@@ -15,9 +16,9 @@ from cluster.failures import BadNumbers
 from trainer.learn.step import Arriving, StepStats
 
 WINDOW = 100
-"""Losses that a spike is measured against."""
+"""Number of losses that a spike is measured against."""
 ENOUGH = 50
-"""Losses before the first verdict about spikes."""
+"""Number of losses needed before the first verdict about spikes."""
 FLOOR_NATS = 1.0
 SIGMA_OF_MAD = 1.4826
 """Standard deviation of a normal distribution / its median absolute deviation."""
@@ -28,17 +29,17 @@ class Guard:
 
         loss > median + max(spike_factor * sigma, median - loss_floor, FLOOR_NATS)       sigma = 1.4826 * median(|losses - median|)
 
-    over the last 100 losses that passed, once there are 50. Median and MAD do not move for a few outliers; the distance from the task's
-    `loss_floor` as a margin (loss doubled, where the floor is 0) keeps quiet where the losses hardly scatter; FLOOR_NATS, in nats of
-    cross-entropy, where they are almost at the floor and one hard sample is many times their median. A task whose loss has no floor (None)
-    goes without that margin. `spike_factor` 0 looks for NaN and infinity only. A batch of fewer than half of `batch_size` samples
-    (the rest of an epoch) is its few samples' luck: it must be finite, and is not compared.
+    over the last 100 losses that passed, once there are 50. A few outliers do not move the median and the MAD. The margin `median -
+    loss_floor` (a doubled loss if the task's floor is 0) prevents alarms when the losses hardly scatter. FLOOR_NATS, in nats of
+    cross-entropy, prevents them when the losses are almost at the floor and one hard sample is many times their median. A task whose loss
+    has no floor (None) has only FLOOR_NATS. With `spike_factor` 0 only NaN and infinity count. The loss of a batch of fewer than half of
+    `batch_size` samples (the rest of an epoch) depends on those few samples: it must be finite but is not compared.
 
-    Tried on 94 runs of a small network on Fashion-MNIST (134,770 steps; batches of 4 to 333; SGD to lr 0.3 and AdamW to 0.01, with and
-    without BatchNorm, label noise and smoothing, four schedules): with 10, 9 alarms, no more than 2 a run, each a loss of 4.6 to 35 from a
-    rate too high for the network; with 8 there are 18, with 16 7.
+    Tested on 94 runs of a small network on Fashion-MNIST (134,770 steps; batches of 4 to 333; SGD up to lr 0.3 and AdamW up to 0.01, with
+    and without BatchNorm, label noise and smoothing, four schedules). A factor of 10 gave 9 alarms, at most 2 per run, each a loss of 4.6
+    to 35 from a learning rate too high for the network. A factor of 8 gave 18 alarms, 16 gave 7.
 
-    `samples_of(step)` is a batch's size. At the steps `fresh_at` (a backbone thaws) the window starts anew.
+    `samples_of(step)` is a batch's size. The window starts anew at the steps `fresh_at` (where a backbone thaws).
     """
 
     def __init__(
@@ -55,15 +56,15 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._last_step = -1
         self.newest_loss: float | None = None
-        """Of the newest step that passed; None before the first one, or right after `load`."""
+        """Loss of the newest step that passed; None before the first one, or right after `load`."""
 
     def stepped(self, stats: StepStats) -> None:
-        """Take in the losses that have arrived."""
+        """Check the losses that have arrived."""
         for step, loss in stats.losses:
             self.check(step, loss)
 
     def check(self, step: int, loss: float) -> None:
-        """Take in the mean loss of `step`; BadNumbers if it is bad. Steps come in order; those whose batch was skipped have none."""
+        """Check the mean loss of `step`; BadNumbers if it is bad. Steps come in order, without those whose batch was skipped."""
         assert step > self._last_step, f"the loss of step {step} came after that of step {self._last_step}"
         if not math.isfinite(loss):
             raise BadNumbers(step, loss, f"the loss is {loss}: the loss or a gradient is not finite")
@@ -79,7 +80,7 @@ class Guard:
             return
         median = statistics.median(self._losses)
         least = FLOOR_NATS if self._loss_floor is None else max(median - self._loss_floor, FLOOR_NATS)
-        if loss <= median + least:  # nearly always, and cheaper
+        if loss <= median + least:  # nearly always true, and saves computing the MAD
             return
         sigma = SIGMA_OF_MAD * statistics.median(abs(each - median) for each in self._losses)
         limit = median + max(self._factor * sigma, least)
@@ -92,11 +93,11 @@ class Guard:
             )
 
     def state(self) -> dict[str, Any]:
-        """All it remembers, as JSON that `load` takes; it travels in History."""
+        """The guard's whole state, as JSON for `load`. History saves it in checkpoints."""
         return {"last_step": self._last_step, "losses": list(self._losses)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on as the guard that gave `state`; an empty one, of a checkpoint made before there were guards, starts anew."""
+        """Go on as the guard that gave `state`. An empty one, from a checkpoint older than guards, starts anew."""
         self._losses.clear()
         self._losses.extend(state.get("losses", ()))
         self._last_step = state.get("last_step", -1)
@@ -114,8 +115,8 @@ class Guard:
         return twin
 
     def proof(self, late: Sequence[Arriving]) -> Callable[[], "Guard"]:
-        """A function, for another thread, that waits for the losses `late` (StepStats.late), which this guard has not seen, and returns the
-        guard that has seen them too; it raises BadNumbers if one is bad. This guard may go on meanwhile."""
+        """A function for another thread to call. It waits for the losses `late` (StepStats.late), which this guard has not seen, and
+        returns a copy of this guard that has seen them too. It raises BadNumbers if one is bad. This guard may go on meanwhile."""
         twin = self.copy()
 
         def wait() -> Guard:

@@ -1,7 +1,7 @@
-"""What a run remembers of itself across restarts: evaluations, where its seconds went, and its curves.
+"""A run's history across restarts: evaluations, where its seconds went, and its curves.
 
-The rank's story shows each step to all of them. Saved inside every checkpoint (trainer.rank.saving), so that steps which are lost are
-forgotten here too.
+worker.py shows each step to these objects. saving.py saves History and Curves inside every checkpoint, so that steps lost in a failure drop
+out here too. RankTotals and Speed last for one attempt.
 """
 
 import io
@@ -36,19 +36,19 @@ CURVE_SCHEMA = pa.schema(
 
 @dataclass(kw_only=True, slots=True)
 class History:
-    """Totals over the steps that lead to the present state; steps lost in a failure are not in it."""
+    """Totals over the steps that led to the present state, without steps lost in a failure."""
 
     steps_done: int = 0
     samples: int = 0  # trained on
-    skipped_samples: int = 0  # of batches left out for their bad numbers
-    step_seconds: float = 0.0  # data wait included
+    skipped_samples: int = 0  # in batches skipped for a bad loss
+    step_seconds: float = 0.0  # includes data wait
     data_wait_seconds: float = 0.0
-    exchange_wait_seconds: float = 0.0  # of the steps: waiting for the other ranks' gradients
+    exchange_wait_seconds: float = 0.0  # part of the steps: waiting for the other ranks' gradients
     evaluation_seconds: float = 0.0
     checkpoint_stall_seconds: float = 0.0
     train_loss: float = float("nan")  # of the newest step whose loss has arrived
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    guard: dict[str, Any] = field(default_factory=dict)  # trainer.rank.guard.Guard's memory; filled in by `settled`
+    guard: dict[str, Any] = field(default_factory=dict)  # state of trainer.rank.guard.Guard; `settled` fills it in
 
     def stepped(self, stats: StepStats) -> None:
         self.steps_done = stats.steps_done
@@ -63,20 +63,20 @@ class History:
             self.train_loss = stats.losses[-1][1]
 
     def evaluated(self, entry: dict[str, Any], seconds: float) -> None:
-        """`entry` must not be changed afterwards."""
+        """Add an evaluation. The caller must not change `entry` afterwards."""
         self.evaluations.append(entry)
         self.evaluation_seconds += seconds
 
     def stalled(self, seconds: float) -> None:
-        """A checkpoint held the steps up."""
+        """A checkpoint held up the steps for `seconds`."""
         self.checkpoint_stall_seconds += seconds
 
     def copy(self) -> "History":
-        """As it is now, for a checkpoint; entries of `evaluations` are never changed once they are there."""
+        """A copy for a checkpoint. It shares the entries of `evaluations`, which never change."""
         return replace(self, evaluations=list(self.evaluations))
 
     def settled(self, guard: Guard) -> bytes:
-        """`to_json`, once `guard` (Guard.proof) has seen every loss up to now, those too that arrived after the steps went on."""
+        """`to_json` with the state of `guard` (from Guard.proof), which has seen every loss up to this moment, late ones included."""
         newest = guard.newest_loss
         return replace(self, guard=guard.state(), train_loss=self.train_loss if newest is None else newest).to_json()
 
@@ -90,13 +90,13 @@ class History:
 
 @dataclass(kw_only=True, slots=True)
 class RankTotals:
-    """One rank's own seconds since its attempt began, for the comparison of ranks; a rank's images are its share of each batch."""
+    """One rank's own seconds since its attempt began, to compare ranks. A rank's images are its share of each batch."""
 
     share: float
-    """The part of a batch that this rank carries."""
+    """Fraction of a batch that this rank carries."""
     steps: int = 0
     images: float = 0.0
-    step_seconds: float = 0.0  # the waits for data and for other ranks included
+    step_seconds: float = 0.0  # includes the waits for data and for other ranks
     data_wait_seconds: float = 0.0
     exchange_wait_seconds: float = 0.0
     checkpoint_stall_seconds: float = 0.0  # between steps
@@ -110,11 +110,11 @@ class RankTotals:
             self.exchange_wait_seconds += stats.exchange_seconds
 
     def stalled(self, seconds: float) -> None:
-        """Checkpoints held the steps up."""
+        """Checkpoints held up the steps for `seconds`."""
         self.checkpoint_stall_seconds += seconds
 
     def of_all_ranks(self, rank: int, world_size: int, device: torch.device) -> list[dict[str, float]]:
-        """One entry a rank, in order. All ranks are to call it."""
+        """One entry per rank, in order. A collective: all ranks call it."""
         own = {name: float(value) for name, value in asdict(self).items() if name != "share"}
         table = torch.zeros((world_size, len(own)), dtype=torch.float64, device=device)
         table[rank] = torch.tensor(list(own.values()), dtype=torch.float64)
@@ -124,7 +124,7 @@ class RankTotals:
 
 
 class Curves:
-    """Rows of curves.parquet: at most about 2,000 of them, whatever the run's length."""
+    """Rows of curves.parquet: about 2,000 at most, whatever the run's length."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
@@ -148,8 +148,8 @@ class Curves:
 
 
 class Speed:
-    """Images per second and data wait over the last steps (median step, so that one hiccup does not show as a dip). Skipped steps, which
-    compute nothing, do not count."""
+    """Images per second and data wait over the last steps. The speed uses the median step, so that one hiccup does not show as a dip.
+    Skipped steps compute nothing and do not count."""
 
     def __init__(self, window: int = 20) -> None:
         self._steps: deque[StepStats] = deque(maxlen=window)

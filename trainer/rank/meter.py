@@ -1,7 +1,8 @@
-"""What one rank tells Prometheus of its steps: `Meter`, which is shown every step, and `Split`, which the step itself tells of its parts.
+"""One rank's step metrics for Prometheus: `Meter` sees every step, and `Split` gets the parts of a step from the step itself. observers.py
+makes the Meter; worker.py shows it the steps.
 
-Names and meanings are cluster.metrics', what a GPU says of itself is device_metrics', the work of a step profile's. In a step this reads
-the clock, adds up and never waits for the device; what costs more than microseconds is done every SLOW_SECONDS.
+cluster.metrics defines names and meanings. device_metrics.py exports the GPU's own readings, profile.py counts the work of a step. Inside a
+step this file reads the clock and adds up, and never waits for the device. Work that takes more than microseconds runs every SLOW_SECONDS.
 """
 
 import logging
@@ -22,14 +23,14 @@ from trainer.rank.history import Speed
 from trainer.rank.profile import FlopCount
 
 SLOW_SECONDS = 2.0
-"""Between two looks at what Prometheus, every few seconds, need not have from every step: memory, reads, the gradient's norm."""
+"""Interval between two updates of the metrics that not every step needs: memory, reads, the gradient's norm."""
 
 
 _log = logging.getLogger(__name__)
 
 
 class Reads(Protocol):
-    """What a loader counts (dataio.loader.Loader)."""
+    """A loader's counters (dataio.loader.Loader)."""
 
     @property
     def decode_seconds(self) -> float: ...
@@ -42,22 +43,22 @@ class Reads(Protocol):
 
 
 class Split:
-    """How long steps were in forward and backward, and in the update after them; `mark` is for StepObserver.part.
+    """Adds up how long steps spend in forward and backward, and in the update after them. StepObserver.part calls `mark`.
 
-    On a GPU the times are the device's: events are put into its stream, and read when it has passed them, steps later. `marks` are four a
-    step at most: where forwards begin, the newest backward's end, the reduction's, the optimiser's."""
+    On a GPU these are the device's times: events go into its stream and are read steps later, when the device has passed them. A step
+    records at most four: the start of the forward pass, and the ends of the newest backward pass, the reduction and the optimiser."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.forward_backward_seconds = self.optimizer_seconds = 0.0
         self._is_cuda, self._clock = device.type == "cuda", clock
         self._begin = self._backward = self._reduced = 0.0
-        self._open: dict[str, Any] = {}  # part -> event, of the step that is being queued
-        self._parts: set[str] = set()  # that it has marked
+        self._open: dict[str, Any] = {}  # part -> event of the step that is being queued
+        self._parts: set[str] = set()  # parts that this step has marked
         self._queued: deque[dict[str, Any]] = deque()  # steps whose events the device may not have passed
         self._free: list[dict[str, Any]] = []
 
     def mark(self, part: str) -> None:
-        """`part` of a step ends here, in the order of the device's work."""
+        """Mark the end of `part` of a step, in the order of the device's work."""
         if self._is_cuda:
             self._record(part)
         elif part == "data":
@@ -78,13 +79,13 @@ class Split:
             return
         if part not in self._open:
             self._open[part] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._open[part].record()  # an event that is recorded again, as the backward's is, stands for the newest time
+        self._open[part].record()  # recording an event again, as for backward, keeps the newest time
         self._parts.add(part)
         if part == "optimizer" and "backward" in self._parts:
             self._queued.append(self._open)
 
     def _collect(self) -> None:
-        """Add up the steps that the device is through with."""
+        """Add up the steps that the device has finished."""
         while self._queued and self._queued[0]["optimizer"].query():
             events = self._queued.popleft()
             self.forward_backward_seconds += events["data"].elapsed_time(events["backward"]) / 1e3
@@ -93,8 +94,8 @@ class Split:
 
 
 class Meter:
-    """Call `begin` before the first step of each kind, and `stepped` after each step. To the step it is half of a StepObserver: `mark`
-    is told the parts, `takes_norm` asked."""
+    """Call `begin` before the first step of each phase, and `stepped` after each step. It provides two methods of a StepObserver: `mark`
+    (for `part`) and `takes_norm`."""
 
     def __init__(
         self,
@@ -110,44 +111,44 @@ class Meter:
         speed: Speed,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`share` is the part of a batch that this rank carries. `waits_in_backward`: other ranks are waited for inside the backward pass
-        (DDP on a CPU), and not between it and the update. `peak_flops_per_second`: the most that the device can do, if that is known.
-        `speed` has been shown each step before."""
+        """`share`: fraction of a batch that this rank carries. `waits_in_backward`: the rank waits for other ranks inside the backward pass
+        (DDP on a CPU) instead of after it. `peak_flops_per_second`: the device's peak, if known. `speed` sees each step before this meter
+        does."""
         self._metrics, self._device, self._reads, self._speed, self._clock = metrics, device, reads, speed, clock
         self._share, self._steps_per_epoch, self._waits_in_backward = share, steps_per_epoch, waits_in_backward
         self._split = Split(device)
         self._takes_norm = True
-        self._told = [0.0, 0.0]  # of the split, to Prometheus
+        self._told = [0.0, 0.0]  # the split's seconds that Prometheus already has
         self._reads_told = [0.0, 0.0, 0.0]
         self._slow_at = -math.inf
         self._counting: threading.Thread | None = None
         self.peak_flops_per_second = peak_flops_per_second
         self.flops_per_image: float | None = None
-        """Of forward and backward."""
+        """FLOPs of forward and backward."""
         self.mark = self._split.mark
-        """`part` of a step ends here, in the order of the device's work."""
+        """Marks the end of a part of a step, in the order of the device's work."""
         metrics.set("planned_steps", planned_steps)
 
     def begin(self) -> None:
-        """Other parameters are trained in the steps to come, whose work is another."""
+        """The next steps train other parameters, so their work differs: forget the count."""
         if self.flops_per_image is not None:
             self.flops_per_image = None
             self._metrics.unset("mfu_ratio")
         self._takes_norm = True
 
     def takes_norm(self) -> bool:
-        """Whether the step that asks is to take its gradient's norm: one every SLOW_SECONDS."""
+        """Whether the asking step should compute its gradient's norm: one step every SLOW_SECONDS."""
         takes, self._takes_norm = self._takes_norm, False
         return takes
 
     def measured(self, *, peak_flops_per_second: float, flops_per_image: float | None) -> None:
-        """Found by a profile before the steps; a peak that is known from a data sheet stays."""
+        """Take the values that a profile found before the steps. A peak from a data sheet stays."""
         if self.peak_flops_per_second is None:
             self.peak_flops_per_second = peak_flops_per_second
         self.flops_per_image = flops_per_image
 
     def count_flops(self, flops: FlopCount, image_hw: tuple[int, int], precision: str) -> None:
-        """Find `flops_per_image` beside the first steps. That takes some tenths of a second, which no restart should wait for."""
+        """Find `flops_per_image` in a thread during the first steps. It takes some tenths of a second; no restart should wait for it."""
 
         def count() -> None:
             self.flops_per_image = flops.count(image_hw, precision=precision)
@@ -187,12 +188,12 @@ class Meter:
         now = self._clock()
         if now - self._slow_at >= SLOW_SECONDS:
             if self._counting is not None and self._counting.ident is None:
-                self._counting.start()  # after the first step, which has waits of its own
+                self._counting.start()  # after the first step, which is slow already
             self._slow_at = now
             self.look()
 
     def look(self) -> None:
-        """What is looked at every few seconds."""
+        """Update the metrics that are read every few seconds."""
         metrics, reads = self._metrics, self._reads
         self._takes_norm = True
         metrics.set("host_memory_bytes", resident_bytes())
@@ -207,5 +208,5 @@ class Meter:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is on the host's chips, what it shares with the process that it was forked from included."""
+    """Resident memory of this process on the host, including pages shared with the process it was forked from."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

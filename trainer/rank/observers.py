@@ -1,5 +1,5 @@
-"""Who is shown each step, one after the other, beside those with a file of their own (guard, history, meter, saving). The rank's story
-holds them in one list; none of them waits for the device.
+"""The smaller observers of a step; the others have their own files (guard, history, meter, saving). worker.py holds all of them in one list
+and shows them each step in order. None of them waits for the device.
 """
 
 import math
@@ -23,18 +23,18 @@ from trainer.settings.tree import RunConfig
 from trainer.tasks.info import TaskInfo
 
 CURVE_ROWS = 2000
-"""At most about so many rows has a run's curve."""
+"""A run's curve has about this many rows at most."""
 
 
 class Observer(Protocol):
     def stepped(self, stats: StepStats) -> None:
-        """After each step, on all ranks."""
+        """Called after each step, on all ranks."""
         ...
 
 
 class StepWatch:
-    """What the step itself tells while it is queued (StepObserver): the heartbeat is told whom it waits for, the meter its parts, and so is
-    the profile of a run that has one."""
+    """The StepObserver that the step reports to while the host queues it. It passes phases to the heartbeat, and parts to the meter and, if
+    the run has one, to the profile."""
 
     def __init__(self, heartbeat: Heartbeat, meter: Meter, profile: "StepProfile | None") -> None:
         self.phase: Callable[[str], None] = heartbeat.tick
@@ -51,7 +51,7 @@ def both(first: Callable[[str], None], second: Callable[[str], None]) -> Callabl
 
 
 class FirstStep:
-    """The journal is told when the attempt's first step is done."""
+    """Writes into the journal when the attempt's first step is done."""
 
     def __init__(self, me: ThisRank, start_step: int) -> None:
         self._me, self._first = me, start_step + 1
@@ -62,14 +62,15 @@ class FirstStep:
 
 
 class StepProfile:
-    """`--profile`: of the first steps of an attempt, told in the journal. On every rank: they share the machine."""
+    """`--profile`: profiles the first steps of an attempt and writes the result into the journal. It runs on every rank, because the ranks
+    share the machine."""
 
     def __init__(self, me: ThisRank, data: RankData, learner: Learner, meter: Meter) -> None:
         self._me, self._data, self._learner, self._meter = me, data, learner, meter
         self._profiler: Profiler | None = None
 
     def begin(self, first_step: int, stop_step: int) -> None:
-        """Measure the device and count the model's work, in a few seconds before the steps `first_step` to before `stop_step`."""
+        """Measure the device and count the model's work. This takes a few seconds before the steps `first_step` .. `stop_step` - 1."""
         me, train = self._me, self._learner.config.train
         me.heartbeat.tick("starting")
         carried = len(self._data.virtual_ranks)
@@ -93,7 +94,7 @@ class StepProfile:
             self._profiler.mark(part)
 
     def cut(self) -> None:
-        """What comes next is no part of a step: an evaluation, a checkpoint."""
+        """The time that follows is not part of a step: an evaluation or a checkpoint."""
         if self._profiler is not None:
             self._profiler.cut()
 
@@ -103,7 +104,7 @@ class StepProfile:
             self._tell(self._profiler, wait=False)
 
     def end(self) -> None:
-        """No further step is to be looked at."""
+        """Stop profiling, and report what there is."""
         if self._profiler is not None:
             self._tell(self._profiler, wait=True)
             self._profiler = None
@@ -115,7 +116,7 @@ class StepProfile:
 
 
 class CurveLog:
-    """Adds rows to the run's curves, as losses arrive."""
+    """Adds rows to the run's curves as losses arrive."""
 
     def __init__(self, curves: Curves, speed: Speed, plan: StepPlan, *, attempt: int) -> None:
         self._curves, self._speed, self._attempt = curves, speed, attempt
@@ -138,7 +139,7 @@ class CurveLog:
 
 
 class BeatStats:
-    """What the next heartbeat says of the run, for the driver's screen and its account."""
+    """Fills the next heartbeat with the run's numbers for the driver's screen and account."""
 
     def __init__(self, heartbeat: Heartbeat, history: History, speed: Speed, info: TaskInfo) -> None:
         self._heartbeat, self._history, self._speed = heartbeat, history, speed
@@ -166,7 +167,7 @@ class BeatStats:
 
 
 class Comparison:
-    """Has the weights of all ranks compared every so many steps, and takes in the verdicts that have arrived."""
+    """Starts a comparison of all ranks' weights every so many steps, and reads the verdicts that have arrived."""
 
     def __init__(self, check: WeightsCheck, *, every: int) -> None:
         self._check, self._every = check, every
@@ -193,11 +194,11 @@ def meter_of(me: ThisRank, data: RankData, plan: StepPlan, speed: Speed) -> Mete
 
 
 def count_flops(me: ThisRank, data: RankData, learner: Learner, meter: Meter) -> None:
-    """Beside the first steps, where the device's peak is known."""
+    """Count FLOPs during the first steps, if the device's peak is known."""
     if meter.peak_flops_per_second is not None:
         meter.count_flops(FlopCount(learner.model), seen_by_model(me.config, data.loader.image_size), me.config.train.precision)
 
 
 def seen_by_model(config: RunConfig, image_size: tuple[int, int]) -> tuple[int, int]:
-    """(H, W) that the model is given, of images of `image_size`."""
+    """(H, W) that the model sees for data of `image_size`."""
     return (config.model.image_size,) * 2 if config.model.image_size else image_size

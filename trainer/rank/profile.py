@@ -1,9 +1,10 @@
-"""Where a step's time goes, and how much of the device's speed it uses: `--profile`. Called by `trainer.rank.observers`.
+"""`--profile`: where a step's time goes, and how much of the device's speed it uses. observers.py calls it; `--dry-run` and benchmarks use
+`count_work`.
 
-A Profiler is told by the step when each part of a step is queued: on a GPU it then records an event in the stream, on a CPU it reads the
-clock. Nothing waits: a GPU's events are read once they have long passed. It looks at a window of steps after a warm-up. Beside it stand
-the work of a step (`count_work`, on tensors without data) and the speed that this device was measured to have (`measure_ceilings`, a few
-seconds before training). None of it changes a result.
+The step tells a Profiler when each part is queued. On a GPU the Profiler then records an event in the stream, on a CPU it reads the clock.
+Nothing waits: a GPU's events are read long after the device has passed them. The Profiler looks at a window of steps after a warm-up.
+`count_work` counts the work of a step on tensors without data. `measure_ceilings` measures the device's speed for a few seconds before
+training. None of this changes a result.
 """
 
 import contextlib
@@ -24,43 +25,43 @@ from trainer.learn.step import StepStats
 from trainer.settings.units import percent
 
 PARTS = ("data", "forward", "backward", "reduction", "optimizer", "other")
-"""Of a step. `reduction` is what the other ranks' gradients add after the last backward pass (DDP on a GPU hides them in `backward`);
-`other` is the rest: the host between two steps, and on a GPU what the device idled for it."""
+"""Parts of a step. `reduction` is the time that exchanging gradients adds after the last backward pass (DDP on a GPU hides it in
+`backward`). `other` is the rest: the host's work between two steps, and the time a GPU idles for it."""
 WARM_UP_STEPS, WINDOW_STEPS = 10, 50
-MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices that are multiplied for the ceiling
+MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices multiplied for the ceiling
 CONVOLUTION = (16, 256, 28)
-"""Images, channels and side of a 3x3 convolution. On a CPU it is another library's (oneDNN) than the matrices (MKL), which in fp32 does
-213 GFLOP/s on an AMD EPYC where convolutions do 506."""
+"""Images, channels and side of a 3x3 convolution. On a CPU convolutions use another library (oneDNN) than matrix products (MKL): on an AMD
+EPYC in fp32 convolutions reach 506 GFLOP/s and matrix products 213."""
 COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 TRIAL_SECONDS = 0.5
-DATA_BOUND, REDUCTION_BOUND, HOST_BOUND = 0.1, 0.25, 0.25  # of a step, above which that is its verdict
+DATA_BOUND, REDUCTION_BOUND, HOST_BOUND = 0.1, 0.25, 0.25  # fraction of a step above which this part is the verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """Forward and backward of a model. None where an operation of the model cannot be counted."""
+    """Work of a model's forward and backward pass. None if an operation of the model cannot be counted."""
 
     flops_per_image: float | None
-    """A multiplication and an addition are two."""
+    """A multiplication and an addition count as two."""
     bytes_per_image: float | None
-    """Read and written by PyTorch's operations one by one; a compiled model keeps some of it in registers."""
+    """Bytes that PyTorch's operations read and write one by one. A compiled model keeps some of them in registers."""
     bytes_per_pass: float | None
-    """That do not grow with the images: the weights and their gradients."""
+    """Bytes that do not grow with the number of images: weights and their gradients."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ceilings:
-    """What the device was measured to do."""
+    """Measured speed of the device."""
 
     flops_per_second: float
-    """Multiplying square matrices in the run's precision."""
+    """When multiplying square matrices in the run's precision; on a CPU, when convolving if that is faster."""
     bytes_per_second: float
-    """Read and written, scaling a long vector into another."""
+    """Read plus written, when scaling a long vector into another."""
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the operations' multiplications and additions, by PyTorch's formulas. Not its FlopCounterMode: that puts hooks on all modules
-    of the process, in whatever thread they are."""
+    """Adds up the operations' multiplications and additions by PyTorch's formulas. PyTorch's FlopCounterMode would put hooks on all modules
+    of the process, in every thread."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -92,10 +93,10 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def count_work(model: nn.Module, image_hw: tuple[int, int], *, precision: str) -> Work:
-    """Count on tensors without data; the model keeps its modes, its gradients and its statistics. (H, W) is what the model sees."""
-    try:  # not 1 image: batch norm in training refuses a single value
+    """Count on tensors without data. The model keeps its modes, gradients and statistics. `image_hw`: (H, W) that the model sees."""
+    try:  # 2 and 4 images: BatchNorm in training refuses a single value
         counted = [_count(model, images, image_hw, precision) for images in (2, 4)]
-    except (NotImplementedError, RuntimeError):  # an operation that does not work without data
+    except (NotImplementedError, RuntimeError):  # some operation does not work without data
         return Work(flops_per_image=None, bytes_per_image=None, bytes_per_pass=None)
     (flops_of_2, bytes_of_2), (flops_of_4, bytes_of_4) = counted
     each = (bytes_of_4 - bytes_of_2) / 2
@@ -103,19 +104,19 @@ def count_work(model: nn.Module, image_hw: tuple[int, int], *, precision: str) -
 
 
 class FlopCount:
-    """count_work's flops_per_image, in a thread while the model is trained: made before training, `count` called beside it.
+    """count_work's flops_per_image, counted in a thread while the model trains. Make it before training; the thread calls `count`.
 
-    It holds modules of its own, with the model's tensors, and counts as if those were on a CPU: autograd would share its thread of a GPU.
-    No operation runs, so that no random state is touched; a model with one that would have to is not counted."""
+    It copies the modules but shares the model's tensors, and counts as if they were on a CPU, because on a GPU autograd would use the same
+    thread as training. No operation runs, so no random state changes. A model with an operation that must run is not counted."""
 
     def __init__(self, model: nn.Module) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self._model: nn.Module | None = None
-        with contextlib.suppress(Exception):  # of any model: what cannot be copied is not counted, and trained all the same
+        with contextlib.suppress(Exception):  # any model may fail here: one that cannot be copied trains all the same, uncounted
             self._model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
     def count(self, image_hw: tuple[int, int], *, precision: str) -> float | None:
-        """(H, W) is what the model sees. None where the model cannot be copied or counted."""
+        """FLOPs per image. `image_hw`: (H, W) that the model sees. None if the model cannot be copied or counted."""
         if self._model is None:
             return None
         fakes = FakeTensorMode(allow_fallback_kernels=False)
@@ -127,7 +128,7 @@ class FlopCount:
 
 
 def _count(model: nn.Module, images: int, image_hw: tuple[int, int], precision: str) -> tuple[int, int]:
-    # Not on the meta device: a model may ask for its device's autocast, which meta lacks. Fake tensors say that they are where they were.
+    # Fake tensors instead of the meta device: a model may use its device's autocast, which meta lacks. Fake tensors keep their device.
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         return _count_on(device, FakeTensorMode(), model, images, image_hw, precision)
@@ -145,13 +146,13 @@ def _count_on(
         batch = torch.empty(images, 3, *image_hw, device=device)  # (n, 3, H, W)
         with flops, traffic:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = torch.func.functional_call(model, tensors, (batch,))
+                logits = torch.func.functional_call(model, tensors, (batch,))  # (n, outputs)
             logits.float().sum().backward()
     return flops.flops, traffic.bytes
 
 
 def _without_data(tensor: Tensor, device: torch.device) -> Tensor:
-    """Its sizes, strides and type, on `device`; to be called where tensors are made without data."""
+    """A tensor with the same sizes, strides and type on `device`. Call it inside a FakeTensorMode."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
@@ -169,7 +170,7 @@ def _convolution_backward(
     wanted: Sequence[bool],
     **_: Any,
 ) -> int:
-    """Each of the two gradients costs what the forward pass does. PyTorch's own count takes grouped convolutions for whole ones."""
+    """Each of the two gradients costs as much as the forward pass. PyTorch's own formula counts grouped convolutions as full ones."""
     forward: int = conv_flop_count(list(images), list(weight), list(grad), transposed=transposed)
     return forward * (wanted[0] + wanted[1])
 
@@ -178,13 +179,14 @@ _FORMULAS = flop_registry | {torch.ops.aten.convolution_backward: shape_wrapper(
 
 
 def measure_ceilings(device: torch.device, *, precision: str, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
-    """Two seconds of matrices, convolutions and copies on `device`, best of several trials. The global random state is not touched."""
+    """Time matrix products, convolutions and copies on `device` for two seconds, and take the best of several trials. The global random
+    state is not touched."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     side, count = MATRIX[device.type], COPY_BYTES[device.type] // 4
-    left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))  # zeros would be too easy
+    left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))  # zeros would be too fast
     product = torch.empty(side, side, device=device, dtype=dtype)
-    # Convolutions may use TF32 where matrices are not allowed to, by PyTorch's defaults; the ceiling is of what the model may use.
+    # By PyTorch's defaults convolutions may use TF32 and matrix products may not. The ceiling is for what the model may use.
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         torch.set_float32_matmul_precision("high")
@@ -200,14 +202,14 @@ def measure_ceilings(device: torch.device, *, precision: str, clock: Callable[[]
         with torch.no_grad():
             seconds = _best_seconds(lambda: torch.conv2d(x, kernel, padding=1), device, clock)
         flops_per_second = max(flops_per_second, 2.0 * images * (channels * pixels) ** 2 * 9 / seconds)
-    source = torch.randn(count, device=device, generator=generator)
+    source = torch.randn(count, device=device, generator=generator)  # (count,) float32
     into = torch.empty_like(source)
     copy_seconds = _best_seconds(lambda: torch.mul(source, 1.5, out=into), device, clock)
     return Ceilings(flops_per_second=flops_per_second, bytes_per_second=2.0 * 4 * count / copy_seconds)
 
 
 def _best_seconds(job: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    """Of one `job`: the fastest of the trials that fit into TRIAL_SECONDS, after two that warm up."""
+    """Seconds of one `job`: the fastest of the trials that fit into TRIAL_SECONDS, after two warm-up trials."""
     for _ in range(2):
         job()
     best, until = float("inf"), clock() + TRIAL_SECONDS
@@ -220,14 +222,14 @@ def _best_seconds(job: Callable[[], object], device: torch.device, clock: Callab
 
 
 def _now(device: torch.device, clock: Callable[[], float]) -> float:
-    """Once the device has done all that was asked of it. Only before training."""
+    """The time once the device has done all its work. It synchronises, so use it only before training."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock()
 
 
 class Profiler:
-    """mark() in the steps, stepped() after each, and result() once the window has passed."""
+    """Call mark() inside the steps, stepped() after each one, and result() once the window has passed."""
 
     def __init__(
         self,
@@ -241,8 +243,8 @@ class Profiler:
         ceilings: Ceilings,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`first_step` to before `stop_step` are the steps that this attempt will do; `share` is the part of a batch that this rank
-        carries, in `passes` goes through the model."""
+        """This attempt will do the steps `first_step` .. `stop_step` - 1. `share`: fraction of a batch that this rank carries, in `passes`
+        passes through the model."""
         steps = stop_step - first_step
         warm_up = min(WARM_UP_STEPS, steps // 3)
         self._first = first_step + warm_up
@@ -259,21 +261,21 @@ class Profiler:
 
     @property
     def is_over(self) -> bool:
-        """Nothing more will be marked."""
+        """The window has passed: mark() records no more."""
         return self._step >= self._stop
 
     def mark(self, part: str) -> None:
-        """`part` of a step ends here, in the order of the device's work."""
-        if self._first - 1 <= self._step < self._stop:  # the step before the window tells when the first one's wait for data began
+        """Mark the end of `part` of a step, in the order of the device's work."""
+        if self._first - 1 <= self._step < self._stop:  # the step before the window shows when the first wait for data began
             self._marks.append((self._step, part, self._moment()))
 
     def cut(self) -> None:
-        """What comes next is no part of a step: an evaluation, a checkpoint."""
+        """The time that follows is not part of a step: an evaluation or a checkpoint."""
         if self._marks and not self.is_over:
             self._marks.append((self._step, "", None))
 
     def stepped(self, stats: StepStats) -> None:
-        """After each step."""
+        """Call it after each step."""
         if self._first <= self._step < self._stop and not stats.skipped:
             self._samples += stats.samples
             self._data_waits[self._step] = stats.data_wait_seconds
@@ -281,7 +283,8 @@ class Profiler:
         self._step = stats.steps_done
 
     def result(self, *, wait: bool = False) -> dict[str, Any] | None:
-        """What the window showed, once; None while the device is at work on it, and afterwards. `wait` for it at the end of training."""
+        """The window's profile, returned once. None while the device still works on the window, and after the first result. `wait` makes it
+        wait for the device, at the end of training."""
         if not (self.is_over or wait) or self._result is not None or not self._data_waits:
             return None
         if self._is_cuda:
@@ -316,10 +319,10 @@ class Profiler:
 def step_parts(
     marks: Sequence[tuple[int, str, Any]], data_waits: Mapping[int, float], exchange_seconds: float, between: Callable[[Any, Any], float]
 ) -> dict[str, float]:
-    """Seconds of each of PARTS over the steps that `data_waits` names. `marks` are (step, part, when it ended) in order, ("", None) being
-    a cut: what comes before it and what comes after do not touch.
+    """Seconds of each of PARTS over the steps in `data_waits`. `marks` are (step, part, when it ended) in order. A cut has part "" and when
+    None: the time across it counts for no part.
 
-    Up to a step's "data" mark, from the mark before it, is its wait for data, as far as the host waited for them, and `other`."""
+    The time from the previous mark to a step's "data" mark is its wait for data, as long as the host waited; the rest of it is `other`."""
     parts = dict.fromkeys(PARTS, 0.0)
     before: Any = None
     for step, part, when in marks:
@@ -341,7 +344,7 @@ def step_parts(
 def describe(
     parts: Mapping[str, float], *, steps: int, samples: int, share: float, passes: int, work: Work, ceilings: Ceilings
 ) -> dict[str, Any]:
-    """A profile as summary.json holds it. `parts` are seconds over `steps` steps of `samples` images in all ranks together."""
+    """The profile in the format of summary.json. `parts`: seconds over `steps` steps, with `samples` images over all ranks together."""
     total = sum(parts.values())
     images, ratios = samples * share, {part: seconds / total if total else 0.0 for part, seconds in parts.items()}
     flops_ratio = bytes_ratio = None
@@ -365,7 +368,7 @@ def describe(
 
 
 def verdict(ratios: Mapping[str, float], flops_ratio: float | None, bytes_ratio: float | None) -> str:
-    """One sentence: what a step is held up by, and how far it is from what the device can do."""
+    """One sentence: what limits a step, and how close it is to the device's speed."""
     peak = f" at {percent(flops_ratio)} of peak" if flops_ratio is not None else ""
     data = f"; data wait {percent(ratios['data'])}"
     if ratios["data"] > DATA_BOUND:

@@ -1,6 +1,6 @@
-"""A rank's checkpoints: when one is due, what is in it, and that none counts whose numbers are bad. The rank's story calls `Saver`.
+"""A rank's checkpoints: when one is due, what it holds, and that none with bad numbers counts. worker.py calls `Saver`.
 
-The copy of the state is trainer.learn.state's, its way into the storage cluster.checkpointer's, the commit the coordinator's.
+trainer.learn.state copies the state, cluster.checkpointer brings it into the storage, and the coordinator commits it.
 """
 
 import json
@@ -35,7 +35,7 @@ CURVES_FILE = "curves.parquet"
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Memory:
-    """What a checkpoint holds beside the state, and the step that it was made after."""
+    """What a checkpoint holds besides the training state, and the step after which it was made."""
 
     start_step: int = 0
     history: History = field(default_factory=History)
@@ -43,7 +43,7 @@ class Memory:
 
 
 def restore(store: Store, resume: ResumePoint | None, state: TrainState) -> Memory:
-    """Load the commit to go on from, (step, generation), into `state`; without one, a memory of nothing."""
+    """Load the commit to go on from into `state`. Returns its memory; without a commit, an empty one."""
     if resume is None:
         return Memory()
     commit = store.load(resume.step, resume.generation)
@@ -56,7 +56,7 @@ def restore(store: Store, resume: ResumePoint | None, state: TrainState) -> Memo
 
 
 def weights_check(me: ThisRank, learner: Learner) -> WeightsCheck | None:
-    """Of all that must be the same on every rank; None where the run compares nothing."""
+    """The check of all tensors that must be equal on every rank; None if the run compares nothing."""
     train, model, ema = me.config.train, learner.model, learner.ema
     same: list[Tensor] = list(model.parameters())
     if train.reduction == "tree" or me.world_size == 1:  # in ddp mode the ranks' BatchNorm statistics differ by design
@@ -65,7 +65,7 @@ def weights_check(me: ThisRank, learner: Learner) -> WeightsCheck | None:
 
 
 def interval_chooser(me: ThisRank, steps_per_epoch: int) -> IntervalChooser | None:
-    """Rank 0's, where checkpoints come as often as measurements say."""
+    """Rank 0's chooser, if measurements decide how often to save; else None."""
     if me.rank != 0 or me.config.train.checkpoint_every != AUTO:
         return None
     return IntervalChooser(
@@ -78,7 +78,7 @@ def interval_chooser(me: ThisRank, steps_per_epoch: int) -> IntervalChooser | No
 
 
 class Saver:
-    """Saves after the steps that call for it, the same on all ranks."""
+    """Saves a checkpoint after the steps that need one, the same steps on all ranks."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Saver:
         weights: WeightsCheck | None,
         on_begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """`guard` has seen every loss that has arrived. `on_begin` is called before each checkpoint."""
+        """`guard` must have seen every loss that has arrived. `on_begin` is called before each checkpoint."""
         self._me, self._data, self._plan, self._store, self._state = me, data, plan, store, state
         self._memory, self._guard, self._weights, self._on_begin = memory, guard, weights, on_begin
         self._chooser = interval_chooser(me, plan.steps_per_epoch)
@@ -126,19 +126,19 @@ class Saver:
             self._chooser.stepped(stats.step_seconds)
 
     def is_due(self, steps_done: int) -> bool:
-        """Save now? To be asked after every step, on all ranks."""
+        """Whether to save now. All ranks must ask after every step."""
         is_due = self._interval.due(steps_done)
         return is_due or self._plan.ends_epoch(steps_done) or self._plan.is_last(steps_done)
 
     def save(self, step: int, late: Sequence[Arriving]) -> None:
-        """Copy the state and have it written beside the steps to come. The guard has not seen the losses `late` (StepStats)."""
+        """Copy the state now and write it during the next steps. The guard has not seen the losses `late` (StepStats) yet."""
         self._on_begin()
         me, memory = self._me, self._memory
         verdict = self._weights.start(step) if self._weights is not None else None
         proof = self._guard.proof(late)
 
         def proven() -> Guard:
-            """In the checkpoint's thread: none counts before every loss up to it and the weights themselves were found good."""
+            """Runs in the checkpoint's thread: no checkpoint counts until every loss up to it and its weights are found good."""
             if verdict is not None:
                 verdict.wait()
             return proof()
@@ -155,8 +155,8 @@ class Saver:
         self._interval.saved(step)
 
     def wait_until_saved(self, steps_done: int) -> None:
-        """Until the last checkpoint is committed, through an outage of the storage too, whose end nobody knows; OSError where it cannot
-        be."""
+        """Wait until the last checkpoint is committed, through an outage of the storage for at most OUTAGE_PATIENCE_SECONDS. OSError if it
+        cannot be saved."""
         heartbeat, call = self._me.heartbeat, self._me.call
         heartbeat.tick("checkpoint")
         end = time.monotonic() + OUTAGE_PATIENCE_SECONDS
@@ -203,8 +203,8 @@ def snapshot_files(
     virtual_ranks: range,
     threads: int,
 ) -> Files:
-    """Copy what this rank saves now; the returned function gives the files' contents later, once `proven` says that they are good. Rank 0
-    holds the replicated state."""
+    """Copy now what this rank saves. The returned function yields the files' contents later, after `proven` has found them good. Rank 0
+    saves the replicated state; every rank saves its cursor."""
     cursor = {"rank": rank, "step": step, "virtual_ranks": [virtual_ranks.start, virtual_ranks.stop], "threads": threads}
     own: dict[str, Buffers] = {f"rank-{rank:05d}.json": [json.dumps(cursor).encode()]}
     if rank != 0:
@@ -230,7 +230,7 @@ def snapshot_files(
 
 
 def commit_meta(me: ThisRank, data: RankData) -> dict[str, Any]:
-    """What the manifest says beside the files: enough to refuse a resume that could not give the same run."""
+    """The manifest's entries besides the files: enough to refuse a resume that would not give the same run."""
     spec, order = me.spec, data.order
     return {
         "run": spec.config.run,
@@ -241,7 +241,7 @@ def commit_meta(me: ThisRank, data: RankData) -> dict[str, Any]:
         "dataset_fingerprint": order.fingerprint,
         "steps_per_epoch": order.steps_per_epoch,
         "skipped": sorted(spec.skip),
-        "verified": bool(spec.config.train.verify_every),  # compared between ranks, and found finite, before it was acknowledged
+        "verified": bool(spec.config.train.verify_every),  # compared between ranks and found finite before it was acknowledged
         "decoder": DECODER_VERSIONS,
         "versions": versions(),
     }

@@ -1,4 +1,4 @@
-"""Which steps an attempt does, and what follows each of them. Pure; the rank's story reads it."""
+"""Which steps an attempt does, and what follows each of them. Pure. worker.py, saving.py, evaluation.py and observers.py read it."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from trainer.settings.tree import RunConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Of a whole run, seen from an attempt that begins after `start_step` steps."""
+    """The steps of a run, for an attempt that begins after `start_step` steps."""
 
     start_step: int
     total_steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     steps_per_epoch: int
     eval_every_epochs: int
     thaws: tuple[int, ...] = ()
@@ -31,7 +31,7 @@ class StepPlan:
         )
 
     def phases(self) -> Iterator[tuple[int, int]]:
-        """(first step, one past the last) of what is left, cut where the set of trained parameters changes."""
+        """(first step, one past the last) of each remaining phase. A phase ends where the set of trained parameters changes."""
         total = self.total_steps
         edges = [0, *(min(total, step) for step in self.thaws), total]
         for first, last in itertools.pairwise(edges):
@@ -45,6 +45,6 @@ class StepPlan:
         return steps_done % self.steps_per_epoch == 0
 
     def evaluates(self, steps_done: int) -> bool:
-        """After every so many epochs, and at the end."""
+        """Whether an evaluation follows: after every `eval_every_epochs` epochs, and at the end."""
         epochs = steps_done // self.steps_per_epoch
         return self.is_last(steps_done) or (self.ends_epoch(steps_done) and epochs % self.eval_every_epochs == 0)

@@ -1,5 +1,5 @@
-"""Who this rank is, and its lines to others: the coordinator, Prometheus, the other ranks. `join` opens them at an attempt's beginning; the
-rank's other parts are given a ThisRank and ask it.
+"""This rank's identity and its connections: the coordinator, Prometheus, the other ranks. worker.py calls `join` when an attempt begins,
+and hands the ThisRank to the rank's other parts.
 """
 
 import os
@@ -31,9 +31,9 @@ class ThisRank:
     place: Placement
     device: torch.device
     files: Mapping[str, memoryview]
-    """In memory, by name: those of the data set that travelled with the task."""
+    """Files of the data set that travelled with the task, in memory, by name."""
     call: Callable[..., Any]
-    """(method, *arguments) of the coordinator, waited for."""
+    """(method, *arguments): calls the coordinator and waits for the answer."""
     metrics: Metrics
     server: Server
     heartbeat: Heartbeat
@@ -49,7 +49,7 @@ class ThisRank:
 
 
 def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
-    """Register with the coordinator, and meet the other ranks."""
+    """Register with the coordinator, and join the process group of the other ranks."""
     config, place, rank = spec.config, context.place, context.rank
     call: Callable[..., Any] = context.call
     device = torch.device("cpu") if place.device_index is None else torch.device("cuda", place.device_index)
@@ -62,7 +62,7 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
         lambda beat: call("beat", beat),
         rank,
         spec.attempt,
-        config.cluster.heartbeat_seconds / 2,  # so that one is ready whenever the agent asks
+        config.cluster.heartbeat_seconds / 2,  # so that a beat is ready whenever the agent asks
         start_step=spec.resume.step if spec.resume else 0,
     )
     if context.world_size > 1:

@@ -1,7 +1,8 @@
-"""One rank's story, from its first line to its last. The agents' ranks call `train_rank` (cluster.rank); the driver hands it the spec.
+"""One rank's work in one attempt, from its first line to its last. cluster.rank calls `train_rank` in the rank's process; the driver makes
+the spec.
 
-What is decided elsewhere: which samples (dataio.order), how a step is done (trainer.learn), when to stop together (cluster.heartbeat), what
-a committed checkpoint is (cluster.store and the coordinator).
+Other modules decide the rest: dataio.order picks the samples, trainer.learn defines the step, cluster.heartbeat agrees on when to stop, and
+cluster.store and the coordinator define a committed checkpoint.
 """
 
 import os
@@ -42,7 +43,7 @@ from trainer.settings.spec import WorkerSpec
 
 
 def train_rank(spec: WorkerSpec, context: RankContext) -> None:
-    """Everything one rank does in one attempt."""
+    """Do everything that one rank does in one attempt."""
     config = spec.config
     make_repeatable(spec.threads)
     keep_compiled(config.data.root)
@@ -69,7 +70,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     ledger = open_ledger(me, storage, start_step=plan.start_step)
     gpu = GpuWatch(me.metrics, gpu_address(me.device))
 
-    data.loader.load("train", "test")  # where images are cached this decodes them, so that no step does
+    data.loader.load("train", "test")  # if images are cached, decode them now, so that no step has to
     me.heartbeat.tick("step")
     me.tell("training_started", step=plan.start_step, cache=data.loader.cache, backend=data.loader.backend_name)
     steps = Steps(me=me, data=data, learner=learner, plan=plan, meter=meter, profile=profile, ledger=ledger)
@@ -94,7 +95,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
 
 
 def train(steps: "Steps", observers: Sequence[Observer], evaluator: Evaluator, saver: Saver) -> bool:
-    """Do the steps that are left; whether all ranks were asked to stop before the last."""
+    """Do the remaining steps. Returns whether all ranks were asked to stop before the last one."""
     plan, stopped = steps.plan, False
     for first, last in plan.phases():
         stepper = steps.stepper(first, last)
@@ -119,7 +120,7 @@ def train(steps: "Steps", observers: Sequence[Observer], evaluator: Evaluator, s
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Steps:
-    """What an attempt's steps are made of. `first` and `last` (one past the end) are a phase's (StepPlan.phases)."""
+    """Makes an attempt's steps. `first` and `last` (one past the end) bound a phase (StepPlan.phases)."""
 
     me: ThisRank
     data: RankData
@@ -130,7 +131,7 @@ class Steps:
     ledger: LedgerWriter | None
 
     def stepper(self, first: int, last: int) -> Stepper:
-        """Of the parameters that this phase trains, compiled and, where the run has a profile, measured: what that takes is no step's."""
+        """The stepper for the parameters that this phase trains. Compiling and measuring the device happen here, outside of any step."""
         me, profiles = self.me, self.learner.config.train.profile
         self.learner.set_trainable(first // self.plan.steps_per_epoch)
         self.meter.begin()
@@ -167,7 +168,7 @@ class Steps:
 
 
 def guard_of(data: RankData, learner: Learner, plan: StepPlan, memory: Memory) -> Guard:
-    """Goes on from what the checkpoint remembers."""
+    """The run's guard, with the state that the checkpoint holds."""
     config, order = learner.config, data.order
     guard = Guard(
         spike_factor=config.train.spike_factor,
@@ -181,7 +182,7 @@ def guard_of(data: RankData, learner: Learner, plan: StepPlan, memory: Memory) -
 
 
 def make_repeatable(threads: int) -> None:
-    """The same bits for the same input: a fixed thread count, no kernel chosen by timing."""
+    """Make PyTorch give the same bits for the same input: fix the thread count, and choose no kernel by timing."""
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -189,7 +190,7 @@ def make_repeatable(threads: int) -> None:
 
 
 def keep_compiled(folder: str) -> None:
-    """Compiled steps stay in `folder`, for the attempts and runs to come; where the compiler was told of another place, there.
+    """Keep compiled steps in `folder` for later attempts and runs, unless TORCHINDUCTOR_CACHE_DIR names another place.
 
-    The same code goes in, the same comes out: a warm cache gives the same bits as a cold one."""
+    A warm cache gives the same bits as a cold one, because the same code is compiled the same way."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.path.expanduser(folder), "compiled"))
