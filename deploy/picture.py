@@ -4,7 +4,8 @@
     python -m deploy.picture --check    status 1 where the page holds another picture
 
 A box is a package, or a room of `trainer`: a package inside it, and one box for the command lines beside them. Imports inside functions
-count too. An arrow that others imply is left out. Which arrows are allowed is import-linter's business (pyproject.toml).
+count too; those for type checkers alone do not, as for import-linter, which decides what arrows there may be (pyproject.toml). An arrow
+that others imply is left out.
 """
 
 import argparse
@@ -82,14 +83,22 @@ def reachable(start: str, arrows: Iterable[Arrow]) -> set[str]:
 
 
 def _imported(path: Path, module: Sequence[str]) -> Iterator[str]:
-    """The dotted names that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+    """The dotted names that a file imports, anywhere in it but where only type checkers look."""
+    for node in _run_nodes(ast.parse(path.read_bytes(), str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = module[: -node.level] if node.level else ()
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _run_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """`node` and all below it, without what stands under `if TYPE_CHECKING:`."""
+    yield node
+    is_for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    for child in node.orelse if isinstance(node, ast.If) and is_for_types else ast.iter_child_nodes(node):
+        yield from _run_nodes(child)
 
 
 def _box(name: str, boxes: Mapping[str, str]) -> str | None:
