@@ -1,3 +1,4 @@
-"""The step: forward, backward, ordered reduction, update; the optimiser, and the state that a checkpoint holds. `rank` and above import it.
+"""The training step: forward, backward, ordered reduction, update; also the optimiser, and the state that a checkpoint holds. `rank` and
+the packages above it import it.
 
-Nothing here logs, saves, evaluates or waits for the device: that is `rank`'s."""
+Nothing here logs, evaluates or writes files, and no step waits for the device: `rank` does all that."""

@@ -1,4 +1,4 @@
-"""Puts together what learns: the model with its optimiser and its average, and the step over it. Called by the rank's story, and by
+"""Builds the learner: the model with its optimiser and moving average, and the step over it. Called by trainer.rank.worker, and by
 benchmarks that measure the same step without the rest.
 """
 
@@ -26,29 +26,29 @@ from trainer.tasks.task import Task
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Learner:
-    """What is trained, on its device, and how it is to be trained."""
+    """The model and all that trains it, on their device."""
 
     config: RunConfig
     task: Task
     model: nn.Module
     preprocess: nn.Module
-    """Takes samples as the loader gives them: (n, 3, H, W) uint8."""
+    """Takes samples from the loader: (n, 3, H, W) uint8."""
     optimizer: torch.optim.Optimizer
     head_name: str
     ema: Ema | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def set_trainable(self, epoch: int) -> None:
-        """Put the model into the mode that `epoch` calls for. Steppers made before are of no use where that is another one."""
+        """Freeze or thaw the parameters for `epoch`. If that changes what is trained, make a new stepper."""
         model = self.config.model
         set_trainable(self.model, model.freeze, epoch, lp_epochs=model.lp_epochs, head_name=self.head_name)
 
     def set_learning_rate(self, step: int, total_steps: int) -> float:
-        """Give every group of parameters its rate for `step`; the backbone's is returned."""
+        """Set every parameter group's learning rate for `step`. Returns the backbone's."""
         return set_learning_rate(self.optimizer, self.config.optim, step, total_steps)
 
     def stepper(self, *, world_size: int = 1, rank: int = 0, observer: StepObserver = UNOBSERVED) -> Stepper:
-        """The step of the parameters that are trained now. In ddp mode a collective."""
+        """The step over the parameters that are trained now. In ddp mode this is a collective."""
         clip_norm = self.config.optim.clip_norm
         clip = partial(clip_gradients, max_norm=clip_norm) if clip_norm else None
         update = Update(self.model, self.optimizer, clip=clip, ema=self.ema)
@@ -57,9 +57,9 @@ class Learner:
     def _gradients(self, update: Update, world_size: int, rank: int) -> Gradients:
         train = self.config.train
         objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision))
-        # A single virtual rank has nothing to add up: the plain step gives the same bits without the flat vector.
+        # A single virtual rank has nothing to add up; the plain step gives the same bits without the tree's flat vector.
         is_tree = train.reduction == "tree" and train.virtual_ranks > 1
-        # In tree mode each virtual rank goes through the model by itself, else all that the rank carries do together.
+        # In tree mode each virtual rank goes through the model by itself; otherwise all of this rank's go through together.
         blocks = [blocks_of_virtual_ranks(train.virtual_ranks, world_size, each) for each in range(world_size)]
         together = 1 if is_tree else len(blocks[rank])
         passes = PassConfig(
@@ -85,7 +85,7 @@ def task_of(config: RunConfig, manifest: Manifest) -> Task:
 
 
 def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], device: torch.device) -> Learner:
-    """Of images of `image_hw`, on `device`, with the weights that the settings name."""
+    """Build the learner for images of `image_hw` (H, W) on `device`, with the weights that the settings name."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
     preprocess = Preprocess(

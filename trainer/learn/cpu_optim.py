@@ -1,14 +1,14 @@
-"""Optimisers for the CPU that go through memory once: PyTorch's arithmetic, to the bit, a block of elements at a time.
+"""Optimisers for the CPU that go through memory once: PyTorch's arithmetic, bit for bit, one block of elements at a time.
 
-`trainer.learn.optim` builds them; what else an update does is `trainer.learn.update`'s.
+`trainer.learn.optim` builds them. `trainer.learn.update` does the rest of an update.
 
-PyTorch's own loop does one operation after the other on a whole parameter. Where that is larger than a core's cache each of them fetches it
-from memory again, and weight decay writes a second gradient there. Here all operations of a step on a block that the cache holds are done
-before the next block. Each operation is elementwise, so no result depends on where a block begins. (PyTorch's fused step is one pass as
-well. On a CPU it takes parameter and gradient in storage order and, where one is channels_last and the other is not, updates the wrong
-elements without a word.)
+PyTorch's own loop applies one operation after the other to a whole parameter. If the parameter is larger than a core's cache, each
+operation fetches it from memory again, and weight decay writes a second gradient there. These optimisers do all operations of a step on one
+block that fits the cache before they go to the next block. Each operation is elementwise, so no result depends on where a block begins.
+(PyTorch's fused step also makes one pass. But on a CPU it takes parameter and gradient in storage order: if one is channels_last and the
+other is not, it silently updates the wrong elements.)
 
-While a gradient's block is in the cache its sum costs next to nothing: `gradient_sum` tells whether all gradients are finite.
+Summing a gradient's block while it is in the cache costs next to nothing, so `gradient_sum` tells whether all gradients are finite.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,34 +19,34 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 17
-"""A thread's share of a block: with parameter, gradient and moments in float32 2 MiB, a core's cache. A multiple of any vector's length."""
+"""A thread's share of a block: parameter, gradient and moments in float32 take 2 MiB, a core's cache. A multiple of any vector's length."""
 
 Update = Callable[..., None]
-"""(parameter, gradient, temporary, *state), all of one shape; changes the parameter and its state."""
+"""(parameter, gradient, temporary, *state), all of one shape: changes the parameter and its state in place."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A parameter and its state in blocks: views of their memory, in its order. No layout where they do not share one."""
+    """A parameter and its state in blocks: views of their memory, in memory order. `layout` is None if they do not share one."""
 
     addresses: tuple[int, ...]
     layout: torch.memory_format | None
     blocks: tuple[tuple[Tensor, ...], ...]
-    """Of the parameter, of the temporary, of each of its state's tensors; (elements,) float32 each."""
+    """The blocks of the parameter, of the temporary, and of each state tensor; each block (elements,) float32."""
 
 
 class Blocks:
-    """Cuts tensors into blocks, and keeps the cuts for the next step."""
+    """Cuts tensors into blocks, and caches the cuts for the next steps."""
 
     def __init__(self) -> None:
         self._temporary = torch.empty(0)
         self._cuts: dict[int, _Cut] = {}
 
     def of(self, parameter: Tensor, gradient: Tensor, state: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-        """(parameter, gradient, temporary, *state) of each block; together they are all elements, once."""
+        """Yield (parameter, gradient, temporary, *state) for each block. Together the blocks cover every element once."""
         size = BLOCK_ELEMENTS * torch.get_num_threads()
         if len(self._temporary) != size:
-            self._temporary = torch.empty(size)
+            self._temporary = torch.empty(size)  # (elements of a block,) float32
             self._cuts.clear()
         lasting = (parameter, *state)
         addresses = tuple([tensor.data_ptr() for tensor in lasting])
@@ -54,7 +54,7 @@ class Blocks:
         if cut is None or cut.addresses != addresses:
             cut = self._cuts[id(parameter)] = self._cut(lasting, addresses)
         if cut.layout is None or gradient.dtype != torch.float32 or not gradient.is_contiguous(memory_format=cut.layout):
-            yield (parameter, gradient, torch.empty_like(parameter), *state)  # PyTorch pairs the elements of unlike memory orders
+            yield (parameter, gradient, torch.empty_like(parameter), *state)  # PyTorch pairs elements of tensors with unlike layouts
             return
         first, *rest = cut.blocks
         yield from zip(first, torch.split(_flat(gradient), size), *rest, strict=True)
@@ -69,11 +69,11 @@ class Blocks:
 
 
 class CpuOptimizer(torch.optim.Optimizer):
-    """Goes before the optimiser of PyTorch whose step it stands in for."""
+    """Mixin that replaces the step of a PyTorch optimiser. Name it before that class in the list of bases."""
 
     gradient_sum: Tensor | None = None
-    """() float32, of the newest step: not finite where a gradient is not, or where finite ones add up to more than float32 holds. None
-    where it was not asked for, or no parameter had a gradient."""
+    """() float32, sum of all gradients of the newest step. It is not finite if a gradient is not, or if finite ones overflow float32. None
+    if nobody asked for it or no parameter had a gradient."""
 
     def __init__(self, params: Iterable[Any], **settings: Any) -> None:
         super().__init__(params, **settings)
@@ -86,7 +86,7 @@ class CpuOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Do a step; parameters without a gradient are left alone."""
+        """Do a step. Parameters without a gradient do not change."""
         assert closure is None, "nothing here calls the model"
         sums = []
         for group in self.param_groups:
@@ -101,7 +101,7 @@ class CpuOptimizer(torch.optim.Optimizer):
         self.gradient_sum = torch.stack(sums).sum() if sums else None
 
     def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Update]:
-        """The parameter's state, made where there is none, and what to do with each block in this step."""
+        """The parameter's state (made if it has none), and the update to apply to each block in this step."""
         raise NotImplementedError
 
 
@@ -159,5 +159,5 @@ class CpuAdamW(CpuOptimizer, torch.optim.AdamW):
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order of memory, (elements,), a view."""
+    """View of a dense tensor's elements in memory order, (elements,)."""
     return tensor.as_strided((tensor.numel(),), (1,))

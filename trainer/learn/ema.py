@@ -1,5 +1,5 @@
-"""A moving average of the weights (`train.ema`). `trainer.learn.update` updates it in each step; the rank evaluates, saves and
-exports it.
+"""A moving average of the weights (`train.ema`). `trainer.learn.build` makes it, `trainer.learn.update` updates it in each step, and the
+rank evaluates, saves and exports it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """An exponential moving average of a model's parameters and BatchNorm statistics; integer buffers are copied.
+    """An exponential moving average of a model's parameters and BatchNorm statistics. Integer buffers are copied.
 
-    The decay of update t = 0, 1, ... is min(`decay`, (1 + t) / (10 + t)): the random head of the start is soon forgotten, however short the
-    run. Build it after the model is on its device; `state()` is what a checkpoint holds.
+    Update t = 0, 1, ... has the decay min(`decay`, (1 + t) / (10 + t)), so that even a short run soon forgets the random head that it began
+    with. Build it after the model is on its device. A checkpoint holds `state()`.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"train.ema={decay} must be above 0 and below 1; 0 has no average")
         self._decay = decay
-        self._updates = torch.zeros((), dtype=torch.int64)  # on the host: the decay is a host number
+        self._updates = torch.zeros((), dtype=torch.int64)  # () on the host, because the decay is computed there
         self._live = _state_tensors(model)
         self._average = {name: tensor.clone() for name, tensor in self._live.items()}
         floating = [name for name, tensor in self._live.items() if tensor.is_floating_point()]
@@ -30,7 +30,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model as it is now."""
+        """Update the average with the model's present weights."""
         count = int(self._updates)
         decay = min(self._decay, (1 + count) / (10 + count))
         torch._foreach_lerp_(*self._floating, 1 - decay)
@@ -39,16 +39,16 @@ class Ema:
         self._updates += 1
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The averaged state_dict; its tensors change with the next update."""
+        """The averaged state_dict. Its tensors change with the next update."""
         return self._average
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold: the average and the number of updates, by reference."""
+        """What a checkpoint must hold: the average and the number of updates, by reference."""
         return {**self._average, "ema_updates": self._updates}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the average inside, and its own weights again afterwards."""
+        """Inside the context the model holds the average, afterwards its own weights again."""
         with torch.no_grad():
             own = {name: tensor.clone() for name, tensor in self._live.items()}
             _copy(self._live, self._average)

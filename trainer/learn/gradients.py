@@ -1,8 +1,8 @@
-"""How a rank comes by a step's gradients: its virtual ranks' batches go through the model, and the ranks' sums are added up.
+"""Computes a step's gradients: a rank's virtual ranks' batches go through the model, and the ranks' sums are added up.
 
-`trainer.learn.step` asks one of three, which `trainer.learn.build` makes: PlainGradients in a single process; DdpGradients, whose ranks
-DistributedDataParallel adds up; TreeGradients, whose sums are the same bits whoever carries which virtual rank. What the loss of a batch is
-the objective says (trainer.learn.objectives); what is done with the gradients is `trainer.learn.update`'s.
+`trainer.learn.build` makes one of three classes, and `trainer.learn.step` calls it: PlainGradients in a single process; DdpGradients, where
+DistributedDataParallel sums over the ranks; TreeGradients, whose sums have the same bits whichever rank carries which virtual rank. The
+objective (trainer.learn.objectives) defines the loss; `trainer.learn.update` uses the gradients.
 """
 
 import hashlib
@@ -32,18 +32,18 @@ MicroBatch = tuple[Tensor, Targets]
 
 
 class StepObserver(Protocol):
-    """Who is told how a step gets on, while the host queues it. None of its methods may wait for the device."""
+    """Follows a step's progress while the host queues it. None of its methods may wait for the device."""
 
     def phase(self, phase: str, /) -> None:
         """ "exchange" when the host begins to wait for the other ranks, "step" when it goes on."""
         ...
 
     def part(self, part: str, /) -> None:
-        """The part of a step that the host has queued: data, forward, backward, reduction, optimizer."""
+        """Called when the host has queued a part of the step: data, forward, backward, reduction, optimizer."""
         ...
 
     def takes_norm(self) -> bool:
-        """Whether this step is to leave its gradient's norm. Asked once a step."""
+        """Whether this step should compute its gradient's norm. Called once per step."""
         ...
 
 
@@ -52,26 +52,27 @@ class Gradients(Protocol):
 
     @property
     def proves(self) -> bool:
-        """The loss is not finite where a gradient is not."""
+        """Whether the returned loss is not finite if a gradient is not."""
         ...
 
     @property
     def wait_seconds(self) -> float:
-        """How long the host has waited in steps for the other ranks' gradients so far. On a GPU the device waits and this stays about 0."""
+        """Total time that the host has waited in steps for other ranks' gradients. On a GPU the device waits, and this stays about 0."""
         ...
 
     def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
-        """The mean loss of the batches that this rank carries, one a virtual rank, as a share of `global_count` samples: () float32 on the
-        device, without a graph. Summed over all ranks where gradients are (tree), over this rank alone with DDP."""
+        """Compute the gradients of `batches`, one batch per virtual rank that this rank carries. Returns the summed loss divided by
+        `global_count`: () float32 on the device, without a graph. In tree mode the sum is over all ranks, in ddp mode over this rank."""
         ...
 
     def compile_ahead(self, image: Sequence[int]) -> float:
-        """Compile for full batches of (3, H, W) uint8; seconds, 0 where nothing is compiled. In ddp mode a collective."""
+        """Compile for full batches of `image` (3, H, W) uint8. Returns the seconds it took, 0 if nothing is compiled. In ddp mode this is a
+        collective."""
         ...
 
 
 class Reducer(Protocol):
-    """Sums tensors over all virtual ranks in an order that does not depend on who carries them (cluster.reduce.TreeReducer)."""
+    """Sums tensors over all virtual ranks in an order that does not depend on which rank carries them (cluster.reduce.TreeReducer)."""
 
     wait_seconds: float
     bucket_bytes: int
@@ -97,15 +98,15 @@ class PassConfig:
 
     seed: int
     accumulate: int = 1
-    """Micro-batches that each batch is cut into, whose gradients are added up before they are handed over: the same batch in less memory.
-    BatchNorm normalises each micro-batch by itself and updates its running statistics after each, from the first to the last."""
+    """Number of micro-batches that each batch is cut into. Their gradients are added up before they are handed over, so the same batch
+    needs less memory. BatchNorm normalises each micro-batch by itself and updates its running statistics after each one, in order."""
     full_batch: int = 0
-    """Samples that the model sees at once in a full step. Where the model is compiled, only batches of that size are: the last step of an
-    epoch is short, and a graph of its own for it would cost more than it saves. 0 compiles any size, each by itself: what a size computes
-    does not depend on the sizes that came before it, so that a run that went on from a checkpoint gets the same bits."""
+    """Samples that the model sees at once in a full step. If the model is compiled, only batches of this size use the compiled step: the
+    last step of an epoch is short, and its own graph would cost more than it saves. 0 compiles every size, each by itself. A size's result
+    never depends on the sizes before it, so that a run that goes on from a checkpoint gets the same bits."""
     compile_model: bool = False
     cuda_graphs: bool = False
-    """What is compiled is recorded in its first calls and replayed from then on: the same kernels, launched at once."""
+    """Record the compiled step's kernels in its first calls, and replay them from then on with one launch."""
 
     def __post_init__(self) -> None:
         assert not self.cuda_graphs or (self.compile_model and self.accumulate == 1), "trainer.settings.cli has refused this"
@@ -116,13 +117,13 @@ class PassConfig:
 
 
 def step_seed(seed: int, step: int, virtual_rank: int) -> int:
-    """The seed of every random draw inside (step, virtual rank): dropout, stochastic depth. 63 bits."""
+    """63-bit seed of all random draws in one (step, virtual rank), such as dropout and stochastic depth."""
     digest = hashlib.blake2b(f"{seed}/{step}/{virtual_rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Passes:
-    """A model's passes over micro-batches: each one's loss, by the compiled step where the batch has its size."""
+    """Runs micro-batches through the model. It uses the compiled step for batches of its size, and the eager one for others."""
 
     def __init__(self, model: nn.Module, task: Task, config: PassConfig, *, eager: SummedLoss, compiled: SummedLoss | None) -> None:
         self._model, self._task, self._config = model, task, config
@@ -139,17 +140,17 @@ class Passes:
         torch.manual_seed(step_seed(self._config.seed, step, virtual_rank))
 
     def cut(self, batch: Batch) -> list[MicroBatch]:
-        """A virtual rank's micro-batches that hold a sample, in order; a short batch is cut as evenly as it goes."""
+        """A virtual rank's non-empty micro-batches, in order. A short batch is cut as evenly as possible."""
         return self._cut(*self._task.prepare(batch.samples, batch.targets))
 
     def joined(self, batches: Sequence[Batch]) -> list[MicroBatch]:
-        """The micro-batches of several virtual ranks that go through the model together; none where no batch holds a sample."""
+        """The micro-batches of several virtual ranks that go through the model together; empty if no batch holds a sample."""
         full = [self._task.prepare(batch.samples, batch.targets) for batch in batches if len(batch.ids)]
         if not full:
             return []
         samples, targets = full[0]
         if len(full) > 1:
-            samples = torch.cat([each for each, _ in full])
+            samples = torch.cat([each for each, _ in full])  # (n, 3, H, W), n over all virtual ranks
             targets = {name: torch.cat([their[name] for _, their in full]) for name in targets}
         return self._cut(samples, targets)
 
@@ -165,13 +166,13 @@ class Passes:
         ]
 
     def loss(self, samples: Tensor, targets: Targets, divisor: float) -> Tensor:
-        """() float32, with its graph."""
+        """The summed loss of n samples divided by `divisor`: () float32, with its graph."""
         n = len(samples)
         if self._compiled is not None and n == (self._config.full_batch or n):
             if self._config.cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # what the replay before left behind is used up
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # the last replay's outputs are used up
             return self._compiled(samples, targets) / divisor
-        # The rest of an epoch may be a single image. It has no statistics of its own: where its maps have one pixel, BatchNorm refuses it.
+        # The rest of an epoch may be a single image. It has no batch statistics: BatchNorm refuses it if its maps have one pixel.
         with _norms_at_rest(self.norms if n == 1 else ()):
             return self._eager(samples, targets) / divisor
 
@@ -183,7 +184,8 @@ class Passes:
         *,
         before_the_last: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Tensor:
-        """The loss of all `parts`, and its gradients in the parameters. All but the last go through inside `before_the_last`."""
+        """Accumulate the gradients of all `parts` in the parameters. Returns their loss, () float32. All parts but the last run inside
+        `before_the_last`."""
         total: Tensor | None = None
         for number, (samples, targets) in enumerate(parts, start=1):
             with before_the_last() if number < len(parts) else nullcontext():
@@ -196,8 +198,8 @@ class Passes:
         return total
 
     def backward_of_nothing(self, row: Sequence[int], dtype: torch.dtype, observer: StepObserver) -> Tensor:
-        """A blank sample that counts for nothing: a loss and gradients of 0."""
-        blank = torch.zeros((1, *row), dtype=dtype, device=self.device)
+        """Run a blank sample that does not count: loss and gradients are 0."""
+        blank = torch.zeros((1, *row), dtype=dtype, device=self.device)  # (1, 3, H, W)
         with evaluating(self._model):
             loss = self._eager(*self._task.prepare(blank, self._task.blank(1, self.device))) * 0.0
         loss.backward()  # type: ignore[no-untyped-call]
@@ -205,21 +207,21 @@ class Passes:
         return loss.detach()
 
     def compile_ahead(self, image: Sequence[int]) -> float:
-        """Compile now, outside of any step, for full batches of (3, H, W) uint8; the seconds that it took, 0 where nothing is compiled.
+        """Compile now, outside of any step, for full batches of (3, H, W) uint8. Returns the seconds it took, 0 if nothing is compiled.
 
-        Forward and backward run once on a blank batch. What they leave behind is undone: buffers, gradients, the random state."""
+        Forward and backward run once on a blank batch. Buffers, gradients and the random state are restored afterwards."""
         full_batch = self._config.full_batch
         if self._compiled is None or not full_batch:
             return 0.0
         begin = time.perf_counter()
         buffers = list(self._model.buffers())
         before = [buffer.clone() for buffer in buffers]
-        images = torch.zeros((full_batch, *image), dtype=torch.uint8, device=self.device)
-        images = images.contiguous(memory_format=torch.channels_last)  # as the loader's are
+        images = torch.zeros((full_batch, *image), dtype=torch.uint8, device=self.device)  # (n, 3, H, W)
+        images = images.contiguous(memory_format=torch.channels_last)  # the loader's layout
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             loss = self.loss(*self._task.prepare(images, self._task.blank(full_batch, self.device)), 1.0)
             loss.backward()  # type: ignore[no-untyped-call]
-        float(loss.detach())  # the device has done it too; no step waits here
+        float(loss.detach())  # wait until the device has finished; this is not in a step
         self.clear_gradients()
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
@@ -228,7 +230,7 @@ class Passes:
 
 
 def _bound(objective: Objective, forward: Forward) -> SummedLoss:
-    """`objective` of what goes through `forward`. Holds neither Passes nor gradients: the compiler keeps what it compiled."""
+    """`objective` applied to `forward`. The closure holds neither Passes nor gradients, because the compiler keeps it alive."""
 
     def loss(samples: Tensor, targets: Targets) -> Tensor:
         return objective(forward, samples, targets)
@@ -237,7 +239,7 @@ def _bound(objective: Objective, forward: Forward) -> SummedLoss:
 
 
 class PlainGradients:
-    """In a single process: all batches of a step go through the model together."""
+    """Gradients in a single process: all batches of a step go through the model together."""
 
     proves = False
     wait_seconds = 0.0
@@ -245,9 +247,9 @@ class PlainGradients:
     def __init__(self, model: nn.Module, task: Task, objective: Objective, config: PassConfig) -> None:
         eager = _bound(objective, model)
         compiled: SummedLoss | None = None
-        if config.compile_model:  # in one graph from the bytes to the loss
-            # A graph for each size. PyTorch would make the second size that it meets a graph for all further ones, and which size is the
-            # second depends on the step that a run went on from.
+        if config.compile_model:  # one graph from the image bytes to the loss
+            # One graph per size. By default PyTorch compiles the second size it meets into a graph for all further sizes, and which size
+            # comes second depends on the step that a run went on from.
             compiled = torch.compile(eager, backend=COMPILER, dynamic=False, options=config.compiler_options)
         self._passes = Passes(model, task, config, eager=eager, compiled=compiled)
 
@@ -263,8 +265,8 @@ class PlainGradients:
 
 
 class DdpGradients:
-    """A rank of several, whose gradients DistributedDataParallel adds up while the backward pass runs; all batches of a step go through the
-    model together. `compress` sends them in bf16."""
+    """Gradients of one of several ranks. DistributedDataParallel adds them up while the backward pass runs. All batches of a step go
+    through the model together. `compress` sends the gradients in bf16."""
 
     proves = False
 
@@ -292,10 +294,10 @@ class DdpGradients:
         parts = passes.joined(batches)
         if parts:
             passes.seed(step, batches[0].virtual_rank)
-            # DDP averages over ranks; the sum is wanted. It exchanges the gradients of the last part, which hold the others'.
+            # DDP averages over ranks, but the sum is wanted. It exchanges the last part's gradients, which include the other parts'.
             divisor = global_count / self._world_size
             loss = passes.backward(parts, divisor, observer, before_the_last=self._forward.no_sync) / self._world_size
-        else:  # in the last step of an epoch; the rank still has to answer DDP's all-reduce
+        else:  # in the last step of an epoch: the rank still has to take part in DDP's all-reduce
             samples = batches[0].samples
             loss = passes.backward_of_nothing(samples.shape[1:], samples.dtype, observer)
         if self._waits is not None:
@@ -307,12 +309,13 @@ class DdpGradients:
 
 
 class TreeGradients:
-    """A rank whose virtual ranks go through the model one after the other, each handing its loss, its BatchNorm statistics weighted by its
-    share of the batch, and its gradients to a reducer, the gradients from inside the backward pass.
+    """Gradients of a rank whose virtual ranks go through the model one after the other. Each virtual rank hands three things to a reducer:
+    its loss, its BatchNorm statistics weighted by its share of the batch, and its gradients, these from inside the backward pass.
 
-    Hooks on the parameters do that, not DistributedDataParallel with a communication hook: that adds up a rank's virtual ranks one after
-    the other in its buckets, which are other brackets than the tree's, and gives a rank one sum to send where uneven blocks need several.
-    A hook takes each gradient by itself, and is the same for frozen and unused parameters, autocast and compiled models.
+    Hooks on the parameters hand over the gradients. DistributedDataParallel with a communication hook would not do: it adds up a rank's
+    virtual ranks one after the other in its buckets, which brackets the sum differently from the tree, and it gives a rank one sum to send
+    where uneven blocks need several. A hook takes each gradient by itself, and works the same for frozen and unused parameters, autocast
+    and compiled models.
     """
 
     proves = True
@@ -320,8 +323,8 @@ class TreeGradients:
     def __init__(
         self, model: nn.Module, task: Task, objective: Objective, config: PassConfig, reducer: Reducer, *, looks_at_gradients: bool = True
     ) -> None:
-        """`looks_at_gradients`: the loss is to tell whether all summed gradients are finite. Off where the update looks at them anyway
-        (Update.adds_up); then it tells that of the statistics alone."""
+        """`looks_at_gradients`: the loss shows whether all summed gradients are finite. Turn it off if the update checks them anyway
+        (Update.adds_up); the loss then shows it for the statistics only."""
         self._reducer, self._looks_at_gradients = reducer, looks_at_gradients
         compiled: SummedLoss | None = None
         if config.compile_model:
@@ -333,7 +336,7 @@ class TreeGradients:
         self._statistics_before = [torch.empty_like(b) for b in self._statistics]
         self._counters_before = [torch.empty_like(c) for c in self._counters]
         self._hands_over = _Gate()
-        # The loss and the statistics are there before the backward pass begins; it goes through the parameters from the last to the first.
+        # Order of readiness: loss and statistics come before the backward pass, which goes from the last parameter to the first.
         parameters, first = self._passes.parameters, 1 + len(self._statistics)
         loss = torch.zeros((), device=self._passes.device)
         sums = reducer.lay_out([loss, *self._statistics, *reversed(parameters)], exact=first)
@@ -349,7 +352,7 @@ class TreeGradients:
 
     def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
         reducer, passes = self._reducer, self._passes
-        passes.clear_gradients()  # autograd hands over the gradient that it made, and adds it to nothing
+        passes.clear_gradients()  # then autograd hands over its gradient as it is, without adding it to an old one
         _copy(self._statistics, self._statistics_before)
         _copy(self._counters, self._counters_before)
         for batch in batches:
@@ -359,19 +362,19 @@ class TreeGradients:
                 passes.seed(step, batch.virtual_rank)
                 self._put_in(passes.cut(batch), global_count, observer, share=n / global_count)
             reducer.end()
-            # Each virtual rank starts from the same statistics, and counters: BatchNorm may weigh by them.
+            # Each virtual rank starts from the same statistics and counters: BatchNorm may weigh by its counter.
             _copy(self._statistics_before, self._statistics)
             _copy(self._counters_before, self._counters)
         observer.phase("exchange")
-        sums = reducer.finish(lambda: observer.phase("step"))  # a rank that hangs here after that is not waiting for the others
+        sums = reducer.finish(lambda: observer.phase("step"))  # after the callback, a hang here is not a wait for other ranks
         observer.phase("step")
         observer.part("reduction")
         for parameter, gradient in zip(passes.parameters, self._gradient_sums, strict=True):
             parameter.grad = gradient
         _copy(self._statistic_sums, self._statistics)
         if self._counters:
-            torch._foreach_add_(self._counters, 1)  # steps, not forwards
-        # NaN or infinite wherever a sum is.
+            torch._foreach_add_(self._counters, 1)  # counts steps instead of forward passes
+        # Make the loss NaN if any sum is not finite.
         if self._looks_at_gradients:
             return self._loss_sums + 0.0 * sums.sum()
         return self._loss_sums + 0.0 * torch.stack([total.sum() for total in (self._loss_sums, *self._statistic_sums)]).sum()
@@ -392,7 +395,7 @@ class TreeGradients:
             observer.part("forward")
             loss.backward()  # type: ignore[no-untyped-call]
             observer.part("backward")
-        if len(parts) > 1:  # a parameter that the last micro-batch did not use, and one before it did
+        if len(parts) > 1:  # parameters that the last micro-batch did not use, but an earlier one did
             first = 1 + len(self._statistics)
             for part, parameter in enumerate(reversed(passes.parameters), start=first):
                 if parameter.grad is not None:
@@ -404,16 +407,16 @@ class TreeGradients:
 
 
 def _compiled_in_pieces(model: nn.Module, reducer: Reducer, config: PassConfig) -> Forward:
-    """`model` in pieces of about a bucket's parameters each.
+    """`model`, compiled in pieces that hold about a bucket's parameters each.
 
-    A compiled graph hands over its gradients all at once, at its end, when nothing is left for the exchange to run beside. Pieces are what
-    PyTorch makes by itself for a DistributedDataParallel. The cuts, where bf16 rounds, are the same for any number of ranks."""
+    One compiled graph would hand over all gradients at its end, when no computation is left to overlap with the exchange. PyTorch itself
+    makes such pieces for DistributedDataParallel. bf16 rounds at the cuts, which are the same for any number of ranks."""
     from torch._dynamo.backends.distributed import DDPOptimizer
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler: Any = lookup_backend(COMPILER)
     if config.compiler_options is not None:
-        compiler = partial(compiler, config_patches=config.compiler_options)  # what torch.compile makes of its options
+        compiler = partial(compiler, config_patches=config.compiler_options)  # as torch.compile passes its options
     small = min(reducer.small_bucket_bytes, reducer.bucket_bytes)
     backend = DDPOptimizer(reducer.bucket_bytes, compiler, first_bucket_cap=small).compile_fn
     compiled: Forward = torch.compile(model, backend=backend, dynamic=False)
@@ -421,13 +424,13 @@ def _compiled_in_pieces(model: nn.Module, reducer: Reducer, config: PassConfig) 
 
 
 class _Gate:
-    """Whether gradients are handed over as they come: only those of a virtual rank's last micro-batch are complete."""
+    """Open while hooks should hand over gradients: only those of a virtual rank's last micro-batch are complete."""
 
     is_open = True
 
 
 class _DdpWaits:
-    """How long backward passes took from this rank's last gradient to their return: DDP's wait for the other ranks, on a CPU."""
+    """Adds up the time from a rank's last gradient to the return of the backward pass. On a CPU this is DDP's wait for other ranks."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds, self._clock = 0.0, clock
@@ -449,7 +452,7 @@ def _note_time(into: list[float], clock: Callable[[], float]) -> Callable[[Tenso
 
 
 def _hand_over(reducer: "weakref.ref[Reducer]", part: int, gate: _Gate) -> Callable[[Tensor], None]:
-    """A hook that gives a parameter's gradient to the reducer, inside the reducer's own steps. It does not keep the reducer alive."""
+    """A hook that gives a parameter's gradient to the reducer while the reducer is open. It does not keep the reducer alive."""
 
     def accumulated(parameter: Tensor) -> None:
         into = reducer()
@@ -468,7 +471,7 @@ def _copy(source: list[Tensor], into: list[Tensor]) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode inside; afterwards each module in the mode it was in (a frozen backbone stays in eval mode)."""
+    """Inside the context `model` is in eval mode. Afterwards each module has its old mode (a frozen backbone stays in eval mode)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -480,7 +483,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _norms_at_rest(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """`norms` normalise by their running statistics inside, and do not change them."""
+    """Inside the context `norms` normalise by their running statistics and do not update them."""
     for norm in norms:
         norm.training = False
     try:

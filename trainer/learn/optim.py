@@ -1,7 +1,7 @@
-"""What moves the weights: parameter groups, optimiser, schedule, freezing, clipping. Called by `trainer.learn.build` and the rank.
+"""Parameter groups, optimiser, schedule, freezing and clipping. Called by `trainer.learn.build`.
 
-Everything here is a pure function of its arguments or works on the device without waiting for it. The order in which a step calls it is
-`trainer.learn.update`'s, the moving average `trainer.learn.ema`'s.
+Everything here is a pure function of its arguments, or works on the device without waiting for it. `trainer.learn.update` defines the order
+of operations in a step; `trainer.learn.ema` keeps the moving average.
 """
 
 import math
@@ -18,8 +18,9 @@ from trainer.settings.tree import Freeze, OptimConfig
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """The backbone's learning rate at a step: linear warm-up to `config.lr`, then the schedule.
 
-    The rate at step s < w = `warmup_steps` is lr (s + 1) / w, so that step w - 1 has the peak (step 0 where w = 0). From there to step
-    `total_steps` - 1 it falls to lr * `final_lr_fraction`, by a half cosine (`cosine`) or a straight line (`triangular`), or stays.
+    With w = `warmup_steps`, the rate at step s < w is lr (s + 1) / w, so that step w - 1 has the peak (step 0 if w = 0). From there to step
+    `total_steps` - 1 it falls to lr * `final_lr_fraction` along a half cosine (`cosine`) or a straight line (`triangular`), or stays at the
+    peak (`constant`).
     """
     warmup, last = config.warmup_steps, total_steps - 1
     if step < warmup:
@@ -37,7 +38,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total_steps: int) -> float:
-    """Give every group its rate for `step`; the backbone's is returned."""
+    """Set every group's rate for `step`. Returns the backbone's."""
     rate = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
@@ -45,7 +46,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, ste
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig, head_name: str) -> list[dict[str, Any]]:
-    """Up to four groups: backbone and head, each with and without weight decay. All parameters are in, frozen ones too.
+    """Up to four groups: backbone and head, each with and without weight decay. They hold all parameters, including frozen ones.
 
     Vectors and scalars (biases, normalisation, layer scales) do not decay unless `decay_all`.
     """
@@ -66,10 +67,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig, head_name: str) -> l
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, head_name: str) -> torch.optim.Optimizer:
-    """SGD or AdamW over all parameters, fused on a GPU, in blocks on a CPU (trainer.learn.cpu_optim). Build it after the model is on its
+    """SGD or AdamW over all parameters: fused on a GPU, in blocks on a CPU (trainer.learn.cpu_optim). Build it after the model is on its
     device.
 
-    A frozen parameter has no gradient and is not stepped; it keeps its place, so that the layout does not change when it thaws.
+    A frozen parameter has no gradient, so it is not stepped. It keeps its place, so that the layout does not change when it thaws.
     """
     assert not config.nesterov or (config.name == "sgd" and config.momentum > 0), "trainer.settings.rules has refused this"
     groups = parameter_groups(model, config, head_name)
@@ -87,10 +88,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, head_name: str) -> to
 
 
 def set_trainable(model: nn.Module, freeze: Freeze, epoch: int, *, lp_epochs: int, head_name: str) -> bool:
-    """Put the model into the training mode that `epoch` calls for; whether the backbone is frozen in it.
+    """Put the model into the training mode for `epoch`. Returns whether the backbone is frozen in it.
 
-    A frozen backbone takes no gradient and runs in eval mode, so that BatchNorm keeps the pretrained statistics; only the head trains.
-    `lp-ft` (Kumar et al. 2022) freezes it for the first `lp_epochs` epochs. Call it at each epoch's start and after evaluating.
+    A frozen backbone has no gradient and runs in eval mode, so that BatchNorm keeps the pretrained statistics; only the head trains.
+    `lp-ft` (Kumar et al. 2022) freezes the backbone for the first `lp_epochs` epochs.
     """
     frozen = freeze == "backbone" or (freeze == "lp-ft" and epoch < lp_epochs)
     model.train(not frozen)
@@ -104,5 +105,5 @@ def set_trainable(model: nn.Module, freeze: Freeze, epoch: int, *, lp_epochs: in
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients so that their joint L2 norm is at most `max_norm`; the norm before, () on the device, not waited for."""
+    """Scale the gradients so that their joint L2 norm is at most `max_norm`. Returns the norm before, () on the device, without waiting."""
     return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)

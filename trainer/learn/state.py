@@ -1,9 +1,9 @@
-"""The training state as files: model, optimiser and moving average, to the bit. `trainer.rank.saving` takes and restores it; the way of the
-files is cluster's.
+"""The training state as files: model, optimiser and moving average, bit for bit. `trainer.rank.saving` takes and restores it;
+cluster.checkpointer and cluster.store bring the files into the storage.
 
-A snapshot is taken on the step path (a copy into private buffers) and written out elsewhere, while steps go on. The buffers are laid out as
-safetensors files from the start, so that nothing is serialised again, and nothing is ever pickled. What the step path copies keeps the
-order in memory that the tensors have (channels_last); the order of the file is made elsewhere too.
+A snapshot is a copy into private buffers on the step path. Another thread writes it out while steps go on. The buffers are laid out as
+safetensors files from the start, so nothing is serialised again, and nothing is ever pickled. On a CPU the step path copies tensors in
+their own memory order (channels_last); the writing thread brings them into the file's order.
 """
 
 import hashlib
@@ -38,10 +38,10 @@ _DTYPES = {
 }
 
 _PIECE_BYTES = 1 << 20
-_COPY_THREADS = 4  # memory gives no more to further ones
+_COPY_THREADS = 4  # more threads get no more memory bandwidth
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
-# What each optimiser keeps for a parameter, from its first step on.
+# State that each optimiser keeps for a parameter, from its first step on.
 _SLOTS: dict[type[torch.optim.Optimizer], Callable[[dict[str, Any]], tuple[str, ...]]] = {
     torch.optim.SGD: lambda group: ("momentum_buffer",) if group["momentum"] else (),
     torch.optim.AdamW: lambda group: ("exp_avg", "exp_avg_sq", "step"),
@@ -49,25 +49,25 @@ _SLOTS: dict[type[torch.optim.Optimizer], Callable[[dict[str, Any]], tuple[str, 
 
 
 class StateError(ValueError):
-    """A checkpoint that does not fit this run; the message names what differs."""
+    """A checkpoint does not fit this run. The message names what differs."""
 
     failure_kind = "user"
 
 
 class Snapshot:
-    """The state at one moment, in buffers of its own until `release()`. May be waited for and read in another thread."""
+    """The state at one moment, in its own buffers until `release()`. Another thread may wait for it and read it."""
 
     def __init__(self, images: Mapping[str, "_FileImage"], give_back: Callable[[], None]) -> None:
         self._images, self._give_back = images, give_back
         self._released = False
 
     def wait(self) -> None:
-        """Until the copies from the device have arrived."""
+        """Wait until the copies from the device have arrived."""
         for image in self._images.values():
             image.wait()
 
     def files(self) -> dict[str, tuple[memoryview, ...]]:
-        """Each file's contents, as buffers to be written one after the other; valid until `release()`. Waits for the device."""
+        """Each file's contents, as buffers to write one after the other. They are valid until `release()`. Waits for the device."""
         assert not self._released, "the buffers may hold a later snapshot already"
         self.wait()
         return {name: (image.contents(),) for name, image in self._images.items()}
@@ -80,22 +80,23 @@ class Snapshot:
 
 
 class TrainState:
-    """What a run must remember to go on in the same bits. Build it when model, optimiser and average are on their device."""
+    """The state that a run needs to go on with the same bits. Build it after model, optimiser and average are on their device."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> None:
         assert isinstance(optimizer, tuple(_SLOTS)), f"state of {type(optimizer).__name__} is not known here"
         self._model, self._optimizer, self._ema = model, optimizer, ema
-        # trainer.learn.cpu_optim's keep the state of the one that they stand in for.
+        # The optimisers of trainer.learn.cpu_optim keep the state of the PyTorch optimiser that they replace.
         self._optimizer_type = next(known for known in _SLOTS if isinstance(optimizer, known))
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._parameters = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
         self._free: list[dict[str, _FileImage]] = []
 
     def snapshot(self, scalars: Mapping[str, Any] | None = None) -> Snapshot:
-        """Copy the state. `scalars` (JSON) travel in model.safetensors' metadata and come back from `load`.
+        """Copy the state. `scalars` (JSON) are saved in model.safetensors' metadata, and `load` returns them.
 
-        On the CPU the copy is done on return. On a GPU the device's copy is queued behind the step, and the way to the host runs beside the
-        next steps. Buffers of released snapshots are used again: two are enough if one is released before the next but one.
+        On a CPU the copy is complete on return. On a GPU the copy on the device is queued behind the step, and the transfer to the host
+        runs during the next steps. Released snapshots' buffers are reused. Two sets are enough if each snapshot is released before the next
+        but one is taken.
         """
         contents = self._contents(scalars or {})
         images = self._free.pop() if self._free else {}
@@ -107,7 +108,8 @@ class TrainState:
         return Snapshot(images, lambda: self._free.append(images))
 
     def load(self, read: Callable[[str], bytes | bytearray | memoryview]) -> dict[str, Any]:
-        """Take over a snapshot's files, all of them or (StateError) none; its scalars. `read(name)` gives a file's verified contents."""
+        """Load a snapshot's files and return its scalars. If one file does not fit, StateError, and nothing is loaded. `read(name)` returns
+        a file's verified contents."""
         model_tensors, model_metadata = _parse(read(MODEL_FILE), MODEL_FILE)
         saved_files = json.loads(model_metadata.get("files", "[]"))
         if (EMA_FILE in saved_files) != (self._ema is not None):
@@ -131,13 +133,13 @@ class TrainState:
                     on_device = group.get("fused") or group.get("capturable")
                     state[slot] = value.to(parameter.device) if on_device else value.clone()
                 else:
-                    like_parameter = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)  # its strides too
+                    like_parameter = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)  # with its strides
                     state[slot] = like_parameter.copy_(value)
         scalars: dict[str, Any] = json.loads(model_metadata.get("scalars", "{}"))
         return scalars
 
     def _contents(self, scalars: Mapping[str, Any]) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """File -> its tensors and its metadata."""
+        """For each file, its tensors and its metadata."""
         optimizer_tensors, idle = {}, []
         for name, (parameter, group) in self._parameters.items():
             state = self._optimizer.state.get(parameter, {})
@@ -157,7 +159,7 @@ class TrainState:
         return f"{self._optimizer_type.__name__} ({', '.join(slots) or 'no memory'})"
 
     def _parse_optimizer(self, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
-        """Parameter name -> its slots, checked against the optimiser; parameters that were not stepped yet are absent."""
+        """For each parameter name, its slots, checked against the optimiser. Parameters that were never stepped are absent."""
         ours = self._kind()
         if metadata.get("optimizer") != ours:
             raise StateError(
@@ -180,7 +182,7 @@ class TrainState:
 
 
 def weights_sha256(model: nn.Module | Mapping[str, Tensor]) -> str:
-    """Of a model's (or a state_dict's) tensors: names in order, types, shapes and bytes. Independent of device and memory format."""
+    """Hash of a model's (or a state_dict's) tensors: sorted names, types, shapes and bytes. Independent of device and memory format."""
     digest = hashlib.sha256()
     tensors = model.state_dict() if isinstance(model, nn.Module) else model
     for name, tensor in sorted(tensors.items()):
@@ -191,7 +193,7 @@ def weights_sha256(model: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def read_metadata(data: bytes | bytearray | memoryview) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file that is in memory."""
+    """The `__metadata__` of a safetensors file in memory."""
     (length,) = struct.unpack_from("<Q", data)
     metadata: dict[str, str] = json.loads(bytes(data[8 : 8 + length])).get("__metadata__", {})
     return metadata
@@ -201,10 +203,10 @@ def read_metadata(data: bytes | bytearray | memoryview) -> dict[str, str]:
 
 
 class _FileImage:
-    """A safetensors file in memory whose tensors are views of it: filling it is copying tensors.
+    """A safetensors file in memory. Its tensors are views into the file, so filling the file means copying tensors.
 
-    Format (github.com/huggingface/safetensors): header length as 8 bytes, little endian; header, JSON, padded with spaces; then the
-    tensors without holes. Here in the order of falling item size, so that each lies on a multiple of its own.
+    Format (github.com/huggingface/safetensors): the header's length in 8 bytes, little endian; the header as JSON, padded with spaces; then
+    the tensors without gaps. Here they are sorted by falling item size, so that each is aligned to its own item size.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -215,13 +217,13 @@ class _FileImage:
         for name in order:
             self._spans[name] = (size, size + tensors[name].nbytes)
             size += tensors[name].nbytes
-        # Room for scalars that grow with the run, such as a step's digits.
+        # Leave room for scalars that grow with the run, such as the digits of a step number.
         self._header_room = (len(self._header(metadata)) + 256 + 63) // 64 * 64 - 8
         cuda = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-        self._file = torch.empty(8 + self._header_room + size, dtype=torch.uint8, pin_memory=cuda is not None)
+        self._file = torch.empty(8 + self._header_room + size, dtype=torch.uint8, pin_memory=cuda is not None)  # (bytes,)
         body = self._file[8 + self._header_room :]
         self._host = {name: _view(body, self._spans[name], tensors[name]) for name in order}
-        # name -> (its span as bytes, the same in the tensor's own order or None if that is the file's): copied as they lie.
+        # Tensors copied in their own memory order: name -> (span as bytes, view of it in that order; None if that is the file's order).
         self._as_they_lie: dict[str, tuple[np.ndarray[Any, Any], Tensor | None]] = {}
         self._is_in_file_order = True
         self._device: _DeviceCopy | None = None
@@ -269,12 +271,12 @@ class _FileImage:
 
 
 class _DeviceCopy:
-    """From a GPU to the host in two hops: all tensors into one buffer on the device, in stream order with the steps; that buffer to the
-    pinned host memory on a stream of its own, one transfer beside the next steps."""
+    """Copies from a GPU to the host in two hops. The first copies all tensors into one buffer on the device, in stream order with the
+    steps. The second transfers this buffer to pinned host memory on its own stream, during the next steps."""
 
     def __init__(self, body: Tensor, spans: Mapping[str, tuple[tuple[int, int], Tensor]], device: torch.device) -> None:
         self._body = body
-        self._staging = torch.empty(body.numel(), dtype=torch.uint8, device=device)
+        self._staging = torch.empty(body.numel(), dtype=torch.uint8, device=device)  # (bytes,)
         self._staged = {name: _view(self._staging, span, tensor) for name, (span, tensor) in spans.items() if tensor.is_cuda}
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -282,13 +284,13 @@ class _DeviceCopy:
 
     def start(self, tensors: Mapping[str, Tensor], host: Mapping[str, Tensor]) -> None:
         steps = torch.cuda.current_stream(self._staging.device)
-        steps.wait_stream(self._stream)  # of the snapshot before: over long ago
+        steps.wait_stream(self._stream)  # for the previous snapshot's transfer, which ended long ago
         torch._foreach_copy_(list(self._staged.values()), [tensors[name] for name in self._staged])
         self._stream.wait_stream(steps)
         with torch.cuda.stream(self._stream):
             self._body.copy_(self._staging, non_blocking=True)
             self._done.record()
-        # The transfer overwrites the whole body, so the few tensors that live on the host (step counters) come after it.
+        # The transfer overwrites the whole body, so the few tensors on the host (step counters) are copied after it.
         self._late = [(host[name], tensors[name].clone()) for name in host if name not in self._staged]
 
     def finish(self) -> None:
@@ -299,10 +301,10 @@ class _DeviceCopy:
 
 
 def _copy_bytes(pairs: Sequence[tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]], threads: int) -> None:
-    """Each second array into the first, both (n,) uint8, by up to `threads` threads.
+    """Copy each pair's second array into the first, both (n,) uint8, with up to `threads` threads.
 
-    Piece by piece for whoever is free, so that a thread that gets no core holds up nobody. torch cuts each tensor evenly instead and waits
-    for all; on two cores with other work, 89.5 MB took 90 ms by it, 158 ms where it turned channels_last around, and 20 ms by this."""
+    Free threads take the next piece, so a thread that gets no core delays nobody. torch instead cuts each tensor evenly and waits for all
+    threads. On two cores with other work, copying 89.5 MB took torch 90 ms (158 ms if it also reordered channels_last), and this 20 ms."""
     pieces = deque(
         (into[start : start + _PIECE_BYTES], source[start : start + _PIECE_BYTES])
         for into, source in pairs
@@ -332,12 +334,12 @@ def _copy_bytes(pairs: Sequence[tuple["np.ndarray[Any, Any]", "np.ndarray[Any, A
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, tuple[int, ...] | None]]:
-    """Type, shape and, on the host, strides."""
+    """Each tensor's type, shape and, on the host, strides."""
     return {name: (tensor.dtype, tensor.shape, None if tensor.is_cuda else tensor.stride()) for name, tensor in tensors.items()}
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Its elements lie side by side, in whatever order."""
+    """Whether its elements lie without gaps, in any order."""
     return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride() == tensor.stride()
 
 
@@ -365,7 +367,7 @@ def _parse(data: bytes | bytearray | memoryview, name: str) -> tuple[dict[str, T
 
 
 def _match(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> list[tuple[Tensor, Tensor]]:
-    """(ours, saved) pairs; StateError where names, shapes or types differ."""
+    """(ours, saved) pairs of tensors. StateError if names, shapes or types differ."""
     problems = [f"{key} is missing" for key in expected if key not in saved]
     problems += [f"{key} is not ours" for key in saved if key not in expected]
     for key in expected.keys() & saved.keys():

@@ -1,8 +1,7 @@
-"""The step: gradients, then the update. And the loop over steps, which is a generator.
+"""The step (gradients, then the update) and the loop over steps, which is a generator. trainer.rank.worker calls `train_steps`.
 
-The rank reads `for stats in train_steps(...)`. Nothing here logs, saves, evaluates or waits for the device: a loss comes back with a
-later step's stats, once it has arrived on the host by itself. How gradients are made is `trainer.learn.gradients`', what is done with them
-`trainer.learn.update`'s.
+Nothing here logs, saves, evaluates or waits for the device: a loss comes back with a later step's stats, once it has arrived on the host by
+itself. Only the last step's stats wait for all losses. `trainer.learn.gradients` computes gradients, `trainer.learn.update` uses them.
 """
 
 import time
@@ -20,12 +19,12 @@ from trainer.learn.update import Update
 
 
 class Arriving:
-    """A step's mean loss, or its gradient's norm, on its way from the device to the host. `wait` may be called from any thread, the rest is
-    the loop's."""
+    """A step's mean loss, or its gradient's norm, on its way from the device to the host. Any thread may call `wait`; the other methods are
+    for the loop."""
 
     def __init__(self, step: int, loss: Tensor, work: dist.Work | None = None, aside: torch.cuda.Stream | None = None) -> None:
-        """`loss`: () on the device; `work`: the all-reduce that is still adding up the ranks' shares of it; `aside`: on a GPU a stream that
-        is not the steps'."""
+        """`loss`: () on the device. `work`: the all-reduce that still adds up the ranks' shares of it. `aside`: on a GPU, a stream other
+        than the steps' stream."""
         self.step = step
         self._loss, self._work, self._aside = loss, work, aside
         self._host: Tensor | None = None
@@ -34,7 +33,7 @@ class Arriving:
             self._send()
 
     def reduced(self) -> None:
-        """Call a step later, when the all-reduce is over long ago."""
+        """Call it a step later, when the all-reduce has long finished."""
         if self._work is not None and self._host is None:
             self._work.wait()
             self._send()
@@ -43,7 +42,7 @@ class Arriving:
         return self._host is not None and (self._sent is None or bool(self._sent.query()))  # type: ignore[no-untyped-call]
 
     def wait(self) -> float:
-        """The loss, once it has arrived; nothing but this thread waits."""
+        """Wait for the loss and return it. Only this thread waits."""
         if self._host is not None:
             if self._sent is not None:
                 self._sent.synchronize()
@@ -53,7 +52,7 @@ class Arriving:
             self._work.wait()
             return float(self._loss)
         with torch.cuda.stream(self._aside):
-            self._work.wait()  # makes this stream wait for the all-reduce's, while the steps' goes on
+            self._work.wait()  # makes this stream wait for the all-reduce, while the steps' stream goes on
             return float(self._loss)
 
     def _send(self) -> None:
@@ -65,12 +64,12 @@ class Arriving:
         host.copy_(self._loss, non_blocking=True)
         sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
         sent.record()
-        self._sent, self._host = sent, host  # in this order: another thread may be in wait()
+        self._sent, self._host = sent, host  # in this order, because another thread may be in wait()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepStats:
-    """One step, seen from the host. `losses` are the (step, mean loss) that have arrived since the last stats."""
+    """One step, seen from the host. `losses`: the (step, mean loss) that have arrived since the last stats."""
 
     steps_done: int
     epoch: int
@@ -80,17 +79,17 @@ class StepStats:
     data_wait_seconds: float
     losses: tuple[tuple[int, float], ...]
     late: tuple[Arriving, ...] = ()
-    """Losses of this step and those before it that have not arrived, in order."""
+    """Losses of this and earlier steps that have not arrived yet, in order."""
     skipped: bool = False
-    """The batch was taken and left out: no update, no loss."""
+    """The batch was loaded but not used: no update, no loss."""
     gradient_norms: tuple[float, ...] = ()
-    """Of steps that took theirs (StepObserver.takes_norm), in order, that have arrived since the last stats."""
+    """Norms that have arrived since the last stats, in order, of the steps that computed theirs (StepObserver.takes_norm)."""
     exchange_seconds: float = 0.0
-    """What the host waited in the step for the other ranks' gradients."""
+    """Time in this step that the host waited for the other ranks' gradients."""
 
 
 class Unobserved:
-    """Nobody is told how a step gets on."""
+    """A StepObserver that does nothing."""
 
     def phase(self, phase: str, /) -> None: ...
 
@@ -104,7 +103,7 @@ UNOBSERVED = Unobserved()
 
 
 class Stepper:
-    """One optimisation step over the virtual ranks that this rank carries. Made anew where other parameters are trained."""
+    """One optimisation step over the virtual ranks that this rank carries. Make a new one when other parameters are trained."""
 
     def __init__(self, gradients: Gradients, update: Update, observer: StepObserver = UNOBSERVED) -> None:
         self._gradients, self._update = gradients, update
@@ -112,17 +111,17 @@ class Stepper:
 
     @property
     def wait_seconds(self) -> float:
-        """How long the host has waited in steps for the other ranks' gradients so far. On a GPU the device waits and this stays about 0."""
+        """Total time that the host has waited in steps for other ranks' gradients. On a GPU the device waits, and this stays about 0."""
         return self._gradients.wait_seconds
 
     @property
     def gradient_norm(self) -> Tensor | None:
-        """() on the device, of the newest step if its observer asked for it: before any clipping, over the whole batch."""
+        """Norm of the newest step's gradient if its observer asked for it: () on the device, before any clipping, over the whole batch."""
         return self._update.gradient_norm
 
     def step(self, batches: Sequence[Batch], *, global_count: int, step: int) -> Tensor:
-        """Do global step `step`. Returns its mean loss over the whole batch (in ddp mode over this rank's share): () float32 on the device,
-        not finite where a gradient is not."""
+        """Do global step `step`. Returns the mean loss over the whole batch (in ddp mode this rank's share of it): () float32 on the
+        device, not finite if a gradient is not."""
         observer, gradients = self.observer, self._gradients
         loss = gradients.compute(batches, global_count=global_count, step=step, observer=observer)
         loss = self._update.apply(loss, is_proven=gradients.proves, takes_norm=observer.takes_norm())
@@ -130,8 +129,8 @@ class Stepper:
         return loss
 
     def compile_ahead(self, image: Sequence[int]) -> float:
-        """Compile now, outside of any step, for full batches of (3, H, W) uint8; the seconds that it took, 0 where nothing is compiled. In
-        ddp mode a collective."""
+        """Compile now, outside of any step, for full batches of (3, H, W) uint8. Returns the seconds it took, 0 if nothing is compiled. In
+        ddp mode this is a collective."""
         return self._gradients.compile_ahead(image)
 
 
@@ -151,9 +150,9 @@ def train_steps(
 ) -> Iterator[StepStats]:
     """Do steps `start_step` .. `stop_step` - 1, yielding after each.
 
-    `batches` yields one tuple a step, in order. `batch_count(step_in_epoch)` is the global batch's size; `set_learning_rate(step)` sets and
-    returns the learning rate. `sum_over_ranks` adds the ranks' loss shares (ddp mode) in an all-reduce that nobody waits for. The batches
-    of the steps in `skip` are taken and left out: no forward, no update; learning rate and step count go on. All ranks skip the same ones.
+    `batches` yields one tuple per step, in order. `batch_count(step_in_epoch)` is the global batch's size; `set_learning_rate(step)` sets
+    and returns the learning rate. `sum_over_ranks` adds the ranks' loss shares (ddp mode) in an asynchronous all-reduce. The batches of the
+    steps in `skip` are loaded but not used: no forward, no update, while learning rate and step count go on. All ranks skip the same steps.
     """
     losses: deque[Arriving] = deque()
     norms: deque[Arriving] = deque()
@@ -169,7 +168,7 @@ def train_steps(
         skipped, last = step in skip, step + 1 == stop_step
         loss = None if skipped else stepper.step(batch, global_count=count, step=step)
         if losses:
-            losses[-1].reduced()  # of the step before: over long ago
+            losses[-1].reduced()  # the previous step's all-reduce has long finished
         if loss is not None:
             losses.append(Arriving(step, loss, dist.all_reduce(loss, async_op=True) if sum_over_ranks else None, aside))
             if stepper.gradient_norm is not None:
