@@ -155,7 +155,7 @@ def read_journal(storage: Storage, run: str) -> list[dict[str, Any]]:
 
 
 def last_attempt(events: list[dict[str, Any]]) -> int:
-    """The highest attempt number in a journal, 0 if there is none. Attempts are numbered through over all drivers of a run."""
+    """The highest attempt number in a journal, 0 if there is none. The numbering continues over all drivers of a run."""
     return max((event["attempt"] for event in events if event["event"] == "attempt_started"), default=0)
 
 

@@ -143,7 +143,7 @@ class WeightsCheck:
         if self._newest is not None and self._newest.steps_done == steps_done:
             return self._newest
         finite = self._hash.is_finite().to(torch.int64)
-        if self._world_size == 1:  # nobody to compare with
+        if self._world_size == 1:
             verdict = Verdict(steps_done, torch.stack([torch.zeros_like(finite), finite]).view(1, 2), None, self._aside)
         else:
             mine = torch.stack([self._hash.hash(), finite])
