@@ -3,8 +3,9 @@
     python -m deploy.picture            writes it between its two marks
     python -m deploy.picture --check    status 1 if the page holds another picture
 
-A box is a package, or a subpackage of `trainer`; the command-line modules next to those share one box. Imports inside functions count too.
-An arrow that others imply is left out. import-linter decides which arrows are allowed (pyproject.toml).
+A box is a package, or a subpackage of `trainer`; the command-line modules next to those share one box. Imports inside functions count
+too. Imports for type checkers only do not count; import-linter, which decides which arrows are allowed (pyproject.toml), ignores them too.
+An arrow that others imply is left out.
 """
 
 import argparse
@@ -82,14 +83,22 @@ def reachable(start: str, arrows: Iterable[Arrow]) -> set[str]:
 
 
 def _imported(path: Path, module: Sequence[str]) -> Iterator[str]:
-    """The dotted names that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+    """The dotted names that a file imports, anywhere in it except for type checkers only."""
+    for node in _run_nodes(ast.parse(path.read_bytes(), str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = module[: -node.level] if node.level else ()
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _run_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """`node` and all nodes below it, except those under `if TYPE_CHECKING:`."""
+    yield node
+    is_for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    for child in node.orelse if isinstance(node, ast.If) and is_for_types else ast.iter_child_nodes(node):
+        yield from _run_nodes(child)
 
 
 def _box(name: str, boxes: Mapping[str, str]) -> str | None:

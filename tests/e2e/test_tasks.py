@@ -84,7 +84,8 @@ def test_several_labels_end_in_the_same_bits_for_any_workers_and_in_a_table_of_l
     assert all(row["support"] > 0 and 0 <= row["average_precision"] <= 1 for row in summary["labels"])
 
     evaluated = json.loads(command("trainer.evaluate", str(folder), "--json"))
-    assert evaluated["measures"]["map"] == pytest.approx(summary["test_map"], abs=1e-6)
+    assert evaluated["map"] == pytest.approx(summary["test_map"], abs=1e-6)
+    assert evaluated["map"] == evaluated["recorded_map"]
     (line,) = command("trainer.predict", str(folder), str(emoji.parent / "images" / "1f3c3.png"), "--json").splitlines()
     assert set(json.loads(line)) > {"image"}
     assert len(pq.read_table(folder / "predictions.parquet")) == summary["test_count"]

@@ -209,6 +209,14 @@ def test_a_users_mistake_ends_with_status_2_one_message_and_no_cluster(
     assert words in said
 
 
+def test_data_that_nothing_can_be_tested_on_are_refused_before_any_cluster(config: RunConfig) -> None:
+    folder, dataset = open_data(config, QUIET)
+    splits = {"train": dataset.manifest.splits["train"], "validation": dataset.manifest.splits["test"]}
+    (Path(folder) / "manifest.json").write_text(replace(dataset.manifest, splits=splits).to_json())
+    with pytest.raises(ValueError, match="has the splits train, validation, and a run is evaluated on test"):
+        of(replace(config, data=replace(config.data, path=folder)))
+
+
 def test_a_dry_run_of_data_that_are_not_there_says_so(config: RunConfig) -> None:
     missing = replace(config, data=replace(config.data, path="/nowhere"))
     with pytest.raises(ValueError, match="'/nowhere' does not exist"):

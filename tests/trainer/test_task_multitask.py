@@ -62,6 +62,10 @@ def cut(targets: Targets, begin: int, end: int) -> Targets:
     return {name: values[begin:end] for name, values in targets.items()}
 
 
+def huber(error: float) -> float:
+    return error**2 / 2 if abs(error) <= 1 else abs(error) - 0.5
+
+
 def prepared(task: Multitask, targets: Targets) -> Targets:
     return task.prepare(torch.empty(0), targets)[1]
 
@@ -74,7 +78,7 @@ def test_the_loss_is_the_weighted_sum_of_the_single_tasks_losses(n: int, seed: i
     kind = Classification(TaskConfig(), (KIND,), label_smoothing=0.1).loss_sum(outputs[:, :3], targets)
     traits = Multilabel(TaskConfig(), (TRAITS,), label_smoothing=0.1).loss_sum(outputs[:, 3:5], targets)
     age = sum(
-        (said - (true - 40.0) / 8.0) ** 2
+        huber(said - (true - 40.0) / 8.0)
         for said, true in zip(outputs[:, 5].tolist(), targets["age"].tolist(), strict=True)
         if not math.isnan(true)
     )
@@ -126,15 +130,15 @@ def test_learned_weights_are_those_of_the_paper_and_have_its_gradients() -> None
     counts = [int(part.head.knows(targets[part.name]).sum()) for part in task.parts]
     loss = task.loss_sum(outputs, ready)
     expected = 0.0
-    for log, total, count, factor in zip([0.5, -1.0, 0.25], sums, counts, [1, 1, 0.5], strict=True):
+    for log, total, count in zip([0.5, -1.0, 0.25], sums, counts, strict=True):
         sigma = math.exp(log / 2)
-        expected += factor * total / sigma**2 + count * math.log(sigma)
+        expected += total / sigma**2 + count * math.log(sigma)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()  # type: ignore[no-untyped-call]
-    for index, (log, total, count, factor) in enumerate(zip([0.5, -1.0, 0.25], sums, counts, [1, 1, 0.5], strict=True)):
+    for index, (log, total, count) in enumerate(zip([0.5, -1.0, 0.25], sums, counts, strict=True)):
         assert logs.grad is not None
-        assert logs.grad[index].item() == pytest.approx(-factor * math.exp(-log) * total + count / 2, rel=1e-4, abs=1e-5)
-    assert task.weights() == pytest.approx([math.exp(-0.5), math.exp(1.0), 0.5 * math.exp(-0.25)])
+        assert logs.grad[index].item() == pytest.approx(-math.exp(-log) * total + count / 2, rel=1e-4, abs=1e-5)
+    assert task.weights() == pytest.approx([math.exp(-0.5), math.exp(1.0), math.exp(-0.25)])
     assert task.info.loss_floor is None
     assert task_of().info.loss_floor == 0.0
 
@@ -145,7 +149,7 @@ def test_learned_weights_are_a_parameter_of_the_head_and_start_at_one() -> None:
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, OUTPUTS) == (2, task.outputs)
     assert f"fc.{LOG_VARIANCES}" in model.state_dict()
     task.bind(model)
-    assert task.weights() == [1.0, 1.0, 0.5]
+    assert task.weights() == [1.0, 1.0, 1.0]
     plain = task_of().build(ModelConfig(name="shufflenet_v2_x0_5", weights="none", stem="native"), image_hw=(32, 32), seed=0)
     assert set(model.state_dict()) - set(plain.state_dict()) == {f"fc.{LOG_VARIANCES}"}
 

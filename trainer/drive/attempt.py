@@ -27,7 +27,7 @@ from trainer.drive.fleets import Fleets, Pause, Room
 from trainer.drive.screen import Position, Screen
 from trainer.drive.session import CALL_SECONDS, Session
 from trainer.drive.signals import Signals
-from trainer.settings.spec import TARGET, WorkerSpec
+from trainer.settings.spec import TARGET, ResumePoint, WorkerSpec
 
 TAKEN_OVER_POLL_SECONDS = 5.0
 AGENT_SILENT_SECONDS = 5.0
@@ -306,7 +306,7 @@ def payload_of(session: Session, position: Position) -> Payload:
         dataset=session.data if isinstance(session.data, str) else None,
         generation=session.generation,
         attempt=position.attempt,
-        resume=(position.start.step, position.start.generation) if position.start else None,
+        resume=ResumePoint(step=position.start.step, generation=position.start.generation) if position.start else None,
         threads=session.resources.threads_per_worker,
         skip=position.skip,
         failures=failures,

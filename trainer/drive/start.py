@@ -105,6 +105,11 @@ def with_data(asked: Asked, console: Console) -> WithData:
         check_storage_outlives_job(config.storage)
     storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     location, dataset = open_data(config, console)
+    if "test" not in dataset.manifest.splits:  # found now, and not after the first epoch
+        raise ValueError(
+            f"{dataset.where} has the splits {', '.join(dataset.manifest.splits)}, and a run is evaluated on test; convert the source "
+            "again, which holds one out of train where there is none"
+        )
     return WithData(
         asked=asked, dataset=dataset, location=location, image_size=image_size_of(dataset.manifest, config.data), storage=storage
     )

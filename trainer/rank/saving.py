@@ -27,6 +27,7 @@ from trainer.rank.guard import Guard
 from trainer.rank.history import Curves, History
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank
+from trainer.settings.spec import ResumePoint
 
 HISTORY_FILE = "history.json"
 CURVES_FILE = "curves.parquet"
@@ -41,11 +42,11 @@ class Memory:
     curves: Curves = field(default_factory=Curves)
 
 
-def restore(store: Store, resume: tuple[int, int] | None, state: TrainState) -> Memory:
+def restore(store: Store, resume: ResumePoint | None, state: TrainState) -> Memory:
     """Load the commit to go on from, (step, generation), into `state`; without one, a memory of nothing."""
     if resume is None:
         return Memory()
-    commit = store.load(*resume)
+    commit = store.load(resume.step, resume.generation)
     state.load(commit.read)
     return Memory(
         start_step=commit.step,

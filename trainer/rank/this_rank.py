@@ -63,7 +63,7 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
         rank,
         spec.attempt,
         config.cluster.heartbeat_seconds / 2,  # so that one is ready whenever the agent asks
-        start_step=spec.resume[0] if spec.resume else 0,
+        start_step=spec.resume.step if spec.resume else 0,
     )
     if context.world_size > 1:
         context.join_group(GROUP_TIMEOUT_SECONDS)

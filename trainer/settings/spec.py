@@ -13,6 +13,14 @@ RANK_MODULES = ("trainer.rank.worker", "nvidia.dali.fn")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ResumePoint:
+    """The commit to go on from, which the driver found valid."""
+
+    step: int
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
     """What a rank is told. `dataset` is a converted folder; None if its files travel with the task."""
 
@@ -20,7 +28,7 @@ class WorkerSpec:
     dataset: str | None
     generation: int
     attempt: int
-    resume: tuple[int, int] | None  # (step, generation) of the commit to go on from, which the driver found valid; None starts at zero
+    resume: ResumePoint | None  # None starts at zero
     threads: int
     skip: frozenset[int] = frozenset()  # steps whose batches are left out for their bad numbers
     failures: int = 0  # of the run so far, and the seconds in which its attempts ran: how often to save with checkpoint_every auto

@@ -46,7 +46,6 @@ class LabelHead:
 
     measures = CLASSIFICATION.measures
     columns = LABEL_COLUMNS
-    likelihood_factor = 1.0
 
     def __init__(self, target: Target, *, label_smoothing: float) -> None:
         """ValueError where there is nothing to tell apart."""

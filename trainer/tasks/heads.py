@@ -26,8 +26,6 @@ class Head(Protocol):
     measures: tuple[Measure, ...]
     columns: Mapping[str, pa.DataType]
     """Of predictions.parquet; the last is the loss."""
-    likelihood_factor: float
-    """Of the loss in a negative log likelihood: 1 of a cross-entropy, 1/2 of a squared error (Kendall et al. 2018)."""
 
     def prepare(self, values: Tensor) -> Tensor:
         """As the loss wants them."""

@@ -39,15 +39,17 @@ def labels_loss_sum(logits: Tensor, labels: Tensor, *, loss: LabelsLoss = "bce",
     return labels_losses(logits.float(), labels, loss=loss, label_smoothing=label_smoothing).sum()
 
 
-def squared_error_sum(values: Tensor, true: Tensor) -> Tensor:
+def huber_sum(values: Tensor, true: Tensor) -> Tensor:
     """Summed over the samples, () float32; NaN in `true` stands for unknown. (n,), (n,)."""
-    return squared_errors(values.float(), true).sum()
+    return huber_losses(values.float(), true).sum()
 
 
-def squared_errors(values: Tensor, true: Tensor) -> Tensor:
-    """(n,) of the values' type, 0 where `true` is NaN."""
+def huber_losses(values: Tensor, true: Tensor) -> Tensor:
+    """Half the squared error up to an error of 1, linear beyond (Huber 1964): no single value pulls harder than an error of 1. (n,) of the
+    values' type, 0 where `true` is NaN."""
     known = ~true.isnan()
-    return torch.where(known, values - torch.where(known, true, 0.0), 0.0).square()
+    errors = torch.where(known, values - torch.where(known, true, 0.0), 0.0)
+    return F.huber_loss(errors, torch.zeros_like(errors), reduction="none")
 
 
 def _binary(logits: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:

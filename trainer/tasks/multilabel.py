@@ -39,7 +39,6 @@ class LabelsHead:
     """Binary cross-entropy or the asymmetric loss, a mean over the labels known of a sample."""
 
     measures = MULTILABEL.measures
-    likelihood_factor = 1.0
 
     def __init__(self, target: Target, config: TaskConfig, *, label_smoothing: float) -> None:
         """ValueError where the settings and the target do not go together."""

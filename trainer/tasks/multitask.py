@@ -88,7 +88,7 @@ class Multitask(ImageTask):
 
     def loss_sum(self, outputs: Tensor, targets: Targets) -> Tensor:
         """With fixed weights w the sum of w L over the heads. With learned ones (Kendall et al. 2018, equation 10, s = log(sigma ** 2)) the
-        sum of exp(-s) L + s / 2, and of a number exp(-s) L / 2 + s / 2, over the known heads of each sample."""
+        sum of exp(-s) L + s / 2 over the known heads of each sample. A number's Huber loss has the paper's factor of 1/2 in it."""
         losses = [part.head.loss_sum(part.of(outputs), targets[part.name]) for part in self.parts]
         if not self._is_learned:
             return torch.stack([part.weight * loss for part, loss in zip(self.parts, losses, strict=True)]).sum()
@@ -96,7 +96,7 @@ class Multitask(ImageTask):
         terms = []
         for part, loss, log_variance in zip(self.parts, losses, self._log_variances, strict=True):
             count = part.head.knows(targets[part.name]).sum()
-            terms.append(part.head.likelihood_factor * torch.exp(-log_variance) * loss + 0.5 * log_variance * count)
+            terms.append(torch.exp(-log_variance) * loss + 0.5 * log_variance * count)
         return torch.stack(terms).sum()
 
     def evaluation(self, device: torch.device) -> Evaluation:
@@ -125,7 +125,7 @@ class Multitask(ImageTask):
         if self._log_variances is None:
             return [part.weight for part in self.parts]
         logs = self._log_variances.tolist()
-        return [part.head.likelihood_factor * math.exp(-log) for part, log in zip(self.parts, logs, strict=True)]
+        return [math.exp(-log) for log in logs]
 
     def answers(self, outputs: Tensor, *, top: int) -> Sequence[Mapping[str, Any]]:
         said = {part.name: part.head.answers(part.of(outputs), top=top) for part in self.parts}

@@ -13,13 +13,13 @@ from dataio.batch import Targets
 from dataio.schema import Target
 from trainer.tasks.gathering import all_gather_rows, counts_of
 from trainer.tasks.info import Measure
-from trainer.tasks.losses import squared_error_sum, squared_errors
+from trainer.tasks.losses import huber_losses, huber_sum
 from trainer.tasks.sums import nothing_to_evaluate
 from trainer.tasks.task import Result, Rows
 
 
 class NumberHead:
-    """The squared error of the normalised value; one output."""
+    """The Huber loss of the normalised value; one output."""
 
     measures: tuple[Measure, ...] = (
         Measure(name="mae", title="MAE", unit="number", higher_is_better=False),
@@ -27,7 +27,6 @@ class NumberHead:
         Measure(name="r2", title="R²", unit="number"),
     )
     columns: Mapping[str, pa.DataType] = {"target": pa.float32(), "prediction": pa.float32(), "loss": pa.float32()}
-    likelihood_factor = 0.5
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -45,10 +44,10 @@ class NumberHead:
         return ~values.isnan()
 
     def loss_sum(self, outputs: Tensor, values: Tensor) -> Tensor:
-        return squared_error_sum(outputs[:, 0], values)
+        return huber_sum(outputs[:, 0], values)
 
     def losses(self, outputs: Tensor, values: Tensor) -> Tensor:
-        return squared_errors(outputs[:, 0].double(), self.prepare(values.double()))
+        return huber_losses(outputs[:, 0].double(), self.prepare(values.double()))
 
     def evaluation(self, device: torch.device) -> "NumberEvaluation":
         return NumberEvaluation(self, device)
@@ -74,7 +73,7 @@ class NumberHead:
 
 
 class NumberEvaluation:
-    """Mean absolute and root mean squared error, and R2, in the target's unit; the loss is the mean squared error of the normalised values.
+    """Mean absolute and root mean squared error, and R2, in the target's unit; the loss is the mean Huber loss of the normalised values.
 
     A rank keeps 8 bytes for each of its samples and after `combine` those of all ranks, so that all is computed in the samples' order: the
     same bits for any number of ranks and any batches.
