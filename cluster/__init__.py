@@ -1,1 +1,2 @@
-"""Many processes acting as one: launching, failures, checkpoints, metrics, the journal. Knows nothing of images or models."""
+"""Coordinates the processes of a run: launching, failures, checkpoints, metrics, the journal. Used by trainer; knows nothing of images
+or models."""

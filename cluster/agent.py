@@ -1,14 +1,15 @@
-"""What Ray Train runs on every worker: an agent that forks this worker's rank process for each attempt, speaks for it, and outlives it.
+"""The agent: what Ray Train runs on every worker. It forks its rank's process for each attempt, relays that process's calls, and outlives
+it.
 
-A rank that dies takes nothing with it that is slow to get back: Ray's worker, its place in the cluster and the imports stay. The agent asks
-the coordinator for orders, once in a heartbeat, and hands over its rank's newest beat with the question: each call by way of Ray costs some
-milliseconds of CPU, which on a small machine the steps go without. What it does on its own is to say how its rank ended, and to end with
-its worker.
+When a rank dies, everything that is slow to rebuild stays: Ray's worker, its place in the cluster, the imports. In one call per heartbeat
+the agent asks the coordinator for orders and delivers its rank's newest beat. It makes only one call because each call through Ray costs
+some milliseconds of CPU time, which the steps lose on a small machine. Unasked, the agent does only two things: it reports how its rank
+ended, and it ends with its worker.
 
     coordinator.order(fleet, rank, report, beat) -> AgentOrder   "run" an attempt | "stacks" | "kill" | "wait" | "end", and the beat's reply
     coordinator.rank_ended(attempt, rank, end)
 
-Imports no torch: the agent's own start is as short as Ray's."""
+cluster/launch.py starts it through `agent_main`. It imports no torch, so it starts as fast as Ray's worker does."""
 
 import contextlib
 import os
@@ -37,25 +38,25 @@ MOST_STACK_BYTES = 64_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Payload:
-    """What the ranks of an attempt do. `files`: name -> reference into Ray's object store, for what travels that way."""
+    """What the ranks of an attempt run. `files`: name -> reference to a file in Ray's object store."""
 
     target: str
     spec: bytes
-    """Pickled: only the rank knows its classes, whose modules take seconds to import."""
+    """Pickled, because only the rank imports the modules of its classes; that takes seconds."""
     files: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentOrder:
-    """What an agent should be doing."""
+    """What an agent should do."""
 
     command: Literal["wait", "run", "stacks", "kill", "end"]
     attempt: int = 0
     world_size: int = 0
     payload: Payload | None = None
-    """With "run", to an agent that has not begun this attempt."""
+    """Sent with "run" to an agent that has not begun this attempt."""
     reply: BeatReply | None = None
-    """The answer to the beat that came with the question."""
+    """The answer to the beat that was sent with the question."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,21 +64,21 @@ class AgentReport:
     """An agent's view of its rank's process."""
 
     attempt: int
-    """The newest attempt begun here."""
+    """The newest attempt that this agent has begun."""
     pid: int
     state: str
-    """Its letter in /proc: R, S, D, T (stopped), ...; "" where there is no process."""
+    """The state letter in /proc: R, S, D, T (stopped), ...; "" without a process."""
     cpu_seconds: float
     notice: str
-    """Why this node is about to go; "" if nothing is known of that."""
+    """Why this node is about to go; "" if no notice is known."""
     node_id: str
     placement_group: str
-    """Of its fleet, in hex."""
+    """The fleet's placement group, in hex."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankEnd:
-    """How a rank's process ended. `status` is its exit code or minus a signal's number."""
+    """How a rank's process ended. `status` is its exit code, or minus the number of the signal that killed it."""
 
     status: int
     error: RankError | None
@@ -86,14 +87,15 @@ class RankEnd:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaitingBeat:
-    """A beat that its rank waits for the answer to."""
+    """A beat whose rank waits for the answer."""
 
     beat: Beat
     reply: Future[BeatReply]
 
 
 class Beats:
-    """A rank's beats on their way: `give` waits, in the thread that answers the rank's calls, until the agent has asked for orders."""
+    """A rank's beats on their way to the coordinator. `give` runs in the thread that answers the rank's calls; it waits until the agent
+    asks for orders."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
@@ -102,7 +104,7 @@ class Beats:
         self._closed = False
 
     def give(self, beat: Beat) -> BeatReply:
-        """A beat that is urgent, or has promised a stop, does not wait for its turn."""
+        """An urgent beat, or one that promises a stop, wakes the agent at once."""
         waiting = WaitingBeat(beat=beat, reply=Future())
         with self._lock:
             if self._closed:
@@ -118,7 +120,7 @@ class Beats:
         return waiting
 
     def close(self) -> None:
-        """Nobody waits any more, or will."""
+        """End all waits, now and later."""
         with self._lock:
             self._closed = True
         if (waiting := self.take()) is not None:
@@ -126,7 +128,7 @@ class Beats:
 
 
 class Agent:
-    """One worker's agent. `ask(method, *args, **kwargs)` asks the coordinator; `fetch(reference)` reads Ray's object store."""
+    """One worker's agent. `ask(method, *args, **kwargs)` calls the coordinator; `fetch(reference)` reads Ray's object store."""
 
     def __init__(
         self,
@@ -142,8 +144,8 @@ class Agent:
         notice: Callable[[], str] = lambda: "",
         zygote: str = "",
     ) -> None:
-        """`zygote`: the name of the one that this node's agents share; without it this agent has its own. `heartbeat_seconds`: between two
-        questions while its rank is at work; how that ends, and what it says, does not wait for one."""
+        """`zygote`: name of the zygote that this node's agents share; without it this agent starts its own. `heartbeat_seconds`: time
+        between two questions while the rank is working; an urgent beat and the rank's end do not wait for it."""
         self._ask, self._fetch, self._notice, self._placement_group = ask, fetch, notice, placement_group
         self._zygote_name, self._heartbeat_seconds = zygote, heartbeat_seconds
         self._fleet, self._rank, self._place, self._modules = fleet, rank, place, tuple(modules)
@@ -153,7 +155,7 @@ class Agent:
         self._files: dict[str, int] = {}
 
     def run(self) -> None:
-        """Until the coordinator says "end", or has not answered for PATIENCE_SECONDS."""
+        """Run until the coordinator says "end", or has not answered for PATIENCE_SECONDS."""
         zygote = self._new_zygote()
         answered = time.monotonic()
         try:
@@ -217,7 +219,7 @@ class Agent:
             self._running = _Running(task, zygote, list(self._files.values()), self._ask, self._wake.set)
 
     def _take_in(self, files: Mapping[str, Any]) -> Sequence[str]:
-        """Files in memory, made once for all attempts of this agent."""
+        """Load the files into memory, once for all attempts of this agent."""
         for name, reference in files.items():
             if name not in self._files:
                 descriptor = os.memfd_create(name)
@@ -262,11 +264,11 @@ class _Running:
             target=serve_calls, args=(self._connection, answer, self._failed), name=f"calls-{task.attempt}", daemon=True
         )
         self._answering.start()
-        with contextlib.suppress(OSError):  # it has ended already
+        with contextlib.suppress(OSError):  # the process has already ended
             self._connection.send(task)
 
     def stacks(self) -> str:
-        """The stack of each of its threads, as far as it answers; a stopped process goes on for as long as it takes to say."""
+        """The stack of each thread, if the process answers. A stopped process is continued so that it can."""
         before = os.fstat(self._stacks).st_size
         self.forked.signal(STACKS_SIGNAL)
         self.forked.signal(signal.SIGCONT)
@@ -281,9 +283,9 @@ class _Running:
         return text or f"no answer in {STACKS_SECONDS:g} s; state {process_state(self.forked.pid)[0] or 'gone'}"
 
     def end(self) -> RankEnd:
-        """Once it has ended."""
+        """Collect the result of a process that has ended."""
         self.beats.close()
-        self._answering.join(timeout=5.0)  # what it said last is still on its way
+        self._answering.join(timeout=5.0)  # its last calls may still be in the connection
         self._connection.close()
         os.close(self._stacks)
         assert self.forked.status is not None
@@ -294,12 +296,12 @@ class _Running:
 
 
 def poll_seconds(world_size: int, heartbeat_seconds: float) -> float:
-    """Between two questions of an agent at work; 2.5 s with 1,000 ranks."""
+    """Time between two questions of an agent whose rank is working; 2.5 s with 1,000 ranks."""
     return max(heartbeat_seconds, world_size / CALLS_PER_SECOND)
 
 
 def process_state(pid: int) -> tuple[str, float]:
-    """Its letter in /proc and the CPU seconds it has used; ("", 0) where that cannot be read: it is gone, as a rule."""
+    """The state letter in /proc and the CPU seconds used; ("", 0) if /proc cannot be read, usually because the process is gone."""
     stat = None
     with contextlib.suppress(OSError):
         stat = process_stat(pid)

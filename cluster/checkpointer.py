@@ -1,13 +1,13 @@
-"""A rank's half of a checkpoint, off the step path: snapshot (on the step path, a copy) -> stage -> ack (in a thread).
+"""A rank's part of a checkpoint: snapshot (a copy, on the step path) -> stage -> ack (in a background thread).
 
-Called by the trainer's worker. At most one checkpoint is in flight: a second `save` waits for the first, and that wait is counted as stall,
-and apart as back-pressure. The commit itself is the coordinator's.
+Called by trainer/rank/saving.py. At most one checkpoint is in flight. A second `save` waits for the first; that wait counts as stall, and
+separately as back-pressure. The coordinator writes the commit.
 
-A remote storage that does not answer holds up nobody. The checkpoint goes to the node's own disk (spill.py) and a second thread uploads it
-when the storage is back; a `save` that finds the one before still waiting for the storage sends it there at once. Order:
-  - while anything is spilled, every later checkpoint is spilled behind it, and they are uploaded and acknowledged one after the other;
-  - two are kept. A third drops the oldest that is not on its way just now, and says so: a newer whole one has taken its place.
-So a checkpoint is never acknowledged before an older one that will be, and the newest is never dropped.
+A remote storage that does not answer blocks nobody. The checkpoint goes to the node's own disk (spill.py), and a second thread uploads it
+when the storage is back. If a `save` finds that the previous checkpoint still waits for the storage, it spills that one at once. The rules:
+  - While any checkpoint is spilled, every later one is spilled behind it. They are uploaded and acknowledged one after the other.
+  - Two are kept. A third one drops the oldest that is not being uploaded, and reports it: a newer complete checkpoint replaces it.
+So no checkpoint is acknowledged before an older one that will still be acknowledged, and the newest is never dropped.
 """
 
 import threading
@@ -24,13 +24,13 @@ Files = Callable[[], Iterable[tuple[str, Buffers]]]
 
 SPILLED_KEPT = 2
 UPLOAD_PAUSE_SECONDS = 1.0
-"""Between two tries to upload, each of which has its own waits (storage.RetryPolicy)."""
+"""Time between two tries to upload; each try also waits by itself (storage.RetryPolicy)."""
 OUTAGE_PATIENCE_SECONDS = 3600.0
 _CLOSE_SECONDS = 5.0
 
 
 class _SpillQueue:
-    """Spilled checkpoints that wait to be uploaded, oldest first. No lock: the checkpointer's is around it."""
+    """Spilled checkpoints that wait for their upload, oldest first. It has no lock: the checkpointer holds its own around every call."""
 
     def __init__(self) -> None:
         self._waiting: list[Spilled] = []
@@ -44,7 +44,7 @@ class _SpillQueue:
         return [spilled.step for spilled in self._waiting]
 
     def add(self, spilled: Spilled) -> list[Spilled]:
-        """Those for which there is no room any more: the oldest that are not on their way."""
+        """Add a checkpoint; return those that no longer have room: the oldest that are not being uploaded."""
         self._waiting.append(spilled)
         dropped = []
         while len(self._waiting) > SPILLED_KEPT:
@@ -54,18 +54,18 @@ class _SpillQueue:
         return dropped
 
     def needs_uploader(self) -> bool:
-        """True once, until next() has said None: a thread is to be started that calls next()."""
+        """True if the caller must start a thread that calls next(). Then False until next() has returned None."""
         needed, self._has_uploader = not self._has_uploader, True
         return needed
 
     def next(self, *, is_closed: bool) -> Spilled | None:
-        """What to upload now; None ends the uploader."""
+        """The checkpoint to upload now; None ends the uploader."""
         self._has_uploader = bool(self._waiting) and not is_closed
         self._on_its_way = self._waiting[0] if self._has_uploader else None
         return self._on_its_way
 
     def put_back(self) -> None:
-        """What is on its way waits again, and may be dropped meanwhile."""
+        """The checkpoint being uploaded waits again, and may now be dropped."""
         self._on_its_way = None
 
     def remove(self, spilled: Spilled) -> None:
@@ -74,26 +74,27 @@ class _SpillQueue:
 
 
 class _Outage:
-    """An outage of the storage, from the first failure to the next success. No lock: the checkpointer's is around it."""
+    """An outage of the storage, from the first failure to the next success. It has no lock: the checkpointer holds its own around every
+    call."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._since: float | None = None
         self.problem = ""
-        """What the storage last said."""
+        """The storage's latest error."""
 
     def goes_on(self, problem: str) -> None:
         self.problem = problem
 
     def begins(self, problem: str) -> bool:
-        """False if it had begun already."""
+        """Returns False if the outage had already begun."""
         self.problem, begins = problem, self._since is None
         if begins:
             self._since = self._clock()
         return begins
 
     def ends(self) -> float | None:
-        """How many seconds it lasted; None if there was none."""
+        """How many seconds it lasted; None if there was no outage."""
         if self._since is None:
             return None
         seconds, self._since = self._clock() - self._since, None
@@ -103,8 +104,9 @@ class _Outage:
 class Checkpointer:
     """Stages what `snapshot()` returns and acknowledges it.
 
-    `stage(step, name, buffers) -> Receipt` writes one file; `ack(step, receipts, meta)` tells the coordinator; `on_event(event, fields)` is
-    told of an outage: storage_outage, checkpoint_spilled, storage_recovered. Without `spill` (a local storage) what cannot be staged fails.
+    `stage(step, name, buffers) -> Receipt` writes one file. `ack(step, receipts, meta)` tells the coordinator. `on_event(event, fields)`
+    reports an outage: storage_outage, checkpoint_spilled, storage_recovered. Without `spill` (a local storage) a checkpoint that cannot be
+    staged fails.
     """
 
     def __init__(
@@ -130,15 +132,15 @@ class Checkpointer:
         self._closed = threading.Event()
         self._pause = pause or self._closed.wait
         self.stall_seconds = 0.0
-        """Time that save() held up the steps."""
+        """Time for which save() blocked the steps."""
         self.backpressure_seconds = 0.0
-        """The part of it that was waiting for the checkpoint before; the rest is the copy."""
+        """The part of it spent waiting for the previous checkpoint; the rest is the copy."""
 
     def save(self, step: int, snapshot: Callable[[], Files], meta: dict[str, Any]) -> float:
-        """Take `snapshot()` now and stage its files in the background; the seconds this call held up the steps.
+        """Take `snapshot()` now and stage its files in the background; returns the seconds for which this call blocked the steps.
 
-        `snapshot` copies the state into private buffers and returns a function that yields (name, contents) of each file; that
-        function runs in the background thread. An error of an earlier background write is raised here.
+        `snapshot` copies the state into private buffers and returns a function that yields (name, contents) of each file; that function
+        runs in the background thread. An error of an earlier background write is raised here.
         """
         begin = time.perf_counter()
         self._hurry.set()
@@ -154,11 +156,12 @@ class Checkpointer:
         return stall
 
     def hurried(self) -> bool:
-        """For `stage`: the next checkpoint waits for this one. A storage that fails is not worth the wait where there is another disk."""
+        """For `stage`: True when the next checkpoint waits for this one. With a second disk, waiting for a failing storage is not worth
+        it."""
         return self._spill is not None and (self._hurry.is_set() or self._closed.is_set())
 
     def wait(self, timeout_seconds: float = OUTAGE_PATIENCE_SECONDS) -> None:
-        """Wait until nothing is in flight or spilled; raise what went wrong there. StorageOutage after `timeout_seconds` of an outage."""
+        """Wait until nothing is in flight or spilled; raise any error that occurred. StorageOutage after `timeout_seconds` of an outage."""
         self._join()
         with self._changed:
             done = self._changed.wait_for(lambda: not self._spilled or self._error is not None, timeout_seconds)
@@ -172,11 +175,11 @@ class Checkpointer:
             )
 
     def close(self) -> None:
-        """Give up what is not acknowledged yet and leave nothing on the node's disk."""
+        """Give up what is not yet acknowledged, and leave nothing on the node's disk."""
         self._closed.set()
         for thread in (self._thread, self._uploader):
             if thread is not None:
-                thread.join(_CLOSE_SECONDS)  # one that hangs in a request has nothing left to lose
+                thread.join(_CLOSE_SECONDS)  # a thread that hangs in a request has nothing left to lose
         if self._spill is not None:
             self._spill.close()
 
@@ -211,7 +214,7 @@ class Checkpointer:
                     spilled.add(name, parts)
                 if spilled is None:
                     self._ack(step, receipts, meta)
-            except OSError as error:  # a full disk or a lost mount: the older checkpoints stay, training goes on, the journal says so
+            except OSError as error:  # a full disk or a lost mount: older checkpoints stay, training continues, the journal records it
                 if spilled is not None:
                     spilled.remove()
                 return self._on_failed(step, error)
@@ -263,7 +266,7 @@ class Checkpointer:
             self._error = error
             self._changed.notify_all()
 
-    # The thread that uploads what was spilled; it lives while there is any
+    # The thread that uploads spilled checkpoints; it lives while there are any
 
     def _upload_all(self) -> None:
         try:

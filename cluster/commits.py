@@ -1,7 +1,8 @@
-"""A checkpoint's way from acks to a commit, as bookkeeping: pending -> acked by all ranks -> committed, or failed. Pure.
+"""Bookkeeping of checkpoints on their way to a commit: pending -> acknowledged by all ranks -> committed, or failed. Pure.
 
-The coordinator holds one, behind its lock. Ranks acknowledge what they have staged; once all ranks of an attempt have, the Committer gets
-the checkpoint, writes the commit, and says here how that ended. What the files hold, and what makes a commit valid, is store.py's."""
+The coordinator holds one instance, behind its lock. Ranks acknowledge what they have staged. Once all ranks of an attempt have, the
+Committer takes the checkpoint, writes the commit, and reports the result here. store.py defines what the files hold and what makes a
+commit valid."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,16 +32,16 @@ class Committed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointNews:
-    """What is known of checkpoints."""
+    """What is known about checkpoints."""
 
     last: Committed | None
-    """The newest commit, of earlier drivers too."""
+    """The newest commit, including those of earlier drivers."""
     failures: int
     """Checkpoints that could not be saved, over all attempts of this driver."""
     problem: str
-    """Why the newest one of them failed; "" if none did."""
+    """Why the latest of them failed; "" if none did."""
     failed_steps: frozenset[int]
-    """Of the current attempt: steps whose checkpoints will not be."""
+    """Steps of the current attempt whose checkpoints failed for good."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class _Pending:
 
 
 class Commits:
-    """See the module. `last`: the newest commit that is there already."""
+    """See the module. `last`: the newest commit that already exists."""
 
     def __init__(self, last: Committed | None) -> None:
         self._last = last
@@ -68,16 +69,16 @@ class Commits:
 
     @property
     def in_hand(self) -> int:
-        """Staged checkpoints that are not yet committed or failed."""
+        """Number of staged checkpoints that are not yet committed or failed."""
         return self._in_hand
 
     def begin(self, attempt: int, world_size: int, last: Committed | None) -> None:
-        """Another attempt, whose newest commit is `last`; what older ones say from here on is ignored."""
+        """Begin another attempt, whose newest commit is `last`. Messages from older attempts are ignored from now on."""
         self._attempt, self._world_size, self._last = attempt, world_size, last
         self._pending, self._failed_steps = {}, set()
 
     def ack(self, attempt: int, rank: int, step: int, receipts: Iterable[Receipt], meta: Mapping[str, Any]) -> Staged | None:
-        """A rank has staged its part. The checkpoint to commit, once all ranks have; the metas of the ranks are merged."""
+        """A rank has staged its part. Returns the checkpoint to commit once all ranks have, with the ranks' metas merged."""
         if attempt != self._attempt:
             return None
         pending = self._pending.setdefault(step, _Pending())
@@ -86,19 +87,19 @@ class Commits:
         if len(pending.receipts) < self._world_size or step in self._failed_steps:
             return None
         everything = [receipt for number in sorted(pending.receipts) for receipt in pending.receipts[number]]
-        # Ranks save in the order of steps: what is still incomplete below this one never will be.
+        # Ranks save in step order, so an incomplete checkpoint below this step can never complete.
         self._pending = {other: kept for other, kept in self._pending.items() if other > step}
         self._in_hand += 1
         return Staged(attempt=attempt, step=step, receipts=everything, meta=pending.meta)
 
     def withdraw(self, attempt: int, step: int) -> bool:
-        """A rank could not stage its part; False where that is of an older attempt."""
+        """A rank could not stage its part. Returns False if the message is from an older attempt."""
         if attempt == self._attempt:
             self._pending.pop(step, None)
         return attempt == self._attempt
 
     def failed(self, attempt: int, step: int, problem: str) -> bool:
-        """The checkpoint will not be. False if that was known: another rank said so before."""
+        """The checkpoint failed. Returns False if another rank has already reported it."""
         is_new = attempt != self._attempt or step not in self._failed_steps
         self._failures += is_new
         self._problem = problem
@@ -107,15 +108,15 @@ class Commits:
         return is_new
 
     def committed(self, attempt: int, step: int, time: float) -> None:
-        if attempt == self._attempt:  # one of an older attempt may be newer than what this attempt began with
+        if attempt == self._attempt:  # a commit of an older attempt may be newer than this attempt's start
             self._last = Committed(step=step, time=time)
 
     def settled(self) -> None:
-        """One that ack() handed out is committed or failed."""
+        """A checkpoint that ack() returned is now committed or failed."""
         self._in_hand -= 1
 
     def is_committed(self, step: int) -> bool:
-        """It, or a later one."""
+        """True if this step's checkpoint, or a later one, is committed."""
         return self._last is not None and self._last.step >= step
 
     def is_failed(self, step: int) -> bool:

@@ -1,6 +1,6 @@
-"""Commits staged checkpoints, one after the other, in a thread of its own. Called by the coordinator, which is told how each one ended.
+"""Commits staged checkpoints one after the other, in its own thread. The coordinator calls it and is told each result.
 
-What is a commit is store.py's business; which checkpoints are complete is commits.py's."""
+store.py defines what a commit is; commits.py decides which checkpoints are complete."""
 
 import queue
 import threading
@@ -14,17 +14,17 @@ from cluster.storage import StorageOutage
 from cluster.store import Commit, Fenced, StorageFull, Store
 
 COMMIT_PAUSE_SECONDS = 1.0
-"""Between two tries to commit in an outage, each of which has its own waits (storage.RetryPolicy)."""
+"""Time between two tries to commit in an outage; each try also waits by itself (storage.RetryPolicy)."""
 COMMITS_WAITING = 2
-"""Checkpoints that may wait behind the one that is tried; with more of them it is given up."""
+"""Number of checkpoints that may wait behind the one being committed; if more wait, that one is given up."""
 FENCED = "fenced"
 
 
 class Committer:
-    """See the module. `keep`: how many checkpoints stay when a newer one is committed.
+    """See the module. `keep`: how many checkpoints remain after a newer one is committed.
 
-    Told from its thread, for each checkpoint: on_committed(staged, unix time), or on_failed(staged, kind, message), where kind FENCED says
-    that a newer driver has claimed the run; then on_settled()."""
+    For each checkpoint its thread calls on_committed(staged, unix time) or on_failed(staged, kind, message), then on_settled(). The kind
+    FENCED means that a newer driver has claimed the run."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Committer:
         self._waiting.put(staged)
 
     def close(self) -> bool:
-        """The thread ends after what it has in hand, in an outage at once. False if it was closed before."""
+        """Let the thread finish its queue and end; in an outage it ends at once. Returns False if it was already closed."""
         if self._closed.is_set():
             return False
         self._closed.set()
@@ -64,7 +64,7 @@ class Committer:
                 self._commit(staged)
             except Fenced as error:
                 self._on_failed(staged, FENCED, str(error))
-            except Exception as error:  # the thread must outlive any storage: the old checkpoint is unharmed and training goes on
+            except Exception as error:  # the thread must survive any storage error: the old checkpoint is intact and training continues
                 kind = "storage_full" if isinstance(error, StorageFull) else type(error).__name__
                 self._on_failed(staged, kind, str(error))
             finally:
@@ -93,8 +93,8 @@ class Committer:
             self._journal.write("prune_failed", attempt=staged.attempt, step=staged.step, message=str(error))
 
     def _commit_through_outages(self, staged: Staged) -> Commit:
-        """In the order of steps: the checkpoints behind this one wait with it. Given up when the committer is closed, or when so many wait
-        that they would fill the storage, where ranks reach it and this process does not."""
+        """Commit in step order: the checkpoints behind this one wait for it. Gives up when the committer is closed. It also gives up
+        when too many wait: if the ranks reach the storage and this process does not, they would fill it."""
         began: float | None = None
         while True:
             try:

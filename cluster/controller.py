@@ -1,5 +1,5 @@
-"""Attempt, decide, retry or raise: the loop around one run's attempts. Called by trainer/drive/drive.py; decisions are
-`failures.decide`'s."""
+"""The loop around one run's attempts: run, decide, retry or raise. Called by trainer/drive/drive.py; `failures.decide` makes the
+decisions."""
 
 import time
 from collections.abc import Callable
@@ -30,12 +30,12 @@ def run_attempts(
     stopping: Callable[[], bool] = lambda: False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Run `attempt(number)` until it returns None; the number of restarts. Raises RunFailed when the policy says so.
+    """Run `attempt(number)` until it returns None; returns the number of restarts. Raises RunFailed when the policy says so.
 
-    `committed_step()` is the newest commit's step (-1: none): progress is measured in commits, since only those survive.
-    A failure while `stopping()` ends the loop: the user asked for the end, what is committed is kept.
-    `counts` is what earlier drivers of the run left (failures.counts_of). `on_skip(step, failure)` is told, before the next attempt, of a
-    step whose batch all attempts from now on must leave out.
+    `committed_step()` is the newest commit's step (-1: none): only commits survive, so they measure progress.
+    A failure while `stopping()` ends the loop: the user asked for the end, and the commits are kept.
+    `counts` is what earlier drivers of the run left (failures.counts_of). `on_skip(step, failure)` is called before the next attempt with a
+    step whose batch all later attempts must leave out.
     """
     counts = counts or FailureCounts()
     number = first_attempt

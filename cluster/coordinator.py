@@ -1,12 +1,13 @@
-"""One per run: a checkpoint's way to its commit, who is alive and where, when to stop, where Prometheus finds the ranks.
+"""The coordinator, one per run. It tracks checkpoints until they are committed, tracks the ranks and where they run, coordinates stops, and
+lists the ranks for Prometheus.
 
-Pure Python and thread-safe; the driver runs it as a Ray actor with several threads. Ranks beat (see heartbeat), ack what they staged and
-hand in bad samples; the driver starts attempts, asks for status and for stops.
+Pure Python and thread-safe; the driver runs it as a Ray actor with several threads. Ranks send beats (heartbeat.py), acknowledge staged
+checkpoints and report bad samples. The driver starts attempts and asks for status and stops.
 
-This is a thin shell: one lock, the journal and the metrics around parts that know of no thread and no storage: roster.py (who takes part),
-commits.py (which checkpoints are complete), stop.py (the common stop), quarantined.py (bad samples). committer.py writes the commits,
-targets.py publishes the ranks. It holds nothing that it cannot rebuild from the run's folder: attempt, ranks and a requested stop from the
-journal, commits from the store, bad samples from quarantine.jsonl."""
+This is a thin shell: one lock, the journal and the metrics around parts that know neither threads nor storage: roster.py (who takes
+part), commits.py (which checkpoints are complete), stop.py (the common stop), quarantined.py (bad samples). committer.py writes the
+commits, targets.py publishes the ranks. The coordinator can rebuild all its state from the run's folder: attempt, ranks and a requested
+stop from the journal, commits from the store, bad samples from quarantine.jsonl."""
 
 import threading
 import time
@@ -30,15 +31,15 @@ from cluster.straggler import Straggler, StragglerLimits
 from cluster.targets import Discovery, ScrapeTarget, targets_of
 
 JOURNAL_SECONDS = 10.0
-"""A run that ends in an outage waits for so long for the storage to take its last events."""
+"""How long a run that ends in an outage waits for the storage to take its last events."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopNews:
-    """What is known of a stop."""
+    """What is known about a stop."""
 
     reason: str | None
-    """Why the run is to stop; None: nobody asked for it."""
+    """Why the run should stop; None if nobody asked."""
     at: int | None
     """The number of steps proposed to the ranks."""
     confirmed: bool
@@ -59,27 +60,27 @@ class Status:
     stop: StopNews
     quarantined: int
     is_orphan: bool
-    """The coordinator took up from the journal, and waits for adopt()."""
+    """The coordinator was rebuilt from the journal and waits for adopt()."""
     reports: dict[int, AgentReport]
-    """What the agents of the current fleet last said, by rank."""
+    """Latest reports of the current fleet's agents, by rank."""
     agent_ages: dict[int, float]
-    """Seconds since they did."""
+    """Seconds since those reports."""
     notices: tuple[str, ...]
     """Why nodes of the current fleet are about to go."""
     ended_ranks: frozenset[int]
-    """Ranks whose processes have ended; all of them: the attempt is over."""
+    """Ranks whose processes have ended; if all have, the attempt is over."""
     stacks: frozenset[int]
-    """Ranks whose stacks have come in since they were asked for."""
+    """Ranks whose stacks have arrived since they were requested."""
 
 
 class _Endings:
-    """Counts failures, and attempts that follow another one, by what ended that one."""
+    """Counts failures, and restarts by what ended the attempt before."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics, self._newest = metrics, OTHER
 
     def take(self, event: str, fields: Mapping[str, Any]) -> None:
-        """An event of the journal, if it says how an attempt ended."""
+        """Take in a journal event, if it says how an attempt ended."""
         if event in ("attempt_failed", "attempt_paused"):
             self._newest = str(fields.get("kind", OTHER))
         if event == "attempt_failed":
@@ -94,7 +95,7 @@ class _Endings:
 
 
 class Coordinator:
-    """See the module. Every method may be called from any thread; only news(), wait_committed(), drain() and finish() wait."""
+    """See the module. Every method may be called from any thread; only news(), wait_committed(), drain() and finish() block."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class Coordinator:
         self._journal = Journal.open(self._storage, run, f"coordinator-g{generation:04d}", now)
         self._metrics = Metrics(run, "coordinator", 0, owner="coordinator")
         self._endings = _Endings(self._metrics)
-        self._changed = threading.Condition()  # the one lock: of roster, commits, vote, reason and bad samples
+        self._changed = threading.Condition()  # the one lock: guards roster, commits, vote, reason and bad samples
         self._roster = Roster(straggler or StragglerLimits())
         self._commits = Commits(self._newest_commit())
         self._vote = StopVote(0)
@@ -138,16 +139,16 @@ class Coordinator:
             clock=clock,
             now=now,
         )
-        self._discovery.write()  # one that took up has an address of its own
+        self._discovery.write()  # a rebuilt coordinator has a new address
 
     # The driver's side
 
     def start_attempt(self, attempt: int, world_size: int, start_step: int, fleet: int = 0, payload: Payload | None = None) -> None:
-        """A new group of ranks, from a state after `start_step` steps; whatever older ranks still say is ignored from here on. The agents
-        of `fleet` begin it when they next ask for orders. A stop asked of an older attempt to change the workers is over.
+        """Begin a new group of ranks, from a state after `start_step` steps. Messages from older ranks are ignored from now on. The agents
+        of `fleet` begin it when they next ask for orders. A pause of an older attempt (request_pause) is over.
 
-        Call drain() before choosing the state, so that a checkpoint on its way is not lost."""
-        # Newer ones were found bad, or rolled back: they are no answer to wait_committed().
+        Call drain() before choosing the state, so that a checkpoint in progress is not lost."""
+        # Newer commits were found bad, or rolled back, so they do not count for wait_committed().
         last = self._newest_commit(up_to=start_step)
         begun = Attempt(number=attempt, world_size=world_size, start_step=start_step, fleet=fleet, payload=payload)
         with self._changed:
@@ -160,15 +161,15 @@ class Coordinator:
             self._endings.restarted()
         self._metrics.set("workers", world_size)
         self._journal.write("attempt_started", attempt=attempt, workers=world_size, start_step=start_step, generation=self._generation)
-        self._discovery.write()  # without those of the attempt before
+        self._discovery.write()  # without the ranks of the previous attempt
 
     def adopt(self, attempt: int, fleet: int, payload: Payload) -> None:
-        """Tell a coordinator that took up from the journal what it cannot read there: whom the attempt's agents belong to, and its task."""
+        """Give a coordinator that was rebuilt from the journal what the journal does not hold: the attempt's fleet and payload."""
         with self._changed:
             self._roster.adopt(attempt, fleet, payload)
 
     def request_stop(self, reason: str) -> None:
-        """Have all ranks stop after the same number of steps, as soon as they can agree on one, and start no more. The first reason
+        """Have all ranks stop after the same number of steps, as soon as they can agree on one, and start no new ones. The first reason
         counts."""
         with self._changed:
             if self._stop_reason is not None:
@@ -178,7 +179,7 @@ class Coordinator:
         self._journal.write("stop_requested", reason=reason, generation=self._generation)
 
     def request_pause(self, attempt: int, reason: str) -> None:
-        """As request_stop, but for this attempt alone: another one, with other workers, goes on from the commit."""
+        """Like request_stop, but for this attempt only: another one, with other workers, continues from the commit."""
         with self._changed:
             if not self._roster.is_current(attempt) or self._vote.requested:
                 return
@@ -186,7 +187,7 @@ class Coordinator:
         self._journal.write("pause_requested", attempt=attempt, reason=reason)
 
     def ask_stacks(self, attempt: int) -> None:
-        """Have every agent of the attempt send the stacks of its rank, into the journal."""
+        """Have every agent of the attempt send its rank's stacks to the journal."""
         with self._changed:
             self._roster.ask_stacks(attempt)
 
@@ -196,17 +197,17 @@ class Coordinator:
             self._roster.kill(attempt)
 
     def ends(self, attempt: int) -> dict[int, RankEnd]:
-        """How the ranks of the attempt ended, as far as they have."""
+        """How the attempt's ranks ended, for those that have."""
         with self._changed:
             return self._roster.ends(attempt)
 
     def end_fleet(self, fleet: int) -> None:
-        """Have its agents end."""
+        """Have the fleet's agents end."""
         with self._changed:
             self._roster.end_fleet(fleet)
 
     def news(self, ended: int, timeout: float) -> Status:
-        """The status as soon as more than `ended` ranks of the attempt have ended, else after `timeout` seconds."""
+        """The status: as soon as more than `ended` ranks of the attempt have ended, or after `timeout` seconds."""
 
         def is_there() -> bool:
             attempt = self._roster.attempt
@@ -240,12 +241,12 @@ class Coordinator:
             )
 
     def event(self, event: str, **fields: Any) -> None:
-        """Into the journal; failures are counted by their `kind`."""
+        """Write an event to the journal; failures are counted by their `kind`."""
         self._endings.take(event, fields)
         self._journal.write(event, **fields)
 
     def account(self, seconds: Mapping[str, float]) -> None:
-        """Where the run's seconds went so far, by cause, for Prometheus; `steps` are the useful ones."""
+        """Export to Prometheus how the run's seconds were spent so far, by cause; `steps` counts the useful ones."""
         for cause, value in seconds.items():
             self._metrics.set("run_seconds", value, label=cause)
         if total := sum(seconds.values()):
@@ -256,49 +257,49 @@ class Coordinator:
         return self._discovery.address
 
     def targets(self) -> list[ScrapeTarget]:
-        """http_sd: the ranks of the current attempt and the coordinator."""
+        """The http_sd targets: the ranks of the current attempt and the coordinator."""
         with self._changed:
             attempt, infos = self._roster.attempt, self._roster.infos()
         return targets_of(self._run, attempt.number if attempt else 0, infos, self._discovery.address)
 
     def last_commit(self) -> Committed | None:
-        """The newest commit, of earlier drivers too."""
+        """The newest commit, including those of earlier drivers."""
         with self._changed:
             return self._commits.last
 
     def wait_committed(self, step: int, timeout: float) -> bool:
-        """True once the checkpoint of `step`, or a later one, is committed; False when it failed, or after `timeout` seconds."""
+        """True once the checkpoint of `step`, or a later one, is committed; False if it failed, or after `timeout` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._commits.is_committed(step) or self._commits.is_failed(step), timeout)
             return self._commits.is_committed(step)
 
     def drain(self, timeout: float = 60.0) -> bool:
-        """Wait until every checkpoint that all ranks have acked is committed or failed; False after `timeout` seconds."""
+        """Wait until every checkpoint that all ranks have acknowledged is committed or failed; False after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._commits.in_hand == 0, timeout)
 
     def finish(self, timeout: float = 60.0) -> bool:
-        """drain(), then close(), with what happened in the journal."""
+        """drain(), then close(), with all events written to the journal."""
         done = self.drain(timeout)
         self._journal.flush(JOURNAL_SECONDS)
         self.close()
         return done
 
     def close(self) -> None:
-        """End the server and the threads; a checkpoint that is not committed yet stays uncommitted."""
+        """End the server and the threads; a checkpoint that is not yet committed stays uncommitted."""
         if self._committer.close():
             self._discovery.close()
 
     # The agents' side
 
     def order(self, fleet: int, rank: int, report: AgentReport, beat: Beat | None = None) -> AgentOrder:
-        """What the agent of this rank should be doing now. `beat`: one of its rank's, answered with it."""
+        """What this rank's agent should do now. `beat`: a beat of its rank, which the order answers."""
         with self._changed:
             order = self._roster.order(fleet, rank, report, self._clock())
         return order if beat is None else replace(order, reply=self.beat(beat))
 
     def rank_ended(self, attempt: int, rank: int, end: RankEnd) -> None:
-        """A rank's process has ended. If not well, the others will not get on without it: they are ended too."""
+        """A rank's process has ended. If it failed, the others cannot continue and are killed."""
         with self._changed:
             if not self._roster.ended(attempt, rank, end):
                 return
@@ -306,7 +307,7 @@ class Coordinator:
         self._discovery.write()
 
     def stacks(self, attempt: int, rank: int, text: str) -> None:
-        """The stacks of a rank, as asked for."""
+        """A rank's stacks, as requested."""
         self._journal.write("stacks", attempt=attempt, rank=rank, text=text)
         with self._changed:
             self._roster.told_stacks(attempt, rank)
@@ -314,17 +315,17 @@ class Coordinator:
     # The ranks' side
 
     def publish(self, attempt: int, key: str, value: Any) -> None:
-        """Tell the other ranks of the attempt."""
+        """Publish a value for the other ranks of the attempt."""
         with self._changed:
             self._roster.publish(attempt, key, value)
 
     def lookup(self, attempt: int, key: str) -> Any:
-        """What a rank of the attempt published; None if nothing yet."""
+        """The value that a rank of the attempt published; None if nothing yet."""
         with self._changed:
             return self._roster.lookup(attempt, key)
 
     def register(self, attempt: int, rank: int, info: RankInfo) -> None:
-        """A rank is up: from now on it is a target of Prometheus."""
+        """A rank is up: from now on Prometheus scrapes it."""
         with self._changed:
             if not self._roster.register(attempt, rank, info, self._clock()):
                 return
@@ -340,7 +341,7 @@ class Coordinator:
         self._discovery.write()
 
     def beat(self, beat: Beat) -> BeatReply:
-        """A rank's position, and the stop it has promised, if any; answers with the stop proposed to all."""
+        """Take in a rank's position and its promised stop, if any; the reply holds the stop proposed to all."""
         with self._changed:
             heard = self._roster.hear(beat, self._clock())
             if heard is None:
@@ -352,23 +353,23 @@ class Coordinator:
         return reply
 
     def ack(self, attempt: int, rank: int, step: int, receipts: Iterable[Receipt], meta: Mapping[str, Any] | None = None) -> None:
-        """A rank has staged its files of the checkpoint after `step` steps. Committed in the background once all ranks of the attempt
-        said so; the metas of the ranks are merged. An ack of an older attempt is ignored."""
+        """A rank has staged its files of the checkpoint after `step` steps. Once all ranks of the attempt have, the checkpoint is
+        committed in the background, with the ranks' metas merged. An ack of an older attempt is ignored."""
         with self._changed:
             staged = self._commits.ack(attempt, rank, step, receipts, meta or {})
             if staged is not None:
-                self._committer.put(staged)  # in here: in the order in which they were complete
+                self._committer.put(staged)  # under the lock, to keep the order in which they became complete
 
     def fail_checkpoint(self, attempt: int, rank: int, step: int, message: str) -> None:
-        """A rank could not stage its part (disk full): this checkpoint will not be; training goes on with the one before."""
+        """A rank could not stage its part (disk full): this checkpoint fails; training continues with the previous one."""
         with self._changed:
             if not self._commits.withdraw(attempt, step):
                 return
         self._checkpoint_failed(attempt, step, message, rank=rank)
 
     def quarantine(self, records: list[dict[str, Any]]) -> int:
-        """Samples that could not be read: {"key", "reason", "split", "sample_id"}. Those not known yet go into quarantine.jsonl and the
-        journal; answers with the number of distinct ones over all ranks and attempts, against which limits hold."""
+        """Record samples that could not be read: {"key", "reason", "split", "sample_id"}. New ones go into quarantine.jsonl and the
+        journal. Returns the number of distinct ones over all ranks and attempts; the limits apply to that number."""
         with self._changed:
             new, count = self._bad.add(records), len(self._bad)
         if new:
@@ -410,7 +411,7 @@ class Coordinator:
             self._metrics.add("checkpoint_failures_total")
 
     def _newest_commit(self, up_to: int | None = None) -> Committed | None:
-        """In the store, after at most `up_to` steps."""
+        """The newest commit in the store, after at most `up_to` steps."""
         commits = (commit for commit in self._store.commits() if up_to is None or commit.step <= up_to)
         return next((Committed(step=commit.step, time=commit.modified) for commit in commits), None)
 
@@ -430,16 +431,16 @@ class Coordinator:
 
     def _write_quarantine(self) -> None:
         with self._writing_quarantine:
-            with self._changed:  # in here: what is written last is the newest
+            with self._changed:  # under the lock, so that the last write holds the newest records
                 lines, count = self._bad.to_lines(), len(self._bad)
             self._metrics.set("run_quarantined_samples", count)
             try:
                 self._storage.without_retries().write_atomic(f"{self._run}/{QUARANTINE}", lines)
-            except OSError as error:  # the next record writes them all again, and the journal has them too
+            except OSError as error:  # the next write contains all of them again, and so does the journal
                 self._journal.write("quarantine_not_written", message=str(error))
 
     def _rebuild(self) -> None:
-        """Take over from a coordinator of this generation that died: its attempt, ranks and requested stop are in the journal."""
+        """Take over from a coordinator of this generation that died: read its attempt, ranks and requested stop from the journal."""
         last = self._commits.last
         for event in read_journal(self._storage, self._run):
             match event:
@@ -451,7 +452,7 @@ class Coordinator:
                     self._stop_reason = str(event["reason"])
                     self._vote.request()
                 case {"event": "attempt_failed" | "attempt_paused"} if self._roster.attempt is not None:
-                    self._endings.take(event["event"], event)  # the counters go on where the dead one's were
+                    self._endings.take(event["event"], event)  # counters continue from the dead coordinator's
                 case {"event": "worker_registered"} if self._roster.is_current(event["attempt"]):
                     info = RankInfo(
                         host=event["host"], pid=event["pid"], node_id=event["node_id"], metrics_address=event["metrics_address"]
@@ -465,7 +466,7 @@ class Coordinator:
 
 
 class CoordinatorActor(Coordinator):
-    """The coordinator with a place for what the ranks hand back at the end of an attempt. Ray names its process after this class."""
+    """The coordinator, plus a place for what the ranks return at the end of an attempt. Ray names its process after this class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,14 +1,13 @@
-"""The room that an elastic run lacks, stated so that an autoscaler (KubeRay's, `ray up`'s) brings the nodes for it.
+"""Tells an autoscaler (KubeRay's, `ray up`'s) which workers an elastic run lacks, so that it brings the nodes.
 
-Called by trainer/run.py before the cluster is planned with, and by trainer/drive/drive.py while a run waits for room or is at work with
-fewer
-workers than it may have. Whether to grow into what came stays with the driver.
+Called by trainer/drive/start.py before the run is planned, and by trainer/drive/fleets.py while a run waits for room or works with fewer
+workers than it may have. The driver decides whether to grow into new room.
 
-What states it is placement groups that wait: an autoscaler counts them, and Ray's head removes them with the job that made them, however
-that ended, within a second. (`ray.autoscaler.sdk.request_resources` outlives a killed driver; Ray Train's AutoscalingCoordinator, built on
-it, does so for up to 200 s, counts what other jobs hold as room, and overwrites what anyone else asked for.) A group that waits becomes one
-that holds as soon as it fits, so it is given back at once: room that a restarting neighbour is about to take again must stay free, and the
-driver sees room only where it is free.
+Pending placement groups state the demand. An autoscaler counts them, and Ray's head removes them within a second after their job ends,
+however it ended. The alternatives are worse: `ray.autoscaler.sdk.request_resources` outlives a killed driver. Ray Train's
+AutoscalingCoordinator, built on it, does so for up to 200 s, counts what other jobs hold as room, and overwrites other users' requests. A
+pending group reserves its resources as soon as it fits, so it is removed at once: room that a restarting neighbour is about to take again
+must stay free, and the driver sees only free room.
 """
 
 import contextlib
@@ -26,52 +25,54 @@ WAIT_POLL_SECONDS = 0.5
 
 
 def groups_wanted(*, lacking: int, room: int, is_placed: bool) -> int:
-    """How many workers' groups a run at work has waiting: one for each worker that it lacks, so that an autoscaler which can bring some of
-    them does; none while there is room for any, whether free or held by such a group. What is lacking after that is stated after growing.
+    """How many groups, of one worker each, a working run keeps pending. One for each lacking worker, so that an autoscaler that can bring
+    only some of them does. None while there is room for any worker, free or reserved by such a group; what is lacking then is requested
+    after growing.
     """
     return 0 if room > 0 or is_placed else max(0, lacking)
 
 
 def room_of_worker(resources: Resources) -> dict[str, float]:
-    """What a worker takes of a node."""
+    """The resources that a worker takes on a node."""
     return {"CPU": resources.cpus_per_worker} | ({"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {})
 
 
 class Demand:
-    """The groups that wait for one run. They go with its driver, if nobody withdraws them before."""
+    """The pending groups of one run. They end with its driver, unless they are withdrawn before."""
 
     def __init__(self, worker: Mapping[str, float]) -> None:
-        """`worker` is what a worker takes of a node."""
+        """`worker`: the resources that a worker takes on a node."""
         self._worker = dict(worker)
         self._stated = (0, 0)
         self._groups: list[Any] = []
 
     def state(self, groups: int, *, workers_each: int = 1) -> bool:
-        """Have so many groups waiting, each for so many workers, all of whom it gets or none. True if that is new."""
+        """Keep this many groups pending, each for `workers_each` workers, placed all together or not at all. Returns True if this demand
+        is new."""
         wanted = (groups, workers_each) if groups > 0 else (0, 0)
         if wanted == self._stated:
             return False
         self.withdraw()
         for _ in range(groups):
-            self._groups.append(placement_group([dict(self._worker)] * workers_each))  # PACK: on several nodes where one is too small
+            self._groups.append(placement_group([dict(self._worker)] * workers_each))  # PACK: uses several nodes if one is too small
         self._stated = wanted
         return groups > 0
 
     def is_placed(self) -> bool:
-        """A group found its place: what it waited for is there."""
+        """True if a group was placed: the room it waited for exists."""
         return any(placement_group_table(group).get("state") == "CREATED" for group in self._groups)
 
     def withdraw(self) -> None:
-        """Ask for nothing and hold nothing."""
+        """Request nothing and reserve nothing."""
         groups, self._groups, self._stated = self._groups, [], (0, 0)
-        for group in reversed(groups):  # those that wait first: they would take what the others give back
-            with contextlib.suppress(ray.exceptions.RayError):  # they end with this process at the latest
+        for group in reversed(groups):  # pending ones first: they would take what the others release
+            with contextlib.suppress(ray.exceptions.RayError):  # the groups end with this process at the latest
                 remove_placement_group(group)
 
 
 def lacks_fewest(workers: str, config: ClusterConfig, hardware: ClusterHardware) -> dict[str, float]:
-    """What each of the fewest workers takes, if the hardware is too little for all of them and somebody may bring more; else {}. A local
-    Ray stays as it is, and a fixed number of workers is a statement about what is there: plan_resources refuses both."""
+    """The resources of each of the fewest workers, if the hardware is too small for all of those and an autoscaler may add more; else
+    {}. A local Ray never grows, and a fixed number of workers states what is there: plan_resources refuses both."""
     fewest, most = (1, 1) if workers == "auto" else worker_range(workers)
     if hardware.local or fewest == most:
         return {}
@@ -82,9 +83,9 @@ def lacks_fewest(workers: str, config: ClusterConfig, hardware: ClusterHardware)
 
 
 def wait_for_hardware(workers: str, config: ClusterConfig, hardware: ClusterHardware, tell: Callable[[str], None]) -> ClusterHardware:
-    """The cluster's hardware, once it is enough for the fewest workers of N:M. ValueError where it is not within placement_seconds.
+    """The cluster's hardware, once it is enough for the fewest workers of N:M. ValueError if it is not within placement_seconds.
 
-    Before the run is planned: what a worker gets, and what the devices can compute, is read off the nodes that are there.
+    Must run before the plan: the nodes that are there decide what a worker gets and what the devices can compute.
     """
     worker = lacks_fewest(workers, config, hardware)
     if not worker:

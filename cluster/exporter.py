@@ -1,6 +1,7 @@
-"""How Prometheus finds and reads a run: /metrics of each process, http_sd of the coordinator, and a file_sd for those who prefer files.
+"""Serves a run's metrics to Prometheus: /metrics of each process, the coordinator's http_sd, and a file_sd file as an alternative.
 
-Everything listens on loopback unless told otherwise: metrics tell hosts, names and losses, and have no authentication."""
+Called by trainer/drive/start.py, trainer/rank/this_rank.py and cluster/targets.py. Everything listens on loopback by default: metrics
+reveal hosts, names and losses, and have no authentication. metrics.py defines the metrics."""
 
 import errno
 import json
@@ -20,14 +21,14 @@ TEXT = "text/plain; version=0.0.4; charset=utf-8"
 JSON = "application/json"  # Prometheus refuses http_sd with any other type
 
 LEFTOVER_SECONDS = 10.0
-"""How long a fixed port may still be held by what served it before: a killed run's coordinator outlives its driver by a moment."""
+"""How long a previous process may still hold a fixed port: a killed run's coordinator outlives its driver for a moment."""
 
 Route = tuple[str, Callable[[], bytes]]
-"""Content type and body."""
+"""Content type, and a function that returns the body."""
 
 
 class Server:
-    """An HTTP server in a thread of its own, until close(). A port that is taken is waited for, at most `wait_seconds`."""
+    """An HTTP server in its own thread, until close(). It waits at most `wait_seconds` for a port that is taken."""
 
     def __init__(self, host: str, port: int, routes: dict[str, Route], wait_seconds: float = 0) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -46,7 +47,7 @@ class Server:
                 ) from error
         name = reachable_host(host)
         self.address = f"[{name}]:{self._server.server_port}" if ":" in name else f"{name}:{self._server.server_port}"
-        """host:port by which others reach it."""
+        """host:port under which other processes reach it."""
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name=f"http-{port}", daemon=True)
         self._thread.start()
 
@@ -57,7 +58,7 @@ class Server:
 
 
 def serve_metrics(registry: CollectorRegistry, host: str = "127.0.0.1", port: int = 0) -> Server:
-    """GET /metrics. ValueError where the port is taken."""
+    """Serve GET /metrics. ValueError if the port is taken."""
     return Server(host, port, {"/metrics": (TEXT, lambda: generate_latest(registry))})
 
 
@@ -68,8 +69,7 @@ def serve_discovery(
     registry: CollectorRegistry | None = None,
     wait_seconds: float = LEFTOVER_SECONDS,
 ) -> Server:
-    """GET /sd: Prometheus http_sd of the targets as they are now; with a registry also GET /metrics. ValueError where the port stays
-    taken."""
+    """Serve GET /sd: Prometheus http_sd of the current targets; with a registry also GET /metrics. ValueError if the port stays taken."""
     routes: dict[str, Route] = {"/sd": (JSON, lambda: json.dumps(targets()).encode())}
     if registry is not None:
         routes["/metrics"] = (TEXT, lambda: generate_latest(registry))
@@ -77,14 +77,14 @@ def serve_discovery(
 
 
 def write_file_sd(path: str | Path, targets: list[dict[str, Any]]) -> None:
-    """Prometheus file_sd, replaced as a whole. The name must end in .json for Prometheus to read it."""
+    """Write Prometheus file_sd, replacing the whole file. Prometheus reads only names that end in .json."""
     if not str(path).endswith(".json"):
         raise ValueError(f"file_sd path {str(path)!r} does not end in .json, Prometheus would not read it; name it {path}.json")
     write_atomic_local(str(path), json.dumps(targets, indent=1).encode())
 
 
 def reachable_host(host: str) -> str:
-    """The name to give to others for a bound address: itself, or this machine's own address where it is a wildcard."""
+    """The name under which others reach a bound address: itself, or this machine's own address for a wildcard."""
     if host not in ("", "0.0.0.0", "::"):
         return host
     try:
@@ -95,7 +95,7 @@ def reachable_host(host: str) -> str:
 
 def _handler(routes: dict[str, Route]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10.0  # a client that sends nothing does not hold a thread
+        timeout = 10.0  # a client that sends nothing does not block a thread
 
         def do_GET(self) -> None:
             route = routes.get(self.path.partition("?")[0])
@@ -104,7 +104,7 @@ def _handler(routes: dict[str, Route]) -> type[BaseHTTPRequestHandler]:
                 return
             try:
                 body = route[1]()
-            except Exception as error:  # one bad answer must not end the server's thread in silence
+            except Exception as error:  # one bad answer must not end the server's thread silently
                 self._answer(500, "text/plain", f"{type(error).__name__}: {error}\n".encode())
                 return
             self._answer(200, route[0], body)
@@ -117,6 +117,6 @@ def _handler(routes: dict[str, Route]) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Scrapes are not worth a line each."""
+            """Do not log scrapes."""
 
     return Handler

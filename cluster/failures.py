@@ -1,10 +1,10 @@
-"""What went wrong, and what to do about it: pure functions over small values.
+"""Classifies failures and decides what to do about them: pure functions over small values.
 
-A rank puts its exception into words with `described`; `launch` turns that into a `Failure` with `classify`, a dead process with
-`exit_failure`; `controller` counts with `counted`, asks `decide` and acts. Nothing here sleeps, retries or prints.
+A rank describes its exception with `described`. `launch` turns that into a `Failure` with `classify`, and a dead process with
+`exit_failure`. `controller` counts with `counted`, asks `decide` and acts. Nothing here sleeps, retries or prints.
 
-An exception class of ours says itself what it means for a retry, by the class attribute `failure_kind`, one of Kind: in dataio and trainer
-too, whose classes nothing here needs to know. Only the names of foreign exceptions (torch, Ray) are listed here.
+Our own exception classes declare how they should be retried, in the class attribute `failure_kind`, one of Kind. This also holds for
+classes in dataio and trainer, which this module does not import. Only foreign exceptions (torch, Ray) are listed here by name.
 """
 
 import signal
@@ -18,7 +18,7 @@ from cluster.config import FaultPolicy
 Kind = Literal["infrastructure", "preempted", "hang", "numbers", "data", "user"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# A collective's error says that a peer went away; the peer's own failure is the cause. Texts of gloo, NCCL and c10d's TCPStore.
+# Such an error of a collective means that a peer is gone; the peer's own failure is the cause. Texts of gloo, NCCL and c10d's TCPStore.
 _PEER_LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -53,7 +53,7 @@ _RAY_LOST = frozenset(
 _RAY_PREEMPTED = frozenset({"PreemptionError", "ActorPreemptedError"})
 _TORCH_COLLECTIVE = frozenset({"RuntimeError", "DistBackendError", "DistNetworkError"})
 
-# Signals that a process gets for a reason worth telling.
+# Signals whose cause is worth explaining.
 _SIGNALS = {
     signal.SIGKILL: "by hand, or by the kernel for want of memory",
     signal.SIGSEGV: "a crash in native code",
@@ -65,7 +65,7 @@ _SIGNALS = {
 
 
 class BadNumbers(ArithmeticError):
-    """A step made numbers that training cannot go on from. `step` is the one whose batch to leave out, `loss` what it came to."""
+    """A step produced numbers from which training cannot continue. `step`: the step whose batch to leave out; `loss`: its value."""
 
     failure_kind = "numbers"
 
@@ -78,7 +78,8 @@ class BadNumbers(ArithmeticError):
 
 
 class WeightsDiffer(ArithmeticError):
-    """After `steps_done` steps the ranks' weights are not the same bits. `ranks` differ from the majority; without one, all are named."""
+    """After `steps_done` steps the ranks' weights are not bit-identical. `ranks` differ from the majority; without a majority, all are
+    named."""
 
     failure_kind = "numbers"
 
@@ -98,17 +99,17 @@ class WeightsDiffer(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankError:
-    """An exception as it travels: what can be told of it where its class cannot be imported."""
+    """An exception in a form that can travel: what can be said about it where its class cannot be imported."""
 
     name: str
     bases: tuple[str, ...]
     message: str
-    """With the class's name in front."""
+    """Begins with the class's name."""
     traceback: str
     failure_kind: Kind | None = None
-    """What the exception's class says of itself; None of a foreign one."""
+    """What the exception's class declares; None for a foreign class."""
     step: int | None = None
-    """Of BadNumbers."""
+    """For BadNumbers only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,28 +121,28 @@ class Failure:
     message: str
     traceback: str = ""
     step: int | None = None
-    """Of bad numbers: the step whose batch made them. None where no batch is to blame, as with weights that differ between ranks."""
+    """For bad numbers: the step whose batch caused them. None if no batch is to blame, as with weights that differ between ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureCounts:
-    """The failures of this run so far, as far as the policy cares: each kind has a count of its own."""
+    """Failures of this run so far, one count for each budget of the policy."""
 
     failures: int = 0
-    """Attempts lost to infrastructure, this one included."""
+    """Attempts lost to infrastructure, including this one."""
     preemptions: int = 0
     hangs: int = 0
     rollbacks: int = 0
-    """Attempts ended by wrong numbers, this one included; batches that earlier drivers of the run left out count too."""
+    """Attempts ended by wrong numbers, including this one; batches that earlier drivers of the run left out count too."""
     skipped: frozenset[int] = frozenset()
-    """Steps whose batches are left out since."""
+    """Steps whose batches have been left out since."""
     without_progress: int = 0
-    """Attempts in a row lost to infrastructure or a hang, this one included, after which the newest commit was the same as before."""
+    """Attempts in a row, including this one, that were lost to infrastructure or a hang without a new commit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retry:
-    """Try again after `delay_seconds`, from the newest commit, without the batch of `skip_step` if there is one."""
+    """Try again after `delay_seconds`, from the newest commit, without the batch of `skip_step` if it is set."""
 
     delay_seconds: float
     skip_step: int | None = None
@@ -153,7 +154,7 @@ class Raise:
 
 
 def described(error: BaseException) -> RankError:
-    """`error` in words. What it says of itself counts if it is one of Kind; a foreign class may have an attribute of that name."""
+    """Describe `error`. Its `failure_kind` counts only if it is one of Kind, because a foreign class may have an attribute of that name."""
     kind = getattr(type(error), "failure_kind", None)
     return RankError(
         name=type(error).__name__,
@@ -166,13 +167,13 @@ def described(error: BaseException) -> RankError:
 
 
 def classify(error: RankError, rank: int | None = None) -> Failure:
-    """The failure that an exception on `rank` stands for."""
+    """The failure behind an exception on `rank`."""
     kind = error.failure_kind or _kind_of_foreign({error.name, *error.bases}, error.message.lower())
     return Failure(kind=kind, rank=rank, message=error.message.strip() or error.name, traceback=error.traceback, step=error.step)
 
 
 def _kind_of_foreign(names: set[str], text: str) -> Kind:
-    """Of an exception of torch, Ray or the language, by the names of its class and that class's bases, and its text in lower case."""
+    """Classify an exception of torch, Ray or Python by the names of its class and base classes, and its text in lower case."""
     if names & _RAY_PREEMPTED:
         return "preempted"
     if names & _RAY_LOST or (names & _TORCH_COLLECTIVE and any(words in text for words in _PEER_LOST)):
@@ -181,7 +182,7 @@ def _kind_of_foreign(names: set[str], text: str) -> Kind:
 
 
 def exit_failure(rank: int | None, exit_code: int) -> Failure:
-    """The failure of a process that ended without an exception that anybody caught. `exit_code` is subprocess's: -N for signal N."""
+    """The failure of a process that ended without a reported exception. `exit_code` follows subprocess: -N for signal N."""
     if exit_code < 0:
         try:
             name, why = signal.Signals(-exit_code).name, _SIGNALS.get(signal.Signals(-exit_code), "")
@@ -196,8 +197,8 @@ def exit_failure(rank: int | None, exit_code: int) -> Failure:
 
 
 def root_cause(failures: list[Failure]) -> Failure:
-    """The failure of several ranks that explains the others: a data or user's error or wrong numbers before a dead process, a dead process
-    before the broken connections it left behind; the lowest rank of equals."""
+    """The failure of several ranks that explains the others. A data or user error or wrong numbers come before a dead process, and a
+    dead process before the broken connections it left behind; among equals the lowest rank wins."""
     assert failures
 
     def weight(failure: Failure) -> tuple[int, int]:
@@ -209,9 +210,9 @@ def root_cause(failures: list[Failure]) -> Failure:
 
 
 def counted(counts: FailureCounts, failure: Failure, *, progressed: bool) -> FailureCounts:
-    """`counts` with `failure` in it. `progressed`: the newest commit is newer than before the attempt.
+    """`counts` with `failure` added. `progressed`: the newest commit is newer than before the attempt.
 
-    A preemption is nobody's fault and wrong numbers have their own budget: neither adds to the attempts without progress."""
+    Neither a preemption, which is nobody's fault, nor wrong numbers, which have their own budget, add to the attempts without progress."""
     without_progress = 0 if progressed else counts.without_progress + (failure.kind in ("infrastructure", "hang"))
     return replace(
         counts,
@@ -224,8 +225,8 @@ def counted(counts: FailureCounts, failure: Failure, *, progressed: bool) -> Fai
 
 
 def decide(failure: Failure, counts: FailureCounts, policy: FaultPolicy) -> Retry | Raise:
-    """Retry or raise; `counts` counts `failure` already. A user's or data error is raised at once: the same code on the same data fails
-    again."""
+    """Decide between retrying and raising; `counts` already includes `failure`. A user's or data error is raised at once: the same code
+    on the same data fails again."""
     match failure.kind:
         case "user":
             return Raise(reason="the training code raised an exception, which a retry would meet again")
@@ -266,7 +267,7 @@ def _spent(what: str, count: int, key: str, limit: int, fix: str) -> Raise:
 
 
 def _decide_numbers(failure: Failure, counts: FailureCounts, policy: FaultPolicy) -> Retry | Raise:
-    """Roll back, and leave out the batch that was bad. Where another batch cannot help, say what may."""
+    """Roll back, and leave out the bad batch. If another batch cannot help, say what might."""
     if failure.step == 0:
         return Raise(reason=f"the first step of the run is bad already, so that no checkpoint and no other batch helps; {_CALMER}")
     if failure.step in counts.skipped:
@@ -280,12 +281,12 @@ def _decide_numbers(failure: Failure, counts: FailureCounts, policy: FaultPolicy
     return Retry(delay_seconds=0.0, skip_step=failure.step)
 
 
-# --- what a run's journal says about earlier drivers' failures --------------------------------------------------------------------------
+# --- failures of earlier drivers, read from the run's journal -----------------------------------------------------------------------------
 
 
 def counts_of(events: Iterable[Mapping[str, Any]]) -> FailureCounts:
-    """What a new driver of a run must know of the old ones': the batches left out. A person who gives the command again has seen to the
-    cluster, so that the other counts start anew."""
+    """What a new driver must know about the earlier ones: the batches left out. The other counts start at zero, because a person who
+    runs the command again has dealt with the cluster."""
     skipped = skipped_steps(events)
     return FailureCounts(rollbacks=len(skipped), skipped=skipped)
 

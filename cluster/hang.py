@@ -1,12 +1,13 @@
-"""Ranks that live and get nowhere: stopped, silent, or stuck. Pure: the driver hands in what the coordinator knows, several times a second.
+"""Detects ranks that live but make no progress: stopped, silent, or stuck. Pure: trainer/drive/attempt.py passes in what the coordinator
+knows, several times a second.
 
-Three budgets, as the three can be told apart with different certainty:
-- stopped: the kernel says so whenever it is asked (state T in /proc: SIGSTOP, a debugger), and its heart has not beaten meanwhile, as that
-  of a process that is only slowed down does; STOPPED_SECONDS are enough;
-- silent: the process runs and its heartbeat thread does not (a C call that never gives the interpreter back, a storage in state D);
-- stuck: the heart beats and nobody gets on: a rank sleeps or spins, and the others wait for it in a collective.
-A step that once took long may do so again: nobody is stuck before ten times the longest step so far. Time in which the driver itself did
-not run (a suspended machine, a starved one) is not held against the ranks."""
+Each kind has its own budget, because some can be told with more certainty than others:
+- stopped: the kernel reports state T in /proc (SIGSTOP, a debugger), and no heartbeat arrived meanwhile; a process that is only slowed down
+  still beats. STOPPED_SECONDS are enough.
+- silent: the process runs but its heartbeat thread does not (a C call that never releases the interpreter, a storage in state D).
+- stuck: heartbeats arrive but nobody makes progress: one rank sleeps or spins, and the others wait for it in a collective.
+A step that once took long may do so again, so no rank counts as stuck before ten times the longest step so far. Time in which the driver
+itself did not run (a suspended or starved machine) does not count."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,26 +22,26 @@ LONGEST_LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sign:
-    """What is known of a rank's process at one moment."""
+    """What is known about a rank's process at one moment."""
 
     state: str
-    """Its letter in /proc; "" if unknown."""
+    """The state letter in /proc; "" if unknown."""
     age_seconds: float
-    """Since its last heartbeat."""
+    """Time since the last heartbeat."""
     ticks: int
-    """Grows whenever it gets something done."""
+    """Increases whenever the rank makes progress."""
     phase: str
-    """What it says it is doing: see beat.Beat."""
+    """What the rank says it is doing: see beat.Beat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hang:
-    """The ranks to blame, and why; all of them where that cannot be told."""
+    """The ranks to blame, and why. All ranks if the guilty ones cannot be told apart."""
 
     kind: Literal["stopped", "silent", "stuck", "never started"]
     ranks: tuple[int, ...]
     seconds: float
-    """How long they have been like that."""
+    """How long they have been in this state."""
 
     def describe(self) -> str:
         who = f"rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}"
@@ -54,11 +55,11 @@ class Hang:
 
 
 class HangWatch:
-    """Watches one attempt. `hang_seconds`: budget of silent and stuck ranks; `start_seconds`: of the way to the first step."""
+    """Watches one attempt. `hang_seconds`: budget for silent and stuck ranks; `start_seconds`: budget for the time until the first step."""
 
     def __init__(self, *, hang_seconds: float, start_seconds: float, now: float) -> None:
         self._hang_seconds, self._start_seconds = hang_seconds, start_seconds
-        self._looked_at, self._watched = now, 0.0  # seconds that the driver really watched
+        self._looked_at, self._watched = now, 0.0  # seconds during which the driver really watched
         self._stopped_since: dict[int, float] = {}
         self._ticks: dict[int, int] = {}
         self._progress_at = 0.0
@@ -66,7 +67,7 @@ class HangWatch:
         self._training = False
 
     def look(self, now: float, signs: Mapping[int, Sign]) -> Hang | None:
-        """The hang that has outlived its budget, if there is one. `now` in seconds, of any steady clock."""
+        """The hang that has exceeded its budget, if any. `now` in seconds, from any steady clock."""
         self._watched += min(max(now - self._looked_at, 0.0), LONGEST_LOOK_SECONDS)
         self._looked_at = now
         return self._stopped(signs) or self._silent(signs) or self._stuck(signs)
@@ -99,6 +100,6 @@ class HangWatch:
             return Hang(kind="never started", ranks=tuple(sorted(signs)), seconds=still) if still >= self._start_seconds else None
         if still < max(self._hang_seconds, SLOWEST_STEPS * self._longest):
             return None
-        # Who waits for the others is not to blame, unless everybody does.
+        # A rank that waits for the others is not to blame, unless all of them wait.
         guilty = tuple(sorted(rank for rank, sign in signs.items() if sign.phase != EXCHANGE)) or tuple(sorted(signs))
         return Hang(kind="stuck", ranks=guilty, seconds=still)

@@ -1,7 +1,7 @@
-"""A rank's side of the coordinator: tell where this rank is, off the step path, and stop all ranks after the same number of steps.
+"""A rank's side of the coordinator: reports this rank's position off the step path, and stops all ranks after the same number of steps.
 
-The worker's loop calls progress() and should_stop() after each step; neither waits, except at a stop that is not yet agreed on. How ranks
-agree is stop.py's business, what a beat holds beat.py's."""
+trainer/rank/worker.py calls progress() and should_stop() after each step. Neither blocks, except at a stop that is not yet agreed on.
+stop.py defines how ranks agree, beat.py what a beat holds."""
 
 import threading
 import time
@@ -12,16 +12,16 @@ from cluster.stop import AGAIN_SECONDS, Gate
 
 
 class CoordinatorLost(RuntimeError):
-    """A rank waits for a stop to be confirmed and the coordinator does not answer."""
+    """A rank waits for a stop to be confirmed, but the coordinator does not answer."""
 
     failure_kind = "infrastructure"
 
 
 class Heartbeat:
-    """Beats every `interval` seconds from a thread of its own.
+    """Beats every `interval` seconds from its own thread.
 
-    `call(beat)` is Coordinator.beat, by whatever way leads there. `start_step`: steps done when this attempt began. A coordinator that does
-    not answer is no reason to stop training; a rank that must wait for it gives up after `patience_seconds` (CoordinatorLost)."""
+    `call(beat)` reaches Coordinator.beat by any route. `start_step`: steps done when this attempt began. Training continues when the
+    coordinator does not answer; a rank that must wait for it gives up after `patience_seconds` (CoordinatorLost)."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Heartbeat:
         self._closed = False
         self._answered_at = clock()
         self.last_error: Exception | None = None
-        """What the newest failed call raised; None after a good one."""
+        """The exception of the newest call if it failed, else None."""
         self._thread = threading.Thread(target=self._run, name=f"heartbeat-{rank}", daemon=True)
         self._thread.start()
 
@@ -59,7 +59,8 @@ class Heartbeat:
         totals: Mapping[str, float] | None = None,
         own_seconds: float | None = None,
     ) -> None:
-        """Remember where this rank is for the next beat; no call, no wait. What is None stays as it was. The rest: see Beat."""
+        """Store this rank's position for the next beat; makes no call, does not block. An argument of None keeps the old value. The
+        rest: see Beat."""
         with self._changed:
             self._gate.done(steps_done)
             self._ticks += 1
@@ -71,14 +72,14 @@ class Heartbeat:
                 self._own_seconds = own_seconds
 
     def tick(self, phase: str | None = None) -> None:
-        """Something got done, or something else begins: "starting", "step", "exchange" (waiting for other ranks), "evaluation",
-        "checkpoint". No call, no wait."""
+        """Progress was made, or a phase begins: "starting", "step", "exchange" (waiting for other ranks), "evaluation", "checkpoint".
+        Makes no call, does not block."""
         self._ticks += 1
         if phase is not None:
             self._phase = phase
 
     def should_stop(self, steps_done: int) -> bool:
-        """Call after `steps_done` steps are done, before the next begins; True on all ranks after the same number of steps.
+        """Call after `steps_done` steps are done, before the next one begins. Returns True on all ranks after the same number of steps.
 
         Blocks only at an unconfirmed stop."""
         waiting_since: float | None = None
@@ -99,7 +100,7 @@ class Heartbeat:
             return stop
 
     def close(self) -> None:
-        """A last beat, then the thread ends."""
+        """Send a last beat, then end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -131,7 +132,7 @@ class Heartbeat:
                 steps_done=gate.steps_done,
                 steps_begun=gate.steps_begun,
                 promised_stop=gate.stop_at,
-                stats=self._stats,  # replaced as a whole, never changed
+                stats=self._stats,  # replaced as a whole, never changed in place
                 totals=self._totals,
                 own_seconds=self._own_seconds,
                 phase=self._phase,
@@ -140,7 +141,7 @@ class Heartbeat:
             )
         try:
             reply = self._call(beat)
-        except Exception as error:  # whatever the way to the coordinator raises: training does not depend on it
+        except Exception as error:  # any error on the way to the coordinator: training does not depend on it
             self.last_error, self._again_seconds = error, None
             return
         with self._changed:

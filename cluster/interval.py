@@ -1,7 +1,8 @@
-"""How many steps between checkpoints: so many that saving costs little, so few that a failure does not cost much. Young and Daly's answer
-to what this run's checkpoints, steps and failures were measured to be.
+"""Chooses how many steps lie between checkpoints: enough that saving costs little, few enough that a failure costs little. It uses Young's
+and Daly's formula with this run's measured checkpoints, steps and failures.
 
-Called by the trainer's worker: `SharedInterval` says after which steps to save, the same on all ranks.
+trainer/rank/saving.py asks `SharedInterval` after which steps to save, the same on all ranks. trainer/drive/plan.py uses `steps_between`,
+trainer/drive/attempt.py `observed_failures`.
 """
 
 import math
@@ -10,31 +11,32 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-if TYPE_CHECKING:  # the driver asks for observed_failures, and has no other use for torch
+if TYPE_CHECKING:  # the driver needs only steps_between and observed_failures, and no torch
     import torch
     import torch.distributed as dist
     from torch import Tensor
 
 AUTO = -1
-"""`train.checkpoint_every` that leaves the interval to IntervalChooser."""
+"""Value of `train.checkpoint_every` that leaves the interval to IntervalChooser."""
 FIRST_STEPS = 50
-"""Steps before an automatic run's first checkpoint, which nothing is measured for yet."""
+"""Steps before an automatic run's first checkpoint, before anything is measured."""
 DEFAULT_STEPS = 500
 MAX_STALL = 0.01
-"""Largest part of the time that checkpoints may take."""
+"""Largest fraction of the time that checkpoints may take."""
 _WINDOW = 20
 _MAY_BE_FAILURES = ("attempt_failed", "attempt_paused")
 _ENDS = (*_MAY_BE_FAILURES, "run_finished", "run_stopped", "run_failed", "run_taken_over")
 
 
 def steps_between(every: int, steps_per_epoch: int) -> int | None:
-    """`train.checkpoint_every` in steps: 0 is one an epoch, and at least one every 500 steps; None where AUTO leaves it to measurements."""
+    """`train.checkpoint_every` in steps: 0 means one per epoch, and at least one every 500 steps. None if AUTO leaves it to
+    measurements."""
     return None if every == AUTO else every or min(steps_per_epoch, DEFAULT_STEPS)
 
 
 def optimal_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
-    """Seconds of work between checkpoints that lose the least time, each checkpoint costing `stall_seconds` and failures coming every
-    `mtbf_seconds` on average: Daly's higher-order estimate (J. T. Daly 2006, "A higher order estimate of the optimum checkpoint interval
+    """The seconds of work between checkpoints that lose the least time, if each checkpoint costs `stall_seconds` and failures come every
+    `mtbf_seconds` on average. Daly's higher-order estimate (J. T. Daly 2006, "A higher order estimate of the optimum checkpoint interval
     for restart dumps"), whose first term is Young's sqrt(2 * stall * mtbf)."""
     if not (stall_seconds >= 0 and mtbf_seconds > 0):
         raise ValueError(f"stall_seconds={stall_seconds} must be at least 0 and mtbf_seconds={mtbf_seconds} above 0")
@@ -45,14 +47,14 @@ def optimal_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float
 
 
 def mean_time_between_failures(prior_seconds: float, observed_seconds: float, failures: int) -> float:
-    """The prior belief, weighing as much as one failure, with what was observed: (prior + observed) / (1 + failures)."""
+    """Combines the prior, weighted as one failure, with the observations: (prior + observed) / (1 + failures)."""
     return (prior_seconds + observed_seconds) / (1 + failures)
 
 
 class IntervalChooser:
-    """Proposes steps between checkpoints from what one rank measures.
+    """Proposes the number of steps between checkpoints from one rank's measurements.
 
-    `mtbf_hours` is the prior of one worker: W workers fail W times as often. `failures` and `observed_seconds` are the run's until now
+    `mtbf_hours` is the prior for one worker: W workers fail W times as often. `failures` and `observed_seconds` are the run's until now
     (`observed_failures`); `stepped` counts on from there.
     """
 
@@ -68,26 +70,26 @@ class IntervalChooser:
         self._writes: deque[float] = deque(maxlen=_WINDOW)
 
     def stepped(self, seconds: float) -> None:
-        """A step took so long, data wait included."""
+        """A step took `seconds`, including the wait for data."""
         self._steps.append(seconds)
         self._observed_seconds += seconds
 
     def saved(self, stall_seconds: float) -> None:
-        """A checkpoint held the steps up for so long."""
+        """A checkpoint blocked the steps for `stall_seconds`."""
         self._stalls.append(stall_seconds)
 
     def staged(self, seconds: float) -> None:
-        """A checkpoint was on its way, beside the steps, for so long. Safe to call from another thread."""
+        """A checkpoint was staged in the background for `seconds`. Safe to call from another thread."""
         self._writes.append(seconds)
 
     @property
     def mtbf_seconds(self) -> float:
-        """Of the whole run, by now."""
+        """Estimate for the whole run at this point."""
         return mean_time_between_failures(self._prior_seconds, self._observed_seconds, self._failures)
 
     def propose(self) -> int:
-        """Steps between checkpoints, from 1 to an epoch's. At least so many that stalls take no more than 1 % of the time and that a
-        checkpoint is over before the next begins; an epoch's end has a checkpoint whatever this says."""
+        """Steps between checkpoints, from 1 to one epoch. Large enough that stalls take at most 1 % of the time and that a checkpoint is
+        finished before the next begins. An epoch's end always has a checkpoint."""
         if not self._stalls or not self._steps:
             return min(FIRST_STEPS, self._steps_per_epoch)
         step_seconds = max(statistics.median(self._steps), 1e-9)
@@ -99,9 +101,9 @@ class IntervalChooser:
 
 
 def observed_failures(events: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
-    """(failures, seconds in which attempts ran) by a run's journal: what an IntervalChooser starts from. What checkpoints help against are
-    failures here: lost processes, preemptions (announced or not), hangs, a driver that died. An attempt whose end is not in the journal
-    lasts until the last event before the next."""
+    """(failures, seconds in which attempts ran) from a run's journal: what an IntervalChooser starts from. It counts the failures that
+    checkpoints help against: lost processes, preemptions (announced or not), hangs, a dead driver. An attempt without an end in the
+    journal lasts until the last event before the next one."""
     failures, seconds = 0, 0.0
     began: float | None = None
     newest = 0.0
@@ -110,7 +112,7 @@ def observed_failures(events: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
         if name == "run_started":
             if began is not None:
                 seconds += newest - began
-                failures += 1  # the driver before died with its attempt
+                failures += 1  # the previous driver died with its attempt
             began = None
         elif name == "attempt_started":
             if began is not None:
@@ -125,10 +127,10 @@ def observed_failures(events: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
 
 
 class SharedInterval:
-    """After which steps to save: every `every` steps, or with `every` = AUTO as rank 0's chooser proposes.
+    """Decides after which steps to save: every `every` steps, or, with AUTO, as rank 0's chooser proposes.
 
-    All ranks must save after the same steps. Rank 0's proposal is broadcast right after a save, where all ranks are, and taken in when the
-    next step is done, by which time it has long arrived: nobody waits for it in between.
+    All ranks must save after the same steps. Rank 0 broadcasts its proposal right after a save, which all ranks reach, and they read it
+    when the next step is done. It has long arrived by then, so nobody waits for it.
     """
 
     def __init__(
@@ -142,8 +144,8 @@ class SharedInterval:
         device: "torch.device | None" = None,
         group: Any = None,
     ) -> None:
-        """`every` as train.checkpoint_every. `chooser`: with AUTO, rank 0's; others have none. `start_step`: steps done when this attempt
-        began."""
+        """`every`: as train.checkpoint_every. `chooser`: with AUTO, rank 0's; other ranks have none. `start_step`: steps done when this
+        attempt began."""
         self._every = steps_between(every, steps_per_epoch)
         self._chooser, self._world_size, self._device, self._group = chooser, world_size, device, group
         self._saved_at = start_step
@@ -157,7 +159,7 @@ class SharedInterval:
         return self._every or self._steps
 
     def due(self, steps_done: int) -> bool:
-        """Save now? Call it after every step, on all ranks."""
+        """Whether to save now. Call it after every step, on all ranks."""
         if self._every is not None:
             return steps_done % self._every == 0
         if self._coming is not None and steps_done > self._saved_at:
@@ -165,7 +167,7 @@ class SharedInterval:
         return steps_done - self._saved_at >= self._steps
 
     def saved(self, steps_done: int) -> None:
-        """A checkpoint was taken after `steps_done` steps, on all ranks; for whatever reason, so that the next one is counted from here."""
+        """All ranks took a checkpoint after `steps_done` steps, for whatever reason; the next interval starts here."""
         self._saved_at = steps_done
         if self._every is not None:
             return
@@ -177,7 +179,7 @@ class SharedInterval:
         import torch
         import torch.distributed as dist
 
-        value = torch.full((), proposal, dtype=torch.int64, device=self._device)  # not tensor(): that would wait for a GPU
+        value = torch.full((), proposal, dtype=torch.int64, device=self._device)  # not tensor(), which would wait for a GPU
         self._coming = (value, cast(dist.Work, dist.broadcast(value, src=0, group=self._group, async_op=True)))
 
     def _read(self, value: "Tensor", work: "dist.Work") -> int:
@@ -186,7 +188,7 @@ class SharedInterval:
             return int(value)
         import torch
 
-        with torch.cuda.stream(self._aside):  # waits for the broadcast, which is behind the saved step, and not for the step after it
+        with torch.cuda.stream(self._aside):  # waits for the broadcast, which follows the saved step, and not for the step after it
             work.wait()
             return int(value)
 

@@ -1,11 +1,12 @@
-"""The run's journal: one JSON object for each thing that happened, append-only. Written by driver, coordinator and workers, read by the
-report, by a restarted coordinator and by people.
+"""The run's journal: one JSON object per event, append-only. Driver, coordinator and workers write it; the report, a restarted coordinator
+and people read it.
 
-Locally it is `<run>/journal.jsonl`, one O_APPEND write a line, so that any number of processes can share it. On an object store, which
-cannot append, each event is a numbered object `<run>/journal/<writer>-000001.json`; a writer's name belongs to one process at a time.
+A local journal is `<run>/journal.jsonl`. Each line is one O_APPEND write, so any number of processes can share the file. An object store
+cannot append, so there each event is a numbered object `<run>/journal/<writer>-000001.json`; only one process at a time uses a writer's
+name.
 
-A storage that fails holds up nobody. Locally the events wait for the next write. On a remote storage the first one that fails costs its
-caller one try; from then on events go to a buffer in memory, and a thread tries until all of them are written, in order."""
+A failing storage blocks nobody. On a local storage the events wait for the next write. On a remote storage the first failure costs its
+caller one try; from then on events go to a buffer in memory, and a thread retries until all of them are written, in order."""
 
 import atexit
 import json
@@ -26,16 +27,16 @@ _SEGMENT = re.compile(r"(.+)-(\d{6,})\.json")
 _WRITER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 BACKLOG_EVENTS = 10_000
-"""Kept in memory through an outage; beyond it the oldest are lost, and `events_lost` counts them."""
+"""Events kept in memory during an outage; beyond that the oldest are lost, and `events_lost` counts them."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0
 EXIT_SECONDS = 10.0
-"""A process that ends in an outage waits for so long for the storage to take its last events."""
+"""How long a process that ends in an outage waits for the storage to take its last events."""
 
 log = logging.getLogger(__name__)
 
 
 class Journal:
-    """One writer's end. Safe to use from several threads."""
+    """One writer's handle. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Journal:
         return cls(storage, run, writer, clock)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append an event with the time of now. A storage that fails does not stop the caller: the event waits, see the module."""
+        """Append an event with the current time. A failing storage does not block the caller: the event waits, see the module."""
         line = self._line(event, **fields)
         with self._changed:
             self._backlog.append(line)
@@ -94,7 +95,7 @@ class Journal:
             with self._changed:
                 line = self._backlog[0]
             try:
-                self._write_segment(line)  # without the lock: it may take seconds to fail
+                self._write_segment(line)  # outside the lock: a failure may take seconds
             except OSError:
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 continue
@@ -104,7 +105,7 @@ class Journal:
                 if self._backlog[0] is line:
                     self._backlog.popleft()
                 else:
-                    self._lost -= 1  # it made way for a newer one while it was written after all
+                    self._lost -= 1  # counted as lost to make room for a newer one, but written after all
                 if self._lost and not self._backlog:
                     self._backlog.append(self._line("events_lost", count=self._lost, writer=self._writer))
                     self._lost = 0
@@ -124,7 +125,7 @@ class Journal:
             self._backlog.popleft()
 
     def _write_segment(self, line: str) -> None:
-        # Written again with other content only if it was never seen to be written.
+        # A number is reused for other content only if its write never succeeded as far as we know.
         self._storage.write_atomic(f"{self._run}/journal/{self._writer}-{self._segments + 1:06d}.json", line.encode())
 
     def _line(self, event: str, **fields: Any) -> str:
@@ -133,7 +134,7 @@ class Journal:
     def _append(self, line: str) -> None:
         descriptor = os.open(self._storage.at(f"{self._run}/journal.jsonl"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            # A line cut short by a full disk or a kill, of whichever writer, ends where the next one starts.
+            # Any writer's line may be cut short by a full disk or a kill; the next line then starts on a new line.
             size = os.fstat(descriptor).st_size
             is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
             write_all(descriptor, ("\n" * is_torn + line + "\n").encode())
@@ -142,7 +143,7 @@ class Journal:
 
 
 def read_journal(storage: Storage, run: str) -> list[dict[str, Any]]:
-    """All events in the order of their times. What a killed writer left half written is skipped."""
+    """All events, ordered by time. Half-written events of a killed writer are skipped."""
     texts = []
     if storage.exists(f"{run}/journal.jsonl"):
         texts += storage.read(f"{run}/journal.jsonl").decode(errors="replace").split("\n")
@@ -154,7 +155,7 @@ def read_journal(storage: Storage, run: str) -> list[dict[str, Any]]:
 
 
 def last_attempt(events: list[dict[str, Any]]) -> int:
-    """The highest attempt number in a journal, 0 if there is none: attempts count on over the drivers of a run."""
+    """The highest attempt number in a journal, 0 if there is none. The numbering continues over all drivers of a run."""
     return max((event["attempt"] for event in events if event["event"] == "attempt_started"), default=0)
 
 
@@ -167,7 +168,7 @@ def _event(text: str) -> dict[str, Any] | None:
 
 
 def _jsonable(value: Any) -> Any:
-    """NaN and infinities, which JSON lacks, become null; what JSON does not know becomes text."""
+    """Replace NaN and infinities, which JSON lacks, by null, and turn unknown types into text."""
     match value:
         case float():
             return value if math.isfinite(value) else None

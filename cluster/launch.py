@@ -1,9 +1,9 @@
-"""Ray, and nothing but Ray: the cluster a run uses, its coordinator actor, and a fleet of agents = one `fit` of Ray Train.
+"""All uses of Ray: the run's cluster, its coordinator actor, and fleets of agents. A fleet is one `fit` of Ray Train.
 
-Called by trainer/run.py and drive.py. What the agents do is agent.py's, when to try again controller.py's. Ray Train's own checkpoints,
-resume and retries are not used (store.py and controller.py say why): it places one worker a rank, gives it its GPU, and tells which of them
-died. A fleet carries many attempts, as it is the rank processes below the agents that die most often, and a `fit` takes several seconds to
-start.
+Called by trainer/drive/{start,session,fleets,attempt}.py; preflight and demand use it too. agent.py defines what the agents do,
+controller.py when to try again. Ray Train's own checkpoints, resume and retries are not used (store.py and controller.py say why): it
+places one worker per rank, assigns its GPU, and reports which workers died. A fleet carries many attempts, because the rank processes below
+the agents die most often, and a `fit` takes several seconds to start.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ from cluster.failures import Failure, classify, described, exit_failure, root_ca
 from cluster.process import ProcessStat, process_stat
 from cluster.zygote import ZYGOTE_LOST
 
-# Ray polls its workers every 2 s and waits 30 s for a broken process group; both are time in which nothing is trained. A poll costs
-# controller and workers some milliseconds; what dies most often, a rank, does not wait for it.
+# Ray polls its workers every 2 s and waits 30 s for a broken process group; nothing is trained in that time. A poll costs controller and
+# workers some milliseconds. The death of a rank, the most frequent failure, does not wait for a poll.
 _RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
@@ -44,8 +44,8 @@ _RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-# What a local Ray tells of its tasks, its memory and its node's processes has no reader: our metrics are the ranks' and the coordinator's.
-# Without that its processes take a quarter less of a core.
+# Nobody reads what a local Ray reports about its tasks, memory and processes: our metrics come from the ranks and the coordinator. Without
+# these reports its processes use a quarter less of a core.
 _LOCAL_RAY_ENVIRONMENT = {
     "REPORTER_UPDATE_INTERVAL_MS": "3600000",
     "RAY_task_events_report_interval_ms": "0",
@@ -63,12 +63,12 @@ class ClusterHardware:
     cpus: int
     gpus: int
     node_cpus: tuple[int, ...] = ()
-    """CPUs of each node; empty: all on one."""
+    """CPUs of each node; empty: all on one node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What each worker gets, and how many there are: with `--workers N:M` between `fewest` and `most`."""
+    """How many workers there are, and what each gets. With `--workers N:M`, between `fewest` and `most`."""
 
     workers: int
     fewest: int
@@ -85,17 +85,18 @@ class Resources:
 def ray_cluster(
     config: ClusterConfig, *, project: Path, address: str, in_job: bool, cpus: int, verbose: bool = False
 ) -> Iterator[ClusterHardware]:
-    """Join the cluster at `address`, or start a Ray for this run alone and leave no process and no folder of it behind.
+    """Join the cluster at `address`, or start a Ray for this run alone and remove all its processes and folders afterwards.
 
     `project` is the checkout that workers import from; a cluster joined from outside a job gets a copy of it.
     """
     for name, value in _RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Ray starts workers with niceness 15: Linux then gives them 36 parts of a core to every 1,024 of any other busy process.
+    # Ray starts workers with niceness 15: Linux then gives them 36 shares of a core for every 1,024 of any other busy process.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour Ray announces, without its warning
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour that Ray announces, without its warning
     common: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
-    # A killed worker is a line of ours; Ray would print its own paragraph whatever log_to_driver says. The switch is its debugger's.
+    # We report a killed worker in one line; Ray would also print a paragraph, whatever log_to_driver says. This is the switch of its
+    # debugger.
     worker_module._worker_logs_enabled = verbose
     _remove_stale_temp_folders()
     temp = None
@@ -105,22 +106,22 @@ def ray_cluster(
             if not config.allow_unauthenticated:
                 check_guarded(ray.get_runtime_context().gcs_address, get_authentication_mode() == AuthenticationMode.TOKEN)
         else:
-            # The path stays short: Ray makes Unix sockets below it, whose names may have 107 bytes.
+            # Keep the path short: Ray creates Unix sockets below it, whose names are limited to 107 bytes.
             temp = _temp_folder()
             for name, value in _LOCAL_RAY_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-            # By inheritance, not in a runtime_env: the workers that Ray starts beforehand would not have it, and not be used.
+            # Inherited, not in a runtime_env: the workers that Ray starts in advance would lack that, and would not be used.
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
             with _sigterm_is_ours(), _without_helpers(logs=verbose):
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temp, **common)
         yield hardware_now(local=not address)
     finally:
         started = set() if temp is None else _processes_of(temp)
-        # They do not hear SIGTERM: ray.shutdown would wait a second for each. To raylet and GCS it still has something to say.
+        # These processes ignore SIGTERM, and ray.shutdown would wait a second for each. It still has to talk to raylet and GCS.
         _kill(process for process in started if process.is_child and process.name not in ("raylet", "gcs_server"))
         ray.shutdown()
         if temp is not None:
-            # The workers end with their raylet, but for one that Ray's own shutdown holds up for ever, as was seen once.
+            # Workers end with their raylet, except one that Ray's own shutdown blocked for ever, seen once.
             _kill(started | _processes_of(temp))
             shutil.rmtree(temp, ignore_errors=True)
 
@@ -139,14 +140,15 @@ def hardware_now(*, local: bool) -> ClusterHardware:
 
 
 def gpus_here() -> int:
-    """GPUs that a local Ray would find."""
+    """Number of GPUs that a local Ray would find."""
     count = accelerators.NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
     visible = accelerators.NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
     return int(count) if visible is None else min(int(count), len(visible))
 
 
 def check_guarded(head: str, has_token: bool) -> None:
-    """ValueError for a Ray head that other machines reach and that asks for no token: who reaches its ports runs code on its nodes."""
+    """ValueError for a Ray head that other machines reach and that asks for no token: anyone who reaches its ports can run code on its
+    nodes."""
     host = head.rpartition(":")[0].strip("[]")
     if not has_token and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
         raise ValueError(
@@ -157,7 +159,7 @@ def check_guarded(head: str, has_token: bool) -> None:
 
 
 def _join(address: str, *, in_job: bool, project: Path, **common: Any) -> None:
-    """`ray.init` on a cluster that is there. A job's environment has its working directory already."""
+    """`ray.init` on an existing cluster. A job's environment already has its working directory."""
     runtime_env: dict[str, Any] = {} if in_job else {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "tests"]}
     runtime_env["env_vars"] = _RAY_TRAIN_ENVIRONMENT
     try:
@@ -178,16 +180,16 @@ def _join(address: str, *, in_job: bool, project: Path, **common: Any) -> None:
 
 @contextlib.contextmanager
 def _sigterm_is_ours() -> Iterator[None]:
-    """Keep the program's own SIGTERM handler, which `ray.init` replaces, and hide SIGTERM from every process started meanwhile. One that
-    comes meanwhile is heard at the end. Only in the main thread.
+    """Keep the program's own SIGTERM handler, which `ray.init` replaces, and block SIGTERM for every process started meanwhile. A SIGTERM
+    that arrives meanwhile is handled at the end. Only in the main thread.
 
-    `timeout` sends SIGTERM to a whole process group, systemd to a whole control group. A local Ray would die of it before the checkpoint
-    that the driver wants to save. (Ray hides SIGINT from its processes in the same way.)"""
+    `timeout` sends SIGTERM to a whole process group, systemd to a whole control group. A local Ray would die of it before the driver can
+    save its checkpoint. (Ray hides SIGINT from its processes in the same way.)"""
     handler = signal.getsignal(signal.SIGTERM)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
-    except SystemExit as error:  # a thread that began earlier heard it, and Ray's handler was in our handler's place
+    except SystemExit as error:  # an earlier thread received it while Ray's handler replaced ours
         if error.code == signal.SIGTERM and callable(handler):
             handler(signal.SIGTERM, None)
         raise
@@ -198,8 +200,9 @@ def _sigterm_is_ours() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_helpers(*, logs: bool) -> Iterator[None]:
-    """Inside, a Ray that is started has no autoscaler (there is no other node), no API server (nobody asks it) and, unless its workers'
-    `logs` are wanted, no log monitor: three processes with seconds of imports, the last of which then takes half a percent of a core."""
+    """A Ray started inside has no autoscaler (there is no other node), no API server (nobody uses it) and, unless its workers' `logs`
+    are wanted, no log monitor. That saves three processes with seconds of imports; the log monitor would also use half a percent of a
+    core."""
     idle = ["start_monitor", "start_api_server", *([] if logs else ["start_log_monitor"])]
     before = {name: getattr(Node, name) for name in idle}
     for name in idle:
@@ -213,22 +216,22 @@ def _without_helpers(*, logs: bool) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _RayProcess:
-    """A process of a local Ray. Ids are used again; an id together with its `start_ticks` is not."""
+    """A process of a local Ray. Process ids are reused; an id together with its `start_ticks` is unique."""
 
     pid: int
     start_ticks: int
     name: str
     is_child: bool
-    """Of this process."""
+    """Whether this process started it."""
 
 
 def _processes_of(temp: str) -> set[_RayProcess]:
-    """The processes of a local Ray: those children of this process whose command names its folder, and all that they have started."""
+    """The processes of a local Ray: children of this process whose command names its folder, and all their descendants."""
     seen: dict[int, ProcessStat] = {}
     naming: set[int] = set()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            with contextlib.suppress(OSError):  # gone meanwhile
+            with contextlib.suppress(OSError):  # the process has ended meanwhile
                 stat = process_stat(int(folder.name))
                 names_it = temp.encode() in (folder / "cmdline").read_bytes()
                 if stat is not None:
@@ -246,7 +249,7 @@ def _processes_of(temp: str) -> set[_RayProcess]:
 
 
 def _kill(processes: Iterable[_RayProcess]) -> None:
-    """SIGKILL to those that still live."""
+    """Send SIGKILL to those that still live."""
     for process in processes:
         with contextlib.suppress(OSError):
             stat = process_stat(process.pid)
@@ -255,12 +258,12 @@ def _kill(processes: Iterable[_RayProcess]) -> None:
 
 
 def _temp_folder() -> str:
-    """A new folder that names its owner."""
+    """A new folder whose name contains its owner's process id."""
     return tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-")
 
 
 def _remove_stale_temp_folders() -> None:
-    """Folders of runs that were killed before they could tidy up, told by the process id in their names."""
+    """Remove the folders of runs that were killed before they could clean up; the process ids in the names identify them."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_TEMP_PREFIX}*"):
         owner = re.fullmatch(rf"{_TEMP_PREFIX}(\d+)-.*", folder.name)
         if owner and not Path(f"/proc/{owner[1]}").exists():
@@ -268,7 +271,7 @@ def _remove_stale_temp_folders() -> None:
 
 
 def plan_resources(workers: str, config: ClusterConfig, hardware: ClusterHardware) -> Resources:
-    """How many workers, and what each gets. Raises ValueError when the cluster cannot hold them, or with N:M not N of them."""
+    """How many workers there are, and what each gets. ValueError if the cluster cannot hold them; with N:M, if it cannot hold N."""
     per_gpu = gpus_of_worker(config, hardware)
     one_a_gpu = max(1, hardware.gpus // per_gpu) if per_gpu else 1
     fewest, most = (one_a_gpu, one_a_gpu) if workers == "auto" else worker_range(workers)
@@ -285,7 +288,7 @@ def plan_resources(workers: str, config: ClusterConfig, hardware: ClusterHardwar
                 f"--workers {fewest} with --cluster.cpus-per-worker {config.cpus_per_worker} needs {cpus * fewest:g} CPUs, the cluster has "
                 f"{hardware.cpus}; use fewer of either"
             )
-    elif fewest < most:  # what there will be is not known: a share that does not depend on it
+    elif fewest < most:  # the final number of workers is unknown, so the share must not depend on it
         cpus = float(max(1, hardware.cpus // hardware.gpus)) if per_gpu else 1.0
     else:
         cpus = even_share(hardware.node_cpus or (hardware.cpus,), most)
@@ -306,8 +309,8 @@ def gpus_of_worker(config: ClusterConfig, hardware: ClusterHardware) -> int:
 
 
 def even_share(node_cpus: Sequence[int], workers: int) -> float:
-    """The most CPUs that each of so many workers can have, none of which is cut among nodes: whole ones where there is one for each, else
-    a fraction."""
+    """The largest number of CPUs that each of `workers` can have without splitting one over nodes: a whole number if there is at least
+    one for each, else a fraction."""
 
     def fits(share: float) -> bool:
         return sum(int(cpus / share + 1e-9) for cpus in node_cpus) >= workers
@@ -319,13 +322,13 @@ def even_share(node_cpus: Sequence[int], workers: int) -> float:
 
 
 def worker_range(workers: str) -> tuple[int, int]:
-    """(N, M) of "N:M", (N, N) of "N"."""
+    """(N, M) for "N:M", (N, N) for "N"."""
     fewest, _, most = workers.partition(":")
     return int(fewest), int(most or fewest)
 
 
 def workers_that_fit(resources: Resources, nodes: Iterable[Mapping[str, float]]) -> int:
-    """How many more workers the free resources of `nodes` hold, {"CPU": ..., "GPU": ...} each."""
+    """How many more workers fit into the free resources of `nodes`, {"CPU": ..., "GPU": ...} each."""
     count = 0
     for free in nodes:
         fits = int(free.get("CPU", 0.0) / resources.cpus_per_worker + 1e-6)
@@ -342,18 +345,18 @@ def free_resources() -> list[dict[str, float]]:
 
 
 def total_resources() -> list[dict[str, float]]:
-    """What each living node has that is not about to leave, in use or not."""
+    """All resources, used or not, of each living node that is not about to leave."""
     leaving = draining_nodes()
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
 def draining_nodes() -> dict[str, float]:
-    """Node id -> unix time at which it goes (0: nobody said) of the nodes that Ray drains."""
+    """Node id -> unix time at which the node goes (0: unknown), for nodes that Ray drains."""
     return {node: deadline / 1000 for node, deadline in ray._private.state.state.get_draining_nodes().items()}
 
 
 def remove_placement_group(group: str) -> None:
-    """Free what a fleet holds, and end what runs there; `group` is its id in hex."""
+    """Free a fleet's resources and end what runs there; `group` is its id in hex."""
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup
     from ray.util.placement_group import remove_placement_group as remove
@@ -362,21 +365,21 @@ def remove_placement_group(group: str) -> None:
 
 
 def start_coordinator(**kwargs: Any) -> Any:
-    """The coordinator as an actor on this node; `kwargs` are Coordinator's. Returns its handle."""
+    """Start the coordinator as an actor on this node; `kwargs` are Coordinator's. Returns its handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Started again where it dies, it takes up from the journal; calls that came meanwhile are made again: each may be made twice.
+    # If it dies, Ray restarts it and it recovers from the journal. Ray repeats the calls made meanwhile, so each call may run twice.
     actor = ray.remote(num_cpus=0, max_concurrency=64, max_restarts=5, max_task_retries=-1, scheduling_strategy=here)(CoordinatorActor)
     return actor.remote(**kwargs)
 
 
-# Ray Train starts an actor, a process with two seconds of imports, for each of these. Agents read no Ray Data; a placement group goes with
-# the actor that made it; draining nodes are the driver's to watch (RAY_TRAIN_ENABLE_PREEMPTION_WATCHER is off).
+# Ray Train starts an actor, a process with two seconds of imports, for each of these. Agents read no Ray Data, and a placement group ends
+# with the actor that made it. The driver watches draining nodes itself (RAY_TRAIN_ENABLE_PREEMPTION_WATCHER is off).
 _IDLE = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
 def _fit_class() -> Any:
-    """Ray Train's trainer without the processes that agents have no use for, and without the one that asks for nodes: the workers' waiting
-    placement group says the same, goes with the driver, and overwrites nobody's `request_resources`."""
+    """Ray Train's trainer without the processes that agents do not need, and without the one that requests nodes. The workers' pending
+    placement group requests them too, ends with the driver, and overwrites nobody's `request_resources`."""
     from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -399,8 +402,8 @@ def _fit_class() -> Any:
 
 
 class Fleet:
-    """One `fit` of Ray Train, in a thread: it places an agent for each rank and holds it there, attempt after attempt, until the
-    coordinator says "end" or a worker of Ray's dies. What Ray Train cannot place within `placement_seconds` is a failure."""
+    """One `fit` of Ray Train, in a thread. It places an agent for each rank and keeps it there, attempt after attempt, until the
+    coordinator says "end" or one of Ray's workers dies. It fails if Ray Train cannot place the agents within `placement_seconds`."""
 
     def __init__(
         self,
@@ -416,8 +419,8 @@ class Fleet:
         zygote: str = "",
         on_ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """`modules` are what the ranks' zygotes import, `zygote` is the name that those of a node share (without it each agent has one).
-        `on_ended` is called in a thread once it has ended."""
+        """`modules`: what the ranks' zygotes import. `zygote`: the name of the zygote that a node's agents share; without it each agent
+        has its own. `on_ended` is called in a thread once the fleet has ended."""
         self.number, self.workers = number, resources.workers
         self._failure: Failure | None = None
         self._scratch = _temp_folder()
@@ -434,15 +437,15 @@ class Fleet:
         threading.Thread(target=self._fit, args=(settings, name, resources), name="fit", daemon=True).start()
 
     def wait(self, timeout_seconds: float) -> bool:
-        """True once it has ended."""
+        """True once the fleet has ended."""
         return self._ended.wait(timeout_seconds)
 
     def abandon(self) -> None:
-        """It will not be waited for: its processes end with this one's connection to Ray, its folder now."""
+        """Stop tracking the fleet: its processes end with this process's connection to Ray; its folder is removed now."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def failure(self) -> Failure | None:
-        """Why it failed; None if its agents were told to end. Only after `wait` said True."""
+        """Why the fleet failed; None if its agents were told to end. Call it only after `wait` returned True."""
         assert self._ended.is_set()
         return self._failure
 
@@ -471,7 +474,7 @@ class Fleet:
 
 
 def failure_of_ranks(ends: Mapping[int, RankEnd]) -> Failure | None:
-    """Why an attempt failed whose ranks ended like this; None if all went through."""
+    """Why an attempt failed whose ranks ended like this; None if all succeeded."""
     failures = []
     for rank, end in sorted(ends.items()):
         if end.error is not None:
@@ -484,7 +487,7 @@ def failure_of_ranks(ends: Mapping[int, RankEnd]) -> Failure | None:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The cause behind what `fit` raised: the first failing rank's own exception where there is one."""
+    """The cause behind an exception of `fit`: the first failing rank's own exception if there is one."""
     by_rank: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
     if by_rank:
         traces = _traces(str(error))
@@ -493,7 +496,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _traces(text: str) -> dict[int, str]:
-    """Rank -> traceback. A rank's exception loses its own on the way to the driver; Ray's message about all of them quotes it."""
+    """Rank -> traceback. A rank's exception loses its traceback on the way to the driver; Ray's message about all ranks quotes it."""
     parts = re.split(r"^\[Rank ([\d,]+) Error Snippet\]:\n", text, flags=re.MULTILINE)
     return {
         int(rank): trace.strip()

@@ -1,9 +1,9 @@
-"""Which samples each step saw: the proof that every sample of an epoch was met once. Written by each rank into the run's `ledger/`
-folder, read by tests, the fault campaign and the report. What the ids should have been is dataio's business.
+"""Records which samples each step saw, to prove that an epoch visits every sample once. Each rank writes its part into the run's `ledger/`
+folder; tests and the fault campaign read it. dataio decides what the ids should be.
 
     ledger/attempt-0002.rank-0001.jsonl      {"attempt", "rank", "start_step"}, then {"epoch", "step", "virtual_rank", "ids"} a line
 
-A batch that was left out for its bad numbers is there too, with "skipped": true: each sample of an epoch is trained on or skipped, once."""
+A batch that was left out for its bad numbers is recorded too, with "skipped": true: an epoch trains on each sample or skips it, once."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _FILE = re.compile(r"attempt-(\d+)\.rank-(\d+)\.jsonl")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What one virtual rank saw in one step that counts."""
+    """What one virtual rank saw in one valid step."""
 
     epoch: int
     step: int
@@ -28,11 +28,11 @@ class Record:
     ids: tuple[int, ...]
     attempt: int
     skipped: bool = False
-    """Taken and left out: the weights know nothing of these samples."""
+    """The samples were loaded but left out: they did not change the weights."""
 
 
 class LedgerWriter:
-    """One rank's ledger in one attempt. `start_step` is where the attempt started: it voids what older attempts wrote from there on."""
+    """One rank's ledger in one attempt. `start_step` is where the attempt started; it invalidates older attempts' records from there on."""
 
     def __init__(self, folder: Path, attempt: int, rank: int, *, start_step: int) -> None:
         make_dirs(os.path.abspath(folder))
@@ -44,7 +44,7 @@ class LedgerWriter:
         self._write({"attempt": attempt, "rank": rank, "start_step": start_step})
 
     def record(self, epoch: int, step: int, virtual_rank: int, ids: Iterable[int], *, skipped: bool = False) -> None:
-        """One line, in the file when this returns: a killed process loses none that it recorded."""
+        """Write one line. It is in the file when this returns, so a killed process loses no record."""
         line = {"epoch": epoch, "step": step, "virtual_rank": virtual_rank, "ids": [int(i) for i in ids]}
         self._write(line | {"skipped": True} if skipped else line)
 
@@ -58,15 +58,16 @@ class LedgerWriter:
 
 
 def read_ledger(folder: Path) -> list[Record]:
-    """The records that count, by (step, virtual rank): each from the newest attempt, and none that a later attempt started before.
+    """The valid records, by (step, virtual rank): each from its newest attempt, without those at or after the start step of a later
+    attempt.
 
-    ValueError if ranks of one attempt disagree about its start, or two of them recorded the same virtual rank and step."""
+    ValueError if ranks of one attempt disagree about its start, or if two of them recorded the same virtual rank and step."""
     lines: dict[int, list[dict[str, Any]]] = {}
     starts: dict[int, int] = {}
     for path in sorted(folder.glob("attempt-*.jsonl")):
         match = _FILE.fullmatch(path.name)
         head, *records = _lines(path) or [{}]
-        if match is None or "start_step" not in head:  # killed before its first line
+        if match is None or "start_step" not in head:  # the writer was killed before its first line
             continue
         attempt = int(match[1])
         if starts.setdefault(attempt, head["start_step"]) != head["start_step"]:
@@ -94,6 +95,6 @@ def read_ledger(folder: Path) -> list[Record]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; its last may be cut short by a kill."""
+    """The complete lines of a file; a kill may cut the last one short."""
     whole, _, _ = path.read_text().rpartition("\n")
     return [json.loads(line) for line in whole.split("\n") if line]

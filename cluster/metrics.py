@@ -1,9 +1,9 @@
 """Every metric that a run exports: one table of names, types, units and meanings, and a registry for each process.
 
-Ranks and the coordinator write; exporter serves; dashboards, alerts, docs/metrics.md and tests import METRICS, so that a name cannot drift.
-Names follow Prometheus: prefix `finetune_`, base units, `_total` on counters. Labels are run, rank and attempt, and one more where the
-table says so. It lists that label's values, or says how many of them a run may declare when it begins: never sample ids or paths. So the
-most series that there can be are known before anything runs (`most_series`)."""
+Ranks and the coordinator write metrics; exporter serves them. Dashboards, alerts, docs/metrics.md and tests import METRICS, so names
+cannot drift apart. Names follow Prometheus: prefix `finetune_`, base units, `_total` on counters. Labels are run, rank and attempt, plus
+one more where the table says so. The table lists that label's values, or limits how many a run may declare when it begins; values are
+never sample ids or paths. So the largest possible number of series is known before anything runs (`most_series`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 
 SAVE_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 MOST_MEASURES = 64
-"""That a task may have."""
+"""Largest number of measures of a task."""
 OTHER = "other"
-"""What a label's value counts as that its row does not list."""
+"""Label value for everything that a row does not list."""
 FAILURE_KINDS = ("infrastructure", "preempted", "hang", "numbers", "data", "user", OTHER)
-"""Of cluster.failures.Kind."""
+"""From cluster.failures.Kind."""
 RESTART_KINDS = ("infrastructure", "preempted", "hang", "numbers", "grow", OTHER)
-"""What may end an attempt that another one follows: a failure, a node's notice (preempted), room for more workers (grow)."""
+"""Reasons for ending an attempt that another one follows: a failure, a node's notice (preempted), room for more workers (grow)."""
 REASONS = (
     "empty",
     "unknown format",
@@ -41,7 +41,7 @@ REASONS = (
     "bad label",
     OTHER,
 )
-"""Of dataio.codecs.image.sniff.KINDS."""
+"""From dataio.codecs.image.sniff.KINDS."""
 CAUSES = (
     "steps",
     "data_wait",
@@ -56,7 +56,7 @@ CAUSES = (
     "lost_work",
     OTHER,
 )
-"""Of trainer.runs.summary.accounting."""
+"""From trainer.runs.summary.accounting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,11 +69,11 @@ class Metric:
     help: str
     owner: Literal["rank", "coordinator"] = "rank"
     label: str = ""
-    """One more label beside run, rank and attempt."""
+    """One more label besides run, rank and attempt."""
     values: tuple[str, ...] = ()
-    """Of that label: all there are; OTHER is one of them."""
+    """All values of that label; OTHER is one of them."""
     declared: int = 0
-    """Of a label whose values only the run knows: how many it may declare (Metrics.declare), at most. OTHER comes on top."""
+    """For a label whose values only the run knows: the most that it may declare (Metrics.declare). OTHER is extra."""
     buckets: tuple[float, ...] = ()
 
     @property
@@ -82,14 +82,15 @@ class Metric:
 
     @property
     def series(self) -> int:
-        """The most that one process exports of it: a histogram has a series for each bucket, the one without bound, its sum and count."""
+        """The most series that one process exports for this row. A histogram has one for each bucket, including the unbounded one, and
+        one each for sum and count."""
         if self.kind == "histogram":
             return len(self.buckets) + 3
         return self.declared + 1 if self.declared else max(1, len(self.values))
 
     @property
     def unit(self) -> str:
-        """By its name: seconds, bytes, ratio, watts, or what is counted."""
+        """Taken from the name: seconds, bytes, ratio, watts, or what is counted."""
         words = self.name.removesuffix("_total").split("_")
         if "per" in words:
             return f"{words[words.index('per') - 1]}/{words[-1]}"
@@ -101,7 +102,7 @@ class Metric:
 
 
 _UNITS = {"step": "steps", "checkpoint_commit_step": "steps", "epoch": "epochs", "loss": "nats", "test_loss": "nats", "workers": "ranks"}
-"""Of names that say what they are but not in what it is counted."""
+"""Units of names that do not contain theirs."""
 
 
 METRICS: tuple[Metric, ...] = (
@@ -237,15 +238,16 @@ _TABLE = {metric.name: metric for metric in METRICS}
 
 
 def most_series(owner: Literal["rank", "coordinator"]) -> int:
-    """That one process exports. A run of N ranks has at most N * most_series("rank") + most_series("coordinator") at a time."""
+    """The most series that one process exports. A run of N ranks has at most N * most_series("rank") + most_series("coordinator") at a
+    time."""
     return sum(metric.series for metric in METRICS if metric.owner == owner)
 
 
 class Metrics:
-    """One process's metrics in a registry of its own. A gauge appears when it is first set; counters and histograms start at zero, those
-    with a label for each of its values: Prometheus sees no increase in a series that begins with 1.
+    """One process's metrics in its own registry. A gauge appears when it is first set. Counters and histograms start at zero, those with a
+    label at every value: Prometheus sees no increase in a series that begins with 1.
 
-    A label whose row leaves its values to the run takes those that were declared; any other value counts as OTHER."""
+    A label whose values the run declares takes only those; any other value counts as OTHER."""
 
     def __init__(self, run: str, rank: int | str, attempt: int, owner: Literal["rank", "coordinator"] = "rank") -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` doubles the series and nobody reads it
@@ -253,20 +255,20 @@ class Metrics:
         self._labels = (run, str(rank), str(attempt))
         self._collectors: dict[str, Any] = {}
         self._children: dict[tuple[str, str, str], Any] = {}  # by name, kind and the label's value: looked up in every step
-        self._values = {metric.name: frozenset(metric.values) for metric in METRICS}  # that a row's own label may have
+        self._values = {metric.name: frozenset(metric.values) for metric in METRICS}  # allowed values of a row's own label
         for metric in METRICS:
             if metric.owner == owner:
                 self._collectors[metric.name] = self._register(metric)
 
     def declare(self, name: str, values: Sequence[str]) -> None:
-        """The values that the row's own label has in this run: once, before any is set. What the row has no room for counts as OTHER."""
+        """Declare the values of the row's own label in this run: once, before any is set. Values beyond the row's limit count as OTHER."""
         metric = _TABLE[name]
         assert metric.declared, f"the values of {name} are listed in the table"
         assert not self._values[name], f"the values of {name} were declared before"
         self._values[name] = frozenset(list(dict.fromkeys(values))[: metric.declared]) | {OTHER}
 
     def add(self, name: str, amount: float = 1.0, label: str = "") -> None:
-        """Raise a counter. `label`: the value of the row's own label."""
+        """Increase a counter. `label`: the value of the row's own label."""
         self._child(name, "counter", label).inc(amount)
 
     def set(self, name: str, value: float, label: str = "") -> None:
@@ -274,13 +276,13 @@ class Metrics:
         self._child(name, "gauge", label).set(value)
 
     def unset(self, name: str, label: str = "") -> None:
-        """Take a gauge away until it is set again: its value is not known any more."""
+        """Remove a gauge until it is set again: its value is no longer known."""
         self._child(name, "gauge", label)
         del self._children[name, "gauge", label]
         self._collectors[name].remove(*self._labels, *([label] if label else []))
 
     def observe(self, name: str, value: float) -> None:
-        """Put a value into a histogram."""
+        """Add a value to a histogram."""
         self._child(name, "histogram", "").observe(value)
 
     def _register(self, metric: Metric) -> Any:

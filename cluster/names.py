@@ -1,11 +1,11 @@
-"""Names that a run's writers and its readers share: each is written down here once.
+"""Names that a run's writers and readers share; each is defined once, here.
 
-The coordinator and the exporters write by them; trainer, deploy and tests read. This file imports nothing, so that a command which only
-reads a run's folder pays for no Ray and no Prometheus client."""
+The coordinator and the exporters write under these names; trainer, deploy and tests read them. This file imports nothing, so a command
+that only reads a run's folder does not load Ray or a Prometheus client."""
 
 PREFIX = "finetune_"
-"""Of every metric's name."""
+"""Prefix of every metric's name."""
 FILE_SD = "prometheus-targets.json"
-"""In the run's folder: where Prometheus finds the run's processes (file_sd)."""
+"""File in the run's folder: tells Prometheus where the run's processes are (file_sd)."""
 QUARANTINE = "quarantine.jsonl"
-"""In the run's folder: the samples that the run could not read."""
+"""File in the run's folder: the samples that the run could not read."""

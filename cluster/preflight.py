@@ -1,6 +1,6 @@
 """Checks before any worker starts: every node sees the storage and the data, and runs the same versions.
 
-Called by trainer/run.py. What "the data" are is a function handed in; what does not fit is an error that says what to do.
+Called by trainer/drive/start.py, which passes in the function that looks for the data. A failed check raises an error that says what to do.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeReport:
-    """What one node saw. `data` is what the probe returned there, or None where the data cannot be read."""
+    """What one node saw. `data`: the probe's result there, or None if the data cannot be read."""
 
     node: str
     storage_error: str
@@ -29,7 +29,7 @@ class NodeReport:
 
 
 def check_node(uri: str, run: str, token: str, data_probe: Callable[[], str]) -> NodeReport:
-    """Read the driver's token from the storage, write one of our own, look for the data. Runs on the node that is checked."""
+    """Read the driver's token from the storage, write our own, look for the data. Runs on the node being checked."""
     node, storage_error = platform.node(), ""
     try:
         storage = open_storage(uri)
@@ -46,7 +46,7 @@ def check_node(uri: str, run: str, token: str, data_probe: Callable[[], str]) ->
 
 
 def preflight(storage: Storage, run: str, hardware: ClusterHardware, data_probe: Callable[[], str]) -> bool:
-    """True where every node can read the data; raises ValueError for storage that is not shared or versions that differ."""
+    """True if every node can read the data. ValueError for storage that is not shared or versions that differ."""
     token = uuid.uuid4().hex
     try:
         storage.write_atomic(f"{run}/.preflight-{token}", token.encode())
@@ -57,7 +57,7 @@ def preflight(storage: Storage, run: str, hardware: ClusterHardware, data_probe:
             "and check its permissions and free space"
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # what cannot be written cannot be tidied up either
+        with contextlib.suppress(OSError):  # a storage that cannot be written cannot be cleaned up either
             for entry in storage.list(run):
                 if entry.name.startswith(f".preflight-{token}"):
                     storage.delete_file(f"{run}/{entry.name}")
@@ -82,7 +82,8 @@ def _reports(storage: Storage, run: str, hardware: ClusterHardware, token: str, 
 
 
 def on_every_node(hardware: ClusterHardware, probe: Callable[[], T], *, with_gpus: bool = False) -> list[T]:
-    """What `probe` returns on each node, or on each that has GPUs; it gets no GPU itself. Where there is one node, in this process."""
+    """The results of `probe` on each node, or on each node with GPUs; the probe itself gets no GPU. With one node, it runs in this
+    process."""
     if hardware.nodes == 1:
         return [probe()]
     import ray
@@ -96,5 +97,5 @@ def on_every_node(hardware: ClusterHardware, probe: Callable[[], T], *, with_gpu
 
 
 def _call(probe: Callable[[], T]) -> T:
-    """Ray runs functions, and a probe may be a partial one."""
+    """A plain function for Ray, because a probe may be a `partial`."""
     return probe()

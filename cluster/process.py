@@ -1,6 +1,6 @@
-"""What Linux says of a process: /proc/PID/stat, parsed in one place. No Ray, no torch.
+"""What Linux reports about a process: /proc/PID/stat, parsed in one place. No Ray, no torch.
 
-Called by the agent (is its rank stopped?), launch (what has a local Ray started?), the driver (when did it begin?) and the list of runs
+Called by the agent (is its rank stopped?), launch (what has a local Ray started?), the driver (when did it start?) and the list of runs
 (does a run's driver live?)."""
 
 import os
@@ -18,28 +18,28 @@ class ProcessStat:
 
     pid: int
     name: str
-    """The kernel's, of 15 bytes at most; it may hold spaces and brackets."""
+    """The kernel's name, at most 15 bytes; it may contain spaces and brackets."""
     state: str
-    """A letter: R, S, D, T (stopped), Z (dead, and not yet waited for), ..."""
+    """A letter: R, S, D, T (stopped), Z (dead, not yet waited for), ..."""
     parent: int
     cpu_seconds: float
     """User and system time."""
     children_cpu_seconds: float
-    """Of the children that have ended and were waited for."""
+    """CPU time of the children that have ended and were waited for."""
     start_ticks: int
-    """When it began, in clock ticks since boot. Process ids are used again; an id together with this is not."""
+    """Start time in clock ticks since boot. Process ids are reused; an id together with this is unique."""
 
     @property
     def is_alive(self) -> bool:
         return self.state not in ("Z", "X", "x")
 
     def started(self) -> float:
-        """Unix time at which it began."""
+        """Unix time at which the process started."""
         return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - self.start_ticks / TICKS_PER_SECOND)
 
 
 def process_stat(pid: int | Literal["self"]) -> ProcessStat | None:
-    """What /proc says of a process now; None once it is gone. Any other OSError passes."""
+    """What /proc says about a process now; None if it is gone. Any other OSError passes through."""
     try:
         return parse_stat(Path(f"/proc/{pid}/stat").read_text(errors="surrogateescape"))
     except (FileNotFoundError, ProcessLookupError):
@@ -47,10 +47,10 @@ def process_stat(pid: int | Literal["self"]) -> ProcessStat | None:
 
 
 def parse_stat(text: str) -> ProcessStat:
-    """The content of a /proc/PID/stat. The name may hold anything, so that its end is the last bracket."""
+    """Parse the content of a /proc/PID/stat. The name may contain anything, so it ends at the last bracket."""
     before, _, after = text.rpartition(")")
     pid, _, name = before.partition(" (")
-    fields = after.split()  # from the third on, the state
+    fields = after.split()  # starts at the third field, the state
     user, system, children_user, children_system = map(int, fields[11:15])
     return ProcessStat(
         pid=int(pid),

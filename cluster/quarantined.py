@@ -1,5 +1,5 @@
-"""The samples that a run could not read, over all its ranks and attempts: each counts once. Pure; the coordinator holds one and writes it
-to quarantine.jsonl."""
+"""The samples that a run could not read, over all its ranks and attempts; each counts once. Pure; the coordinator holds one instance and
+writes it to quarantine.jsonl."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Quarantined:
-    """Records {"key", "reason", "split", "sample_id"}, told apart by split and id."""
+    """Records {"key", "reason", "split", "sample_id"}, identified by split and id."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         self._records: dict[tuple[str, int], Mapping[str, Any]] = {}
@@ -21,7 +21,7 @@ class Quarantined:
         return len(self._records)
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Those of them that were not known."""
+        """Add records; returns the new ones."""
         new = []
         for record in records:
             identity = record["split"], record["sample_id"]
@@ -31,5 +31,5 @@ class Quarantined:
         return new
 
     def to_lines(self) -> bytes:
-        """A JSON object a line, in the order in which they were met."""
+        """One JSON object per line, in the order in which they were added."""
         return "".join(json.dumps(record, sort_keys=True) + "\n" for record in self._records.values()).encode()

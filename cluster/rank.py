@@ -1,7 +1,7 @@
-"""A rank's process, seen from inside: its task, its way to the coordinator, and the group it joins. No Ray in here.
+"""A rank's process, seen from inside: its task, its connection to the coordinator, and the process group it joins. No Ray here.
 
-agent.py starts the process (by way of zygote.py) with two open files: one end of a connection, and a file for stack traces. The agent sends
-a Task; the process sends calls for the coordinator, which the agent passes on, and if it fails, why. The agent's end is serve_calls.
+agent.py starts the process through zygote.py, with two open files: one end of a connection, and a file for stack traces. The agent sends a
+Task. The process sends calls for the coordinator, which the agent passes on, and its exception if it fails. serve_calls is the agent's end.
 """
 
 import contextlib
@@ -42,26 +42,26 @@ class Placement:
     local_rank: int
     local_world_size: int
     device_index: int | None
-    """Of the rank's GPU among those that the process sees; None without one."""
+    """Index of the rank's GPU among those that the process sees; None without a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What a rank's process is to do."""
+    """What a rank's process should do."""
 
     target: str
     """"module:function", called with (spec, RankContext)."""
     spec: bytes
-    """Pickled, by the driver."""
+    """Pickled by the driver."""
     rank: int
     world_size: int
     attempt: int
     place: Placement
     files: Mapping[str, int]
-    """Name -> open file in memory, of the files that travel with the task."""
+    """Name -> file descriptor in memory, for the files that travel with the task."""
 
 
-# What the two ends of the connection send each other
+# Messages between the two ends of the connection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,14 +76,14 @@ class _Call:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Failed:
-    """Rank to agent: this exception ends me."""
+    """Rank to agent: this exception ends the rank."""
 
     error: RankError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Answer:
-    """Agent to rank: what the call of this number returned, or raised."""
+    """Agent to rank: what the call with this number returned or raised."""
 
     number: int
     result: Any = None
@@ -92,20 +92,20 @@ class _Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupStore:
-    """Rank to ranks, by way of the coordinator: where the store of their process group listens."""
+    """Rank to ranks, through the coordinator: where the store of their process group listens."""
 
     address: str
     port: int
 
 
 class AgentLost(RuntimeError):
-    """The agent does not answer any more: this process has no business left."""
+    """The agent no longer answers, so this process has nothing left to do."""
 
     failure_kind = "infrastructure"
 
 
 class CallFailed(RuntimeError):
-    """The coordinator could not be asked, or raised what cannot travel."""
+    """The coordinator could not be reached, or raised an exception that cannot travel."""
 
     failure_kind = "infrastructure"
 
@@ -120,7 +120,7 @@ class Calls:
         self._number = 0
 
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """The coordinator's answer; raises what its method raised, CallFailed where it does not answer, AgentLost."""
+        """The coordinator's answer. Raises what its method raised, CallFailed if it does not answer, or AgentLost."""
         answer: Future[Any] = Future()
         with self._lock:
             self._number += 1
@@ -134,7 +134,7 @@ class Calls:
             self._send(_Failed(error=error))
 
     def listen(self) -> None:
-        """Take in answers until the agent is gone; then end this process: what it would save or say has nowhere to go."""
+        """Receive answers until the agent is gone, then end this process: nobody would get what it saves or reports."""
         threading.Thread(target=self._listen, name="agent", daemon=True).start()
 
     def _send(self, message: _Call | _Failed) -> None:
@@ -159,7 +159,8 @@ class Calls:
 
 
 def serve_calls(connection: Connection, ask: Callable[..., Any], on_failed: Callable[[RankError], None]) -> None:
-    """The agent's end: answer calls by `ask(method, *args, **kwargs)` until the process has ended. Several at a time: some wait."""
+    """The agent's end: answer calls with `ask(method, *args, **kwargs)` until the process has ended. Runs several at a time, because
+    some block."""
 
     sending = threading.Lock()
 
@@ -184,7 +185,7 @@ def serve_calls(connection: Connection, ask: Callable[..., Any], on_failed: Call
 
 
 def _that_can_travel(error: Exception) -> Exception:
-    """`error`, or what can be said of it where the other side lacks Ray."""
+    """`error`, or its text in a CallFailed if the other side could not unpickle it without Ray."""
     if isinstance(error, OSError | ValueError) and type(error).__module__ == "builtins":
         with contextlib.suppress(Exception):
             pickle.loads(pickle.dumps(error))
@@ -194,7 +195,7 @@ def _that_can_travel(error: Exception) -> Exception:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankContext:
-    """What a rank's work is given beside its spec."""
+    """What a rank's work receives besides its spec."""
 
     rank: int
     world_size: int
@@ -204,7 +205,7 @@ class RankContext:
     call: Calls
 
     def join_group(self, timeout_seconds: float) -> None:
-        """torch.distributed's default group of this attempt's ranks: NCCL where they have GPUs, else gloo. Rank 0 keeps the store."""
+        """Set up torch.distributed's default group of this attempt's ranks: NCCL if they have GPUs, else gloo. Rank 0 hosts the store."""
         import torch
         import torch.distributed as dist
         from torch._C._distributed_c10d import TCPStore
@@ -245,7 +246,7 @@ def interface_of(address: str) -> str | None:
 
 
 def run_rank(descriptors: list[int]) -> None:
-    """What a forked process calls: take the task, do it, and say why if it fails. Exit status 1 then."""
+    """Entry point of a forked process: receive the task, run it, and report the exception if it fails, with exit status 1."""
     connection, stacks, *files = descriptors
     faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL})

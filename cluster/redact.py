@@ -1,4 +1,4 @@
-"""Secrets do not leave the process: what is written to journals, configurations and summaries goes through here first."""
+"""Keeps secrets in the process: everything written to journals, configurations and summaries passes through here first."""
 
 import re
 from typing import Any

@@ -1,28 +1,28 @@
-"""Sums over virtual ranks that have the same bits for any number of real ranks: one fixed binary tree.
+"""Sums over virtual ranks whose bits are the same for any number of real ranks: one fixed binary tree.
 
-Called by the training loop with the parts of a virtual rank (its gradients, BatchNorm statistics and loss), each as soon as it is there.
-Which virtual ranks a rank carries, and what the parts mean, is the caller's business: it hands in the ranks' blocks. Floating-point sums
-depend on their brackets, so the brackets are fixed: the tree over V virtual ranks splits at the largest power of two below V, and so on
-down. A rank carries a contiguous block and adds up, as it goes, the largest subtrees that lie wholly inside; the other nodes are added from
-all ranks' subtrees, each rank one chunk of the vector. The bits do not depend on where the blocks are cut:
+Called by trainer/learn (build.py, gradients.py) with the parts of a virtual rank (its gradients, BatchNorm statistics and loss), each as
+soon as it exists. The caller decides which virtual ranks a rank carries, and what the parts mean; it passes in the ranks' blocks.
+Floating-point sums depend on their brackets, so the brackets are fixed: the tree over V virtual ranks splits at the largest power of two
+below V, and so on recursively. A rank carries a contiguous block and adds up the largest subtrees that lie wholly inside it. The remaining
+nodes are added from all ranks' subtrees; each rank adds one chunk of the vector. The bits do not depend on where the blocks are cut:
 
     V=8, W=3   rank 0: 0 1 2 -> (0+1), 2      rank 1: 3 4 5 -> 3, (4+5)      rank 2: 6 7 -> (6+7)
-               everyone sends everyone its chunk, then ((0+1)+(2+3)) + ((4+5)+(6+7)) for one's own chunk, then sends the sum to everyone
+               each rank sends every other its chunk, adds ((0+1)+(2+3)) + ((4+5)+(6+7)) for its own chunk, and sends that sum to all
 
-The parts lie in one flat vector, cut into buckets in the order in which they are expected. The brackets are those of single elements: they
-know nothing of buckets. A bucket of the rank's last virtual rank is exchanged as soon as its parts are there, beside the rest of the
-backward pass: on a GPU in a stream of its own, on a CPU in a thread of its own. Only finish() waits. Buckets are exchanged in their order,
-which is the same on all ranks whatever order the parts came in.
+The parts lie in one flat vector, cut into buckets in the order in which they are expected. The brackets hold for each element by itself, so
+they do not depend on buckets. A bucket of the rank's last virtual rank is exchanged as soon as its parts are there, in parallel with the
+rest of the backward pass: on a GPU in a separate stream, on a CPU in a separate thread. Only finish() waits. Buckets are exchanged in their
+own order, which is the same on all ranks whatever order the parts came in.
 
-With `wire=torch.bfloat16` half the bytes travel. A sum that a rank sends must then be one that another rank would have made of the same
-leaves by itself, so that every node of the tree is rounded to bf16, the leaves and the root too, sent or not: a parent is
-bf16(float32(left) + float32(right)). That is what an addition of two bf16 vectors does, so that the vectors are kept in bf16. An element
-is rounded 1 + log2(V) times, each by at most 2**-9 of the node's value. Parts that must not be rounded (`exact`: a loss, statistics that
-change by less than that in a step) travel as float32 in buckets of their own.
+With `wire=torch.bfloat16` half the bytes travel. A sum that a rank sends must then equal the sum that another rank would compute alone from
+the same leaves. So every node of the tree is rounded to bf16, including the leaves and the root, sent or not: a parent is
+bf16(float32(left) + float32(right)). An addition of two bf16 vectors does exactly that, so the vectors are stored in bf16. An element is
+rounded 1 + log2(V) times, each time by at most 2**-9 of the node's value. Parts that must not be rounded (`exact`: a loss, statistics that
+change by less than that in a step) travel as float32 in separate buckets.
 
 For a vector of n floats a rank with k subtrees sends k*n*(W-1)/W floats, then n*(W-1)/W. With k = 1 (V and W powers of two) that is the
-volume of a ring all-reduce; k <= 2*log2(V). Memory: one vector of n floats for each subtree that is kept at one time (1 where V = W, at
-most 2*log2(V) + 1), and for the exchange what a bucket receives. All are kept between steps."""
+volume of a ring all-reduce; k <= 2*log2(V). Memory: one vector of n floats for each subtree held at one time (1 if V = W, at most
+2*log2(V) + 1), and for the exchange the bytes that one bucket receives. All of it is kept between steps."""
 
 import threading
 import time
@@ -38,14 +38,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 Node = tuple[int, int]
-"""A subtree: the virtual ranks from the first to before the second."""
+"""A subtree, as a half-open range of virtual ranks."""
 
 BUCKET_BYTES = 25 * 2**20
 SMALL_BUCKET_BYTES = 2**20
-"""The first bucket is small so that the exchange begins early, the last because nothing runs beside it. (DDP's: 25 and, the first, 1 MiB.)
+"""The first bucket is small so that the exchange begins early, the last one because nothing runs in parallel with it. (DDP uses 25 MiB, and
+1 MiB for the first.)
 """
 LINE = 16
-"""Floats in 64 bytes: parts and chunks begin at such multiples, for kernels that read many floats at a time."""
+"""Floats in 64 bytes. Parts and chunks begin at multiples of it, for kernels that read many floats at a time."""
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ def subtrees(virtual_ranks: int, carried: range) -> list[Node]:
 
 
 def fold(virtual_ranks: int, carry: list[tuple[Node, T]], merge: Callable[[T, T], T]) -> None:
-    """Merge the last two of `carry` while they are the two halves of one subtree. Applied after each append, it is the tree."""
+    """Merge the last two of `carry` while they are the two halves of one subtree. Called after each append, this builds the tree."""
     parents = _parents(virtual_ranks)
     while len(carry) > 1 and parents.get(carry[-1][0]) == parents.get(carry[-2][0], ()):
         (_, right), (left_node, left) = carry.pop(), carry.pop()
@@ -73,10 +74,11 @@ def fold(virtual_ranks: int, carry: list[tuple[Node, T]], merge: Callable[[T, T]
 
 
 class TreeReducer:
-    """lay_out() once; then in each step begin(), put() and end() for each of this rank's virtual ranks in order, and finish() for the sums.
+    """Call lay_out() once. In each step call begin(), put() and end() for each of this rank's virtual ranks in order, then finish() for the
+    sums.
 
-    finish() is the only call that waits for other ranks; `wait_seconds` is how long the host has waited in it so far (on a GPU the stream
-    waits, not the host). All ranks must lay out the same parts in the same order, with the same bucket sizes."""
+    Only finish() waits for other ranks; `wait_seconds` is how long the host has waited in it so far (on a GPU the stream waits, not the
+    host). All ranks must lay out the same parts in the same order, with the same bucket sizes."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class TreeReducer:
         wire: torch.dtype = torch.float32,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`blocks`: of each rank, the virtual ranks that it carries, at least one; together all of them, in order."""
+        """`blocks`: for each rank the virtual ranks that it carries, at least one; together all of them, in order."""
         assert [v for each in blocks for v in each] == list(range(blocks[-1].stop)), f"not all virtual ranks in order, once: {blocks}"
         assert all(blocks), f"a rank carries no virtual rank: {blocks}"
         self.wait_seconds = 0.0
@@ -100,7 +102,7 @@ class TreeReducer:
         self._plan = _plan(blocks, rank)
         self._layout: _Layout | None = None
         self._next, self._open = self._plan.carried.start, False
-        self._arrived: list[dict[int, Tensor] | None] = []  # of each bucket, part -> its value; None once they are taken in
+        self._arrived: list[dict[int, Tensor] | None] = []  # for each bucket, part -> its value; None once they are added
         self._launched = 0
         self._thread: _Thread | None = None
 
@@ -111,14 +113,14 @@ class TreeReducer:
 
     @property
     def is_open(self) -> bool:
-        """Between begin() and end()."""
+        """True between begin() and end()."""
         return self._open
 
     def lay_out(self, like: Sequence[Tensor], *, exact: int = 0) -> list[Tensor]:
-        """Make room for parts shaped and strided as `like`, float32, in the order in which put() is expected to bring them.
+        """Allocate memory for parts with the shapes and strides of `like`, float32, in the order in which put() is expected to bring them.
 
-        The first `exact` parts travel as float32 whatever the others do. What is returned are views of one float32 vector, into which
-        finish() puts the sums. A part lies in one bucket as a whole."""
+        The first `exact` parts always travel as float32. Returns views of one float32 vector, into which finish() writes the sums. A
+        part lies in one bucket as a whole."""
         assert self._layout is None, "laid out before"
         assert like, "nothing to add up"
         strange = [
@@ -144,7 +146,7 @@ class TreeReducer:
                 high = low + _up(high - low, LINE * world_size)  # W equal chunks
                 buckets.append(_Bucket(low=low, high=high, parts=len(parts), dtype=dtype, base=base))
             sizes[dtype] = high - base
-        # Zeros, also between the parts: that room is added and sent with the rest.
+        # Zeros, also between the parts: the gaps are added and sent with the rest.
         places = range(1 + max(leaf.place for leaf in self._plan.leaves))
         flats = {dtype: [like[0].new_zeros(size, dtype=dtype) for _ in places] for dtype, size in sizes.items()}
         result = flats[torch.float32][0] if self._wire == torch.float32 else like[0].new_zeros(high)
@@ -174,7 +176,7 @@ class TreeReducer:
         return [_view(result, start, tensor) for start, tensor in zip(offsets, like, strict=True)]
 
     def begin(self, virtual_rank: int) -> None:
-        """`virtual_rank`'s parts follow. The views that lay_out() returned are no longer the last step's sums."""
+        """`virtual_rank`'s parts follow. The views that lay_out() returned no longer hold the last step's sums."""
         assert self._layout is not None, "lay_out() comes first"
         assert not self._open, "end() of the virtual rank before comes first"
         assert virtual_rank == self._next, f"virtual rank {virtual_rank} came when {self._next} of {self._plan.carried} was due"
@@ -182,7 +184,7 @@ class TreeReducer:
         self._arrived = [{} for _ in self._layout.buckets]
 
     def put(self, part: int, value: Tensor) -> None:
-        """`part` (its number in lay_out()) of the open virtual rank, once, in any order. `value` must not change before end()."""
+        """Add `part` (its number in lay_out()) of the open virtual rank: once, in any order. `value` must not change before end()."""
         layout = self._layout
         assert layout is not None, "lay_out() comes first"
         assert self._open, "begin() comes first"
@@ -199,18 +201,19 @@ class TreeReducer:
             self._take_in(bucket)
 
     def end(self) -> None:
-        """No more parts from this virtual rank: those that did not come are zeros (no samples, or a parameter that was not used)."""
+        """No more parts from this virtual rank. Missing parts count as zeros (no samples, or an unused parameter)."""
         for bucket, arrived in enumerate(self._arrived):
             if arrived is not None:
                 self._take_in(bucket)
         self._next, self._open = self._next + 1, False
 
     def finish(self, on_exchanged: Callable[[], None] = lambda: None) -> Tensor:
-        """The sums over all virtual ranks are in the views of lay_out() until the next begin(); the vector that these are views of.
+        """Complete the sums over all virtual ranks. They are in the views of lay_out() until the next begin(); returns the vector behind
+        these views.
 
-        (n,) float32; between the parts are zeros. A collective if there is more than one rank, begun in put() and end(). `on_exchanged`:
-        called, on a CPU and from the exchange's thread, as soon as this rank waits for no other any more, even if the caller does not get
-        there."""
+        (n,) float32, with zeros between the parts. A collective if there is more than one rank, begun in put() and end().
+        `on_exchanged`: called on a CPU, from the exchange's thread, as soon as this rank no longer waits for another one, even if the
+        caller has not yet got there."""
         assert not self._open, "end() comes first"
         layout, carried = self._layout, self._plan.carried
         assert layout is not None, "lay_out() comes first"
@@ -230,7 +233,7 @@ class TreeReducer:
         return layout.result
 
     def _take_in(self, bucket: int) -> None:
-        """Fold a bucket's parts into this rank's subtrees; exchange what is complete."""
+        """Add a bucket's parts to this rank's subtrees; exchange the buckets that are complete."""
         arrived, self._arrived[bucket] = self._arrived[bucket], None
         layout, plan = self._layout, self._plan
         assert arrived is not None
@@ -240,13 +243,13 @@ class TreeReducer:
         if len(arrived) < here.parts:
             missing = [view for part, view in enumerate(views) if layout.bucket_of[part] == bucket and part not in arrived]
             if leaf.adds:
-                torch._foreach_add_(missing, 0.0)  # not nothing: -0.0 + 0.0 is 0.0
+                torch._foreach_add_(missing, 0.0)  # not a no-op: -0.0 + 0.0 is 0.0
             else:
                 torch._foreach_zero_(missing)
         if arrived:
             into, values = [views[part] for part in arrived], list(arrived.values())
             if leaf.adds:
-                if here.dtype != torch.float32:  # a leaf is rounded before it is added, as it is where it is kept
+                if here.dtype != torch.float32:  # a leaf is rounded before it is added, just as a stored leaf is
                     values = [value.to(here.dtype) for value in values]
                 torch._foreach_add_(into, values)
             else:
@@ -270,13 +273,13 @@ class TreeReducer:
             exchange()
 
     def _exchange(self, layout: "_Layout", room: Tensor, bucket: "_Bucket") -> None:
-        """The sum over all ranks' subtrees into the first of mine, for one bucket. `room`: bytes, for what other ranks send."""
+        """Write the sum over all ranks' subtrees into this rank's first one, for one bucket. `room`: bytes for what other ranks send."""
         counts = self._plan.counts
         world_size = len(counts)
         width = (bucket.high - bucket.low) // world_size
         if not width:  # parts without elements
             return
-        # My subtrees, each (W, width): a row for each rank that adds it up.
+        # This rank's subtrees, each (W, width): one row for each rank that adds it up.
         low, high = bucket.low - bucket.base, bucket.high - bucket.base
         flats = layout.flats[bucket.dtype][: counts[self._rank]]
         mine = [flat[low:high].view(world_size, width) for flat in flats]
@@ -284,7 +287,7 @@ class TreeReducer:
         peers = [peer for peer in range(world_size) if peer != self._rank]
         foreign = sum(counts) - len(mine)
         received = iter(room[: foreign * width * bucket.dtype.itemsize].view(bucket.dtype).view(foreign, width))
-        rows = []  # of each rank, its subtrees' chunks that I add up, each (width,)
+        rows = []  # for each rank, the chunks of its subtrees that this rank adds up, each (width,)
         for peer, count in enumerate(counts):
             rows.append([each[peer] for each in mine] if peer == self._rank else [next(received) for _ in range(count)])
         self._swap([(peer, row) for peer in peers for row in rows[peer]], [(peer, each[peer]) for peer in peers for each in mine])
@@ -292,15 +295,15 @@ class TreeReducer:
         *inner, (left, right) = self._plan.merges
         for into, other in inner:
             chunks[into].add_(chunks[other])
-        torch.add(chunks[left], chunks[right], out=own)  # whichever chunk `own` was, it is in the sum by now
-        # All of a peer's chunk of mine has reached it by the time that it sends the sum, so that the sum may come to the same place.
+        torch.add(chunks[left], chunks[right], out=own)  # `own` is one of the chunks, and is already in the sum
+        # A peer sends the sum only after it has received this rank's chunk of it, so the sum may overwrite that chunk.
         if own.is_cuda:
             dist.all_gather_into_tensor(mine[0].view(-1), own, self._group)
         else:
             self._swap([(peer, mine[0][peer]) for peer in peers], [(peer, own) for peer in peers])
 
     def _swap(self, receive: Sequence[tuple[int, Tensor]], send: Sequence[tuple[int, Tensor]]) -> None:
-        """Receive and send (rank, tensor). By pairs: with gloo that takes half the time of its all_to_all and all_gather."""
+        """Receive and send (rank, tensor) pairwise: with gloo this takes half the time of its all_to_all and all_gather."""
         pairs = [dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer) for peer, tensor in receive]
         pairs += [dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer) for peer, tensor in send]
         for work in dist.batch_isend_irecv(pairs):
@@ -308,7 +311,7 @@ class TreeReducer:
 
 
 def tree_sum(values: Sequence[T], merge: Callable[[T, T], T]) -> T:
-    """The same tree over values that are all here: what finish() computes, for tests and for other things than tensors."""
+    """The same tree over values that are all in this process: what finish() computes. For tests, and for values other than tensors."""
     carry: list[tuple[Node, T]] = []
     for index, value in enumerate(values):
         carry.append(((index, index + 1), value))
@@ -319,8 +322,8 @@ def tree_sum(values: Sequence[T], merge: Callable[[T, T], T]) -> T:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Bucket:
-    """Elements `low` to before `high` of the sums' vector; `parts` of them lie there. What is added up lies in the vectors of `dtype`,
-    whose first element is the sums' element `base`."""
+    """Elements `low` (inclusive) to `high` (exclusive) of the sums' vector, which hold `parts` parts. The values to add lie in the
+    vectors of `dtype`, whose first element corresponds to the sums' element `base`."""
 
     low: int
     high: int
@@ -331,7 +334,7 @@ class _Bucket:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Leaf:
-    """What is done with a virtual rank: put into, or added to, vector `place`; then each (left, right) of `merges`: left += right."""
+    """What to do with a virtual rank: copy or add it into vector `place`; then, for each (left, right) of `merges`, left += right."""
 
     place: int
     adds: bool
@@ -344,11 +347,11 @@ class _Plan:
 
     carried: range
     leaves: tuple[_Leaf, ...]
-    """Of each virtual rank that this rank carries."""
+    """One for each virtual rank that this rank carries."""
     counts: tuple[int, ...]
-    """Of each rank, the subtrees that it sends."""
+    """For each rank, the number of subtrees that it sends."""
     merges: tuple[tuple[int, int], ...]
-    """Above the ranks' subtrees."""
+    """The additions above the ranks' subtrees."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -357,21 +360,22 @@ class _Layout:
 
     result: Tensor  # (n,) float32
     flats: dict[torch.dtype, list[Tensor]]
-    """Of each dtype that travels, the vectors of the subtrees. Parts of the other dtype have their place among the buckets too, but no
-    memory here: a bucket knows where it begins."""
+    """For each dtype that travels, the vectors of the subtrees. Each vector holds only the buckets of its dtype; a bucket knows its own
+    start."""
     views: list[list[Tensor]]
-    """Of each vector, each part's room in it."""
+    """For each vector, each part's view in it."""
     buckets: list[_Bucket]
     bucket_of: list[int]
-    """Of each part."""
+    """The bucket of each part."""
     received: Tensor | None
-    """Bytes, for what other ranks send of one bucket; None where there are none."""
+    """Bytes for what other ranks send of one bucket; None if no other rank sends."""
     stream: torch.cuda.Stream | None
     """For the exchange, on a GPU."""
 
 
 class _Thread:
-    """Does jobs one after the other, beside the caller. It does not keep the process alive: it may wait for a rank that is gone."""
+    """Runs jobs one after the other, in parallel with the caller. It does not keep the process alive: it may wait for a rank that is
+    gone."""
 
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -383,7 +387,7 @@ class _Thread:
         self._jobs.put(job)
 
     def join(self, jobs: int) -> None:
-        """Wait for the next `jobs` jobs; the first error is raised."""
+        """Wait for the next `jobs` jobs; raise the first error."""
         for _ in range(jobs):
             error = self._results.get()
             if error is not None:
@@ -394,16 +398,16 @@ def _work(jobs: "SimpleQueue[Callable[[], None] | None]", results: "SimpleQueue[
     failure: BaseException | None = None
     while (job := jobs.get()) is not None:
         try:
-            if failure is None:  # after it, the ranks no longer agree on what comes next
+            if failure is None:  # after a failure the ranks no longer agree on what comes next
                 job()
         except BaseException as error:
             failure = error
         results.put(failure)
-        del job  # it holds the reducer
+        del job  # it keeps the reducer alive
 
 
 def _leaves(virtual_ranks: int, carried: range) -> list[_Leaf]:
-    """The plan of a rank: its subtrees, while they grow, are vectors 0, 1, ... from left to right."""
+    """A rank's plan. Its growing subtrees are vectors 0, 1, ... from left to right."""
     carry: list[tuple[Node, int]] = []
     leaves = []
     for virtual_rank in carried:
@@ -416,7 +420,7 @@ def _leaves(virtual_ranks: int, carried: range) -> list[_Leaf]:
 
         carry.append(((virtual_rank, virtual_rank + 1), place))
         fold(virtual_ranks, carry, merge)
-        # A right sibling is added to the left one in place and needs no vector of its own.
+        # A right sibling is added in place to the left one, so it needs no vector.
         adds = bool(merges)
         leaves.append(_Leaf(place=place - adds, adds=adds, merges=tuple(merges[1:])))
     return leaves
@@ -434,7 +438,7 @@ def _plan(blocks: Sequence[range], rank: int) -> _Plan:
 
 
 def _merges(virtual_ranks: int, nodes: Sequence[Node]) -> list[tuple[int, int]]:
-    """(left, right) of each addition above the ranks' subtrees `nodes`, as positions among them; the sum goes to the left."""
+    """(left, right) of each addition above the ranks' subtrees `nodes`, as positions among them; the left one takes the sum."""
     carry: list[tuple[Node, int]] = []
     merges: list[tuple[int, int]] = []
 
@@ -450,7 +454,8 @@ def _merges(virtual_ranks: int, nodes: Sequence[Node]) -> list[tuple[int, int]]:
 
 
 def _cut(sizes: Sequence[int], limit: int, small: int) -> list[range]:
-    """Parts of `sizes` bytes into buckets of `limit` bytes or one part more; the first and the last are `small`. No part is cut."""
+    """Group parts of `sizes` bytes into buckets of `limit` bytes, exceeded by at most one part; the first and the last are `small`. No
+    part is cut."""
     last, held = len(sizes), 0
     while last > 0 and held + sizes[last - 1] <= small:
         last -= 1
@@ -468,7 +473,7 @@ def _cut(sizes: Sequence[int], limit: int, small: int) -> list[range]:
 
 
 def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
-    """Room for `like` in `flat`, with its strides (channels_last); gaps and overlaps in its storage are not copied."""
+    """A view for `like` in `flat`, with its strides (channels_last); gaps and overlaps in its storage are not copied."""
     strides = torch.empty_like(like, device="meta").stride()
     return flat[offset : offset + like.numel()].as_strided(like.shape, strides)
 

@@ -1,8 +1,8 @@
-"""Who takes part in a run: the agents of its fleets, and the ranks of the current attempt. Pure: no thread, no clock, no storage.
+"""The members of a run: the agents of its fleets, and the ranks of the current attempt. Pure: no thread, no clock, no storage.
 
-The coordinator holds one, behind its lock, and hands in the time. What an agent should be doing (`order`) follows from the attempt that the
-driver began and from what the ranks have said. Whatever is said about an attempt that is not the current one is ignored: a method that
-takes an attempt's number says by its answer (False or None) that it did so."""
+The coordinator holds one instance, behind its lock, and passes in the time. What an agent should do (`order`) follows from the attempt
+that the driver began and from the ranks' reports. Messages about an attempt other than the current one are ignored: a method that takes
+an attempt's number then returns False or None."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,19 +26,19 @@ class RankInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankStatus:
-    """What is known of a rank that has registered or beaten."""
+    """What is known about a rank that has registered or beaten."""
 
     steps_done: int
     stats: Mapping[str, float]
     totals: Mapping[str, float]
     phase: str
     ticks: int
-    """These four: see beat.Beat."""
+    """For these four fields, see beat.Beat."""
     age_seconds: float
     """Time since its last beat."""
     info: RankInfo | None
     report: AgentReport | None
-    """What its agent last said of its process."""
+    """The agent's latest report on the rank's process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +49,14 @@ class Attempt:
     world_size: int
     start_step: int
     fleet: int = 0
-    """Whose agents run it."""
+    """The fleet whose agents run it."""
     payload: Payload | None = None
-    """What its ranks do. None: read from the journal, which does not have it; the driver has to adopt the attempt."""
+    """What its ranks run. None if the attempt was read from the journal, which does not hold it; the driver must then adopt the attempt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heard:
-    """What a beat has shown."""
+    """What a beat has revealed."""
 
     straggler: Straggler | None
     """An episode of a slow rank begins or ends."""
@@ -81,14 +81,14 @@ class _AgentSaid:
 
 @dataclass(kw_only=True, slots=True)
 class _Current:
-    """Of the current attempt."""
+    """State of the current attempt."""
 
     attempt: Attempt
     stragglers: StragglerWatch
     command: Literal["run", "stacks", "kill"] = "run"
     ranks: dict[int, _Rank] = field(default_factory=dict)
     board: dict[str, Any] = field(default_factory=dict)
-    """What ranks publish for each other."""
+    """Values that ranks publish for each other."""
 
     def rank(self, number: int) -> _Rank:
         return self.ranks.setdefault(number, _Rank())
@@ -107,14 +107,14 @@ class Roster:
 
     @property
     def attempt(self) -> Attempt | None:
-        """The current one."""
+        """The current attempt."""
         return self._current.attempt if self._current is not None else None
 
     def is_current(self, attempt: int) -> bool:
         return self._of(attempt) is not None
 
     def begin(self, attempt: Attempt) -> None:
-        """A new group of ranks. Nothing is known of them yet; agents of older fleets are forgotten."""
+        """Begin a new group of ranks, about which nothing is known yet. Agents of older fleets are forgotten."""
         stragglers = StragglerWatch(attempt.world_size, ratio=self._limits.ratio, steps=self._limits.steps)
         self._current = _Current(attempt=attempt, stragglers=stragglers)
         self._agents = {key: said for key, said in self._agents.items() if key[0] >= attempt.fleet}
@@ -124,25 +124,25 @@ class Roster:
             current.attempt = replace(current.attempt, fleet=fleet, payload=payload)
 
     def ask_stacks(self, attempt: int) -> None:
-        """Every agent of the attempt is to send the stacks of its rank."""
+        """Have every agent of the attempt send its rank's stacks."""
         if (current := self._of(attempt)) is not None:
             current.command = "stacks"
             for rank in current.ranks.values():
                 rank.has_told_stacks = False
 
     def kill(self, attempt: int) -> None:
-        """Every agent of the attempt is to kill its rank."""
+        """Have every agent of the attempt kill its rank."""
         if (current := self._of(attempt)) is not None:
             current.command = "kill"
 
     def end_fleet(self, fleet: int) -> None:
-        """Its agents are to end."""
+        """Have its agents end."""
         self._over.add(fleet)
 
     # The agents' side
 
     def order(self, fleet: int, rank: int, report: AgentReport, now: float) -> AgentOrder:
-        """What the agent of this rank should be doing."""
+        """What this rank's agent should do."""
         self._agents[fleet, rank] = _AgentSaid(report=report, at=now)
         current = self.attempt
         if fleet in self._over or (current is not None and fleet < current.fleet):
@@ -159,7 +159,7 @@ class Roster:
         )
 
     def ended(self, attempt: int, rank: int, end: RankEnd) -> bool:
-        """A rank's process has ended. If not well, the others will not get on without it, and are to be killed."""
+        """A rank's process has ended. If it failed, the others cannot continue and are to be killed."""
         if (current := self._of(attempt)) is None:
             return False
         known = current.rank(rank)
@@ -183,7 +183,8 @@ class Roster:
         return True
 
     def hear(self, beat: Beat, now: float) -> Heard | None:
-        """Take in a beat. One that overtook another on its way takes no step back, and one without figures leaves those of before."""
+        """Take in a beat. A beat that was overtaken by a newer one does not reset the position, and one without figures keeps the
+        earlier figures."""
         if (current := self._of(beat.attempt)) is None:
             return None
         rank = current.rank(beat.rank)
@@ -199,12 +200,12 @@ class Roster:
         return Heard(straggler=straggler, skew=current.stragglers.skew)
 
     def publish(self, attempt: int, key: str, value: Any) -> None:
-        """Tell the other ranks of the attempt."""
+        """Publish a value for the other ranks of the attempt."""
         if (current := self._of(attempt)) is not None:
             current.board[key] = value
 
     def lookup(self, attempt: int, key: str) -> Any:
-        """What a rank of the attempt published; None if nothing yet."""
+        """The value that a rank of the attempt published; None if nothing yet."""
         current = self._of(attempt)
         return current.board.get(key) if current is not None else None
 
@@ -216,26 +217,26 @@ class Roster:
         return {number: rank.info for number, rank in sorted(ranks.items()) if rank.info is not None}
 
     def ends(self, attempt: int | None = None) -> dict[int, RankEnd]:
-        """How the ranks of the attempt (None: the current one) ended, as far as they have."""
+        """How the ranks of the attempt (None: the current one) ended, for those that have."""
         current = self._current if attempt is None else self._of(attempt)
         ranks = current.ranks if current is not None else {}
         return {number: rank.end for number, rank in ranks.items() if rank.end is not None}
 
     def stacks(self) -> frozenset[int]:
-        """Ranks whose stacks have come in since they were asked for."""
+        """Ranks whose stacks have arrived since they were requested."""
         ranks = self._current.ranks if self._current is not None else {}
         return frozenset(number for number, rank in ranks.items() if rank.has_told_stacks)
 
     def reports(self) -> dict[int, AgentReport]:
-        """What the agents of the current fleet last said, by rank."""
+        """Latest reports of the current fleet's agents, by rank."""
         return {rank: said.report for rank, said in self._fleet().items()}
 
     def agent_ages(self, now: float) -> dict[int, float]:
-        """Seconds since they did."""
+        """Seconds since those reports."""
         return {rank: now - said.at for rank, said in self._fleet().items()}
 
     def ranks(self, now: float) -> dict[int, RankStatus]:
-        """The ranks that were heard of, in order."""
+        """The ranks that have registered or beaten, in order."""
         if self._current is None:
             return {}
         start_step, reports = self._current.attempt.start_step, self.reports()

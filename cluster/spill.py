@@ -1,10 +1,10 @@
-"""A rank's checkpoints on its node's own disk, while the storage does not answer. Called by checkpointer, which decides when.
+"""Keeps a rank's checkpoints on its node's own disk while the storage does not answer. Called by checkpointer, which decides when.
 
     <spill_dir>/finetune-spill-<user>/<run>.g0001-<storage>/rank-00000/step-00001200/model.safetensors, ...
 
-Every file is fsynced and hashed when it is written, and hashed again when it is read: what the disk spoilt meanwhile is not uploaded.
-Only the process that wrote them can finish these checkpoints, as an acknowledgement is its attempt's: what a killed one left is removed by
-its successor on the node."""
+Every file is fsynced and hashed when it is written, and hashed again when it is read, so damage on the disk is not uploaded. Only the
+process that wrote these checkpoints can finish them, because an acknowledgement belongs to one attempt. The successor on the node
+removes what a killed process left."""
 
 import contextlib
 import hashlib
@@ -23,13 +23,13 @@ _FIX = "free some space there or set --cluster.spill-dir to a larger disk"
 
 
 class SpillDamaged(OSError):
-    """A spilled file that is not what was written."""
+    """A spilled file whose content is not what was written."""
 
     failure_kind = "user"
 
 
 class Spilled:
-    """One checkpoint of one rank. `staged` are its files that reached the storage, first those from before the outage."""
+    """One checkpoint of one rank. `staged`: its files that reached the storage, first those from before the outage."""
 
     def __init__(self, folder: str, step: int, staged: Sequence[Receipt], meta: dict[str, Any]) -> None:
         self.step, self.meta, self.staged = step, meta, list(staged)
@@ -38,7 +38,7 @@ class Spilled:
 
     @property
     def waiting(self) -> list[Receipt]:
-        """Its files that have still to be uploaded, in order."""
+        """Files that still have to be uploaded, in order."""
         return self._waiting[:]
 
     @property
@@ -46,12 +46,12 @@ class Spilled:
         return sum(receipt.size_bytes for receipt in self._waiting)
 
     def add(self, name: str, buffers: Iterable[bytes | bytearray | memoryview]) -> None:
-        """Keep a file, durably; StorageFull where there is no room."""
+        """Store a file durably; StorageFull if there is no room."""
         assert os.path.basename(name) == name, name
         self._waiting.append(write_file(self._folder, name, buffers_of(buffers), fix=_FIX))
 
     def read(self, receipt: Receipt) -> memoryview:
-        """A file's bytes, as they were written (SpillDamaged). They stay valid when the file is removed."""
+        """A file's bytes, checked to be as written (SpillDamaged). They stay valid when the file is removed."""
         try:
             with open(f"{self._folder}/{receipt.name}", "rb") as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if receipt.size_bytes else b"")
@@ -72,11 +72,11 @@ class Spilled:
 
 
 class Spill:
-    """The folder of one rank of one driver's run. Nothing is made before the first checkpoint is spilled."""
+    """The folder of one rank in one driver's run. Nothing is created before the first checkpoint is spilled."""
 
     def __init__(self, base: str, run: str, generation: int, rank: int, storage: Storage) -> None:
         self._base = os.path.abspath(os.path.join(os.path.expanduser(base) or tempfile.gettempdir(), f"finetune-spill-{os.getuid()}"))
-        # Runs of one name on two storages may share a node.
+        # Runs with the same name on two storages may share a node.
         self._place = hashlib.sha256(f"{storage.address}/{run}".encode()).hexdigest()[:8]
         self._prefix = f"{run}.g"
         self._run_folder = f"{self._base}/{self._prefix}{generation:04d}-{self._place}"
@@ -84,7 +84,7 @@ class Spill:
         self._remove_leftovers()
 
     def begin(self, step: int, staged: Sequence[Receipt], meta: dict[str, Any]) -> Spilled:
-        """A place for the checkpoint of `step`, whose files `staged` had reached the storage."""
+        """Create the folder for the checkpoint of `step`, whose files `staged` have already reached the storage."""
         self._make_base()
         folder = f"{self.folder}/step-{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -95,18 +95,18 @@ class Spill:
         """Remove everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
         for folder in (self._run_folder, self._base):
-            with contextlib.suppress(OSError):  # of other ranks and runs; or never made
+            with contextlib.suppress(OSError):  # holds other ranks and runs, or was never created
                 os.rmdir(folder)
 
     def _make_base(self) -> None:
-        # Its name can be guessed, and the system's temporary folder is everybody's.
+        # The folder's name can be guessed, and everybody can write to the system's temporary folder.
         os.makedirs(self._base, mode=0o700, exist_ok=True)
         found = os.lstat(self._base)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             raise PermissionError(f"{self._base} is not this user's own folder; remove it or give another with --cluster.spill-dir")
 
     def _remove_leftovers(self) -> None:
-        """Of this rank's predecessor, which is dead, and of older drivers, which are fenced off."""
+        """Remove leftovers of this rank's predecessor, which is dead, and of older drivers, which are fenced off."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             for name in os.listdir(self._base):

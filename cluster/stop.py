@@ -1,21 +1,21 @@
-"""All ranks stop after the same number of steps, with no synchronisation a step: both sides of one protocol. No thread, no clock.
+"""Stops all ranks after the same number of steps without a synchronisation in each step: both sides of one protocol. No thread, no clock.
 
-The coordinator holds a StopVote, each rank a Gate (inside its Heartbeat); what they say to each other travels in beats (beat.py). A
-proposal to stop after P steps binds a rank only if the rank takes it in before it has begun step P: a rank that has begun it is already
-inside a collective that the others must join. So ranks report the steps they have *begun*, not only those they have done."""
+The coordinator holds a StopVote, each rank a Gate (inside its Heartbeat); they communicate through beats (beat.py). A proposal to stop
+after P steps binds a rank only if it arrives before the rank has begun step P: after that, the rank is inside a collective that the
+others must join. So ranks report the steps they have *begun*, not only those they have done."""
 
 from cluster.beat import CALLS_PER_SECOND, BeatReply
 
-AGAIN_SECONDS = 0.02  # between two beats while a stop is being agreed on
+AGAIN_SECONDS = 0.02  # between two beats while the ranks agree on a stop
 
 
 class StopVote:
     """The coordinator's side: agreement on a number of steps after which all ranks stop.
 
-    A proposal is ahead of every step begun. A rank promises it if it has not begun that step, and then waits there. The stop is confirmed
-    once all have promised. A rank that was faster says so by `steps_begun`, and a later proposal takes the place of the first; the margin
-    doubles, or is what that rank has begun since its beat before, so that slow beats and fast steps meet. Meanwhile ranks beat as often as
-    they may. The ranks themselves are at most one step apart, as each step has a collective."""
+    A proposal lies ahead of every begun step. A rank promises it if it has not begun that step, and then waits there. The stop is
+    confirmed once all have promised. `steps_begun` shows that a rank was faster than the proposal; a later proposal then replaces it.
+    The margin doubles, or becomes what that rank has begun since its previous beat, so that the vote converges even with slow beats and
+    fast steps. Meanwhile ranks beat as often as they may. Ranks are at most one step apart, because each step has a collective."""
 
     def __init__(self, ranks: int, margin: int = 2, *, requested: bool = False) -> None:
         self._ranks, self._margin, self._requested = ranks, margin, requested
@@ -35,7 +35,7 @@ class StopVote:
 
     @property
     def confirmed(self) -> bool:
-        """Every rank has promised it."""
+        """Every rank has promised the newest proposal."""
         return self._confirmed
 
     def request(self) -> None:
@@ -52,7 +52,7 @@ class StopVote:
 
     def _decide(self, begun: int, promised: int, stride: int) -> None:
         if self._stop_at is None and promised >= begun:
-            self._stop_at = promised  # a coordinator before this one proposed it, and some ranks wait there
+            self._stop_at = promised  # a previous coordinator proposed it, and some ranks wait there
         elif self._stop_at is None or begun > self._stop_at:
             if self._stop_at is not None:
                 self._margin = max(2 * self._margin, stride + 1)
@@ -61,7 +61,7 @@ class StopVote:
 
 
 class Gate:
-    """A rank's side: what it has begun and promised. After `n` steps arrive(n) says whether step n may begin."""
+    """A rank's side: what it has begun and promised. After `n` steps, arrive(n) says whether step n may begin."""
 
     def __init__(self, start_step: int) -> None:
         self._steps_done = start_step
@@ -83,7 +83,7 @@ class Gate:
         return self._stop_at
 
     def done(self, steps_done: int) -> None:
-        """Steps are done; whether the next one may begin is asked later, by arrive()."""
+        """Record finished steps; arrive() decides later whether the next one may begin."""
         self._steps_done = steps_done
 
     def take(self, reply: BeatReply) -> None:

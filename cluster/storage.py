@@ -1,10 +1,9 @@
-"""Where runs live: a local folder or any pyarrow file system, behind the few operations that runs need.
+"""Where runs are stored: a local folder or any pyarrow file system, behind the few operations that runs need.
 
-Used by store, journal and coordinator, and by trainer for the run's other files. What a checkpoint is, and when it counts, is store's
-business.
+Used by store, journal and coordinator, and by trainer for the run's other files. store.py defines what a checkpoint is and when it counts.
 
-Every operation on a remote storage may be done twice with the result of once, so what fails for a while is tried again, for a budget of
-seconds; then it is an outage (StorageOutage), which those above outlive. What the storage refuses is not tried again (StorageRefused)."""
+Every operation on a remote storage is idempotent. So temporary failures are retried for a budget of seconds; after that it is an outage
+(StorageOutage), which the callers survive. A refusal by the storage is not retried (StorageRefused)."""
 
 import datetime
 import errno
@@ -28,10 +27,10 @@ SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 CHUNK_BYTES = 8 << 20
 
 RETRY_SECONDS = 20.0
-"""How long an operation on a remote storage is tried, unless told."""
+"""Default time for which an operation on a remote storage is retried."""
 
-# The clients' own patience, kept well below ours. Measured with what pyarrow takes for s3:// URIs: a call took 6 s where nobody listens and
-# 99 s where the server accepts and stays silent; with these, 0.1 s and 10 s. GCS would try for 15 minutes.
+# Limits of the clients' own retries, well below ours. Measured with pyarrow's defaults for s3:// URIs: a call took 6 s if nobody listens,
+# and 99 s if the server accepts and stays silent; with these limits 0.1 s and 10 s. GCS would retry for 15 minutes.
 _CLIENT_ATTEMPTS = 2
 _CONNECT_SECONDS = 3.0
 _SILENCE_SECONDS = 5.0
@@ -39,7 +38,7 @@ _SILENCE_SECONDS = 5.0
 _FIRST_WAIT_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 5.0
 
-# Object stores have no directories: making them costs requests, and rights that a bucket's user may lack.
+# Object stores have no directories: creating them costs requests, and needs rights that a bucket's user may lack.
 _WITHOUT_DIRECTORIES = {"s3", "gcs", "abfs"}
 
 
@@ -47,25 +46,25 @@ T = TypeVar("T")
 
 
 class StorageOutage(OSError):
-    """A remote storage that did not answer, or not usefully, for as long as it was tried. Later it may."""
+    """A remote storage that gave no usable answer during all retries. It may recover later."""
 
     failure_kind = "user"
 
 
 class StorageRefused(OSError):
-    """A remote storage that answered, and said no. Trying again does not help."""
+    """A remote storage that answered with a refusal. Retrying does not help."""
 
     failure_kind = "user"
 
 
-# An answer to a question, not a failure: callers know what to do with these.
+# These answer a question and are no failures: callers handle them.
 _ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 _REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG})
-# Statuses at which the same request may succeed a moment later; of the others below 500 none does.
+# HTTP statuses after which the same request may succeed a moment later; no other status below 500 is like that.
 _PASSING_STATUSES = frozenset({408, 425, 429})
 _REFUSING_STATUSES = frozenset({501, 505, 507})
-# Names that Arrow gives to S3's errors (cpp/src/arrow/filesystem/s3_internal.h), and gRPC's codes, which GCS uses.
+# Arrow's names for S3 errors (cpp/src/arrow/filesystem/s3_internal.h), and gRPC's codes, which GCS uses.
 _AWS = re.compile(r"AWS Error ([A-Z_]+)(?: \(HTTP status (\d+)\))?")
 _AWS_REFUSALS = frozenset(
     {
@@ -83,8 +82,8 @@ _AZURE = re.compile(r"Azure Error: \[\w*\] (\d{3})")
 
 
 def is_transient(error: OSError) -> bool:
-    """Whether the same call on a remote storage may succeed later. What is not known to be a refusal may: a needless retry costs seconds,
-    an outage taken for a refusal costs a checkpoint."""
+    """Whether the same call on a remote storage may succeed later. An unknown error counts as transient: a needless retry costs seconds,
+    but an outage mistaken for a refusal costs a checkpoint."""
     if isinstance(error, StorageOutage):
         return True
     if isinstance(error, (StorageRefused, PermissionError, *_ANSWERS)) or error.errno in _REFUSALS:
@@ -118,8 +117,8 @@ def _remedy(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """How long what fails is tried again: waits of 0.05 to 0.1 s that double up to 5 s, half of each drawn, so that ranks do not come back
-    in step. `seconds` is all of it, from the first try; 0 tries once."""
+    """How long a failing operation is retried. Waits of 0.05 to 0.1 s double up to 5 s; half of each is random, so that ranks do not
+    retry in lockstep. `seconds` is the total, from the first try; 0 tries once."""
 
     seconds: float
     clock: Callable[[], float] = time.monotonic
@@ -127,8 +126,8 @@ class RetryPolicy:
     draw: Callable[[], float] = random.random
 
     def call(self, operation: Callable[[], T], where: str, give_up: Callable[[], bool] = lambda: False) -> T:
-        """`operation()`, which must do no harm when done twice. StorageOutage when the time is up, or after a failure where `give_up()`
-        says that nobody has the time; StorageRefused at once where trying again is useless. FileNotFoundError and its like pass."""
+        """Run `operation()`, which must be idempotent. StorageOutage when the time is up, or after a failure if `give_up()` says that
+        nobody can wait; StorageRefused at once if retrying is useless. FileNotFoundError and similar pass through."""
         began, wait = self.clock(), _FIRST_WAIT_SECONDS
         while True:
             try:
@@ -141,7 +140,7 @@ class RetryPolicy:
                 spent = self.clock() - began
                 delay = wait * (1 + self.draw()) / 2
                 if spent + delay > self.seconds or give_up():
-                    cause = error.__cause__ if isinstance(error, StorageOutage) else error  # of an operation that tried once by itself
+                    cause = error.__cause__ if isinstance(error, StorageOutage) else error  # from an operation that does not retry itself
                     raise StorageOutage(f"the storage did not answer for {where}, tried for {spent:.1f} s ({cause})") from cause
             self.sleep(delay)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
@@ -155,7 +154,7 @@ class Entry:
     is_dir: bool
     size_bytes: int
     modified: float
-    """Unix time of the last change in seconds, 0.0 where the file system does not say."""
+    """Unix time of the last change in seconds, 0.0 if the file system does not report it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,28 +162,28 @@ class Storage:
     """The folder that holds the runs' folders. Paths are relative to it, with `/` between parts."""
 
     fs: Any
-    """A pyarrow.fs.FileSystem; local files are read and written with `os` instead, as pyarrow cannot fsync."""
+    """A pyarrow.fs.FileSystem. Local files are read and written with `os` instead, because pyarrow cannot fsync."""
     root: str
     is_local: bool
     uri: str
     retry: RetryPolicy = RetryPolicy(seconds=0.0)
-    """Of every operation on a remote storage; a local one has no weather."""
+    """Applies to every operation on a remote storage; a local one has no temporary failures."""
 
     @property
     def address(self) -> str:
-        """The URI without credentials, to be shown."""
+        """The URI without credentials, for display."""
         return self.uri if "://" not in self.uri else _without_secrets(self.uri)
 
     def without_retries(self) -> "Storage":
-        """The same place for a caller that can wait by itself."""
+        """The same place without retries, for a caller that retries by itself."""
         return replace(self, retry=replace(self.retry, seconds=0.0))
 
     def at(self, path: str) -> str:
-        """The file system's own path of `path`."""
+        """`path` as the file system's own path."""
         return f"{self.root}/{path}" if path else self.root
 
     def read(self, path: str) -> bytes:
-        """A whole file; FileNotFoundError where there is none."""
+        """A whole file; FileNotFoundError if it does not exist."""
         if self.is_local:
             return Path(self.at(path)).read_bytes()
 
@@ -195,7 +194,7 @@ class Storage:
         return self._try(read, path)
 
     def read_chunks(self, path: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """A file piece by piece, for those that need not be in memory at once."""
+        """Read a file piece by piece, for callers that do not need all of it in memory."""
         if self.is_local:
             with open(self.at(path), "rb", buffering=0) as file:
                 while piece := file.read(chunk_bytes):
@@ -211,7 +210,7 @@ class Storage:
                     stream.seek(offset)
                 return bytes(stream.read(chunk_bytes))
             except OSError:
-                stream = None  # opened anew, at the same place
+                stream = None  # opened again, at the same position
                 raise
 
         while piece := self._try(read, path):
@@ -219,7 +218,7 @@ class Storage:
             yield piece
 
     def write_atomic(self, path: str, data: bytes) -> None:
-        """Create or replace a file: a reader sees the old bytes or the new ones. Object stores publish an upload when it ends."""
+        """Create or replace a file: a reader sees either the old bytes or the new ones. Object stores publish an upload when it ends."""
         if self.is_local:
             return write_atomic_local(self.at(path), data)
         return self.write_stream(path, lambda write: write(data))
@@ -227,8 +226,8 @@ class Storage:
     def write_stream(
         self, path: str, fill: Callable[[Callable[[bytes | memoryview], None]], T], give_up: Callable[[], bool] = lambda: False
     ) -> T:
-        """write_atomic() on a remote storage of what `fill(write)` writes, piece by piece; its result. `fill` is called again where the
-        storage fails on the way."""
+        """write_atomic() on a remote storage, with the bytes that `fill(write)` writes piece by piece; returns its result. `fill` is
+        called again if the storage fails midway."""
         assert not self.is_local
 
         def write() -> T:
@@ -244,8 +243,8 @@ class Storage:
         return self._try(lambda: bool(self.fs.get_file_info(self.at(path)).type != pafs.FileType.NotFound), path)
 
     def list(self, path: str) -> list[Entry]:
-        """Names in a folder, sorted; none where there is no such folder (or a file in its place). Only what is deleted meanwhile may be
-        missing."""
+        """Names in a folder, sorted; empty if there is no such folder (or a file in its place). Only names deleted during the call may
+        be missing."""
         if self.is_local:
             try:
                 with os.scandir(self.at(path)) as found:
@@ -263,11 +262,11 @@ class Storage:
             self._try(lambda: self._make_dir(path), path)
 
     def delete_file(self, path: str) -> None:
-        """Delete a file if it is there."""
+        """Delete a file if it exists."""
         self._delete(path, os.unlink, self.fs.delete_file)
 
     def delete_dir(self, path: str) -> None:
-        """Delete a folder and what is in it, if it is there."""
+        """Delete a folder and its content, if it exists."""
         self._delete(path, shutil.rmtree, self.fs.delete_dir)
 
     def _delete(self, path: str, locally: Callable[[str], None], remotely: Callable[[str], None]) -> None:
@@ -288,9 +287,10 @@ class Storage:
 
 
 def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Storage:
-    """A local path (made absolute), file://, or a URI of pyarrow's: s3://, gs://, abfs://, hdfs://. ValueError for anything else.
+    """Open a local path (made absolute), file://, or a URI that pyarrow knows: s3://, gs://, abfs://, hdfs://. ValueError for anything
+    else.
 
-    What fails on a remote one is tried again for `retry_seconds`. An S3-compatible service of one's own is named in the URI:
+    Failures of a remote storage are retried for `retry_seconds`. The URI names your own S3-compatible service:
     s3://bucket/runs?endpoint_override=host:port&scheme=http"""
     text = str(uri)
     if not (math.isfinite(retry_seconds) and retry_seconds >= 0):
@@ -318,8 +318,8 @@ def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Stora
 
 
 def _impatient(filesystem: Any) -> Any:
-    """The same file system with a client that fails soon, so that trying again and giving up are decided here. A URI cannot say that; what
-    it did say is what pickle would carry."""
+    """The same file system with a client that fails early, so that retries and giving up are decided here. A URI cannot say that; the
+    URI's other settings are copied through what pickle would carry."""
     match filesystem.type_name:
         case "s3":
             options = {
@@ -366,7 +366,7 @@ def sync_dir(path: str) -> None:
 
 
 def write_new(path: str, data: bytes | memoryview) -> None:
-    """Create a file that must not exist yet (FileExistsError) with durable bytes; its name is durable once the folder is synced."""
+    """Create a file with durable bytes; FileExistsError if it already exists. Its name is durable once the folder is synced."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         write_all(descriptor, data)
@@ -376,14 +376,14 @@ def write_new(path: str, data: bytes | memoryview) -> None:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """os.write until everything is written."""
+    """Repeat os.write until everything is written."""
     left = memoryview(data)
     while left:
         left = left[os.write(descriptor, left) :]
 
 
 def write_atomic_local(path: str, data: bytes) -> None:
-    """Create or replace a local file durably, through a name of its own beside it."""
+    """Create or replace a local file durably, through a uniquely named file next to it."""
     folder, name = os.path.split(os.path.abspath(path))
     make_dirs(folder)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -398,7 +398,7 @@ def write_atomic_local(path: str, data: bytes) -> None:
 
 
 def _local_entry(entry: os.DirEntry[str]) -> Entry | None:
-    """None for one that was deleted since it was listed. It must not pass for a folder that is not there."""
+    """None for an entry deleted since it was listed. A FileNotFoundError from here must not be mistaken for a missing folder."""
     try:
         status = entry.stat(follow_symlinks=False)
     except FileNotFoundError:

@@ -1,28 +1,28 @@
 """Checkpoints that exist only once they are committed: stage, commit, newest_valid, prune.
 
-Ranks stage, the coordinator commits and prunes, driver and workers read. This module knows bytes and hashes; what the bytes mean is
-trainer's business, and when to save is the loop's.
+Ranks stage (trainer/rank/saving.py), the coordinator commits and prunes, driver and workers read. This module knows bytes and hashes.
+trainer decides what the bytes mean and when to save.
 
-    <run>/generations/g0001                          one driver's claim; a newer one fences the older ones off
+    <run>/generations/g0001                          one driver's claim; a newer one fences off the older ones
     <run>/checkpoints/step-00001200.g0001/           model.safetensors, ..., MANIFEST.json, COMMIT
 
-Writing, on a local file system, every file and every changed folder fsynced before the next step:
+Writing on a local file system; every file and every changed folder is fsynced before the next step:
   1. the caller has its state in private buffers;
-  2. each rank writes O_EXCL into `step-N.gG.tmp/` and hashes what it writes;
+  2. each rank writes with O_EXCL into `step-N.gG.tmp/` and hashes what it writes;
   3. MANIFEST.json: size and SHA-256 of every file;
   4. `step-N.gG.tmp` is renamed to `step-N.gG`;
-  5. COMMIT, the manifest's SHA-256, by COMMIT.tmp and a rename. Only now does the checkpoint exist.
-Object stores cannot rename: the files go under a prefix that no other driver uses (the claim's random token is in its name), then the
-manifest, then the object COMMIT.
+  5. COMMIT, the manifest's SHA-256, through COMMIT.tmp and a rename. Only now does the checkpoint exist.
+Object stores cannot rename. There the files go under a prefix that no other driver uses (its name contains the claim's random token), then
+the manifest, then the object COMMIT.
 
-One winner: before and after COMMIT its driver looks whether a newer one has claimed the run. commit() returns only where none had after
-COMMIT was there, so a newer driver, which reads after it has claimed, sees every checkpoint that was acknowledged. One that stalls between
-look and COMMIT leaves a whole checkpoint, under a name of its own, and is told that it was fenced off.
+Only one driver wins: before and after writing COMMIT, a driver checks whether a newer one has claimed the run. commit() returns only if
+none had after COMMIT was written. A newer driver reads after its claim, so it sees every acknowledged checkpoint. A driver that stalls
+between its check and COMMIT leaves a complete checkpoint under its own name, and gets Fenced.
 
-On a remote storage all of this may be done again after a failure, in part or in whole, with the same result.
+On a remote storage all of this may be repeated after a failure, in part or in whole, with the same result.
 
-Reading trusts no pointer: newest first, COMMIT -> manifest -> every hash, before anything is parsed. A bad one is reported and set
-aside."""
+Reading trusts no pointer: newest first, COMMIT -> manifest -> every hash, before anything is parsed. A bad checkpoint is reported and
+set aside."""
 
 import contextlib
 import errno
@@ -55,25 +55,25 @@ _FIX = "free some space, lower --cluster.keep-checkpoints or move --storage"
 
 
 class StorageFull(OSError):
-    """No room for a checkpoint; the ones that exist are unharmed."""
+    """No room for a checkpoint; existing ones are intact."""
 
     failure_kind = "user"
 
 
 class Fenced(RuntimeError):
-    """A newer driver has claimed the run: this one must not commit any more."""
+    """A newer driver has claimed the run: this one must no longer commit."""
 
     failure_kind = "user"
 
 
 class CorruptCheckpoint(ValueError):
-    """A committed checkpoint whose bytes are not those that were committed."""
+    """A committed checkpoint whose bytes differ from those committed."""
 
     failure_kind = "user"
 
 
 class NoValidCheckpoint(RuntimeError):
-    """The run has checkpoints and none can be trusted. Starting from zero instead would be silent loss."""
+    """The run has checkpoints but none can be trusted. Starting from zero instead would lose them silently."""
 
     failure_kind = "user"
 
@@ -89,7 +89,7 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:
-    """A committed checkpoint that verified."""
+    """A committed checkpoint that was verified."""
 
     step: int
     generation: int
@@ -100,7 +100,7 @@ class Commit:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What the caller of commit() said about it."""
+        """The metadata that the caller of commit() passed in."""
         meta: dict[str, Any] = self.manifest["meta"]
         return meta
 
@@ -113,7 +113,7 @@ class Commit:
         return sum(receipt.size_bytes for receipt in self.files.values())
 
     def read(self, name: str) -> bytes:
-        """A file's bytes, their size and hash checked (CorruptCheckpoint)."""
+        """A file's bytes, with size and hash checked (CorruptCheckpoint)."""
         receipt = self.files.get(name)
         if receipt is None:
             raise ValueError(f"{self.path} has no file {name!r}; it has {', '.join(sorted(self.files))}")
@@ -146,7 +146,7 @@ class _Folder:
 
 
 class Store:
-    """The checkpoints of one run. Reading needs no generation and, with `mark=False`, no right to write."""
+    """The checkpoints of one run. Reading needs no generation and, with `mark=False`, no write access."""
 
     def __init__(self, storage: Storage, run: str) -> None:
         self.storage = storage
@@ -158,15 +158,15 @@ class Store:
 
     @classmethod
     def open(cls, storage: Storage, run: str) -> "Store":
-        """Nothing is written or read yet."""
+        """Open the run's checkpoints without reading or writing anything yet."""
         if not _FILE.fullmatch(run):
             raise ValueError(f"run={run!r} is not a name; use letters, digits, '.', '_' and '-'")
         return cls(storage, run)
 
-    # Generations: one for each driver, counted upwards; the newest is the only one that may commit.
+    # Generations: one for each driver, numbered upwards; only the newest may commit.
 
     def claim_generation(self) -> int:
-        """Take the next generation, so that every older driver is fenced off."""
+        """Claim the next generation, which fences off every older driver."""
         if not self.storage.is_local:
             return self._claim_by_bids()
         make_dirs(self.storage.at(self._generations))
@@ -185,9 +185,9 @@ class Store:
         return max((int(match[1]) for match in names if match), default=0)
 
     def _claim_by_bids(self) -> int:
-        # No exclusive create here. Write a bid, then list: who sees another bid of its number or above bids again, higher. Of two bidders
-        # of one number the later sees the earlier, where a listing shows all that was written before it (S3, GCS and Azure do): a number
-        # has one holder.
+        # A remote storage has no exclusive create. So write a bid, then list: a driver that sees another bid with its number or a higher
+        # one bids again, higher. Of two bidders with the same number the later one sees the earlier, if a listing shows everything written
+        # before it (as S3, GCS and Azure do). So each number has one holder.
         while True:
             counters = [(entry.name, _BID.fullmatch(entry.name)) for entry in self.storage.list(self._generations)]
             generation = 1 + max([self.newest_generation(), *(int(match[1]) for _, match in counters if match)])
@@ -221,10 +221,10 @@ class Store:
     # Writing
 
     def stage(self, step: int, generation: int, name: str, data: Chunks, *, give_up: Callable[[], bool] = lambda: False) -> Receipt:
-        """Write one file of a checkpoint that nobody sees before commit().
+        """Write one file of a checkpoint, which stays invisible until commit().
 
-        `data` is a buffer or an iterable of buffers, written and hashed without a copy. StorageFull if the disk has not twice the room. A
-        file left by a dead attempt is replaced. A remote storage that fails is tried again, unless `give_up()` (storage.RetryPolicy)."""
+        `data` is a buffer or an iterable of buffers, written and hashed without a copy. StorageFull if the disk has less than twice the
+        room. A file left by a dead attempt is replaced. A failing remote storage is retried, unless `give_up()` (storage.RetryPolicy)."""
         _check_name(name)
         buffers = buffers_of(data)
         if self.storage.is_local:
@@ -245,7 +245,7 @@ class Store:
     def commit(self, step: int, generation: int, receipts: Sequence[Receipt], meta: Mapping[str, Any]) -> Commit:
         """Make the staged files of all ranks one checkpoint. `meta` is JSON-able and comes back in Commit.meta.
 
-        Fenced if a newer driver has claimed the run; OSError where the storage fails: older checkpoints are unharmed, this one does not
+        Fenced if a newer driver has claimed the run. OSError if the storage fails: older checkpoints are intact, this one does not
         exist."""
         names = [receipt.name for receipt in receipts]
         if len(set(names)) != len(names):
@@ -275,7 +275,7 @@ class Store:
         try:
             write_new(f"{staging}/{MANIFEST}", manifest)
             sync_dir(staging)
-            if os.path.lexists(final):  # from an attempt before this one that was rolled back
+            if os.path.lexists(final):  # from an earlier attempt that was rolled back
                 self._delete(path)
             os.rename(staging, final)
             sync_dir(parent)
@@ -298,7 +298,7 @@ class Store:
             once = self.storage.without_retries()
 
             def seal() -> None:
-                self._check_fence(generation)  # as short a time before COMMIT as can be, also after an outage
+                self._check_fence(generation)  # as shortly before COMMIT as possible, also after an outage
                 once.write_atomic(f"{path}/{COMMIT}", _seal(manifest))
 
             self.storage.retry.call(seal, self.storage.at(f"{path}/{COMMIT}"))
@@ -306,7 +306,7 @@ class Store:
         self._sound.add(path)  # uploads are checksummed on the way; reading them back would double the traffic
 
     def _is_sealed(self, path: str, names: Sequence[str], manifest: bytes) -> bool:
-        """A commit of exactly this was done before, and its answer was lost. A driver that came meanwhile may have begun from it."""
+        """True if exactly this commit was made before and its answer was lost. A driver that came meanwhile may have started from it."""
         return (
             {COMMIT, MANIFEST} == set(names)
             and self.storage.read(f"{path}/{MANIFEST}") == manifest
@@ -314,10 +314,10 @@ class Store:
         )
 
     def prune(self, keep: int, generation: int, *, staged_below: int = 0) -> list[str]:
-        """Delete all but the newest `keep` checkpoints that verify, and what dead drivers and dead attempts left half staged.
+        """Delete all checkpoints but the newest `keep` that verify, and what dead drivers and dead attempts left half staged.
 
-        Half staged by this generation is what lies below step `staged_below`; ranks may still write above. Returns the names of the
-        deleted folders. A local checkpoint is read back once for this, by the process that prunes."""
+        Of this generation, only folders below step `staged_below` count as half staged; ranks may still be writing above. Returns the
+        names of the deleted folders. To verify a local checkpoint, the pruning process reads it back, once."""
         if keep < 2:
             raise ValueError(f"keep={keep} is below 2: one bad checkpoint would lose the run; keep at least 2")
         self._check_fence(generation)
@@ -340,11 +340,11 @@ class Store:
             try:
                 self._verify(folder)
             except CorruptCheckpoint:
-                return False  # newest_valid() reports it and sets it aside when it is needed
+                return False  # newest_valid() reports it and sets it aside when needed
         return True
 
     def _delete(self, path: str) -> None:
-        # COMMIT first: a deletion that is cut short leaves rubbish, not a checkpoint.
+        # COMMIT first: an interrupted deletion then leaves garbage, not a checkpoint.
         self._sound.discard(path)
         self.storage.delete_file(f"{path}/{COMMIT}")
         if self.storage.is_local:
@@ -362,17 +362,17 @@ class Store:
         ]
 
     def load(self, step: int, generation: int) -> Commit:
-        """One checkpoint by its name, verified (CorruptCheckpoint), for a worker that was told which."""
+        """One checkpoint by its step and generation, verified (CorruptCheckpoint), for a worker that was told which to load."""
         for folder in self._scan():
             if folder.state == "committed" and (folder.step, folder.generation) == (step, generation):
                 return self._verify(folder)
         raise ValueError(f"run {self.run!r} has no committed checkpoint of step {step}, generation {generation}")
 
     def newest_valid(self, on_corrupt: Callable[[str, str], None], *, mark: bool = True) -> Commit | None:
-        """The newest checkpoint whose every byte is what was committed; None if the run never committed one.
+        """The newest checkpoint whose every byte is as committed; None if the run never committed one.
 
-        Each bad one on the way is told to `on_corrupt(path, reason)` and set aside unless `mark` is off. NoValidCheckpoint if there are
-        commits and none verifies. A storage that fails to answer raises its OSError: an outage is not corruption."""
+        Each bad one found on the way is reported to `on_corrupt(path, reason)` and set aside unless `mark` is off. NoValidCheckpoint if
+        there are commits but none verifies. A storage that does not answer raises its OSError: an outage is not corruption."""
         found: list[str] = []
         for folder in self._scan():
             if folder.state == "staging":
@@ -469,8 +469,8 @@ class Store:
 
 
 def write_file(folder: str, name: str, buffers: Sequence[memoryview], *, fix: str) -> Receipt:
-    """A new durable file of a local `folder`, in place of any that is there. StorageFull, which names `fix`, if the disk has not twice the
-    room."""
+    """Write a new durable file into a local `folder`, replacing any that is there. StorageFull, which names `fix`, if the disk has less
+    than twice the room."""
     size_bytes = sum(buffer.nbytes for buffer in buffers)
     make_dirs(folder)
     _check_room(folder, size_bytes, fix)
@@ -501,7 +501,7 @@ def _claim_note(token: str) -> bytes:
 
 
 def _seal(manifest: bytes) -> bytes:
-    """The content of COMMIT. Compared byte for byte, so that no flipped bit in it goes unseen."""
+    """The content of COMMIT. It is compared byte for byte, so every flipped bit is detected."""
     return hashlib.sha256(manifest).hexdigest().encode() + b"\n"
 
 
@@ -520,7 +520,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_staged(entries: Iterable[Entry], receipts: Sequence[Receipt], where: str) -> list[str]:
-    """Every file that has a receipt is there in its size (OSError); returns the other files, left by attempts that died."""
+    """Check that every file with a receipt exists in its size (OSError); returns the other files, left by attempts that died."""
     sizes = {entry.name: entry.size_bytes for entry in entries if not entry.is_dir}
     for receipt in receipts:
         if sizes.get(receipt.name) != receipt.size_bytes:
@@ -551,7 +551,7 @@ def buffers_of(data: Chunks) -> list[memoryview]:
 
 
 def _pieces(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
-    """Pieces small enough to be hashed and then written while they are in the cache."""
+    """Pieces small enough that they are hashed and then written while still in the cache."""
     for buffer in buffers:
         for start in range(0, buffer.nbytes, CHUNK_BYTES):
             yield buffer[start : start + CHUNK_BYTES]

@@ -1,17 +1,18 @@
-"""Which rank holds up the others? Told by each rank's own work on a step, without its waiting for others: with a collective in every step
-all ranks take equally long. The coordinator shows every beat to `StragglerWatch.hear`; what is done then is the driver's. Pure, no clock.
+"""Detects a rank that slows down the others. It compares each rank's own work on a step, without its wait for others: with a collective in
+every step, all ranks take equally long. The coordinator passes every beat to `StragglerWatch.hear` and reports what it finds. Pure, no
+clock.
 """
 
 import statistics
 from dataclasses import dataclass
 
 _KEPT = 0.8
-"""What of a rank's average one more step leaves: it follows a change within about ten steps."""
+"""The weight that a rank's average keeps per step: it follows a change within about ten steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StragglerLimits:
-    """When a rank is one: its own work on a step takes more than `ratio` times the others' for `steps` steps in a row."""
+    """When a rank counts as a straggler: its own work on a step takes more than `ratio` times the others' for `steps` steps in a row."""
 
     ratio: float = 1.5
     steps: int = 20
@@ -19,12 +20,12 @@ class StragglerLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Straggler:
-    """An episode of a rank begins, or ends."""
+    """An episode of a rank begins or ends."""
 
     rank: int
     begins: bool
     steps_done: int
-    """Of that rank, now."""
+    """That rank's steps so far."""
     own_seconds: float
     """Its own work on a step, averaged."""
     others_seconds: float
@@ -46,7 +47,8 @@ class _Rank:
 
 
 class StragglerWatch:
-    """One attempt's ranks. A straggler's average is more than `ratio` times the median of the others' for `steps` steps in a row."""
+    """Watches one attempt's ranks. A straggler's average is more than `ratio` times the median of the others' for `steps` steps in a
+    row."""
 
     def __init__(self, world_size: int, *, ratio: float = 1.5, steps: int = 20) -> None:
         if not ratio > 1:
@@ -56,14 +58,14 @@ class StragglerWatch:
 
     @property
     def skew(self) -> float:
-        """The slowest rank's average over the median of all; 1 where less than two are known."""
+        """The slowest rank's average over the median of all; 1 if fewer than two are known."""
         averages = [rank.average for rank in self._ranks.values() if rank.average is not None]
         middle = statistics.median(averages) if averages else 0.0
         return max(averages) / middle if len(averages) > 1 and middle > 0 else 1.0
 
     def hear(self, rank: int, steps_done: int, own_seconds: float) -> Straggler | None:
-        """A rank's steps and its own work on them, both counted since it started: `own_seconds` is the sum over its steps, so that a lost
-        beat loses nothing. The beginning or the end of an episode, each told once; else None."""
+        """Take in a rank's steps and its own work on them, both counted since it started: `own_seconds` is the sum over its steps, so a
+        lost beat loses nothing. Returns the beginning or the end of an episode, each once; else None."""
         known = self._ranks.get(rank)
         if known is None:
             self._ranks[rank] = _Rank(steps_done=steps_done, total_seconds=own_seconds)

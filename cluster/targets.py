@@ -1,6 +1,6 @@
-"""Where Prometheus finds a run: the list of its processes, as a pure function, and how that list is published.
+"""Lists a run's processes for Prometheus, as a pure function, and publishes the list.
 
-The coordinator says who is there; exporter.py has the HTTP server and the file's format."""
+The coordinator calls it and knows who is there; exporter.py has the HTTP server and the file's format."""
 
 import contextlib
 import threading
@@ -15,11 +15,11 @@ from cluster.roster import RankInfo
 from cluster.storage import Storage
 
 ScrapeTarget = dict[str, Any]
-"""{"targets": [host:port], "labels": {...}}, as http_sd and file_sd have it."""
+"""{"targets": [host:port], "labels": {...}}, the format of http_sd and file_sd."""
 
 
 def targets_of(run: str, attempt: int, infos: Mapping[int, RankInfo], coordinator: str) -> list[ScrapeTarget]:
-    """The ranks of an attempt, those that serve metrics, and the coordinator at `coordinator`."""
+    """The ranks of an attempt that serve metrics, and the coordinator at `coordinator`."""
     ranks = [_target(run, infos[rank].metrics_address, str(rank), attempt) for rank in sorted(infos) if infos[rank].metrics_address]
     return [*ranks, _target(run, coordinator, "coordinator", 0)]
 
@@ -29,12 +29,12 @@ def _target(run: str, address: str, rank: str, attempt: int) -> ScrapeTarget:
 
 
 class Discovery:
-    """Publishes a run's targets: over HTTP as they are now, and in the run's folder, where that is local, as of the last write()."""
+    """Publishes a run's targets: the current ones over HTTP, and those of the last write() in the run's folder, if it is local."""
 
     def __init__(
         self, storage: Storage, run: str, host: str, port: int, listed: Callable[[], list[ScrapeTarget]], registry: CollectorRegistry
     ) -> None:
-        """`listed` gives the targets of now; `registry` is served too, at /metrics. ValueError where the port stays taken."""
+        """`listed` returns the current targets; `registry` is served too, at /metrics. ValueError if the port stays taken."""
         self._path = storage.at(f"{run}/{FILE_SD}") if storage.is_local else None
         self._listed = listed
         self._writing = threading.Lock()
@@ -47,15 +47,15 @@ class Discovery:
         return self._server.address
 
     def write(self) -> None:
-        """A full disk costs monitoring its file, not the run its rank."""
+        """Write the file. With a full disk, monitoring loses its file, but the run continues."""
         if self._path is None:
             return
         with self._writing, contextlib.suppress(OSError):
-            targets = [] if self._closed.is_set() else self._listed()  # in here: what is written last is the newest
+            targets = [] if self._closed.is_set() else self._listed()  # under the lock, so that the last write is the newest
             write_file_sd(self._path, targets)
 
     def close(self) -> None:
-        """End the server; nobody is listed any more."""
+        """End the server; no process is listed from now on."""
         self._closed.set()
         self._server.close()
         self.write()

@@ -1,8 +1,9 @@
-"""Do all ranks hold the same weights? A hash of each rank's, compared every so often, names the rank whose bits have changed.
+"""Checks that all ranks hold the same weights: it compares a hash of each rank's from time to time and names the rank whose bits have
+changed.
 
-Called by the trainer's worker between steps; nothing here waits for the device in the step path. What the tensors mean is the caller's
-business: it hands in those that must be equal on all ranks. A verdict comes back steps later, to whoever waits for it: the loop asks with
-`poll`, a checkpoint's own thread waits before it acknowledges, so that no checkpoint is committed whose weights were not compared.
+Called by trainer/rank/observers.py and saving.py between steps; nothing here waits for the device on the step path. The caller decides
+which tensors must be equal on all ranks. A verdict arrives some steps later. The loop asks for it with `poll`. A checkpoint's own thread
+waits for it before it acknowledges, so no checkpoint is committed whose weights were not compared.
 """
 
 from collections import Counter, deque
@@ -18,7 +19,8 @@ from cluster.failures import BadNumbers, WeightsDiffer
 
 _LARGE_BYTES = 1 << 16
 _CHUNK_WORDS = {"cpu": 1 << 16, "cuda": 1 << 22}
-"""Words of 8 bytes hashed at a time: on a CPU so few that the multipliers stay in its cache, on a GPU so many that launches are few."""
+"""Words of 8 bytes hashed at a time: few enough on a CPU that the multipliers stay in its cache, many enough on a GPU that launches are
+few."""
 _ODD = 0x5851F42D4C957F2D  # Knuth's MMIX multiplier
 
 
@@ -26,9 +28,9 @@ class WeightsHash:
     """An exact, order-dependent hash of tensors: of their bytes as 64-bit words w, h = h * m^k + sum(v[i] * w[i]) modulo 2^64, chunk by
     chunk, with odd m and odd pseudo-random v.
 
-    Exact: integer sums have no rounding and no order. A single changed bit changes a word by a power of two, which times an odd number is
-    not 0 modulo 2^64: it is always found. Any other change is missed once in about 2^60. Tensors are read where they are; those that are
-    small or not dense are gathered first. Equal layouts (strides) are taken for granted, as ranks have them.
+    Exact, because integer sums have neither rounding nor order. A single changed bit changes a word by a power of two, which times an odd
+    number is not 0 modulo 2^64, so it is always found. Any other change is missed with a probability of about 2^-60. Tensors are read in
+    place; small or non-dense ones are gathered first. It assumes equal layouts (strides), which ranks have.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -73,13 +75,13 @@ class WeightsHash:
 
     @torch.no_grad()
     def is_finite(self) -> Tensor:
-        """() bool on the device: no NaN and no infinity in any floating-point tensor, nor anything above 1e19."""
-        # By the sums of squares, 1.6 ms for ResNet-18 on one core; torch.isfinite takes 70.
+        """() bool on the device: no floating-point tensor holds a NaN, an infinity, or a value above 1e19."""
+        # Through the sums of squares: 1.6 ms for ResNet-18 on one core; torch.isfinite takes 70 ms.
         return torch.stack(torch._foreach_norm(self._floating, 2, dtype=self._norm_type)).isfinite().all()
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Large, without holes and made of whole words at whole addresses."""
+    """Large, without holes and made of whole, aligned words."""
     return (
         tensor.nbytes >= _LARGE_BYTES
         and tensor.nbytes % 8 == 0
@@ -89,7 +91,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class Verdict:
-    """What a check after `steps_done` steps came to. May be asked from any thread."""
+    """The result of a check after `steps_done` steps. Any thread may ask."""
 
     def __init__(self, steps_done: int, gathered: Tensor, work: dist.Work | None, aside: torch.cuda.Stream | None) -> None:
         self.steps_done = steps_done
@@ -105,7 +107,7 @@ class Verdict:
         return self._computed is None or bool(self._computed.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        """Return once all ranks were found equal; WeightsDiffer or BadNumbers if they were not. Nothing but this thread waits."""
+        """Return once all ranks are found equal; raises WeightsDiffer or BadNumbers if they are not. Only this thread waits."""
         if self._aside is None:
             if self._work is not None:
                 self._work.wait()
@@ -113,7 +115,7 @@ class Verdict:
         else:
             with torch.cuda.stream(self._aside):
                 if self._work is not None:
-                    self._work.wait()  # makes this stream wait, not the steps'
+                    self._work.wait()  # makes this stream wait, not that of the steps
                 else:
                     assert self._computed is not None
                     self._aside.wait_event(self._computed)
@@ -122,7 +124,7 @@ class Verdict:
 
 
 class WeightsCheck:
-    """Starts checks and remembers which are on their way. All ranks start the same ones, in the same order."""
+    """Starts checks and tracks the pending ones. All ranks start the same ones, in the same order."""
 
     def __init__(self, tensors: Sequence[Tensor], *, world_size: int, group: Any = None) -> None:
         """`tensors`: in the same order on all ranks, changed in place only."""
@@ -136,16 +138,16 @@ class WeightsCheck:
         """Steps after which the newest check passed; -1 before the first one."""
 
     def start(self, steps_done: int) -> Verdict:
-        """Hash the weights as they are now and ask the other ranks for theirs; nothing waits. A second call after the same step is the same
-        check, whether its verdict is here or not: ranks must agree about how many there are."""
+        """Hash the current weights and ask the other ranks for theirs, without waiting. A second call after the same step returns the
+        same check, whether its verdict has arrived or not: ranks must agree on the number of checks."""
         if self._newest is not None and self._newest.steps_done == steps_done:
             return self._newest
         finite = self._hash.is_finite().to(torch.int64)
-        if self._world_size == 1:  # nobody to compare with
+        if self._world_size == 1:
             verdict = Verdict(steps_done, torch.stack([torch.zeros_like(finite), finite]).view(1, 2), None, self._aside)
         else:
             mine = torch.stack([self._hash.hash(), finite])
-            gathered = mine.new_empty((self._world_size, 2))  # (ranks, hash and whether all is finite)
+            gathered = mine.new_empty((self._world_size, 2))  # (ranks, hash and whether all values are finite)
             work = dist.all_gather_into_tensor(gathered.view(-1), mine, self._group, async_op=True)
             verdict = Verdict(steps_done, gathered, work, self._aside)
         self._pending.append(verdict)
@@ -153,7 +155,7 @@ class WeightsCheck:
         return verdict
 
     def poll(self, *, wait: bool = False) -> None:
-        """Take in the verdicts that are here, or with `wait` all of them; raises what the first bad one found."""
+        """Take in the verdicts that have arrived, or with `wait` all of them; raises what the first bad one found."""
         while self._pending and (wait or self._pending[0].is_here()):
             verdict = self._pending.popleft()
             verdict.wait()
@@ -161,7 +163,7 @@ class WeightsCheck:
 
 
 def judge(steps_done: int, hashes: Sequence[int], finite: Sequence[bool]) -> None:
-    """Raise for weights that are not finite (BadNumbers: the step before made them so) or not the same on all ranks (WeightsDiffer)."""
+    """Raise for weights that are not finite (BadNumbers: the previous step caused it) or not the same on all ranks (WeightsDiffer)."""
     if len(set(hashes)) > 1:
         (value, count), *_ = Counter(hashes).most_common(1)
         has_majority = 2 * count > len(hashes)

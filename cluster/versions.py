@@ -1,4 +1,4 @@
-"""The versions that a run's bits and messages depend on. Called by preflight and by whoever records them."""
+"""The versions that a run's bits and messages depend on. Called by preflight, and by trainer and benchmarks to record them."""
 
 import importlib.metadata
 import platform

@@ -1,9 +1,9 @@
-"""A process that has imported everything a rank needs and forks ranks from itself: a new rank begins in milliseconds, not in seconds.
+"""A process that has imported everything a rank needs and forks ranks from itself, so a new rank starts in milliseconds, not seconds.
 
-Used by agent.py on every node, and by the driver, whose imports then go on while Ray starts. Who asks for a zygote of a name gets the one
-that is there, or starts it: the agents of a node share one. It has one thread, no GPU context and no state: what it forks is as good as
-new, with the environment, folder and output of who asked for it. It ends when nobody is connected any more; what it forked ends with who
-asked for it, and with the zygote, whatever way they end.
+Used by agent.py on every node, and by the driver (trainer/drive/start.py), so that these imports run while Ray starts. A user that asks for
+a zygote by name gets the existing one, or starts it: the agents of a node share one. It has one thread, no GPU context and no state. So a
+forked process is as good as new, with the environment, folder and output of its user. The zygote ends when nobody is connected any more. A
+forked process ends with its user, and with the zygote, however they end.
 
     agent --SEQPACKET--> zygote    {"target": "module:function"}, with the file descriptors for that function
     agent <--SEQPACKET-- zygote    {"ready": seconds, "pid": pid} | {"started": pid} | {"ended": pid, "status": its exit code, or minus a
@@ -30,12 +30,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 _MESSAGE_BYTES = 1 << 16
-_OWN_DESCRIPTORS = 3  # surroundings, standard output, standard error
-_MOST_DESCRIPTORS = 253 - _OWN_DESCRIPTORS  # Linux hands over 253 in one message
+_OWN_DESCRIPTORS = 3  # environment and folder, standard output, standard error
+_MOST_DESCRIPTORS = 253 - _OWN_DESCRIPTORS  # Linux passes at most 253 in one message
 _BACKLOG = 256
 _PR_SET_PDEATHSIG = 1
 ZYGOTE_LOST = -1000
-"""Exit status of a process whose zygote died, and took it along."""
+"""Exit status of a process that ended because its zygote died."""
 
 
 class Forked:
@@ -53,7 +53,7 @@ class Forked:
         return self.status
 
     def signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         self._started.wait()
         if self.status is None and self.pid:
             with contextlib.suppress(ProcessLookupError):
@@ -61,14 +61,14 @@ class Forked:
 
 
 class Zygote:
-    """Its user's end: reaches or starts the process, has it fork, hears how each forked process ended. Thread-safe."""
+    """The user's end: connects to or starts the process, has it fork, and learns how each forked process ended. Thread-safe."""
 
     def __init__(self, modules: Sequence[str], on_ended: Callable[[Forked], None] = lambda forked: None, *, name: str = "") -> None:
-        """`modules` are imported by the zygote; `on_ended` is called, from another thread, for each process that has ended. Users of this
-        machine's account that give the same `name` share one; without a name it is nobody else's."""
+        """`modules`: what the zygote imports. `on_ended` is called, from another thread, for each process that has ended. Users with the
+        same account on this machine and the same `name` share one zygote; without a name it is private."""
         self._on_ended = on_ended
         self._is_shared = bool(name)
-        self._folder = os.getcwd()  # now: Ray may remove the copy of the code that a worker works in, under its feet
+        self._folder = os.getcwd()  # now: Ray may later remove the worker's working directory, a copy of the code
         self._process: subprocess.Popen[bytes] | None = None
         self._socket = self._reach(f"\0finetune-zygote-{name or uuid.uuid4().hex}", modules)
         self._lock = threading.Lock()
@@ -81,7 +81,7 @@ class Zygote:
         threading.Thread(target=self._listen, name="zygote", daemon=True).start()
 
     def _reach(self, address: str, modules: Sequence[str]) -> socket.socket:
-        """A connection to the zygote that listens at `address`; to a new one where none does."""
+        """A connection to the zygote that listens at `address`; starts one if none does."""
         while True:
             ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with contextlib.suppress(ConnectionRefusedError):
@@ -97,9 +97,9 @@ class Zygote:
                     ours.close()
                     if error.errno != errno.EADDRINUSE:
                         raise
-                    continue  # somebody else was quicker
+                    continue  # another process was quicker
                 listener.listen(_BACKLOG)
-                ours.connect(address)  # before the process lives: it ends when nobody is connected
+                ours.connect(address)  # before the process starts: it ends when nobody is connected
                 self._process = self._spawn(listener.fileno(), modules)
             return ours
 
@@ -111,7 +111,7 @@ class Zygote:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env=environment,
-            process_group=0,  # Ctrl-C in a terminal is its user's to hear
+            process_group=0,  # Ctrl-C in a terminal is for its user only
         )
 
     @property
@@ -123,19 +123,19 @@ class Zygote:
 
     @property
     def lost(self) -> bool:
-        """It died: nothing can be forked any more."""
+        """The zygote died: nothing can be forked any more."""
         return self._lost
 
     def fork(self, target: str, descriptors: Sequence[int]) -> Forked:
         """Fork a process that calls `target` ("module:function") with its copies of the open files `descriptors`, then ends.
 
-        Returns at once; before the imports are done the fork waits for them."""
+        Returns at once; the fork itself waits until the imports are done."""
         if len(descriptors) > _MOST_DESCRIPTORS:
             raise ValueError(f"{len(descriptors)} open files for one process, at most {_MOST_DESCRIPTORS} can be handed over")
         forked, message = Forked(), json.dumps({"target": target}).encode()
         with _surroundings(self._folder) as surroundings, self._lock:
             if not self._lost:
-                with contextlib.suppress(ConnectionError):  # it has died: the listening thread will say so
+                with contextlib.suppress(ConnectionError):  # it has died: the listening thread will report it
                     socket.send_fds(self._socket, [message], [surroundings, *_outputs(), *descriptors])
                 self._starting.append(forked)
                 return forked
@@ -143,8 +143,8 @@ class Zygote:
         return forked
 
     def close(self, *, kill: bool = False) -> None:
-        """Leave it. What was forked for this user ends; the zygote does if nobody else is connected. `kill` ends one that this process
-        started at once, whoever is connected."""
+        """Disconnect. Processes forked for this user end; so does the zygote if nobody else is connected. With `kill`, a zygote that
+        this process started ends at once, whoever is connected."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         if self._process is not None:
@@ -197,17 +197,17 @@ class Zygote:
 
 _TUNABLES = ("hugetlb=1", f"trim_threshold={4 * 2**30}", f"mmap_threshold={32 * 2**20}", f"top_pad={64 * 2**20}")
 MEMORY_KEPT = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{each}" for each in _TUNABLES)}
-"""glibc gives memory back that the next step asks for again, and the kernel clears each page anew. Kept, and in huge pages, a bf16 step of
-ResNet-18 takes 8 % less time on two cores, one in fp32 3 %. Read when a process begins, so it is the zygote's environment; a setting of the
-user's own goes before it."""
+"""glibc returns memory that the next step requests again, and the kernel clears each page anew. With the memory kept, in huge pages, a
+step of ResNet-18 on two cores takes 8 % less time in bf16, and 3 % less in fp32. glibc reads this when a process starts, so it is set in
+the zygote's environment; the user's own setting has precedence."""
 
-# Neither library may start threads before the fork: they would be missing after it.
+# Neither library may start threads before the fork, because a fork does not copy them.
 _AS_IF_ALONE = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 
 
 @contextlib.contextmanager
 def _surroundings(folder: str) -> Iterator[int]:
-    """An open file that says in what environment this process works, and in which folder."""
+    """An open file that describes this process's environment and folder."""
     descriptor = os.memfd_create("surroundings")
     try:
         with open(descriptor, "w", closefd=False) as file:
@@ -218,7 +218,7 @@ def _surroundings(folder: str) -> Iterator[int]:
 
 
 def _outputs() -> tuple[int, int]:
-    """The open files behind standard output and standard error."""
+    """The file descriptors of standard output and standard error."""
     return 1, 2
 
 
@@ -241,7 +241,7 @@ class _Server:
         self._poll.register(listener, select.POLLIN)
 
     def serve(self) -> None:
-        """Until the last user has gone."""
+        """Serve until the last user has disconnected."""
         while True:
             for descriptor, _ in self._poll.poll():
                 if descriptor == self._listener.fileno():
@@ -297,7 +297,7 @@ class _Server:
             self._tell(self._users[owner], {"ended": pid, "status": os.waitstatus_to_exitcode(status)})
 
     def _tell(self, user: socket.socket, message: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it has gone: the next poll says so
+        with contextlib.suppress(OSError):  # it has disconnected: the next poll reports that
             user.send(json.dumps(message).encode())
 
 
@@ -312,11 +312,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _be_a_rank(zygote: int, inherited: list[int], descriptors: list[int], target: str) -> None:
-    """The forked process, to its end."""
+    """Run the forked process to its end."""
     status = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != zygote:  # it died before the line above
+        if os.getppid() != zygote:  # the zygote died before the line above
             return
         for descriptor in inherited:
             os.close(descriptor)
@@ -324,13 +324,13 @@ def _be_a_rank(zygote: int, inherited: list[int], descriptors: list[int], target
         os.dup2(output, 1)
         os.dup2(errors, 2)
         with open(surroundings) as file:
-            file.seek(0)  # its writer's place in it is ours
+            file.seek(0)  # the writer shares its file position with this process
             told = json.load(file)
         for descriptor in (output, errors):
             os.close(descriptor)
         os.environ.clear()
         os.environ.update(told["environment"])
-        with contextlib.suppress(FileNotFoundError):  # it is gone: what was to be imported from there is here already
+        with contextlib.suppress(FileNotFoundError):  # the folder is gone: what would be imported from it is already imported
             os.chdir(told["folder"])
         module, _, function = target.partition(":")
         entry: Callable[[list[int]], Any] = getattr(importlib.import_module(module), function)

@@ -1,1 +1,1 @@
-"""What ships beside the program: pages, dashboards and alerts as code, manifests. It may import all packages; none imports it."""
+"""What ships besides the program: pages, dashboards and alerts as code, manifests. It may import all packages; none imports it."""

@@ -1,10 +1,9 @@
-"""docs/metrics.md, written from the table of metrics, so that it cannot say anything else than the code.
+"""Writes docs/metrics.md from the table of metrics, so that it cannot differ from the code.
 
     python -m deploy.metrics_page            writes it
-    python -m deploy.metrics_page --check    status 1 where the file is not what it would write
+    python -m deploy.metrics_page --check    status 1 if the file is out of date
 
-Names, types, units and labels are cluster.metrics'; what they look like on dashboards and when they wake somebody is decided beside this
-file.
+cluster.metrics defines names, types, units and labels; deploy.grafana shows them, and deploy.prometheus alerts on them.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from cluster.names import FILE_SD
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 NEWLINE = "\n"
 MANY = 1000
-"""Ranks of the run that the page counts the series of."""
+"""Number of ranks for which the page counts the series."""
 
 
 def page() -> str:

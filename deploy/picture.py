@@ -1,11 +1,11 @@
-"""The picture of the packages in docs/design.md, drawn from what the code imports, so that it cannot show another arrow than there is.
+"""Draws the picture of the packages in docs/design.md from the code's imports, so that its arrows cannot differ from the code.
 
     python -m deploy.picture            writes it between its two marks
-    python -m deploy.picture --check    status 1 where the page holds another picture
+    python -m deploy.picture --check    status 1 if the page holds another picture
 
-A box is a package, or a room of `trainer`: a package inside it, and one box for the command lines beside them. Imports inside functions
-count too; those for type checkers alone do not, as for import-linter, which decides what arrows there may be (pyproject.toml). An arrow
-that others imply is left out.
+A box is a package, or a subpackage of `trainer`; the command-line modules next to those share one box. Imports inside functions count
+too. Imports for type checkers only do not count; import-linter, which decides which arrows are allowed (pyproject.toml), ignores them too.
+An arrow that others imply is left out.
 """
 
 import argparse
@@ -21,11 +21,11 @@ END = "<!-- The end of what deploy.picture writes. -->\n"
 IN_ROOMS = "trainer"
 PACKAGES = ("benchmarks", "deploy", IN_ROOMS, "cluster", "dataio")
 Arrow = tuple[str, str]
-"""(who imports, what): boxes, by their dotted names."""
+"""(importing box, imported box), by their dotted names."""
 
 
 def picture(project: Path) -> str:
-    """The block of mermaid for the packages below `project`."""
+    """The mermaid block for the packages below `project`."""
     boxes = boxes_of(project)
     arrows = reduced(arrows_of(project))
     rooms = [f'    {_id(box)}["{label}"]' for box, label in boxes.items() if box.startswith(IN_ROOMS)]
@@ -35,7 +35,7 @@ def picture(project: Path) -> str:
 
 
 def boxes_of(project: Path) -> dict[str, str]:
-    """Box -> what stands in it; of the packages that are there."""
+    """Box -> its text, for the packages that exist."""
     boxes: dict[str, str] = {}
     for package in PACKAGES:
         folder = project / package
@@ -63,7 +63,7 @@ def arrows_of(project: Path) -> set[Arrow]:
 
 
 def reduced(arrows: Iterable[Arrow]) -> set[Arrow]:
-    """As few of the arrows as lead from everywhere to where all of them do; where there is no circle there is just one such choice."""
+    """The fewest arrows from which the same boxes can be reached from everywhere. Without a cycle this choice is unique."""
     kept = set(arrows)
     for arrow in sorted(kept):
         if arrow[1] in reachable(arrow[0], kept - {arrow}):
@@ -72,7 +72,7 @@ def reduced(arrows: Iterable[Arrow]) -> set[Arrow]:
 
 
 def reachable(start: str, arrows: Iterable[Arrow]) -> set[str]:
-    """Where the arrows lead from `start`."""
+    """All boxes that the arrows reach from `start`."""
     arrows = tuple(arrows)
     seen: set[str] = set()
     following = {start}
@@ -83,7 +83,7 @@ def reachable(start: str, arrows: Iterable[Arrow]) -> set[str]:
 
 
 def _imported(path: Path, module: Sequence[str]) -> Iterator[str]:
-    """The dotted names that a file imports, anywhere in it but where only type checkers look."""
+    """The dotted names that a file imports, anywhere in it except for type checkers only."""
     for node in _run_nodes(ast.parse(path.read_bytes(), str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -94,7 +94,7 @@ def _imported(path: Path, module: Sequence[str]) -> Iterator[str]:
 
 
 def _run_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """`node` and all below it, without what stands under `if TYPE_CHECKING:`."""
+    """`node` and all nodes below it, except those under `if TYPE_CHECKING:`."""
     yield node
     is_for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     for child in node.orelse if isinstance(node, ast.If) and is_for_types else ast.iter_child_nodes(node):
@@ -102,19 +102,19 @@ def _run_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _box(name: str, boxes: Mapping[str, str]) -> str | None:
-    """The box of a module, or of a name in one; None where it is none of ours."""
+    """The box of a module, or of a name in one; None if it is not ours."""
     package, *rest = name.split(".")
     room = f"{package}.{rest[0]}" if rest else package
     return room if room in boxes else package if package in boxes else None
 
 
 def _id(box: str) -> str:
-    """As mermaid names it; apart from the subgraph, which has the package's own name."""
+    """The box's name in mermaid; it must differ from the subgraph, which has the package's own name."""
     return "commands" if box == IN_ROOMS else box.replace(".", "_")
 
 
 def _replaced(text: str, block: str) -> str:
-    """`text` with `block` between the marks. ValueError where they are not there, once each and in order."""
+    """`text` with `block` between the marks. ValueError unless each mark is there once, in order."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:

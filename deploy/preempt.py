@@ -1,12 +1,12 @@
-"""What a node does when it is about to go: tell the run in time, and stay until the run has committed and left.
+"""Runs on a node that is about to go: tells the run in time, and waits until the run has committed and left.
 
     python -m deploy.preempt worker --notice /tmp/preempted --seconds 90     preStop hook of a worker's pod
     python -m deploy.preempt head --seconds 90                               preStop hook of the head's pod
     python -m deploy.preempt watch-spot --notice /tmp/preempted              on an AWS spot instance, in the background
 
 Called by deploy/kubernetes and deploy/vms. The run watches for the file (`--cluster.preemption-notice`) and for nodes that Ray drains;
-what it does then is decided in trainer/drive/attempt.py. Both are told: the file is seen within half a second, a drained node gets no new
-worker.
+trainer/drive/attempt.py decides what it does then. This command uses both: the run sees the file within half a second, and a drained node
+gets no new worker.
 """
 
 import argparse
@@ -24,7 +24,7 @@ POLL_SECONDS = 0.2
 DRAIN_SECONDS = 20.0
 HEARD_SECONDS = 1.0
 METADATA = "http://169.254.169.254"
-SPOT_POLL_SECONDS = 5.0  # the notice comes two minutes before the end; AWS recommends to look this often
+SPOT_POLL_SECONDS = 5.0  # the notice comes two minutes before the end; AWS recommends polling this often
 ZYGOTE, DRIVER = "cluster.zygote", "trainer.run"
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def worker(notice: Path, seconds: float, *, node_id: str = "", address: str = "") -> int:
-    """0 once no rank is left on this node, 1 if one still was after `seconds`."""
+    """0 once no rank is left on this node, 1 if one remains after `seconds`."""
     end = time.monotonic() + seconds
     notice.parent.mkdir(parents=True, exist_ok=True)
     notice.touch()
@@ -62,11 +62,11 @@ def worker(notice: Path, seconds: float, *, node_id: str = "", address: str = ""
 
 
 def head(seconds: float) -> int:
-    """0 once no driver is left on this node, 1 if one still was after `seconds`."""
+    """0 once no driver is left on this node, 1 if one remains after `seconds`."""
     end = time.monotonic() + seconds
     drivers = processes(DRIVER)
     if drivers:
-        time.sleep(HEARD_SECONDS)  # who was told to stop a moment ago has said so by now
+        time.sleep(HEARD_SECONDS)  # by now a driver that was just told to stop has logged it
     for pid in drivers:
         if not was_told(pid):  # a second SIGTERM would end it without a commit
             try:
@@ -77,7 +77,7 @@ def head(seconds: float) -> int:
 
 
 def drain(seconds: float, *, node_id: str = "", address: str = "") -> None:
-    """Have Ray place nothing on this node any more. A head that is gone already is said, and no reason to stop."""
+    """Have Ray place nothing more on this node. If the head is already gone, say so and continue."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", "this node is about to go", "--deadline-remaining-seconds", str(int(seconds))]
     command += ["--node-id", node_id] if node_id else []
@@ -120,7 +120,7 @@ def processes(module: str) -> list[int]:
         if folder.name.isdigit():
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:  # gone meanwhile
+            except OSError:  # the process has ended meanwhile
                 continue
             if any(pair == (b"-m", module.encode()) for pair in itertools.pairwise(words)):
                 found.append(int(folder.name))

@@ -1,7 +1,7 @@
-"""python -m deploy.preview --prometheus URL --run RUN --out FILE.png: a dashboard's panels drawn from Prometheus, for want of Grafana.
+"""python -m deploy.preview --prometheus URL --run RUN --out FILE.png: draws a dashboard's panels from Prometheus, for use without Grafana.
 
-The queries, titles, units and places are the dashboards' own (deploy.grafana); the picture says that it is not Grafana's. Called by hand
-and by deploy.up --preview.
+deploy.grafana defines the queries, titles, units and places; the picture says that it is not Grafana's. Called by hand and by deploy.up
+--preview.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from trainer.settings.units import duration, size
 
 DASHBOARD_NAMES = tuple(dashboard.name for dashboard in DASHBOARDS)
 POINTS = 240
-"""Of a line."""
+"""Number of points per line."""
 MOST_MINUTES = 24 * 60.0
 UNIT_INCHES = 0.37
 """Height of one unit of the grid."""
@@ -52,7 +52,7 @@ class Series:
 
 
 class Source:
-    """Prometheus's API, between two moments."""
+    """Prometheus's API for the time between two moments."""
 
     def __init__(self, url: str, start: float, end: float) -> None:
         self._url, self.start, self.end = url.rstrip("/"), start, end
@@ -83,12 +83,12 @@ class Source:
 
 
 def runs(prometheus: str) -> list[str]:
-    """Names of the runs that Prometheus knows."""
+    """Names of the runs known to Prometheus."""
     return sorted(_data(prometheus, "label/run/values"))
 
 
 def scrape_seconds(prometheus: str) -> float:
-    """How often it scrapes, as its configuration says; its own default is a minute."""
+    """The scrape interval in Prometheus's configuration, or its default, one minute."""
     configuration = yaml.safe_load(_data(prometheus, "status/config")["yaml"])
     parts = re.findall(r"(\d+)(ms|s|m|h|d)", str(configuration["global"]["scrape_interval"]))
     return sum(int(count) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[unit] for count, unit in parts)
@@ -104,8 +104,8 @@ def _data(prometheus: str, path: str) -> Any:
 
 
 def draw(*, prometheus: str, run: str, out: Path, dashboard: str = "run", minutes: float | None = None) -> None:
-    """Write the picture. Without `minutes` it begins where the run's metrics do, a day back at most. OSError where Prometheus does not
-    answer, ValueError for a run that it does not know."""
+    """Write the picture. Without `minutes` it begins with the run's metrics, at most a day back. OSError if Prometheus does not answer,
+    ValueError for an unknown run."""
     known = runs(prometheus)
     if run not in known:
         raise ValueError(f"Prometheus at {prometheus} knows no run {run!r}; it knows: {', '.join(known) or 'none'}")
@@ -116,7 +116,7 @@ def draw(*, prometheus: str, run: str, out: Path, dashboard: str = "run", minute
 
 
 def _span(prometheus: str, run: str, minutes: float | None) -> tuple[float, float]:
-    """From the first to the last scrape of the run."""
+    """The times of the run's first and last scrape."""
     now = time.time()
     if minutes is not None:
         return now - 60 * minutes, now
@@ -125,7 +125,7 @@ def _span(prometheus: str, run: str, minutes: float | None) -> tuple[float, floa
     rough = [at for series in last_day.range(up) for at in series.times]
     if not rough:
         return now - 60, now
-    # The first look sees every few minutes; the second one where the run begins and ends.
+    # The first query has a point every few minutes; the second one finds where the run begins and ends.
     near = Source(prometheus, max(now - 60 * MOST_MINUTES, min(rough) - last_day.step), min(now, max(rough) + last_day.step))
     times = [at for series in near.range(up) for at in series.times]
     return (min(times), max(times)) if times and max(times) > min(times) else (now - 60, now)
@@ -205,12 +205,12 @@ def _ask(query: Query, panel: Panel, source: Source, run: str) -> list[Series]:
 
 
 def _interval(source: Source) -> str:
-    """As Grafana's $__rate_interval: four scrapes, or the step and one if that is more."""
+    """Like Grafana's $__rate_interval: four scrapes, or the step plus one scrape if that is more."""
     return f"{math.ceil(max(4 * source.scrape_seconds, source.step + source.scrape_seconds))}s"
 
 
 def _begins(times: Sequence[float], step: float) -> list[float]:
-    """The first moments of consecutive ones."""
+    """The first time of each consecutive group."""
     return [at for before, at in zip([-math.inf, *times], times, strict=False) if at - before > 1.5 * step]
 
 
@@ -296,7 +296,7 @@ def _lines(
             panel.maximum if panel.maximum is not None else max(high, (panel.minimum or 0) + 1e-9),
         )
         axes.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=panel.unit == "none"))
-    on_axis = "short" if "/s" in panel.unit else panel.unit  # the title says it
+    on_axis = "short" if "/s" in panel.unit else panel.unit  # the title says "per second"
     axes.yaxis.set_major_formatter(lambda value, _: written(value, on_axis, None))
     axes.set_xlim(_day(source.start), _day(source.end))
     locator = mdates.AutoDateLocator(minticks=3, maxticks=6)  # type: ignore[no-untyped-call]
@@ -328,12 +328,12 @@ def _lines(
 
 
 def _day(unix_seconds: float) -> float:
-    """As matplotlib counts time, in local time."""
+    """A local time in matplotlib's units."""
     return float(mdates.date2num(datetime.fromtimestamp(unix_seconds)))  # type: ignore[no-untyped-call]
 
 
 def _with_gaps(series: Series, step: float) -> tuple[list[float], list[float]]:
-    """Where there was nothing, the line breaks."""
+    """Break the line where there is no data."""
     x: list[float] = []
     y: list[float] = []
     before = math.inf
@@ -396,7 +396,7 @@ def _table(card: Axes, panel: Panel, found: list[tuple[Query, list[Series]]], he
 
 
 def written(value: float, unit: str, decimals: int | None) -> str:
-    """A value with its unit, as short as can be read."""
+    """A value with its unit, as short as is readable."""
     if not math.isfinite(value):
         return str(value)
     match unit:

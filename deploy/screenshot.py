@@ -1,6 +1,6 @@
-"""`python -m deploy.screenshot RUN --out FILE.png`: a picture of a run's report, as the README shows it. Needs Chromium and playwright.
+"""`python -m deploy.screenshot RUN --out FILE.png`: a picture of a run's report, as shown in the README. Needs Chromium and playwright.
 
-The page is opened as a person opens it: no server, no network. What is on it is `trainer.report`'s.
+It opens the page as a person does, without a server or network. `trainer.report` makes the page.
 """
 
 import argparse
@@ -19,18 +19,18 @@ Scheme = Literal["light", "dark"]
 
 
 def find_browser() -> str | None:
-    """Path of the Chromium that is installed here."""
+    """Path of the installed Chromium."""
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The installed Chromium, headless. FileNotFoundError where there is none."""
+    """The installed Chromium, headless. FileNotFoundError if there is none."""
     path = find_browser()
     if path is None:
         raise FileNotFoundError(f"none of {', '.join(BROWSERS)} is installed; on Debian: apt install chromium")
     with sync_playwright() as playwright:
-        # Without its sandbox, which root may not use: the page is the project's own and loads nothing.
+        # Without its sandbox, which root may not use. The page is our own and loads nothing.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         try:
             yield browser

@@ -1,7 +1,7 @@
-"""python -m deploy.up: Prometheus, and Grafana where it is installed, for all runs under a storage folder, until Ctrl-C.
+"""python -m deploy.up: Prometheus, and Grafana if it is installed, for all runs under a storage folder, until Ctrl-C.
 
-What is scraped is written by the runs (`<storage>/<run>/prometheus-targets.json`); alerts are deploy.prometheus', dashboards
-deploy.grafana's. Everything listens on loopback. With Docker, deploy/compose.yaml does the same.
+The runs write what is scraped (`<storage>/<run>/prometheus-targets.json`); deploy.prometheus defines the alerts, deploy.grafana the
+dashboards. Everything listens on loopback. With Docker, deploy/compose.yaml does the same.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PREVIEW_SECONDS = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 after Ctrl-C or SIGTERM, 1 when a child ended by itself, 2 for a wrong setting."""
+    """0 after Ctrl-C or SIGTERM, 1 if a child ended by itself, 2 for a wrong setting."""
     default = RunConfig().storage
     parser = argparse.ArgumentParser(prog="python -m deploy.up", description="Prometheus and Grafana for all runs under a storage folder.")
     parser.add_argument("--storage", default=default, metavar="DIR", help="the runs' folder (default: %(default)s)")
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def runs_folder(storage: str, *, is_default: bool = False) -> Path:
-    """The folder to watch, absolute. ValueError for a URI, and for a folder that is not there, unless it is the default one, which the
-    first run makes."""
+    """The folder to watch, absolute. ValueError for a URI, and for a missing folder, unless it is the default one, which the first run
+    creates."""
     if "://" in storage:
         raise ValueError(
             f"--storage {storage} is not a folder of this machine: runs leave their ranks' addresses only in those; start the run with "
@@ -74,7 +74,8 @@ def runs_folder(storage: str, *, is_default: bool = False) -> Path:
 
 
 def configuration(*, targets: Path, rules: Path, discovery: Sequence[str], scrape_seconds: float) -> str:
-    """prometheus.yml: every target file in a folder. JSON, which is YAML too, so that any path is quoted right."""
+    """prometheus.yml with every target file in a folder. It is written as JSON, which is also YAML, so that any path is quoted
+    correctly."""
     seconds = f"{round(scrape_seconds * 1000)}ms"
     found: dict[str, object] = {"file_sd_configs": [{"files": [f"{targets}/*.json"], "refresh_interval": "1s"}]}
     if discovery:
@@ -100,7 +101,7 @@ def find_prometheus() -> str:
 
 
 def take_port(flag: str, port: int) -> int:
-    """`port` if nobody listens there, a free one for 0; ValueError where it is taken."""
+    """`port` if nobody listens there, a free one for 0. ValueError if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -111,7 +112,7 @@ def take_port(flag: str, port: int) -> int:
 
 
 def grafana_command() -> list[str] | None:
-    """Of the Grafana that is installed, with the folder of its pages; None where there is none."""
+    """The installed Grafana's command, with the folder of its pages; None if there is none."""
     for name, arguments in (("grafana", ["server"]), ("grafana-server", [])):
         path = shutil.which(name)
         if path is None:
@@ -142,7 +143,7 @@ def grafana_environment(prometheus_url: str, port: int, data: Path) -> dict[str,
 
 
 class Child:
-    """A process that ends with the `with` block; its output is in a file."""
+    """A process that ends with the `with` block; its output goes to a file."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.name, self._log = name, log
@@ -174,7 +175,7 @@ def _serve(options: argparse.Namespace, storage: Path, folder: Path, stop: threa
     prometheus, port = find_prometheus(), take_port("--port", options.port)
     targets = folder / "targets"
     targets.mkdir(parents=True, exist_ok=True)
-    for link in targets.glob("*.json"):  # of an earlier call, perhaps with another storage
+    for link in targets.glob("*.json"):  # left by an earlier call, perhaps with another storage
         link.unlink()
     config, url = folder / "prometheus.yml", f"http://{HOST}:{port}"
     rules = HERE / "prometheus" / "alerts.yml"
@@ -227,7 +228,7 @@ def _serve(options: argparse.Namespace, storage: Path, folder: Path, stop: threa
 
 
 def newest_run(storage: Path) -> str | None:
-    """That said last where its ranks are; None without any."""
+    """The run that wrote its targets last; None if there is no run."""
     files = [(path.stat().st_mtime, path.parent.name) for path in storage.glob(f"*/{FILE_SD}")]
     return max(files)[1] if files else None
 
@@ -250,7 +251,7 @@ def _draw(url: str, storage: Path, folder: Path) -> None:
 
 
 def _wait(children: Sequence[Child], url: str, stop: threading.Event) -> bool:
-    """True once `url` answers; False when a child ended, somebody stopped us, or it took too long."""
+    """True once `url` answers. False if a child ended, somebody stopped us, or it took too long."""
     end = time.monotonic() + READY_SECONDS
     while time.monotonic() < end and not any(child.has_ended for child in children) and not stop.is_set():
         try:

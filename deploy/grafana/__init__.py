@@ -1,5 +1,5 @@
 """Dashboards as code: dashboards.py (content), panels.py (what a panel is), model.py (Grafana's JSON). `python -m deploy.grafana` writes
-dashboards/*.json, which Grafana loads on its first start; `queries()` is every query of them, for tests and deploy.preview."""
+dashboards/*.json, which Grafana loads on its first start. `queries()` lists all their queries, for tests and deploy.preview."""
 
 from deploy.grafana.dashboards import DASHBOARDS
 from deploy.grafana.panels import Dashboard, PanelQuery, panel_queries
@@ -8,6 +8,6 @@ __all__ = ["DASHBOARDS", "Dashboard", "PanelQuery", "queries"]
 
 
 def queries(*, run: str, rank: str = ".*", rate_interval: str = "1m") -> list[PanelQuery]:
-    """Every query of every panel and annotation of all dashboards, variables filled in. Those whose `needs` is empty have data as soon as a
-    run has made its first steps and commit. Annotations are for range queries: they have data around what they mark."""
+    """Every query of every panel and annotation of all dashboards, with variables filled in. Those with an empty `needs` have data as
+    soon as a run has made its first steps and its first commit. Annotations are for range queries: they have data around what they mark."""
     return panel_queries(DASHBOARDS, run=run, rank=rank, rate_interval=rate_interval)

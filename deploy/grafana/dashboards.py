@@ -1,7 +1,7 @@
 """The three dashboards: Run (is it learning, how fast, what is lost), Cluster (each rank, stragglers, hardware, failures), Data (the input
-pipeline, quarantine). Only content; panels.py says what a panel is, model.py makes Grafana's JSON.
+pipeline, quarantine). Content only: panels.py says what a panel is, model.py makes Grafana's JSON.
 
-A panel shows a number of series that does not grow with the run: quantiles over ranks, and tables of the ten worst.
+A panel's number of series does not grow with the run: it shows quantiles over ranks, and tables of the ten worst.
 """
 
 from deploy.grafana.panels import Annotation, Dashboard, Needs, Panel, Query, Row, Unit, Variable
@@ -9,15 +9,15 @@ from deploy.grafana.panels import Annotation, Dashboard, Needs, Panel, Query, Ro
 R = '{run="$run"}'
 RANK = '{run="$run",rank=~"$rank"}'
 FIRST = '{run="$run",rank="0"}'
-"""Where all ranks say the same."""
+"""For metrics that are the same on all ranks."""
 I = "[$__rate_interval]"  # noqa: E741
 GREEN, ORANGE, RED = "green", "orange", "red"
 MANY = 20
-"""Lines of a panel that shows chosen ranks, however many are chosen."""
+"""Maximum number of lines in a panel that shows chosen ranks."""
 
 
 def per_step(metric: str) -> str:
-    """Seconds a step and rank."""
+    """Seconds per step and rank."""
     return f"sum(rate({{{metric}}}{R}{I})) / sum(rate({{steps_total}}{R}{I}))"
 
 
@@ -26,7 +26,7 @@ def by_rank(metric: str) -> str:
 
 
 def spread(expr: str, *, needs: Needs = "") -> tuple[Query, ...]:
-    """What 1,000 ranks come to: the extremes and the middle."""
+    """Summarises 1,000 ranks: the extremes and the middle."""
     return tuple(
         Query(expr=f"{how}{expr})", legend=legend, needs=needs)
         for how, legend in (("max(", "highest rank"), ("quantile(0.5, ", "median rank"), ("min(", "lowest rank"))

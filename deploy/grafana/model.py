@@ -1,6 +1,7 @@
-"""A dashboard of panels.py as Grafana's JSON, by grafana-foundation-sdk (pinned to the schema of Grafana 11.6, which later ones read).
+"""Turns a dashboard of panels.py into Grafana's JSON, with grafana-foundation-sdk (pinned to the schema of Grafana 11.6, which later
+versions read).
 
-Called by `python -m deploy.grafana`. What is shown is dashboards.py's."""
+Called by `python -m deploy.grafana`. dashboards.py holds the content."""
 
 import json
 from typing import Any
@@ -21,7 +22,7 @@ _UNITS = {"images/s": "suffix:images/s", "steps/s": "suffix:steps/s"}
 
 
 def to_json(dashboard: Dashboard) -> str:
-    """What Grafana imports; the same text for the same dashboard."""
+    """The JSON that Grafana imports; deterministic for the same dashboard."""
     return json.dumps(to_dict(dashboard), indent=2, sort_keys=True) + "\n"
 
 
@@ -53,7 +54,7 @@ def to_dict(dashboard: Dashboard) -> dict[str, Any]:
             built = _panel(panel).id(number).grid_pos(models.GridPos(x=place.x, y=place.y, w=place.width, h=place.height))
             board = board.with_panel(built)
     out: dict[str, Any] = json.loads(json.dumps(board.build(), cls=JSONEncoder))
-    # The SDK knows only a part of what an annotation of Prometheus has.
+    # The SDK knows only some of the fields of a Prometheus annotation.
     out["annotations"] = {"list": [_annotation(annotation) for annotation in dashboard.annotations]}
     return out
 
@@ -179,7 +180,7 @@ def _bars(panel: Panel) -> bargauge.Panel:
 
 
 def _table(panel: Panel) -> table.Panel:
-    """A column a label and a column a query, joined on the labels that they share."""
+    """One column per label and one per query, joined on the labels that they share."""
     columns = {(f"Value #{chr(ord('A') + i)}" if len(panel.queries) > 1 else "Value"): q.legend for i, q in enumerate(panel.queries)}
     built = table.Panel().filterable(True).with_transformation(models.DataTransformerConfig(id_val="merge", options={}))
     built = built.with_transformation(

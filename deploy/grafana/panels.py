@@ -1,5 +1,6 @@
-"""What a panel is, before Grafana or matplotlib draws it: titles, queries, units, places. dashboards.py fills it, model.py makes Grafana's
-JSON of it, deploy.preview a picture. `queries()` lists every query with its variables filled in, for tests and the preview.
+"""Defines panels, before Grafana or matplotlib draws them: titles, queries, units, places. dashboards.py fills them in, model.py turns them
+into Grafana's JSON, deploy.preview into a picture. `panel_queries()` lists every query with its variables filled in, for tests and the
+preview.
 """
 
 import re
@@ -10,9 +11,9 @@ from typing import Literal
 from deploy.prometheus.names import fill
 
 Needs = Literal["", "gpu", "bad sample", "alert", "down target", "evaluation", "peak", "failure", "resize"]
-"""What must be there for a query to have data: nothing beyond a run's first steps and commit, a GPU, a sample that was set aside, a firing
-alert, a process that does not answer, a first evaluation, a device whose peak is known, a failure with the restart after it, a change of
-the number of workers."""
+"""What a query needs besides a run's first steps and commit in order to have data: nothing, a GPU, a quarantined sample, a firing alert,
+a process that does not answer, a first evaluation, a device whose peak is known, a failure and the restart after it, a change of the
+number of workers."""
 Kind = Literal["stat", "timeseries", "bargauge", "table"]
 Unit = Literal["short", "none", "percentunit", "s", "bytes", "Bps", "watt", "images/s", "steps/s"]
 COLUMNS = 24
@@ -20,11 +21,11 @@ COLUMNS = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Query:
-    """`expr` in PromQL with Grafana's variables; `{loss}` is a metric's name without its prefix."""
+    """`expr` is PromQL with Grafana's variables; `{loss}` is a metric's name without its prefix."""
 
     expr: str
     legend: str = ""
-    """`{{rank}}` is a label's value. Of a table's query: the column's name."""
+    """`{{rank}}` is a label's value. For a table's query: the column's name."""
     needs: Needs = ""
     instant: bool = False
 
@@ -41,7 +42,7 @@ class Panel:
     kind: Kind = "timeseries"
     unit: Unit = "short"
     units: Mapping[str, Unit] = field(default_factory=dict)
-    """Of a table's columns that differ from `unit`."""
+    """For a table's columns whose unit differs from `unit`."""
     width: int = 8
     height: int = 8
     decimals: int | None = None
@@ -68,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Annotation:
-    """Marks on the time axis wherever the expression is above zero."""
+    """Marks on the time axis where the expression is above zero."""
 
     name: str
     expr: str
@@ -113,7 +114,7 @@ class Dashboard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """On a grid of 24 columns."""
+    """Position on a grid of 24 columns."""
 
     x: int
     y: int
@@ -123,7 +124,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PanelQuery:
-    """A query as Prometheus gets it."""
+    """A query as Prometheus receives it."""
 
     dashboard: str
     panel: str
@@ -134,7 +135,7 @@ class PanelQuery:
 
 
 def places(dashboard: Dashboard) -> list[tuple[Row, Place, list[tuple[Panel, Place]]]]:
-    """Rows from top to bottom, panels from left to right, in lines of 24 columns; a row's title is one high."""
+    """Rows from top to bottom, panels from left to right, in lines of 24 columns; a row's title has height one."""
     out: list[tuple[Row, Place, list[tuple[Panel, Place]]]] = []
     y = 0
     for row in dashboard.rows:
@@ -152,7 +153,7 @@ def places(dashboard: Dashboard) -> list[tuple[Row, Place, list[tuple[Panel, Pla
 
 
 def substitute(promql: str, *, run: str, rank: str = ".*", rate_interval: str = "1m") -> str:
-    """As Grafana does. A run's name is data: it is escaped for the string that it is put into."""
+    """Fill in variables as Grafana does. A run's name is data, so it is escaped for the string that contains it."""
     values = {"run": run.replace("\\", "\\\\").replace('"', '\\"'), "rank": rank, "__rate_interval": rate_interval}
     return re.sub(r"\$(\w+)", lambda match: values[match[1]], promql)
 

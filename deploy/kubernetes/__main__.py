@@ -1,9 +1,9 @@
-"""deploy/prometheus/alerts.yml -> monitoring/prometheusrule.yaml, the same alerts for a Prometheus Operator.
+"""Converts deploy/prometheus/alerts.yml to monitoring/prometheusrule.yaml, the same alerts for a Prometheus Operator.
 
     python -m deploy.kubernetes            write it
-    python -m deploy.kubernetes --check    status 1 where it is not what it would be (a test calls this)
+    python -m deploy.kubernetes --check    status 1 if the file is out of date (a test calls this)
 
-The alerts themselves are decided in deploy/prometheus."""
+deploy/prometheus defines the alerts."""
 
 import sys
 from pathlib import Path

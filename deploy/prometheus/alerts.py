@@ -1,8 +1,8 @@
-"""Alerts as code: when somebody should look at a run. `rules()` is the text of alerts.yml; docs/alerts.md says what to do.
+"""Alerts as code: when somebody should look at a run. `rules()` returns the text of alerts.yml; docs/alerts.md says what to do.
 
-Every expression gives one series a run, so that a cluster of 1,000 ranks that fails as a whole raises one alert. Windows are long enough
-for a start, an evaluation, a compilation or a change of the number of workers to pass in silence; expressions add over attempts, whose
-series have labels of their own. What a run mends by itself is at most a warning. To whom an alert goes is Alertmanager's.
+Every expression yields one series per run, so a cluster of 1,000 ranks that fails as a whole raises one alert. Windows are long enough that
+a start, an evaluation, a compilation or a change of the number of workers raises none. Expressions sum over attempts, because each
+attempt's series have their own labels. What a run repairs by itself is at most a warning. Alertmanager decides who gets an alert.
 """
 
 import json
@@ -14,28 +14,28 @@ from deploy.prometheus.names import fill
 
 RUNBOOK = "docs/alerts.md"
 SCRAPE_SECONDS = 5.0
-"""Of prometheus.yml."""
+"""The scrape interval in prometheus.yml."""
 EVALUATION_SECONDS = 15.0
 MENDED = "grow|preempted"
-"""Kinds of restarts that are no failure."""
+"""Kinds of restarts that are not failures."""
 
 
 class Clock:
-    """Durations of the rules, all scaled by the same factor: an hour's alert is tried in a minute."""
+    """Durations of the rules, all scaled by the same factor, so that a test can try an hour's alert in a minute."""
 
     def __init__(self, time_scale: float, scrape_seconds: float) -> None:
         self._scale, self._shortest = time_scale, 4 * scrape_seconds
 
     def window(self, seconds: float) -> str:
-        """Of a range selector; never so short that a rate has less than four scrapes."""
+        """Length of a range selector; never so short that a rate has fewer than four scrapes."""
         return _duration(max(seconds * self._scale, self._shortest))
 
     def after(self, seconds: float) -> str:
-        """A duration that a state lasts."""
+        """A duration for which a state lasts."""
         return _duration(seconds * self._scale)
 
     def seconds(self, seconds: float) -> str:
-        """The same as a number."""
+        """The duration as a number."""
         return f"{seconds * self._scale:g}"
 
 
@@ -52,7 +52,7 @@ class Alert:
 
     @property
     def anchor(self) -> str:
-        """Of its heading in docs/alerts.md."""
+        """Anchor of its heading in docs/alerts.md."""
         return self.name.lower()
 
 
@@ -60,7 +60,8 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         name="FinetuneStalled",
         severity="critical",
-        # Whole epochs are where evaluations are; a run that has all its steps exports. A run hung in those is FinetuneNoProgress.
+        # Evaluations run at the end of each epoch; a run that has done all its steps exports. FinetuneNoProgress covers a run that hangs in
+        # either.
         expr=lambda c: (
             f"""
             sum by (run) (increase({{steps_total}}[{c.window(600)}])) == 0
@@ -112,7 +113,7 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         name="FinetuneCrashLoop",
         severity="critical",
-        # The run gives up after three attempts that committed nothing, so two are already late.
+        # The run gives up after three attempts without a commit, so two are already late.
         expr=lambda c: (
             f"""
             round(sum by (run) (increase({{restarts_total}}{{kind!~"{MENDED}"}}[{c.window(900)}]))) >= 3
@@ -204,7 +205,7 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         name="FinetuneCheckpointAge",
         severity="warning",
-        # Counted from the start of the ranks where the newest commit is older, and only where there are steps that it does not have.
+        # Counted from the start of the ranks if the newest commit is older, and only if there are steps that it lacks.
         expr=lambda c: (
             f"""
             time() - max by (run) ({{checkpoint_commit_time_seconds}} or {{start_time_seconds}}) > {c.seconds(1800)}
@@ -242,7 +243,7 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         name="FinetuneQuarantine",
         severity="warning",
-        # Over all coordinators of the run: a resumed one begins with the number that the one before left.
+        # Taken over all coordinators of the run: a resumed run starts with the number that the previous one left.
         expr=lambda c: (
             f"""
             max by (run) ({{run_quarantined_samples}})
@@ -279,8 +280,8 @@ ALERTS: tuple[Alert, ...] = (
 
 
 def rules(*, time_scale: float = 1.0, scrape_seconds: float = SCRAPE_SECONDS, runbook: str = RUNBOOK) -> str:
-    """The text of a rule file. `time_scale` shortens every window, duration and age alike (0.01: what takes ten minutes fires after 6 s),
-    so that a test sees real alerts fire; `scrape_seconds` is how often Prometheus scrapes there."""
+    """The text of a rule file. `time_scale` scales every window, duration and age (0.01: what takes ten minutes fires after 6 s), so
+    that a test sees real alerts fire. `scrape_seconds` is Prometheus's scrape interval there."""
     if not time_scale > 0:
         raise ValueError(f"time_scale={time_scale} must be above 0; 1 is the alerts as they are")
     clock = Clock(time_scale, scrape_seconds)
@@ -312,13 +313,13 @@ def _rule(alert: Alert, clock: Clock, runbook: str) -> list[str]:
 
 
 def _named(description: str) -> str:
-    """A template's own braces are doubled: only names in a string of their own are filled in."""
+    """Fill in metric names, but only in quoted strings that hold nothing else: a template's own braces are doubled and stay."""
     parts = description.split('"')
     return '"'.join(fill(part) if part.startswith("{") and part.endswith("}") and "{{" not in part else part for part in parts)
 
 
 def _duration(seconds: float) -> str:
-    """As Prometheus writes it."""
+    """The duration in Prometheus's notation."""
     milliseconds = round(seconds * 1000)
     for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
         if milliseconds and milliseconds % size == 0:

@@ -1,4 +1,4 @@
-"""Names of metrics for queries, taken from cluster.metrics, so that a renamed metric fails here and not on somebody's dashboard.
+"""Names of metrics for queries, taken from cluster.metrics, so that a renamed metric fails here and not on a dashboard.
 
 Used by deploy.prometheus.alerts and deploy.grafana."""
 
@@ -14,8 +14,8 @@ _WORD = re.compile(rf"\b{PREFIX}\w+")
 
 
 def name(short: str) -> str:
-    """`loss` -> `finetune_loss`. A histogram is asked for by one of its series: `step_seconds_bucket`, `_sum`, `_count`. ValueError for a
-    name that is not in METRICS."""
+    """`loss` -> `finetune_loss`. A histogram is queried through one of its series: `step_seconds_bucket`, `_sum`, `_count`. ValueError
+    for a name that is not in METRICS."""
     base = metric_of(short)
     metric = _TABLE.get(base)
     if metric is None:
@@ -27,7 +27,7 @@ def name(short: str) -> str:
 
 
 def metric_of(short: str) -> str:
-    """The row of METRICS that a series belongs to, both without the prefix."""
+    """The row of METRICS that a series belongs to; both names are without the prefix."""
     for suffix in _SUFFIXES:
         base = short.removesuffix(suffix)
         if base != short and base in _TABLE and _TABLE[base].kind == "histogram":
@@ -36,12 +36,12 @@ def metric_of(short: str) -> str:
 
 
 def fill(expression: str) -> str:
-    """`{loss}` inside an expression becomes the metric's full name; braces that hold anything else (label matchers) stay."""
+    """Replace `{loss}` in an expression by the metric's full name; braces with anything else (label matchers) stay."""
     return re.sub(r"\{([a-z_]+)\}", lambda match: name(match[1]), expression)
 
 
 def metrics_in(text: str) -> set[str]:
-    """The rows of METRICS that a text names; ValueError for a name with the prefix that is none."""
+    """The rows of METRICS that a text names. ValueError for a name that has the prefix but is no metric."""
     found = {word.removeprefix(PREFIX) for word in _WORD.findall(text)}
     for short in found:
         name(short)

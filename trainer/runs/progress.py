@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
-from trainer.settings.units import duration, number, percent, size
+from trainer.settings.units import duration, loss, number, percent, size
 
 # The causes of `accounting` for people; a cause that is not here explains itself.
 CAUSES = {
@@ -86,7 +86,7 @@ def describe(state: RunState) -> str:
     if state.remaining_seconds is not None:  # early: a narrow terminal cuts the line's end
         parts.append(f"{duration(state.remaining_seconds)} left")
     if state.loss is not None:
-        parts.append(f"loss {state.loss:.4f}")
+        parts.append(f"loss {loss(state.loss)}")
     if state.headline is not None:
         parts.append(f"{state.headline_title} {shown(state.headline_unit, state.headline)}")
     if state.learning_rate is not None:
@@ -207,8 +207,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     for measure, value in measured(info, summary):
         rows.append((heading(measure), shown(measure.unit, value, 2)))
-    add("Test loss", "test_loss", lambda value: f"{value:.4f}")
-    add("Training loss", "train_loss", lambda value: f"{value:.4f}")
+    add("Test loss", "test_loss", loss)
+    add("Training loss", "train_loss", loss)
     add("Steps", "steps", number)
     add("Epochs", "epochs", number)
     add(f"{samples} seen", "samples_seen", number)

@@ -48,6 +48,11 @@ def number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def loss(value: float) -> str:
+    """Four decimals, or four significant digits of one that has run away: 0.4321, 7.314e+22."""
+    return f"{value:.4f}" if not math.isfinite(value) or abs(value) < 1e6 else f"{value:.4g}"
+
+
 def percent(ratio: float | None, digits: int = 1) -> str:
     """A ratio as per cent: 0.874 -> `87.4 %`."""
     return "?" if ratio is None or not math.isfinite(ratio) else f"{100 * ratio:.{digits}f} %"
