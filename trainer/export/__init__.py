@@ -1,4 +1,4 @@
-"""The finished model as files that anybody can use: written by `rank` at a run's end, read by the commands that ask the model.
+"""The finished model as files that anybody can use. `rank` writes them at a run's end; `trainer.predict` and `trainer.evaluate` read them.
 
-May be imported by `rank` and the command lines. How a network is built is `models`' and the task's; what a run's folder is, `runs`'.
+`rank` and the command lines may import it. `models` and the tasks build networks; `runs` defines a run's folder.
 """

@@ -1,8 +1,8 @@
-"""The finished model as files anybody can use: `model/` in the run's folder. Rank 0 writes it at a run's end (`export_model`),
-`trainer.predict` and `trainer.evaluate` read it (`load_export`).
+"""The finished model as files that anybody can use: `model/` in the run's folder. Rank 0 writes it at a run's end (`export_model`, called
+by trainer.rank.finishing). `trainer.predict` and trainer.rank.finished read it (`load_export`).
 
-`config.json` is written last and holds the SHA-256 of `model.safetensors`: a reader sees a whole model or knows that it does not.
-Choosing the weights (final or averaged) is the caller's.
+`config.json` is written last and holds the SHA-256 of `model.safetensors`, so a reader sees a whole model or knows that it does not. The
+caller chooses the weights (final or averaged).
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exported:
-    """A run's model, ready to be asked."""
+    """A run's model, loaded and ready to use."""
 
     task: Task
     """What the outputs mean."""
     model: nn.Module  # in eval mode
-    preprocess: nn.Module  # (n, 3, H, W) uint8, H and W those of `image_size`, -> what the model takes
+    preprocess: nn.Module  # (n, 3, H, W) uint8, with H and W from `image_size`, -> the model's input
     image_size: tuple[int, int]  # (height, width) of decoded images
     fit: Fit
     max_image_pixels: int
@@ -58,11 +58,11 @@ def export_model(
 ) -> None:
     """Write `<run>/model/`. `tensors` is a state_dict; `data_image_size` is (height, width) of decoded images.
 
-    From `summary`, `weights_sha256` goes into config.json, and the model card shows the task's headline (test_accuracy), test_loss, steps
-    and dataset_fingerprint where they are given.
+    `weights_sha256` of `summary` goes into config.json. The model card shows the task's headline (e.g. test_accuracy), test_loss, steps and
+    dataset_fingerprint of `summary` if they are given.
     """
     folder = f"{run}/{MODEL_FOLDER}"
-    # A copy of each: safetensors takes neither strided views (channels_last) nor two names for the same memory (tied weights).
+    # Copy each tensor: safetensors accepts neither strided views (channels_last) nor two names for the same memory (tied weights).
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     weights = safetensors.torch.save(plain, metadata={"format": "pt"})
     description = {
@@ -83,11 +83,11 @@ def export_model(
 
 
 def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool = True) -> Exported:
-    """The model that `export_model` wrote. ValueError where there is none, or where it is damaged."""
+    """Load the model that `export_model` wrote. ValueError if there is none or it is damaged."""
     description = _description(folder)
     height, width = description["data_image_size"]
     config = ModelConfig(**description["model"])
-    # The run's weights replace all others: nothing is downloaded.
+    # The run's weights replace all others, so nothing needs to be downloaded.
     blank = dataclasses.replace(config, weights="none")
     task = _task(folder, description)
     model = task.build(blank, seed=0, image_hw=(height, width))
@@ -113,7 +113,7 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
 
 
 def model_card(*, run: str, config: RunConfig, task: Task, data_image_size: tuple[int, int], summary: Mapping[str, Any]) -> str:
-    """Markdown for people: what the model is, how good, how to use it."""
+    """The model card as Markdown: what the model is, how good it is, how to use it."""
     return "\n".join(
         [
             f"# {run}",
@@ -161,7 +161,7 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summ
 def _what_it_is(task: Task) -> str:
     if task.info.name == CLASSIFICATION.name:
         return f"An image classifier of {len(task.targets[0].classes)} classes"
-    # The names come from the data: in a code span, with the one character replaced that could close it, they stay text.
+    # The names come from the data. In a code span, with the closing character replaced, they stay plain text.
     named = [f"`{_inline(target.name)}` ({_KINDS[target.kind].format(len(target.classes))})" for target in task.targets]
     return f"A model of images (task `{_inline(task.info.name)}`) that says {', '.join(named)}"
 
@@ -173,7 +173,7 @@ def _outputs(task: Task) -> Iterator[str]:
         if target.classes:
             what = "labels" if target.kind == "labels" else "classes"
             yield f"## {what.capitalize()}{'' if is_only else f' of `{_inline(target.name)}`'}, in the order of the outputs"
-            # Names come from the data: as JSON in a code block, with the one character escaped that could close it, they stay text.
+            # Names come from the data. As JSON in a code block, with the closing character escaped, they stay plain text.
             names = json.dumps(list(target.classes), ensure_ascii=False).replace("`", "\\u0060")
             yield from ("", "```json", names, "```", "")
 
@@ -191,10 +191,10 @@ def _limits(task: Task) -> tuple[str, ...]:
 
 
 def _task_description(config: TaskConfig, task: Task) -> dict[str, Any]:
-    """A classification of one label is described as it was before there were other tasks."""
+    """The task's part of config.json. A classification of one label has the format from before there were other tasks."""
     if task.info.name == CLASSIFICATION.name and is_single_label(task.targets):
         return {"classes": list(task.targets[0].classes)}
-    name = name_for(task.targets) if config.name == AUTO else config.name  # so that what `auto` takes may change
+    name = name_for(task.targets) if config.name == AUTO else config.name  # resolve `auto` now: its meaning may change later
     return {
         "task": dataclasses.asdict(dataclasses.replace(config, name=name)),
         "targets": [dataclasses.asdict(target) for target in task.targets],
@@ -222,12 +222,12 @@ _KINDS = {"label": "one of {} classes", "labels": "any of {} labels", "number": 
 
 
 def _inline(text: str) -> str:
-    """Text of the data's inside a code span."""
+    """Text from the data, made safe for a code span."""
     return text.replace("`", "'")
 
 
 def _last_part(path: str) -> str:
-    """A name for the data that tells nobody where it lay."""
+    """A name for the data that does not reveal its full path."""
     return path.partition("?")[0].rstrip("/").rpartition("/")[2].replace("`", "'")
 
 
@@ -259,7 +259,7 @@ def _description(folder: RunFolder) -> Mapping[str, Any]:
 
 
 def _weights(folder: RunFolder, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Verified before parsed."""
+    """The weights, verified by their hash before they are parsed."""
     where = f"{folder.location}/{MODEL_FOLDER}/{WEIGHTS_FILE}"
     data = folder.read(f"{MODEL_FOLDER}/{WEIGHTS_FILE}")
     if data is None:

@@ -1,4 +1,5 @@
-"""Networks: by name, their weights, stem and head. Tasks build theirs here; `learn`, `rank` and `drive` ask about them.
+"""Networks: built by name, with their weights, stem and head. Tasks build their networks here; `learn`, `drive` and `export` use the
+helpers.
 
-What the outputs mean is the task's; what moves the weights is `learn`'s; the finished model as files is `export`'s.
+Tasks define what the outputs mean, `learn` updates the weights, and `export` writes the finished model.
 """

@@ -1,10 +1,12 @@
-"""Convolutions on small maps as matrix products, on CPUs that multiply bf16 matrices but have no AMX (`train.small_maps`).
+"""Convolutions on small maps as matrix products, for CPUs that multiply bf16 matrices but have no AMX (`train.small_maps`). Called by
+trainer.learn.build.
 
-oneDNN's kernels go along the rows of a map. In a ResNet's last stage a row has four pixels, and they spend their time on its ends: the
-weight gradient of 512 channels on 4 x 4 takes 12.1 ms where the product of the same size takes 8.6 (AMD EPYC, two cores, batch 100). So of
-such layers the windows are laid out (im2col, a few MB, which stay in cache), and the weight gradient is one product with them; of wide ones
-the result is too. A product sums in float32 and rounds to bf16 once, as oneDNN does. The gradient of the input stays oneDNN's. What wins
-for which layer was measured by benchmarks/small_maps.py; `takes_gradient` and `takes_result` say it in numbers.
+oneDNN's kernels go along the rows of a map. In a ResNet's last stage a row has four pixels, and the kernels spend their time on its ends:
+the weight gradient of 512 channels on 4 x 4 takes 12.1 ms, a matrix product of the same size 8.6 ms (AMD EPYC, two cores, batch 100). For
+such layers this file lays out the windows (im2col; a few MB, which stay in cache) and computes the weight gradient as one product with
+them. For wide layers it computes the result as a product too. A product sums in float32 and rounds to bf16 once, as oneDNN does. oneDNN
+still computes the input's gradient. benchmarks/small_maps.py measured which way is faster for which layer; `takes_gradient` and
+`takes_result` encode it.
 """
 
 from dataclasses import dataclass
@@ -19,14 +21,14 @@ TINY_MAP_PIXELS = 16
 SMALL_MAP_PIXELS = 64
 SMALL_MAP_CHANNELS = 128
 WIDE_CHANNELS = (256, 512)
-"""In and out: with fewer, the convolution's own kernel is the faster one."""
+"""Channels in and out; with fewer, the convolution's own kernel is faster."""
 MOST_WINDOW_BYTES = 20 * 2**20
-"""More leaves the last-level cache, and the product waits for memory."""
+"""Larger windows do not fit the last-level cache, and the product waits for memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """A convolution and the batch that it meets."""
+    """A convolution and its batch."""
 
     images: int
     in_channels: int
@@ -34,16 +36,16 @@ class Layer:
     kernel: tuple[int, int]
     stride: int
     map_pixels: int
-    """Of an output map."""
+    """Pixels of an output map."""
 
     @property
     def window_bytes(self) -> int:
-        """Of all windows, laid out in bf16."""
+        """Bytes of all windows laid out in bf16."""
         return 2 * self.images * self.map_pixels * self.in_channels * self.kernel[0] * self.kernel[1]
 
 
 def takes_gradient(layer: Layer) -> bool:
-    """Whether the product is the faster way to the weight gradient."""
+    """Whether a product computes the weight gradient faster."""
     if layer.window_bytes > MOST_WINDOW_BYTES:
         return False
     is_small = layer.stride > 1 and layer.map_pixels <= SMALL_MAP_PIXELS and layer.out_channels >= SMALL_MAP_CHANNELS
@@ -51,14 +53,15 @@ def takes_gradient(layer: Layer) -> bool:
 
 
 def takes_result(layer: Layer) -> bool:
-    """Whether it is the faster way forward, of those that take the gradient so."""
+    """Whether a product computes the result faster too. Ask only for layers that pass `takes_gradient`."""
     return layer.map_pixels <= TINY_MAP_PIXELS and layer.in_channels >= WIDE_CHANNELS[0] and layer.out_channels >= WIDE_CHANNELS[1]
 
 
 def use_im2col(model: nn.Module) -> int:
-    """Let the convolutions of `model` that may gain by products decide on them whenever they run in training; how many may.
+    """Replace the class of each convolution in `model` that may gain from products; it then decides in each training pass. Returns how
+    many.
 
-    Their names and weights stay as they are, and so does what they compute without gradients (evaluation, prediction, export)."""
+    Names and weights stay, and so does what the layers compute without gradients (evaluation, prediction, export)."""
     changed = 0
     for module in model.modules():
         if type(module) is nn.Conv2d and _may_gain(module):
@@ -80,7 +83,7 @@ def _may_gain(conv: nn.Conv2d) -> bool:
 
 
 class Im2colConv2d(nn.Conv2d):
-    """nn.Conv2d; under bf16 autocast on a CPU it takes products where they are faster. Made by `use_im2col`."""
+    """nn.Conv2d that uses products where they are faster, under bf16 autocast on a CPU. `use_im2col` makes it."""
 
     def forward(self, input: Tensor) -> Tensor:  # the name is nn.Module's
         layer = self._layer(input)
@@ -92,7 +95,7 @@ class Im2colConv2d(nn.Conv2d):
         return result
 
     def _layer(self, x: Tensor) -> Layer | None:
-        """None where products are out of the question."""
+        """The layer for this input; None if products cannot be used."""
         if not (torch.is_grad_enabled() and self.weight.requires_grad) or torch.compiler.is_compiling():
             return None
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") is not torch.bfloat16:
@@ -156,11 +159,11 @@ def weight_gradient_of(x: Tensor, gradient: Tensor, kernel: tuple[int, ...], str
 
 
 def _windows(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, int], padding: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int]]:
-    """(n H' W', kh kw C): what each pixel of the result is made of; and (n, H', W')."""
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))  # (n, H, W, C) in this order in memory
+    """The input window of each result pixel, (n H' W', kh kw C); and (n, H', W')."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))  # (n, H + 2 ph, W + 2 pw, C) in memory
     n, height, width, channels = padded.shape
     rows, columns = (height - kernel[0]) // stride[0] + 1, (width - kernel[1]) // stride[1] + 1
     per_image, per_row, per_column, per_channel = padded.stride()
     strides = (per_image, per_row * stride[0], per_column * stride[1], per_row, per_column, per_channel)
-    views = padded.as_strided((n, rows, columns, *kernel, channels), strides)
+    views = padded.as_strided((n, rows, columns, *kernel, channels), strides)  # (n, H', W', kh, kw, C)
     return views.reshape(n * rows * columns, kernel[0] * kernel[1] * channels), (n, rows, columns)

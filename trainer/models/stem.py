@@ -1,17 +1,16 @@
-"""The first layers of a ResNet-like model, chosen for small images. Called by `trainer.models.vision.build_model`, before weights are
-loaded.
+"""Adapts the first layers of a ResNet-like model to small images. `trainer.models.vision.build_model` calls it before it loads weights.
 
-A ResNet opens with a 7x7 convolution of stride 2 and a 3x3 max-pool of stride 2, which leave 8x8 positions of a 32x32 image.
+A ResNet begins with a 7x7 convolution of stride 2 and a 3x3 max-pool of stride 2, which reduce a 32x32 image to 8x8 positions.
 
     native           changes nothing
-    article          a random 3x3 convolution of stride 1 and no pool: the tutorial's way, the pretrained filters are thrown away
-    centre_crop      the same, but its 3x3 is the middle of the pretrained 7x7
-    phase_mean       the same, but its 3x3 is the pretrained 7x7 as it meets an image enlarged 4x by repeating pixels, averaged over the
+    article          a random 3x3 convolution of stride 1 and no pool, as in the tutorial; the pretrained filters are lost
+    centre_crop      the same, but the 3x3 is the middle of the pretrained 7x7
+    phase_mean       the same, but the 3x3 is the pretrained 7x7 applied to an image enlarged 4x by repeating pixels, averaged over the
                      four positions of its stride: `folded`, averaged 2x2
-    folded           what the untouched network would see of an image enlarged 4x by repeating pixels, exactly, at the price of `article`
-    folded_bilinear  the same for bilinear interpolation; exact but for the outermost rows and columns (FoldedConv2d)
+    folded           exactly what the unchanged network computes on an image enlarged 4x by repeating pixels, at the price of `article`
+    folded_bilinear  the same for bilinear interpolation; exact except in the outermost rows and columns (FoldedConv2d)
 
-Which weights fill the layers is `trainer.models.vision`'s business; `fit_stem` brings pretrained ones into a stem's shape.
+`trainer.models.vision` chooses the weights; `fit_stem` brings pretrained weights into a stem's shape.
 """
 
 import math
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 
 from trainer.settings.tree import ModelConfig, Stem
 
-FOLD_LIMIT_PIXELS = 64  # folding shows the network 4x the size: 64 px become 256, about what ResNets are trained on
+FOLD_LIMIT_PIXELS = 64  # the network sees folded images 4x as large: 64 px become 256, about the size ResNets are trained on
 
 
 def is_resnet_like(model: nn.Module) -> bool:
-    """Whether the model opens with `conv1`, 7x7 of stride 2 and padding 3, and a 3x3 `maxpool` of stride 2."""
+    """Whether the model begins with `conv1`, 7x7 of stride 2 and padding 3, and a 3x3 `maxpool` of stride 2."""
     conv, pool = getattr(model, "conv1", None), getattr(model, "maxpool", None)
     return (
         isinstance(conv, nn.Conv2d)
@@ -39,10 +38,10 @@ def is_resnet_like(model: nn.Module) -> bool:
 
 
 def resolve_stem(config: ModelConfig, model: nn.Module, image_hw: tuple[int, int]) -> Stem:
-    """The stem that `config.stem` means for this (untouched) model; never `auto`.
+    """The stem that `config.stem` means for this unchanged model; never `auto`.
 
-    `image_hw` is the size of the images in the data; `config.image_size`, where set, is what the network sees. ValueError where a stem is
-    asked for that the model cannot have.
+    `image_hw` is the size of the data's images. If `config.image_size` is set, the network sees that size instead. ValueError if the model
+    cannot have the stem.
     """
     seen_pixels = config.image_size or max(image_hw)
     resnet_like = is_resnet_like(model)
@@ -57,8 +56,8 @@ def resolve_stem(config: ModelConfig, model: nn.Module, image_hw: tuple[int, int
 
 
 def apply_stem(model: nn.Module, stem: Stem, generator: torch.Generator) -> None:
-    """Change the model's first layers in place. `generator` fills the new 3x3 convolution of `article`; those of `centre_crop` and
-    `phase_mean` are made of the 7x7 that the model has."""
+    """Change the model's first layers in place. `generator` initialises the new 3x3 convolution of `article`. Those of `centre_crop` and
+    `phase_mean` are computed from the model's 7x7."""
     assert stem != "auto", "resolve_stem comes first"
     if stem == "native":
         return
@@ -70,7 +69,7 @@ def apply_stem(model: nn.Module, stem: Stem, generator: torch.Generator) -> None
         return
     shape: dict[str, Any] = {"kernel_size": 3, "stride": 1, "padding": 1, "bias": False}
     where: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-    # skip_init: the constructor would draw from the global state.
+    # skip_init: the constructor would draw from the global random state.
     small = nn.utils.skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, **shape, **where)  # type: ignore[no-untyped-call]
     assert isinstance(small, nn.Conv2d)
     if stem == "article":
@@ -83,7 +82,7 @@ def apply_stem(model: nn.Module, stem: Stem, generator: torch.Generator) -> None
 
 
 def fit_stem(state: Mapping[str, Tensor], stem: Stem) -> dict[str, Tensor]:
-    """`state` with the 7x7 `conv1.weight` of an untouched model made into the 3x3 of `centre_crop` or `phase_mean`; a 3x3 stays."""
+    """`state` with the 7x7 `conv1.weight` of an unchanged model converted to the 3x3 of `centre_crop` or `phase_mean`. A 3x3 stays."""
     fitted = dict(state)
     weight = fitted.get("conv1.weight")
     if stem in ("centre_crop", "phase_mean") and weight is not None and weight.shape[-2:] == (7, 7):
@@ -101,18 +100,18 @@ def _small_kernel(weight: Tensor, stem: Stem) -> Tensor:
 
 
 def _rows(enlarged_by: Literal["nearest", "bilinear"]) -> Tensor:
-    """(phase, input row, kernel row): how much of an input row the kernel's row meets at the even (0) and odd (1) output rows.
+    """(phase, input row, kernel row) float32, (2, k, 7): the weight of an input row at a kernel row, for even (0) and odd (1) output rows.
 
-    Input rows from q - 1 on for `nearest`, from q - 2 on for `bilinear`, to q + 1, where 2q and 2q + 1 are the output rows."""
+    With the output rows 2q and 2q + 1, the input rows are q - 1 .. q + 1 for `nearest`, q - 2 .. q + 1 for `bilinear`."""
     if enlarged_by == "nearest":
-        rows = torch.zeros(2, 3, 7)  # 1 where the kernel's row meets a copy of the input's row
+        rows = torch.zeros(2, 3, 7)  # 1 where the kernel row meets a copy of the input row
         rows[0, 0, 0:3] = rows[0, 1, 3:7] = 1
         rows[1, 0, 0:1] = rows[1, 1, 1:5] = rows[1, 2, 5:7] = 1
         return rows
     rows = torch.zeros(2, 4, 7)
     for phase in range(2):
         for tap in range(7):
-            # Enlarged row 4q + 2 * phase - 3 + tap lies between input rows (its middle on theirs: align_corners=False).
+            # Position of the enlarged row 4q + 2 * phase - 3 + tap in input rows, relative to q (align_corners=False).
             at = (2 * phase - 3 + tap + 0.5) / 4 - 0.5
             below = math.floor(at)
             rows[phase, below + 2, tap] += 1 - (at - below)
@@ -122,21 +121,21 @@ def _rows(enlarged_by: Literal["nearest", "bilinear"]) -> Tensor:
 
 
 class FoldedConv2d(nn.Module):
-    """A 7x7 convolution of stride 2 and padding 3 over the input enlarged 4x, without enlarging it.
+    """A 7x7 convolution of stride 2 and padding 3 over the input enlarged 4x, computed without enlarging it.
 
-    Output rows 2q and 2q+1 of such a convolution touch the enlarged rows 4q-3..4q+3 and 4q-1..4q+5. Where pixels are repeated
-    (`nearest`), these are copies of the rows q-1, q and q+1 of the input: rows of the kernel that meet the same copy may be added up first.
-    So both come from one 3-row kernel each, four 3x3 kernels with columns, computed by one convolution of stride 1 and put into place by a
-    pixel shuffle. Zero padding of 1 stands for the enlarged image's padding of 3.
+    Output rows 2q and 2q+1 of such a convolution read the enlarged rows 4q-3..4q+3 and 4q-1..4q+5. If pixels are repeated (`nearest`),
+    these are copies of the input rows q-1, q and q+1, so kernel rows that meet the same copy can be added up first. Each of the two output
+    rows then needs one 3-row kernel. With columns this gives four 3x3 kernels, which one convolution of stride 1 computes and a pixel
+    shuffle puts into place. Zero padding of 1 replaces the enlarged image's padding of 3.
 
-    Interpolated rows (`bilinear`, torch's with align_corners=False) are mixtures of two rows of the input, of q-2 to q+1 together: kernels
-    of 4x4, at 16/9 of the price. Inside, that is exact. At the border it is not: interpolation repeats the outermost pixel outwards before
-    the convolution pads with zeros, and one kernel cannot do both. Here zeros begin right behind the image, so that of the outermost four
-    enlarged rows on each side, two in and two out, the error is 1/8, 3/8, 3/8 and 1/8 of the pixel; with repeated pixels, three would be
-    wrong by all of it. The first three and the last two output rows see that, and the same columns.
+    Interpolated rows (`bilinear`, torch's with align_corners=False) mix two input rows each, from q-2 to q+1 altogether. The kernels are
+    4x4 and cost 16/9 as much. Inside the image the result is exact. At the border it is not: interpolation repeats the outermost pixel
+    outwards before the convolution pads with zeros, and one kernel cannot do both. Here zeros begin right outside the image. In the
+    outermost four enlarged rows on each side, two inside and two outside, the error is 1/8, 3/8, 3/8 and 1/8 of the pixel; with repeated
+    pixels, three rows would be wrong by the whole pixel. This affects the first three and the last two output rows, and the same columns.
 
-    The parameter stays the 7x7 kernel (its name and shape too, so that state_dicts fit the original model) and is folded in each
-    forward, a 192 x 49 by 49 x 36 product for a ResNet: the equality holds through training, not only at its start.
+    The parameter stays the 7x7 kernel with its name and shape, so that state_dicts fit the original model. Each forward pass folds it (a
+    192 x 49 by 49 x 36 product for a ResNet), so the equality holds throughout training.
     """
 
     taps: Tensor
@@ -150,9 +149,9 @@ class FoldedConv2d(nn.Module):
         self.register_buffer("taps", torch.kron(flat, flat).to(conv.weight), persistent=False)  # (4 * k * k, 49)
 
     def folded_weight(self) -> Tensor:
-        """(4 * O, C, k, k), k = 3 or 4; the phases (even and odd row, even and odd column) are outermost, then O."""
+        """(4 * O, C, k, k) with k = 3 or 4. The phases (even and odd row, even and odd column) are outermost, then O."""
         out, channels = self.weight.shape[:2]
-        with torch.autocast(self.weight.device.type, enabled=False):  # sums of weights stay in their own precision
+        with torch.autocast(self.weight.device.type, enabled=False):  # sum weights in their own precision
             folded = F.linear(self.weight.flatten(2), self.taps)  # (O, C, 4 * k * k)
         k = self._side
         return folded.view(out, channels, 2, k, 2, k).permute(2, 4, 0, 1, 3, 5).reshape(4 * out, channels, k, k)
@@ -162,7 +161,7 @@ class FoldedConv2d(nn.Module):
         bias = None if self.bias is None else self.bias.repeat(4)
         phases = F.conv2d(images, self.folded_weight(), bias, padding=self._side - 2)
         n, channels, height, width = len(images), phases.shape[1], *images.shape[2:]
-        phases = phases[..., :height, :width]  # (n, 4 * O, H, W); a 4x4 kernel begins two rows before and ends one after: one is too much
-        # A pixel shuffle that keeps channels_last: in NHWC order it moves runs of O values.
+        phases = phases[..., :height, :width]  # (n, 4 * O, H, W); drops the extra row and column that a 4x4 kernel with padding 2 gives
+        # A pixel shuffle that keeps channels_last: in NHWC order it moves contiguous runs of O values.
         spread = phases.permute(0, 2, 3, 1).reshape(n, height, width, 2, 2, channels // 4).permute(0, 1, 3, 2, 4, 5)
         return spread.reshape(n, 2 * height, 2 * width, channels // 4).permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
-"""Models by name, their weights and their new head. Called by the tasks, which build their networks here.
+"""Builds models by name, with their weights and a new head. Tasks build their networks here; `learn`, `drive` and `export` use the helpers.
 
-What a model is called: a torchvision classifier (`resnet18`), or timm's (`timm/NAME`, extra `timm`). Where weights come from: the library
-(`imagenet`), nowhere (`none`), a Python package (`package:efficientnet_lite0`, extra `quickstart`) or a file. Weights that are not
-ours are checked by hash, and read without running any code that a pickle may hold. The first layers are `trainer.models.stem`'s.
+A model's name is a torchvision classifier (`resnet18`) or a timm model (`timm/NAME`, extra `timm`). Weights come from the library
+(`imagenet`), a Python package (`package:efficientnet_lite0`, extra `quickstart`) or a file, or are random (`none`). Weights from a library
+or package are checked by hash, and no file is read in a way that runs code from a pickle. `trainer.models.stem` adapts the first layers.
 """
 
 import difflib
@@ -42,16 +42,16 @@ _PACKAGES = {
 
 
 class WeightsError(ValueError):
-    """Pretrained weights that cannot be had, or do not fit the model; the message says what to do."""
+    """Pretrained weights are not available or do not fit the model. The message says what to do."""
 
     failure_kind = "user"
 
 
 def build_model(config: ModelConfig, *, classes: int, seed: int, image_hw: tuple[int, int]) -> nn.Module:
-    """The model on the CPU in float32, in train mode: (n, 3, H, W) -> (n, classes).
+    """Build the model on the CPU in float32, in train mode: (n, 3, H, W) -> (n, classes).
 
-    `image_hw` is the size of the data's images; `config.image_size` overrides it. The result depends on the arguments alone: the
-    global random state is neither read nor changed. ValueError (WeightsError for weights) where the configuration cannot be met.
+    `image_hw` is the size of the data's images; `config.image_size` overrides it. The result depends only on the arguments: the global
+    random state is neither read nor changed. ValueError (WeightsError for weights) if the configuration cannot be met.
     """
     seen = (config.image_size, config.image_size) if config.image_size else image_hw
     with _random_state(_derive(seed, "architecture")):
@@ -73,15 +73,15 @@ def build_model(config: ModelConfig, *, classes: int, seed: int, image_hw: tuple
 
 
 def has_depthwise(model: nn.Module) -> bool:
-    """Whether the model has depthwise convolutions: one filter a channel."""
+    """Whether the model has depthwise convolutions: one filter per channel."""
     return any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in model.modules())
 
 
 def head_of(model: nn.Module) -> tuple[str, Head]:
-    """The classifier: the last Linear or Conv2d before the output, and its qualified name.
+    """The classifier's qualified name and layer: the last Linear or Conv2d before the output.
 
-    Looked for under the names that libraries give it; else by running the model on a blank image. ValueError where there is none, or
-    more than one.
+    It is looked up by the names that libraries use, else found by running the model on a blank image. ValueError if there is none or more
+    than one.
     """
     for attribute in _classifier_names(model):
         part = model.get_submodule(attribute)
@@ -92,19 +92,19 @@ def head_of(model: nn.Module) -> tuple[str, Head]:
 
 
 def replace_head(model: nn.Module, classes: int, generator: torch.Generator) -> str:
-    """Give the model a new random classifier of `classes` outputs, in place; its qualified name."""
+    """Give the model a new random classifier with `classes` outputs, in place. Returns its qualified name."""
     if classes < 1:
         raise ValueError(f"{classes} outputs: a model says at least one number of an image")
     name, old = head_of(model)
     options: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-    # skip_init: the constructors would draw from the global state.
+    # skip_init: the constructors would draw from the global random state.
     if isinstance(old, nn.Linear):
         new = nn.utils.skip_init(nn.Linear, old.in_features, classes, **options)  # type: ignore[no-untyped-call]
     else:
         options |= {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding, "dilation": old.dilation}
         new = nn.utils.skip_init(nn.Conv2d, old.in_channels, classes, **options)  # type: ignore[no-untyped-call]
     assert isinstance(new, nn.Linear | nn.Conv2d)
-    # What nn.Linear and nn.Conv2d draw by themselves, from our generator.
+    # The distribution that nn.Linear and nn.Conv2d use, drawn from our generator.
     nn.init.kaiming_uniform_(new.weight, a=math.sqrt(5), generator=generator)
     if new.bias is not None:
         bound = 1 / math.sqrt(new.weight[0].numel())
@@ -112,17 +112,18 @@ def replace_head(model: nn.Module, classes: int, generator: torch.Generator) -> 
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, new)
     if isinstance(getattr(model, "num_classes", None), int):
-        model.num_classes = classes  # type: ignore[assignment]  # timm and squeezenet keep the number beside the layer
+        model.num_classes = classes  # type: ignore[assignment]  # timm and squeezenet store the number next to the layer
     return name
 
 
 class Preprocess(nn.Module):
-    """uint8 images -> what the network sees, on the images' device: resized, then (x / 255 - mean) / std in float32.
+    """Converts uint8 images to the network's input on the images' device: resizes them, then computes (x / 255 - mean) / std in float32.
 
-    These three operations in this order are torchvision's ToTensor and Normalize, bit for bit: a difference in the last place would grow to
-    2.7e-3 of the loss within 20 steps (measured against the tutorial, benchmarks/parity.py).
+    These three operations in this order equal torchvision's ToTensor and Normalize bit for bit. A difference in the last place would grow
+    to 2.7e-3 of the loss within 20 steps (measured against the tutorial, benchmarks/parity.py).
 
-    Resizing is torchvision's (antialias, as PIL does it), clamped to [0, 255] where bicubic overshoots. No parameters, nothing saved.
+    Resizing is torchvision's (antialias, like PIL), clamped to [0, 255] because bicubic overshoots. The module has no parameters and saves
+    nothing.
     """
 
     mean: Tensor
@@ -142,13 +143,13 @@ class Preprocess(nn.Module):
             raise ValueError(f"data.std={tuple(std)}: images are divided by it; each value must be above 0")
         self._image_size, self._interpolation = image_size, interpolation
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        # A power of two scales without rounding: y / std - mean / std has the bits of (y - mean) / std, and is one pass instead of two.
+        # Scaling by a power of two does not round: y / std - mean / std has the same bits as (y - mean) / std, in one pass instead of two.
         self._scale = 1 / std[0] if len(set(std)) == 1 and math.frexp(std[0])[0] == 0.5 else 0.0
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) uint8 -> (n, 3, S, S) float32, S = image_size, or H and W where that is 0."""
+        """(n, 3, H, W) uint8 -> (n, 3, S, S) float32 with S = image_size, or (n, 3, H, W) if that is 0."""
         pixels = images.float()
         side = self._image_size
         if side and images.shape[-2:] != (side, side):
@@ -160,10 +161,10 @@ class Preprocess(nn.Module):
                     pixels = pixels.clamp_(0, 255)
         rows = pixels.permute(0, 2, 3, 1)  # (n, H, W, 3)
         if self._memory_format is torch.channels_last and rows.is_contiguous() and not rows.is_cuda:
-            # The same operations on lines of W * 3 numbers: over channels the loops are 3 long and take 5 us an image of 32 px, not 2.
+            # The same operations on lines of W * 3 numbers: 2 us per image of 32 px. Over channels the loops have length 3 and take 5 us.
             width = rows.shape[2]
             mean, std = self.mean.view(3), self.std.view(3)
-            lines = rows.flatten(2).div_(255)
+            lines = rows.flatten(2).div_(255)  # (n, H, W * 3)
             if self._scale:
                 torch.add((mean * -self._scale).repeat(width), lines, alpha=self._scale, out=lines)
             else:
@@ -178,7 +179,7 @@ class Preprocess(nn.Module):
 
 
 def _architecture(config: ModelConfig, seen: tuple[int, int]) -> nn.Module:
-    """The untouched model with its library's own number of classes and random weights."""
+    """The unchanged model with its library's own number of classes and random weights."""
     if config.name.startswith("timm/"):
         return _timm_architecture(config, seen)
     names = torchvision.models.list_models(torchvision.models)
@@ -186,7 +187,7 @@ def _architecture(config: ModelConfig, seen: tuple[int, int]) -> nn.Module:
         raise ValueError(f"model.name={config.name} is not a torchvision classifier{_did_you_mean(config.name, names)}")
     options: dict[str, Any] = {}
     if config.name in ("googlenet", "inception_v3"):
-        # No auxiliary heads, and no re-normalising inside the model: its weights want mean .5 and std .5, which is data.mean's default.
+        # No auxiliary heads, and no normalisation inside the model: its weights want mean .5 and std .5, the default of data.mean.
         options = {"aux_logits": False, "transform_input": False, "init_weights": config.weights == "none"}
     elif config.name.startswith("vit_"):
         patch = int(config.name.rsplit("_", 1)[1])
@@ -253,7 +254,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_forward(model: nn.Module, config: ModelConfig, seen: tuple[int, int], classes: int) -> None:
-    """One blank image through the model: a size that does not fit shows here, by name, and not in the first step."""
+    """Run one blank image through the model, so that a size that does not fit fails here with a clear message, before the first step."""
     model.eval()
     try:
         with torch.no_grad():
@@ -272,7 +273,7 @@ def _check_forward(model: nn.Module, config: ModelConfig, seen: tuple[int, int],
 
 
 def _classifier_names(model: nn.Module) -> list[str]:
-    """Attributes that may hold the classifier, surest first."""
+    """Attributes that may hold the classifier, most certain first."""
     declared = getattr(model, "default_cfg", None)  # timm's
     if isinstance(declared, Mapping) and declared.get("classifier"):
         names = declared["classifier"]
@@ -284,7 +285,7 @@ def _classifier_names(model: nn.Module) -> list[str]:
 
 
 def _head_by_running(model: nn.Module) -> tuple[str, Head]:
-    """The Linear or Conv2d that ran last, if its outputs are as many as the model's."""
+    """The Linear or Conv2d that ran last, if it has as many outputs as the model."""
     ran: list[tuple[str, Head]] = []
 
     def remember(name: str) -> Callable[..., None]:
@@ -311,7 +312,7 @@ def _head_by_running(model: nn.Module) -> tuple[str, Head]:
 
 
 def _pretrained_state(config: ModelConfig, model: nn.Module, seen: tuple[int, int]) -> dict[str, Tensor] | None:
-    """The weights `config.weights` names, under the (untouched) model's names; None for `none`."""
+    """The weights that `config.weights` names, under the unchanged model's tensor names; None for `none`."""
     source = config.weights
     if source == "none":
         return None
@@ -338,21 +339,21 @@ def _torchvision_state(config: ModelConfig) -> dict[str, Tensor]:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / name
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
-    except OSError as error:  # URLError too: no network, no such host, a full disk
+    except OSError as error:  # includes URLError: no network, no such host, a full disk
         raise WeightsError(
             f"model.weights=imagenet for {config.name} could not be downloaded from {weights.url} ({error}); {_offline_fix()}"
         ) from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:  # a download of another hash, a damaged file
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:  # a download with a wrong hash, a damaged file
         raise WeightsError(
             f"model.weights=imagenet for {config.name} is damaged ({_one_line(error)}); delete {cached} and run again"
         ) from error
-    # The download is checked as it arrives, a file that was there before is not: the hash is in its name.
+    # torch checks a download's hash but not that of a file already cached. The hash is in the file's name.
     expected = re.search(r"-([0-9a-f]{8,})\.pth$", name)
     if expected and cached.is_file() and not _sha256(cached).startswith(expected[1]):
         raise WeightsError(
             f"model.weights=imagenet: {cached} does not have the sha256 its name promises ({expected[1]}...); delete it and run again"
         )
-    # Densenet's weights are older than the rule that names of modules hold no dots (torchvision/models/densenet.py does the same).
+    # Densenet's weights are older than the rule against dots in module names (torchvision/models/densenet.py does the same).
     dotted = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
     state = {dotted.sub(r"\1\2", key): value for key, value in state.items()}
     return {key: value for key, value in state.items() if not key.startswith(("aux1.", "aux2.", "AuxLogits."))}
@@ -361,7 +362,7 @@ def _torchvision_state(config: ModelConfig) -> dict[str, Tensor]:
 def _timm_state(config: ModelConfig, seen: tuple[int, int]) -> dict[str, Tensor]:
     try:
         return dict(_timm_architecture(config, seen, pretrained=True).state_dict())
-    except Exception as error:  # whatever the hub's client raises; it has no common class
+    except Exception as error:  # the errors of the hub's client have no common class
         raise WeightsError(
             f"model.weights=imagenet for {config.name} could not be had from the Hugging Face hub ({_one_line(error)}); {_offline_fix()}"
         ) from error
@@ -388,7 +389,7 @@ def _package_state(config: ModelConfig, model: nn.Module) -> dict[str, Tensor]:
             f"model.weights={config.weights}: {path} is missing or not the known one (sha256 {sha256}); reinstall its package"
         )
     theirs, ours = _read_state(path, source=config.weights), model.state_dict()
-    # Another implementation's names, in the same order: 296 tensors whose shapes all agree, output difference 0.0.
+    # The package's names differ, but the order is the same: 296 tensors, all shapes agree, output difference 0.0.
     if [tensor.shape for tensor in theirs.values()] != [tensor.shape for tensor in ours.values()]:
         raise WeightsError(
             f"model.weights={config.weights} does not fit {fits} of this timm version tensor by tensor; pip install 'timm==1.0.31'"
@@ -397,7 +398,7 @@ def _package_state(config: ModelConfig, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_state(path: Path, *, source: str) -> dict[str, Tensor]:
-    """A file of tensors by name: safetensors, or what torch.save wrote of a state_dict, read without unpickling any object."""
+    """Read tensors by name from a safetensors file, or from a state_dict saved with torch.save, without unpickling any object."""
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
@@ -419,14 +420,14 @@ def _read_state(path: Path, *, source: str) -> dict[str, Tensor]:
             f"model.weights={source} does not hold a state_dict (tensors by name); save one: torch.save(model.state_dict(), FILE)"
         )
     state = {str(key): value for key, value in content.items()}
-    for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel's, torch.compile's
+    for prefix in ("module.", "_orig_mod."):  # added by DistributedDataParallel and by torch.compile
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
 def _fit_positions(model: VisionTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A vision transformer's position embeddings, interpolated to the size of the images it will see."""
+    """`state` with a vision transformer's position embeddings interpolated to the size of the images it will see."""
     if "encoder.pos_embedding" not in state:
         return state
     fitted: dict[str, Tensor] = interpolate_embeddings(model.image_size, model.patch_size, dict(state))
@@ -434,11 +435,11 @@ def _fit_positions(model: VisionTransformer, state: dict[str, Tensor]) -> dict[s
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], *, may_differ: Sequence[str], source: str) -> None:
-    """Copy `state` into the model; of the tensors that `may_differ` those stay as they are whose shapes do (or that are absent)."""
+    """Copy `state` into the model. A tensor in `may_differ` keeps its value if its shape differs or `state` lacks it."""
     own = model.state_dict()
     skip = {name for name in may_differ if name not in own or name not in state or own[name].shape != state[name].shape}
     if any(name in skip for name in may_differ[:2]):
-        skip.update(may_differ[:2])  # a head's bias without its weight says nothing
+        skip.update(may_differ[:2])  # a head's bias is useless without its weight
     counters = {name for name in own if name.endswith("num_batches_tracked")}  # absent from weights saved before PyTorch 0.4.1
     missing = [name for name in own if name not in state and name not in skip | counters]
     unexpected = [name for name in state if name not in own and name not in skip]
@@ -475,13 +476,13 @@ def _sha256(path: Path) -> str:
 
 
 def _derive(seed: int, what: str) -> int:
-    """A 63-bit seed of its own for each use, so that one layer's draws do not shift another's."""
+    """A separate 63-bit seed for each use, so that one layer's draws do not shift another's."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{what}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 @contextmanager
 def _random_state(seed: int) -> Iterator[None]:
-    """Inside, torch's CPU draws follow `seed`; afterwards the global state is what it was. Touches no GPU."""
+    """Inside the context torch's CPU draws follow `seed`; afterwards the global state is restored. Touches no GPU."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
         yield

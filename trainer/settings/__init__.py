@@ -1,4 +1,4 @@
-"""What a user may set, and how: the tree of settings with its rules, the command line and TOML files, which settings decide a run, what
-ranks are told. Everybody may import it.
+"""The user's settings: the tree with its rules, the command line, TOML files, which settings decide a run, and the spec that ranks get.
+Everybody may import it.
 
-It imports no torch and nothing of `trainer` beside itself. What a setting does is its reader's business."""
+It imports no torch, and nothing else from `trainer`. The code that reads a setting implements its effect."""

@@ -1,9 +1,10 @@
-"""The command line -> RunConfig. Called by `trainer.run`; the small commands (`report`, `predict`) share its way to fail.
+"""Parses the command line into a RunConfig. Called by `trainer.run` and benchmarks; the other commands (predict, evaluate, report, runs)
+use its `fail`.
 
-Settings are merged in this order, the later winning: the defaults of `trainer.settings.tree`, each `--config` in turn, the flags. Nothing
-is read from the environment, no model or data set is looked at: rules that need the number of workers, the data's image size or the number
-of steps are checked by whoever learns these, by calling `validate` again with them. A relative path in a flag is relative to the working
-directory, and becomes absolute here.
+Settings are merged in this order, later ones winning: the defaults of `trainer.settings.tree`, each `--config` in turn, the flags. This
+file reads no environment variable and looks at no model or data set. Some rules need the number of workers, the data's image size or the
+number of steps; whoever learns these calls `validate` again with them. A relative path in a flag is relative to the working directory and
+becomes absolute here.
 """
 
 import sys
@@ -28,11 +29,11 @@ Action = Literal["run", "dry_run", "print_config"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Invocation:
-    """What one command line asks for."""
+    """The parsed command line."""
 
     config: RunConfig
     recipes: tuple[str, ...]
-    """Names of the recipes and stems of the files given with `--config`, in order."""
+    """Names of the recipes, and stems of the files, given with `--config`, in order."""
     action: Action
 
 
@@ -55,7 +56,7 @@ class _CommandLine:
 
 
 def parse(argv: Sequence[str], *, prog: str = PROG) -> Invocation:
-    """The settings `argv` (without the program's name) asks for; a user's mistake ends the program with status 2 and a short message."""
+    """Parse `argv` (without the program's name). A user's mistake ends the program with status 2 and a short message."""
     try:
         return _parse(argv, prog=prog)
     except ValueError as error:
@@ -63,7 +64,7 @@ def parse(argv: Sequence[str], *, prog: str = PROG) -> Invocation:
 
 
 def fail(message: str) -> NoReturn:
-    """End the program the way a wrong command line does: `message` on stderr, status 2, no traceback."""
+    """End the program as for a wrong command line: `message` on stderr, status 2, no traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -88,7 +89,7 @@ def _parse(argv: Sequence[str], *, prog: str) -> Invocation:
 
 
 def _config_names(argv: Sequence[str]) -> list[str]:
-    """Values of `--config`; needed before tyro runs, as they are its defaults. tyro sees them too and reports a missing value."""
+    """Values of `--config`, needed before tyro runs because they are its defaults. tyro sees them too, and reports a missing value."""
     names = []
     for position, word in enumerate(argv):
         if word == "--config" and position + 1 < len(argv) and not argv[position + 1].startswith("-"):
@@ -99,8 +100,8 @@ def _config_names(argv: Sequence[str]) -> list[str]:
 
 
 def _in_tyros_words(argv: Sequence[str]) -> Iterator[str]:
-    """`--data.no-flip` as `--data.flip=false`, and `--train.checkpoint-every auto` with the number that `auto` stands for: tyro knows the
-    first only of flags that take no value, and the second of no number."""
+    """Rewrite `--data.no-flip` as `--data.flip=false`, and `--train.checkpoint-every auto` with the number that `auto` stands for. tyro
+    accepts the first only for flags without a value, and the second for no number."""
     known = declared(RunConfig)
     before = ""
     for word in argv:
@@ -128,22 +129,22 @@ _REGISTRY = ConstructorRegistry()
 
 @_REGISTRY.primitive_rule
 def _boolean(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """`--data.flip`, `--data.flip true`, `--data.flip=False`; see `_in_tyros_words` for `--data.no-flip`."""
+    """Accept `--data.flip`, `--data.flip true` and `--data.flip=False`. `_in_tyros_words` handles `--data.no-flip`."""
     return _word({"true": True, "false": False}, shown=("true", "false")) if info.type is bool else None
 
 
 @_REGISTRY.primitive_rule
 def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """`--train.channels-last`, `--train.channels-last off`, and true and false for on and off."""
+    """Accept `--train.channels-last` and `--train.channels-last off`, and also true and false for on and off."""
     meanings = {"auto": "auto", "on": "on", "off": "off", "true": "on", "false": "off"}
     return _word(meanings, shown=get_args(Switch)) if get_args(info.type) == get_args(Switch) else None
 
 
 def _word(meanings: dict[str, Any], *, shown: Sequence[str]) -> PrimitiveConstructorSpec[Any]:
-    """A flag that may be followed by one of some words, those `shown` and others; alone it means `true`."""
+    """A flag that one of the words in `meanings` may follow; alone it means `true`. Errors and help list only the words `shown`."""
 
     def read(words: list[str]) -> Any:
-        if len(words) > 1:  # tyro gives all up to the next flag
+        if len(words) > 1:  # tyro passes all words up to the next flag
             raise ValueError(f"{' '.join(words)!r} is more than one word; settings are given as flags, such as --train.epochs 3")
         word = words[0].lower() if words else "true"
         if word not in meanings:

@@ -1,7 +1,8 @@
-"""What a setting's field says of it: its dotted name, type, default and rules. Read by the other modules of this package.
+"""Reads settings' declarations from their fields: dotted name, type, default and rules. Called by the other modules of this package, and by
+trainer.report.compare.
 
-A field is a type and a default, and in `Annotated` whatever else holds for the setting: ranges, what to do instead, marks
-(trainer.settings.rules, trainer.settings.identity). What a table's field says, such as `RunConfig.cluster`, holds for all of its settings.
+A field has a type and a default. Its `Annotated` holds everything else about the setting: ranges, hints for errors, marks
+(trainer.settings.rules, trainer.settings.identity). Notes on a table's field, such as `RunConfig.cluster`, apply to all of its settings.
 """
 
 import dataclasses
@@ -16,21 +17,21 @@ class Setting:
     """A setting as its field declares it."""
 
     key: str
-    """`data.batch_size`."""
+    """Dotted name, e.g. `data.batch_size`."""
     type: Any
     """Without `Annotated`."""
     default: Any
     notes: tuple[Any, ...]
-    """What `Annotated` holds, that of the tables above it first."""
+    """The contents of `Annotated`, those of enclosing tables first."""
 
 
 def declared(config: type) -> dict[str, Setting]:
-    """Every setting of a tree of dataclasses by its dotted name, in their order."""
+    """All settings of a tree of dataclasses by dotted name, in declaration order."""
     return _declared(config, prefix="", notes=())
 
 
 def settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting's value by its dotted name: {"data.batch_size": 100, ...}."""
+    """All settings' values by dotted name: {"data.batch_size": 100, ...}."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -42,12 +43,12 @@ def settings(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def marked(config: type, mark: Mark) -> list[str]:
-    """The names of the settings that bear a mark."""
+    """Dotted names of the settings that have the mark."""
     return [key for key, setting in declared(config).items() if mark in setting.notes]
 
 
 def replaced(config: Any, key: str, value: Any) -> Any:
-    """`config` with another value for the setting of this dotted name."""
+    """`config` with another value for the setting with this dotted name."""
     head, _, rest = key.partition(".")
     return dataclasses.replace(config, **{head: replaced(getattr(config, head), rest, value) if rest else value})
 

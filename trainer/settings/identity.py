@@ -1,7 +1,8 @@
-"""Which settings decide a run's weights: what its name is made of, and what must stay the same when it goes on. Called by the driver.
+"""Which settings decide a run's weights. They form its automatic name and must not change when it goes on. Called by
+trainer.drive.identity.
 
-The rules stand at the fields, as marks (dataio.config.Mark): FREE settings do not count; a LATER one, added after runs were first named,
-counts when it has another value than its default. So a new setting renames nobody's run. The data's content counts too; the caller adds it.
+Marks at the fields decide (dataio.config.Mark). FREE settings do not count. LATER settings were added after runs were first named, and
+count only if they differ from their defaults, so a new setting renames no existing run. The data's content counts too; the caller adds it.
 """
 
 from pathlib import Path
@@ -13,13 +14,13 @@ from trainer.settings.tree import RunConfig
 
 
 def deciding_settings(config: RunConfig) -> dict[str, Any]:
-    """By dotted name. Files are known by their names, wherever they lie."""
+    """The settings that count, by dotted name. A file counts by its name, without its folder."""
     known = declared(type(config))
     return {key: value for key, value in _that_count(config).items() if not (LATER in known[key].notes and value == known[key].default)}
 
 
 def deciding_changes(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two RunConfigs would train other weights, each with its value before and now, defaults included."""
+    """The settings by which two RunConfigs would train different weights, each with its value before and now. Includes defaults."""
     then = _that_count(before)
     return {key: (then[key], value) for key, value in _that_count(now).items() if then[key] != value}
 

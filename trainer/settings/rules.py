@@ -1,15 +1,16 @@
-"""The rules of the settings. `validate` is called by the command line, and again by whoever learns what that does not know yet.
+"""Checks the settings' rules. The command line calls `validate`; the driver calls it again when it knows the workers, the data and the
+steps.
 
-A rule about one setting stands at its field (trainer.settings.tree, dataio.config, cluster.config), in `Annotated`:
+A rule about one setting is in the `Annotated` of its field (trainer.settings.tree, dataio.config, cluster.config):
 
-- `Ge`, `Gt`, `Le`, `Lt`, `Interval` of annotated_types: a number's range. Infinity and NaN are in none.
-- `MinLen(1)`: not empty, nor only spaces.
-- a text: what to do instead, said with a broken range.
-- a function: reads the value; its ValueError is the broken rule.
-- a `Mark`: no rule, see dataio.config.
+- `Ge`, `Gt`, `Le`, `Lt`, `Interval` of annotated_types: a number's range. It never includes infinity or NaN.
+- `MinLen(1)`: neither empty nor only spaces.
+- a text: the fix, shown when the range is broken.
+- a function: reads the value, and raises ValueError if it breaks the rule.
+- a `Mark`: not a rule, see dataio.config.
 - a `Literal` as the type: the choices.
 
-A rule about several settings stands here.
+Rules about several settings are here.
 """
 
 import math
@@ -28,7 +29,7 @@ from trainer.settings.words import did_you_mean
 
 
 def worker_count(config: RunConfig) -> int | None:
-    """Number of workers asked for, of a range `N:M` the larger; None for `auto`."""
+    """Number of workers asked for, M for a range `N:M`; None for `auto`."""
     asked = workers_of(config.workers)
     return asked and asked[1]
 
@@ -36,9 +37,10 @@ def worker_count(config: RunConfig) -> int | None:
 def validate(
     config: RunConfig, *, workers: int | None = None, image_size: tuple[int, int] | None = None, total_steps: int | None = None
 ) -> None:
-    """ValueError with every broken rule: the value, the rule, the fix.
+    """Raise a ValueError that lists every broken rule: the value, the rule, the fix.
 
-    The command line knows only the config; call again with the number of workers, the data's (height, width) and the run's steps.
+    The command line knows only the config. Call it again once the number of workers, the data's (height, width) and the run's steps are
+    known.
     """
     problems = list(_problems(config, workers=workers, image_size=image_size, total_steps=total_steps))
     if problems:
@@ -53,7 +55,7 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
     data, model, optim, train = config.data, config.model, config.optim, config.train
 
     if workers is None:
-        with suppress(ValueError):  # told already, as the rule of its field
+        with suppress(ValueError):  # already reported as a broken rule of its field
             workers = worker_count(config)
     virtual_ranks = train.virtual_ranks or workers or 0
     if data.batch_size > 0 and virtual_ranks > 0:
@@ -75,7 +77,7 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
     side = min(image_size) if image_size else data.image_size
     if side > 0 and data.pad >= side:
         yield f"data.pad={data.pad} is not below the images' side of {side} pixels: a crop could miss the image; use at most {side // 2}"
-    # A run cut short by max_steps is a trial: it may well end during the warm-up.
+    # A run cut short by max_steps is a trial and may end during the warm-up.
     steps = 0 if train.max_steps else total_steps or 0
     if steps > 0 and optim.warmup_steps >= steps:
         fix = f"use at most {steps - 1}, or train longer" if steps > 1 else "use 0"
@@ -106,7 +108,7 @@ def _batch_problems(batch_size: int, virtual_ranks: int, name: str) -> Iterator[
 
 
 def field_problem(setting: Setting, value: Any) -> str | None:
-    """What is wrong with a setting's value by the rules of its field: the value, the rule, the fix."""
+    """The rule of its field that a setting's value breaks, as text: the value, the rule, the fix. None if it breaks none."""
     key = setting.key
     if get_origin(setting.type) is Literal and value not in (options := get_args(setting.type)):
         return f"{key}={value!r};{did_you_mean(str(value), options)} it must be one of {', '.join(options)}"
@@ -142,7 +144,7 @@ _Bound = tuple[Callable[[Any, Any], bool], str, float]
 
 
 def _bound(note: object) -> _Bound:
-    """One end of a range: its comparison, in code and in words, and its limit."""
+    """One end of a range: its comparison in code, in words, and its limit."""
     match note:
         case Ge(ge=limit):
             return operator.ge, "at least", limit  # type: ignore[return-value]

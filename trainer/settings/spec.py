@@ -1,4 +1,4 @@
-"""What a run's ranks are told, and what follows from a run's settings alone. Imports no torch: the driver reads it too."""
+"""The spec that a run's ranks get, and values that follow from a run's settings and data. The driver and the ranks import it; no torch."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from dataio.parquet import Dataset
 from trainer.settings.tree import RunConfig
 
 TARGET = "trainer.rank.worker:train_rank"
-"""What a rank's process calls, with a WorkerSpec and its RankContext."""
+"""The function that a rank's process calls with a WorkerSpec and its RankContext."""
 RANK_MODULES = ("trainer.rank.worker", "nvidia.dali.fn")
-"""What a rank's process needs, imported once a node."""
+"""Modules that a rank's process needs. A zygote imports them once per node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,21 +22,21 @@ class ResumePoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """What a rank is told. `dataset` is a converted folder; None if its files travel with the task."""
+    """What a rank needs to know. `dataset` is a converted folder or URI; None if its files travel with the task."""
 
     config: RunConfig  # resolved: run, storage and virtual_ranks are set
     dataset: str | None
     generation: int
     attempt: int
-    resume: ResumePoint | None  # None starts at zero
+    resume: ResumePoint | None  # None starts at step 0
     threads: int
-    skip: frozenset[int] = frozenset()  # steps whose batches are left out for their bad numbers
-    failures: int = 0  # of the run so far, and the seconds in which its attempts ran: how often to save with checkpoint_every auto
-    observed_seconds: float = 0.0
+    skip: frozenset[int] = frozenset()  # steps whose batches are skipped for a bad loss
+    failures: int = 0  # of the run so far; with `observed_seconds` it decides how often `checkpoint_every auto` saves
+    observed_seconds: float = 0.0  # in which the run's attempts ran
 
 
 def make_order(config: RunConfig, dataset: Dataset) -> Order:
-    """The order of training that a run's settings and data give."""
+    """The order of samples in training, from the run's settings and data."""
     return Order(
         seed=config.train.seed,
         fingerprint=dataset.manifest.fingerprint,
@@ -48,6 +48,6 @@ def make_order(config: RunConfig, dataset: Dataset) -> Order:
 
 
 def total_steps_of(config: RunConfig, steps_per_epoch: int) -> int:
-    """Steps that the whole run does."""
+    """Number of steps of the whole run."""
     everything = config.train.epochs * steps_per_epoch
     return min(everything, config.train.max_steps) if config.train.max_steps else everything

@@ -1,8 +1,9 @@
-"""TOML files -> RunConfig and back: recipes, a user's files, the `config.toml` of a run's folder. Called by everybody who reads a run.
+"""Converts TOML files to RunConfig and back: recipes, a user's files, the `config.toml` in a run's folder. Called by the command line and
+by everybody who reads a run.
 
-A file says some settings; the others are those of the `base` that it is read over. Their types are checked here; what values they may have
-is for trainer.settings.rules. A relative path (a setting marked PATH that begins with `./` or `../`) is relative to the file, and is
-absolute from here on: a saved `config.toml` means the same wherever it is loaded from.
+A file may set some settings; the others come from the `base` that it is merged over. This file checks types, trainer.settings.rules checks
+values. A relative path (a setting marked PATH that begins with `./` or `../`) is relative to the TOML file and becomes absolute here, so a
+saved `config.toml` means the same wherever it is loaded from.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ def recipe_names() -> list[str]:
 
 
 def load(name: str, base: RunConfig) -> RunConfig:
-    """`base` with the settings of a shipped recipe or of a TOML file (anything that ends in `.toml` or holds a `/`)."""
+    """`base` with the settings of a shipped recipe, or of a TOML file (a name that ends in `.toml` or contains a `/`)."""
     is_file = name.endswith(".toml") or "/" in name
     path = Path(name).expanduser() if is_file else RECIPES_FOLDER / f"{name}.toml"
     try:
@@ -57,18 +58,18 @@ def from_toml(text: str, *, base: RunConfig | None = None, origin: str = "TOML",
     loaded: RunConfig = _merged(base or RunConfig(), table, declared(RunConfig), origin=origin, prefix="")
     if folder is None:
         return loaded
-    # Only paths that this text sets are relative to it; the base's are already absolute.
+    # Only paths that this text sets are relative to its folder; the base's are already absolute.
     return resolve_paths(loaded, folder, only=[key for key in marked(RunConfig, PATH) if _lookup(table, key) is not None])
 
 
 def to_toml(config: RunConfig) -> str:
-    """All settings as TOML text; `from_toml` gives back an equal config."""
+    """All settings as TOML text. `from_toml` returns an equal config."""
     return tomli_w.dumps(dataclasses.asdict(config))
 
 
 def resolve_paths(config: RunConfig, folder: Path, only: Sequence[str]) -> RunConfig:
-    """`config` with the paths of these settings made absolute: from `folder`, or from the user's home, which neither TOML nor the shell
-    finds in --data.path=~/images."""
+    """`config` with the paths of the settings `only` made absolute, relative to `folder`. It also expands `~/`, which neither TOML nor the
+    shell does in --data.path=~/images."""
     flat = settings(config)
     for key in only:
         value = flat[key]
@@ -100,7 +101,7 @@ def _merged(base: Any, table: Mapping[str, Any], known: Mapping[str, Setting], *
 
 
 def _checked(value: Any, hint: Any, *, origin: str, key: str) -> Any:
-    """`value` of a TOML file as the type `hint`; an integer is a good float, a switch may be true or false, nothing else is converted."""
+    """A TOML value as the type `hint`. Integers become floats, and true and false become switches; nothing else is converted."""
     if get_origin(hint) is Literal:
         if hint == Switch and isinstance(value, bool):
             return "on" if value else "off"
@@ -135,7 +136,7 @@ def _unknown_key(full: str, keys: list[str], *, origin: str, prefix: str) -> str
     close = difflib.get_close_matches(leaf.replace("-", "_"), keys, n=1)
     if close:
         guess = f" did you mean {prefix}{close[0]}?"
-    else:  # the right key in the wrong table is the most common slip
+    else:  # the most common mistake is the right key in the wrong table
         everywhere = [key for key in declared(RunConfig) if key.rsplit(".", 1)[-1] == leaf]
         guess = f" did you mean {everywhere[0]}?" if everywhere else ""
     where = f"[{prefix.rstrip('.')}]" if prefix else "the top level"

