@@ -1,6 +1,6 @@
-"""What a model is trained for: targets, loss, measures and predictions. `task.py` is the seam, `make.py` chooses; classification,
-multilabel and multitask are the tasks, made of the heads (`heads.py`) of one label, several labels, a number. One of your own inherits
-from `image.ImageTask`.
+"""What a model is trained for: targets, loss, measures and predictions. `task.py` defines the interface, `make.py` chooses a task. The
+tasks are classification, multilabel and multitask, made of heads (`heads.py`) for one label, several labels or a number. Your own task
+inherits from `image.ImageTask`.
 
-May be imported by everything but `settings` and the networks of `models`. How a step is done is `learn`'s, how a network is built
-`models`', what a page shows `report`'s. `info.py` and `predictions.py` import no torch."""
+Everything may import it except `settings` and the networks of `models`. `learn` does the step, `models` builds networks, `report` shows the
+results. `info.py` and `predictions.py` import no torch."""

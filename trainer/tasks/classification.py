@@ -1,6 +1,6 @@
-"""Image classification: one label of several for each image. Made by `trainer.tasks.make`; trainer.tasks.multitask takes its head.
+"""Image classification: one of several labels for each image. `trainer.tasks.make` makes the task; trainer.tasks.multitask uses its head.
 
-How a run evaluates (which samples, which rank) is the caller's; what the numbers look like is the report's.
+The caller decides which samples a rank evaluates; trainer.report shows the numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,12 @@ LABEL_COLUMNS: Mapping[str, pa.DataType] = {
 
 
 class Classification(HeadTask):
-    """One label; outputs are logits (n, classes)."""
+    """Learns one label; outputs are logits (n, classes)."""
 
     info = CLASSIFICATION
 
     def __init__(self, config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0) -> None:
-        """ValueError where `targets` is not one target of one label of at least two classes."""
+        """ValueError unless `targets` is one target of kind `label` with at least two classes."""
         target = only_target(targets, kind="label", task="classification")
         super().__init__(config, LabelHead(target, label_smoothing=label_smoothing), label_smoothing=label_smoothing)
 
@@ -48,7 +48,7 @@ class LabelHead:
     columns = LABEL_COLUMNS
 
     def __init__(self, target: Target, *, label_smoothing: float) -> None:
-        """ValueError where there is nothing to tell apart."""
+        """ValueError if there are fewer than two classes."""
         if len(target.classes) < 2:
             raise ValueError(f"target {target.name}: {len(target.classes)} classes cannot be told apart; a data set needs at least 2")
         self.target, self._label_smoothing = target, label_smoothing
@@ -73,10 +73,10 @@ class LabelHead:
 
     @torch.no_grad()
     def rows(self, outputs: Tensor, values: Tensor) -> Rows:
-        """Mistakes are worse than right answers; the surest mistakes are the worst, the surest right answers the best."""
+        """Mistakes are worse than correct predictions. Confident mistakes are the worst, confident correct predictions the best."""
         logits = outputs.double()
-        predictions = logits.argmax(1)  # as the evaluation takes it, so that ties are the same
-        confidence = logits.softmax(1).gather(1, predictions[:, None])[:, 0].float()
+        predictions = logits.argmax(1)  # (n,); the evaluation's rule, so that ties resolve alike
+        confidence = logits.softmax(1).gather(1, predictions[:, None])[:, 0].float()  # (n,)
         sure = confidence.nan_to_num(0.0)
         return Rows(
             columns={"label": values, "prediction": predictions, "confidence": confidence, "loss": self.losses(outputs, values).float()},
@@ -85,7 +85,7 @@ class LabelHead:
         )
 
     def answers(self, outputs: Tensor, *, top: int) -> Sequence[Mapping[str, Any]]:
-        """The `top` likeliest classes, in order."""
+        """The `top` most probable classes, in order."""
         classes = self.target.classes
         values, indices = outputs.float().softmax(dim=1).cpu().topk(min(top, len(classes)), dim=1)
         return [
@@ -98,21 +98,21 @@ class LabelHead:
 
 
 class LabelEvaluation(SummedEvaluation):
-    """Mean cross-entropy, without smoothing, and the confusion matrix with what follows from it."""
+    """Mean cross-entropy without smoothing, and the confusion matrix with the measures that follow from it."""
 
     def __init__(self, target: Target, device: torch.device | str = "cpu") -> None:
         self._target, self._classes = target.name, len(target.classes)
-        # (loss sum | confusion, row by row). float64 holds counts exactly up to 2**53, so that one all-reduce adds all of it.
+        # (loss sum | confusion matrix, row by row). float64 holds counts exactly up to 2**53, so one all-reduce adds everything.
         super().__init__(1 + self._classes**2, device)
 
     @torch.no_grad()
     def update(self, outputs: Tensor, targets: Targets) -> None:
-        """(n, classes) logits of any float type; labels of -1 are not counted. n may be 0."""
+        """`outputs`: (n, classes) logits of any float type. Labels of -1 do not count. n may be 0."""
         labels, logits = targets[self._target], outputs.double()
         self.sums[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=BAD)
         counted = labels != BAD
         cells = labels * self._classes + logits.argmax(1)
-        # Quarantined samples add 0 to a cell that exists: dropping them would need their number, and so a wait.
+        # Quarantined samples add 0 to an existing cell: dropping them would need their number and hence a wait for the device.
         self.sums.scatter_add_(0, 1 + torch.where(counted, cells, 0), counted.double())
 
     def result(self) -> Result:
@@ -137,7 +137,7 @@ class LabelEvaluation(SummedEvaluation):
 
 
 def class_score(hits: int, *, support: int, predicted: int) -> dict[str, Any]:
-    """One class against the rest. A ratio whose denominator is 0 is 0."""
+    """Scores of one class against the rest. A ratio with denominator 0 is 0."""
     return {
         "recall": hits / support if support else 0.0,
         "precision": hits / predicted if predicted else 0.0,

@@ -1,4 +1,5 @@
-"""Rows of all ranks, which hold unequal numbers of them, in the ranks' order. Collectives: every rank calls them alike."""
+"""Gathers rows from all ranks, in rank order, where ranks hold unequal numbers of rows. These are collectives: every rank must call them.
+Called by the evaluations (multilabel.py, numbers.py) and prediction_log.py."""
 
 import torch
 import torch.distributed as dist
@@ -6,8 +7,8 @@ from torch import Tensor
 
 
 def counts_of(count: int, rank: int, world_size: int, device: torch.device) -> list[int]:
-    """How many rows each rank holds. Waits for the device."""
-    sizes = torch.zeros(world_size, dtype=torch.int64, device=device)
+    """Number of rows that each rank holds. Waits for the device."""
+    sizes = torch.zeros(world_size, dtype=torch.int64, device=device)  # (ranks,)
     sizes[rank] = count
     if world_size > 1:
         dist.all_reduce(sizes)
@@ -16,7 +17,7 @@ def counts_of(count: int, rank: int, world_size: int, device: torch.device) -> l
 
 
 def gather_rows(own: Tensor, counts: list[int], rank: int) -> Tensor | None:
-    """All rows on the host of rank 0; None on the others."""
+    """All ranks' rows, on the host, for rank 0; None for the other ranks. `own`: (rows of this rank, ...)."""
     if len(counts) == 1 or not max(counts):
         return own.cpu() if rank == 0 else None
     padded = _padded(own, max(counts))
@@ -26,7 +27,7 @@ def gather_rows(own: Tensor, counts: list[int], rank: int) -> Tensor | None:
 
 
 def all_gather_rows(own: Tensor, counts: list[int]) -> Tensor:
-    """All rows on every rank's device."""
+    """All ranks' rows, on every rank's device. `own`: (rows of this rank, ...)."""
     if len(counts) == 1 or not max(counts):
         return own
     padded = _padded(own, max(counts))

@@ -1,7 +1,7 @@
-"""A head: one target's part of what a model says, and all that a task asks of it. Three kinds: one label (trainer.tasks.classification),
-several labels (multilabel), a number (numbers).
+"""A head: the part of a model's outputs for one target, with its loss, evaluation and predictions. There are three kinds: one label
+(trainer.tasks.classification), several labels (multilabel), a number (numbers).
 
-A task of one target is its head (`HeadTask`); trainer.tasks.multitask puts several together.
+A task with one target wraps one head (`HeadTask`); trainer.tasks.multitask combines several.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,33 +20,33 @@ from trainer.tasks.task import Evaluation, Rows
 
 
 class Head(Protocol):
-    """`outputs` are the head's own, (n, k); `values` its target's."""
+    """What a task needs from a head. `outputs` are the head's own, (n, k); `values` are those of its target, (n,) or (n, labels)."""
 
     target: Target
     measures: tuple[Measure, ...]
     columns: Mapping[str, pa.DataType]
-    """Of predictions.parquet; the last is the loss."""
+    """Columns of predictions.parquet; the last one is the loss."""
 
     def prepare(self, values: Tensor) -> Tensor:
-        """As the loss wants them."""
+        """`values` in the form that the loss takes."""
         ...
 
     def knows(self, values: Tensor) -> Tensor:
-        """(n,) bool: whether anything is known of the target."""
+        """(n,) bool: whether anything is known about a sample's target."""
         ...
 
     def loss_sum(self, outputs: Tensor, values: Tensor) -> Tensor:
-        """() float32, of prepared values."""
+        """Loss summed over the samples, () float32. `values` are prepared."""
         ...
 
     def losses(self, outputs: Tensor, values: Tensor) -> Tensor:
-        """(n,) float64 without smoothing, of values as the loader gives them; 0 where nothing is known."""
+        """Each sample's loss without smoothing, (n,) float64; 0 if nothing is known. `values` come from the loader, unprepared."""
         ...
 
     def evaluation(self, device: torch.device) -> Evaluation: ...
 
     def score(self, measures: Mapping[str, float]) -> float:
-        """From 0 to 1: how good an evaluation is."""
+        """How good an evaluation is, from 0 to 1."""
         ...
 
     def rows(self, outputs: Tensor, values: Tensor) -> Rows: ...
@@ -57,7 +57,7 @@ class Head(Protocol):
 
 
 class HeadTask(ImageTask):
-    """A task of one target."""
+    """A task with one target."""
 
     def __init__(self, config: TaskConfig, head: Head, *, label_smoothing: float) -> None:
         super().__init__(config, (head.target,), label_smoothing=label_smoothing)

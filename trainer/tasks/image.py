@@ -1,6 +1,6 @@
-"""What tasks on images have in common. A task, one of your own too, inherits what it does not care to say otherwise.
+"""Defaults that tasks on images share. Every task, including your own, may inherit from ImageTask and override what it needs.
 
-Left to the task: its info, its columns, the loss, the evaluation, the rows and the answers (trainer.tasks.task says what each is).
+The task itself adds its info, columns, loss, evaluation, rows and answers (trainer.tasks.task defines them).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from trainer.settings.tree import ModelConfig, TaskConfig
 
 
 class ImageTask:
-    """A backbone by name with one linear layer of `outputs`: one for each class of a label, one for a number."""
+    """A backbone by name with one linear layer of `outputs` outputs: one for each class of a label, one for a number."""
 
     targets: tuple[Target, ...]
     outputs: int
@@ -28,7 +28,7 @@ class ImageTask:
         return build_model(model, classes=self.outputs, seed=seed, image_hw=image_hw)
 
     def bind(self, model: nn.Module) -> None:
-        """The loss needs nothing of the model."""
+        """Do nothing: the loss needs nothing from the model."""
 
     def blank(self, count: int, device: torch.device) -> Targets:
         return {target.name: torch.from_numpy(target.blank(count)).zero_().to(device) for target in self.targets}
@@ -38,12 +38,12 @@ class ImageTask:
 
 
 def outputs_of(target: Target) -> int:
-    """Numbers that a model says of it."""
+    """Number of model outputs for the target."""
     return 1 if target.kind == "number" else len(target.classes)
 
 
 def only_target(targets: Sequence[Target], *, kind: str, task: str) -> Target:
-    """The one target of that kind. ValueError where there is another or none."""
+    """The only target, of the kind `kind`. ValueError if there is none, several, or one of another kind."""
     if len(targets) == 1 and targets[0].kind == kind:
         return targets[0]
     there = ", ".join(f"{target.name} ({target.kind})" for target in targets) or "none"

@@ -1,8 +1,8 @@
-"""What is said of a task by those that compute nothing of it: the driver, the list of runs, the report. Imports no torch.
+"""Descriptions of tasks for code that does not compute with them: the driver, the list of runs, the report. Imports no torch.
 
-A task (trainer.tasks.task) makes its TaskInfo in the rank; the driver learns it when the model is checked, writes it into the journal
-(`run_started`, key `task`) and into summary.json, and whoever reads a run's folder finds it there. Runs from before tasks had names are
-image classification: `info_of`.
+A task (trainer.tasks.task) makes its own TaskInfo. The driver gets it from the model check (trainer.drive.check), and writes it into the
+journal (`run_started`, key `task`) and into summary.json, where readers of a run's folder find it. Runs older than task names are image
+classification (`info_of`).
 """
 
 import re
@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
-    """A number that an evaluation gives."""
+    """A number that an evaluation computes."""
 
     name: str
-    """In the field's words: accuracy, map, skin_tone_accuracy. An evaluation's entry, and summary.json, hold it as `key`."""
+    """In the field's terms: accuracy, map, skin_tone_accuracy. Evaluation entries and summary.json hold it under `key`."""
     title: str
-    """For people: Accuracy."""
+    """For people, e.g. Accuracy."""
     unit: Literal["ratio", "number"] = "ratio"
-    """A ratio is from 0 to 1 and shown in percent."""
+    """A ratio goes from 0 to 1 and is shown in percent."""
     higher_is_better: bool = True
 
     @property
@@ -29,7 +29,7 @@ class Measure:
 
     @property
     def in_words(self) -> str:
-        """The title within a sentence: accuracy; what is an abbreviation keeps its capitals."""
+        """The title for use within a sentence, e.g. accuracy. Abbreviations keep their capitals."""
         return self.title[:1].lower() + self.title[1:] if self.title[1:2].islower() else self.title
 
 
@@ -38,15 +38,15 @@ class TaskInfo:
     """A task as its readers see it."""
 
     name: str
-    """classification, multilabel, multitask, or the name that a task outside the packages gives itself."""
+    """classification, multilabel, multitask, or the name that a user's own task gives itself."""
     unit: str = "images"
     """What samples are called, in the plural."""
     measures: tuple[Measure, ...]
-    """The first is the headline: the one number by which two runs are compared."""
+    """The first one is the headline: the number by which two runs are compared."""
     panels: tuple[str, ...]
-    """Of the report, by their name in `trainer.report.panels`, in order."""
+    """The report's panels in order, by their names in `trainer.report.panels`."""
     loss_floor: float | None = 0.0
-    """The lowest value that the loss can have; None where it has none, as with learned weights of several losses."""
+    """The lowest value that the loss can have; None if it has no lower bound, as with learned weights of several losses."""
 
     def __post_init__(self) -> None:
         if not self.measures:
@@ -57,12 +57,12 @@ class TaskInfo:
         return self.measures[0]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` gives back an equal TaskInfo."""
+        """Plain JSON values. `from_json` returns an equal TaskInfo."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TaskInfo":
-        """ValueError where `value` is nothing that `to_json` gave. Keys that a later release adds are left out."""
+        """ValueError if `value` did not come from `to_json`. Keys from a later release are ignored."""
         try:
             known = {name: value[name] for name in cls.__slots__ if name in value}
             known["measures"] = tuple(Measure(**{key: each[key] for key in Measure.__slots__ if key in each}) for each in value["measures"])
@@ -77,7 +77,7 @@ CLASSIFICATION = TaskInfo(
     measures=(Measure(name="accuracy", title="Accuracy"),),
     panels=("confusion", "examples", "classes"),
 )
-"""One label of several an image."""
+"""One of several labels per image."""
 
 
 MULTILABEL = TaskInfo(
@@ -90,16 +90,16 @@ MULTILABEL = TaskInfo(
     ),
     panels=("labels", "examples"),
 )
-"""Any number of labels an image."""
+"""Any number of labels per image."""
 
 
 def measure_name(target: str, measure: str) -> str:
-    """What a task of several targets calls a measure of one of them: a name that keys and Prometheus take."""
+    """A multitask's name for a measure of one target, in a form that JSON keys and Prometheus accept."""
     return f"{re.sub(r'[^a-z0-9]+', '_', target.lower()).strip('_') or 'target'}_{measure}"
 
 
 def info_of(*said: Mapping[str, Any] | None) -> TaskInfo:
-    """The task that the first of `said` (summaries, journal events) to name one is of. Else classification, as all runs once were."""
+    """The task named by the first of `said` (summaries, journal events) that names one; else classification, the only task of old runs."""
     for each in said:
         if each and isinstance(each.get("task"), Mapping):
             return TaskInfo.from_json(each["task"])

@@ -1,6 +1,6 @@
-"""Losses of the tasks, each summed over its samples: who divides by what is the step's. Pure functions of tensors.
+"""The tasks' losses, summed over the samples: the step divides. Pure functions of tensors, called by the heads.
 
-What is not known of a sample adds exactly 0 to the sum, and to the gradient of what the model says of it.
+An unknown target adds exactly 0 to the sum and to the gradient of its outputs.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from dataio.loader import BAD
 
 LabelsLoss = Literal["bce", "asymmetric"]
 UNKNOWN = 255
-"""Of a label that a sample may or may not have (dataio.schema, kind `labels`)."""
+"""Value of a label that a sample may or may not have (dataio.schema, kind `labels`)."""
 GAMMA_NEGATIVE, CLIP = 4, 0.05
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy summed over the samples, () float32; labels of -1 count for nothing. (n, C), (n,) int64; n may be 0."""
+    """Cross-entropy summed over the samples, () float32. `logits`: (n, C); `labels`: (n,) int64, where -1 does not count. n may be 0."""
     return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=BAD, label_smoothing=label_smoothing)
 
 
 def labels_losses(logits: Tensor, labels: Tensor, *, loss: LabelsLoss = "bce", label_smoothing: float = 0.0) -> Tensor:
-    """Of each sample the mean over those labels that are known of it, (n,) of the logits' type; 0 where none is. (n, K), (n, K) uint8 of
-    0, 1 and 255 (unknown).
+    """Each sample's mean loss over its known labels, (n,) of the logits' type; 0 if none is known. `logits`: (n, K); `labels`: (n, K) uint8
+    with 0, 1 and 255 (unknown).
 
-    The mean, not the sum: a learning rate fits data of five labels and of five thousand.
+    It is the mean and not the sum so that one learning rate fits data with five labels and with five thousand.
     """
     known = labels != UNKNOWN
     each = _LOSSES[loss](logits, torch.where(known, labels, 0).to(logits.dtype), label_smoothing)
@@ -40,26 +40,26 @@ def labels_loss_sum(logits: Tensor, labels: Tensor, *, loss: LabelsLoss = "bce",
 
 
 def huber_sum(values: Tensor, true: Tensor) -> Tensor:
-    """Summed over the samples, () float32; NaN in `true` stands for unknown. (n,), (n,)."""
+    """`huber_losses` summed over the samples, () float32. `values`: (n,); `true`: (n,), where NaN means unknown."""
     return huber_losses(values.float(), true).sum()
 
 
 def huber_losses(values: Tensor, true: Tensor) -> Tensor:
-    """Half the squared error up to an error of 1, linear beyond (Huber 1964): no single value pulls harder than an error of 1. (n,) of the
-    values' type, 0 where `true` is NaN."""
+    """Half the squared error up to an error of 1, and linear beyond (Huber 1964), so that no value has a larger gradient than an error of
+    1. (n,) of the values' type; 0 where `true` is NaN."""
     known = ~true.isnan()
     errors = torch.where(known, values - torch.where(known, true, 0.0), 0.0)
     return F.huber_loss(errors, torch.zeros_like(errors), reduction="none")
 
 
 def _binary(logits: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:
-    """Binary cross-entropy, (n, K); smoothing draws both answers towards 1/2."""
+    """Binary cross-entropy, (n, K). Smoothing moves both targets towards 1/2."""
     return F.binary_cross_entropy_with_logits(logits, positive * (1 - label_smoothing) + label_smoothing / 2, reduction="none")
 
 
 def _asymmetric(logits: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:
-    """Ridnik et al. 2021, equations 5 to 7, with the paper's gamma+ = 0, gamma- = 4 and margin 0.05: of a label that is not there p is
-    lowered by the margin, then the loss weighed by p ** 4, so that the many easy ones hardly count. (n, K)."""
+    """Asymmetric loss, (n, K): Ridnik et al. 2021, equations 5 to 7, with the paper's gamma+ = 0, gamma- = 4 and margin 0.05. For an absent
+    label, p is lowered by the margin and the loss weighed by p ** 4, so that the many easy negatives hardly count."""
     assert not label_smoothing, "the task has refused this"
     shifted = (logits.sigmoid() - CLIP).clamp(min=0.0)
     absent = -(shifted**GAMMA_NEGATIVE) * torch.log1p(-shifted)

@@ -1,5 +1,5 @@
-"""The task that a run's settings and data call for. Called in every rank, before a run where its model is checked, and where an exported
-model is loaded."""
+"""Makes the task for a run's settings and data. Called in every rank (trainer.learn.build), in the model check (trainer.drive.check), in
+the dry run, and when an exported model is loaded (trainer.export)."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ _MEMBERS = sorted({*Task.__annotations__, *(name for name in vars(Task) if not n
 
 
 def make_task(config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0) -> Task:
-    """ValueError where there is no such task, or where it does not go with the targets."""
+    """Make the task. ValueError if it does not exist or does not fit the targets."""
     if not targets:
         raise ValueError("the data have no target, so there is nothing to learn; convert them with a label")
     name = name_for(targets) if config.name == AUTO else config.name
@@ -39,7 +39,7 @@ def make_task(config: TaskConfig, targets: Sequence[Target], *, label_smoothing:
 
 
 def name_for(targets: Sequence[Target]) -> str:
-    """What `auto` takes."""
+    """The task's name that `auto` stands for."""
     match [target.kind for target in targets]:
         case ["label"]:
             return "classification"
@@ -50,7 +50,7 @@ def name_for(targets: Sequence[Target]) -> str:
 
 
 def _imported(module_name: str, class_name: str) -> Callable[..., Task]:
-    """A task from outside, to be called as a built-in one is."""
+    """A user's own task class, called like a built-in one."""
     name = f"task.name={module_name}:{class_name}"
     try:
         module = importlib.import_module(module_name)
@@ -63,4 +63,4 @@ def _imported(module_name: str, class_name: str) -> Callable[..., Task]:
     if not callable(found):
         there = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
         raise ValueError(f"{name}: {module_name} has no class {class_name}; its classes are {', '.join(there) or 'none'}")
-    return found  # type: ignore[no-any-return]  # make_task looks whether it is one
+    return found  # type: ignore[no-any-return]  # make_task checks that it makes a task

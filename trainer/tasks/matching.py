@@ -1,5 +1,5 @@
-"""A data set's targets as those that a model was trained on: the same names, in whatever order. `trainer.evaluate` calls it for data that
-the model was not trained on.
+"""Maps a data set's targets to those that a model was trained on: the names must agree, the order may differ. trainer.rank.finished calls
+it, because `trainer.evaluate` takes data that the model was not trained on.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ _SHOWN = 8
 
 
 def match_targets(learned: Sequence[Target], given: Sequence[Target], *, where: str, device: torch.device) -> Callable[[Targets], Targets]:
-    """What turns the targets of `where`'s batches into the model's; what the model did not learn is left out. ValueError where a target or
-    a class of the model's is not there, or another is."""
+    """A function that converts the targets of `where`'s batches to the model's. It drops targets that the model did not learn. ValueError
+    if a target is missing or the classes are not the same."""
     columns = {}
     for target in learned:
         found = _counterpart(target, learned, given, where)
@@ -26,7 +26,7 @@ def match_targets(learned: Sequence[Target], given: Sequence[Target], *, where: 
 
 
 def class_mapping(model: Sequence[str], data: Sequence[str], *, where: str) -> list[int]:
-    """For each class of the data set the model's output of the same name; the order may differ, the names may not (ValueError)."""
+    """For each class of the data set, the index of the model's output with the same name. ValueError if the names are not the same."""
     unknown, missing = [name for name in data if name not in model], [name for name in model if name not in data]
     if unknown or missing:
         parts = [
@@ -42,7 +42,7 @@ def class_mapping(model: Sequence[str], data: Sequence[str], *, where: str) -> l
 
 
 def _counterpart(target: Target, learned: Sequence[Target], given: Sequence[Target], where: str) -> Target:
-    """The one of the same name; where both have a single target, its name does not matter."""
+    """The data set's target with the same name. If both have a single target, the name does not matter."""
     same = [other for other in given if other.name == target.name] or (list(given) if len(learned) == len(given) == 1 else [])
     if same and same[0].kind == target.kind:
         return same[0]
@@ -60,7 +60,7 @@ def _relabelling(target: Target, mapping: Sequence[int], device: torch.device) -
     if target.kind == "labels":
         order = to_class.argsort()
         return lambda values: values[:, order]
-    return lambda labels: torch.where(labels < 0, labels, to_class[labels.clamp(min=0)])  # an unknown label's -1 stays
+    return lambda labels: torch.where(labels < 0, labels, to_class[labels.clamp(min=0)])  # -1 (unknown) stays
 
 
 def _some(names: Sequence[str]) -> str:

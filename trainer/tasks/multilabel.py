@@ -1,5 +1,5 @@
-"""Several labels an image, or none: each is said to be there or not, with a probability of its own. Made by `trainer.tasks.make`;
-trainer.tasks.multitask takes its head.
+"""Multilabel classification: each image has any number of labels, and the model predicts each label with its own probability.
+`trainer.tasks.make` makes the task; trainer.tasks.multitask uses its head.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,27 +21,27 @@ from trainer.tasks.sums import nothing_to_evaluate
 from trainer.tasks.task import Result, Rows
 
 _CELLS_AT_ONCE = 2**22
-"""Scores that average precision sorts at a time: some 200 MB."""
+"""Number of scores that average precision sorts at a time: some 200 MB."""
 
 
 class Multilabel(HeadTask):
-    """Any number of labels; outputs are logits (n, labels)."""
+    """Learns any number of labels; outputs are logits (n, labels)."""
 
     info = MULTILABEL
 
     def __init__(self, config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0) -> None:
-        """ValueError where `targets` is not one target of several labels."""
+        """ValueError unless `targets` is one target of kind `labels`."""
         target = only_target(targets, kind="labels", task="multilabel")
         super().__init__(config, LabelsHead(target, config, label_smoothing=label_smoothing), label_smoothing=label_smoothing)
 
 
 class LabelsHead:
-    """Binary cross-entropy or the asymmetric loss, a mean over the labels known of a sample."""
+    """Binary cross-entropy or the asymmetric loss, averaged over a sample's known labels."""
 
     measures = MULTILABEL.measures
 
     def __init__(self, target: Target, config: TaskConfig, *, label_smoothing: float) -> None:
-        """ValueError where the settings and the target do not go together."""
+        """ValueError if the settings and the target do not fit together."""
         if not target.classes:
             raise ValueError(f"target {target.name} has no labels; convert the data with at least one")
         if config.loss == "asymmetric" and label_smoothing:
@@ -76,7 +76,7 @@ class LabelsHead:
 
     @torch.no_grad()
     def rows(self, outputs: Tensor, values: Tensor) -> Rows:
-        """The larger the loss, the worse."""
+        """A larger loss is worse."""
         losses = self.losses(outputs, values)
         return Rows(
             columns={
@@ -89,7 +89,7 @@ class LabelsHead:
         )
 
     def answers(self, outputs: Tensor, *, top: int) -> Sequence[Mapping[str, Any]]:
-        """The labels from the threshold on, the surest first, at most `top`."""
+        """The labels at or above the threshold, the most probable first, at most `top`."""
         classes, threshold = self.target.classes, self._config.threshold
         values, indices = outputs.float().sigmoid().cpu().topk(min(top, len(classes)), dim=1)
         given = is_given(outputs, threshold).sum(1).tolist()
@@ -103,27 +103,27 @@ class LabelsHead:
 
 
 class LabelsEvaluation:
-    """Average precision and, at the threshold, precision, recall and F1 of each label; their means; samples of which all is right.
+    """Each label's average precision, and its precision, recall and F1 at the threshold; their means; the share of exact matches.
 
-    A ranking needs all scores: a rank keeps 5 bytes for each label of each of its samples (float32 logit, uint8 truth), and after `combine`
-    those of all ranks. 100,000 samples of 1,000 labels are 500 MB. All that is said is computed from them alone, in the samples' order: the
-    same bits for any number of ranks and any batches.
+    Average precision needs all scores. A rank keeps 5 bytes for each label of each of its samples (float32 logit, uint8 truth), and after
+    `combine` those of all ranks: 500 MB for 100,000 samples of 1,000 labels. Everything is computed from these scores in the samples'
+    order, which gives the same bits for any number of ranks and any batch size.
     """
 
     def __init__(self, head: LabelsHead, *, threshold: float, device: torch.device | str = "cpu") -> None:
         self._head, self._threshold = head, threshold
         labels = len(head.target.classes)
-        self._logits = [torch.empty((0, labels), device=device)]
-        self._labels = [torch.empty((0, labels), dtype=torch.uint8, device=device)]
+        self._logits = [torch.empty((0, labels), device=device)]  # each (n, K) float32
+        self._labels = [torch.empty((0, labels), dtype=torch.uint8, device=device)]  # each (n, K)
 
     @torch.no_grad()
     def update(self, outputs: Tensor, targets: Targets) -> None:
-        """(n, K) logits of any float type; of what is 255 nothing is counted. n may be 0."""
+        """`outputs`: (n, K) logits of any float type. Targets of 255 do not count. n may be 0."""
         self._logits.append(outputs.float())
         self._labels.append(targets[self._head.target.name])
 
     def combine(self, rank: int, world_size: int) -> None:
-        """Take in all ranks' scores: two collectives as large as all of them."""
+        """Gather all ranks' scores: two collectives of their full size."""
         if world_size > 1:
             logits, labels = torch.cat(self._logits), torch.cat(self._labels)
             counts = counts_of(len(logits), rank, world_size, logits.device)
@@ -172,9 +172,11 @@ class LabelsEvaluation:
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
-    """(K,) float64 on the host: of each label the mean over its samples of the precision among all that score as high or higher, as
-    scikit-learn defines it: sum over thresholds of (R_n - R_{n-1}) P_n, without interpolation; 0 of a label that no sample has. (n, K) and
-    (n, K) uint8, of which 255 is left out."""
+    """Each label's average precision, (K,) float64 on the host; 0 for a label that no sample has. `scores`: (n, K); `labels`: (n, K) uint8,
+    where 255 does not count.
+
+    It is scikit-learn's definition without interpolation, the sum over thresholds of (R_n - R_{n-1}) P_n: the mean, over a label's samples,
+    of the precision among all samples that score at least as high."""
     columns = max(1, _CELLS_AT_ONCE // max(1, len(scores)))
     parts = [
         _average_precision(scores[:, start : start + columns], labels[:, start : start + columns])
@@ -188,11 +190,11 @@ def _average_precision(scores: Tensor, labels: Tensor) -> Tensor:
     if not n:
         return torch.zeros(scores.shape[1], dtype=torch.float64)
     known = labels != UNKNOWN
-    # What is unknown goes to the end, where it adds to neither count.
+    # Unknown labels go to the end, where they add to neither count.
     ranked, order = torch.where(known, scores, -torch.inf).sort(dim=0, descending=True)
     positive, counted = (labels == 1).gather(0, order), known.gather(0, order)
     hits, seen = positive.cumsum(0), counted.cumsum(0)
-    # Equal scores are one threshold: each of them has the precision at the last of them.
+    # Equal scores form one threshold: each has the precision at the last of them.
     places = torch.arange(n, device=scores.device)[:, None]
     is_last = torch.cat([ranked[1:] != ranked[:-1], torch.ones_like(known[:1])])
     last = torch.where(is_last, places, n).flip(0).cummin(0).values.flip(0)
@@ -201,7 +203,7 @@ def _average_precision(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def is_given(logits: Tensor, threshold: float) -> Tensor:
-    """(n, K) bool: which labels the model says are there."""
+    """(n, K) bool: the labels that the model predicts."""
     return logits.float().sigmoid() >= threshold
 
 

@@ -1,8 +1,8 @@
-"""Several targets of each image, learned together: heads of one label, of several labels, of a number, on one backbone. Made by
-`trainer.tasks.make`.
+"""Multitask learning: several targets per image, each with its head (one label, several labels or a number), on one backbone.
+`trainer.tasks.make` makes the task.
 
-One linear layer makes all outputs; each head has its columns of it. A head is trained and evaluated as the task of that target alone is
-(trainer.tasks.heads). What is not known of a sample adds nothing to any head's loss.
+One linear layer computes all outputs, and each head uses its own columns. A head is trained and evaluated like the task with that target
+alone (trainer.tasks.heads). Unknown targets add nothing to any head's loss.
 """
 
 import math
@@ -29,9 +29,9 @@ from trainer.tasks.sums import SummedEvaluation, nothing_to_evaluate
 from trainer.tasks.task import Evaluation, Result, Rows
 
 LOG_VARIANCES = "task_log_variances"
-"""The parameter that learned weights are, of the model's last layer, with which it is trained: (heads,), s = log(sigma ** 2) of each."""
+"""Name of the parameter for learned weights: (heads,), s = log(sigma ** 2) of each head. It belongs to the model's last layer."""
 _OF_A_HEAD = {"accuracy", "map", "mae", "rmse", "r2"}
-"""Measures of a head that are the task's too; the others are in the head's details."""
+"""A head's measures that are also the task's measures. The others are only in the head's details."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class Part:
     start: int
     stop: int
     weight: float
-    """Of its loss; 1 where weights are learned."""
+    """Weight of the head's loss; 1 if weights are learned."""
 
     @property
     def name(self) -> str:
@@ -58,10 +58,10 @@ class Part:
 
 
 class Multitask(ImageTask):
-    """A sample's loss is the weighted sum of the losses of those heads of which anything is known."""
+    """Learns several targets. A sample's loss is the weighted sum of the losses of its known heads."""
 
     def __init__(self, config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0) -> None:
-        """ValueError where settings and targets do not go together."""
+        """ValueError if settings and targets do not fit together."""
         super().__init__(config, targets, label_smoothing=label_smoothing)
         self._is_learned = config.head_weights == "learned"
         self.parts = tuple(_parts(self.targets, config, label_smoothing))
@@ -87,8 +87,9 @@ class Multitask(ImageTask):
         return samples, {**targets, **{part.name: part.head.prepare(targets[part.name]) for part in self.parts}}
 
     def loss_sum(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """With fixed weights w the sum of w L over the heads. With learned ones (Kendall et al. 2018, equation 10, s = log(sigma ** 2)) the
-        sum of exp(-s) L + s / 2 over the known heads of each sample. A number's Huber loss has the paper's factor of 1/2 in it."""
+        """With fixed weights w: the sum of w L over the heads. With learned weights (Kendall et al. 2018, equation 10, s = log(sigma **
+        2)): the sum of exp(-s) L + s / 2 over each sample's known heads. A number's Huber loss already includes the paper's factor of
+        1/2."""
         losses = [part.head.loss_sum(part.of(outputs), targets[part.name]) for part in self.parts]
         if not self._is_learned:
             return torch.stack([part.weight * loss for part, loss in zip(self.parts, losses, strict=True)]).sum()
@@ -104,7 +105,7 @@ class Multitask(ImageTask):
 
     @torch.no_grad()
     def rows(self, outputs: Tensor, targets: Targets) -> Rows:
-        """The larger the loss, the worse."""
+        """A larger loss is worse."""
         columns: dict[str, Tensor] = {}
         for part in self.parts:
             said = part.head.rows(part.of(outputs), targets[part.name]).columns
@@ -113,15 +114,15 @@ class Multitask(ImageTask):
         return Rows(columns={**columns, "loss": losses.float()}, known=self.knows(targets), badness=losses.nan_to_num(torch.inf))
 
     def losses(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """(n,) float64, of targets as the loader gives them: without smoothing, and with weights of 1 where they are learned."""
+        """Each sample's loss, (n,) float64, without smoothing, and with weights of 1 if they are learned; `targets` as loaded."""
         return torch.stack([part.weight * part.head.losses(part.of(outputs), targets[part.name]) for part in self.parts]).sum(0)
 
     def knows(self, targets: Targets) -> Tensor:
-        """(n,) bool: whether anything is known of a sample."""
+        """(n,) bool: whether any target of a sample is known."""
         return torch.stack([part.head.knows(targets[part.name]) for part in self.parts]).any(0)
 
     def weights(self) -> list[float]:
-        """What each head's loss is multiplied by now. Waits for the device where that is learned."""
+        """The present factor of each head's loss. Waits for the device if weights are learned."""
         if self._log_variances is None:
             return [part.weight for part in self.parts]
         logs = self._log_variances.tolist()
@@ -136,14 +137,14 @@ class Multitask(ImageTask):
 
 
 class _PartsEvaluation(SummedEvaluation):
-    """Each head's evaluation, and what they give together: the loss, and the headline.
+    """Evaluates each head, and computes the joint loss and headline.
 
-    The headline `score` is the mean over the heads of accuracy, mAP, or of a number R2 (0 where that is negative). A head of which nothing
-    is known in the split has measures of NaN and no part in the score.
+    The headline `score` is the mean over the heads of accuracy, mAP or R2 (for a number; 0 if negative). A head whose target is unknown in
+    the whole split gets measures of NaN and does not count in the score.
     """
 
     def __init__(self, task: Multitask, device: torch.device) -> None:
-        super().__init__(2, device)  # (sum of the samples' losses, samples of which anything is known)
+        super().__init__(2, device)  # (sum of the samples' losses, number of samples with a known target)
         self._task = task
         self._evaluations = [part.head.evaluation(device) for part in task.parts]
 
@@ -178,14 +179,14 @@ class _PartsEvaluation(SummedEvaluation):
 def _result_or_none(evaluation: Evaluation) -> Result | None:
     try:
         return evaluation.result()
-    except ValueError:  # of this head nothing is known; of others something is
+    except ValueError:  # no sample has this head's target, but some have others
         return None
 
 
 def _described(part: Part, result: Result | None) -> dict[str, Any]:
     if result is None:
         return {"loss": None, "count": 0, "measures": {}, "details": {}}
-    # What the rows of a confusion matrix are, the summary does not say elsewhere.
+    # Nothing else in the summary names the rows of a head's confusion matrix.
     named = {"classes": list(part.head.target.classes)} if "confusion" in result.details else {}
     return {"loss": result.loss, "count": result.count, "measures": dict(result.measures), "details": {**result.details, **named}}
 

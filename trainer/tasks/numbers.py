@@ -1,5 +1,5 @@
-"""A number of each image: the head for trainer.tasks.multitask. The model says (value - mean) / std of the training split; everything that
-people see is in the target's own unit.
+"""Regression of a number per image: the head for trainer.tasks.multitask. The model predicts (value - mean) / std, with mean and std from
+the training split; people see everything in the target's own unit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ class NumberHead:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self._scale = target.std or 1.0  # a target that never varies is only shifted
+        self._scale = target.std or 1.0  # a constant target is only shifted
 
     def prepare(self, values: Tensor) -> Tensor:
         """NaN stays NaN."""
         return (values - self.target.mean) / self._scale
 
     def in_own_unit(self, outputs: Tensor) -> Tensor:
-        """(n, 1) -> (n,) float64."""
+        """Outputs (n, 1) -> values in the target's unit, (n,) float64."""
         return outputs[:, 0].double() * self._scale + self.target.mean
 
     def knows(self, values: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class NumberHead:
 
     @torch.no_grad()
     def rows(self, outputs: Tensor, values: Tensor) -> Rows:
-        """The larger the error, the worse."""
+        """A larger error is worse."""
         losses = self.losses(outputs, values)
         return Rows(
             columns={"target": values, "prediction": self.in_own_unit(outputs).float(), "loss": losses.float()},
@@ -73,19 +73,19 @@ class NumberHead:
 
 
 class NumberEvaluation:
-    """Mean absolute and root mean squared error, and R2, in the target's unit; the loss is the mean Huber loss of the normalised values.
+    """Mean absolute error, root mean squared error and R2, in the target's unit; the loss is the mean Huber loss of the normalised values.
 
-    A rank keeps 8 bytes for each of its samples and after `combine` those of all ranks, so that all is computed in the samples' order: the
-    same bits for any number of ranks and any batches.
+    A rank keeps 8 bytes for each of its samples, and after `combine` those of all ranks. Everything is computed in the samples' order,
+    which gives the same bits for any number of ranks and any batch size.
     """
 
     def __init__(self, head: NumberHead, device: torch.device | str = "cpu") -> None:
         self._head = head
-        self._pairs = [torch.empty((0, 2), device=device)]  # (n, 2) float32: what the model says, as it says it; what is true
+        self._pairs = [torch.empty((0, 2), device=device)]  # each (n, 2) float32: the normalised prediction, the true value
 
     @torch.no_grad()
     def update(self, outputs: Tensor, targets: Targets) -> None:
-        """(n, 1) of any float type; NaN is not counted. n may be 0."""
+        """`outputs`: (n, 1) of any float type. Targets of NaN do not count. n may be 0."""
         self._pairs.append(torch.stack([outputs[:, 0].float(), targets[self._head.target.name]], 1))
 
     def combine(self, rank: int, world_size: int) -> None:
@@ -107,7 +107,7 @@ class NumberEvaluation:
             measures={
                 "mae": float(errors.abs().mean()),
                 "rmse": (residual / len(true)) ** 0.5,
-                # Of a split in which all values are the same: 1 where every one is met, else 0.
+                # If all values of the split are the same: 1 if every prediction is exact, else 0.
                 "r2": 1 - residual / spread if spread else float(residual == 0),
             },
         )

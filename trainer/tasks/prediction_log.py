@@ -1,5 +1,5 @@
-"""Keeps what each evaluated sample was answered, until rank 0 writes it (trainer.tasks.predictions). The rank's evaluation and
-`trainer.evaluate` feed it.
+"""Records each evaluated sample's prediction until rank 0 writes the file (trainer.tasks.predictions). trainer.rank.evaluation and
+trainer.rank.finished fill it.
 """
 
 from collections.abc import Mapping
@@ -18,20 +18,20 @@ _IDS, _BADNESS = 0, 1
 
 
 class PredictionLog:
-    """The rows of all samples, or of more than `limit` the worst `limit`. Does not wait for the device before it is full."""
+    """Holds the rows of all samples, or the worst `limit` if there are more. It does not wait for the device before it is full."""
 
     def __init__(self, columns: Mapping[str, pa.DataType], limit: int, device: torch.device | str = "cpu") -> None:
-        """`columns` as a task declares them: numbers, or lists of a fixed number of numbers."""
+        """`columns` as the task declares them: numbers, or fixed-size lists of numbers."""
         self._limit = max(1, limit)
         self._names = tuple(columns)
-        # Ids, badness (-inf where nothing is known), then the columns, each as the batches gave it.
+        # Ids, badness (-inf if nothing is known), then the columns; each is a list of parts, one per batch.
         empty = [torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64), *(_empty(kind) for kind in columns.values())]
         self._parts = [[part.to(device)] for part in empty]
         self._held = 0
 
     @torch.no_grad()
     def update(self, ids: npt.NDArray[np.int64], rows: Rows) -> None:
-        """n samples; n may be 0."""
+        """Add n samples; n may be 0."""
         badness = torch.where(rows.known, rows.badness.double(), -torch.inf)
         held = torch.from_numpy(ids).to(badness.device, non_blocking=True)
         new = [held, badness, *(rows.columns[name] for name in self._names)]
@@ -42,7 +42,7 @@ class PredictionLog:
             self._cut()
 
     def gathered(self, rank: int, world_size: int) -> Recorded | None:
-        """All ranks' known rows on rank 0; None on the others. All ranks are to call it. Waits for the device."""
+        """All ranks' known rows, for rank 0; None for the others. A collective: all ranks call it. Waits for the device."""
         parts = self._cut()
         is_known = parts[_BADNESS] != -torch.inf
         own = [part[is_known] for part in (parts[_IDS], *parts[_BADNESS + 1 :])]
@@ -63,7 +63,7 @@ class PredictionLog:
 
 
 def _empty(kind: pa.DataType) -> Tensor:
-    """(0,) or (0, k) of the type that a column is written in."""
+    """An empty tensor, (0,) or (0, k), of the type in which a column is written."""
     is_list = pa.types.is_fixed_size_list(kind)
     number = kind.value_type if is_list else kind
     return torch.from_numpy(np.empty((0, kind.list_size) if is_list else 0, number.to_pandas_dtype()))

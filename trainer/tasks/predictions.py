@@ -1,11 +1,11 @@
-"""predictions.parquet: what the finished model answered to each test sample. A rank writes it at a run's last evaluation, and
-`trainer.evaluate --predictions`; the report reads it. What is recorded, without waiting for the device, is
-`trainer.tasks.prediction_log`. Imports no torch.
+"""The file predictions.parquet: the finished model's prediction for each test sample. Rank 0 writes it at a run's last evaluation, and
+`trainer.evaluate --predictions` writes one too; the report reads it. `trainer.tasks.prediction_log` records the rows without waiting for
+the device. Imports no torch.
 
-One row a sample: its id in the split, its key, and the columns that the task declares; of a classification the class, the answer, the
-answer's probability, the loss. The numbers are those of the evaluation itself, so that counting the rows gives its confusion matrix
-exactly. A test split of more samples than `rows_to_keep` is recorded in part, the worst samples: of a classification the surest mistakes
-first, then the least sure right ones.
+The file has one row per sample: its id in the split, its key, and the columns that the task declares. A classification has the label, the
+prediction, its probability and the loss. The numbers are the evaluation's own, so counting the rows gives its confusion matrix exactly. If
+the test split has more samples than `rows_to_keep`, only the worst are recorded: for a classification the most confident mistakes first,
+then the least confident correct ones.
 """
 
 import io
@@ -23,7 +23,7 @@ from dataio.parquet import Split
 
 PREDICTIONS_FILE = "predictions.parquet"
 LIMIT = 1_000_000
-"""Samples that are recorded at most: of a classification some 100 MB in rank 0's memory while it writes them, keys included."""
+"""Largest number of recorded samples. For a classification they take some 100 MB of rank 0's memory while it writes them, keys included."""
 _ROOM_BYTES = 256 * 2**20
 _META = b"finetune.predictions"
 _KEYS_AT_ONCE = 8192
@@ -34,26 +34,26 @@ Column = npt.NDArray[Any]
 
 
 def rows_to_keep(columns: Mapping[str, pa.DataType]) -> int:
-    """Samples that are recorded at most, over all ranks: LIMIT, or fewer where rows are long (a probability for each of 1,000 labels)."""
+    """Largest number of recorded samples over all ranks: LIMIT, or fewer if rows are long (a probability for each of 1,000 labels)."""
     row_bytes = 8 + sum(_width_bytes(kind) for kind in columns.values())
     return min(LIMIT, _ROOM_BYTES // row_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class About:
-    """What the predictions are of."""
+    """What was predicted: which model on which data."""
 
     step: int
-    """Steps that the model had been trained for."""
+    """Number of steps that the model had been trained for."""
     split: str
     dataset_fingerprint: str
     count: int
-    """Samples that were evaluated; more than there are rows where not all of them are recorded."""
+    """Number of evaluated samples. It exceeds the number of rows if not all are recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Recorded:
-    """Rows in the order in which ranks hand them in, without keys."""
+    """Rows without keys, in the order in which ranks hand them in."""
 
     ids: Ints  # (n,)
     columns: Mapping[str, Column]  # each (n,) or (n, k)
@@ -61,13 +61,13 @@ class Recorded:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Predictions:
-    """Rows by id, without the samples of which nothing is known (those that could not be read)."""
+    """Rows sorted by id, without samples that have no known target or could not be read."""
 
     about: About
     ids: Ints  # (n,)
     keys: Sequence[str]
     columns: Mapping[str, Column]
-    """Each (n,) or (n, k), of the type that it has in the file."""
+    """Each (n,) or (n, k), with its type in the file."""
 
     @property
     def is_complete(self) -> bool:
@@ -75,22 +75,22 @@ class Predictions:
 
     @property
     def is_classification(self) -> bool:
-        """Whether there are labels, answers and confidence."""
+        """Whether there are columns for label, prediction and confidence."""
         return {"label", "prediction", "confidence"} <= self.columns.keys()
 
     @property
     def labels(self) -> Ints:
-        """(n,) of a classification."""
+        """(n,) true labels; for a classification only."""
         return self._column("label").astype(np.int64)
 
     @property
     def answers(self) -> Ints:
-        """(n,) of a classification."""
+        """(n,) predicted classes; for a classification only."""
         return self._column("prediction").astype(np.int64)
 
     @property
     def confidence(self) -> Floats:
-        """(n,) of a classification: the answer's probability."""
+        """(n,) probability of the prediction; for a classification only."""
         return self._column("confidence")
 
     @property
@@ -99,7 +99,7 @@ class Predictions:
         return self._column("loss")
 
     def confusion(self, classes: int) -> Ints:
-        """(classes, classes) int64 [label][prediction], of the rows."""
+        """Confusion matrix of the rows, (classes, classes) int64 [label][prediction]."""
         cells = np.bincount(self.labels * classes + self.answers, minlength=classes * classes)
         return cells.reshape(classes, classes)
 
@@ -115,7 +115,7 @@ class Predictions:
 
     @classmethod
     def from_parquet(cls, data: bytes) -> "Predictions":
-        """ValueError where `data` is nothing that `to_parquet` gave."""
+        """ValueError if `data` did not come from `to_parquet`."""
         try:
             table = pq.read_table(io.BytesIO(data))
             names = table.schema.names
@@ -134,8 +134,8 @@ class Predictions:
 
 
 def named(found: Recorded, split: Split, about: About, on_part: Callable[[], None] = lambda: None) -> Predictions:
-    """`found` by id, as PredictionLog.gathered gives it. The keys are read from the split, which for a large one takes a while: `on_part`
-    is called now and then."""
+    """Sort the rows from PredictionLog.gathered by id, and add their keys. Reading the keys of a large split takes a while, so `on_part` is
+    called after each part."""
     order = np.argsort(found.ids, kind="stable")
     ids = found.ids[order]
     keys: list[str] = []
@@ -146,8 +146,8 @@ def named(found: Recorded, split: Split, about: About, on_part: Callable[[], Non
 
 
 def worst_first(found: Predictions, among: Ints | None = None) -> Ints:
-    """(n,) indices of rows: mistakes, the surest first, then right answers, the least sure first; of another task than classification the
-    largest losses first. Equals by their id."""
+    """(n,) indices of rows, the worst first. For a classification: mistakes, the most confident first, then correct predictions, the least
+    confident first. For other tasks: the largest losses first. Ties are sorted by id."""
     rows = np.arange(len(found.ids)) if among is None else among
     if not found.is_classification:
         return rows[np.lexsort((found.ids[rows], -np.nan_to_num(found.losses[rows].astype(np.float64), nan=np.inf)))]
@@ -169,7 +169,7 @@ def _array(column: Column) -> pa.Array:
 
 
 def _numbers(array: pa.Array) -> Column:
-    """(n,), or (n, k) of a column of lists."""
+    """The column's numbers: (n,), or (n, k) for a column of lists."""
     if not pa.types.is_fixed_size_list(array.type):
         return np.asarray(array.to_numpy(zero_copy_only=False))
     return np.asarray(array.flatten().to_numpy(zero_copy_only=False)).reshape(len(array), array.type.list_size)

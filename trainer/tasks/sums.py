@@ -1,4 +1,4 @@
-"""Evaluations that are a few sums over the samples: what they have in common."""
+"""Base class for evaluations that consist of a few sums over the samples (classification.py, multitask.py)."""
 
 import torch
 import torch.distributed as dist
@@ -6,11 +6,10 @@ from torch import Tensor
 
 
 class SummedEvaluation:
-    """Adds up on the device, in float64, and adds the ranks' sums. A subclass says what is added (`update`) and what follows from it
-    (`result`)."""
+    """Adds up on the device in float64, and adds the ranks' sums. A subclass defines what it adds (`update`) and the result (`result`)."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.sums: Tensor = torch.zeros(size, dtype=torch.float64, device=device)
+        self.sums: Tensor = torch.zeros(size, dtype=torch.float64, device=device)  # (size,)
 
     def combine(self, rank: int, world_size: int) -> None:
         """Add the other ranks' sums: one all-reduce."""
