@@ -35,7 +35,7 @@ class Draw:
 
 
 def draw(*, seed: int, epoch: int, ids: Ids, pad: int, flip: bool) -> Draw:
-    """All crops of the padded image are equally likely (to 1e-5), the probability of a flip is one half; pad=0 and flip=False disable them."""
+    """All crops of the padded image are equally likely (to 1e-5), a flip has probability one half; pad=0 and flip=False disable them."""
     words = bits(seed=seed, epoch=epoch, ids=ids, purpose=CROP_AND_FLIP)
     # Three separate fields of the 64-bit word: bits 0-20 and 21-41 scaled to 0..2*pad, and the highest bit.
     field, choices = np.uint64((1 << 21) - 1), np.uint64(2 * pad + 1)
