@@ -507,8 +507,7 @@ def measured(target: Target, train: Split) -> Target:
 
 
 def _publish(staging: Path, dest: Path) -> None:
-    """Renames the complete staging folder to `dest`, replacing what is there; then deletes the sidecar files, which nothing needs any
-    more."""
+    """Renames the complete staging folder to `dest`, replacing what is there; then deletes the sidecar files, which are useless now."""
     _sync_folder(staging)
     if dest.exists():
         old = dest.with_name(f"{dest.name}.old-{os.getpid()}")
@@ -594,8 +593,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs `python -m dataio.convert`. Returns the exit status: 0 done, 1 failed (a full disk), 2 a wrong setting or source, 130
-    interrupted."""
+    """Runs `python -m dataio.convert`. Exit status: 0 done, 1 failed (a full disk), 2 a wrong setting or source, 130 interrupted."""
     defaults = DataConfig()
     parser = argparse.ArgumentParser(
         prog="python -m dataio.convert",

@@ -54,6 +54,5 @@ class Supply(Protocol):
     def read_wait_seconds(self) -> float: ...
 
     def fetch(self, plan: Iterable[tuple[T, Ids]], *, horizon: int) -> Fetches[T]:
-        """Begins to fetch the samples of `plan`, which yields (tag, ids) for each step; at most `horizon` steps of it are requested in
-        advance."""
+        """Begins to fetch the samples of `plan`, which yields (tag, ids) for each step; requests at most `horizon` steps in advance."""
         ...

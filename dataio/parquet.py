@@ -85,8 +85,7 @@ class Split:
         return len(self._place)
 
     def read_group(self, group: int) -> RowGroup:
-        """Reads row group `group` of the split, by one read. Raises CorruptShard; where the shards are remote, also DataOutage and
-        DataRefused."""
+        """Reads row group `group` of the split, by one read. Raises CorruptShard; for remote shards also DataOutage and DataRefused."""
         encoded, *values, keys = self._read(group, *self._of_a_row_group)
         return RowGroup(encoded=encoded, targets=self._by_name(values), keys=keys)
 

@@ -16,8 +16,7 @@ _IDX_NAME = re.compile(r"(?P<split>train|t10k|test)-(?P<what>images|labels)[.-]i
 
 
 class Idx:
-    """Gray images of the MNIST family, each encoded as a PNG. classes.txt (a name a line) names the classes; without it they are
-    numbers."""
+    """Gray images of the MNIST family, each encoded as a PNG. classes.txt (a name a line) names the classes, else they are numbers."""
 
     kind = "idx"
     ignored: tuple[str, ...] = ()

@@ -1,5 +1,4 @@
-"""The interface of a source of labelled images, and sources made from another one. Every kind of source imports it; it knows none of
-them."""
+"""The interface of a source of labelled images, and sources made from another one. Every kind of source imports it."""
 
 import hashlib
 import io

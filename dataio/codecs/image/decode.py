@@ -28,7 +28,7 @@ FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
 # A 1x1 PNG. A pipeline that fails on it is itself broken (no memory, a lost device); no image caused that.
 _PROBE_BYTES = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c636064620600000e0007d76fe4780000000049454e44ae426082"
-    )
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,8 +279,7 @@ def _build(batch_size: int, threads: int, device_id: int | None, size: tuple[int
 
 
 def _resize(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Resizes each image, (h, w, 3) uint8, into the second array of its pair, (H, W, 3) uint8. The kernel uses one thread and lets others
-    run."""
+    """Resizes each image, (h, w, 3) uint8, into the second array of its pair, (H, W, 3) uint8. The kernel has one thread and lets others run."""
     import torch  # here, because the driver converts and checks images without torch
     import torch.nn.functional as F
 
