@@ -279,7 +279,7 @@ def _build(batch_size: int, threads: int, device_id: int | None, size: tuple[int
 
 
 def _resize(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Resizes each image, (h, w, 3) uint8, into the second array of its pair, (H, W, 3) uint8. The kernel has one thread and lets others run."""
+    """Resizes each image, (h, w, 3) uint8, into its pair's second array, (H, W, 3) uint8. The kernel has one thread and lets others run."""
     import torch  # here, because the driver converts and checks images without torch
     import torch.nn.functional as F
 
