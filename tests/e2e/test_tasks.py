@@ -91,7 +91,8 @@ def test_several_labels_end_in_the_same_bits_for_any_workers_and_in_a_table_of_l
     assert len(pq.read_table(folder / "predictions.parquet")) == summary["test_count"]
     page = (folder / "report.html").read_text()
     assert all(name in page for name in TRAITS)
-    listed = json.loads(command("trainer.runs", "--storage", str(runs), "--json").splitlines()[0])
+    rows = [json.loads(line) for line in command("trainer.runs", "--storage", str(runs), "--json").splitlines()]
+    (listed,) = (row for row in rows if row["name"] == "labels-1")
     assert (listed["task"], listed["headline_name"], listed["headline"]) == ("multilabel", "map", summary["test_map"])
 
 
