@@ -1,10 +1,10 @@
-"""The tutorial in plain PyTorch: ResNet-18 on CIFAR-10, one process, one file. The peer that our `article` recipe is measured against.
+"""The tutorial in plain PyTorch: ResNet-18 on CIFAR-10, one process, one file. The peer for our `article` recipe.
 
     python -m benchmarks.article --data cifar-10-python.tar.gz --json
 
 It shares no code with the packages. `--weights` starts from a given state_dict (stem and head included) and `--batches` trains on given
-images, so that two programs can be compared step by step. What the tutorial does: pretrained ResNet-18, first convolution replaced by a
-random 3x3 of stride 1, no max-pool, new head; random crop (padding 4) and flip; batches of 100; SGD, lr 0.001, momentum 0.9;
+images, so that two programs can be compared step by step. The tutorial uses: pretrained ResNet-18 with the first convolution replaced by a
+random 3x3 of stride 1, no max-pool, and a new head; random crop (padding 4) and flip; batches of 100; SGD, lr 0.001, momentum 0.9;
 cross-entropy; 10 epochs.
 """
 
@@ -33,7 +33,7 @@ AUGMENT = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.Rand
 
 
 class BatchUnpickler(pickle.Unpickler):
-    """Reads what a CIFAR-10 batch holds (dicts, lists, bytes, one array) and nothing else."""
+    """Reads the types in a CIFAR-10 batch (dicts, lists, bytes, one array) and nothing else."""
 
     ALLOWED = frozenset(
         {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
@@ -51,7 +51,7 @@ class BatchUnpickler(pickle.Unpickler):
 
 
 def read_batches(path: Path) -> dict[str, bytes]:
-    """The batch files by name, from the tar or from the folder it was extracted to."""
+    """The batch files by name, from the tar or from the folder where it was extracted."""
     if path.is_dir():
         folder = path / "cifar-10-batches-py" if (path / "cifar-10-batches-py").is_dir() else path
         return {file.name: file.read_bytes() for file in folder.iterdir() if "_batch" in file.name}
@@ -101,7 +101,7 @@ def build(weights: Path | None) -> nn.Module:
 
 
 def given_batches(path: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """From an .npz: `images` (steps, n, 32, 32, 3) uint8, cropped and flipped already, and `labels` (steps, n)."""
+    """Reads an .npz: `images` (steps, n, 32, 32, 3) uint8, already cropped and flipped, and `labels` (steps, n)."""
     with np.load(path, allow_pickle=False) as file:
         for images, labels in zip(file["images"], file["labels"], strict=True):
             yield torch.stack([NORMALIZE(image) for image in images]), torch.from_numpy(labels.astype(np.int64))

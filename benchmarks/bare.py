@@ -1,12 +1,12 @@
-"""The same step in a bare loop: model, loader and optimiser are ours, the loop is plain PyTorch, and nothing is watched, saved or proven.
-With `pytorchs_optimizer` the optimiser is PyTorch's as well.
+"""The same step in a bare loop: our model, loader and optimiser in a plain PyTorch loop without monitoring, checkpoints or checks. With
+`pytorchs_optimizer` the optimiser is PyTorch's as well.
 
     python -m benchmarks.bare --data FOLDER --steps 40                                                    one process
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m benchmarks.bare --data FOLDER      DistributedDataParallel
     python -m benchmarks.bare --data FOLDER --ray                                                         the same as a Ray Train worker
 
-benchmarks/overhead.py and end_to_end.py start it as the peer of `trainer.run`, and `Bare` is the peer inside one process. What a step
-computes is decided by the same settings, written as `trainer.run` takes them (`-- --train.precision fp32`).
+benchmarks/overhead.py and end_to_end.py start it as the peer of `trainer.run`; `Bare` is the peer within one process. The settings of
+`trainer.run` decide the step's computation (`-- --train.precision fp32`).
 """
 
 import argparse
@@ -41,7 +41,7 @@ from trainer.settings.tree import RunConfig
 
 
 class Bare:
-    """One optimisation step as a tutorial writes it, of the model and the optimiser that `config` means."""
+    """One optimisation step as in a tutorial, with the model and the optimiser that `config` selects."""
 
     def __init__(
         self,
@@ -60,9 +60,9 @@ class Bare:
         self._config, self._device = config, device
         learner = build_learner(config, task_of(config, dataset.manifest), image_size, device)
         self._model, self._preprocess, self._optimizer = learner.model, learner.preprocess, learner.optimizer
-        if pytorchs_optimizer and device.type == "cpu":  # on a GPU ours is PyTorch's
+        if pytorchs_optimizer and device.type == "cpu":  # on a GPU we use PyTorch's already
             theirs = torch.optim.SGD if config.optim.name == "sgd" else torch.optim.AdamW
-            self._optimizer = theirs(self._optimizer.param_groups)  # each group says all that there is to say
+            self._optimizer = theirs(self._optimizer.param_groups)  # each group holds all hyperparameters
         forward: nn.Module = self._model
         if dist.is_initialized():
             forward = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
@@ -70,7 +70,7 @@ class Bare:
         self._total = total_steps_of(config, make_order(config, dataset).steps_per_epoch)
 
     def step(self, batch: Batch, step: int) -> Tensor:
-        """Do step `step`; its mean loss, () on the device."""
+        """Does step `step`; returns its mean loss, () on the device."""
         set_learning_rate(self._optimizer, self._config.optim, step, self._total)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.train.precision == "bf16"):
@@ -82,7 +82,7 @@ class Bare:
 
 
 def loader_of(config: RunConfig, dataset: Dataset, device: torch.device, *, virtual_ranks: range = range(1)) -> Loader:
-    """The run's own loader for a rank that carries `virtual_ranks`."""
+    """The run's own loader, for a rank that carries `virtual_ranks`."""
     return Loader(
         dataset,
         config.data,
@@ -96,7 +96,7 @@ def loader_of(config: RunConfig, dataset: Dataset, device: torch.device, *, virt
 
 
 def decided(config: RunConfig) -> RunConfig:
-    """`config` with nothing left at auto, as `trainer.run` decides it on this machine."""
+    """`config` with every auto resolved, as `trainer.run` does on this machine."""
     if "auto" not in (config.train.precision, config.train.channels_last):
         return config
     model = build_model(dataclasses.replace(config.model, weights="none", stem="native"), classes=2, seed=0, image_hw=(64, 64))
@@ -109,7 +109,7 @@ def refuse(bad: BadSample) -> None:
 
 
 def measure(data: str, *, steps: int, threads: int, settings: Sequence[str]) -> dict[str, Any]:
-    """Do `steps` steps in this process, in the process group that there may be; the unix time of each step's end, and what was done."""
+    """Does `steps` steps in this process, in its process group if there is one; returns the unix time of each step's end, and the setup."""
     from trainer.settings.cli import parse
 
     config = decided(parse([*settings, "--data.path", data, "--train.virtual-ranks", "1"]).config)
@@ -127,7 +127,7 @@ def measure(data: str, *, steps: int, threads: int, settings: Sequence[str]) -> 
             loss = bare.step(batch, step)
             images += len(batch.ids)
             if device.type == "cuda" and step in (0, steps - 1):
-                torch.cuda.synchronize()  # the first and the last time are of work done, not of work queued
+                torch.cuda.synchronize()  # so that the first and the last time are of finished work, not of queued work
             times.append(time.time())
     return {
         "precision": config.train.precision,
@@ -150,7 +150,7 @@ def in_torchrun(data: str, **arguments: Any) -> dict[str, Any]:
 
 
 def in_ray_train(data: str, **arguments: Any) -> dict[str, Any]:
-    """As the one worker of a TorchTrainer, in a Ray of its own with Ray's defaults."""
+    """Runs as the one worker of a TorchTrainer, in a Ray of its own with Ray's defaults."""
     import ray
     from ray.train import RunConfig as TrainRunConfig
     from ray.train import ScalingConfig
@@ -160,7 +160,7 @@ def in_ray_train(data: str, **arguments: Any) -> dict[str, Any]:
         result = Path(folder) / "result.json"
 
         def train(_: dict[str, Any]) -> None:
-            from benchmarks import bare  # by name: __main__'s functions would travel by value
+            from benchmarks import bare  # by name: functions of __main__ would be pickled by value
 
             result.write_text(json.dumps(bare.measure(data, **arguments)))
 

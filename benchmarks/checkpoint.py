@@ -1,9 +1,9 @@
-"""What a checkpoint costs the steps: the stall of Checkpointer.save against torch.save + fsync of the same state, and the rest of its way.
+"""What a checkpoint costs the steps: the stall of Checkpointer.save against torch.save + fsync of the same state, and the stages after it.
 
     python -m benchmarks.checkpoint [--rounds 15] [--folder DIR] [--json FILE|-]
 
-The state: ResNet-18 with a head of 10 classes and SGD's momentum, 89.5 MB, channels_last as the trainer keeps it. The rounds are
-interleaved; of each quantity the median and the range between the quartiles are told. Stage, commit, verify and load are off the step path.
+The state is ResNet-18 with a head of 10 classes and SGD's momentum: 89.5 MB, channels_last as the trainer keeps it. The rounds are
+interleaved; each quantity is reported as median and quartiles. Stage, commit, verify and load are off the step path.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
-    """Everything measured, JSON-able; `seconds` by what took them."""
+    """All measurements, JSON-able; `seconds` by stage."""
     model = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     step(model, optimizer)
@@ -80,7 +80,7 @@ def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
     checkpointer = Checkpointer(
         stage=lambda step, name, buffers: store.stage(step, generation, name, buffers), ack=ack, on_staged=staged_in
     )
-    for number in range(-2, rounds):  # two to warm up: they make the private buffers
+    for number in range(-2, rounds):  # two to warm up: they allocate the private buffers
         step(model, optimizer)
         expected = weights_sha256(model)
         checkpointer.wait()
@@ -120,7 +120,7 @@ def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """A real one, so that the state lies in memory and caches as after a real one."""
+    """Does a real step, so that memory and caches hold the state as after a real one."""
     optimizer.zero_grad()
     images = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
     nn.functional.cross_entropy(model(images), torch.arange(4)).backward()

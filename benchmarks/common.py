@@ -1,7 +1,7 @@
-"""What the benchmarks share: rounds in turns, spread, paired differences, targets, the machine's description, the command line's end.
+"""Shared by the benchmarks: interleaved rounds, spread, paired differences, targets, the machine's description, the command line's end.
 
-Each benchmark is a module with `main`, run as `python -m benchmarks.NAME [--json] [--out FILE]`. What is measured, and against whom, is the
-module's; how it is repeated, judged and written down is decided here, so that all results are read the same way (benchmarks/readme.py).
+Each benchmark is a module with `main`, run as `python -m benchmarks.NAME [--json] [--out FILE]`. The module decides what is measured, and
+against which peer. This file decides how it is repeated, judged and written, so that all results read the same (benchmarks/readme.py).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from cluster.versions import versions
 PROJECT = Path(__file__).resolve().parents[1]
 SAMPLE = PROJECT / "dataio" / "samples" / "fashion_mnist"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts it."""
+"""Folder of Debian's package dataset-fashion-mnist."""
 _INSIDE = "FINETUNE_INSIDE_BENCHMARK"
 
 
@@ -35,7 +35,7 @@ _INSIDE = "FINETUNE_INSIDE_BENCHMARK"
 
 
 def interleave(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """(round, name): every name once a round, each round beginning with another one, so that no case always comes first."""
+    """Yields (round, name): every name once a round. Each round begins with another name, so that no case always comes first."""
     for number in range(rounds):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
@@ -44,15 +44,15 @@ def interleave(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taken:
-    """What something took."""
+    """Time that something took."""
 
     wall_seconds: float
     cpu_seconds: float
-    """Of all threads of this process; `cpu_of_all` adds the children that have ended."""
+    """Of all threads of this process; with `cpu_of_all`, also of the children that have ended."""
 
 
 class Stopwatch:
-    """Wall and CPU time since it was made. `settle` runs before each look: on a GPU it waits for the device."""
+    """Wall and CPU time since it was created. `settle` runs before each reading: on a GPU it waits for the device."""
 
     def __init__(self, settle: Callable[[], object] = lambda: None) -> None:
         self._settle = settle
@@ -78,27 +78,27 @@ class Process:
     returncode: int
     wall_seconds: float
     cpu_seconds: float
-    """Its own and that of the children that it waited for. Processes that outlive their parent (Ray's) are not in it."""
+    """Of the process and of the children that it waited for. Processes that outlive their parent (Ray's) are not included."""
     lines: tuple[tuple[float, str], ...]
-    """(seconds after the start, line) of what it printed, stderr too."""
+    """(seconds after the start, line) of its output, stderr included."""
 
     @property
     def text(self) -> str:
         return "\n".join(line for _, line in self.lines)
 
     def checked(self) -> "Process":
-        """Itself; RuntimeError with the end of what it printed if it failed."""
+        """Returns itself; RuntimeError with the end of its output if it failed."""
         if self.returncode:
             raise RuntimeError(f"`{self.command}` ended with {self.returncode}:\n{self.text[-3000:]}")
         return self
 
 
 def run_process(arguments: Sequence[str], *, timeout_seconds: float, environment: Mapping[str, str] | None = None) -> Process:
-    """Run `python ARGUMENTS` in the project's folder. RuntimeError after `timeout_seconds`; its whole process group is ended then."""
+    """Runs `python ARGUMENTS` in the project's folder. After `timeout_seconds` it ends the whole process group and raises RuntimeError."""
     command = [sys.executable, *arguments]
     shown = shlex.join(["python", *arguments])
     lines: list[tuple[float, str]] = []
-    nested = _INSIDE in os.environ  # started by run_process itself: the outer one's group, so that its time limit ends this one too
+    nested = _INSIDE in os.environ  # a nested call stays in the outer one's process group, so that the outer time limit ends it too
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
     process = subprocess.Popen(
@@ -127,7 +127,7 @@ def run_process(arguments: Sequence[str], *, timeout_seconds: float, environment
     timer.daemon = True
     timer.start()
     try:
-        lines.extend((time.perf_counter() - begin, line.rstrip("\n")) for line in process.stdout)  # as they come
+        lines.extend((time.perf_counter() - begin, line.rstrip("\n")) for line in process.stdout)  # read as they come
         returncode = process.wait()
     finally:
         timer.cancel()
@@ -147,7 +147,7 @@ def run_process(arguments: Sequence[str], *, timeout_seconds: float, environment
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles, least and most; `rounds` is how many there were."""
+    """Median, quartiles, minimum and maximum; `rounds` is the number of values."""
     if not values:
         raise ValueError("there is nothing to describe: no round was measured")
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
@@ -161,10 +161,10 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
-    """The median and an interval for that of the population, from order statistics: no assumption on the distribution.
+    """The median and an interval for the population's median, from order statistics: no assumption about the distribution.
 
-    For sorted x of n independent draws, P(x[k] <= median <= x[n-1-k]) = 1 - 2 * P(Binomial(n, 1/2) <= k). The narrowest such interval of at
-    least `confidence`; for n < 6 there is none of 95 %, then it is the whole range, and `confidence` says what that is worth.
+    For sorted x of n independent draws, P(x[k] <= median <= x[n-1-k]) = 1 - 2 * P(Binomial(n, 1/2) <= k). It returns the narrowest such
+    interval with at least `confidence`. For n < 6 no interval reaches 95 %; then it returns the whole range with the `confidence` that has.
     """
     if not values:
         raise ValueError("there is nothing to describe: no pair was measured")
@@ -181,7 +181,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> dict[s
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
-    """`median_interval` of the differences ours - theirs, round by round: what disturbs a whole round falls out."""
+    """`median_interval` of the differences ours - theirs, round by round: a disturbance of a whole round cancels."""
     return median_interval([a - b for a, b in zip(ours, theirs, strict=True)], confidence)
 
 
@@ -193,9 +193,9 @@ def target(
     at_most: float | None = None,
     interval: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """A claim and what became of it: {"name", "rule", "goal", "measured", "met"}.
+    """A claim and its outcome: {"name", "rule", "goal", "measured", "met"}.
 
-    `met` is None where nothing was measured, and where the goal lies inside `interval`: then the noise is larger than what is asked.
+    `met` is None if nothing was measured, and if the goal lies inside `interval`: then the noise is larger than the margin.
     """
     assert (at_least is None) != (at_most is None), "a target has one side"
     low, high = interval if interval is not None else (measured, measured)
@@ -211,7 +211,7 @@ def target(
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """A target as a line."""
+    """A target as one line of text."""
     word = {True: "met", False: "MISSED", None: "undecided" if row["measured"] is not None else "not measured"}[row["met"]]
     shown = "-" if row["measured"] is None else f"{row['measured']:,.4g}"
     if "interval" in row:
@@ -219,7 +219,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     return f"{word:12}  {row['name']}: {shown} (target {row['rule']} {row['goal']:,.4g})"
 
 
-# -- writing down ---------------------------------------------------------------------------------------------------------------------
+# -- writing results --------------------------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,14 +230,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
     assert doc is not None
-    # argparse takes % for its own.
+    # argparse treats % as its own.
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=doc.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def described(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a result says besides its figures; take it before measuring: `load_average` is then of what else the machine was doing."""
+    """The context of a result. Call it before measuring, so that `load_average` shows what else the machine was doing."""
     return {
         "benchmark": name,
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *_without_out(sys.argv[1:])]),
@@ -250,7 +250,7 @@ def described(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def finish(result: dict[str, Any], options: argparse.Namespace, lines: Sequence[str]) -> int:
-    """Write and print; the exit status is 0 whatever came out: a missed target is a figure, not an error."""
+    """Writes and prints the result. Always returns exit status 0: a missed target is a figure, not an error."""
     result["load_average_after"] = round(os.getloadavg()[0], 2)
     text = json.dumps(finite(result), indent=1, allow_nan=False)
     if options.out:
@@ -268,7 +268,7 @@ def finish(result: dict[str, Any], options: argparse.Namespace, lines: Sequence[
 
 
 def finite(value: Any) -> Any:
-    """`value` with null in place of NaN and infinity, which JSON does not have, and dataclasses as dicts."""
+    """`value` with null for NaN and infinity, which JSON does not have, and with dataclasses as dicts."""
     match value:
         case float() if not math.isfinite(value):
             return None
@@ -282,7 +282,7 @@ def finite(value: Any) -> Any:
 
 
 def commit() -> str:
-    """Of the checkout, with "+changes" where tracked files differ from it; "unknown" where there is no git."""
+    """Commit of the checkout, with "+changes" if tracked files differ from it; "unknown" without git."""
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True)
         dirty = subprocess.run(
@@ -294,7 +294,7 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """CPU, cores, and the first GPU if there is one; without starting CUDA in this process, which a fork could not survive."""
+    """CPU, cores, and the first GPU if there is one. Does not start CUDA in this process, because CUDA does not survive a fork."""
     gpu = gpu_name()
     return f"{cpu_model()}, {os.cpu_count()} CPUs" + (f", {gpu}" if gpu else "")
 
@@ -313,7 +313,7 @@ def cpu_model() -> str:
 
 
 def _without_out(arguments: Sequence[str]) -> list[str]:
-    """Where the result was written, and what the machine was called, is no part of how it came about."""
+    """Drops where the result was written and what the machine was called; neither affects the result."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
@@ -329,14 +329,14 @@ def _without_out(arguments: Sequence[str]) -> list[str]:
 
 
 def best_source() -> str:
-    """The full Fashion-MNIST where it is installed, else the sample in this repository."""
+    """The full Fashion-MNIST if it is installed, otherwise the sample in this repository."""
     return str(FASHION_MNIST) if FASHION_MNIST.is_dir() else str(SAMPLE)
 
 
 def cifar_like(folder: Path, source: str, *, train: int, test: int) -> tuple[Path, Path]:
-    """(archive, converted): the source's first images at 32x32 as CIFAR-10's archive, which the tutorial's script reads, and the same ones
-    converted, which ours does. `source`: as dataio.convert takes it, or converted; a converted one that has fewer images than are wanted
-    gives them again and again, shifted sideways each time: for measuring speed."""
+    """(archive, converted): the source's first images at 32x32, once as CIFAR-10's archive for the tutorial's script, and once converted
+    for ours. `source`: as dataio.convert takes it, or converted already; a converted source with too few images repeats them, shifted
+    sideways each time, to measure speed."""
     from benchmarks.parity import write_cifar_archive
     from dataio.config import DataConfig
     from dataio.convert import is_converted, prepare
@@ -404,7 +404,7 @@ def _pixels(data: str, split: str, count: int) -> tuple[Any, list[int]]:
 
 
 def initial_weights(path: Path, *, classes: int = 10, stem: str = "article") -> Path:
-    """A ResNet-18 with the tutorial's stem and head, as ours builds it without pretrained weights; both programs can start from it."""
+    """A ResNet-18 with the tutorial's stem and head, built by our code without pretrained weights, as a start for both programs."""
     import torch
 
     from trainer.models.vision import build_model

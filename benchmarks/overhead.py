@@ -2,20 +2,20 @@
 
     python -m benchmarks.overhead [--rounds 96] [--batch-size 100] [--processes 3] [--json] [--out FILE]
 
-1. In one process, in turns of a few steps: `trainer.rank.worker.train_rank` as it is, with a real coordinator, ledger, metrics server,
-   heartbeat, guard, weights check and checkpoints; the bare loop of benchmarks/bare.py; that loop with PyTorch's own optimiser in place of
-   ours; and `Stepper` alone, which tells the cost of the step's own proofs from that of the rest. What is judged is the difference to the
-   bare loop that has our optimiser; the difference to PyTorch's is told beside it. Same model, same batches, each with a loader of its
-   own. A block of steps is compared with the bare block of its round, so that what disturbs the machine for longer than a round falls
-   out; the median of these differences has an interval that assumes nothing of their distribution. What is rare would vanish in a median:
-   blocks with a weights check and with a checkpoint (which is waited for, commit included, though a run does not) are told apart, and
-   their price is divided by the steps that lie between two of them in a run as it comes.
-   The coordinator runs in this process too and its CPU time is counted, which in a run is another process's.
-   The overhead hardly depends on the batch, a step does: --batch-size 16 shows milliseconds more sharply; the share is that of a step of
-   --full-batch images.
-2. With --processes N, N rounds of four commands of their own: the bare loop, the bare loop under torchrun, the bare loop as a worker of
-   plain Ray Train, and `trainer.run`. Images/s from the first measured step to the last, none of which has a checkpoint (1. has their
-   price). Noisier; what Ray's own processes cost is in the last two.
+1. In one process, interleaved in blocks of a few steps: `trainer.rank.worker.train_rank` unchanged, with a real coordinator, ledger,
+   metrics server, heartbeat, guard, weights check and checkpoints; the bare loop of benchmarks/bare.py; that loop with PyTorch's own
+   optimiser in place of ours; and `Stepper` alone, which separates the cost of the step's own checks from the rest. The verdict uses the
+   difference to the bare loop with our optimiser; the difference to PyTorch's is shown too. Same model, same batches, a loader for each.
+   A block of steps is compared with the bare block of its round, so a disturbance longer than a round cancels. The median of these
+   differences has an interval that assumes nothing about their distribution. Rare costs would vanish in a median. So blocks with a weights
+   check and blocks with a checkpoint (which is waited for, commit included, unlike in a run) are reported separately, and their price is
+   divided by the steps between two of them in a run with default settings.
+   The coordinator also runs in this process and its CPU time is counted; in a run it is another process.
+   The overhead hardly depends on the batch, but a step does: --batch-size 16 shows milliseconds more sharply; the share is that of a step
+   with --full-batch images.
+2. With --processes N, N rounds of four separate commands: the bare loop, the bare loop under torchrun, the bare loop as a worker of plain
+   Ray Train, and `trainer.run`. Images/s are from the first measured step to the last, without checkpoints (1. has their price). This is
+   noisier; the last two include the cost of Ray's own processes.
 """
 
 import argparse
@@ -69,19 +69,19 @@ from trainer.settings.tree import RunConfig, TrainConfig
 GOAL = 0.01
 STEPS_A_BLOCK = 2
 CHECKPOINT_BLOCKS = 4
-"""Every so many blocks of the run hold a checkpoint; half as many between two a weights check."""
+"""One in this many blocks of the run has a checkpoint; halfway between two of them, a block has a weights check."""
 WARM_BLOCKS = 3
 WARM_STEPS = 20
-"""Of a process, before its images/s count: some of Ray's own processes take ten seconds to come to rest."""
+"""Warm-up of a process before its images/s count: some of Ray's own processes need ten seconds to settle."""
 CIFAR_EPOCH_STEPS = 500
-"""50,000 images in batches of 100: the tutorial's epoch, and so the steps between two checkpoints of a run as it comes."""
+"""50,000 images in batches of 100: the tutorial's epoch, and so the steps between two checkpoints of a run with default settings."""
 PLAIN, CHECK, CHECKPOINT = "plain", "weights check", "checkpoint"
 ARMS = ("bare", "stepper", "stock")
 BARE, TORCHRUN, RAY_TRAIN, OURS = "bare loop", "bare loop under torchrun", "bare loop in plain Ray Train", "trainer.run"
 
 
 def settings_of(data: str, storage: Path, batch_size: int, extra: Sequence[str]) -> RunConfig:
-    """The run's settings: ResNet-18 with the tutorial's stem, everything that watches it on."""
+    """The run's settings: ResNet-18 with the tutorial's stem, and all monitoring on."""
     every = CHECKPOINT_BLOCKS * STEPS_A_BLOCK
     flags = [
         *("--data.path", data, "--data.batch-size", str(batch_size), "--model.weights", "none", "--model.stem", "article"),
@@ -93,19 +93,19 @@ def settings_of(data: str, storage: Path, batch_size: int, extra: Sequence[str])
 
 
 class Turns:
-    """Stands in for the worker's `train_steps`: between blocks of the run's own steps, the other arms have theirs.
+    """Replaces the worker's `train_steps`: runs the other arms between blocks of the run's own steps.
 
-    A block of the run lasts from the first call of its first step to the worker's call for the step after its last: all that the worker
-    does with a step is inside.
+    A block of the run lasts from the first call of its first step to the worker's call for the step after its last. So it includes
+    everything that the worker does with a step.
     """
 
     def __init__(self, arms: dict[str, Callable[[], None]], device: torch.device, settle: Callable[[], bool]) -> None:
-        """`arms`: name -> do a block of steps. `settle`: wait until no checkpoint is on its way; called where a block has one."""
+        """`arms`: name -> does a block of steps. `settle`: waits until no checkpoint is pending; called where a block has one."""
         self._arms, self._settle = arms, settle
         self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        self.checks = self.saves = self.evaluations = 0  # of the present block
+        self.checks = self.saves = self.evaluations = 0  # in the current block
         self.blocks: list[tuple[str, dict[str, Taken]]] = []
-        """(kind, arm -> what its block took), without the warm-up."""
+        """(kind, arm -> time of its block), without the warm-up."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[StepStats]:
         number, steps = 0, 0
@@ -135,7 +135,7 @@ TRAIN_STEPS = worker.train_steps
 
 
 def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full_batch: int, threads: int) -> dict[str, Any]:
-    """See the module, 1."""
+    """Part 1 of the module's docstring."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dataset = open_dataset(config.data.path)
     worker.make_repeatable(threads)
@@ -220,7 +220,7 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
 
 
 def stepper_alone(config: RunConfig, dataset: Any, image_size: tuple[int, int], device: torch.device) -> Callable[[Batch, int], Tensor]:
-    """The run's own Stepper, with nothing around it."""
+    """The run's own Stepper with nothing around it."""
     stepper = build_learner(config, task_of(config, dataset.manifest), image_size, device).stepper()
     stepper.compile_ahead((3, *image_size))
 
@@ -231,14 +231,14 @@ def stepper_alone(config: RunConfig, dataset: Any, image_size: tuple[int, int], 
 
 
 def settle(watched: Sequence[saving.Checkpointer], coordinator: Coordinator) -> bool:
-    """Wait until what was saved is staged, acknowledged and committed."""
+    """Waits until all saved checkpoints are staged, acknowledged and committed."""
     for checkpointer in watched:
         checkpointer.wait()
     return coordinator.drain()
 
 
 def full_step_seconds(config: RunConfig, dataset: Any, device: torch.device, batch_size: int, bare: Bare) -> Taken:
-    """A bare step's median time on `batch_size` images, which need not be the batch that was compared."""
+    """Median time of a bare step on `batch_size` images, which may differ from the compared batch."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
     loader = loader_of(config, dataset, device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -256,7 +256,7 @@ def full_step_seconds(config: RunConfig, dataset: Any, device: torch.device, bat
 
 
 def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, full: Taken, full_batch: int) -> dict[str, Any]:
-    """Prices in seconds a step, by what they are paid for, and their sum as a share of a bare step of `full_batch` images."""
+    """Prices in seconds a step, by cause, and their sum as a fraction of a bare step on `full_batch` images."""
     default = TrainConfig()
     every_checkpoint = steps_between(default.checkpoint_every, CIFAR_EPOCH_STEPS)
     assert every_checkpoint is not None
@@ -286,7 +286,7 @@ def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, fu
         total = dict(plain)
         for kind in (CHECK, CHECKPOINT):
             price = difference(kind, "run", "bare")
-            # An interval of a difference of two medians: the wider of what both allow.
+            # An interval for a difference of two medians: the widest that both allow.
             each = {
                 "median": (price["median"] - plain["median"]) * STEPS_A_BLOCK,
                 "low": (price["low"] - plain["high"]) * STEPS_A_BLOCK,
@@ -298,7 +298,7 @@ def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, fu
         step = getattr(full, clock)
         of_stock = difference(PLAIN, "run", "stock")
         for end in ("median", "low", "high"):
-            of_stock[end] += total[end] - plain[end]  # what is rare
+            of_stock[end] += total[end] - plain[end]  # the rare costs
         result[clock] = {
             "bare_step": {arm: spread([getattr(taken[arm], clock) / STEPS_A_BLOCK for _, taken in blocks]) for arm in ("bare", "run")},
             "bare_full_step": step,
@@ -316,7 +316,7 @@ def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, fu
 def in_processes(
     data: str, folder: Path, *, rounds: int, steps: int, batch_size: int, threads: int, extra: Sequence[str]
 ) -> dict[str, Any]:
-    """See the module, 2: images/s by command."""
+    """Part 2 of the module's docstring: images/s by command."""
     same = [
         *("--data.batch-size", str(batch_size), "--model.weights", "none", "--model.stem", "article", "--train.max-steps", str(steps)),
         *("--optim.lr", "0.001", "--optim.schedule", "constant", "--train.epochs", "1000000", *extra),
@@ -354,7 +354,7 @@ def in_processes(
 
 
 def steady(times: Sequence[float], batch_size: int, warm_steps: int = WARM_STEPS) -> dict[str, float]:
-    """From the unix times at which steps ended: images/s after the first `warm_steps`, and the median step."""
+    """From the unix times of the steps' ends: images/s after the first `warm_steps`, and the median step."""
     if len(times) < warm_steps + 3:
         raise ValueError(f"{len(times)} steps are too few; {warm_steps} warm up and at least 3 more are measured")
     counted = times[warm_steps - 1 :]
@@ -366,7 +366,7 @@ def steady(times: Sequence[float], batch_size: int, warm_steps: int = WARM_STEPS
 
 
 def times_of_run(run: Path) -> list[float]:
-    """The unix time of each step's end, as the run wrote it down. Runs of fewer than 4,000 steps write each of them."""
+    """The unix time of each step's end, as the run recorded it. Runs of fewer than 4,000 steps record each step."""
     curves = pq.read_table(run / "curves.parquet").sort_by("step")
     if curves["step"].to_pylist() != list(range(len(curves))):
         raise ValueError(f"{run} did not write down every step; measure with fewer steps")
@@ -375,7 +375,7 @@ def times_of_run(run: Path) -> list[float]:
 
 
 def json_in(text: str) -> dict[str, Any]:
-    """The last line that is a JSON object: other lines may be warnings."""
+    """The last line that is a JSON object, because other lines may be warnings."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             found: dict[str, Any] = json.loads(line)
@@ -443,7 +443,7 @@ def main() -> int:
                 name = f"share of a step that all of ours takes, {title}"
                 targets.append(target(name, share["median"], at_most=GOAL, interval=(share["low"], share["high"])))
         if options.processes:
-            images = -(-options.batch_size * (options.steps + 10) // 5) * 5  # more than are used: the epoch, and its checkpoint, end later
+            images = -(-options.batch_size * (options.steps + 10) // 5) * 5  # more than needed: the epoch, and its checkpoint, end later
             outside = in_processes(
                 str(cifar_like(Path(temp), options.source, train=images, test=100)[1]),
                 Path(temp) / "runs",

@@ -2,9 +2,9 @@
 
     python -m benchmarks.parity --source /usr/share/datasets/fashion-mnist --json
 
-Writes the source's images in CIFAR-10's own archive format (32x32 RGB, five training batches), runs `python -m trainer.run --config
-article` on that archive for some steps, and `benchmarks.article` from the same initial weights on the same batches. The batches are cut
-here from the archive with the slow reference of `dataio.codecs.image.augment`, so that neither program's input pipeline is on both sides.
+It writes the source's images in CIFAR-10's own archive format (32x32 RGB, five training batches), runs `python -m trainer.run --config
+article` on that archive for some steps, and `benchmarks.article` from the same initial weights on the same batches. This module cuts those
+batches from the archive with the slow reference of `dataio.codecs.image.augment`, so that the two programs do not share an input pipeline.
 """
 
 import argparse
@@ -40,7 +40,7 @@ FOLDER = "cifar-10-batches-py"
 
 
 def write_cifar_archive(path: Path, source: str, *, train: int, test: int) -> None:
-    """The source's first `train` and `test` images (28x28 gray gets a border of 2 black pixels) as cifar-10-python.tar.gz."""
+    """Writes the source's first `train` and `test` images (28x28 gray gets a black border of 2 pixels) as cifar-10-python.tar.gz."""
     from PIL import Image
 
     images = open_source(source, root=path.parent, test_fraction=0.1)
@@ -79,7 +79,7 @@ def _first(samples: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 def archive_images(path: Path) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 training images of an archive that this module wrote, in its order."""
+    """(N, 32, 32, 3) uint8 training images of an archive written by this module, in its order."""
     parts = {}
     with tarfile.open(path) as archive:
         for member in archive:
@@ -92,7 +92,7 @@ def archive_images(path: Path) -> np.ndarray:
 
 
 def compare(archive: Path, folder: Path, *, steps: int, threads: int) -> dict[str, Any]:
-    """Run both on `archive`; their losses and the largest difference."""
+    """Runs both on `archive`; returns their losses and the largest difference."""
     overrides = {"path": str(archive), "root": str(folder / "data")}
     config = load("article", RunConfig())
     flags = [

@@ -1,9 +1,9 @@
-"""What pretrained weights are worth: the quickstart recipe with them and from random weights.
+"""The value of pretrained weights: the quickstart recipe with them and from random weights.
 
     python -m benchmarks.quickstart --json
 
-Runs `python -m trainer.run --config quickstart` twice, with and without `--model.weights none`, and puts the two summaries side by side.
-`--storage` takes the runs that are there already (a run that has finished is not done again).
+Runs `python -m trainer.run --config quickstart` twice, with and without `--model.weights none`, and compares the two summaries.
+`--storage` uses existing runs (a finished run is not repeated).
 """
 
 import argparse
@@ -21,7 +21,7 @@ KEYS = ("test_accuracy", "test_count", "images_per_second", "seconds", "goodput"
 
 
 def measure(storage: Path) -> dict[str, Any]:
-    """Variant -> its summary's key numbers."""
+    """Variant -> the key numbers of its summary."""
     result: dict[str, Any] = {}
     for variant, flags in VARIANTS.items():
         name = f"quickstart-{variant}"

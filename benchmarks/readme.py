@@ -1,7 +1,7 @@
 """Rewrites the table of results in benchmarks/README.md from benchmarks/results/*.json: `python -m benchmarks.readme [--check]`.
 
-Only what lies between the two markers is touched. A result is a file that a benchmark wrote with --out: its `targets` become lines. Run it
-after a measurement; --check says with exit status 1 that the page does not fit the files.
+It changes only the text between the two markers. A result is a file that a benchmark wrote with --out; its `targets` become lines. Run it
+after a measurement. --check returns exit status 1 if the page does not match the files.
 """
 
 import argparse
@@ -17,7 +17,7 @@ HEADER = ("| benchmark | what | measured | target | | hardware | commit |", "|--
 
 
 def rows_of(name: str, result: Mapping[str, Any]) -> list[str]:
-    """The table's lines of one result: one for each of its targets, or one that names the file where it has none."""
+    """The table's lines for one result: one for each of its targets, or one that names the file if it has none."""
     hardware, commit = _cell(str(result.get("hardware", "")) or "unknown"), _cell(str(result.get("commit", "")) or "not said")
     targets = result.get("targets")
     if not isinstance(targets, list) or not targets:
@@ -42,7 +42,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def rewritten(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """`page` with the table between the markers; ValueError where it does not have each of them once, in order."""
+    """`page` with a new table between the markers; ValueError if a marker is missing, repeated or out of order."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"the page needs the line {BEGIN!r}, and after it {END!r}, each once; put them where the table belongs")
     before, _, rest = page.partition(BEGIN)
@@ -51,7 +51,7 @@ def rewritten(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def read_results(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """File name without its ending -> result, of those that are one JSON object."""
+    """File name without its suffix -> result, for files with one JSON object."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return {name: result for name, result in found.items() if isinstance(result, dict)}
 

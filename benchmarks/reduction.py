@@ -2,12 +2,12 @@
 
     python -m benchmarks.reduction [--workers 2] [--rounds 15] [--precision bf16] [--json]
 
-Real processes on this CPU, one thread each, gloo. ResNet-18 on 32x32 images, the same batch in every case. The cases take turns in every
-round, in an order that rotates; a step's time is the slowest rank's, its CPU time that of all ranks and all their threads. The best round
-of each case counts, as other work on the machine only ever makes a round slower; the median of the rounds' differences stands beside it.
-Where the machine is shared (see the load in the result) the CPU time is the figure to trust: it hardly knows of others.
-"two virtual ranks each" cuts a rank's batch in two: its price is also that of smaller batches, so "none, two halves" does the same
-without a reduction.
+It runs real processes on this CPU, one thread each, with gloo: ResNet-18 on 32x32 images, the same batch in every case. The cases take
+turns in every round, in an order that rotates. A step's time is that of the slowest rank, its CPU time that of all ranks and all their
+threads. The best round of each case counts, because other work on the machine only makes a round slower; the median of the rounds'
+differences is shown too. On a shared machine (see the load in the result) trust the CPU time: other work hardly affects it.
+"two virtual ranks each" cuts a rank's batch in two, so its price includes that of smaller batches; "none, two halves" does the same without
+a reduction.
 """
 
 import argparse
@@ -45,9 +45,9 @@ MEGABYTE = 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One way to do a step, and the case that its price is counted from."""
+    """One way to do a step, and the case that its price is relative to."""
 
-    halves: int = 1  # virtual ranks a rank
+    halves: int = 1  # virtual ranks per rank
     reducer: str  # "tree", "ddp" or "none"
     peer: str = ""
 
@@ -79,7 +79,7 @@ def stepper(case: Case, rank: int, workers: int, precision: str) -> Stepper:
 
 
 def batches(case: Case, rank: int, batch: int) -> list[Batch]:
-    """The rank's share, cut into its virtual ranks."""
+    """The rank's share of the batch, cut into its virtual ranks."""
     generator = torch.Generator().manual_seed(rank)
     images = torch.randint(0, 256, (batch, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     images = images.to(memory_format=torch.channels_last)
@@ -99,11 +99,11 @@ def batches(case: Case, rank: int, batch: int) -> list[Batch]:
 
 
 def step_of(case: Case, rank: int, workers: int, precision: str, batch: int) -> tuple[Callable[[], None], Stepper]:
-    """One step, and the stepper that does it (for its wait_seconds)."""
+    """A function that does one step, and its stepper (for its wait_seconds)."""
     does, share = stepper(case, rank, workers, precision), batches(case, rank, batch)
 
     def step() -> None:
-        # Without the tree a Stepper joins the halves: here they are two steps, as much work as the tree's two virtual ranks.
+        # Without the tree, a Stepper joins the halves. So they are two steps here, as much work as the tree's two virtual ranks.
         for part in [share] if case.reducer == "tree" else [[each] for each in share]:
             does.step(part, global_count=batch * workers, step=0)
 
@@ -111,7 +111,7 @@ def step_of(case: Case, rank: int, workers: int, precision: str, batch: int) -> 
 
 
 def alone(name: str, rank: int, workers: int) -> Callable[[], object]:
-    """The reduction of ResNet-18's gradients, already there, alone."""
+    """Only the reduction of ResNet-18's gradients, which exist already."""
     model = build_model(ModelConfig(weights="none"), classes=CLASSES, seed=0, image_hw=(SIZE, SIZE))
     gradients = [torch.full_like(p, 1e-3).detach() for p in reversed(list(model.parameters()))]
     if name == "tree":
@@ -134,7 +134,7 @@ def alone(name: str, rank: int, workers: int) -> Callable[[], object]:
         if name.endswith("copied in"):
             torch._foreach_copy_(views, sources)
         else:
-            flat.fill_(1e-3)  # sums of sums would grow
+            flat.fill_(1e-3)  # otherwise sums of sums would grow
         dist.all_reduce(flat)
 
     return all_reduce
@@ -155,9 +155,9 @@ def rank_main(rank: int, folder: str, workers: int, rounds: int, batch: int, pre
             begin, cpu = time.perf_counter(), time.process_time()
             does[name]()
             own = time.perf_counter() - begin
-            dist.barrier()  # gloo's threads may still be at work for the others
+            dist.barrier()  # gloo's threads may still be working for the others
             row = (own, time.process_time() - cpu, (made[name][1].wait_seconds if name in made else 0.0) - waited)
-            if number:  # not the first round: buffers are made in it
+            if number:  # not the first round, which allocates buffers
                 seconds[name].append(row)
     Path(folder, f"{rank}.json").write_text(json.dumps(seconds))
     dist.barrier()
@@ -222,7 +222,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     result = measure(workers=options.workers, rounds=options.rounds, batch=options.batch, precision=options.precision)
     result |= {"command": " ".join(["python -m benchmarks.reduction", *sys.argv[1:]]), "hardware": options.hardware, "versions": versions()}
-    result["load_average"] = {"before": load, "after": os.getloadavg()[0]}  # of one minute; this benchmark's own ranks are in `after`
+    result["load_average"] = {"before": load, "after": os.getloadavg()[0]}  # over one minute; `after` includes this benchmark's own ranks
     if options.json:
         print(json.dumps(result, indent=1))
         return

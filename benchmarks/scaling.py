@@ -1,16 +1,16 @@
-"""Data-parallel scaling: measured with a few workers on this CPU beside the simulator's prediction, and simulated to 1,024 GPUs.
+"""Data-parallel scaling: measured with a few workers on this CPU next to the simulator's prediction, and simulated up to 1,024 GPUs.
 
     python -m benchmarks.scaling [--workers 1 2] [--rounds 9] [--precision bf16] [--json] [--out FILE] [--plot FILE.svg|.png]
     python -m benchmarks.scaling --simulate-only [...]      seconds; nothing is measured
 
-Measured: real processes, gloo on loopback, one thread a worker, the trainer's own step. For every number of workers its processes wait
-on a pipe while another number's take their turn, so that all rounds are interleaved. "weak" is DDP with the same images for each worker;
-"same run" is one run of V virtual ranks (the tree, the same bits) carried by one worker or by more. The prediction knows the step of one
-worker, its spread, and what a reduction of a few sizes took; where all cores compute, it hides none of the reduction. What several
-workers' memory traffic costs each other it does not know: "no reduction" measures that.
+Measured: real processes, gloo on loopback, one thread a worker, the trainer's own step. Each number of workers has its own processes, which
+wait on a pipe while the others take their turn, so all rounds are interleaved. "weak" is DDP with the same images for each worker; "same
+run" is one run of V virtual ranks (the tree, the same bits) carried by one worker or by more. The prediction uses the step of one worker,
+its spread, and the times of a few reduction sizes; since all cores compute, it hides none of the reduction. It does not know how the
+workers' memory traffic slows each other; "no reduction" measures that.
 
-Simulated (benchmarks.simulator, which says where each constant is from): weak scaling of ResNet-18 on nodes of 8 H200-like GPUs. No run is
-behind those lines. The published all-reduce times that they rest on, and by how much they are missed, are printed and drawn with them.
+Simulated (benchmarks.simulator, which gives the source of each constant): weak scaling of ResNet-18 on nodes of 8 H200-like GPUs. No run is
+behind those lines. The published all-reduce times that they rest on, and the model's errors on them, are printed and drawn as well.
 """
 
 import math
@@ -54,7 +54,7 @@ from benchmarks.simulator import (
 GPUS = tuple(2**power for power in range(11))
 GLOBAL_BATCH = 8192
 EXCHANGE_MIB = (1, 4, 16, 43)
-"""Sizes of the reductions that the prediction is calibrated with: ResNet-18's gradients are 43 MiB."""
+"""Reduction sizes that calibrate the prediction: ResNet-18's gradients are 43 MiB."""
 
 
 def main() -> int:
@@ -89,13 +89,13 @@ def main() -> int:
 
 
 def measure(*, workers: Sequence[int], rounds: int, batch: int, precision: str) -> dict[str, Any]:
-    """Steps and reductions in turns; efficiencies, and what the simulator says of the same."""
+    """Steps and reductions, interleaved; efficiencies, and the simulator's prediction for them."""
     virtual_ranks = math.lcm(*workers)
     cases = {f"{name}, {count}": (count, name) for count in workers for name in case_names(count, max(workers))}
     rows: dict[str, list[tuple[float, float]]] = {label: [] for label in cases}  # (seconds of the slowest, CPU seconds of all)
     with tempfile.TemporaryDirectory(prefix="finetune-scaling-") as folder, crews(workers, folder, virtual_ranks, batch, precision) as ask:
         for count, name in cases.values():
-            ask(count, name)  # buffers are made in the first one
+            ask(count, name)  # the first one allocates buffers
         for _, label in interleave(list(cases), rounds):
             taken = ask(*cases[label])
             rows[label].append((max(wall for wall, _ in taken), sum(cpu for _, cpu in taken)))
@@ -131,9 +131,9 @@ def case_names(workers: int, most: int) -> list[str]:
 def compare(
     kind: str, workers: int, rows: Mapping[str, Sequence[tuple[float, float]]], *, batch: int, virtual_ranks: int, cores: int
 ) -> dict[str, Any]:
-    """Efficiency of `workers` against one, round by round, beside the prediction."""
+    """Efficiency of `workers` against one, round by round, next to the prediction."""
     alone, ours = ([wall for wall, _ in rows[f"{kind}, {count}"]] for count in (1, workers))
-    # Weak: the work grows with the workers. Same run: the same work, shared out.
+    # Weak: the work grows with the workers. Same run: the same work is shared.
     shares = 1 if kind == "weak" else workers
     measured = median_interval([one / shares / many for one, many in zip(alone, ours, strict=True)])
     images = batch if kind == "weak" else batch * virtual_ranks // workers
@@ -152,7 +152,7 @@ def compare(
         images_per_second=images / compute,
         floor_seconds=0.0,
         optimizer_seconds=0.0,
-        sigma=(high - low) / 1.349 / statistics.median(alone),  # of a normal distribution with these quartiles
+        sigma=(high - low) / 1.349 / statistics.median(alone),  # for a normal distribution with these quartiles
         straggler="normal",
     )
     says, hidden = simulate(workers, setup), simulate(workers, replace(setup, overlap=True))
@@ -191,7 +191,7 @@ Ask = Callable[[int, str], list[tuple[float, float]]]
 
 @contextmanager
 def crews(workers: Sequence[int], folder: str, virtual_ranks: int, batch: int, precision: str) -> Iterator[Ask]:
-    """Processes for every number of workers; ask(workers, case) has its crew do the case once: each one's (wall, CPU) seconds."""
+    """Processes for every number of workers; ask(workers, case) makes them do the case once, and returns each one's (wall, CPU) seconds."""
     context = multiprocessing.get_context("spawn")
     processes: list[Any] = []
     pipes: dict[int, list[Connection]] = {}
@@ -247,7 +247,7 @@ def crew_member(pipe: Connection, rank: int, workers: int, most: int, folder: st
     def exchange(kind: str, mib: int) -> Callable[[], object]:
         values = torch.full((mib * MIB // 4,), 1e-3)
         if kind == "all_reduce":
-            return lambda: dist.all_reduce(values.fill_(1e-3))  # sums of sums would grow
+            return lambda: dist.all_reduce(values.fill_(1e-3))  # otherwise sums of sums would grow
         reducer = TreeReducer([range(each, each + 1) for each in range(workers)], rank)
         reducer.lay_out([values])
 
@@ -269,7 +269,7 @@ def crew_member(pipe: Connection, rank: int, workers: int, most: int, folder: st
         cases[name]()
         own = time.perf_counter() - begin
         if workers > 1:
-            dist.barrier()  # gloo's threads may still be at work for the others
+            dist.barrier()  # gloo's threads may still be working for the others
         pipe.send((own, time.process_time() - cpu))
     if workers > 1:
         dist.destroy_process_group()
@@ -279,7 +279,7 @@ def crew_member(pipe: Connection, rank: int, workers: int, most: int, folder: st
 
 
 def cases() -> dict[str, Setup]:
-    """Label -> what is simulated."""
+    """Label -> what to simulate."""
     stall, _ = measured_stall_seconds()
     recovery, _ = measured_recovery_seconds()
     tuned = Setup(small_last=True)
@@ -296,7 +296,7 @@ def cases() -> dict[str, Setup]:
 
 
 def simulated() -> dict[str, Any]:
-    """{"simulated": ..., "validation": ..., "targets": ...}, for the result."""
+    """{"simulated": ..., "validation": ..., "targets": ...}, a part of the result."""
     setups = cases()
     tuned = setups["all-reduce, small last bucket"]
     stall, recovery = measured_stall_seconds(), measured_recovery_seconds()
@@ -435,7 +435,7 @@ def simulated_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Four panels: images/s, efficiency, all-reduce against published times, and the errors."""
+    """Draws four panels: images/s, efficiency, all-reduce against published times, and the errors."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -462,7 +462,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _draw_scaling(result: Mapping[str, Any], speed: Any, share: Any) -> None:
-    """Images/s and efficiency by the number of GPUs, into two axes."""
+    """Draws images/s and efficiency by the number of GPUs into two axes."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
     found, checked = result["simulated"], result["validation"]
@@ -479,7 +479,7 @@ def _draw_scaling(result: Mapping[str, Any], speed: Any, share: Any) -> None:
     for name, rows in found["weak"].items():
         color, dash = styles[name]
         speed.plot(GPUS, [row["images_per_second"] for row in rows], color=color, ls=dash, label=name)
-        share.plot(GPUS, [row["efficiency"] for row in rows], color=color, ls=dash)  # named beside it
+        share.plot(GPUS, [row["efficiency"] for row in rows], color=color, ls=dash)  # labelled in the panel beside it
     strong = found["strong"]
     label = f"strong scaling, {strong['global_batch']:,} images in all"
     speed.plot(GPUS, [row["images_per_second"] for row in strong["rows"]], color="0.4", ls="--", lw=1, label=label)
@@ -491,7 +491,7 @@ def _draw_scaling(result: Mapping[str, Any], speed: Any, share: Any) -> None:
         low, y, high = (row["efficiency"][key] for key in ("low", "median", "high"))
         label = f"MEASURED here: {row['workers']} CPU workers, {row['kind']}\n(hollow: the simulator's {row['predicted_efficiency']:.0%})"
         marker = "*" if row["kind"] == "weak" else "P"
-        x = row["workers"] * (0.94 if row["kind"] == "weak" else 1.06)  # beside each other
+        x = row["workers"] * (0.94 if row["kind"] == "weak" else 1.06)  # so that the two do not overlap
         share.errorbar(x, y, [[y - low], [high - y]], fmt=marker, color="k", ms=8, capsize=3, label=label)
         share.plot(x, row["predicted_efficiency"], marker, mfc="none", mec="k", ms=8)
         lowest = min(lowest, low - 0.03, row["predicted_efficiency"] - 0.03)
@@ -515,7 +515,7 @@ def _draw_scaling(result: Mapping[str, Any], speed: Any, share: Any) -> None:
 
 
 def _draw_network(checked: Mapping[str, Any], times: Any, errors: Any) -> None:
-    """One all-reduce against published times, and the model's errors, into two axes."""
+    """Draws one all-reduce against published times, and the model's errors, into two axes."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     network = fitted()

@@ -1,8 +1,8 @@
-"""How long a data-parallel step takes on 1 to 1,024 GPUs: all-reduce, buckets beside the backward pass, stragglers, checkpoints, failures.
+"""How long a data-parallel step takes on 1 to 1,024 GPUs: all-reduce, buckets overlapping backward, stragglers, checkpoints, failures.
 
-Called by benchmarks.scaling, which prints and draws what comes out. Nothing here measures: it is arithmetic on figures from elsewhere, and
-each says where it is from. `TABLES` are published measurements, `fitted()` the constants drawn from some of their rows, `validation()` what
-comes out for all the others. What is assumed, because nobody published it, is a field of `Setup` whose docstring says "assumed".
+Called by benchmarks.scaling, which prints and draws the results. It measures nothing: it calculates with figures from elsewhere, and names
+the source of each. `TABLES` are published measurements, `fitted()` the constants derived from some of their rows, `validation()` the
+results for all other rows. An assumption without a published source is a field of `Setup` whose docstring says "assumed".
 
     all-reduce   of S bytes over k nodes of g GPUs: the fastest of the network's courses, each a few constants (`Course`)
     buckets      e_j = max(e_{j-1}, ready_j) + T(S_j);  step = forward + max(backward, e_last) + optimiser + straggler
@@ -27,18 +27,18 @@ MIB = 2**20
 DDP_BUCKET_BYTES, DDP_FIRST_BUCKET_BYTES = 25 * MIB, MIB  # torch's defaults
 
 
-# -- what others measured -------------------------------------------------------------------------------------------------------------
+# -- published measurements -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Times of one all-reduce of float32, by its size."""
+    """Times of one all-reduce of float32, by size."""
 
     what: str
     source: str
     nodes: int
     microseconds: Mapping[float, float]
-    """MiB -> time. nccl-tests: its column "in-place", as gradients are reduced; the other has the first touch of some sizes in it."""
+    """MiB -> time. From nccl-tests' column "in-place", since gradients are reduced in place; the other has some first touches in it."""
     gpus_per_node: int = 8
 
 
@@ -52,16 +52,16 @@ def _table(what: str, source: str, nodes: int, *microseconds: float, sizes: Sequ
 
 _MB = 1e6 / MIB
 TABLES = {
-    # The two figures of the project's notes; who measured them, and how, is not told there.
+    # The two figures of the project's notes, which do not say who measured them, or how.
     "h200": _table("8 x H200, measured; from the project's notes", "notes", 1, 160.0, 255.0, sizes=(22.3 * _MB, 44.7 * _MB)),
-    # XLA's cost model for sm_90: bytes of the tensor over the runtime of one collective, as its own generator measured it.
+    # XLA's cost model for sm_90: the tensor's bytes over the runtime of one collective, measured by XLA's own generator.
     "xla": _table(
         "8 x sm_90 (H100), the table in XLA's cost model",
         "https://github.com/openxla/xla/blob/main/xla/service/gpu/model/collective_interpolator_data.h (2025, with sm_90 alone)",
         1,
         *(46.7, 48.7, 65.6, 112.7, 152.0, 232.6, 404.4, 687.1, 1286.3, 2462.0, 4836.0),
     ),
-    # Below: users' own runs of nccl-tests, as they posted them. H100 SXM, 8 NICs of 400 Gb/s a node, InfiniBand.
+    # Below: nccl-tests runs as posted by users. H100 SXM, 8 NICs of 400 Gb/s a node, InfiniBand.
     "nvls": _table(
         "8 x H100, one process",
         "https://github.com/NVIDIA/nccl-tests/issues/290",
@@ -82,11 +82,11 @@ TABLES = {
     ),
 }
 FIT: dict[str, tuple[float, ...]] = {"xla": (1, 4, 16, 64, 256, 1024), "a2": (1, 4, 8, 16, 32, 64, 128), "a8": (1, 4, 8, 16, 32, 64, 128)}
-"""MiB of the rows that `fitted()` sees. All others are held out: every other size of XLA's, both other clusters, four nodes."""
+"""Sizes in MiB of the rows that `fitted()` uses. All others are held out: XLA's other sizes, both other clusters, four nodes."""
 VALID_MIB = {1: (16, 64), 2: (8, 64), 4: (8, 64), 8: (8, 64)}
-"""nodes -> sizes in MiB for which the courses are claimed to hold. ResNet-18's gradients are 43 MiB. The range was chosen with the
-errors in view: `validation` tells all of them. Below it protocols change and clusters differ (up to 24 %); above it NVLS is up to 22 %
-faster than these courses say. Nothing published was found above 8 nodes: there the courses are extrapolated."""
+"""nodes -> sizes in MiB for which the courses are claimed to hold. ResNet-18's gradients are 43 MiB. The range was chosen after seeing the
+errors; `validation` shows all of them. Below the range, protocols change and clusters differ (up to 24 %); above it, NVLS is up to 22 %
+faster than these courses say. No published times were found above 8 nodes: there the courses are extrapolated."""
 
 
 # -- the network ----------------------------------------------------------------------------------------------------------------------
@@ -96,9 +96,9 @@ faster than these courses say. Nothing published was found above 8 nodes: there 
 class Course:
     """One way to reduce over k nodes of g GPUs; NCCL has several (protocols, rings, trees) and takes the fastest.
 
-    base + hops * hop and the data: 2(g-1)/g * S through NVLink, 2(k-1)/k * S/g through each NIC; hops = 2 * log2(k), up a tree of nodes and
-    down. `phases` says how these go together: "serial" adds them up (the formula of the project's notes), in "pipelined" the slower one
-    hides the other, in "relayed" (small messages) every hop waits for the whole of the message: hops * (hop + S/nic), no NVLink term.
+    The time is base + hops * hop plus the data: 2(g-1)/g * S through NVLink, 2(k-1)/k * S/g through each NIC; hops = 2 * log2(k), up and
+    down a tree of nodes. `phases` says how to combine these: "serial" adds them (the formula of the project's notes); in "pipelined" the
+    slower one hides the other; in "relayed" (small messages) every hop waits for the whole message: hops * (hop + S/nic), no NVLink term.
     """
 
     base_seconds: float
@@ -124,22 +124,22 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """Courses inside a node and between nodes, where NCCL runs other algorithms, with constants of their own."""
+    """Courses inside a node and between nodes, with separate constants, because NCCL runs other algorithms between nodes."""
 
     inside: tuple[Course, ...]
-    """The first is that of large messages; so too below."""
+    """The first one is for large messages; the same holds for `between`."""
     between: tuple[Course, ...]
     gpus_per_node: int = 8
 
     def shape(self, gpus: int) -> tuple[int, int]:
-        """(GPUs a node, nodes); a node that is not full is taken for a full one."""
+        """(GPUs a node, nodes); a partly filled node counts as full."""
         if gpus < 1:
             raise ValueError(f"gpus={gpus} must be at least 1")
         nodes = -(-gpus // self.gpus_per_node)
         return (gpus, 1) if nodes == 1 else (self.gpus_per_node, nodes)
 
     def all_reduce_seconds(self, size: float, gpus: int) -> float:
-        """Of `size` bytes; 0 for one GPU."""
+        """Time for `size` bytes; 0 for one GPU."""
         g, k = self.shape(gpus)
         if gpus == 1:
             return 0.0
@@ -148,12 +148,12 @@ class Network:
 
 _NOTES = Course(base_seconds=59e-6, hop_seconds=5e-6, nvlink_bytes_per_second=367e9, nic_bytes_per_second=0.73 * 50e9)
 NOTES = Network(inside=(_NOTES,), between=(_NOTES,))
-"""The project's notes to the letter. They give the hop's 5 us as assumed."""
+"""Exactly the project's notes. They give the hop's 5 us as assumed."""
 
 
 @lru_cache(maxsize=1)
 def fitted() -> Network:
-    """Constants from the rows in FIT, by least squares of the relative error; and 59 us, the notes' a0 for H200 with large messages.
+    """Constants from the rows in FIT, by least squares of the relative error; plus 59 us, the notes' a0 for H200 with large messages.
 
     XLA's table gives NVLink's bandwidth but not that a0: its times are those of an executable around the collective, some 30 us longer.
     """
@@ -175,7 +175,7 @@ def fitted_small() -> Course:
 
 
 def fitted_to_xla() -> Network:
-    """XLA's own H100 node, with the a0 of its own rows: says whether the form holds, on the rows that were held out."""
+    """XLA's own H100 node, with the a0 of its own rows: checks the form of the model on the held-out rows."""
     large = fit_course(Course(base_seconds=0, nvlink_bytes_per_second=400e9), _rows("xla", least=16))
     return Network(inside=(large,), between=())
 
@@ -190,8 +190,8 @@ def _rows(name: str, *, least: float = 0, most: float = math.inf) -> list[Row]:
 
 
 def fit_course(start: Course, rows: Sequence[Row]) -> Course:
-    """The course of `start`'s form with the least sum of squared relative errors. Which of two phases is the slower depends on the
-    constants: they are fitted for the choice of the ones before, until the choice stays."""
+    """The course of `start`'s form with the least sum of squared relative errors. The constants decide which of two phases is slower. So
+    they are fitted for the choice that the previous constants imply, until that choice no longer changes."""
     course = start
     seconds = np.array([row[3] for row in rows])
     for _ in range(20):
@@ -214,7 +214,7 @@ def fit_course(start: Course, rows: Sequence[Row]) -> Course:
 
 
 def _terms(course: Course, size: float, g: int, k: int) -> tuple[float, float, float, float]:
-    """What base, hop, 1/nvlink and 1/nic are multiplied with in `course.seconds`."""
+    """The factors of base, hop, 1/nvlink and 1/nic in `course.seconds`."""
     hops, inside, between = 2 * math.log2(k), 2 * (g - 1) / g * size, 2 * (k - 1) / k * size / g
     match course.phases:
         case "serial":
@@ -232,9 +232,9 @@ def _terms(course: Course, size: float, g: int, k: int) -> tuple[float, float, f
 def tree_seconds(network: Network, size: float, gpus: int, setup: "Setup") -> float:
     """The ordered tree reduction of a bucket of `size` bytes, by the messages that TreeReducer sends. 0 for one GPU.
 
-    1. Each rank sends each other its chunk, S/n, of every subtree that it holds. These messages are n - 1 from GPU to GPU: what crosses
-       nodes goes through the GPU's own NIC, S * (n-g)/n of it, where a ring's crosses once a node: S/g * 2(k-1)/k.
-    2. Each adds the subtrees' chunks for its own one: a kernel for each, S/n wide.
+    1. Each rank sends to every other rank its chunk, S/n, of every subtree that it holds: n - 1 messages from GPU to GPU. The part that
+       crosses nodes, S * (n-g)/n, goes through the GPU's own NIC; in a ring only S/g * 2(k-1)/k does.
+    2. Each rank adds the subtrees' chunks for its own chunk: one kernel for each, over S/n bytes.
     3. All-gather, by NCCL: half the data of an all-reduce.
     """
     if gpus == 1:
@@ -248,14 +248,14 @@ def tree_seconds(network: Network, size: float, gpus: int, setup: "Setup") -> fl
     messages = held * (gpus - 1) * setup.message_seconds
     swap = bulk.base_seconds + max(messages, inside, between)
     adding = (chunks - 1) * max(setup.kernel_seconds, 3 * chunk / setup.memory_bytes_per_second)  # reads two, writes one
-    # The same courses, half the hops and half the data of an all-reduce.
+    # The same courses, with half the hops and half the data of an all-reduce.
     gather = min((course.base_seconds + course.seconds(size, g, k)) / 2 for course in (network.inside if k == 1 else network.between))
     return swap + adding + gather
 
 
 @lru_cache(maxsize=256)
 def _subtrees_of_a_rank(virtual_ranks: int, gpus: int) -> int:
-    """The most that any rank holds."""
+    """The largest number of subtrees in any rank."""
     return max(len(subtrees(virtual_ranks, blocks_of_virtual_ranks(virtual_ranks, gpus, rank))) for rank in range(gpus))
 
 
@@ -264,12 +264,12 @@ def _subtrees_of_a_rank(virtual_ranks: int, gpus: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gradients:
-    """Parts in the order in which they are handed to the reducer; all float32."""
+    """Parts in the order in which the reducer gets them; all float32."""
 
     sizes: tuple[int, ...]
     """Bytes."""
     ready: tuple[float, ...]
-    """The part of the backward pass that is over when it is there, 0 to 1, not decreasing."""
+    """Fraction of the backward pass that is done when each part is ready, 0 to 1, not decreasing."""
 
     def __post_init__(self) -> None:
         assert len(self.sizes) == len(self.ready) > 0
@@ -282,10 +282,10 @@ class Gradients:
 
 @lru_cache(maxsize=4)
 def resnet18(*, classes: int = 10, image_size: int = 32, statistics: bool = False) -> Gradients:
-    """torchvision's ResNet-18 with the article's stem. Backward time is shared out by the layers' FLOPs, which a forward pass on the meta
-    device with hooks tells: the gradients of inputs and of weights, the first layer's of weights alone.
+    """torchvision's ResNet-18 with the article's stem. Backward time is divided by the layers' FLOPs, from a forward pass on the meta
+    device with hooks: the gradients of inputs and of weights; for the first layer those of weights only.
 
-    `statistics` puts in front what the tree reduces besides (the loss and BatchNorm's running statistics), there from the start.
+    `statistics` puts in front what the tree also reduces (the loss and BatchNorm's running statistics), ready from the start.
     """
     import torch
     from torch import nn
@@ -294,7 +294,7 @@ def resnet18(*, classes: int = 10, image_size: int = 32, statistics: bool = Fals
     from trainer.settings.tree import ModelConfig
 
     model = build_model(ModelConfig(weights="none", stem="article"), classes=classes, seed=0, image_hw=(image_size, image_size)).to("meta")
-    order: list[tuple[nn.Module, float]] = []  # as they ran, with the FLOPs of a forward pass
+    order: list[tuple[nn.Module, float]] = []  # in execution order, with the FLOPs of a forward pass
 
     def ran(module: nn.Module, _: object, out: torch.Tensor) -> None:
         flops = 0.0
@@ -314,7 +314,7 @@ def resnet18(*, classes: int = 10, image_size: int = 32, statistics: bool = Fals
     done = dict(zip((id(module) for module, _ in reversed(order)), np.cumsum(cost[::-1]) / sum(cost), strict=True))
     owner = {id(p): module for module in leaves for p in module.parameters(recurse=False)}
     parameters = list(reversed(list(model.parameters())))
-    ready = np.maximum.accumulate([done[id(owner[id(p)])] for p in parameters])  # handed over in this order, whatever came first
+    ready = np.maximum.accumulate([done[id(owner[id(p)])] for p in parameters])  # handed over in this order, whichever is ready first
     extra = [4, *(4 * b.numel() for b in model.buffers() if b.dim())] if statistics else []
     return Gradients(
         sizes=(*extra, *(4 * p.numel() for p in parameters)), ready=(*(0.0 for _ in extra), *(min(1.0, float(at)) for at in ready))
@@ -322,7 +322,7 @@ def resnet18(*, classes: int = 10, image_size: int = 32, statistics: bool = Fals
 
 
 def ddp_buckets(sizes: Sequence[int], bucket_bytes: int = DDP_BUCKET_BYTES, first_bytes: int = DDP_FIRST_BUCKET_BYTES) -> list[range]:
-    """As DistributedDataParallel fills them: a bucket is closed by the part that reaches its limit, the first one's is smaller."""
+    """Buckets as DistributedDataParallel fills them: the part that reaches the limit closes a bucket; the first bucket is smaller."""
     buckets: list[range] = []
     start = held = 0
     for part, size in enumerate(sizes):
@@ -334,7 +334,7 @@ def ddp_buckets(sizes: Sequence[int], bucket_bytes: int = DDP_BUCKET_BYTES, firs
 
 
 def tree_buckets(sizes: Sequence[int], bucket_bytes: int = BUCKET_BYTES, small_bytes: int = SMALL_BUCKET_BYTES) -> list[range]:
-    """As TreeReducer fills them: like DDP's, and what is small at the end is a bucket of its own."""
+    """Buckets as TreeReducer fills them: like DDP's, and small parts at the end are a bucket of their own."""
     small_bytes = min(small_bytes, bucket_bytes)
     last, held = len(sizes), 0
     while last and held + sizes[last - 1] <= small_bytes:
@@ -348,16 +348,16 @@ def tree_buckets(sizes: Sequence[int], bucket_bytes: int = BUCKET_BYTES, small_b
 
 
 def slowest_bound(gpus: int) -> float:
-    """sqrt(2 ln n): at least the expected largest of n standard normal draws, and what that tends to."""
+    """sqrt(2 ln n): an upper bound of the expected maximum of n standard normal draws, and its limit for large n."""
     return math.sqrt(2 * math.log(gpus))
 
 
 def slowest_drawn(
     gpus: int, *, steps: int = 2000, seed: int = 0, shape: Literal["normal", "lognormal"] = "normal", sigma: float = 1.0
 ) -> float:
-    """The mean over `steps` of the largest of n draws less their mean, in units of `sigma`; `steps` * n draws.
+    """The mean over `steps` of the maximum of n draws minus their mean, in units of `sigma`; `steps` * n draws.
 
-    "lognormal": factors exp(N(0, s)) of mean 1 and standard deviation `sigma`, relative to the step: a tail towards slow steps.
+    "lognormal": factors exp(N(0, s)) with mean 1 and standard deviation `sigma`, relative to the step: a tail towards slow steps.
     """
     random = np.random.default_rng(seed)
     if gpus == 1:
@@ -369,17 +369,17 @@ def slowest_drawn(
 
 
 def lost_to_failures(interval_seconds: float, stall_seconds: float, recovery_seconds: float, mttf_seconds: float) -> float:
-    """The part of the time that checkpoints and failures take: Ts/Tc + (Tc/2 + Tr)/MTTF, to first order."""
+    """Fraction of the time that checkpoints and failures take: Ts/Tc + (Tc/2 + Tr)/MTTF, to first order."""
     return stall_seconds / interval_seconds + (interval_seconds / 2 + recovery_seconds) / mttf_seconds
 
 
 def best_interval_seconds(stall_seconds: float, mttf_seconds: float) -> float:
-    """Young's sqrt(2 * Ts * MTTF): where `lost_to_failures` is least. (The product uses Daly's refinement, cluster/interval.py.)"""
+    """Young's sqrt(2 * Ts * MTTF), which minimises `lost_to_failures`. (The product uses Daly's refinement, cluster/interval.py.)"""
     return math.sqrt(2 * stall_seconds * mttf_seconds)
 
 
 def measured_stall_seconds(results: Path = RESULTS) -> tuple[float, str]:
-    """(median stall of a checkpoint, where that is from): benchmarks/results/checkpoint.json, else what it said on 2 cores in 2026."""
+    """(median stall of a checkpoint, its source): from benchmarks/results/checkpoint.json, else that file's value on 2 cores in 2026."""
     path = results / "checkpoint.json"
     if path.is_file():
         return float(json.loads(path.read_text())["seconds"]["stall"]["median"]), f"measured: {path.name}"
@@ -387,9 +387,9 @@ def measured_stall_seconds(results: Path = RESULTS) -> tuple[float, str]:
 
 
 def measured_recovery_seconds(results: Path = RESULTS, fault: str = "node lost") -> tuple[float, str]:
-    """(detection and recovery of the campaign's row that begins with `fault`, where that is from): benchmarks/results/faults.json.
+    """(detection plus recovery in the campaign's row that begins with `fault`, its source): from benchmarks/results/faults.json.
 
-    Measured with two workers on one machine's CPU: what a real node's loss takes, a new node's start above all, is not in it."""
+    Measured with two workers on one machine's CPU: it does not include the costs of a real node's loss, above all a new node's start."""
     path = results / "faults.json"
     if path.is_file():
         for row in json.loads(path.read_text())["rows"]:
@@ -404,51 +404,51 @@ def measured_recovery_seconds(results: Path = RESULTS, fault: str = "node lost")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """What is simulated. "Assumed" fields have no measurement behind them."""
+    """What to simulate. "Assumed" fields have no measurement behind them."""
 
     network: Network = field(default_factory=fitted)
     method: Literal["all_reduce", "tree"] = "all_reduce"
-    """NCCL's all-reduce, of which DDP makes use, or the ordered tree."""
+    """NCCL's all-reduce, which DDP uses, or the ordered tree."""
     overlap: bool = True
-    """Buckets beside the backward pass; else one all-reduce of all gradients after it."""
+    """Buckets overlap the backward pass; if False, one all-reduce of all gradients follows it."""
     bf16: bool = False
-    """Gradients cross the network as bf16 (all-reduce only: the tree's brackets are float32)."""
+    """Gradients cross the network as bf16 (all-reduce only: the tree's partial sums are float32)."""
     bucket_bytes: int = DDP_BUCKET_BYTES
     small_last: bool = False
-    """What is at most 1 MiB at the end is a bucket of its own, as in the tree: nothing runs beside the last one."""
+    """Up to 1 MiB at the end is a bucket of its own, as in the tree: nothing overlaps the last bucket."""
     images_per_gpu: int = 512
     images_per_second: float = 75_000.0
-    """Of one GPU at `images_per_gpu`: the middle of what the notes expect of an H200 (60 to 90 thousand). An estimate, nobody's
+    """One GPU's speed at `images_per_gpu`: the middle of what the notes expect of an H200 (60 to 90 thousand). An estimate, not a
     measurement."""
     floor_seconds: float = 0.6e-3
-    """Assumed: of a step without images (launches, the update); it does not shrink with the batch."""
+    """Assumed: time of a step without images (launches, the update); it does not shrink with the batch."""
     optimizer_seconds: float = 52e-6
-    """Momentum and weights read, both written, gradients read: 5 x 44.7 MB at the notes' 4.3 TB/s. Part of the step's time above."""
+    """Momentum and weights read and written, gradients read: 5 x 44.7 MB at the notes' 4.3 TB/s. Part of the step's time above."""
     memory_bytes_per_second: float = 4.3e12
     """H200, from the notes."""
     virtual_ranks_per_gpu: int = 1
     message_seconds: float = 1e-6
-    """Assumed: host and NIC, for each message of the tree's exchange."""
+    """Assumed: time of host and NIC for each message of the tree's exchange."""
     kernel_seconds: float = 2.5e-6
-    """Assumed: a small kernel behind another one in a stream."""
+    """Assumed: time of a small kernel that follows another one in a stream."""
     sigma: float = 0.0
-    """Standard deviation of a GPU's time for a step, relative to it."""
+    """Standard deviation of a GPU's step time, relative to that time."""
     straggler: Literal["bound", "normal", "lognormal"] = "bound"
-    """sqrt(2 ln n), or drawn."""
+    """sqrt(2 ln n), or random draws."""
     mttf_hours: float = math.inf
-    """Of one GPU. 50,000: Llama 3's 419 unexpected interruptions in 54 days of 16,384 H100 (arXiv 2407.21783, table 5)."""
+    """For one GPU. 50,000: Llama 3's 419 unexpected interruptions in 54 days of 16,384 H100 (arXiv 2407.21783, table 5)."""
     stall_seconds: float = 0.012
     recovery_seconds: float = 18.0
-    """`measured_stall_seconds`, `measured_recovery_seconds`."""
+    """See `measured_stall_seconds` and `measured_recovery_seconds`."""
 
     def compute_seconds(self, images: float) -> float:
-        """A step of one GPU alone."""
+        """Time of a step on one GPU alone."""
         full = self.images_per_gpu / self.images_per_second
         floor = min(self.floor_seconds, full)
         return floor + (full - floor) * images / self.images_per_gpu
 
     def reduce_seconds(self, size: float, gpus: int) -> float:
-        """Of one bucket, casts to bf16 and back included: 4 bytes read and 2 written, then 2 and 4."""
+        """Time for one bucket, casts to bf16 and back included: 4 bytes read and 2 written, then 2 and 4."""
         if self.method == "tree":
             return tree_seconds(self.network, size, gpus, self)
         if self.bf16 and gpus > 1:
@@ -462,7 +462,7 @@ BUCKETS_MIB = (1, 2, 4, 8, 16, 25, 50)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Simulated:
-    """A run on `gpus` GPUs; times of one step."""
+    """A run on `gpus` GPUs; times are for one step."""
 
     gpus: int
     images_per_gpu: float
@@ -472,16 +472,16 @@ class Simulated:
     straggler_seconds: float
     step_seconds: float
     ettr: float
-    """Effective training time ratio: what checkpoints and failures leave."""
+    """Effective training time ratio: the fraction left by checkpoints and failures."""
     checkpoint_interval_seconds: float
     """inf without failures."""
     images_per_second: float
     efficiency: float
-    """Images a second over `gpus` times those of one GPU that never fails."""
+    """Images a second, relative to `gpus` times one GPU that never fails."""
 
 
 def exposed_seconds(gradients: Gradients, buckets: Sequence[range], seconds: Sequence[float], backward_seconds: float) -> float:
-    """How long the last bucket ends after the backward pass: e_j = max(e_{j-1}, ready_j) + T_j."""
+    """Time from the end of the backward pass to the end of the last bucket: e_j = max(e_{j-1}, ready_j) + T_j."""
     end = 0.0
     for parts, takes in zip(buckets, seconds, strict=True):
         end = max(end, backward_seconds * gradients.ready[parts[-1]]) + takes
@@ -489,9 +489,9 @@ def exposed_seconds(gradients: Gradients, buckets: Sequence[range], seconds: Seq
 
 
 def simulate(gpus: int, setup: Setup, *, global_batch: int = 0) -> Simulated:
-    """Weak scaling (`setup.images_per_gpu` each), or strong scaling with `global_batch` images shared out.
+    """Weak scaling (`setup.images_per_gpu` each), or strong scaling with `global_batch` images divided among the GPUs.
 
-    ValueError where there is not an image for each GPU."""
+    ValueError if there is less than one image for each GPU."""
     if global_batch and global_batch < gpus:
         raise ValueError(
             f"global_batch={global_batch} must be at least gpus={gpus}: each GPU needs an image; use fewer GPUs or a larger batch"
@@ -523,8 +523,8 @@ def simulate(gpus: int, setup: Setup, *, global_batch: int = 0) -> Simulated:
 
 
 def best_bucket(gpus: int, setup: Setup) -> tuple[int, Simulated]:
-    """(MiB, run) of BUCKETS_MIB with the shortest step, the largest of equals. A size to try, not to adopt: that NCCL's blocks take room on
-    the GPU from the backward pass beside them is not modelled, and many small messages are where the courses hold least."""
+    """(MiB, run) of the size in BUCKETS_MIB with the shortest step, the largest of equals. A size to try, not to adopt: the model ignores
+    that NCCL's blocks take GPU resources from the backward pass, and it is least accurate for many small messages."""
     runs = [(mib, simulate(gpus, replace(setup, bucket_bytes=mib * MIB))) for mib in reversed(BUCKETS_MIB)]
     return min(runs, key=lambda run: run[1].step_seconds)
 
@@ -557,11 +557,11 @@ def _drawn(gpus: int, shape: Literal["normal", "lognormal"], sigma: float) -> fl
 
 
 def validation() -> list[dict[str, Any]]:
-    """Every published row against ours: {"table", "what", "source", "nodes", "mib", "seconds", "ours", "error", "role", "claimed"}.
+    """Every published row against the model: {"table", "what", "source", "nodes", "mib", "seconds", "ours", "error", "role", "claimed"}.
 
-    `role`: "fitted" (the constants have seen it), "held out", or "a0" for the notes' two times, from which they drew the a0 that is kept
-    here (`anchors_left_out` does without). `claimed`: its size lies in VALID_MIB. XLA's rows are compared with the
-    course of their own a0 (`fitted_to_xla`), all others with `fitted()`.
+    `role`: "fitted" (used to fit the constants), "held out", or "a0" for the notes' two times, from which they derived the a0 used here
+    (`anchors_left_out` works without them). `claimed`: the size lies in VALID_MIB. XLA's rows are compared with the course that has their
+    own a0 (`fitted_to_xla`), all others with `fitted()`.
     """
     rows = []
     for name, table in TABLES.items():
@@ -590,7 +590,7 @@ def validation() -> list[dict[str, Any]]:
 
 
 def anchors_left_out() -> list[dict[str, float]]:
-    """Each of the notes' two times from the other one and XLA's bandwidth: {"mib", "seconds", "ours", "error"}."""
+    """Each of the notes' two times, predicted from the other one and XLA's bandwidth: {"mib", "seconds", "ours", "error"}."""
     (one, other), large = TABLES["h200"].microseconds.items(), fitted().inside[0]
     rows = []
     for (mib, microseconds), (seen_mib, seen) in ((one, other), (other, one)):
@@ -601,9 +601,9 @@ def anchors_left_out() -> list[dict[str, float]]:
 
 
 def band_errors() -> dict[tuple[int, float], float]:
-    """(nodes, MiB) -> how far ours lies outside of the range of the held-out tables, relative to its nearer end; 0 inside. Claimed sizes
-    between nodes: there, clusters of the same parts differ by up to 27 % from one another, and a model can only be one of them. (So this is
-    less than each row within so much: `validation` has those.)"""
+    """(nodes, MiB) -> how far the model lies outside of the range of the held-out tables, relative to the nearer end; 0 inside. Only
+    claimed sizes between nodes: there, clusters of the same parts differ by up to 27 %, and a model can match only one of them. (So an
+    error here is weaker than the error of each row, which `validation` has.)"""
     held: dict[tuple[int, float], list[dict[str, Any]]] = {}
     for row in validation():
         if row["claimed"] and row["nodes"] > 1 and row["role"] == "held out":
@@ -616,12 +616,13 @@ def band_errors() -> dict[tuple[int, float], float]:
 
 
 NOTED_EFFICIENCY = {"fp32, no overlap, 8 GPUs": 0.964, "fp32, overlapped, 8 GPUs": 0.992, "fp32, overlapped, 64 nodes": 0.978}
-"""The notes' efficiencies at 512 images a GPU. Computed there, by this model's formulas: anchors of the arithmetic, not of the hardware.
-What they assumed for buckets and images a second is not told; the small last bucket was chosen here because it comes closest."""
+"""The notes' efficiencies at 512 images a GPU. The notes computed them with this model's formulas, so they check the arithmetic, not the
+hardware. They do not give their assumptions for buckets and images a second; the small last bucket is used here because it comes
+closest."""
 
 
 def efficiencies(network: Network) -> dict[str, float]:
-    """Ours for NOTED_EFFICIENCY: no stragglers, no failures, 75,000 images/s, a small last bucket."""
+    """The model's values for NOTED_EFFICIENCY: no stragglers, no failures, 75,000 images/s, a small last bucket."""
     base = Setup(network=network, small_last=True)
     cases = {"fp32, no overlap, 8 GPUs": (8, False), "fp32, overlapped, 8 GPUs": (8, True), "fp32, overlapped, 64 nodes": (512, True)}
     return {name: simulate(gpus, replace(base, overlap=overlap)).efficiency for name, (gpus, overlap) in cases.items()}

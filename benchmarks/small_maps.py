@@ -1,10 +1,10 @@
-"""Convolutions on small maps as matrix products against oneDNN's own kernels, layer by layer, and a whole step with and without them.
+"""Convolutions on small maps as matrix products against oneDNN's own kernels: layer by layer, and in a whole step.
 
     python -m benchmarks.small_maps [--threads 2] [--batch-sizes 16,50,100,256] [--rounds 7] [--json] [--out FILE]
 
-The measurement behind trainer/models/im2col.py's rules. bf16, channels_last, on a CPU. The two ways take turns and the best round of each
-counts; a ratio above 1 means that the product is faster. Layers that the rules leave to oneDNN stand beside those that they take: what was
-not gained, and what would be lost. The step is forward and backward of ResNet-18 with the CIFAR stem on one batch of 100.
+This measurement is the basis of the rules in trainer/models/im2col.py. bf16, channels_last, on a CPU. The two ways are interleaved and the
+best round of each counts; a ratio above 1 means that the product is faster. The table also has layers that the rules leave to oneDNN, to
+show what is not gained and what would be lost. The step is forward and backward of ResNet-18 with the CIFAR stem on one batch of 100.
 """
 
 import statistics
@@ -24,7 +24,7 @@ from trainer.models.im2col import Layer, result_of, takes_gradient, takes_result
 from trainer.models.vision import build_model
 from trainer.settings.tree import ModelConfig
 
-# (image side, in, out, stride), all 3 x 3: ResNet's on 32 and on 224 pixels, and narrower ones.
+# (image side, in, out, stride), all 3 x 3: ResNet's layers for 32 and 224 pixels, and narrower ones.
 LAYERS = (
     *((2, 512, 512, 1), (2, 256, 256, 1), (4, 512, 512, 1), (4, 256, 256, 1), (4, 128, 128, 1), (4, 64, 64, 1)),
     *((8, 256, 512, 2), (8, 128, 128, 2), (16, 128, 256, 2), (16, 64, 64, 2), (14, 256, 512, 2), (32, 64, 128, 2)),

@@ -2,9 +2,9 @@
 
     python -m benchmarks.startup [--rounds 5] [--json] [--out FILE]
 
-Both train ResNet-18 with the tutorial's stem on the same converted images in memory, one worker, and start a Ray of their own. Ours is
-`trainer.run` as it is; an item ends where a line is printed or an event is in the journal. The peer is the shortest script that does the
-same with Ray's TorchTrainer; it says itself when it gets where. Rounds take turns, after a warm-up of each that fills the page cache.
+Both train ResNet-18 with the tutorial's stem on the same converted images in memory, with one worker, and start a Ray of their own. Ours is
+`trainer.run` unchanged; an item ends when a line is printed or an event is in the journal. The peer is the shortest script that does the
+same with Ray's TorchTrainer; it prints its own marks. Rounds are interleaved, after a warm-up of each that fills the page cache.
 """
 
 import json
@@ -36,7 +36,7 @@ from benchmarks.common import (
 GOAL_SECONDS = 12.0
 OURS, PEER = "trainer.run", "plain Ray Train"
 LINES = {"starting a local Ray": "imports, settings, data set found, model checked", "run ": "ray.init, preflight"}
-"""How a line of the driver begins -> the item that it ends."""
+"""Beginning of a line of the driver -> the item that it ends."""
 EVENTS = {
     "run_started": "ray.init, preflight",
     "attempt_started": "coordinator, fleet asked for",
@@ -44,7 +44,7 @@ EVENTS = {
     "training_started": "data decoded, model, optimiser, process group",
     "first_step": "first step",
 }
-"""Event in the journal -> the item that it ends; an event that is not known here ends an item of its own name."""
+"""Event in the journal -> the item that it ends; an event that is not listed ends an item of its own name."""
 SCRIPT = """
 import json, os, sys, time
 stamps = {"process": float(sys.argv[3])}
@@ -102,7 +102,7 @@ def items_of_run(done: Process, began: float, journal: Sequence[Mapping[str, Any
 
 
 def between(began: float, marks: Sequence[tuple[float, str]], *, until: str) -> dict[str, float]:
-    """Seconds by the item that each mark ends, in the order of time; a name that comes more than once is added up. Ends with `until`."""
+    """Seconds by the item that each mark ends, in order of time; repeated names are added up. Ends with `until`."""
     items: dict[str, float] = {}
     last = began
     for at, name in sorted(marks):
@@ -141,7 +141,7 @@ def run_peer(folder: Path, arrays: Path, number: int, *, batch: int, threads: in
 
 
 def measure(options: Any, folder: Path) -> dict[str, Any]:
-    """Everything measured, JSON-able."""
+    """All measurements, JSON-able."""
     from dataio.parquet import open_dataset
 
     archive, data = cifar_like(folder, options.source, train=options.images, test=100)
@@ -157,13 +157,13 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         else:
             row = run_peer(folder, arrays, number, batch=options.batch_size, threads=options.threads)
         print(f"round {number}, {name}: {sum(row.values()):.1f} s", file=sys.stderr, flush=True)
-        if number:  # the first of each reads everything from the disk
+        if number:  # the first round reads everything from the disk
             rows[name].append(row)
     return judged(rows)
 
 
 def judged(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """Spread of each item and of the sums; the difference of the sums, round by round."""
+    """Spread of each item and of the sums; difference of the sums, round by round."""
     cases: dict[str, Any] = {}
     for name, each in rows.items():
         items = list(dict.fromkeys(item for row in each for item in row))

@@ -1,13 +1,12 @@
-"""The first layers compared: test accuracy after fine-tuning, and training images/s, for every stem that the model can have.
+"""The first layers compared: test accuracy after fine-tuning, and training images/s, for every stem that the model supports.
 
     python -m benchmarks.stems [--data cifar10] [--model resnet18] [--weights imagenet] [--seeds 0 1 2] [--epochs 2] [--json] [--out FILE]
 
-One process, no Ray. Seeds and stems take turns; each trains from the same pretrained weights with the same order and augmentation, and is
-tested on all of the test split. Beside the stems of trainer/models/stem.py stands the untouched network on enlarged images (--enlarge 4,
-repeated
-or interpolated), which is what the folded ones stand for. Differences of accuracy are paired by seed.
-Without the weights (no network, no file) there is nothing to say about accuracy: then the images/s alone are measured, on random weights,
-and the result says so. `--model timm/tf_efficientnet_lite0 --weights package:efficientnet_lite0` has real ones without a download.
+One process, no Ray. Seeds and stems are interleaved; each trains from the same pretrained weights with the same order and augmentation, and
+is tested on the whole test split. The stems of trainer/models/stem.py are compared with the untouched network on enlarged images
+(--enlarge 4, repeated or interpolated), which the folded stems imitate. Differences of accuracy are paired by seed.
+Without the weights (no network, no file) accuracy means nothing: then only images/s are measured, on random weights, and the result says
+so. `--model timm/tf_efficientnet_lite0 --weights package:efficientnet_lite0` has real weights without a download.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ WARM_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One way to begin."""
+    """One variant of the first layers."""
 
     stem: Stem
     image_size: int = 0
@@ -49,7 +48,7 @@ class Case:
 
 
 def cases_of(model: ModelConfig, side: int, enlarge: int, *, classes: int) -> tuple[dict[str, Case], dict[str, str]]:
-    """(name -> case, name -> why the model cannot have it), of all stems there are; sized for images of `side` pixels."""
+    """(name -> case, name -> why the model does not support it), for all stems, sized for images of `side` pixels."""
     wanted = {stem: Case(stem=stem, image_size=model.image_size) for stem in get_args(Stem) if stem != "auto"}
     if enlarge > 1 and not model.image_size:
         for interpolation in ("nearest", "bilinear"):
@@ -71,7 +70,7 @@ def changed(model: ModelConfig, case: Case) -> ModelConfig:
 
 
 def train(config: RunConfig, dataset: Dataset, device: torch.device, *, test: bool) -> dict[str, Any]:
-    """Train as a run would, and test: accuracy (None without `test`), images/s and CPU time an image of the steps after the first few."""
+    """Trains as a run does, and tests: accuracy (None without `test`), images/s and CPU time an image of the steps after the first few."""
     loader = loader_of(config, dataset, device)
     order = make_order(config, dataset)
     total = total_steps_of(config, order.steps_per_epoch)
@@ -116,7 +115,7 @@ def _settle(device: torch.device) -> None:
 
 
 def measure(config: RunConfig, dataset: Dataset, *, seeds: Sequence[int], enlarge: int, threads: int) -> dict[str, Any]:
-    """Everything measured, JSON-able."""
+    """All measurements, JSON-able."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     make_repeatable(threads)
     side, classes = max(image_size_of(dataset.manifest, config.data)), len(dataset.manifest.classes)
@@ -148,7 +147,7 @@ def measure(config: RunConfig, dataset: Dataset, *, seeds: Sequence[int], enlarg
 
 
 def judged(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Spread of each case; accuracy and speed against the tutorial's stem (or, where the model cannot have it, its own)."""
+    """Spread of each case; accuracy and speed against the tutorial's stem (or, if the model does not support it, its own)."""
     peer = "article" if "article" in rows else "native"
     cases: dict[str, Any] = {}
     for name, each in rows.items():

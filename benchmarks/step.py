@@ -1,14 +1,13 @@
-"""The step alone, on images that are there already: precision, memory order, compiler and stem of ResNet-18, against the tutorial's loop.
+"""The step alone, on images in memory: precision, memory order, compiler and stem of ResNet-18, against the tutorial's loop.
 
     python -m benchmarks.step [--device auto|cpu|cuda] [--rounds 7] [--batch 100] [--threads 0] [--cases REGEX] [--json] [--out FILE]
 
-The cases take turns in every round, each round beginning with another one; a round is `--steps` steps of each. On a GPU a round is timed
-by events in the stream, which it fills without a wait; on a CPU by the clock, with the CPU time of the process beside it: where the machine
-has other work, that is the figure to trust. A case's ratio is to `tutorial`, round by round: torchvision's model and PyTorch's loop as the
-tutorial writes them, in fp32 and contiguous, on normalised floats. Ours begin from the bytes that the loader gives, so that normalising
-is part of the step. Compiling happens before the rounds and is told apart. "Of peak" is arithmetic (trainer.rank.profile.count_work)
-over what
-the device did just before with square matrices in the case's precision.
+The cases take turns in every round, and each round begins with another one; a round has `--steps` steps of each. On a GPU, events in the
+stream time a round, which fills the stream without waiting; on a CPU, the clock does, and the CPU time of the process is shown too: trust
+that one where the machine has other work. A case's ratio is to `tutorial`, round by round: torchvision's model and PyTorch's loop as in the
+tutorial, in fp32 and contiguous, on normalised floats. Our cases start from the loader's bytes, so that the step includes normalisation.
+Compilation happens before the rounds and is reported separately. "Of peak" is the arithmetic (trainer.rank.profile.count_work) relative to
+what the device just reached with square matrices in the case's precision.
 """
 
 import re
@@ -57,7 +56,7 @@ class Case:
 
 
 def all_cases(kind: str) -> list[Case]:
-    """The tutorial's stem in every way; the other stems the way that is fastest without and with the compiler. `kind`: of device."""
+    """The tutorial's stem in every way; the other stems in the fastest way with and without the compiler. `kind` is the device's type."""
     ways = [
         Case(precision=precision, channels_last=channels_last, compiled=compiled)
         for compiled in (False, True)
@@ -82,7 +81,7 @@ class Job:
 
 
 def tutorial(device: torch.device, batch: int) -> Job:
-    """Plain torchvision and PyTorch."""
+    """The tutorial's loop: plain torchvision and PyTorch."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=CLASSES)
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
@@ -128,7 +127,7 @@ def ours(case: Case, device: torch.device, batch: int) -> Job:
 
 
 def random_batch(device: torch.device, batch: int) -> tuple[Tensor, Tensor]:
-    """(n, 3, H, W) uint8 channels_last, as the loader's are; (n,) int64."""
+    """(n, 3, H, W) uint8 channels_last like the loader's; (n,) int64."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
     return images.to(device), torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
@@ -154,12 +153,12 @@ def timed(job: Job, device: torch.device, steps: int) -> tuple[float, float]:
 
 
 def measure(cases: Sequence[Case], *, device: torch.device, batch: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Case -> images a second, its ratio to the tutorial's loop, its share of peak, and all rounds. `tutorial` is always among them."""
+    """Case -> images a second, ratio to the tutorial's loop, share of peak, and all rounds. Always includes `tutorial`."""
     peaks: dict[str, Ceilings] = {precision: measure_ceilings(device, precision=precision) for precision in ("fp32", "bf16")}
     precisions = {PEER: "fp32"} | {case.name: case.precision for case in cases}
     jobs = {PEER: tutorial(device, batch)} | {case.name: ours(case, device, batch) for case in cases}
     for job in jobs.values():
-        timed(job, device, 2)  # buffers and kernels are chosen in the first steps
+        timed(job, device, 2)  # the first steps choose buffers and kernels
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
     for _, name in interleave(list(jobs), rounds):
         taken[name].append(timed(jobs[name], device, steps))
@@ -189,7 +188,7 @@ def measure(cases: Sequence[Case], *, device: torch.device, batch: int, rounds: 
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """What a person reads."""
+    """The result as text."""
     rounds = result["cases"][PEER]["ratio"]["rounds"]
     lines = [
         f"{result['model']}, batch {result['batch']}, {result['threads']} threads; median of {rounds} rounds (quartiles)",
@@ -217,7 +216,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    # The trainer's own settings (trainer.rank.worker.make_repeatable), for the peer too.
+    # The trainer's own settings (trainer.rank.worker.make_repeatable), also for the peer.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")

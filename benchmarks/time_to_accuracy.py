@@ -1,12 +1,12 @@
-"""Seconds to the accuracy that the tutorial's script has after its 10 epochs: `trainer.run` with our recipe against the script itself.
+"""Seconds to the accuracy that the tutorial's script reaches in its 10 epochs: `trainer.run` with our recipe against the script itself.
 
     python -m benchmarks.time_to_accuracy [--quick] [--seeds 0] [--json] [--out FILE] [-- SETTINGS OF trainer.run]
 
-Both start from random weights (--weights FILE: from these, a ResNet-18 state_dict of torchvision), see the same training images at 32x32
-and are tested on the same test images. The tutorial's time is that of its training loop, to the end of the 10th epoch; ours is counted
-from the first step to the end of the first evaluation that is as good, evaluations and checkpoints included, and beside it from the start
-of the process, Ray and compilation included. --quick takes the sample in this repository and fewer images, for a CPU: minutes, and a
-figure for this small task only.
+Both start from random weights (or with --weights FILE from these, a ResNet-18 state_dict of torchvision), train on the same images at 32x32
+and are tested on the same test images. The tutorial's time is that of its training loop, to the end of the 10th epoch. Ours is from the
+first step to the end of the first evaluation that is as good, evaluations and checkpoints included; the time from the start of the process,
+with Ray and compilation, is shown too. --quick uses the sample in this repository and fewer images, for a CPU: it takes minutes, and its
+figure holds for this small task only.
 """
 
 import json
@@ -61,7 +61,7 @@ QUICK_RECIPE = (
 
 
 def reached(events: Sequence[Mapping[str, Any]], accuracy: float) -> dict[str, float] | None:
-    """When a run first was as good as `accuracy`, from its journal; None if it never was."""
+    """When a run was first as good as `accuracy`, from its journal; None if it never was."""
     started = next(event["time"] for event in events if event["event"] == "training_started")
     begun = next(event["process_started"] for event in events if event["event"] == "run_started")
     for event in events:
@@ -76,7 +76,7 @@ def reached(events: Sequence[Mapping[str, Any]], accuracy: float) -> dict[str, f
 
 
 def trial(options: Any, folder: Path, archive: Path, data: Path, weights: Path, seed: int) -> dict[str, Any]:
-    """One seed: the script's accuracy and time, and ours to the same."""
+    """One seed: the script's accuracy and time, and our time to the same accuracy."""
     script = [
         *("-m", "benchmarks.article", "--data", str(archive), "--weights", str(weights), "--epochs", str(options.tutorial_epochs)),
         *("--seed", str(seed), "--threads", str(options.threads), "--loader-workers", str(options.loader_workers), "--json"),
@@ -108,7 +108,7 @@ def trial(options: Any, folder: Path, archive: Path, data: Path, weights: Path, 
 
 def judged(trials: Sequence[Mapping[str, Any]], tutorial_epochs: int) -> dict[str, Any]:
     shares = [trial["share_of_time"] for trial in trials]
-    # A seed that never got there makes the whole claim fail, not smaller.
+    # A seed that never got there makes the whole claim fail, instead of reducing the number.
     measured = None if None in shares else spread(shares)["median"]
     name = f"of the tutorial's training time to its own accuracy after {tutorial_epochs} epochs"
     row = target(name, measured, at_most=GOAL)
@@ -162,7 +162,7 @@ def main() -> int:
 
 
 def adapted(weights: Path, into: Path) -> Path:
-    """Pretrained weights with the tutorial's new stem and head, as `trainer.models.vision` makes them: both programs load all of it."""
+    """Pretrained weights with the tutorial's new stem and head, made by `trainer.models.vision`, so that both programs load all of it."""
     import torch
 
     from trainer.models.vision import build_model

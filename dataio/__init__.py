@@ -1,1 +1,1 @@
-"""Bytes on disk to uint8 batches on a device. Knows nothing of Ray, of torch.distributed, or of what is trained."""
+"""Reads and converts data: from bytes on disk to uint8 batches on a device. Knows nothing of Ray, torch.distributed or the model."""

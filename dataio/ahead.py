@@ -1,6 +1,6 @@
-"""Items made ahead of their use by a thread of its own, and batches that such a thread makes on a stream of its own.
+"""Runs an iterator ahead in a thread of its own; for batches on a GPU, also on a CUDA stream of its own.
 
-Called by the loader. What the items are, and what a wait for them means, is its business.
+Called by the loader, which decides what the items are and what a wait for them means.
 """
 
 import threading
@@ -16,10 +16,10 @@ from dataio.batch import Batch
 
 T = TypeVar("T")
 Block = Sequence[tuple[Batch, ...]]
-"""Of consecutive steps, a batch for each virtual rank."""
+"""Consecutive steps; each has a batch for each virtual rank."""
 
 STEPS_AHEAD = 2
-"""Steps, or blocks of steps, that are made in advance."""
+"""Steps, or blocks of steps, made in advance."""
 
 
 def run_ahead(
@@ -31,10 +31,10 @@ def run_ahead(
     on_close: Callable[[], None] = lambda: None,
     on_end: Callable[[], None] = lambda: None,
 ) -> Generator[T, None, None]:
-    """The same items, made by a thread that keeps at most `depth` of them ready.
+    """Yields the same items, made by a thread that keeps at most `depth` of them ready.
 
-    What `items` raises is raised here, after the items before it; `on_wait` gets the seconds waited for each. The thread ends when the
-    items do, and when this generator is closed: then `on_close` tells whatever the thread waits for, and `on_end` is called after it.
+    An exception from `items` is raised here, after the items before it; `on_wait` gets the seconds waited for each item. The thread ends
+    with the items, or when this generator is closed: then `on_close` wakes whatever the thread waits for, and `on_end` runs after it ended.
     """
     ready: deque[T] = deque()
     changed = threading.Condition()
@@ -62,7 +62,7 @@ def run_ahead(
                 ended = True
                 changed.notify_all()
 
-    # A daemon, so that an iterator that nobody closed does not keep the process from exiting.
+    # A daemon thread, so that an iterator that nobody closed does not keep the process from exiting.
     thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
     try:
@@ -96,15 +96,15 @@ def batches_ahead(
     on_close: Callable[[], None],
     on_end: Callable[[], None],
 ) -> Generator[tuple[Batch, ...], None, None]:
-    """The steps of `blocks`, made STEPS_AHEAD blocks ahead; on a GPU that happens on the stream `side`, and the consumer's waits for its
-    events."""
+    """Yields the steps of `blocks`, made STEPS_AHEAD blocks ahead. On a GPU they are made on the stream `side`, and the consumer's stream
+    waits for its events."""
     if side is None:
         made = run_ahead(blocks, depth=STEPS_AHEAD, name=name, on_wait=on_wait, on_close=on_close, on_end=on_end)
         with closing(made) as ready:
             for block in ready:
                 yield from block
         return
-    side.wait_stream(torch.cuda.current_stream(side.device))  # for what was put on the device so far: decoded samples
+    side.wait_stream(torch.cuda.current_stream(side.device))  # for what is on its way to the device already: decoded samples
     made_aside = run_ahead(_on_stream(blocks, side), depth=STEPS_AHEAD, name=name, on_wait=on_wait, on_close=on_close, on_end=on_end)
     with closing(made_aside) as ready_aside:
         for block, event in ready_aside:

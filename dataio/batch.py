@@ -1,4 +1,4 @@
-"""What a step is given. Made by the loader, taken apart by the task (trainer.tasks): here nobody knows what the numbers stand for."""
+"""The batch that a step gets. The loader makes it, the task (trainer.tasks) takes it apart; this file does not know what the data mean."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 
 Ids = npt.NDArray[np.int64]
 Targets = Mapping[str, torch.Tensor]
-"""By the target's name, each (n, ...) on the device; what is not known of a sample has its kind's `missing` value (dataio.schema)."""
+"""Target name -> tensor (n, ...) on the device; an unknown value is its kind's `missing` (dataio.schema)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -21,5 +21,5 @@ class Batch:
     ids: Ids  # (n,)
     epoch: int
     step: int
-    """Global step; in evaluation the batch's number."""
+    """Global step; in evaluation, the batch's number."""
     virtual_rank: int

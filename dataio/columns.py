@@ -1,11 +1,11 @@
-"""How the columns of a shard are stored, and how their pages are read: no files, no row groups, no manifest.
+"""How the columns of a shard are stored, and how their pages are read. Knows nothing of files, row groups or the manifest.
 
-Called by parquet. A row is a sample's bytes (the column `image`, whatever they encode), a column a target, its key and the SHA-256 of the
-bytes. The only target of data of one label a sample is the column `label`; other targets are `target.NAME`: a label as int64, labels as a
-byte a class, a number as float32.
+Called by parquet. A row holds a sample's bytes (the column `image`, whatever they encode), one column for each target, its key and the
+SHA-256 of the bytes. Data with one label a sample have the single target column `label`; other targets are `target.NAME`: a label as int64,
+labels as a byte a class, a number as float32.
 
-Pages are all of the one kind that parquet.ShardWriter writes (PLAIN, no nulls, no dictionary), so they are taken apart here: what is not
-compressed is read as views.
+All pages are of the one kind that parquet.ShardWriter writes (PLAIN, no nulls, no dictionary), so this file parses them itself: it reads
+uncompressed pages as views.
 """
 
 import struct
@@ -19,12 +19,12 @@ import pyarrow as pa
 from dataio.schema import LABEL, Target, is_single_label
 
 Pages = list[tuple[int, np.ndarray]]
-"""Of a column of a row group: (number of values, their bytes as PLAIN has them), in order."""
+"""Pages of a column of a row group, in order: (number of values, their bytes in PLAIN encoding)."""
 
 
 class Layout:
-    """Which columns the shards of a data set with these targets have, and how each is stored and read. What a row group is read for lies
-    side by side."""
+    """Which columns the shards of a data set with these targets have, and how each is stored and read. Columns that are read together lie
+    next to each other."""
 
     def __init__(self, targets: tuple[Target, ...]) -> None:
         self.targets = (LABEL,) if is_single_label(targets) else tuple(f"target.{target.name}" for target in targets)
@@ -37,7 +37,7 @@ class Layout:
                 pa.field("sha256", pa.binary(32), nullable=False),
             ]
         )
-        # Encoded samples, hashes and numbers do not compress; labels of many classes are read as views.
+        # Encoded samples, hashes and numbers do not compress; labels of many classes stay uncompressed, to be read as views.
         compressed = [name for name, target in stored.items() if target.kind == "label"]
         self.compression = {name: "ZSTD" if name in (*compressed, "key") else "NONE" for name in self.schema.names}
         self.index = {name: index for index, name in enumerate(self.schema.names)}
@@ -71,7 +71,7 @@ def _arrow_type(target: Target) -> pa.DataType:
 
 
 def arrow_array(target: Target, values: Any) -> pa.Array:
-    """n values of a target, as `schema.value_of` gives them."""
+    """n values of a target, in the form of `schema.value_of`."""
     column = np.asarray(values, target.dtype)
     if target.kind != "labels":
         return pa.array(column, _arrow_type(target))
@@ -90,8 +90,8 @@ def packed(column: np.ndarray) -> np.ndarray:
 
 
 def read_pages(chunk: np.ndarray, codec: str, most_bytes: int) -> Pages:
-    """The pages of a column chunk, (bytes,) uint8, each checked against its CRC; what is not compressed is not copied. ValueError for any
-    that ShardWriter does not write. `most_bytes` bounds what they decompress to: headers have no checksum."""
+    """The pages of a column chunk, (bytes,) uint8, each checked against its CRC; uncompressed ones are not copied. ValueError for pages
+    that ShardWriter does not write. `most_bytes` bounds the decompressed size, because headers have no checksum."""
     pages: Pages = []
     data, at = chunk.data, 0
     while at < len(data):
@@ -115,7 +115,7 @@ def read_pages(chunk: np.ndarray, codec: str, most_bytes: int) -> Pages:
 
 
 def _thrift(data: memoryview, at: int, depth: int) -> tuple[dict[int, Any], int]:
-    """(fields by id, end) of the struct that begins at `at`: integers and structs of them, which is what page headers are made of."""
+    """(fields by id, end) of the struct that begins at `at`. It parses integers and structs of them; page headers hold nothing else."""
     fields: dict[int, Any] = {}
     field = 0
     while head := data[at]:
@@ -125,7 +125,7 @@ def _thrift(data: memoryview, at: int, depth: int) -> tuple[dict[int, Any], int]
             field += step
         else:
             field, at = _zigzag(data, at)
-        if kind in (1, 2):  # the value is in the type
+        if kind in (1, 2):  # the value is part of the type
             fields[field] = kind == 1
         elif kind in (4, 5, 6):
             fields[field], at = _zigzag(data, at)
@@ -150,7 +150,7 @@ def _zigzag(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _byte_arrays(pages: Pages) -> list[np.ndarray]:
-    """Zero-copy (bytes,) uint8 views of values that each follow their length."""
+    """Zero-copy (bytes,) uint8 views of values that are each preceded by their length."""
     views: list[np.ndarray] = []
     length_at = struct.Struct("<I").unpack_from
     for count, data in pages:
@@ -191,7 +191,7 @@ def _flags(classes: int) -> Callable[[Pages], np.ndarray]:
 
 def _floats(pages: Pages) -> np.ndarray:
     parts = [_fixed(page, 4).view("<f4").reshape(-1) for page in pages]
-    found = np.concatenate(parts).astype(np.float32, copy=False)  # copied: in the page they need not be aligned
+    found = np.concatenate(parts).astype(np.float32, copy=False)  # copied, because values in the page need not be aligned
     if np.any(np.isinf(found)):
         raise ValueError("a number is infinite")
     return found

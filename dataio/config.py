@@ -1,6 +1,6 @@
-"""What the data are and how a batch is made of them. Read by dataio, written by the command line (`--data.*`).
+"""Settings of the data and of the batches made of them. dataio reads them; the command line writes them (`--data.*`).
 
-The rules of a setting stand beside it, in `Annotated`: docs/extending.md says how they are written, trainer.settings.rules keeps them.
+A setting carries its rules in `Annotated`: docs/extending.md says how to write them, trainer.settings.rules checks them.
 """
 
 from dataclasses import dataclass
@@ -15,29 +15,29 @@ Fit = Literal["refuse", "stretch", "crop"]
 
 
 class Mark(Enum):
-    """What is true of a setting beyond its values; stands in its `Annotated`. A setting without a mark decides the weights.
+    """Properties of a setting other than its values, written in its `Annotated`. A setting without a mark decides the weights.
 
-    It is defined here since dataio is the lowest of the packages that mark their settings.
+    Defined here because dataio is the lowest of the packages that mark their settings.
     """
 
     FREE = "free"
-    """A run may go on with another value: it changes neither the weights nor the evaluation, or does so only by making other data, which
-    their fingerprint tells."""
+    """A run may continue with another value. The setting changes neither the weights nor the evaluation, or changes them only by making
+    other data, which the data's fingerprint shows."""
     LATER = "later"
-    """It was added after runs were first named by their settings. It decides the weights, but is no part of the name while it has its
-    default, so that adding it renamed no run."""
+    """Added after runs were first named by their settings. It decides the weights, but is not part of the name while it has its default; so
+    adding it renamed no run."""
     PATH = "path"
-    """A file or folder: `./` and `../` begin at the file that sets it, and the same name elsewhere is the same thing."""
+    """A file or folder. `./` and `../` are relative to the file that sets it; the same name at another place counts as the same value."""
     AUTO = "auto"
-    """A number that the word `auto` stands for as well: -1."""
+    """A number for which the word `auto` is accepted as well; it stands for -1."""
 
 
 FREE, LATER, PATH, AUTO = Mark
 
 
 def targets_of(text: str) -> tuple[tuple[str, str], ...]:
-    """`data.targets` as (column, kind) pairs in their order; the kind is empty where the data are to tell it. ValueError for other text."""
-    from dataio.schema import KINDS  # here, since it needs numpy, which --help is not to wait for
+    """Parses `data.targets` into (column, kind) pairs in order; the kind is empty where the data decide it. ValueError for other text."""
+    from dataio.schema import KINDS  # here: it needs numpy, which would slow down --help
 
     pairs: dict[str, str] = {}
     for part in text.split(",") if text else ():
@@ -64,33 +64,34 @@ class DataConfig:
     """Folder for downloads and for sources that had to be converted."""
     targets: Annotated[str, FREE, targets_of] = ""
     """Columns to learn, as `NAME` or `NAME:KIND` separated by commas; the kinds are `label` (one class), `labels` (several classes or none)
-    and `number`. Empty takes the source's own single label. Read when a source is converted."""
+    and `number`. Empty uses the source's own single label. Applied when a source is converted."""
     batch_size: Annotated[int, Ge(1), "100 is the default"] = 100
     """Images a step over all workers (global); a multiple of `train.virtual_ranks`."""
     backend: Annotated[Backend, FREE] = "auto"
-    """Who crops and flips. All give the same uint8 batch; auto takes the fastest measured one for the device."""
+    """Library that crops and flips. All give the same uint8 batch; auto uses the fastest measured one for the device."""
     cache: Annotated[Cache, FREE] = "auto"
-    """Where decoded images stay: on the device, on the host, nowhere (decoded every epoch); auto takes the first that fits."""
+    """Where decoded images stay: on the device, on the host, nowhere (decoded every epoch); auto uses the first that fits."""
     image_size: Annotated[int, Ge(0), "0 takes the size that all images share"] = 0
-    """Side in pixels of the decoded images; 0 takes the size all images of the data set share."""
+    """Side in pixels of the decoded images; 0 uses the size that all images of the data set share."""
     fit: Fit = "refuse"
-    """An image of another size is refused (quarantined), stretched, or cut to its largest centred part of the right shape and resized."""
+    """What to do with an image of another size: refuse it (quarantine), stretch it, or crop its largest centred part of the right shape and
+    resize that."""
     pad: Annotated[int, Ge(0), "0 turns the random crop off"] = 4
     """Zero pixels added on each side before the random crop; 0 turns the crop off."""
     flip: bool = True
     """Mirror each training image with probability one half."""
     mean: Annotated[tuple[float, float, float], Interval(ge=0, le=1), "pixel values are scaled to [0, 1] before"] = (0.5, 0.5, 0.5)
-    """Per channel, of pixel values scaled to [0, 1]; subtracted on the device."""
+    """Subtracted on the device, per channel; pixel values are scaled to [0, 1] first."""
     std: Annotated[tuple[float, float, float], Gt(0), "the images are divided by it"] = (0.5, 0.5, 0.5)
-    """Per channel, of pixel values scaled to [0, 1]; divided by on the device."""
+    """Divided by on the device, per channel; pixel values are scaled to [0, 1] first."""
     shuffle_window: Annotated[int, Ge(0), "0 shuffles the whole data set"] = 0
-    """Samples shuffled together; 0 shuffles the whole data set, a number keeps reads of a large one local."""
+    """Samples shuffled together; 0 shuffles the whole data set, a smaller number keeps the reads of a large one local."""
     max_bad_fraction: Annotated[float, FREE, Interval(ge=0, le=1), "it is a fraction of the samples, 0.01 being one in a hundred"] = 0.001
-    """Quarantined fraction of the samples above which the run fails."""
+    """Fraction of the samples that may be quarantined; above it the run fails."""
     test_fraction: Annotated[float, FREE, Interval(gt=0, lt=1), "it is a fraction of the samples, 0.1 being one in ten"] = 0.1
     """Fraction of each class held out for testing, by a hash of the key, where the source has no test split."""
     validation_fraction: Annotated[float, FREE, Interval(ge=0, lt=1), "it is a fraction of the training samples, 0 holds out none"] = 0.0
-    """Fraction of the training split held out as the validation split, class by class, where the source has none; 0 holds out none. Read
+    """Fraction of the training split held out as the validation split, class by class, where the source has none; 0 holds out none. Applied
     when a source is converted."""
     max_image_pixels: Annotated[int, FREE, Ge(1)] = 89_478_485
-    """Larger images (by their header) are quarantined before any decoding: a decompression bomb's guard."""
+    """Images with more pixels (by their header) are quarantined before decoding: protection against decompression bombs."""

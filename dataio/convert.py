@@ -1,10 +1,10 @@
-"""A source becomes a converted folder: Parquet shards of checked images and, written last, their manifest.
+"""Converts a source into a folder of Parquet shards with checked images; the manifest is written last.
 
     python -m dataio.convert SOURCE DEST
 
-Called by the command line above and, through `prepare`, by whoever opens `data.path`. The work happens in DEST.partial, shard after shard;
-each complete shard is recorded beside it, so a conversion that was stopped goes on after its last complete shard. DEST appears in one
-rename, complete. What a sample is worth is the codec's to say, what a value of a target may be schema's, where both come from sources'.
+Called by the command line above and, through `prepare` and `open_prepared`, by everything that opens `data.path`. The work happens in
+DEST.partial, shard after shard. Each complete shard is recorded next to it, so a stopped conversion continues after its last complete
+shard. DEST appears complete, by one rename. The codec judges the samples, schema the values of targets, and sources reads both.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from dataio.schema import SPLITS, UNLABELLED, Target, fault_of_targets, is_known
 from dataio.sources import Balanced, Sample, Source, open_source
 
 SHARD_BYTES = 64 << 20
-SMALL_SOURCE = 5_000  # samples; such a source is looked at to its end, so that the error about bad ones can count them all
+SMALL_SOURCE = 5_000  # samples; a source as small as this is read to its end, so that the error about bad samples can count them all
 _STATE_NAME = "conversion.json"
-_FORMAT = 1  # part of a conversion's identity: raised when the same source would be stored otherwise
+_FORMAT = 1  # part of a conversion's identity; raise it when the stored form of a source changes
 
 
 class DiskFull(OSError):
-    """No space is left for the shards; what is complete is kept."""
+    """No space is left for the shards; complete shards are kept."""
 
     failure_kind = "user"
 
@@ -54,7 +54,7 @@ class DiskFull(OSError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a conversion is."""
+    """The progress of a conversion."""
 
     split: str
     done: int
@@ -64,7 +64,7 @@ class Progress:
     bad: int
     """Bad samples of all splits so far."""
     resumed: int
-    """Of `done`, those taken over from an earlier attempt."""
+    """Those of `done` that an earlier attempt converted."""
 
     def describe(self) -> str:
         """`train: 512 of 2000 images, 3 bad`."""
@@ -85,12 +85,11 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     threads: int = 1,
 ) -> Manifest:
-    """Converts `source` into the folder `dest`, or finds that this was done before.
+    """Converts `source` into the folder `dest`; does nothing if an earlier call did so.
 
-    Bad samples are left out and recorded in quarantine.jsonl. A key met again in its split is made unique by "#2", "#3", ... in the
-    source's order. Raises ValueError if `dest` holds anything else (unless `force`, which replaces it once the new one is complete),
-    TooManyBadSamples above max_bad_fraction of the whole source, DiskFull. After any of these, or a kill, the same call goes on where it
-    stopped.
+    Bad samples are left out and recorded in quarantine.jsonl. A key that occurs again in its split gets the suffix "#2", "#3", ... in the
+    source's order. Raises ValueError if `dest` holds anything else (`force` replaces it once the new folder is complete), TooManyBadSamples
+    above max_bad_fraction of the whole source, and DiskFull. After any of these, or a kill, the same call continues where it stopped.
     """
     identities = conversion_identities(source, max_image_pixels)
     dest = dest.expanduser()
@@ -127,7 +126,7 @@ def convert(
             _publish(staging, dest)
         except BaseException as error:
             free = shutil.disk_usage(staging.parent).free
-            if not any(staging.glob("*.part.json")):  # nothing to go on from
+            if not any(staging.glob("*.part.json")):  # nothing to continue from
                 shutil.rmtree(staging, ignore_errors=True)
             if isinstance(error, OSError) and (error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)):
                 raise DiskFull(
@@ -140,7 +139,7 @@ def convert(
 
 
 def is_converted(path: str | Path) -> bool:
-    """Whether `path` is a complete converted folder of this version. Of a remote URI it must be one: raises what open_dataset raises."""
+    """Whether `path` is a complete converted folder of this version. For a remote URI it raises what open_dataset raises instead."""
     if is_remote(path):
         open_dataset(path)
         return True
@@ -154,18 +153,18 @@ def is_converted(path: str | Path) -> bool:
 
 
 def open_prepared(config: DataConfig, on_progress: Callable[[Progress], None] | None = None) -> tuple[str, Dataset]:
-    """The converted data set of `config.path`, and where it is, as any process that can reach it opens it: an absolute path or a URI.
+    """Opens the converted data set of `config.path`; also returns its location as any process opens it: an absolute path or a URI.
 
-    A remote one (s3://...) must be converted; anything else is what `prepare` makes of it. Raises what those and open_dataset raise.
+    A remote location (s3://...) must be converted already; `prepare` handles all others. Raises what `prepare` and open_dataset raise.
     """
     location = config.path if is_remote(config.path) else str(prepare(config, on_progress).resolve())
     return location, open_dataset(location)
 
 
 def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None = None) -> Path:
-    """The converted folder of `config.path`: itself if it is one, else made in `config.root`, once.
+    """The converted folder of `config.path`: the path itself if it is one, else a folder in `config.root`, made once.
 
-    Raises what convert and open_source raise, ValueError for a remote URI: see open_prepared.
+    Raises what convert and open_source raise, and ValueError for a remote URI (see open_prepared).
     """
     if is_remote(config.path):
         raise ValueError(f"data.path={shown(config.path)} is remote: it has no folder here; open it where it is")
@@ -189,7 +188,7 @@ def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None =
 
 
 def source_of(config: DataConfig) -> Source:
-    """What `config.path` is, read as the settings say. Raises what open_source raises."""
+    """The source at `config.path`, read according to the settings. Raises what open_source raises."""
     return open_source(
         config.path,
         root=Path(config.root).expanduser(),
@@ -200,7 +199,7 @@ def source_of(config: DataConfig) -> Source:
 
 
 def _intact(dest: Path) -> Manifest | None:
-    """The manifest of a converted folder whose files are all there."""
+    """The manifest of a converted folder if all of its files are there."""
     try:
         return open_dataset(dest).manifest
     except (ValueError, OSError):
@@ -208,15 +207,15 @@ def _intact(dest: Path) -> Manifest | None:
 
 
 def _check_limit(dest: Path, manifest: Manifest, max_bad_fraction: float) -> None:
-    """Holds what an earlier conversion left out, perhaps under a laxer limit, against this one."""
+    """Applies this limit to the samples that an earlier conversion left out, perhaps under a laxer one."""
     lines = (dest / QUARANTINE_NAME).read_text(encoding="utf-8").splitlines()
     quarantine = Quarantine(max_bad_fraction, sum(split.count for split in manifest.splits.values()) + manifest.quarantined)
     quarantine.restore(BadSample.from_json(json.loads(line)) for line in lines)
 
 
 def conversion_identities(source: Source, max_image_pixels: int) -> tuple[str, ...]:
-    """Hashes of all that the converted folder's content depends on. The first is that of a conversion made now; the others are those of the
-    rules by which the source used to be read: a conversion that was made by them is still good, and is what runs of then go on with."""
+    """Hashes of everything that decides the converted folder's content. The first is that of a conversion made now. The others are those of
+    earlier rules for reading the source: a folder converted by those rules is still valid, and older runs continue with it."""
     return tuple(
         hashlib.sha256(json.dumps([_FORMAT, ROWS_PER_GROUP, source.kind, identity, max_image_pixels]).encode()).hexdigest()
         for identity in source.identities
@@ -225,7 +224,7 @@ def conversion_identities(source: Source, max_image_pixels: int) -> tuple[str, .
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
-    """A complete shard, and what was seen of the source on the way to it; the sidecar file of the shard."""
+    """A complete shard and the range of source samples behind it; this is the content of the shard's sidecar file."""
 
     split: str
     shard: ShardInfo | None
@@ -251,7 +250,7 @@ class _Part:
 
 
 class _Conversion:
-    """One call's work in the staging folder, which it alone holds."""
+    """One call's work in the staging folder, which it holds exclusively."""
 
     def __init__(
         self,
@@ -287,7 +286,7 @@ class _Conversion:
         return self._finish(parts)
 
     def _resume(self) -> list[_Part]:
-        """The parts of an earlier attempt that are complete and whole, in order; everything else in the folder is removed."""
+        """Returns an earlier attempt's complete and intact parts, in order; removes everything else in the folder."""
         state = self._staging / _STATE_NAME
         kept: list[_Part] = []
         names = {_STATE_NAME}
@@ -319,7 +318,7 @@ class _Conversion:
         return part
 
     def _convert_split(self, split: str, done: list[_Part]) -> list[_Part]:
-        """The parts of a split that were not done yet."""
+        """Converts the rest of a split; returns its new parts."""
         if done and done[-1].last:
             return []
         resumed = done[-1].consumed if done else 0
@@ -335,7 +334,7 @@ class _Conversion:
         return parts
 
     def _convert_part(self, reading: "_Reading", index: int, total: int | None) -> _Part:
-        """The next shard of a split, full or with the split's last samples."""
+        """Writes the next shard of a split: a full one, or the split's last samples."""
         path = self._staging / _shard_name(reading.split, index)
         writer = ShardWriter(path, self._source.targets)
         bad: list[BadSample] = []
@@ -383,7 +382,7 @@ class _Conversion:
         )
 
     def _check(self, split: str, batch: list[Sample]) -> Iterator["_Good | str"]:
-        """For each sample what is stored of it, or the reason to leave it out."""
+        """For each sample its stored form, or the reason to leave it out."""
         verdicts = iter(self._checker.check([sample.data for sample in batch if sample.refusal is None]))
         for sample in batch:
             verdict = next(verdicts) if sample.refusal is None else Refusal(reason=sample.refusal)
@@ -448,23 +447,23 @@ class _Conversion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Good:
-    """A sample that is stored."""
+    """A sample to be stored."""
 
     sample: Sample
     values: list[np.ndarray]
-    """Of the targets, in their order."""
+    """One for each target, in order."""
     size: str
 
 
 class _Reading:
-    """How far a split of the source has been read."""
+    """Reads a split of the source and keeps its position."""
 
     def __init__(self, *, split: str, samples: Iterator[Sample], seen: set[str], consumed: int, resumed: int) -> None:
         self.split, self.consumed, self.resumed, self.last = split, consumed, resumed, False
         self._samples, self._seen = samples, seen
 
     def next(self, wanted: int) -> list[Sample]:
-        """The next `wanted` samples, or all that are left, under keys of their own."""
+        """The next `wanted` samples, or all that are left, with unique keys."""
         batch = [_unique(sample, self._seen) for sample in itertools.islice(self._samples, wanted)]
         self.consumed += len(batch)
         self.last = len(batch) < wanted
@@ -472,7 +471,7 @@ class _Reading:
 
 
 def checked_values(targets: Sequence[Target], given: Sequence[Any], *, may_be_unknown: bool) -> list[np.ndarray]:
-    """A sample's values as they are stored. Raises ValueError for one that is none of its kind, and where none is known but must be."""
+    """A sample's values in stored form. Raises ValueError for a value that does not fit its kind, or if none is known but one must be."""
     assert len(targets) == len(given), f"a source of {len(targets)} targets gives {len(given)} values"
     is_only = is_single_label(targets)
     values = []
@@ -487,9 +486,9 @@ def checked_values(targets: Sequence[Target], given: Sequence[Any], *, may_be_un
 
 
 def measured(target: Target, train: Split) -> Target:
-    """A number with its mean and standard deviation (of the population) over the training split; a target of another kind as it is.
+    """A number target with its mean and (population) standard deviation over the training split; other kinds unchanged.
 
-    Both are sums rounded once (math.fsum), so they do not depend on the machine. Raises ValueError for a target of which nothing is known.
+    Both are sums rounded once (math.fsum), so they do not depend on the machine. Raises ValueError for a target without any known value.
     """
 
     def known() -> Iterator[np.ndarray]:
@@ -508,7 +507,7 @@ def measured(target: Target, train: Split) -> Target:
 
 
 def _publish(staging: Path, dest: Path) -> None:
-    """Renames the complete staging folder to `dest`, replacing what is there; then drops the sidecar files, of no more use."""
+    """Renames the complete staging folder to `dest`, replacing what is there; then deletes the sidecar files, which are useless now."""
     _sync_folder(staging)
     if dest.exists():
         old = dest.with_name(f"{dest.name}.old-{os.getpid()}")
@@ -525,13 +524,13 @@ def _publish(staging: Path, dest: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds `folder`, made if need be, against other conversions; the kernel lets go when the process ends, however it ends."""
+    """Locks `folder` against other conversions, creating it if needed. The kernel releases the lock when the process ends in any way."""
     while True:
-        with contextlib.suppress(FileExistsError):  # mkdir's own exist_ok looks again, and fails if the folder has gone since
+        with contextlib.suppress(FileExistsError):  # mkdir's own exist_ok checks again, and fails if the folder was removed since
             folder.mkdir()
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # published or tidied away by another conversion since
+        except FileNotFoundError:  # another conversion published or removed it meanwhile
             continue
         try:
             try:
@@ -541,7 +540,7 @@ def _locked(folder: Path) -> Iterator[None]:
                     errno.ENOSYS,
                     errno.ENOTSUP,
                     errno.ENOLCK,
-                ):  # a file system without locks: one at a time is up to the user
+                ):  # a file system without locks: here the user must avoid two conversions at once
                     raise
             try:
                 held = os.path.samestat(os.fstat(descriptor), folder.stat())
@@ -573,7 +572,7 @@ def _part_name(split: str, index: int) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Atomically: the file holds all of `text`, or is not there."""
+    """Writes atomically: the file holds all of `text`, or does not exist."""
     new = path.with_name(path.name + ".new")
     with open(new, "w", encoding="utf-8") as file:
         file.write(text)
@@ -594,7 +593,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m dataio.convert`; the exit status: 0 done, 1 failed (a full disk), 2 a wrong setting or source, 130 interrupted."""
+    """Runs `python -m dataio.convert`. Exit status: 0 done, 1 failed (a full disk), 2 a wrong setting or source, 130 interrupted."""
     defaults = DataConfig()
     parser = argparse.ArgumentParser(
         prog="python -m dataio.convert",
@@ -686,7 +685,7 @@ def _described(targets: Sequence[Target]) -> str:
 
 @contextlib.contextmanager
 def _display() -> Iterator[Callable[[Progress], None]]:
-    """A bar per split on a terminal; elsewhere a plain line every few seconds."""
+    """Shows a bar per split on a terminal, else a plain line every few seconds."""
     if not sys.stderr.isatty():
         yield _plain_lines()
         return

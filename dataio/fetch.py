@@ -1,4 +1,4 @@
-"""What the loader asks of whatever holds a split's samples: resident (all of them decoded) or streamed (decoded when asked for)."""
+"""The interface between the loader and what holds a split's samples: resident (all decoded) or streamed (decoded on demand)."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,29 +17,29 @@ class Fetched(Generic[T_co]):
     """The samples of one step of a plan."""
 
     tag: T_co
-    """What the plan gave with them."""
+    """The plan's tag for this step."""
     ids: Ids  # (n,)
     store: Store  # (N, *row)
     rows: Ids  # (n,) where in the store these samples are; valid until the next step is asked for
-    targets: dict[str, npt.NDArray[Any]]  # by name, each (n, *shape); of a sample that could not be decoded all are missing
+    targets: dict[str, npt.NDArray[Any]]  # by name, each (n, *shape); all are missing for a sample that could not be decoded
 
 
 class Fetches(Protocol[T_co]):
-    """What a plan wants, step after step."""
+    """Iterates over the steps of a plan."""
 
     def __iter__(self) -> Iterator[Fetched[T_co]]: ...
 
     def stop(self) -> None:
-        """Ends the iteration, from another thread."""
+        """Ends the iteration; called from another thread."""
         ...
 
     def close(self) -> None:
-        """Ends what works for it; after the iteration."""
+        """Ends its helper threads; called after the iteration."""
         ...
 
 
 class Supply(Protocol):
-    """Where the samples of a split come from."""
+    """The source of a split's samples."""
 
     codec: Codec
     decode_seconds: float
@@ -54,5 +54,5 @@ class Supply(Protocol):
     def read_wait_seconds(self) -> float: ...
 
     def fetch(self, plan: Iterable[tuple[T, Ids]], *, horizon: int) -> Fetches[T]:
-        """Begins to get what `plan` wants, (tag, ids) a step; no more than `horizon` steps of it are asked for in advance."""
+        """Begins to fetch the samples of `plan`, which yields (tag, ids) for each step; requests at most `horizon` steps in advance."""
         ...

@@ -1,15 +1,15 @@
-"""From a converted data set to batches on the device: order, storage and codec put together, two steps ahead of training.
+"""Makes batches on the device from a converted data set: order, storage and codec put together, two steps ahead of training.
 
-Called by the trainer's worker (`train`) and by evaluation (`evaluate`). What a batch holds follows from the order and the codec alone: the
-same bits whatever the cache, the backend, the number of workers, and the step that training resumed at. Normalisation, losses and metrics
-are the trainer's; what a bad sample means for the run is decided by whoever is called back (`quarantine.Quarantine`).
+Called by the trainer's ranks (trainer.rank): worker trains with `train`, evaluation uses `evaluate`. Order and codec alone decide what a
+batch holds: the same bits for any cache, backend, number of workers, and step to resume at. The trainer normalises, and computes losses
+and metrics; the `on_bad` callback (`quarantine.Quarantine`) decides what a bad sample means for the run.
 
-Three places for decoded samples (`data.cache`):
+Decoded samples can stay in three places (`data.cache`):
 - device, host (`resident`): each split is decoded once, when it is first used, and stays; a batch is a gather.
-- none (`streamed`): a step decodes its own samples and keeps none, so each is decoded once an epoch whatever the order. What is kept are
-  encoded row groups within `memory_bytes`, read ahead by threads (`stream`): with a `shuffle_window` that holds the few groups of each
-  lane's window, a group is read once an epoch; without a window every step touches groups all over the data set, which is only cheap while
-  all of it fits.
+- none (`streamed`): a step decodes its own samples and keeps none, so each is decoded once an epoch whatever the order. Threads read
+  encoded row groups ahead and keep them within `memory_bytes` (`stream`). With a `shuffle_window` this memory holds the few groups of each
+  lane's window, and a group is read once an epoch. Without a window every step reads groups from all over the data set, which is only
+  cheap while all of it fits.
 """
 
 import logging
@@ -37,27 +37,27 @@ from dataio.resident import Resident
 from dataio.streamed import Streamed
 
 BLOCK_BYTES = 2 * 2**20
-"""Where samples stay in memory, steps are made in blocks of about this size: of a small batch the calls cost more than the bytes, 2.3 us
-an image of 32 px in batches of 100 alone and 1.2 us six at a time."""
+"""Where samples stay in memory, steps are made in blocks of about this size: for a small batch the calls cost more than the bytes. An image
+of 32 px takes 2.3 us in single batches of 100, and 1.2 us in blocks of six."""
 DEVICE_FRACTION = 0.4
-"""Part of the free device memory that decoded samples may take; the rest is the model's, its activations' and the allocator's."""
+"""Fraction of the free device memory for decoded samples; the rest is for the model, its activations and the allocator."""
 TRAIN_PART = 0.75
-"""Part of the memory for encoded row groups that is training's; evaluation, which reads in order, gets the rest."""
+"""Fraction of the memory for encoded row groups that training gets; evaluation, which reads in order, gets the rest."""
 STEPS_PLANNED = 64
-"""Steps whose row groups are known in advance, where no window says how far it is of use."""
+"""Steps whose row groups are planned in advance where no window limits the useful number."""
 BAD = -1
-"""Label of a sample that could not be decoded, or that has none: no weight in the loss, not counted in evaluation. It is the value of
-schema.Target that says so; what other kinds have stands there too."""
+"""Label of a sample that could not be decoded, or that has none: it has no weight in the loss and is not counted in evaluation. It is the
+`missing` value of schema.Target for labels; targets of other kinds hold theirs."""
 
 _log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Batches of one worker. `order` is the training split's; `virtual_ranks` are those this worker carries.
+    """Batches of one worker. `order` is that of the training split; `virtual_ranks` are those this worker carries.
 
-    `on_bad` is called once a bad sample, from whatever thread meets it; what it raises surfaces where batches are consumed.
-    `memory_bytes` is what this worker may use of the host's memory, by default half of what is available.
-    Batches are asked for from one thread.
+    `on_bad` is called once for each bad sample, from whatever thread meets it; its exceptions surface where batches are consumed.
+    `memory_bytes` is the host memory that this worker may use, by default half of what is available.
+    Only one thread may ask for batches.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Loader:
         self._report = _Once(on_bad)
         self._side_stream = _side_stream(self.device)
         self.wait_seconds = 0.0
-        """Total time that `train` let its consumer wait."""
+        """Total time that the consumer of `train` waited."""
         self.evaluation_wait_seconds = 0.0
         encoded_bytes = sum(shard.size_bytes for shard in dataset.manifest.splits["train"].shards)
         if self.cache == "none" and order.window == 0 and encoded_bytes > self._memory_bytes * TRAIN_PART:
@@ -127,44 +127,44 @@ class Loader:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Of the only target that has any."""
+        """The classes of the only target that has any."""
         return self._dataset.manifest.classes
 
     @property
     def decode_seconds(self) -> float:
-        """Time spent on reading and decoding, by whatever thread: all of it at the start where samples are cached."""
+        """Time spent on reading and decoding, in any thread; where samples are cached, all of it is at the start."""
         return sum(supply.decode_seconds for supply in self._supplies.values())
 
     @property
     def memory_held_bytes(self) -> int:
-        """Of samples, decoded (on the host or the device) or encoded (row groups held or being read), over all splits in use."""
+        """Memory of samples, decoded (on the host or the device) or encoded (row groups held or being read), over all splits in use."""
         return sum(supply.held_bytes for supply in self._supplies.values())
 
     @property
     def groups_read(self) -> int:
-        """Row groups read so far; one that is read again counts again."""
+        """Row groups read so far; a group read twice counts twice."""
         return sum(supply.groups_read for supply in self._supplies.values())
 
     @property
     def bytes_read(self) -> int:
-        """What memory those row groups took."""
+        """Bytes of those row groups in memory."""
         return sum(supply.bytes_read for supply in self._supplies.values())
 
     @property
     def read_wait_seconds(self) -> float:
-        """Time for which the making of batches waited for reads: of a streamed data set, and no part of it unless storage is slow."""
+        """Time that the making of batches waited for reads. Only a streamed data set has any, and only where storage is slow."""
         return sum(supply.read_wait_seconds for supply in self._supplies.values())
 
     def load(self, *splits: str) -> None:
-        """Decodes these splits now, if they are to stay in memory; without it that happens when they are first used."""
+        """Decodes these splits now if they are to stay in memory; otherwise a split is decoded when it is first used."""
         for split in splits:
             self._supply(split, "train")
 
     def train(self, start_step: int, stop_step: int) -> Generator[tuple[Batch, ...], None, None]:
-        """Global steps start..stop-1: a tuple a step, with a Batch for each carried virtual rank, in their order.
+        """Yields global steps start..stop-1: for each step a tuple with a Batch for each carried virtual rank, in their order.
 
-        A background thread prepares ahead.STEPS_AHEAD blocks of steps; it ends with the iterator, so close that (`contextlib.closing`) when
-        leaving early. One training iterator at a time.
+        A background thread prepares ahead.STEPS_AHEAD blocks of steps. It ends with the iterator, so close the iterator
+        (`contextlib.closing`) when leaving early. One training iterator at a time.
         """
         supply = self._supply("train", "train")
 
@@ -178,7 +178,7 @@ class Loader:
                 count = min(self._steps_a_block, self._order.steps_per_epoch - step_in_epoch, stop_step - step)
                 steps = range(step_in_epoch, step_in_epoch + count)
                 lanes = [self._order.lane(epoch, steps, virtual_rank) for virtual_rank in self._virtual_ranks]
-                parts = list(zip(*lanes, strict=True))  # of each step, the ids of each virtual rank
+                parts = list(zip(*lanes, strict=True))  # for each step, the ids of each virtual rank
                 yield (step, epoch, parts), np.concatenate([ids for each in parts for ids in each])
                 step += count
 
@@ -188,8 +188,8 @@ class Loader:
             yield from ahead
 
     def evaluate(self, split: str, ids: range | Ids, batch_size: int) -> Generator[Batch, None, None]:
-        """The given samples of a split in the given order, as they are, `batch_size` at a time (the last batch may be smaller). Raises
-        ValueError for a split that the data set does not have."""
+        """Yields the given samples of a split in the given order, without augmentation, `batch_size` at a time (the last batch may be
+        smaller). Raises ValueError for a split that the data set does not have."""
         supply = self._supply(split, "evaluate")
         wanted = np.asarray(ids, dtype=np.int64)
 
@@ -219,7 +219,7 @@ class Loader:
                 yield batch
 
     def _block(self, codec: Codec, got: "Fetched[_Block]") -> list[tuple[Batch, ...]]:
-        """All steps and all carried virtual ranks at once: one gather and one upload of each target, then cut."""
+        """Makes all steps and all carried virtual ranks at once: one gather, and one upload of each target, then slices."""
         first_step, epoch, steps = got.tag
         samples = codec.batch(got.store, got.rows, got.ids, seed=self._seed, epoch=epoch)
         targets = {name: upload(column, self.device) for name, column in got.targets.items()}
@@ -243,7 +243,7 @@ class Loader:
         return block
 
     def _supply(self, split_name: str, purpose: str) -> Supply:
-        # Streaming keeps a supply for each purpose, as training's thread goes on while evaluation reads. Each has a codec of its own.
+        # With streaming, each purpose has its own supply and codec, because training's thread continues while evaluation reads.
         key = (split_name, purpose if self.cache == "none" else "")
         if key not in self._supplies:
             split, codec = self._dataset.split(split_name), self._new_codec()
@@ -264,7 +264,7 @@ class Loader:
 
 
 def choose_cache(config: DataConfig, device: torch.device, *, decoded_bytes: int, memory_bytes: int, free_device_bytes: int) -> str:
-    """What `data.cache` means here: "device", "host" or "none". Without a GPU the device's memory is the host's."""
+    """Resolves `data.cache` to "device", "host" or "none". Without a GPU the device's memory is the host's."""
     if config.cache != "auto":
         return "host" if config.cache == "device" and device.type == "cpu" else config.cache
     if device.type != "cpu" and config.backend != "numpy" and decoded_bytes <= free_device_bytes * DEVICE_FRACTION:
@@ -273,7 +273,7 @@ def choose_cache(config: DataConfig, device: torch.device, *, decoded_bytes: int
 
 
 def available_memory_bytes() -> int:
-    """What this process could still allocate: the machine's available memory, or less where a control group sets a limit."""
+    """Memory that this process could still allocate: the machine's available memory, or less where a control group sets a limit."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -287,7 +287,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 _Block = tuple[int, int, Sequence[Sequence[Ids]]]
-"""(first step, epoch, of each step the ids of each carried virtual rank); all of one epoch"""
+"""(first step, epoch, for each step the ids of each carried virtual rank); all steps are of one epoch"""
 
 
 class _Once:

@@ -1,14 +1,14 @@
-"""What a converted data set is: its targets, its shards with their hashes, and a fingerprint of its content.
+"""The description of a converted data set: its targets, its shards with their hashes, and a fingerprint of its content.
 
-Written last by convert, so a folder with a manifest is complete. Read by parquet (where the shards are) and by the loader (the fingerprint
-keys the order of the samples).
+Convert writes the manifest last, so a folder with a manifest is complete. Parquet reads it to find the shards, the loader for the
+fingerprint, which keys the order of the samples.
 
-There are two versions, and the data say which. Version 1 is that of data of one label a sample (`schema.single_label`) in the splits
-train and test: it names the classes, and is written as it always was. Version 2 is everything else: it names the targets, and a program
-that knows version 1 alone refuses it, so that none takes a validation split for something else.
+There are two versions, and the data decide which one applies. Version 1 is for data with one label a sample (`schema.single_label`) and
+the splits train and test: it names the classes, and its form never changed. Version 2 is for everything else: it names the targets. A
+program that knows only version 1 refuses version 2, so none mistakes a validation split for another one.
 
-Splits are a set: `train` must be there, and `test` or `validation`, as a run is measured on something while it trains; each of the others
-(schema.SPLITS) may be. Who evaluates a split that is not there is told which ones are (`parquet.Dataset.split`).
+Splits are a set: `train` must exist, and `test` or `validation`, because a run is evaluated while it trains; the other splits of
+schema.SPLITS are optional. `parquet.Dataset.split` lists the existing splits when asked for a missing one.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _SIZE = re.compile(r"[1-9][0-9]*x[1-9][0-9]*")
 
 
 class ManifestError(ValueError):
-    """A manifest.json that is damaged, or written by another version."""
+    """A manifest.json that is damaged, or was written by another version."""
 
     failure_kind = "user"
 
@@ -44,7 +44,7 @@ class ShardInfo:
     size_bytes: int
     sha256: str
     footer_sha256: str
-    """Of the Parquet footer alone: no page checksum covers it, and it is cheap to check when the file is opened."""
+    """Hash of the Parquet footer alone: no page checksum covers it, and it is cheap to check when the file is opened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,18 +58,18 @@ class Manifest:
     """The content of manifest.json."""
 
     targets: tuple[Target, ...]
-    """In the order of the columns."""
+    """In the order of their columns."""
     splits: dict[str, SplitInfo]
-    """By name, of schema.SPLITS and in that order."""
+    """By name, in the order of schema.SPLITS."""
     fingerprint: str
-    """SHA-256 over the targets and, by split, each (key, values, content hash) in order; does not depend on the sharding."""
+    """SHA-256 over the targets and, by split, each (key, values, content hash) in order; it does not depend on the sharding."""
     image_sizes: dict[str, int]
-    """What the codec says of a sample (of an image "HxW" as displayed) -> samples of that size, over all splits."""
+    """Size as the codec names it (for an image "HxW" as displayed) -> number of samples of that size, over all splits."""
     quarantined: int
     source: str
-    """Kind of the source: cifar10, cifar-tar, cifar-batches, huggingface, folder, idx, table."""
+    """Kind of source: cifar10, cifar-tar, cifar-batches, huggingface, folder, idx, table."""
     identity: str
-    """Hash of the source (its files' names, sizes, times) and of the settings it was converted with."""
+    """Hash of the source (names, sizes and times of its files) and of the settings of the conversion."""
 
     @property
     def version(self) -> int:
@@ -77,7 +77,7 @@ class Manifest:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Those of the only target that has any; none where there are several such targets, or none."""
+        """The classes of the only target that has any; empty if several targets have classes, or none has."""
         with_classes = [target for target in self.targets if target.classes]
         return with_classes[0].classes if len(with_classes) == 1 else ()
 
@@ -88,7 +88,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """Strict: raises ManifestError on a missing or unknown key, a wrong type, or numbers that do not add up."""
+        """Parses strictly: raises ManifestError on a missing or unknown key, a wrong type, or numbers that do not add up."""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -127,7 +127,7 @@ class Manifest:
 
 
 def fault_of_splits(splits: Collection[str]) -> str | None:
-    """What is wrong with the set of a data set's splits; None where nothing is."""
+    """What is wrong with this set of splits; None if nothing is."""
     if unknown := sorted(set(splits) - set(SPLITS)):
         return f"there is a split {unknown[0]!r:.60}; those that there may be are {', '.join(SPLITS)}"
     if "train" not in splits:
@@ -150,10 +150,10 @@ class Fingerprint:
         self._split: str | None = None
 
     def add(self, split: str, key: str, values: bytes, sha256: bytes) -> None:
-        """`values` are those of the targets in their order, each of the length that its kind has (`parquet.Split.content`)."""
+        """`values` are the targets' bytes in order, each of the length that its kind has (`parquet.Split.content`)."""
         if split != self._split:
             self._split = split
-            self._hash.update(b"\xff" + split.encode() + b"\xff")  # 0xff is in no UTF-8 text: it cannot be part of a key
+            self._hash.update(b"\xff" + split.encode() + b"\xff")  # 0xff never occurs in UTF-8 text, so it cannot be part of a key
         raw = key.encode()
         self._hash.update(len(raw).to_bytes(4, "little") + raw + values + sha256)
 
@@ -162,7 +162,7 @@ class Fingerprint:
 
 
 def _fields(kind: Any, value: object, where: str) -> dict[str, Any]:
-    """The checked constructor arguments of one of the dataclasses above."""
+    """Checks and returns the constructor arguments of one of the dataclasses above."""
     return _read(value, [field.name for field in fields(kind)], where)
 
 
@@ -198,7 +198,7 @@ def _hex(value: object, where: str) -> str:
 
 
 def _shard_name(value: object, where: str) -> str:
-    if not isinstance(value, str) or not _SHARD_NAME.fullmatch(value):  # a name, never a path out of the folder
+    if not isinstance(value, str) or not _SHARD_NAME.fullmatch(value):  # a plain name, never a path out of the folder
         raise _wrong(where, value, "a plain name ending in .parquet")
     return value
 
@@ -216,7 +216,7 @@ def _mapping(value: object, where: str) -> Mapping[str, object]:
 
 
 def _target(value: object, where: str) -> Target:
-    """What a target must be beside its types is schema's to say."""
+    """Checks types only; schema checks the other rules of a target."""
     known = [field.name for field in fields(Target)]
     if not isinstance(value, dict) or set(value) != set(known):
         raise _wrong(where, value, f"an object of {', '.join(known)}")
@@ -281,7 +281,7 @@ _READ: dict[str, Any] = {
 
 
 def resizes(manifest: Manifest, config: DataConfig) -> bool:
-    """Whether any image has another size than the decoded ones, and is made that size."""
+    """Whether any image has another size than the decoded size, and is resized to it."""
     height, width = image_size_of(manifest, config)
     return config.fit != "refuse" and set(manifest.image_sizes) != {f"{height}x{width}"}
 

@@ -1,12 +1,12 @@
 """The order of training: which samples belong to (epoch, step, virtual rank), as a pure function of seed and data set.
 
-Called by the loader for every batch, and by anyone who wants to know what a step saw. Nothing is stored: a position of the epoch's
-permutation is computed when it is asked for (a keyed Feistel network with cycle walking), so a data set of a billion rows costs the same
-few kilobytes as one of fifty thousand, and any step can be entered first. Reading the samples is the loader's job, their augmentation
-`augment.py`'s.
+Called by the loader for every batch, and by anyone who wants to know what a step saw. Nothing is stored: each position of the epoch's
+permutation is computed on demand (a keyed Feistel network with cycle walking). So a data set of a billion rows needs the same few
+kilobytes as one of fifty thousand, and training can start at any step. The loader reads the samples, `codecs/image/augment.py` augments
+them.
 
-With `window=0` one permutation covers all samples. With `window>0` blocks of `group` samples (the row groups of the files) are permuted,
-consecutive blocks make windows, and samples are permuted inside their window: a lane walks through the data a few row groups at a time.
+With `window=0` one permutation covers all samples. With `window>0`, blocks of `group` samples (the row groups of the files) are permuted,
+consecutive blocks make windows, and samples are permuted inside their window: a lane reads the data a few row groups at a time.
 """
 
 import hashlib
@@ -27,25 +27,25 @@ _MIX_B = np.uint64(0x94D049BB133111EB)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """Who sees which sample when.
+    """Decides which virtual rank sees which sample in which step.
 
-    The positions 0..count-1 of an epoch are cut into one contiguous lane a virtual rank (sizes differ by at most one); step s of a lane is
-    its s-th piece of `batch_size / virtual_ranks` positions. The last step of an epoch may be short, and empty for some virtual ranks.
-    Workers do not occur here: they only choose which lanes they carry (`blocks_of_virtual_ranks`).
+    The positions 0..count-1 of an epoch are cut into one contiguous lane for each virtual rank (sizes differ by at most one). Step s of a
+    lane is its s-th piece of `batch_size / virtual_ranks` positions. The last step of an epoch may be short, and empty for some virtual
+    ranks. Workers play no part here: they only choose which lanes they carry (`blocks_of_virtual_ranks`).
     """
 
     seed: int
     fingerprint: str
-    """Of the data set's content: other data, another order."""
+    """Fingerprint of the data set's content: other data have another order."""
     count: int
     """Samples in the split."""
     batch_size: int
-    """Samples a step over all virtual ranks."""
+    """Samples in a step, over all virtual ranks."""
     virtual_ranks: int
     window: int = 0
     """Samples shuffled together, rounded up to whole groups; 0 shuffles all."""
     group: int = 512
-    """Samples of a row group (all are full but the last)."""
+    """Samples in a row group (all groups but the last are full)."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -72,7 +72,7 @@ class Order:
         return -(-longest_lane // self.batch_per_virtual_rank)
 
     def batch_count(self, step_in_epoch: int) -> int:
-        """Samples of this step over all virtual ranks: what a mean over the batch divides by."""
+        """Samples of this step over all virtual ranks: the divisor of a mean over the batch."""
         short, longer_lanes = divmod(self.count, self.virtual_ranks)
         batch = self.batch_per_virtual_rank
         in_short = min(max(short - step_in_epoch * batch, 0), batch)
@@ -84,7 +84,7 @@ class Order:
         return self.lane(epoch, range(step_in_epoch, step_in_epoch + 1), virtual_rank)[0]
 
     def lane(self, epoch: int, steps: range, virtual_rank: int) -> list[Ids]:
-        """The same of consecutive steps of an epoch, at hardly more than the price of one: its cost is in the calls, not in the samples."""
+        """`samples` for consecutive steps of an epoch, for hardly more time than one step: the calls cost time, not the samples."""
         assert 0 <= virtual_rank < self.virtual_ranks, virtual_rank
         assert 0 <= steps.start < steps.stop <= self.steps_per_epoch, steps
         short, longer_lanes = divmod(self.count, self.virtual_ranks)
@@ -95,14 +95,14 @@ class Order:
         return [ids[low - cuts[0] : high - cuts[0]] for low, high in itertools.pairwise(cuts)]
 
     def at(self, epoch: int, positions: Ids) -> Ids:
-        """Sample ids at any positions of an epoch's permutation; same shape."""
+        """Sample ids at any positions of an epoch's permutation; the shape stays the same."""
         if self.window == 0:
             return _permute(positions, self.count, self._key(epoch, "samples"))
         return self._windowed(epoch, positions)
 
     def _windowed(self, epoch: int, positions: Ids) -> Ids:
-        # Slots are places in the permuted row of blocks. The short last block, if any, sits in a slot of its own drawing, and every
-        # position behind that slot is shifted by the samples it lacks: positions and slots are computed from each other without a table.
+        # A slot is a place in the permuted row of blocks. A short last block sits in a randomly drawn slot, and all positions behind that
+        # slot shift by the number of missing samples: positions and slots are computed from each other without a table.
         group = self.group
         full_blocks, tail = divmod(self.count, group)
         blocks = full_blocks + (tail > 0)
@@ -145,8 +145,8 @@ def blocks_of_virtual_ranks(virtual_ranks: int, workers: int, rank: int) -> rang
 
 
 def _permute(positions: Ids, count: int, key: bytes) -> Ids:
-    """A keyed permutation of 0..count-1, evaluated at `positions` (n,): a Feistel network over the next power of two, walked on along
-    its cycle until the value falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), in two passes on average."""
+    """A keyed permutation of 0..count-1, evaluated at `positions` (n,): a Feistel network over the next power of two. Values outside walk
+    along their cycle until they fall inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); two passes on average."""
     if count <= SORTED_BELOW:
         # Eight rounds over three bits favour some permutations (chi2 1751, expected 119); sorting by a hash without ties does not.
         by_hash = np.argsort(_mix(np.arange(count, dtype=np.uint64), np.frombuffer(key, dtype="<u8")[0]))
@@ -162,7 +162,7 @@ def _permute(positions: Ids, count: int, key: bytes) -> Ids:
 
 
 def _feistel(values: npt.NDArray[np.uint64], *, bits: int, key: bytes) -> npt.NDArray[np.uint64]:
-    # Alternating halves of bits//2 and bits - bits//2: each round changes one half by a function of the other, so each is its own inverse.
+    # Halves of bits//2 and bits - bits//2 alternate: each round changes one half by a function of the other, so each is its own inverse.
     low_bits = np.uint64(bits - bits // 2)
     low_mask = np.uint64((1 << int(low_bits)) - 1)
     high_mask = np.uint64((1 << bits // 2) - 1)

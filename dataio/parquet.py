@@ -1,11 +1,11 @@
 """A converted data set on disk, in memory or on remote storage: Parquet shards, read by row group as views of the encoded samples.
 
-Written by convert, one row group at a time; read by the loader, from any thread. Every page carries a checksum and every footer a hash in
-the manifest: a flipped bit is a CorruptShard, never a wrong sample. What the bytes decode to is the codec's.
+Convert writes it, one row group at a time; the loader reads it, from any thread. Every page has a checksum, and the manifest holds a hash
+of every footer: a flipped bit raises CorruptShard and never becomes a wrong sample. The codec decodes the bytes.
 
-Arrow reads the footers; the pages are taken apart by columns. The wanted columns of a row group lie side by side, so a group is one ranged
-read, and what stays in memory is that range and nothing else. Arrow's reader copies images into columns, with three times the memory on the
-way there, at 1.6 GB/s instead of 2.2.
+Arrow reads the footers; columns.py parses the pages. The wanted columns of a row group lie next to each other, so a group takes one ranged
+read, and only that range stays in memory. Arrow's own reader copies images into columns: it needs three times the memory meanwhile, and
+reaches 1.6 GB/s instead of 2.2.
 """
 
 import hashlib
@@ -29,21 +29,21 @@ from dataio.schema import LABEL, Target, is_single_label, single_label
 ROWS_PER_GROUP = 512
 QUARANTINE_NAME = "quarantine.jsonl"
 File: TypeAlias = "Path | pa.Buffer | RemoteFile"
-"""Where the bytes of one file are."""
+"""Location of one file's bytes."""
 
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 << 10
-"""Read at once from a shard's end: the footer of some 150 row groups."""
+"""Bytes read at once from a shard's end: enough for the footer of some 150 row groups."""
 _VERIFY_BYTES = 8 << 20
 _ROW_BYTES = 256
-"""What a row takes beside its bytes in the file: a view, a value of a target, a key."""
+"""Memory of a row in addition to its bytes in the file: a view, a value of a target, a key."""
 _ONE_LABEL = single_label(())
 _VALUE_BYTES = 8
-"""What each further target adds to that; labels are views."""
+"""Memory of each further target in addition to that; labels are views."""
 
 
 class CorruptShard(ValueError):
-    """A shard whose bytes are not those that were written; names the shard and, where known, the row group."""
+    """A shard whose bytes are not those that were written. The message names the shard and, where known, the row group."""
 
     failure_kind = "data"
 
@@ -55,12 +55,12 @@ class RowGroup:
     encoded: list[np.ndarray]
     """Each (bytes,) uint8, a read-only view of the row group's buffer."""
     targets: dict[str, np.ndarray]
-    """By name, each (n, *shape) of the target's dtype."""
+    """Target name -> (n, *shape) of the target's dtype."""
     keys: list[str]
 
     @property
     def labels(self) -> np.ndarray:
-        """(n,) int64, of data of one label a sample."""
+        """(n,) int64, for data with one label a sample."""
         return self.targets[LABEL]
 
 
@@ -85,19 +85,19 @@ class Split:
         return len(self._place)
 
     def read_group(self, group: int) -> RowGroup:
-        """Row group `group` of the split, by one read. Raises CorruptShard; where the shards are remote, DataOutage and DataRefused too."""
+        """Reads row group `group` of the split, by one read. Raises CorruptShard; for remote shards also DataOutage and DataRefused."""
         encoded, *values, keys = self._read(group, *self._of_a_row_group)
         return RowGroup(encoded=encoded, targets=self._by_name(values), keys=keys)
 
     def group_bytes(self, group: int) -> int:
-        """The memory that `read_group(group)` takes while any of its samples is held: its bytes in the file, and some a row for the objects
-        around them. Reads the shard's footer if nobody has; raises what read_group raises."""
+        """The memory that `read_group(group)` takes while any of its samples is held: its bytes in the file, plus some per row for the
+        objects around them. Reads the shard's footer if that was not done yet; raises what read_group raises."""
         shard, local = self._locate(group)
         row_bytes = _ROW_BYTES + _VALUE_BYTES * (len(self.schema) - 1)
         return shard.span(local, self._of_a_row_group)[1] + row_bytes * shard.info.row_group_rows[local]
 
     def targets(self) -> dict[str, np.ndarray]:
-        """By name, each (count, *shape) of the target's dtype, read-only; read once."""
+        """Target name -> (count, *shape) of the target's dtype, read-only; read once."""
         if self._targets is None:
             parts = [self._read(group, *self._target_columns) for group in range(self.groups)]
             columns = [
@@ -110,18 +110,18 @@ class Split:
         return self._targets
 
     def labels(self) -> np.ndarray:
-        """(count,) int64, of data of one label a sample. Raises ValueError for others."""
+        """(count,) int64, for data with one label a sample. Raises ValueError for other data."""
         if not is_single_label(self.schema):
             raise ValueError(f"the data set has not one label a sample; its targets are {', '.join(each.name for each in self.schema)}")
         return self.targets()[LABEL]
 
     def values(self, name: str) -> Iterator[np.ndarray]:
-        """The values of one target, (n, *shape) a row group, in order: for what must not hold them all."""
+        """Yields the values of one target, (n, *shape) for each row group, in order: for callers that must not hold them all."""
         column = self._target_columns[[target.name for target in self.schema].index(name)]
         return (self._read(group, column)[0] for group in range(self.groups))
 
     def keys(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The keys of these samples, in the order asked for; reads the row groups they lie in."""
+        """The keys of these samples, in the given order; reads the row groups that hold them."""
         wanted = np.asarray(ids, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.count):
             raise IndexError(f"sample ids of {self.name} run from 0 to {self.count - 1}; got {wanted.min()} to {wanted.max()}")
@@ -131,8 +131,8 @@ class Split:
         return [columns[int(group)][int(row)] for group, row in zip(groups, within, strict=True)]
 
     def content(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """(key, values, content SHA-256) of each sample in order, without reading the samples. The values are the bytes of all targets in
-        their order, little-endian: 8 of a label, one a class of labels, 4 of a number."""
+        """Yields (key, values, content SHA-256) of each sample in order, without reading the samples. The values are the bytes of all
+        targets in order, little-endian: 8 for a label, one a class for labels, 4 for a number."""
         for group in range(self.groups):
             keys, hashes, *columns = self._read(group, "key", "sha256", *self._target_columns)
             values = np.concatenate([packed(column) for column in columns], axis=1)  # (n, bytes) uint8
@@ -162,7 +162,7 @@ class Dataset:
     def __init__(self, manifest: Manifest, files: Mapping[str, File], where: str = "files in memory") -> None:
         self.manifest = manifest
         self.where = where
-        """Where it was opened, without credentials, to be shown."""
+        """The location it was opened from, without credentials, for display."""
         self._files = dict(files)
         self._splits = {
             name: Split(name, [(shard, self._files[shard.name]) for shard in info.shards], manifest.targets)
@@ -176,16 +176,16 @@ class Dataset:
 
     @property
     def size_bytes(self) -> int:
-        """Of the shards: what handing the data set to another machine takes."""
+        """Total size of the shards: the bytes to transfer to another machine."""
         return sum(shard.size_bytes for split in self.manifest.splits.values() for shard in split.shards)
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is read over a network, from wherever it is opened."""
+        """Whether it is read over a network."""
         return any(isinstance(file, RemoteFile) for file in self._files.values())
 
     def files(self) -> dict[str, Path | pa.Buffer]:
-        """Every file by name, as open_dataset takes them. Raises ValueError for a remote data set, whose files are not at hand."""
+        """Every file by name, in the form that open_dataset takes. Raises ValueError for a remote data set, whose files are not local."""
         files: dict[str, Path | pa.Buffer] = {}
         for name, file in self._files.items():
             if isinstance(file, RemoteFile):
@@ -196,10 +196,10 @@ class Dataset:
 
 def open_dataset(location: str | Path | Mapping[str, pa.Buffer | bytes | memoryview], *, retry_seconds: float = RETRY_SECONDS) -> Dataset:
     """Opens a converted folder, by path or URI (s3://bucket/prefix, ...), or its files in memory. Reads the manifest, and the names and
-    sizes of the shards; a shard is opened when it is first read. What fails on remote storage is tried again for `retry_seconds`.
+    sizes of the shards; a shard is opened when it is first read. Failed operations on remote storage are retried for `retry_seconds`.
 
     Raises ValueError for a folder that is not a converted one, CorruptShard if a shard is missing or has another size, DataRefused (a
-    ValueError) where remote storage says no, DataOutage (an OSError) where it does not answer.
+    ValueError) where remote storage refuses, DataOutage (an OSError) where it does not answer.
     """
     if isinstance(location, Mapping):
         files: dict[str, File] = {name: data if isinstance(data, pa.Buffer) else pa.py_buffer(data) for name, data in location.items()}
@@ -223,7 +223,7 @@ def open_dataset(location: str | Path | Mapping[str, pa.Buffer | bytes | memoryv
 
 
 def _open_files(files: Mapping[str, File], size_of: Callable[[str], int | None], where: str, folder: Path | None = None) -> Dataset:
-    """The data set of these files; shards are looked for in `folder`, if there is one."""
+    """Makes the data set of these files; looks for shards in `folder`, if given."""
     manifest = Manifest.from_json(_read_all(files[MANIFEST_NAME]))
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     for shard in shards:
@@ -235,9 +235,9 @@ def _open_files(files: Mapping[str, File], size_of: Callable[[str], int | None],
 
 
 class ShardWriter:
-    """Writes one shard row group by row group to `path`; `close` syncs it and says what was written.
+    """Writes one shard, row group by row group, to `path`; `close` syncs the file and describes it.
 
-    The caller renames: a shard counts once its ShardInfo is recorded somewhere.
+    The caller renames it: a shard counts once its ShardInfo is recorded somewhere.
     """
 
     def __init__(self, path: Path, targets: tuple[Target, ...] = _ONE_LABEL) -> None:
@@ -265,7 +265,7 @@ class ShardWriter:
         return self._file.tell()
 
     def write_group(self, encoded: Sequence[bytes], targets: Mapping[str, Any], keys: Sequence[str], hashes: Sequence[bytes]) -> None:
-        """`targets`: by name, n values each, as `schema.value_of` gives them."""
+        """`targets`: name -> n values, in the form of `schema.value_of`."""
         arrays = [
             pa.chunked_array(_binary_chunks(encoded), pa.binary()),
             *(pa.chunked_array([arrow_array(target, targets[target.name])]) for target in self._targets),
@@ -283,8 +283,8 @@ class ShardWriter:
         return shard_info(self._path, tuple(self._row_group_rows))
 
     def abort(self) -> None:
-        """Leaves the file as it is: incomplete."""
-        self._writer.is_open = False  # else its destructor writes a footer, and fails
+        """Leaves the file incomplete."""
+        self._writer.is_open = False  # otherwise its destructor writes a footer, and fails
         self._file.close()
 
 
@@ -305,7 +305,7 @@ def shard_info(path: Path, row_group_rows: tuple[int, ...]) -> ShardInfo:
 
 
 class _Shard:
-    """One shard; its footer is read and checked once. From any thread."""
+    """One shard, usable from any thread; its footer is read and checked once."""
 
     def __init__(self, split: str, info: ShardInfo, where: File, layout: "Layout") -> None:
         self.info = info
@@ -392,7 +392,7 @@ class _Shard:
 
 
 def _read_range(where: File, offset: int, size: int) -> pa.Buffer:
-    """`size` bytes from `offset`, fewer where the file ends."""
+    """Reads `size` bytes from `offset`, fewer where the file ends."""
     if isinstance(where, pa.Buffer):
         return where.slice(offset, min(size, max(where.size - offset, 0)))
     if isinstance(where, RemoteFile):
@@ -421,7 +421,7 @@ def _size(where: File) -> int | None:
 
 
 def _footer(read: Callable[[int, int], pa.Buffer], size: int) -> bytes:
-    """The footer's bytes with its length and magic, of a Parquet file of `size` bytes."""
+    """The footer's bytes, with its length and magic, of a Parquet file of `size` bytes."""
     tail = read(max(size - _TAIL_BYTES, 0), min(_TAIL_BYTES, size)).to_pybytes()
     if len(tail) < 8 or tail[-4:] != _MAGIC:
         raise pa.ArrowInvalid("it does not end like a Parquet file")
@@ -434,7 +434,7 @@ def _footer(read: Callable[[int, int], pa.Buffer], size: int) -> bytes:
 
 
 def _binary_chunks(encoded: Sequence[bytes]) -> list[pa.Array]:
-    """Arrays of less than 2 GiB each: the offsets of a binary array are 32-bit."""
+    """Splits into arrays of less than 2 GiB each, because the offsets of a binary array are 32-bit."""
     chunks, begin, size = [], 0, 0
     for index, sample in enumerate(encoded):
         if size + len(sample) >= 2**31 - 1:

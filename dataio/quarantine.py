@@ -1,7 +1,7 @@
-"""Counts the samples that cannot be used, by key and reason, and stops a run that has too many of them.
+"""Counts the unusable samples, by key and reason, and stops a run that has too many of them.
 
-Called by convert (what it drops) and by the loader (what turns out bad during a run). What is done with a record, a metric, a line in
-the journal or in quarantine.jsonl, is the caller's: it comes as a callback.
+Used by convert (samples that it drops) and by the trainer's ranks (samples that the loader finds bad during a run). The caller handles each
+record through a callback: a metric, a line in the journal or in quarantine.jsonl.
 """
 
 import json
@@ -16,7 +16,7 @@ SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BadSample:
-    """One unusable sample. `reason` reads `kind: detail`; `kind` is one of a handful of words, fit for a metric's label."""
+    """One unusable sample. `reason` reads `kind: detail`; `kind` is one of a handful of words, usable as a metric's label."""
 
     key: str
     reason: str
@@ -46,8 +46,8 @@ class TooManyBadSamples(ValueError):
 class Quarantine:
     """The bad samples met so far; thread-safe.
 
-    `total` is the number of samples that the limit is a fraction of; None while it is not known yet: then nothing raises before
-    `finish`. A sample counts once however often it is met.
+    The limit is a fraction of `total`. While `total` is None it is not known yet, and nothing raises before `finish`. A sample counts
+    once however often it is met.
     """
 
     def __init__(self, limit_fraction: float, total: int | None, on_record: Callable[[BadSample], None] | None = None) -> None:
@@ -73,7 +73,7 @@ class Quarantine:
         return place in self._records
 
     def add(self, key: str, reason: str, split: str, sample_id: int) -> bool:
-        """Records a bad sample; False if it was known. Raises TooManyBadSamples once the limit is passed."""
+        """Records a bad sample; returns False if it was known already. Raises TooManyBadSamples once the limit is passed."""
         record = BadSample(key=key, reason=reason, split=split, sample_id=sample_id)
         with self._lock:
             if (split, sample_id) in self._records:
@@ -85,13 +85,13 @@ class Quarantine:
         return True
 
     def restore(self, records: Iterable[BadSample]) -> None:
-        """Takes over records of an earlier part of the same work, without calling back."""
+        """Takes over records from an earlier part of the same work, without calling back."""
         with self._lock:
             self._records.update({(record.split, record.sample_id): record for record in records})
         self._check()
 
     def finish(self, total: int) -> None:
-        """Now the total is known: raises TooManyBadSamples if the limit is passed."""
+        """Sets the total, now that it is known; raises TooManyBadSamples if the limit is passed."""
         self._total = total
         self._check(so_far="")
 

@@ -1,11 +1,12 @@
-"""Data sets on an object store or another remote file system: named files, and ranges of them, read with patience.
+"""Reads data sets on an object store or another remote file system: named files, and ranges of them, with retries.
 
-Called by parquet (`open_dataset` of a URI; the ranges that hold footers and row groups) and, for what is a URI, by convert. A read may be
-done twice with the result of once, so what fails for a while is tried again, for `retry_seconds`; then it is an outage (DataOutage). What
-the storage refuses is not tried again (DataRefused). Which ranges to read, when, and how many at a time is decided by parquet and stream.
+Called by parquet (`open_dataset` of a URI; the ranges that hold footers and row groups) and by convert for locations that are URIs. Reads
+are idempotent, so a temporary failure is retried for `retry_seconds`; after that it is an outage (DataOutage). What the storage refuses is
+not retried (DataRefused). Parquet and stream decide which ranges to read, when, and how many at a time.
 
-Any URI that pyarrow opens: s3://bucket/prefix, gs://, abfs://, hdfs://. S3 takes its credentials, region and endpoint from the environment
-(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), from a profile or the machine's role, or from the URI's query.
+It takes any URI that pyarrow opens: s3://bucket/prefix, gs://, abfs://, hdfs://. S3 takes its credentials, region and endpoint from the
+environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), from a profile or the machine's role, or from the
+URI's query.
 """
 
 import datetime
@@ -27,9 +28,9 @@ from pyarrow import fs as pafs
 
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 RETRY_SECONDS = 60.0
-"""How long a read is tried, unless told. Batches made ahead keep training going for a part of it."""
+"""How long a read is retried by default. Batches made ahead keep training going for a part of that time."""
 
-# The clients' own patience, well below ours: without it S3's gives a silent server 99 s and GCS's tries for 15 minutes.
+# The clients' own retry limits, well below ours: by default S3's client waits 99 s for a silent server, and GCS's retries for 15 minutes.
 _CLIENT_ATTEMPTS = 2
 _CONNECT_SECONDS = 3.0
 _SILENCE_SECONDS = 10.0
@@ -39,7 +40,7 @@ _LONGEST_WAIT_SECONDS = 5.0
 _MAY_NOT = "the credentials may not do this: give ones that may list and read there"
 _PASSING_STATUSES = (408, 425, 429)
 _ERRNOS = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENAMETOOLONG)
-# What Arrow and the clients below it call what the storage refuses, and what the user can do about it.
+# Words with which Arrow and the clients below it report a refusal, and what the user can do about it.
 _REFUSALS = (
     (r"NO_SUCH_BUCKET|ContainerNotFound|\bNOT_FOUND\b", "there is no such bucket: correct --data.path"),
     (r"TOO_SKEWED|REQUEST_EXPIRED", "the clock of this machine is wrong: set it"),
@@ -62,19 +63,19 @@ _hurry: ContextVar[threading.Event | None] = ContextVar("hurry", default=None)
 
 
 class DataOutage(OSError):
-    """A storage of data that did not answer, or not usefully, for as long as it was tried. Later it may."""
+    """Data storage that did not answer, or not usefully, during all retries. It may answer later."""
 
     failure_kind = "infrastructure"
 
 
 class DataRefused(ValueError):
-    """A storage of data that answered, and said no, or has no such file. Trying again does not help."""
+    """Data storage that answered with a refusal, or has no such file. Retrying does not help."""
 
     failure_kind = "user"
 
 
 def is_uri(location: object) -> bool:
-    """Whether `location` is text like s3://bucket/prefix. Raises ValueError for a scheme that nothing here reads."""
+    """Whether `location` is text like s3://bucket/prefix. Raises ValueError for a scheme that this program cannot read."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location) if isinstance(location, str) else None
     if found is not None and found[1] not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
@@ -83,7 +84,7 @@ def is_uri(location: object) -> bool:
 
 
 def is_remote(location: object) -> bool:
-    """Whether `location` is a URI of another storage than this machine's files."""
+    """Whether `location` is a URI of storage other than this machine's files."""
     return is_uri(location) and local_path(str(location)) is None
 
 
@@ -95,7 +96,7 @@ def local_path(uri: str) -> Path | None:
 
 @contextmanager
 def in_a_hurry(stop: threading.Event) -> Iterator[None]:
-    """Within it this thread's reads are not tried again once `stop` is set: nobody waits for them any more."""
+    """Within this context, the thread's reads are not retried once `stop` is set, because nobody waits for them any more."""
     token = _hurry.set(stop)
     try:
         yield
@@ -104,15 +105,15 @@ def in_a_hurry(stop: threading.Event) -> Iterator[None]:
 
 
 class Remote:
-    """A remote folder. From any thread."""
+    """A remote folder, usable from any thread."""
 
     def __init__(self, uri: str, *, retry_seconds: float = RETRY_SECONDS) -> None:
         """Opens no connection. Raises ValueError for a URI that pyarrow cannot open."""
         self.address = shown(uri)
-        """The URI without credentials, to be shown."""
+        """The URI without credentials, for display."""
         self.retry_seconds = retry_seconds
         self.requests = 0
-        """Lists and reads asked for; one that is tried again counts once."""
+        """Number of lists and reads; a retried one counts once."""
         self.retries = 0
         self._counting = threading.Lock()
         try:
@@ -122,11 +123,11 @@ class Remote:
         self.fs, self.root = _impatient(filesystem), root.rstrip("/")
 
     def list(self) -> dict[str, int]:
-        """Sizes in bytes of the files directly in the folder, by name; none where there is no such folder. One request for 1,000 names."""
+        """Name -> size in bytes, of the files directly in the folder; empty where there is no such folder. One request for 1,000 names."""
 
         def find() -> dict[str, int]:
             infos = self.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
-            if not infos and self.fs.type_name == "s3":  # an empty answer is also given for a bucket that does not exist
+            if not infos and self.fs.type_name == "s3":  # S3 also gives an empty answer for a bucket that does not exist
                 bucket = self.root.partition("/")[0]
                 if self.fs.get_file_info(bucket).type == pafs.FileType.NotFound:
                     raise DataRefused(f"there is no bucket {bucket!r} ({self.address}); correct --data.path, or its region and endpoint")
@@ -138,7 +139,7 @@ class Remote:
         return RemoteFile(self, name)
 
     def attempt(self, operation: Callable[[], T], what: str) -> T:
-        """`operation()`, tried until it succeeds, the storage refuses, or the time is up. FileNotFoundError passes."""
+        """Runs `operation()` until it succeeds, the storage refuses, or the time is up. FileNotFoundError is raised at once."""
         with self._counting:
             self.requests += 1
         hurry = _hurry.get() or threading.Event()
@@ -152,7 +153,7 @@ class Remote:
                 if (remedy := _refusal(error)) is not None:
                     raise DataRefused(f"the storage refuses {what}; {remedy} ({error})") from error
                 spent = time.monotonic() - began
-                delay = wait * (1 + random.random()) / 2  # drawn, so that ranks do not come back in step
+                delay = wait * (1 + random.random()) / 2  # random, so that ranks do not retry at the same moment
                 if spent + delay > self.retry_seconds or hurry.is_set():
                     raise DataOutage(f"the storage did not answer for {what}, tried for {spent:.1f} s ({error})") from error
                 with self._counting:
@@ -164,18 +165,18 @@ class Remote:
 
 
 class RemoteFile:
-    """One file of a remote folder, which nobody changes. From any thread."""
+    """One immutable file of a remote folder, usable from any thread."""
 
     def __init__(self, remote: Remote, name: str) -> None:
         self.remote, self.name = remote, name
-        self._handle: Any = None  # kept: opening one asks the storage for the file's size
+        self._handle: Any = None  # kept, because opening a handle asks the storage for the file's size
         self._opening = threading.Lock()
 
     def __str__(self) -> str:
         return f"{self.remote.address.rstrip('/')}/{self.name}"
 
     def read(self, offset: int, length: int) -> pa.Buffer:
-        """`length` bytes from `offset`, fewer where the file ends: one request. Raises FileNotFoundError, DataOutage, DataRefused."""
+        """Reads `length` bytes from `offset`, fewer where the file ends: one request. Raises FileNotFoundError, DataOutage, DataRefused."""
 
         def read() -> pa.Buffer:
             handle = self._open()
@@ -184,14 +185,14 @@ class RemoteFile:
             except OSError:
                 with self._opening:
                     if self._handle is handle:
-                        self._handle = None  # opened anew by the next try
+                        self._handle = None  # the next attempt opens it again
                 raise
 
         return self.remote.attempt(read, str(self))
 
     @property
     def size(self) -> int:
-        """Bytes, as the storage told when it was opened."""
+        """Size in bytes, as the storage reported it when the file was opened."""
         return int(self.remote.attempt(lambda: self._open().size(), str(self)))
 
     def read_all(self) -> bytes:
@@ -209,7 +210,7 @@ class RemoteFile:
 
 
 def _refusal(error: OSError) -> str | None:
-    """What the user can do where the storage said no; None where the same call may succeed later, as may what is not known to be a no."""
+    """What the user can do if the storage refused; None if the same call may succeed later, also for errors not known to be refusals."""
     text = str(error)
     for pattern, remedy in _REFUSALS:
         if re.search(pattern, text):
@@ -224,7 +225,7 @@ def _refusal(error: OSError) -> str | None:
 
 
 def _impatient(filesystem: Any) -> Any:
-    """The same file system with a client that fails soon, so that trying again and giving up are decided here."""
+    """The same file system with a client that fails soon, so that retrying and giving up are decided in this file."""
     options: dict[str, Any]
     if filesystem.type_name == "s3":
         options = {
@@ -236,7 +237,7 @@ def _impatient(filesystem: Any) -> Any:
         options = {"retry_time_limit": datetime.timedelta(seconds=_CLIENT_ATTEMPTS * _SILENCE_SECONDS)}
     else:
         return filesystem
-    _, (said,) = filesystem.__reduce__()[:2]  # what the URI and the environment set, as pickle would carry it
+    _, (said,) = filesystem.__reduce__()[:2]  # the settings from the URI and the environment, as pickle would transfer them
     return type(filesystem)(**{**said, **options})
 
 

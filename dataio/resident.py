@@ -1,7 +1,7 @@
 """All samples of a split, decoded once and kept on the host or the device.
 
-Called by the loader where `data.cache` is device or host, and by whoever wants a whole split decoded (`decode_split`). What a sample
-decodes to is the codec's, in which order samples are wanted the loader's.
+Called by the loader where `data.cache` is device or host; `decode_split` alone decodes a whole split for anyone. The codec decodes a
+sample; the loader decides the order in which samples are used.
 """
 
 import time
@@ -21,7 +21,7 @@ from dataio.stream import in_order
 
 T = TypeVar("T")
 Columns = Mapping[str, npt.NDArray[Any]]
-"""Targets by name, each (count, *shape)."""
+"""Target name -> (count, *shape)."""
 
 
 class Resident:
@@ -36,11 +36,11 @@ class Resident:
         self.held_bytes = decoded.nbytes
         self.groups_read = split.groups
         self.bytes_read = sum(split.group_bytes(group) for group in range(split.groups))
-        self.read_wait_seconds = 0.0  # all of it is in decode_seconds
+        self.read_wait_seconds = 0.0  # decode_seconds includes all reading
         self._store: Store = decoded
         if device.type == "cuda":
             self._store = torch.from_numpy(decoded).to(device)
-            torch.cuda.synchronize(device)  # once: other streams read it from here on
+            torch.cuda.synchronize(device)  # once, because other streams read it from now on
         self.decode_seconds = time.perf_counter() - started
 
     def fetch(self, plan: Iterable[tuple[T, Ids]], *, horizon: int) -> "_Fetches[T]":
@@ -72,10 +72,10 @@ def decode_split(
     targets: Columns | None = None,
     groups: Iterable[int] | None = None,
 ) -> npt.NDArray[Any]:
-    """Decodes a whole split, or some of its row groups, into `out` ((count, *row); made, of zeros, if None), and returns it.
+    """Decodes a whole split, or some of its row groups, into `out` ((count, *row); a new array of zeros if None), and returns it.
 
-    Samples stand at their ids. Their targets go into `targets` if given, by name. Each bad sample is passed to `on_bad`; its place is
-    zeroed, and all its targets are missing. The next row groups are read meanwhile.
+    Each sample is stored at its id. Targets go into `targets` by name, if given. Each bad sample is passed to `on_bad`, its row is zeroed,
+    and all its targets are set to missing. The next row groups are read meanwhile.
     """
     if out is None:
         out = np.zeros((split.count, *codec.row.shape), codec.row.dtype)

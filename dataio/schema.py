@@ -1,7 +1,7 @@
-"""What a sample is labelled with: its targets, their kinds, and how each is stored. Imports no torch.
+"""The targets of a sample: their kinds, and how each is stored. Imports no torch. Used by all of dataio, and by the trainer's tasks.
 
-A data set has one target or several, each a column. What is not known of a sample is said by a value that is none of the kind's own
-(`missing`): the sample's other targets still count, and one that knows nothing at all is a sample without labels.
+A data set has one or several targets, each a column. An unknown value is marked by a value outside of the kind's own range (`missing`).
+The sample's other targets still count; a sample whose targets are all missing has no labels.
 """
 
 import math
@@ -15,15 +15,15 @@ import numpy.typing as npt
 Kind = Literal["label", "labels", "number"]
 KINDS: tuple[Kind, ...] = ("label", "labels", "number")
 SPLITS = ("train", "validation", "test", "unlabelled")
-"""All that a data set may have; `train` it must."""
+"""All splits that a data set may have; `train` is required."""
 LABEL = "label"
-"""The name of the only target of a data set of one label a sample."""
+"""Name of the only target of a data set with one label a sample."""
 UNLABELLED = "unlabelled"
-"""The split whose samples need not know any target."""
+"""The split whose samples need no known target."""
 MAX_TARGETS = 64
 MAX_NAME = 100
 MAX_CLASSES: Mapping[Kind, int] = {"label": 1 << 20, "labels": 1 << 14, "number": 0}
-"""A row of `labels` takes a byte a class."""
+"""A row of `labels` takes one byte a class."""
 
 _DTYPES: Mapping[Kind, Any] = {"label": np.int64, "labels": np.uint8, "number": np.float32}
 _MISSING: Mapping[Kind, float] = {"label": -1, "labels": 255, "number": float("nan")}
@@ -31,50 +31,50 @@ _MISSING: Mapping[Kind, float] = {"label": -1, "labels": 255, "number": float("n
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """One thing that is known of each sample."""
+    """One thing to be known about each sample."""
 
     name: str
     kind: Kind
     """`label`: one class, () int64, -1 where unknown. `labels`: any number of classes, (classes,) uint8 of 0 and 1, 255 where unknown.
     `number`: () float32, NaN where unknown."""
     classes: tuple[str, ...] = ()
-    """In the order of the outputs; none for a number."""
+    """In the order of the model's outputs; empty for a number."""
     mean: float = 0.0
-    """Of a number, over the training split: what is learned is (value - mean) / std."""
+    """Mean of a number over the training split; the model learns (value - mean) / std."""
     std: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample's value."""
+        """Shape of one sample's value."""
         return (len(self.classes),) if self.kind == "labels" else ()
 
     @property
     def dtype(self) -> Any:
-        """numpy's type of a value."""
+        """numpy's dtype of a value."""
         return _DTYPES[self.kind]
 
     @property
     def missing(self) -> float:
-        """What stands for a value that is not known."""
+        """The value that marks an unknown one."""
         return _MISSING[self.kind]
 
     def blank(self, count: int) -> "npt.NDArray[Any]":
-        """(count, *shape): nothing is known."""
+        """(count, *shape), all unknown."""
         return np.full((count, *self.shape), self.missing, self.dtype)
 
 
 def single_label(classes: Iterable[str]) -> tuple[Target, ...]:
-    """The targets of a data set of one label a sample."""
+    """The targets of a data set with one label a sample."""
     return (Target(name=LABEL, kind="label", classes=tuple(classes)),)
 
 
 def is_single_label(targets: Sequence[Target]) -> bool:
-    """Whether these are the targets of a data set of one label a sample: it is stored as it was before there were others."""
+    """Whether these are the targets of a data set with one label a sample, which is still stored as before other targets existed."""
     return len(targets) == 1 and targets[0].name == LABEL and targets[0].kind == "label"
 
 
 def fault_of_targets(targets: Sequence[Target]) -> str | None:
-    """What is wrong with a data set's targets; None where nothing is."""
+    """What is wrong with a data set's targets; None if nothing is."""
     if not 1 <= len(targets) <= MAX_TARGETS:
         return f"there are {len(targets)} targets, not 1 to {MAX_TARGETS}"
     names = [target.name for target in targets]
@@ -100,7 +100,7 @@ def _fault_of(target: Target) -> str | None:
 
 
 def value_of(target: Target, given: Any) -> "npt.NDArray[Any]":
-    """A source's value as it is stored, (*shape,) of the target's dtype. Raises ValueError (the rule that it breaks) for one that is none.
+    """A source's value in stored form, (*shape,) of the target's dtype. Raises ValueError for an invalid one and names the rule it breaks.
 
     A label is an integer; labels are (classes,) uint8; a number is rounded to float32. Each may be the kind's `missing` value.
     """
@@ -125,9 +125,9 @@ def value_of(target: Target, given: Any) -> "npt.NDArray[Any]":
                 value = np.asarray(np.inf, np.float32)
             if np.isinf(value):
                 raise ValueError(f"{given!s:.60} is no finite number of 32 bits")
-            return np.asarray(target.missing, np.float32) if np.isnan(value) else value  # of all bit patterns of NaN, one
+            return np.asarray(target.missing, np.float32) if np.isnan(value) else value  # one of NaN's many bit patterns
 
 
 def is_known(target: Target, value: "npt.NDArray[Any]") -> bool:
-    """Whether anything of a stored value is known."""
+    """Whether any part of a stored value is known."""
     return not bool(np.all(np.isnan(value) if target.kind == "number" else value == target.missing))

@@ -1,14 +1,14 @@
-"""Row groups read ahead of their use, by threads, within a budget of bytes.
+"""Reads row groups ahead of their use, with threads, within a budget of bytes.
 
 Called by the loader's supplies (streamed, and resident for whole splits), which know what the next steps need. A `Shelf` holds the row
-groups of one split; a `Reading` is one walk through a plan with them. Where bytes come from, and what is tried again, is parquet's and
-remote's; what they decode to is the codec's.
+groups of one split; a `Reading` is one pass through a plan with them. Parquet and remote fetch the bytes and retry; the codec decodes them.
 
-How the budget is kept: a group is charged with all the memory it will take before it is read (its footer tells), and until it is dropped.
-Groups are read in the order of their use; one that does not fit waits for those before it to be used (back-pressure). To make room the
-group is dropped whose next use is the farthest, which is known, as the plan is: no other choice reads less (Belady 1966). What is needed
-before the group that wants the room is never dropped. Where the groups of a single step exceed the budget, the step's samples are copied
-out of them: then the most that is held is the budget, or one group where that is larger, and copies of one step's samples.
+How the budget is kept: a group is charged with all the memory it will take (its footer says how much), from before it is read until it is
+dropped. Groups are read in the order of their use; one that does not fit waits until those before it have been used (back-pressure). To
+make room, the group with the farthest next use is dropped. The plan is known, so its next use is too, and no other choice reads less
+(Belady 1966). A group that is needed before the one that wants the room is never dropped. Where the groups of a single step exceed the
+budget, the step's samples are copied out of them. Then the maximum held is the budget, or one group if that is larger, plus copies of one
+step's samples.
 """
 
 import threading
@@ -33,20 +33,20 @@ LOCAL_READERS = 1
 REMOTE_READERS = 8
 """An object store answers one request at 50 to 100 MB/s, and several at once."""
 IN_ORDER_BYTES = 256 << 20
-"""Budget of reading a split from its begin to its end."""
+"""Budget for reading a split from start to end."""
 _PLAN_AT_START = 16
-"""Steps planned before the first is consumed, unless something must be dropped: the first batch does not wait for plans of later ones."""
+"""Steps planned before the first one is consumed, unless something must be dropped: the first batch does not wait for later plans."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples(Generic[T]):
-    """Encoded samples, in the order asked for; their bytes are valid until the next are asked for."""
+    """Encoded samples, in the requested order; their bytes are valid until the next step's are requested."""
 
     tag: T
-    """What the plan gave with them."""
+    """The plan's tag for this step."""
     ids: Ids  # (n,)
     encoded: list[npt.NDArray[np.uint8]]
-    """n times (bytes,)"""
+    """n arrays of (bytes,)"""
     targets: dict[str, npt.NDArray[Any]]  # by name, each (n, *shape)
     keys: list[str]
 
@@ -57,35 +57,35 @@ class Shelf:
     def __init__(self, split: Split, budget_bytes: int) -> None:
         self.split, self.budget_bytes = split, budget_bytes
         self.held_bytes = 0
-        """Of the groups that are held or being read: at most the budget, or one group where that is larger."""
+        """Memory of the groups held or being read: at most the budget, or one group if that is larger."""
         self.peak_bytes = 0
         self.groups_read = 0
         self.bytes_read = 0
         self.wait_seconds = 0.0
-        """Time for which whoever asked for samples waited for reads."""
-        self._groups: dict[int, RowGroup] = {}  # the least recently used first
-        self._charges: dict[int, int] = {}  # of what is held or being read
+        """Time that consumers waited for reads."""
+        self._groups: dict[int, RowGroup] = {}  # least recently used first
+        self._charges: dict[int, int] = {}  # of the groups held or being read
         self._busy = False
 
     def read(self, plan: Iterable[tuple[T, Ids]], *, horizon: int, name: str = "reads") -> "Reading[T]":
-        """Starts to read what `plan` wants, (tag, ids) a step. The plan is asked for at most `horizon` steps beyond the one in use."""
+        """Starts to read for `plan`, which yields (tag, ids) for each step, at most `horizon` steps beyond the one in use."""
         assert not self._busy, "one reading at a time: close the other first"
         return Reading(self, iter(plan), horizon, name)
 
 
 class _Plan(Generic[T]):
-    """What the steps of a plan want of which groups, as far as it has been asked for. Uses are numbered in the order in which the plan
-    makes them: each step uses each of its groups once. Whoever calls holds the reading's lock."""
+    """Which steps of a plan need which groups, as far as the plan has been requested. Uses are numbered in the order of the plan: each
+    step uses each of its groups once. The caller holds the reading's lock."""
 
     def __init__(self, steps: Iterator[tuple[T, Ids]], offsets: Ids) -> None:
         self._asked, self._offsets = steps, offsets
-        self.steps: deque[tuple[T, Ids, Ids]] = deque()  # (tag, ids, their groups), planned and not begun
+        self.steps: deque[tuple[T, Ids, Ids]] = deque()  # (tag, ids, their groups), planned but not begun
         self.ended = False
         self.failure: BaseException | None = None
         self.planned_uses = self.taken_uses = 0
         self.planned_steps = self.begun_steps = 0
         self.unread: deque[tuple[int, int]] = deque()  # (use, group) that no reader has looked at
-        self.uses: dict[int, deque[int]] = {}  # by group: its uses that are planned and not taken
+        self.uses: dict[int, deque[int]] = {}  # group -> its uses that are planned but not taken
 
     def _extend(self) -> None:
         if self.ended:
@@ -107,14 +107,14 @@ class _Plan(Generic[T]):
             self.planned_uses += 1
 
     def extend_to(self, steps: int) -> bool:
-        """Plans one more step; False if there is none, or `steps` are planned and not begun."""
+        """Plans one more step; False if there is none, or if `steps` steps are planned and not begun."""
         if self.ended or self.planned_steps - self.begun_steps >= steps:
             return False
         self._extend()
         return True
 
     def begin(self) -> tuple[T, Ids, Ids] | None:
-        """The next step; None after the last. Raises what the plan raised."""
+        """The next step; None after the last. Raises the plan's exception."""
         if not self.steps:
             self._extend()
         if not self.steps:
@@ -125,15 +125,15 @@ class _Plan(Generic[T]):
         return self.steps.popleft()
 
     def take(self, group: int) -> None:
-        """The group's next use has begun."""
+        """Marks the group's next use as begun."""
         self.uses[group].popleft()
         self.taken_uses += 1
 
 
 class Reading(Generic[T]):
-    """Steps of a plan, one after the other, with their samples; iterated once, by one thread. Close it: its threads end then.
+    """The steps of a plan, one after the other, with their samples. One thread iterates over it, once. `close` ends its threads.
 
-    What a read or the plan raises is raised at the step that needs it, after the steps before it.
+    An exception from a read or from the plan is raised at the step that needs it, after the steps before it.
     """
 
     def __init__(self, shelf: Shelf, plan: Iterator[tuple[T, Ids]], horizon: int, name: str) -> None:
@@ -155,17 +155,17 @@ class Reading(Generic[T]):
         while (step := self._next_step()) is not None:
             samples = self._collect(*step)
             yield samples
-            samples.encoded.clear()  # a view kept by the consumer would keep its group in memory, uncounted
+            samples.encoded.clear()  # otherwise a view kept by the consumer would keep its group in memory, uncounted
             self._unpin()
 
     def stop(self) -> None:
-        """Ends the iteration from another thread: it yields no further step. Threads may still be at work."""
+        """Ends the iteration from another thread: it yields no further step. Reader threads may still be at work."""
         self._stop.set()
         with self._changed:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends the threads: at once, or when the request that one waits for is answered or fails."""
+        """Ends the threads: at once, or when the request that a thread waits for is answered or fails."""
         self.stop()
         for thread in self._threads:
             thread.join()
@@ -187,11 +187,11 @@ class Reading(Generic[T]):
         encoded: list[npt.NDArray[np.uint8]] = [_NOTHING] * n
         targets = {target.name: np.empty((n, *target.shape), target.dtype) for target in self._split.schema}
         keys = [""] * n
-        by_group = np.argsort(groups, kind="stable")  # (n,) places in the step, those of a group together
+        by_group = np.argsort(groups, kind="stable")  # (n,) places in the step, sorted by group
         views: list[int] = []  # places whose bytes are a view into a pinned group
         for group, places in _runs(groups[by_group], by_group):
             rows = self._take(group)
-            if rows is None:  # no room for it beside the groups of this step: keep copies of what is wanted of those
+            if rows is None:  # no room for it next to this step's other groups: copy the needed samples of those
                 for place in views:
                     encoded[place] = encoded[place].copy()
                 views.clear()
@@ -205,11 +205,11 @@ class Reading(Generic[T]):
                 encoded[place] = rows.encoded[row]
                 keys[place] = rows.keys[row]
                 views.append(place)
-            del rows  # what is dropped is freed
+            del rows  # so that a dropped group is freed
         return Samples(tag=tag, ids=ids, encoded=encoded, targets=targets, keys=keys)
 
     def _take(self, group: int) -> RowGroup | None:
-        """The group, pinned; None if what is pinned leaves no room for it."""
+        """The group, pinned; None if the pinned groups leave no room for it."""
         shelf, began = self._shelf, time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: group in shelf._groups or group in self._failed or self._crowded or self._stop.is_set())
@@ -223,7 +223,7 @@ class Reading(Generic[T]):
             self._plan.take(group)
             self._pinned.add(group)
             rows = shelf._groups.pop(group)
-            shelf._groups[group] = rows  # the most recently used
+            shelf._groups[group] = rows  # now the most recently used
             self._changed.notify_all()
             return rows
 
@@ -277,7 +277,7 @@ class Reading(Generic[T]):
                     self._sizes[group] = size
 
     def _patiently(self, group: int, read: Callable[[int], R]) -> R:
-        """An outage is one only for a step that waited for all of it; until then there is time to try again."""
+        """Reads, and retries during an outage. The outage is raised only if a step waited for the whole of it."""
         while True:
             with self._changed:
                 awaited = self._plan.uses[group][0] <= self._plan.taken_uses
@@ -297,15 +297,15 @@ class Reading(Generic[T]):
         return None
 
     def _charge(self, group: int, size: int) -> bool:
-        """Makes room for the group that is needed next and charges it; False where that had to wait, and things may have changed."""
+        """Makes room for the next needed group and charges it; False if it had to wait, since things may have changed meanwhile."""
         shelf, plan = self._shelf, self._plan
         use = plan.unread[0][0]
         while shelf.held_bytes + size > shelf.budget_bytes and shelf._charges:
-            if plan.extend_to(self._horizon):  # to drop the right one, its next use must be known
+            if plan.extend_to(self._horizon):  # its next use must be known to drop the right group
                 return False
             dropped = self._farthest(use)
             if dropped is None:
-                if use == plan.taken_uses and self._pinned:  # the step that waits for it holds the place itself
+                if use == plan.taken_uses and self._pinned:  # the waiting step itself holds the place
                     self._crowded = True
                     self._changed.notify_all()
                 self._changed.wait()
@@ -319,8 +319,8 @@ class Reading(Generic[T]):
         return True
 
     def _farthest(self, use: int) -> int | None:
-        """The group whose next use after `use` is the farthest; None if that one must be waited for, as it is needed before, or in use. Of
-        those without a next use, the least recently used that is free."""
+        """The group with the farthest next use after `use`. None if that group is needed before `use` or is pinned, so the caller must
+        wait. Of the groups without a next use, the least recently used that is free."""
         farthest, when, waited_for = None, use, False
         for group in self._shelf._groups:
             uses = self._plan.uses.get(group, ())
@@ -346,7 +346,7 @@ class Stopped(Exception):
 
 
 def in_order(split: Split, groups: Iterable[int]) -> Generator[Samples[int], None, None]:
-    """The samples of each of these row groups, read ahead."""
+    """Yields the samples of each of these row groups, read ahead."""
     offsets = split.group_offsets
     plan = ((group, np.arange(offsets[group], offsets[group + 1], dtype=np.int64)) for group in groups)
     with closing(Shelf(split, IN_ORDER_BYTES).read(plan, horizon=2 * REMOTE_READERS)) as reading:
@@ -357,7 +357,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 def _runs(sorted_groups: Ids, places: Ids) -> Iterator[tuple[int, Ids]]:
-    """(group, its places) for each run of equal groups."""
+    """Yields (group, its places) for each run of equal groups."""
     starts = np.flatnonzero(np.diff(sorted_groups, prepend=-1))
     pieces = np.split(places, starts[1:]) if len(starts) else []
     for start, piece in zip(starts.tolist(), pieces, strict=True):

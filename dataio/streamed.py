@@ -1,6 +1,6 @@
-"""The samples of a split that does not stay decoded: each is decoded when a step wants it, out of row groups that are read ahead.
+"""The samples of a split that does not stay decoded: each is decoded when a step needs it, from row groups that are read ahead.
 
-Called by the loader where `data.cache` is none. What is read when, and what stays in memory, is stream's.
+Called by the loader where `data.cache` is none. stream.py decides what to read when, and what stays in memory.
 """
 
 import time
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Streamed:
-    """Decodes what is asked for, each time anew; row groups are held within `memory_bytes`."""
+    """Decodes the requested samples each time; holds row groups within `memory_bytes`."""
 
     def __init__(self, split: Split, codec: Codec, report: Callable[[BadSample], None], memory_bytes: int) -> None:
         self.shelf = Shelf(split, memory_bytes)
@@ -29,7 +29,7 @@ class Streamed:
         self._decoded = np.empty((0, *codec.row.shape), codec.row.dtype)
 
     def room(self, n: int) -> npt.NDArray[Any]:
-        """(n, *row), the same each time: a batch has gathered what it wants by then."""
+        """(n, *row), the same buffer each time: the batch has gathered its samples before it is reused."""
         if n > len(self._decoded):
             self._decoded = np.empty((n, *self._decoded.shape[1:]), self._decoded.dtype)
         return self._decoded[:n]

@@ -1,10 +1,10 @@
-"""The fault campaign: every fault of docs/fault-tolerance.md, injected into real runs, with what was promised checked.
+"""The fault campaign: injects every fault of docs/fault-tolerance.md into real runs, and checks what was promised.
 
     python -m benchmarks.faults [ROW ...] [--trials N] [--json] [--out FILE]
 
-Rows are chosen by a part of their names: runs and nodes (benchmarks/faults/runs.py), storage (storage.py), number of workers, and plain Ray
-Train as the peer on the rows where it has an answer. All of it takes about an hour on two quiet cores. Exit status 1 if a promise did not
-hold.
+ROW is a part of a row's name. The rows: runs and nodes (benchmarks/faults/runs.py), storage (storage.py), number of workers, and plain Ray
+Train as the peer for the faults that it can handle. The whole campaign takes about an hour on two idle cores. Exit status 1 means that a
+promise did not hold.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Runs for the fault campaign: a cluster of Ray nodes that are processes here, and `trainer.run` processes watched through their
-journals."""
+"""Runs for the fault campaign: a Ray cluster whose nodes are local processes, and `trainer.run` processes watched through their journals.
+Called by runs.py, ray_train.py and the campaign's command line."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from cluster.process import process_stat
 
 PROJECT = Path(__file__).resolve().parents[2]
 INJECT = Path(__file__).resolve().parent / "inject"
-# A small BatchNorm network on real images: what is tried is the system, not the model.
+# A small BatchNorm network on real images: the system is tested, not the model.
 SETTINGS = (
     *("--data.path", str(PROJECT / "dataio" / "samples" / "fashion_mnist"), "--data.batch-size", "40"),
     *("--model.name", "shufflenet_v2_x0_5", "--model.weights", "none", "--model.stem", "native"),
@@ -33,12 +33,12 @@ Event = Mapping[str, Any]
 
 
 class Nodes:
-    """A Ray cluster whose nodes are processes of this machine: a head without CPUs, and nodes of one CPU each."""
+    """A Ray cluster whose nodes are processes on this machine: a head without CPUs, and nodes with one CPU each."""
 
     def __init__(self, count: int, scratch: Path) -> None:
         self.action_file = scratch / "action"
         os.environ |= {
-            # The project too: nodes of one host share Ray's folder of packages, and what one does there another sees.
+            # The project too: nodes on one host share Ray's folder of packages, and see each other's changes there.
             "PYTHONPATH": os.pathsep.join(filter(None, [str(INJECT), str(PROJECT), os.environ.get("PYTHONPATH", "")])),
             "FAULT_ACTION_FILE": str(self.action_file),
             "RAY_worker_niceness": "0",
@@ -59,7 +59,7 @@ class Nodes:
         return self._cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
 
     def remove(self, node_id: str) -> None:
-        """The node's processes are killed, all at once."""
+        """Kills the node's processes, all at once."""
         (node,) = [node for node in self.nodes if node.node_id == node_id]
         self._cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(node)
@@ -69,7 +69,7 @@ class Nodes:
 
 
 class Trial:
-    """One `trainer.run` process. What it prints goes to a file beside its folder."""
+    """One `trainer.run` process. Its output goes to a file next to its folder."""
 
     def __init__(self, nodes: Nodes, storage: Path, name: str, *args: str) -> None:
         self.folder = storage / name
@@ -92,7 +92,7 @@ class Trial:
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def events(self, name: str = "", **fields: Any) -> list[Event]:
-        """Of this process, with this name and these fields."""
+        """Events of this process with this name and these fields."""
         return [
             event
             for event in self.all_events()[self.seen_before :]
@@ -103,7 +103,7 @@ class Trial:
         return self.until(lambda: self.events(name, **fields), f"{name} {fields}", timeout_seconds)[0]
 
     def wait_for_step(self, step: int) -> None:
-        """Until a commit of this step, or a later one."""
+        """Waits for a commit of this step, or a later one."""
         self.until(lambda: [e for e in self.events("checkpoint_committed") if e["step"] >= step], f"commit of step {step}", 180.0)
 
     def until(self, find: Callable[[], Any], what: str, timeout_seconds: float) -> Any:
@@ -124,12 +124,12 @@ class Trial:
         return str(self.events("worker_registered", rank=rank)[-1]["node_id"])
 
     def kill(self, rank: int, number: signal.Signals = signal.SIGKILL) -> float:
-        """Send a signal to a rank's process; the unix time."""
+        """Sends a signal to a rank's process; returns the unix time."""
         os.kill(self.pid_of(rank), number)
         return time.time()
 
     def inject(self, rank: int, action: str) -> float:
-        """Have a rank do what inject/sitecustomize.py can; the unix time."""
+        """Makes a rank do one of the actions of inject/sitecustomize.py; returns the unix time."""
         self.action_file.write_text(action)
         return self.kill(rank, signal.SIGUSR2)
 
@@ -141,7 +141,7 @@ class Trial:
             raise AssertionError(f"the run did not end in {timeout_seconds:g} s: {self.tail()}") from None
 
     def end(self) -> None:
-        """SIGKILL to the driver and what it started, if it still runs."""
+        """Sends SIGKILL to the driver and its children, if it still runs."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -155,16 +155,16 @@ class Trial:
         return summary
 
     def seen(self) -> dict[tuple[int, int], tuple[tuple[int, ...], bool]]:
-        """(step, virtual rank) -> (sample ids, whether the batch was left out), of the steps that count."""
+        """(step, virtual rank) -> (sample ids, whether the batch was left out), for the steps that count."""
         return {(r.step, r.virtual_rank): (r.ids, r.skipped) for r in read_ledger(self.folder / "ledger")}
 
     def detection_seconds(self, since: float) -> float:
-        """From the fault to the moment that the driver knew of it."""
+        """Seconds from the fault until the driver knew of it."""
         known = [e["time"] for e in self.events() if e["event"] in ("attempt_failed", "hang", "attempt_paused") and e["time"] >= since]
         return float(min(known)) - since if known else float("nan")
 
     def recovery_seconds(self, since: float) -> float:
-        """From the fault to the end of the first step after it."""
+        """Seconds from the fault to the end of the first step after it."""
         steps = [e["time"] for e in self.events("first_step") if e["time"] >= since]
         return float(min(steps)) - since if steps else float("nan")
 
@@ -176,7 +176,7 @@ def parent_of(pid: int) -> int:
 
 
 def process_named(text: str) -> int:
-    """The process whose command line holds `text`."""
+    """The process whose command line contains `text`."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
@@ -187,7 +187,7 @@ def process_named(text: str) -> int:
 
 @contextlib.contextmanager
 def throttled(pid: int, *, run_seconds: float = 0.02, stop_seconds: float = 0.08) -> Iterator[None]:
-    """A process that runs for a part of the time only: SIGSTOP and SIGCONT in turns."""
+    """Lets a process run only part of the time: SIGSTOP and SIGCONT in turns."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(ProcessLookupError):
@@ -209,7 +209,7 @@ def throttled(pid: int, *, run_seconds: float = 0.02, stop_seconds: float = 0.08
 
 @contextlib.contextmanager
 def saturated(processes: int) -> Iterator[None]:
-    """Every core busy with something else."""
+    """Keeps every core busy with other work."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -220,7 +220,7 @@ def saturated(processes: int) -> Iterator[None]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Smallest, median, largest."""
+    """Minimum, median, maximum."""
     known = sorted(value for value in values if value == value)
     if not known:
         return None
@@ -228,7 +228,7 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def pick(seed: int) -> random.Random:
-    """The same choices for the same seed."""
+    """A random generator: the same seed gives the same choices."""
     return random.Random(seed)
 
 

@@ -1,8 +1,8 @@
-"""The peer: plain Ray Train on the same faults. How long from SIGKILL of a worker, and from the loss of a node, to the next step?
+"""The peer: plain Ray Train with the same faults. How long from SIGKILL of a worker, or from the loss of a node, to the next step?
 
 The same network and batch, DistributedDataParallel, `ray.train.report` with a checkpoint every 5 steps, `FailureConfig(max_failures=3)`;
-once as Ray comes, and once with the health check every 0.5 s (RAY_TRAIN_HEALTH_CHECK_INTERVAL_S). Weights after a kill are not compared:
-torch's own all-reduce is not ours to judge; what is measured is time, and the steps done twice.
+once with Ray's defaults, and once with the health check every 0.5 s (RAY_TRAIN_HEALTH_CHECK_INTERVAL_S). It measures time and repeated
+steps. It does not compare weights after a kill, since torch's own all-reduce is not ours to judge.
 """
 
 import json
@@ -65,7 +65,7 @@ TorchTrainer(
 
 
 def measure(nodes: Nodes, fault: str, trials: int, *, health_interval_seconds: str = "") -> Row:
-    """`fault`: "kill" a worker, or lose a "node"."""
+    """`fault`: "kill" kills a worker, "node" removes a node."""
     began = time.perf_counter()
     recovery, again = [], []
     for _ in range(trials):
@@ -86,7 +86,7 @@ def measure(nodes: Nodes, fault: str, trials: int, *, health_interval_seconds: s
 
 
 def _trial(nodes: Nodes, fault: str, health_interval_seconds: str) -> tuple[float, int]:
-    """(seconds from the fault to the next step's end, steps done again)."""
+    """(seconds from the fault to the next step's end, number of repeated steps)."""
     with tempfile.TemporaryDirectory() as storage:
         environment = {**os.environ, "RAY_TRAIN_V2_ENABLED": "1"}
         if health_interval_seconds:

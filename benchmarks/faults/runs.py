@@ -1,7 +1,7 @@
-"""The campaign's faults of whole runs: processes killed and stopped, nodes lost and added, numbers spoilt, each in a run of real Ray.
+"""The campaign's faults of whole runs: processes killed and stopped, nodes lost and added, corrupt numbers; each in a run on real Ray.
 
-A trial is a run that is hit in mid-training. What is promised, of every trial: it ends well; its weights are those of a run that was not
-hit, to the last bit; its ledger shows the same samples in the same steps. Rows with a promise of their own say so.
+A trial is a run with a fault in mid-training. The promise for every trial: it ends well, its weights equal those of an undisturbed run to
+the last bit, and its ledger shows the same samples in the same steps. Rows with a different promise say so.
 """
 
 import os
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 class Campaign:
-    """The runs of one cluster, and the run that all are compared with."""
+    """The runs on one cluster, and the undisturbed run that all are compared with."""
 
     def __init__(self, nodes: Nodes, storage: Path, *, workers: int = 2, say: Callable[[str], None] = print) -> None:
         self.nodes, self.storage, self.workers, self.say = nodes, storage, workers, say
@@ -37,7 +37,7 @@ class Campaign:
         return Trial(self.nodes, self.storage, name or f"trial-{self.count:03d}", *always, *virtual, *args)
 
     def row(self, fault: str, trials: int, one: Callable[[int], tuple[Trial, float]], promise: str = "same weights, same ledger") -> Row:
-        """`one(number)` does a trial and returns it, ended, with the unix time of its fault."""
+        """`one(number)` does a trial; it returns the finished trial with the unix time of its fault."""
         began = time.perf_counter()
         problems, detection, recovery = [], [], []
         for number in range(trials):
@@ -60,7 +60,7 @@ class Campaign:
         }
 
     def same(self, trial: Trial, *, restarts: int | None = None) -> None:
-        """The run ended well, with the weights and the ledger of one that was not hit."""
+        """Checks that the run ended well, with the weights and the ledger of the undisturbed run."""
         status = trial.finish()
         self._expect(status == 0, f"exit status {status}: {trial.tail()}")
         summary = trial.summary()
@@ -86,7 +86,7 @@ class Campaign:
         return trial, at
 
     def agent_killed(self, number: int) -> tuple[Trial, float]:
-        """SIGKILL of one of Ray's own workers: an agent, and with it its rank."""
+        """SIGKILL of one of Ray's own workers: an agent, and with it the rank."""
         trial = self.start()
         trial.wait_for_step(20)
         os.kill(process_named("ray::RayTrainWorker"), signal.SIGKILL)
@@ -103,7 +103,7 @@ class Campaign:
         return trial, at
 
     def coordinator_killed(self, number: int) -> tuple[Trial, float]:
-        """It is started again and the ranks train on: no restart."""
+        """The coordinator is restarted and the ranks continue: no restart of the run."""
         trial = self.start()
         trial.wait_for_step(20)
         os.kill(process_named("ray::CoordinatorActor"), signal.SIGKILL)
@@ -112,7 +112,7 @@ class Campaign:
         return trial, at
 
     def driver_killed(self, number: int) -> tuple[Trial, float]:
-        """SIGKILL of the driver, and the same command again."""
+        """SIGKILL of the driver, then the same command again."""
         name = f"driver-{number}"
         first = self.start(name=name)
         first.wait_for_step(20)
@@ -124,7 +124,7 @@ class Campaign:
         return trial, at
 
     def stopped_by_sigterm(self, number: int) -> tuple[Trial, float]:
-        """SIGTERM: a commit within the grace period, status 143; the same command again."""
+        """SIGTERM: a commit within the grace period, status 143; then the same command again."""
         name = f"sigterm-{number}"
         first = self.start(name=name)
         first.wait_for_step(20)
@@ -138,7 +138,7 @@ class Campaign:
         self._expect(trial.events("resumed")[0]["step"] == last, "did not go on from the step it stopped at")
         return trial, at
 
-    # Ranks that get nowhere
+    # Ranks without progress
 
     def rank_stopped(self, number: int) -> tuple[Trial, float]:
         trial = self.start()
@@ -181,7 +181,7 @@ class Campaign:
         return trial, at
 
     def rank_straggles(self, number: int) -> tuple[Trial, float]:
-        """One rank gets a fifth of the time: it is named, and nothing is killed."""
+        """One rank gets a fifth of the time: it is reported by name, and nothing is killed."""
         trial = self.start("--cluster.hang-seconds", "30", "--cluster.faults.straggler-steps", "10")
         trial.wait_for_step(10)
         at = time.time()
@@ -195,7 +195,7 @@ class Campaign:
     # Numbers
 
     def gradient_is_nan(self, number: int) -> tuple[Trial, float]:
-        """Back to the last commit, without the batch: the same weights as a run that left that batch out from the start."""
+        """Returns to the last commit and skips the batch: the same weights as a run without that batch from the start."""
         trial = self.start()
         trial.wait_for_step(20)
         at = trial.inject(number % self.workers, "nan")
@@ -218,7 +218,7 @@ class Campaign:
         return trial, at
 
     def weight_is_flipped(self, number: int) -> tuple[Trial, float]:
-        """One bit of one weight of one rank: found at the next check, before any checkpoint that could hold it."""
+        """One bit of one weight of one rank: found at the next check, before any checkpoint that could contain it."""
         trial = self.start()
         trial.wait_for_step(20)
         rank = number % self.workers
@@ -233,7 +233,7 @@ class Campaign:
     # Nodes
 
     def node_lost_and_added(self, number: int) -> tuple[Trial, float]:
-        """`--workers 1:N`: a node dies (SIGKILL of all its processes), the run goes on with fewer; a node comes, it goes on with more."""
+        """`--workers 1:N`: after a node dies (SIGKILL of all its processes) the run continues with fewer; after a node joins, with more."""
         trial = self.start("--workers", f"1:{self.workers}", "--cluster.grow-after-seconds", "2", "--train.max-steps", "80")
         trial.wait_for_step(10)
         self.nodes.remove(trial.node_of(1))
@@ -246,7 +246,7 @@ class Campaign:
         return trial, at
 
     def node_drained(self, number: int) -> tuple[Trial, float]:
-        """`ray drain-node` with a deadline: a commit, and on elsewhere, before it; no failure is charged."""
+        """`ray drain-node` with a deadline: before it, the run commits and moves elsewhere; no failure is counted."""
         spare = self.nodes.add()
         self.nodes.nodes.append(spare)
         trial = self.start("--workers", f"1:{self.workers}")
@@ -269,7 +269,7 @@ class Campaign:
         return trial, at
 
     def notice_of_preemption(self, number: int) -> tuple[Trial, float]:
-        """A file that a spot instance's hook makes: a commit, and on."""
+        """A file that a spot instance's hook creates: the run commits and continues."""
         notice = self.storage / f"notice-{number}"
         trial = self.start("--cluster.preemption-notice", str(notice))
         trial.wait_for_step(10)
@@ -285,7 +285,7 @@ class Campaign:
     # Workers
 
     def any_number_of_workers(self, flags: tuple[str, ...], counts: tuple[int, ...]) -> Row:
-        """The same configuration with each number of workers, and with one that changes (a node lost, a node added): one hash."""
+        """The same configuration with each number of workers, and with a changing one (a node lost, a node added), gives one hash."""
         began = time.perf_counter()
         hashes = {}
         for count in counts:

@@ -1,8 +1,8 @@
-"""The campaign's faults of storage: death at every call of a commit, damaged files, a full disk, an outage. Each through the real code.
+"""The campaign's faults of storage: death at every call of a commit, damaged files, a full disk, an outage. Each uses the real code.
 
     python -m benchmarks.faults.storage [NAME ...] [--trials N] [--json]
 
-A row says how often the fault was injected (`trials`) and how often what was promised did not hold (`violations`, 0 or the first is told).
+A row says how often the fault was injected (`trials`) and how often the promise did not hold (`violations`; `detail` has the first one).
 Called by benchmarks.faults; the unit tests run a short version of each.
 """
 
@@ -60,14 +60,15 @@ def main() -> None:
 
 
 def kill_at_every_syscall(mode: str, *, rank_files: int = 16, chunk_bytes: int = 64) -> Row:
-    """A process that stages `rank_files` + 1 files in pieces of `chunk_bytes`, commits and prunes is killed (SIGKILL) at each call that
-    changes the disk, one call after the other. `mode`: kill; torn-data: what was not fsynced is cut in half too; power: and names that were
-    not synced into their folder are gone.
+    """A process stages `rank_files` + 1 files in pieces of `chunk_bytes`, commits and prunes. It is killed (SIGKILL) at each call that
+    changes the disk, one call after the other. `mode`: kill; torn-data also cuts unsynced data in half; power also removes names that were
+    not synced into their folder.
 
-    Promised: what was acknowledged is there; what is there is whole; the checkpoint before is there if not; a new process can go on."""
+    Promised: every acknowledged checkpoint is there; whatever is there is complete; if it is not there, the one before it is; a new process
+    can continue."""
     assert mode in MODES
     began = time.perf_counter()
-    # In memory where that can be had: Disk models what is lost, and the survivors' own fsyncs are 90 % of the time otherwise.
+    # In memory if possible: Disk models the losses, and the survivors' own fsyncs would take 90 % of the time.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     base = tempfile.mkdtemp(prefix="finetune-kill-", dir=memory)
     problems, seen = [], []
@@ -105,7 +106,7 @@ def _contents(step: int, rank_files: int) -> dict[str, bytes]:
 
 
 def _die(folder: str, mode: str, fatal: int, rank_files: int) -> tuple[bool, bool]:
-    """(the process came to its end, it was told that its checkpoint is committed)"""
+    """(whether the process reached its end, whether it was told that its checkpoint is committed)"""
     reading, acknowledge = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -116,7 +117,7 @@ def _die(folder: str, mode: str, fatal: int, rank_files: int) -> tuple[bool, boo
             Disk.real["write"](acknowledge, b"1")
             store.prune(2, 1)
             os._exit(0)
-        except BaseException:  # of ours, and not to be taken for the end of the parent
+        except BaseException:  # one of ours; it must not look like the end of the parent
             traceback.print_exc()
             os._exit(1)
     os.close(acknowledge)
@@ -128,7 +129,7 @@ def _die(folder: str, mode: str, fatal: int, rank_files: int) -> tuple[bool, boo
 
 
 def _survive(folder: str, rank_files: int, acknowledged: bool) -> tuple[int, str]:
-    """(step of the newest checkpoint, what is wrong)"""
+    """(step of the newest checkpoint, what is wrong with it)"""
     store, reports = Store.open(open_storage(folder), "run"), []
     try:
         commit = store.newest_valid(lambda path, reason: reports.append(f"{path} {reason}"))
@@ -138,7 +139,7 @@ def _survive(folder: str, rank_files: int, acknowledged: bool) -> tuple[int, str
             return commit.step, "other bytes than were committed"
         if acknowledged and commit.step != 30:
             return commit.step, "an acknowledged checkpoint is gone"
-        for other in store.commits():  # what is half deleted is no checkpoint any more
+        for other in store.commits():  # a half-deleted checkpoint no longer counts
             store.load(other.step, other.generation)
         _save_files(store, 40, rank_files)
         newest = store.newest_valid(lambda path, reason: None)
@@ -149,7 +150,7 @@ def _survive(folder: str, rank_files: int, acknowledged: bool) -> tuple[int, str
 
 class Disk:
     """Counts this process's calls that change the disk, kills it at the `fatal`-th, and models what a disk loses with its power: `paths` of
-    open descriptors, `dirty` files written and not synced, `log` of names changed and not synced with what undoes each."""
+    open descriptors, `dirty` files written but not synced, `log` of name changes that are not synced, with a way to undo each."""
 
     real: ClassVar = {
         name: getattr(os, name) for name in ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir")
@@ -162,8 +163,8 @@ class Disk:
         self.log: list[tuple[str, str, Callable[[str], object]]] = []
 
     def install(self) -> None:
-        """For good: in a process that is to die."""
-        shutil._use_fd_functions = False  # type: ignore[attr-defined]  # so that rmtree calls os.unlink with whole paths
+        """Patches permanently: only for a process that is to die."""
+        shutil._use_fd_functions = False  # so that rmtree calls os.unlink with whole paths
         acts = {"open": self._open, "write": self._write, "fsync": self._fsync, "mkdir": self._mkdir, "rename": self._rename}
         acts |= {"replace": self._rename, "unlink": self._unlink, "rmdir": self._rmdir, "close": self._close}
         for name, act in acts.items():
@@ -201,7 +202,7 @@ class Disk:
         self.dirty.add(self.paths[descriptor])
         return int(self.real["write"](descriptor, data))
 
-    def _fsync(self, descriptor: int) -> None:  # the model stands for the disk
+    def _fsync(self, descriptor: int) -> None:  # the model replaces the disk
         self.dirty.discard(self.paths[descriptor])
         self.log = [entry for entry in self.log if entry[0] != self.paths[descriptor]]
 
@@ -234,7 +235,7 @@ class Disk:
 
 
 def _remove_tree(path: str, real: dict[str, Any]) -> None:
-    """Without the calls that are counted."""
+    """Uses the original calls, which are not counted."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for entry in list(os.scandir(path)):
             if entry.is_dir(follow_symlinks=False):
@@ -248,8 +249,8 @@ def _remove_tree(path: str, real: dict[str, Any]) -> None:
 
 
 def corruptions(trials: int = 1000, *, seed: int = 0, storage: Storage | None = None) -> Row:
-    """One bit flipped, or the end cut off, in a random file of the newest checkpoint; in every second trial after it was found whole and
-    before it is read. Promised: a load gives the bytes that were committed, those of the checkpoint before, or an error."""
+    """Flips one bit, or cuts off the end, of a random file of the newest checkpoint; in every second trial after it was verified and before
+    it is read. Promised: a load gives the committed bytes, those of the checkpoint before, or an error."""
     began, draw = time.perf_counter(), random.Random(seed)
     storage = storage or memory_storage()
     store = Store.open(storage, "run")
@@ -274,7 +275,7 @@ def corruptions(trials: int = 1000, *, seed: int = 0, storage: Storage | None = 
         except CorruptCheckpoint:
             outcomes["refused"] += 1
         else:
-            # Damage of COMMIT or the manifest after they were verified changes nothing that is read.
+            # Damage to COMMIT or the manifest after their verification changes nothing that is read.
             if commit.step == 1:
                 outcomes["fell back"] += 1
             elif early is None or name in loaded:
@@ -301,8 +302,8 @@ def _damaged(whole: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 def disk_full(trials: int = 20, *, seed: int = 0) -> Row:
-    """A tmpfs with a random number of bytes left, through checkpointer and coordinator. Promised: saving raises nothing, the newest
-    checkpoint that was acknowledged loads, and the next one after space was made is committed. Needs the right to mount."""
+    """A tmpfs with a random number of free bytes, through checkpointer and coordinator. Promised: saving raises nothing, the newest
+    acknowledged checkpoint loads, and the next one is committed once there is space. Needs the right to mount."""
     began, draw, problems = time.perf_counter(), random.Random(seed), []
     size_bytes, refused = 1 << 20, 0
     folder = tempfile.mkdtemp(prefix="finetune-full-")
@@ -337,10 +338,10 @@ def disk_full(trials: int = 20, *, seed: int = 0) -> Row:
 
 
 def outage(*, seconds: float = 600.0, speed: float = 200.0, ranks: int = 2, storage: Storage | None = None) -> Row:
-    """The storage is away for `seconds` on a clock that runs `speed` times faster, while `ranks` save every 60 s of it.
+    """The storage is away for `seconds` on a clock that runs `speed` times faster; `ranks` save every 60 s of that clock.
 
-    Promised: steps go on; at most two checkpoints of a rank wait on its disk, and they leave nothing there; commits come in the order of
-    steps; nothing acknowledged is lost; the newest checkpoint is committed afterwards; the journal has every event."""
+    Promised: steps continue; at most two checkpoints of a rank wait on its disk, and they leave nothing there; commits come in the order of
+    steps; no acknowledged checkpoint is lost; the newest checkpoint is committed afterwards; the journal has every event."""
     began, problems = time.perf_counter(), []
     clock = FastClock(speed)
     place = storage or memory_storage()
@@ -396,7 +397,7 @@ def outage(*, seconds: float = 600.0, speed: float = 200.0, ranks: int = 2, stor
 
 
 class FastClock:
-    """time.monotonic and time.sleep at `speed` times the pace."""
+    """time.monotonic and time.sleep at `speed` times the normal pace."""
 
     def __init__(self, speed: float) -> None:
         self._speed = speed
@@ -409,7 +410,7 @@ class FastClock:
 
 
 class Weather:
-    """A pyarrow file system that fails while `is_down`, uploads on their way included. One that was begun is published as far as it got:
+    """A pyarrow file system that fails while `is_down`, also for uploads in progress. An interrupted upload is published as far as it got:
     worse than S3, which publishes nothing."""
 
     def __init__(self, fs: Any) -> None:
@@ -457,7 +458,7 @@ class _Stream:
 
 
 class Group:
-    """A coordinator and `ranks` checkpointers, as a run has them, without the training between two saves."""
+    """A coordinator and `ranks` checkpointers as in a run, without the training between two saves."""
 
     def __init__(
         self,
@@ -484,10 +485,10 @@ class Group:
             checkpointer.close()
         self._coordinator.finish(20)
         with contextlib.suppress(FileNotFoundError):
-            os.rmdir(self.spill_dir)  # fails where something is left
+            os.rmdir(self.spill_dir)  # fails if anything is left
 
     def save(self) -> int:
-        """The next checkpoint of every rank; its step."""
+        """Saves the next checkpoint of every rank; returns its step."""
         self.step += 1
         for rank, checkpointer in enumerate(self._checkpointers):
             try:
@@ -497,7 +498,7 @@ class Group:
         return self.step
 
     def settle(self, step: int) -> bool:
-        """Wait for all that is on its way; whether `step` is committed."""
+        """Waits for all pending work; returns whether `step` is committed."""
         for checkpointer in self._checkpointers:
             try:
                 checkpointer.wait(30)
@@ -506,7 +507,7 @@ class Group:
         return self._coordinator.wait_committed(step, 30)
 
     def newest(self) -> int:
-        """The newest checkpoint that loads whole, read as a new process would."""
+        """The newest checkpoint that loads completely, read as by a new process."""
         commit = Store.open(self._storage, "run").newest_valid(lambda path, reason: self._errors.append(f"{path}: {reason}"), mark=False)
         if commit is None:
             return 0
@@ -516,7 +517,7 @@ class Group:
         return commit.step
 
     def spilled(self) -> int:
-        """Checkpoints on the node's disk."""
+        """Number of checkpoints on the node's disk."""
         return len(list(Path(self.spill_dir).glob("*/*/rank-*/step-*")))
 
     def problems(self) -> list[str]:
@@ -564,7 +565,7 @@ def _local_corruptions(trials: int) -> Row:
 
 
 def _merged(rows: list[Row]) -> Row:
-    """Rows of one fault as one; the detail of the first that went wrong, or of the last."""
+    """Merges rows of one fault into one, with the detail of the first failure or, if there is none, of the last row."""
     told = next((row for row in rows if row["violations"]), rows[-1])
     sums = {key: sum(row[key] for row in rows) for key in ("trials", "violations", "seconds")}
     return {**told, **sums}

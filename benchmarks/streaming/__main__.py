@@ -3,20 +3,22 @@
     python -m benchmarks.streaming --setup-peers                      once: the peers' packages, in an environment of their own
     python -m benchmarks.streaming [--size 224|32] [--rounds 3] [--images 10000] [--json] [--out FILE]
 
-The images are crops of real pictures (scikit-image's and scikit-learn's), 256 to 500 pixels a side, quality 90, made once by a seed into
-the scratch folder and converted once to each contender's format; that is kept there, and told apart. With --size 32 they are 32x32.
+The images are crops of real pictures (scikit-image's and scikit-learn's), 256 to 500 pixels a side, quality 90. They are made once from a
+seed in the scratch folder, and converted once to each contender's format; the result is kept there, and the conversion is reported
+separately. With --size 32 they are 32x32.
 
 Equal work: every contender reads its format from the local disk (after the conversion: from the page cache), shuffles in its own way,
-decodes each JPEG to RGB, resizes its shorter side to `size` (bilinear, antialiased), cuts out the centre, mirrors half of them, and hands
-out uint8 batches. A DataLoader has 1 or 2 worker processes, ours as many decoding threads. `loader+decoder` says who decodes: by default
-the peers by torchvision.io.decode_jpeg, the faster of the two they commonly use; `+pil` is the other; `ours+torchvision` is our loader with
-the peers' decoder, so that one sees which part of a difference is the decoder's. DALI rounds sizes and the middle differently from PIL: the
-difference to PIL's pixels is told, and a row whose pixels are not those of the right picture says so.
+decodes each JPEG to RGB, resizes its shorter side to `size` (bilinear, antialiased), crops the centre, mirrors half of them, and returns
+uint8 batches. A DataLoader has 1 or 2 worker processes, ours as many decoding threads. `loader+decoder` names the decoder: by default the
+peers use torchvision.io.decode_jpeg, the faster of the two common ones; `+pil` is the other; `ours+torchvision` is our loader with the
+peers' decoder, to show how much of a difference is due to the decoder. DALI rounds sizes and the middle differently from PIL: the
+difference to PIL's pixels is reported, and a row whose pixels are not those of the right picture says so.
 
-One fresh process a measurement, contenders taking turns. CPU time and memory are those of the process and its workers. First batch: from
-the start of the process until a batch is in hand, imports included and told apart. Memory: proportional set size, after the first batch or
-after the last measured one, whichever is more. Epoch: every image must come exactly once (decoding is off for the peers there, never for
-ours). Resume: a state is saved in the middle of an epoch, a fresh process goes on from it; exact if each remaining image then comes once.
+Each measurement is a fresh process; contenders are interleaved. CPU time and memory are those of the process and its workers. First batch:
+from the start of the process until a batch arrives, imports included and also reported separately. Memory: proportional set size, after
+the first batch or after the last measured one, whichever is larger. Epoch: every image must come exactly once (here decoding is off for
+the peers, never for ours). Resume: a state is saved in the middle of an epoch and a fresh process continues from it; it is exact if each
+remaining image then comes once.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""One measurement, in a process of its own: `python -m benchmarks.streaming.child JOB.json`; the result is written where the job says.
+"""One measurement in a process of its own: `python -m benchmarks.streaming.child JOB.json`; the job names the file for the result.
 
-Called by `measure.py`. Four jobs: `convert`, `speed` (begin an epoch, measure some of it), `epoch` (hand out all of it, save a state in the
-middle), `resume` (go on from that state). What they are compared with is decided there.
+Called by `measure.py`, which compares the results. Four jobs: `convert`, `speed` (begins an epoch, measures some of it), `epoch` (reads all
+of it, saves a state in the middle), `resume` (continues from that state).
 """
 
 import time
@@ -19,7 +19,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 COMPARED = 8
-"""Images of the first batch that are compared with the reference."""
+"""Number of images of the first batch to compare with the reference."""
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def versions(job: dict[str, Any]) -> dict[str, Any]:
-    """Of the asked-for packages in this interpreter; null where one is missing."""
+    """Versions of the requested packages in this interpreter; null for a missing one."""
     found: dict[str, Any] = {}
     for name in job["packages"]:
         try:
@@ -73,7 +73,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
             seen.append(strip(batch))
             del batch
         wall, used = time.perf_counter() - began, cpu_seconds() - cpu
-        late = memory()  # the workers are at work still
+        late = memory()  # while the workers are still running
     ids = image_ids(contender, seen, job)
     images = open_images_of(job)
     return {
@@ -95,7 +95,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def epoch(job: dict[str, Any]) -> dict[str, Any]:
-    """All of an epoch by its ids; the state after `stop_after` batches goes to a file."""
+    """Reads all of an epoch, by ids; writes the state after `stop_after` batches to a file."""
     from benchmarks.streaming import contenders
 
     contenders.DECODING.value = 0
@@ -119,7 +119,7 @@ def epoch(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume(job: dict[str, Any]) -> dict[str, Any]:
-    """From the saved state: the time to the first batch, decoded, and the ids of all that is left."""
+    """Continues from the saved state: time to the first decoded batch, and the ids of all remaining images."""
     from benchmarks.streaming import contenders
 
     contender = begin(job)
@@ -141,7 +141,7 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def begin(job: dict[str, Any]) -> Any:
-    """The contender, its libraries imported."""
+    """The contender, with its libraries imported."""
     import torch
 
     from benchmarks.streaming.contenders import Task, contender_of
@@ -155,8 +155,7 @@ def begin(job: dict[str, Any]) -> Any:
 
 
 def strip(batch: Any) -> Any:
-    """Without its pixels: not a view of none of them, which would keep them all. The labels are copied: they may lie in memory shared with
-    a worker."""
+    """Drops the pixels; an empty view would keep them all in memory. Copies the labels: they may lie in memory shared with a worker."""
     import torch
 
     from benchmarks.streaming.contenders import Got
@@ -185,7 +184,8 @@ def wrong_labels(images: Any, ids: Any, seen: list[Any]) -> int:
 def difference(images: Any, kept: Any, ids: Any, size: int) -> float:
     """Mean absolute difference of pixel values (0..255) to the reference, PIL, over the kept images.
 
-    Of an image the closest of: mirrored or not, moved by at most one pixel (libraries round the middle differently), the border left out.
+    For each image the closest variant counts: mirrored or not, moved by at most one pixel (libraries round the middle differently), without
+    the border.
     """
     import torch
 

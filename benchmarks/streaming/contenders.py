@@ -1,11 +1,11 @@
-"""The contenders: each converts the images to its format once, and hands out an epoch of batches, from its start or from a state.
+"""The contenders: each converts the images to its format once, and yields an epoch of batches, from its start or from a state.
 
-Called by `child.py`, in a fresh process a measurement. All do the same with an image: decode it to RGB, resize it so that its shorter side
-is `size` pixels (bilinear with antialiasing, as each decoder's library does it), cut out the centre, mirror it with probability one half,
-and hand it over as uint8, channels last. What an image costs is thus the decoder's; who hands out which image when is the loader's. Their
-own libraries are imported by `load`, so that this can be told apart.
+Called by `child.py`, in a fresh process for each measurement. All process an image in the same way: decode it to RGB, resize it so that its
+shorter side is `size` pixels (bilinear with antialiasing, by each decoder's library), crop the centre, mirror it with probability one half,
+and return it as uint8, channels last. So the decoder sets the cost of an image, and the loader decides which image comes when. `load`
+imports a contender's own libraries, so that this can be timed separately.
 
-The peers' decoders (`Decode`) are written without torchvision's transform objects, which would only slow them down.
+The peers' decoders (`Decode`) do not use torchvision's transform objects, which would only slow them down.
 """
 
 import importlib
@@ -30,20 +30,20 @@ from torch.utils.data import DataLoader, Sampler
 from benchmarks.streaming.pictures import Images
 
 SHARDS = 10
-"""Where a format counts its shards: more than there are workers, which share them out, and 50 MB each at 10,000 photographs."""
+"""For formats that count their shards: more than the workers that share them, and 50 MB each at 10,000 photographs."""
 SHARD_BYTES = 64 << 20
-"""Where it counts them in bytes: mosaicml-streaming's default, and ours."""
+"""For formats that count shards in bytes: the default of mosaicml-streaming, and ours."""
 
 DECODING = multiprocessing.get_context("fork").RawValue("b", 1)
-"""Off where only the order of the images counts: the peers' workers, forked, hand out black images then. Ours always decodes."""
+"""Off if only the order of the images counts: then the peers' forked workers return black images. Ours always decodes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What is to be read, and how."""
+    """What to read, and how."""
 
     folder: Path
-    """Of the contender's format; the ImageFolder itself where it has none of its own."""
+    """Folder in the contender's format; the ImageFolder itself if it has no format of its own."""
     size: int
     batch_size: int
     workers: int
@@ -51,55 +51,55 @@ class Task:
     decoder: str
     seed: int
     window: int
-    """Images shuffled together, where a contender shuffles by a window or a buffer."""
+    """Images shuffled together, for contenders that shuffle by a window or a buffer."""
     memory_bytes: int
-    """Of encoded row groups that ours may hold; the peers have no such limit."""
+    """Limit for our encoded row groups; the peers have no such limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Got:
-    """A batch as a training loop would take it."""
+    """A batch as a training loop receives it."""
 
-    images: Tensor  # (n, 3, size, size) uint8 channels_last; black where nothing was decoded
+    images: Tensor  # (n, 3, size, size) uint8 channels_last; black if nothing was decoded
     labels: Tensor  # (n,)
-    ids: Any  # (n,) what the contender calls the images; `Contender.image_ids` knows which they are
+    ids: Any  # (n,) the contender's own names for the images; `Contender.image_ids` translates them
 
 
 class Contender:
-    """One loader. `load` imports, `batches` begins an epoch, `state` says where it is; each is used once a process."""
+    """One loader. `load` imports, `batches` begins an epoch, `state` returns its position; each is used once in a process."""
 
     format: ClassVar[str] = ""
-    """Name of its format's folder; contenders may share one. Empty: it reads the ImageFolder."""
+    """Name of its format's folder; contenders may share one. Empty: the contender reads the ImageFolder."""
     package: ClassVar[str] = ""
-    """What must be installed."""
+    """The package that must be installed."""
     decoders: ClassVar[tuple[str, ...]] = ("torchvision", "pil")
     resumes_by: ClassVar[str] = "its state"
     always_decodes: ClassVar[bool] = False
 
     @staticmethod
     def convert(images: Images, dest: Path) -> None:
-        """Make `dest`, which is not there."""
+        """Creates `dest`, which does not exist yet."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
 
     def load(self) -> None:
-        """Import what `batches` needs."""
+        """Imports what `batches` needs."""
 
     def batches(self, state: Any = None) -> Iterator[Got]:
-        """The first epoch, or what is left of it."""
+        """Yields the first epoch, or the rest of it."""
         raise NotImplementedError
 
     def state(self, done: int) -> Any:
-        """To go on from after `done` batches; can be pickled."""
+        """The state from which to continue after `done` batches; can be pickled."""
         raise NotImplementedError
 
     def image_ids(self, ids: list[Any], images: Images) -> np.ndarray:
-        """Ids of the images, by what `Got.ids` called them."""
+        """Translates the contender's `Got.ids` into ids of the images."""
         return np.array(ids, dtype=np.int64)
 
     def close(self) -> None:
-        """Before the process ends."""
+        """Cleans up before the process ends."""
 
 
 class Decode:
@@ -130,13 +130,13 @@ class Decode:
     def _by_torchvision(self, data: bytes, mirrored: bool) -> Tensor:
         from torchvision.io import ImageReadMode, decode_jpeg
 
-        # A copy, as torch wants to be able to write to what it is given; (3, H, W) by its shape, (H, W, 3) in memory.
+        # A copy, because torch wants a writable buffer; (3, H, W) by its shape, (H, W, 3) in memory.
         image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         height, width = image.shape[1:]
         new_width, new_height = self._scaled(width, height)
         if (new_width, new_height) != (width, height):
-            # uint8 all the way: torch's vectorised kernel. Of image[None] it does not know that it is channels_last, and gives the channels
-            # apart: with putting them together 320 us a photograph, like this 185.
+            # uint8 throughout, for torch's vectorised kernel. With image[None] torch does not recognise channels_last and returns the
+            # channels apart: 320 us a photograph including the copy to join them; this way takes 185.
             batch = image.permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2)
             image = F.interpolate(batch, size=(new_height, new_width), mode="bilinear", antialias=True, align_corners=False)[0]
         left, top = self._middle(new_width), self._middle(new_height)
@@ -148,11 +148,11 @@ class Decode:
         return width * self._size // shorter, height * self._size // shorter
 
     def _middle(self, side: int) -> int:
-        return round((side - self._size) / 2)  # as torchvision's CenterCrop
+        return round((side - self._size) / 2)  # like torchvision's CenterCrop
 
 
 class Positions(Sampler[int]):
-    """A seeded permutation of 0..count-1 from position `start` on: how a map-style data set is resumed exactly."""
+    """A seeded permutation of 0..count-1 from position `start` on: an exact way to resume a map-style data set."""
 
     def __init__(self, count: int, seed: int, start: int) -> None:
         self._ids = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[start:].tolist()
@@ -165,13 +165,13 @@ class Positions(Sampler[int]):
 
 
 def got(batch: Any) -> Got:
-    """Of what torch's default collate makes of (image, label, id)."""
+    """From the output of torch's default collate for (image, label, id)."""
     images, labels, ids = batch
     return Got(images=images.permute(0, 3, 1, 2), labels=labels, ids=ids)
 
 
 class ImageFolder(Contender):
-    """torchvision's ImageFolder and torch's DataLoader; resumed by a sampler written for it here."""
+    """torchvision's ImageFolder and torch's DataLoader, resumed by a sampler written for it here."""
 
     package = "torchvision"
     resumes_by = "a sampler of ours"
@@ -202,7 +202,7 @@ def workers_of(task: Task) -> dict[str, Any]:
 
 
 class WebDataset(Contender):
-    """tar shards; has no state: a resume reads all again and drops what was seen, undecoded."""
+    """tar shards. It has no state: a resume reads everything again and drops what was seen, undecoded."""
 
     format = package = "webdataset"
     resumes_by = "reading again"
@@ -229,7 +229,7 @@ class WebDataset(Contender):
         dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=task.seed, empty_check=False)
         dataset = dataset.shuffle(task.window, seed=task.seed)
         if state:
-            # The workers' batches take turns: each has handed out as many.
+            # The workers' batches alternate: each worker has returned the same number.
             workers = max(task.workers, 1)
             assert state % workers == 0, (state, workers)
             dataset = dataset.slice(state // workers * task.batch_size, None)
@@ -335,7 +335,7 @@ class _LitSample:
 
 
 class _HuggingFace(Contender):
-    """The format of both ways of reading it."""
+    """The format that both ways of reading share."""
 
     format = "hf"
     package = "datasets"
@@ -361,7 +361,7 @@ class _HuggingFace(Contender):
 
 
 class HuggingFaceMap(_HuggingFace):
-    """HF datasets, memory-mapped Arrow with random access; resumed by the sampler that ImageFolder has."""
+    """HF datasets, memory-mapped Arrow with random access, resumed by ImageFolder's sampler."""
 
     resumes_by = "a sampler of ours"
 
@@ -384,7 +384,7 @@ class HuggingFaceMap(_HuggingFace):
 
 
 class HuggingFaceStream(_HuggingFace):
-    """HF datasets, iterable, shuffled by shards and a buffer; torchdata's StatefulDataLoader keeps its state, as HF's manual says."""
+    """HF datasets, iterable, shuffled by shards and a buffer; torchdata's StatefulDataLoader keeps its state, as in HF's manual."""
 
     def load(self) -> None:
         import datasets
@@ -404,7 +404,7 @@ class HuggingFaceStream(_HuggingFace):
 
         stored = datasets.load_from_disk(str(task.folder))
         dataset = stored.to_iterable_dataset(num_shards=SHARDS)
-        # By default the buffer draws from ten shards at once, which leaves a data set of fewer than twenty with work for one worker only
+        # By default the buffer draws from ten shards at once, so a data set of fewer than twenty has work for only one worker
         # (huggingface/datasets issue 8669).
         inputs = SHARDS // max(task.workers, 1)
         dataset = dataset.shuffle(seed=task.seed, buffer_size=task.window, max_buffer_input_shards=inputs).map(transform)
@@ -419,7 +419,7 @@ class HuggingFaceStream(_HuggingFace):
 
 
 class Ours(Contender):
-    """dataio: Parquet shards, `data.cache=none`, a windowed shuffle; decodes by DALI, or, to tell loader from decoder, as the peers do."""
+    """dataio: Parquet shards, `data.cache=none`, a windowed shuffle. Decodes with DALI; to separate loader and decoder, like the peers."""
 
     format = "dataio"
     package = "nvidia-dali-cuda130"
@@ -443,7 +443,7 @@ class Ours(Contender):
         import dataio.parquet
 
         if self.task.decoder != "dali":
-            # The codec asks its module for this name; `batches` sees to it that it was indeed this decoder that worked.
+            # The codec looks this name up in its module; `batches` checks that this decoder was really used.
             self._peers = peers_decoder(self.task.decoder)
             dataio.codecs.image.codec.Decoder = self._peers  # type: ignore[misc]
 
@@ -502,7 +502,7 @@ class Ours(Contender):
 
 
 class _Shuffled:
-    """The images as a `dataio.sources.Source`, in the order in which the other formats are written."""
+    """The images as a `dataio.sources.Source`, in the order that all other formats use."""
 
     kind = "folder"
     ignored = ()
@@ -533,8 +533,8 @@ class _Shuffled:
 
 
 def peers_decoder(by: str) -> Any:
-    """A class to stand in for `dataio.codecs.image.decode.Decoder`: decodes as the peers do, in as many threads. Made here: peers import
-    no dataio."""
+    """A class that replaces `dataio.codecs.image.decode.Decoder` and decodes like the peers, with as many threads. Made in a function,
+    because peers do not import dataio."""
     from dataio.codecs.image.decode import Decoded, Decoder
 
     class PeersDecoder(Decoder):
@@ -547,7 +547,7 @@ def peers_decoder(by: str) -> Any:
             self._pool = ThreadPoolExecutor(threads)
 
         def warm_up(self) -> None:
-            """Nothing to build."""
+            """Does nothing: there is nothing to build."""
 
         def decode(self, encoded: Any, out: Any = None) -> Any:
             shape = (len(encoded), self.height, self.width, 3)
@@ -575,7 +575,7 @@ CONTENDERS: dict[str, type[Contender]] = {
 
 
 def contender_of(name: str) -> tuple[type[Contender], str]:
-    """`loader+decoder`, or `module:Class+decoder` for one that is not in the table."""
+    """`loader+decoder`, or `module:Class+decoder` for a loader that is not in the table."""
     loader, _, decoder = name.partition("+")
     if ":" in loader:
         module, _, attribute = loader.partition(":")
@@ -591,17 +591,17 @@ def contender_of(name: str) -> tuple[type[Contender], str]:
 
 
 def shuffled(images: Images) -> list[int]:
-    """The order in which formats are written, so that a contender whose shuffle is local does not see one class after the other."""
+    """The order in which formats are written, so that a contender with a local shuffle does not see one class after the other."""
     return np.random.default_rng(0).permutation(len(images.paths)).tolist()
 
 
 def disk_bytes(folder: Path) -> int:
-    """What its files take on disk, in whole blocks."""
+    """Disk space of its files, in whole blocks."""
     return sum(os.stat(path).st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """For every measured process: one thread a process, no look at the network, caches in the scratch folder."""
+    """Environment of every measured process: one thread, no network access, caches in the scratch folder."""
     return {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

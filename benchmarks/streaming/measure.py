@@ -1,4 +1,4 @@
-"""Runs the contenders, one fresh process a measurement, and judges what they handed out. Called by `__main__.py` and by the tests."""
+"""Runs the contenders, a fresh process for each measurement, and judges their output. Called by `__main__.py` and by the tests."""
 
 import contextlib
 import json
@@ -22,25 +22,25 @@ from benchmarks.streaming.pictures import Images, open_images
 
 PROJECT = Path(__file__).resolve().parents[2]
 SAME_PICTURE = 6.0
-"""Levels of 255 by which a contender's images may differ from the reference on average: decoders and resizers differ by up to two at
-photographs, another picture or another cut by tens."""
+"""Mean levels of 255 by which a contender's images may differ from the reference: decoders and resizers differ by up to two on
+photographs, another picture or crop by tens."""
 TIDY_SECONDS = 3.0
-"""For a child's own helpers, such as the one that unlinks shared memory, to end after it."""
+"""Time for a child's own helpers, such as the one that unlinks shared memory, to end after it."""
 SHARED = {"torch", "torchvision", "torchdata", "pillow", "numpy", "pyarrow"}
-"""What several contenders use; its versions are told with theirs."""
+"""Packages that several contenders use; their versions are reported with each."""
 
 
 class JobFailed(RuntimeError):
-    """A contender's process failed; the message is the end of what it printed."""
+    """A contender's process failed; the message is the end of its output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is measured."""
+    """What to measure."""
 
     contenders: tuple[str, ...]
     python: str
-    """The interpreter that has the peers."""
+    """The interpreter with the peers' packages."""
     scratch: Path
     size: int
     batch_size: int
@@ -48,7 +48,7 @@ class Plan:
     rounds: int
     warm_up_batches: int
     batches: int
-    """Measured in a round, after the warm-up."""
+    """Measured in each round, after the warm-up."""
     seed: int
     window: int
     memory_bytes: int
@@ -56,7 +56,7 @@ class Plan:
 
 
 def make_pictures(python: str, scratch: Path, *, count: int, seed: int, size: int) -> Images:
-    """The images in the scratch folder, made by an interpreter that has scikit-image and scikit-learn unless they are there."""
+    """The images in the scratch folder. If missing, an interpreter that has scikit-image and scikit-learn makes them."""
     kind = "small" if size <= 64 else "photos"
     folder = scratch / f"{kind}-{size if size <= 64 else 'full'}-{count}-seed{seed}"
     if not folder.is_dir():
@@ -73,7 +73,7 @@ def make_pictures(python: str, scratch: Path, *, count: int, seed: int, size: in
 
 
 def measure(plan: Plan, images: Images, *, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Everything measured, JSON-able: a row a contender."""
+    """All measurements, JSON-able: a row for each contender."""
     needed = (plan.warm_up_batches + plan.batches) * plan.batch_size
     if needed > len(images.paths):
         raise ValueError(
@@ -107,7 +107,7 @@ def measure(plan: Plan, images: Images, *, tell: Callable[[str], None]) -> dict[
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """ "equal work", or why a row's figures are not to be compared with the others'."""
+    """ "equal work", or why a row's figures cannot be compared with the others'."""
     problems = []
     epoch = row["epoch"]
     if epoch["missing"] or epoch["repeated"]:
@@ -124,7 +124,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def compare_ids(ids: Sequence[int], expected: Sequence[int]) -> dict[str, int]:
-    """{"missing": how many of `expected` never came, "repeated": how many came more often than once or are not of them}"""
+    """{"missing": how many of `expected` never came, "repeated": how many came more than once or are not expected}"""
     counts, wanted = Counter(ids), set(expected)
     missing = sum(1 for each in wanted if each not in counts)
     return {"missing": missing, "repeated": len(ids) - (len(wanted) - missing)}
@@ -167,21 +167,21 @@ def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _epoch(plan: Plan, jobs: "_Jobs", name: str, row: dict[str, Any], tell: Callable[[str], None]) -> None:
-    """An epoch and a resume in its middle, with the most workers."""
+    """Measures an epoch and a resume in its middle, with the largest number of workers."""
     count, workers = len(jobs.images.paths), max(plan.workers)
     steps = count // plan.batch_size // 2
-    stop_after = max(steps // workers * workers, workers)  # of each worker as many
+    stop_after = max(steps // workers * workers, workers)  # the same number from each worker
     whole = jobs.run("epoch", name, workers=workers, stop_after=stop_after)
     ids, done = whole["ids"], whole["done"]
     row["epoch"] = {**compare_ids(ids, range(count)), "handed_out": len(ids), "wrong_labels": whole["wrong_labels"], "workers": workers}
     try:
         rest = [jobs.run("resume", name, workers=workers, to_end=number == 0) for number in range(plan.rounds)]
-    except JobFailed as error:  # its speed counts all the same
+    except JobFailed as error:  # its speed still counts
         row["resume"] = {"after_images": done, "exact": False, "failed": str(error)}
         tell(f"{name}: {error}")
         return
     left = rest[0]["ids"]
-    # Against what it would have handed out itself: an epoch that is wrong already is told above.
+    # Compared with its own epoch; a wrong epoch is reported above.
     found = compare_ids(left, ids[done:])
     row["resume"] = {
         "after_images": done,
@@ -195,7 +195,7 @@ def _epoch(plan: Plan, jobs: "_Jobs", name: str, row: dict[str, Any], tell: Call
 
 
 def _guarded(row: dict[str, Any], tell: Callable[[str], None], name: str, work: Callable[[], object]) -> None:
-    """Do it; a contender that fails is told in its row, and left out from there on."""
+    """Runs `work`; a contender that fails is marked in its row, and left out from then on."""
     if row["status"] != "measured":
         return
     try:
@@ -206,14 +206,14 @@ def _guarded(row: dict[str, Any], tell: Callable[[str], None], name: str, work: 
 
 
 class _Jobs:
-    """Starts a process a job, hands it a file, reads the file it writes."""
+    """Starts a process for each job, passes it a file, and reads the file that it writes."""
 
     def __init__(self, plan: Plan, images: Images, folder: Path) -> None:
         self.plan, self.images, self._folder = plan, images, folder
         self._environment = {**os.environ, **environment(plan.scratch)}
 
     def run(self, what: str, name: str | None, **more: Any) -> Any:
-        """The job's result. Raises JobFailed."""
+        """Returns the job's result. Raises JobFailed."""
         plan = self.plan
         result, path = self._folder / "result.json", self._folder / "job.json"
         result.unlink(missing_ok=True)
@@ -251,7 +251,7 @@ class _Jobs:
         return self.images.folder.with_name(f"{self.images.folder.name}.{kind.format}") if kind.format else self.images.folder
 
     def convert(self, name: str, tell: Callable[[str], None]) -> dict[str, Any]:
-        """{"disk_bytes", "seconds" and "cpu_seconds" that the conversion took, when it was done}; contenders may share a format."""
+        """{"disk_bytes", and the conversion's "seconds" and "cpu_seconds" at the time it was done}; contenders may share a format."""
         kind, _ = contender_of(name)
         folder = self.folder(name)
         if not kind.format:
@@ -273,7 +273,7 @@ class _Jobs:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """The child, and any helper that outlives it: all are of its session. One that has ended by itself leaves them a while to tidy up."""
+    """Ends the child, and any helper that outlives it, since all share its session. After a normal end, helpers get time to clean up."""
     deadline = time.monotonic() + (TIDY_SECONDS if process.poll() is not None else 0.0)
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:
@@ -284,7 +284,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def table(result: dict[str, Any], workers: Sequence[int]) -> list[str]:
-    """Lines: one table of speeds for each number of workers, fastest first, and one of everything else."""
+    """Lines of text: one table of speeds for each number of workers, fastest first, and one of everything else."""
     lines: list[str] = []
     rows = result["contenders"]
     measured = {name: row for name, row in rows.items() if row["status"] == "measured"}
@@ -329,6 +329,6 @@ def _order(row: dict[str, Any]) -> str:
 
 
 def interpreter(peers: Path) -> str:
-    """The peers' interpreter if it is there, else this one."""
+    """The peers' interpreter if it exists, otherwise this one."""
     python = peers / "bin" / "python"
     return str(python) if python.is_file() else sys.executable

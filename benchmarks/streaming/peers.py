@@ -1,8 +1,8 @@
-"""The peers' virtual environment: their packages alone; torch and what else we share is taken from the environment that makes it.
+"""The peers' virtual environment: it has only their packages; torch and other shared packages come from the environment that makes it.
 
-Called by `--setup-peers`. Versions are those of `benchmarks/peers-constraints.txt`; pip resolves nothing, as the peers' own demands
-(numpy below 2.2, transformers below 5) contradict each other and ours: all contenders run on the same torch, numpy and pyarrow, or a
-comparison would compare those.
+Called by `--setup-peers`. Versions are those of `benchmarks/peers-constraints.txt`. pip resolves nothing, because the peers' own
+requirements (numpy below 2.2, transformers below 5) contradict each other and ours. All contenders run on the same torch, numpy and
+pyarrow; otherwise the benchmark would compare those.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / "peers-constraints.txt"
 
 
 def setup(folder: Path) -> None:
-    """Make `folder`, or bring it up to date. Raises CalledProcessError where pip fails; what it says is on stderr."""
+    """Makes `folder`, or updates it. Raises CalledProcessError if pip fails; pip's message is on stderr."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]

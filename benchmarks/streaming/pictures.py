@@ -1,7 +1,7 @@
 """The images that all contenders read: JPEGs cropped at random from real pictures, as an ImageFolder with an index.
 
 Called by the benchmark, in the interpreter that has scikit-image and scikit-learn (`python -m benchmarks.streaming.pictures`), and by its
-tests with pictures of their own. What is made of the images is the contenders'.
+tests with pictures of their own. The contenders read the images.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from PIL import Image
 INDEX = "index.json"
 QUALITY = 90
 LEAST_SIDE, MOST_SIDE = 256, 500
-"""Of a crop, in pixels."""
+"""Sides of a crop, in pixels."""
 SKIMAGE = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 SKLEARN = ("china", "flower")
 
@@ -31,9 +31,9 @@ class Images:
 
     folder: Path
     paths: tuple[str, ...]
-    """Of the training images, sorted; an image's place in it is its id."""
+    """Paths of the training images, sorted; an image's place in it is its id."""
     sha256: str
-    """Of paths and bytes of all training images."""
+    """Hash of paths and bytes of all training images."""
     encoded_bytes: int
     made_of: Mapping[str, str]
 
@@ -51,7 +51,7 @@ class Images:
 
 
 def sample_pictures() -> dict[str, np.ndarray]:
-    """Photographs that scikit-image and scikit-learn carry, (H, W, 3) uint8 by name: people, animals, things, stars, cells, a temple."""
+    """Photographs in scikit-image and scikit-learn, (H, W, 3) uint8 by name: people, animals, things, stars, cells, a temple."""
     import skimage.data
     from sklearn.datasets import load_sample_images
 
@@ -67,11 +67,10 @@ def sample_pictures() -> dict[str, np.ndarray]:
 def make_images(
     folder: Path, pictures: Mapping[str, np.ndarray], *, count: int, seed: int, size: int, made_of: Mapping[str, str]
 ) -> Images:
-    """Fills `folder`, or opens it if it was filled before. Image i is a crop of picture i modulo their number, its class that picture.
+    """Fills `folder`, or opens it if it was filled before. Image i is a crop of picture i modulo their number; its class is that picture.
 
-    Sides are drawn from LEAST_SIDE..MOST_SIDE pixels, each by itself, as far as the picture reaches; half of the crops are mirrored. With
-    a `size` of at most 64 the crop is scaled to size x size: images as CIFAR has them. The same seed and versions (`made_of`) give the
-    same bytes.
+    Each side is drawn independently from LEAST_SIDE..MOST_SIDE pixels, limited by the picture; half of the crops are mirrored. With a
+    `size` of at most 64 the crop is scaled to size x size, like CIFAR's images. The same seed and versions (`made_of`) give the same bytes.
     """
     if (folder / INDEX).is_file():
         return open_images(folder)

@@ -1,4 +1,4 @@
-"""CPU time and memory of a process and its descendants, from /proc. Called by a measured process about itself."""
+"""CPU time and memory of a process and its descendants, from /proc. A measured process (child.py) calls it about itself."""
 
 import os
 import time
@@ -11,25 +11,25 @@ from cluster.process import process_stat
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Of a process and its descendants, in bytes."""
+    """Memory of a process and its descendants, in bytes."""
 
     pss_bytes: int
-    """Proportional set size: a page that n processes share counts as 1/n in each. Mapped files are in it."""
+    """Proportional set size: a page shared by n processes counts as 1/n in each. It includes mapped files."""
     private_bytes: int
-    """The part of it that is no file: heaps, stacks, shared memory."""
+    """The part that is not files: heaps, stacks, shared memory."""
     peak_rss_bytes: int
-    """Sum of the processes' peaks; shared pages count in each."""
+    """Sum of the processes' peaks; shared pages count in each process."""
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process, of its descendants that live, and of those that were waited for."""
+    """User and system time of this process, of its living descendants, and of those that were waited for."""
     seconds = 0.0
     for pid in tree():
         try:
             stat = process_stat(pid)
-            # Its CPU clock, to the nanosecond (clock_getcpuclockid(3) makes its number like this); stat counts in ticks of 10 ms.
+            # Its CPU clock, in nanoseconds (clock_getcpuclockid(3) computes the clock's number like this); stat counts in ticks of 10 ms.
             own = time.clock_gettime(~pid << 3 | 2)
-        except OSError:  # it has just ended; if it was waited for, its time is in its parent's
+        except OSError:  # it has just ended; if it was waited for, its parent has its time
             continue
         if stat is not None:
             seconds += own + stat.children_cpu_seconds

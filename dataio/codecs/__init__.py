@@ -1,1 +1,1 @@
-"""Bytes <-> rows, one package for each kind of data. Imported by `dataio.convert` and `dataio.loader`; knows no model and no Ray."""
+"""Codecs: bytes <-> rows, one package for each modality. Imported by `dataio.convert` and `dataio.loader`; knows no model and no Ray."""

@@ -1,7 +1,7 @@
-"""What a codec is: bytes of one modality to rows of one array, and rows to a batch on the device. Imports no torch.
+"""The interface of a codec: bytes of one modality to rows of one array, and rows to a batch on the device. Imports no torch.
 
-Called by convert (`Checker`) and by the loader (`Codec`), which know a modality only through these; `make` chooses it. A codec knows no
-model and no torch.distributed. It has two halves: samples are checked before any row's shape is known, as that may follow from all of them.
+Convert uses a `Checker`, the loader a `Codec`; they know a modality only through these two, and `make` chooses which. A codec knows no
+model and no torch.distributed. It has two halves because samples are checked before the shape of a row is known: all samples may decide it.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    import torch  # what only checks samples does without it
+    import torch  # not needed to check samples
 
 Ids = npt.NDArray[np.int64]
 Encoded: TypeAlias = "npt.NDArray[np.uint8] | bytes"
@@ -21,12 +21,12 @@ Encoded: TypeAlias = "npt.NDArray[np.uint8] | bytes"
 Store: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 """Decoded samples, (N, *row): an array on the host or a tensor on the device."""
 Bad = tuple[tuple[int, str], ...]
-"""(index, reason) of each sample that could not be decoded, by index; a reason reads `kind: detail`."""
+"""(index, reason) of each sample that could not be decoded, ordered by index; a reason reads `kind: detail`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One decoded sample, as it is stored: an image (H, W, 3) uint8, a text (T,) int32."""
+    """Type and shape of one decoded sample as stored: an image (H, W, 3) uint8, a text (T,) int32."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -37,11 +37,11 @@ class Row:
 
 
 class Facts(Protocol):
-    """What is known of a sample that can be used."""
+    """What is known of a usable sample."""
 
     @property
     def size(self) -> str:
-        """As the manifest counts them: of an image "HxW"."""
+        """The size as the manifest counts it; for an image "HxW"."""
         ...
 
 
@@ -56,35 +56,35 @@ class Checker(Protocol):
     """Says which encoded samples can be used. Not thread-safe."""
 
     def check(self, encoded: Sequence[Encoded]) -> Sequence[Facts | Refusal]:
-        """For each sample what is known of it, or why it is refused."""
+        """For each sample its facts, or the reason to refuse it."""
         ...
 
     def close(self) -> None: ...
 
 
 class Codec(Protocol):
-    """Decodes samples and makes batches of them. One thread decodes and makes augmented batches; `batch` of samples as they are may be
-    asked for from another meanwhile."""
+    """Decodes samples and makes batches of them. One thread decodes and makes augmented batches; another thread may meanwhile call `batch`
+    for samples without augmentation."""
 
     row: Row
     version: int
-    """Of what a sample decodes to on this device: part of a run's identity, as its weights follow from it."""
+    """Version of the decoded values on this device; part of a run's identity, since its weights depend on them."""
     name: str
-    """What makes the batches, to be shown: numpy, torch, dali."""
+    """Name of the backend that makes the batches, for display: numpy, torch, dali."""
 
     def decode(self, encoded: Sequence[Encoded], out: npt.NDArray[Any]) -> Bad:
-        """n samples into `out`, (n, *row); the places of bad ones are zeroed. An exception means that the codec is broken, not a sample."""
+        """Decodes n samples into `out`, (n, *row), with zeros for bad ones. An exception means that the codec is broken, not a sample."""
         ...
 
     def batch(self, store: Store, rows: Ids, ids: Ids, *, seed: int, epoch: int | None) -> "torch.Tensor":
-        """Rows (n,) of a store as the model takes them, (n, ...) on the device: augmented as (seed, epoch, sample id) say, or, without
-        an epoch, as they are."""
+        """Rows (n,) of a store as the model takes them, (n, ...) on the device: augmented according to (seed, epoch, sample id), or
+        unchanged if `epoch` is None."""
         ...
 
     def warm_up(self) -> None:
-        """Makes what the first decode will need: a good use of the time until there are bytes to decode."""
+        """Makes what the first decode needs, to use the time until there are bytes to decode."""
         ...
 
     def close(self) -> None:
-        """Frees what decoding needs; the next decode makes it anew. Batches go on."""
+        """Frees what decoding needs; the next decode makes it again. `batch` still works."""
         ...

@@ -1,4 +1,4 @@
-"""Arrays of the host onto the device, without waiting. Called by codecs and by the loader, for samples and targets alike."""
+"""Copies host arrays to the device without waiting. Called by codecs and by the loader, for samples and targets alike."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from dataio.codecs.codec import Ids, Store
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """`cuda` with its index, so that it compares equal to the device of the tensors on it."""
+    """`cuda` with its index, so that it equals the device of the tensors on it."""
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def gather(store: Store, rows: Ids, device: torch.device) -> torch.Tensor:
-    """Rows (n,) of a store as they are, (n, *row) on `device`; a copy from host to device is pinned and not waited for."""
+    """Rows (n,) of a store, unchanged: (n, *row) on `device`. A copy from host to device is pinned and asynchronous."""
     if isinstance(store, torch.Tensor):
         if store.device == device:
             return store.index_select(0, upload(rows, device))
@@ -23,12 +23,12 @@ def gather(store: Store, rows: Ids, device: torch.device) -> torch.Tensor:
         store = store.numpy()
     dtype = torch.from_numpy(store[:0]).dtype
     out = torch.empty((len(rows), *store.shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
-    # mode="clip" writes straight into `out`, the others go through a buffer; rows come from the order and are in range.
+    # mode="clip" writes straight into `out`, the other modes use a buffer; rows come from the order and are always in range.
     np.take(store, rows, axis=0, out=out.numpy(), mode="clip")
     return out.to(device, non_blocking=True)
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """An array on the device; the host does not wait (torch frees a pinned buffer only after its copy is done)."""
+    """Copies an array to the device; the host does not wait (torch frees a pinned buffer only after its copy is done)."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""Which codec a data set has. Called by convert and by the loader. There is one modality, images; another is chosen between here."""
+"""Chooses the codec of a data set. Called by convert and by the loader. Images are the only modality; others are to be added here."""
 
 from typing import TYPE_CHECKING
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 
 def make_checker(*, max_image_pixels: int, threads: int) -> Checker:
-    """What a conversion checks its samples with."""
+    """The checker for the samples of a conversion."""
     from dataio.codecs.image import decode
 
     return decode.Checker(threads=threads, max_pixels=max_image_pixels)
 
 
 def row_of(manifest: Manifest, config: DataConfig) -> Row:
-    """What the data set's samples decode to under these settings. Raises ValueError where they leave that open."""
+    """Type and shape of the decoded samples under these settings. Raises ValueError where the settings leave them open."""
     return Row(shape=(*image_size_of(manifest, config), 3), dtype=np.uint8)
 
 
 def make_codec(
     row: Row, config: DataConfig, *, device: "torch.device", cache: str, threads: int, batch_size: int, table_bytes: int
 ) -> Codec:
-    """`cache` is where decoded samples stay: device, host, none. `batch_size` is the usual size of a batch, not a limit. `table_bytes`:
-    memory for tables beside a store that stays the same from batch to batch; 0 where stores change. Raises ValueError for settings that do
-    not go together."""
-    from dataio.codecs.image.codec import ImageCodec  # here: it needs torch, a conversion does not
+    """`cache` says where decoded samples stay: device, host, none. `batch_size` is the usual size of a batch, not a limit. `table_bytes` is
+    the memory for tables next to a store that stays the same from batch to batch; 0 where stores change. Raises ValueError for settings
+    that contradict each other."""
+    from dataio.codecs.image.codec import ImageCodec  # here: it needs torch, which a conversion does not
 
     height, width, _ = row.shape
     return ImageCodec(

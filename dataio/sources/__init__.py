@@ -1,9 +1,10 @@
-"""Labelled images as they come, under one interface: CIFAR-10, Hugging Face Parquet, folders by class, tables, IDX files.
+"""Sources of labelled images, under one interface: CIFAR-10, Hugging Face Parquet, folders by class, tables, IDX files.
 
-What lives here: `open_source`, which recognises what a path is; a file for each kind of source (cifar, idx, huggingface, folder, table);
-`source`, what all of them are; `targets`, what is asked of them; `splits`, what is held out; `hostile`, which reads archives, pickles and
-tables as if an attacker had written them. Imported by convert, and by whoever needs the classes of a source before it is converted; from
-outside the package only the names below. Left to others: whether bytes are a usable image (codecs), how they are stored (convert, parquet).
+What lives here: `open_source`, which recognises the kind of a path; a file for each kind of source (cifar, idx, huggingface, folder,
+table); `source`, their common interface; `targets`, the labels to read; `splits`, the held-out samples; `hostile`, which reads archives,
+pickles and tables as if an attacker had written them. Imported by convert, and by code that needs the classes of a source before its
+conversion. Outside of the package, import only the names below. Codecs decide whether bytes are a usable image; convert and parquet store
+them.
 """
 
 import functools
@@ -39,12 +40,12 @@ def open_source(
     validation_fraction: float = 0.0,
     targets: str = "",
 ) -> Source:
-    """Recognises what `path` is. `root` is where a download goes.
+    """Recognises the kind of source at `path`. Downloads go to `root`.
 
-    `test_fraction` of the training images is held out where there is no test split, and `validation_fraction` of those left (0: none) where
-    there is no validation split; by class and by a hash of the key: see splits. `targets` names what is to be learnt, as
-    NAME[:label|labels|number],...; empty, the source's own label. `classes` replaces the source's class names. Raises SourceError (a
-    ValueError) that lists what is accepted and says what was found.
+    Where there is no test split, `test_fraction` of the training images is held out; where there is no validation split,
+    `validation_fraction` of the rest (0: none). Both are chosen by class and by a hash of the key: see splits. `targets` names the targets
+    to learn, as NAME[:label|labels|number],...; empty means the source's own label. `classes` replaces the source's class names. Raises
+    SourceError (a ValueError) that lists what is accepted and says what was found.
     """
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html): downloaded, as an archive, or as a folder of its batches."""
+"""Reads CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html): downloaded, as an archive, or as a folder of its batches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ CIFAR10 = "cifar10"
 
 
 class Cifar:
-    """CIFAR-10, or other images in its format, from its five training batches, its test batch and its class names."""
+    """CIFAR-10, or other images in its format: five training batches, a test batch and the class names."""
 
     ignored: tuple[str, ...] = ()
 
@@ -52,14 +52,14 @@ class Cifar:
 
     @cached_property
     def _rows(self) -> dict[str, Rows]:
-        """Of each split, the rows of the stored split that are its own."""
+        """Split -> its rows within the stored split."""
         keys = [key for _, _, key in self._images["train"]]
         labels = np.array([batch.labels[index] for batch, index, _ in self._images["train"]], np.int64)
         return {"test": np.arange(len(self._images["test"]))} | divide(keys, labels, self._plan.held)
 
     @cached_property
     def _images(self) -> "dict[str, list[tuple[_CifarBatch, int, str]]]":
-        """Stored split -> (batch, index in it, key) of each image: its file's name, where all have one of their own."""
+        """Stored split -> (batch, index in it, key) of each image; the key is the file's name, where every image has one."""
         images = {}
         for split, batches in self._content[1].items():
             names = [name for batch in batches for name in batch.filenames]
@@ -118,7 +118,7 @@ def torchvision_cifar10() -> Any:
 
 
 def download(root: Path) -> Path:
-    """torchvision's own archive by its own downloader, checked against its MD5; a second call finds the file."""
+    """Downloads torchvision's own archive with its own downloader and checks its MD5; a second call finds the file."""
     from torchvision.datasets.utils import download_url
 
     dataset = torchvision_cifar10()

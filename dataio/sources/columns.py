@@ -1,6 +1,6 @@
-"""Columns of Parquet files as targets: what their types and the Hugging Face metadata say, and what their cells mean.
+"""Reads columns of Parquet files as targets, from their types and the Hugging Face metadata.
 
-Called by huggingface. Integers and text are labels, lists of them several labels, floats numbers; integers also numbers if asked for.
+Called by huggingface. Integers and text become labels, lists of them several labels, floats numbers; integers become numbers on request.
 """
 
 import json
@@ -26,27 +26,27 @@ _KINDS: Mapping[str, tuple[Kind, ...]] = {
     "list of text": ("labels",),
     "float": ("number",),
 }
-"""What a column can be; first what it is where nothing is declared."""
+"""What a column can be; the first entry applies where nothing is declared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """A column that is a target."""
+    """A column that is used as a target."""
 
     name: str
-    """In the files; the target's may differ."""
+    """In the files; the target's name may differ."""
     target: Target
     texts: Mapping[Any, int] | None
-    """Of a column of text the classes' numbers; None where cells hold the numbers themselves."""
+    """For a column of text, cell -> class number; None where cells hold the numbers themselves."""
     null_is_unknown: bool
-    """Else the sample is refused."""
+    """Otherwise a null refuses the sample."""
 
     @property
     def unknown(self) -> Any:
         return unknown((self.target,))[0]
 
     def read(self, cells: Any) -> Iterator[tuple[Any, str | None]]:
-        """(value, refusal or None) of each cell of an Arrow array."""
+        """Yields (value, refusal or None) for each cell of an Arrow array."""
         for cell in cells.to_pylist():
             if cell is None:
                 yield self.unknown, None if self.null_is_unknown else "bad label: null"
@@ -72,9 +72,9 @@ class Column:
 def columns_of(
     schema: Any, asked: Sequence[Asked], paths: list[Path], *, null_is_unknown: bool, called: str | None = None
 ) -> tuple[Column, ...]:
-    """The columns asked for, of files with this Arrow schema; classes that it does not name are found in all `paths`.
+    """The requested columns of files with this Arrow schema. Class names that the schema lacks are collected from all `paths`.
 
-    `called`: the target's name, where it is not the column's.
+    `called` is the target's name, where it differs from the column's.
     """
     columns = []
     for target in asked:
@@ -101,7 +101,7 @@ def columns_of(
 
 
 def _content(kind: Any) -> str | None:
-    """What a column's cells are, in the words of _KINDS; None for what is no target."""
+    """What a column's cells are, in the words of _KINDS; None for a type that cannot be a target."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         inner = _content(kind.value_type)
         return f"list of {inner}s".replace("texts", "text") if inner in ("integer", "text") else None
@@ -136,7 +136,7 @@ def _classes(schema: Any, column: str, kind: Kind, paths: list[Path]) -> tuple[t
 
 
 def _distinct(paths: Iterable[Path], column: str, where: str, kind: Kind) -> set[Any]:
-    """The values in all cells, or in all cells' lists."""
+    """The distinct values in all cells, or in the lists of all cells."""
     seen: set[Any] = set()
     for path in paths:
         try:
@@ -153,10 +153,10 @@ def _distinct(paths: Iterable[Path], column: str, where: str, kind: Kind) -> set
 
 
 def _metadata_names(schema: Any, column: str) -> tuple[str, ...]:
-    """The names that the Hugging Face metadata gives the column's values; empty if it gives none."""
+    """The names that the Hugging Face metadata gives the column's values; empty if it has none."""
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
-        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list, what it is a list of
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # for a list, the type of its items
         names = feature["names"]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         return ()

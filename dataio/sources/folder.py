@@ -1,7 +1,7 @@
-"""Image files in one folder a class: a folder of such folders for each split, or the class folders alone.
+"""Reads image files in one folder per class: a folder of such folders for each split, or the class folders alone.
 
-An image has one label, its folder's; or, with `data.targets=NAME:labels`, those of all the class folders that it lies in. Images in a
-folder `unlabelled` need no class folder.
+An image has one label, that of its folder. With `data.targets=NAME:labels` it has the labels of all class folders that hold it. Images in
+a folder `unlabelled` need no class folder.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = frozenset(
     """.split()  # noqa: SIM905 (a list of them fills the page)
 )
 NO_LABELS = "_none"
-"""The class folder of images that have no label, where an image may have several. Where it has one, it is a class like any other."""
+"""The class folder of images without labels, where images may have several. Where images have one label, it is a class like any other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +36,16 @@ class _Image:
 
 
 class ImageFolder:
-    """Classes are the names of the training folders, sorted.
+    """The classes are the sorted names of the training folders.
 
-    Keys are the files' names below the source, `train/cat/1.png`; of images with several labels those below the class folder, `1.png`.
+    Keys are the files' names below the source, `train/cat/1.png`; for images with several labels, the names below the class folder,
+    `1.png`.
     """
 
     kind = "folder"
 
     def __init__(self, folder: Path, folders: Mapping[str, Path], options: Options) -> None:
-        """`folders`: what find_folders found."""
+        """`folders` is the result of find_folders."""
         asked = _asked(options.targets)
         unlabelled = folders.get("unlabelled")
         listed = {split: _list_images(where, leave_out=unlabelled) for split, where in folders.items() if split != "unlabelled"}
@@ -86,7 +87,7 @@ class ImageFolder:
 
 
 def find_folders(folder: Path) -> dict[str, Path]:
-    """Split -> the folder that holds its class folders, or its images (unlabelled); empty if there are no class folders with images."""
+    """Split -> the folder that holds its class folders, or its images (unlabelled); empty if no class folder has images."""
     below = {path.name: path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     named = {split: [below[name] for name in names if name in below] for split, names in ALIASES.items()}
     unlabelled = next((path for path in named.pop("unlabelled") if any(map(_is_image, _walk(path)))), None)
@@ -124,7 +125,7 @@ def _check_classes(folders: Mapping[str, Path], listed: Mapping[str, Listed], cl
 
 
 def _with_label(folder: Path, found: Listed, target: Target) -> list[_Image]:
-    """The images by class, each with its folder's label."""
+    """The images by class, each with the label of its folder."""
     numbers = {name: number for number, name in enumerate(target.classes)}
     return [_Image(key=_key(folder, path), path=path, values=(numbers[name],)) for name, paths in found.items() for path in paths]
 
@@ -149,7 +150,7 @@ def _with_labels(folder: Path, found: Listed, target: Target) -> list[_Image]:
 
 
 def _check_same(one: Path, other: Path) -> None:
-    """Refuses two files of one name that differ."""
+    """Refuses two files with one name and different content."""
     hashes = []
     for path in (one, other):
         try:
@@ -173,8 +174,8 @@ def _divided(train: list[_Image], target: Target, held: Mapping[str, float]) -> 
 
 
 def _identities(folder: Path, folders: Mapping[str, Path], images: Mapping[str, list[Path]], options: Options) -> tuple[str, ...]:
-    """`images`: all files read, by split."""
-    formerly = {*formerly_read(images), *(("unlabelled",) if folders["train"] == folder else ())}  # which was a class then
+    """`images`: all files that are read, by split."""
+    formerly = {*formerly_read(images), *(("unlabelled",) if folders["train"] == folder else ())}  # it was a class then
     stat = stat_hash(folder, [path for paths in images.values() for path in paths])
     before = stat if formerly >= set(images) else stat_hash(folder, [path for split in formerly for path in images.get(split, [])])
     former = former_identity(before, options, has_test=bool({"test", "validation"} & set(images)))
@@ -182,12 +183,12 @@ def _identities(folder: Path, folders: Mapping[str, Path], images: Mapping[str, 
 
 
 def _has_images(folder: Path, leave_out: Path | None = None) -> bool:
-    """Whether an image lies in a class folder of this folder."""
+    """Whether a class folder of this folder holds an image."""
     return any(_is_image(path) for files in _list_images(folder, leave_out).values() for path in files)
 
 
 def _list_images(folder: Path, leave_out: Path | None = None) -> dict[str, list[Path]]:
-    """class -> all its files, sorted; hidden ones left out."""
+    """Class -> all its files, sorted, without hidden ones."""
     classes = {}
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.name.startswith(".") and entry != leave_out and (files := _walk(entry)):
@@ -196,7 +197,7 @@ def _list_images(folder: Path, leave_out: Path | None = None) -> dict[str, list[
 
 
 def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; hidden ones left out, links to folders not followed."""
+    """All files below a folder, sorted, without hidden ones; links to folders are not followed."""
     files: list[Path] = []
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -205,7 +206,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _images_of(files: Iterable[Path], ignored: Counter[str]) -> list[Path]:
-    """Those that are images by their names; counts the others by suffix."""
+    """The files that are images by their names; counts the others by suffix."""
     files = list(files)
     ignored.update(path.suffix.lower() for path in files if not _is_image(path))
     return [path for path in files if _is_image(path)]

@@ -1,8 +1,9 @@
-"""Foreign bytes, read as if an attacker had written them: tar archives and pickles (called by cifar), tables and the files that they name
+"""Reads foreign bytes as if an attacker had written them: tar archives and pickles (called by cifar), tables and the files that they name
 (called by table).
 
-Members of an archive are streamed, nothing is extracted by path, sizes are limited, and the unpickler builds nothing but numbers, text,
-lists, dicts and checked uint8 arrays. A table is streamed too, row by row, none longer than a limit; the files it names lie in its folder.
+Archive members are streamed and never extracted by path, sizes are limited, and the unpickler builds nothing but numbers, text, lists,
+dicts and checked uint8 arrays. A table is streamed too, row by row, with a limit on the row length; the files it names must lie in its
+folder.
 """
 
 import csv
@@ -41,7 +42,7 @@ def read_batches(files: Iterable[Path]) -> dict[str, bytes]:
 
 
 class _Limited(io.RawIOBase):
-    """A stream that refuses to give more than `limit` bytes: a compressed bomb's guard."""
+    """A stream that refuses to give more than `limit` bytes: protection against decompression bombs."""
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._stream, self._left, self._limit = stream, limit, limit
@@ -58,7 +59,7 @@ class _Limited(io.RawIOBase):
 
 
 def read_archive(path: Path) -> dict[str, bytes]:
-    """The expected members of a CIFAR-10 archive, read front to back. Everything else is passed over or, if it is an attack, refused."""
+    """Reads the expected members of a CIFAR-10 archive, front to back. Other members are skipped or, if they are an attack, refused."""
     members: dict[str, bytes] = {}
     try:
         with open(path, "rb") as file:
@@ -84,7 +85,7 @@ def read_archive(path: Path) -> dict[str, bytes]:
                     content = archive.extractfile(member)
                     assert content is not None
                     members[place.name] = content.read()
-            while limited.read(1 << 20):  # gzip's checksum is at its end, behind what tar reads
+            while limited.read(1 << 20):  # gzip's checksum is at its end, after the last byte that tar reads
                 pass
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, OverflowError) as error:
         raise SourceError(f"{path} is no readable tar archive ({error}); get it again") from error
@@ -98,7 +99,7 @@ def read_archive(path: Path) -> dict[str, bytes]:
 
 
 def table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of each row of a table in UTF-8, the header first; empty lines are left out."""
+    """Yields (line number, cells) of each row of a table in UTF-8, the header first; empty lines are skipped."""
     line, row_bytes = 0, 0
 
     def lines() -> Iterator[str]:
@@ -107,7 +108,7 @@ def table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             while raw := file.readline(MAX_ROW_BYTES + 1):
                 line += 1
                 row_bytes += len(raw)
-                if row_bytes > MAX_ROW_BYTES:  # a quotation mark that nothing closes takes in all lines that follow
+                if row_bytes > MAX_ROW_BYTES:  # an unclosed quotation mark swallows all following lines
                     raise SourceError(f"{path}, line {line}: the row has more than {MAX_ROW_BYTES} bytes; is a quotation mark left open?")
                 if b"\0" in raw:
                     raise SourceError(f"{path}, line {line}: there is a NUL byte, which is in no text; save the table as text in UTF-8")
@@ -128,13 +129,13 @@ def table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_below(folder: Path, name: str) -> bytes:
-    """The bytes of a file that a table names, below the table's `folder`. Raises OSError, also for what is no regular file or is a link out
+    """The bytes of a file that a table names, below the table's `folder`. Raises OSError, also for a file that is not regular or a link out
     of the folder."""
     root = os.path.realpath(folder)
     where = os.path.realpath(os.path.join(root, name))
     if os.path.commonpath([root, where]) != root:
         raise OSError(errno.EACCES, "leads out of the table's folder")
-    descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe would wait for its writer
+    descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK, opening a pipe would wait for its writer
     try:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
@@ -147,8 +148,8 @@ def read_below(folder: Path, name: str) -> bytes:
         os.close(descriptor)
 
 
-# What CIFAR batches contain, and nothing else. All that is callable here is an instance without attributes of its own, so that a pickle can
-# neither reach code nor change any.
+# What CIFAR batches may contain; everything else is refused. All callables here are instances without attributes of their own, so a pickle
+# can neither reach code nor change any.
 
 _OPCODES = frozenset(
     """
@@ -162,7 +163,7 @@ _ARRAY_LIMIT = 1 << 20  # images a batch
 
 
 class _Dtype:
-    """Stands for numpy.dtype in a pickle: remembers what was asked for, makes nothing."""
+    """Stands in for numpy.dtype in a pickle: remembers the requested type, creates nothing."""
 
     __slots__ = ("name",)
 
@@ -170,11 +171,11 @@ class _Dtype:
         self.name = name
 
     def __setstate__(self, state: object) -> None:
-        pass  # byte order and alignment: a single byte has neither
+        pass  # byte order and alignment, which a single byte does not have
 
 
 class _Array:
-    """Stands for an ndarray until its state has been checked."""
+    """Stands in for an ndarray until its state has been checked."""
 
     __slots__ = ("value",)
 
@@ -237,13 +238,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_cifar_pickle(name: str, raw: bytes) -> dict[str, Any]:
-    """The dict in a CIFAR batch; texts are bytes or str, arrays (n, m) uint8. Raises SourceError that says what was refused."""
+    """The dict of a CIFAR batch; texts are bytes or str, arrays (n, m) uint8. Raises SourceError that names what was refused."""
     try:
         count = 0
         for count, (opcode, argument, _) in enumerate(pickletools.genops(raw)):
             if opcode.name not in _OPCODES:
                 raise pickle.UnpicklingError(f"uses the opcode {opcode.name}")
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:  # a memo of gigabytes
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:  # would allocate a memo of gigabytes
                 raise pickle.UnpicklingError(f"numbers a memo entry {argument}")
         content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a hostile pickle can raise anything

@@ -1,6 +1,7 @@
-"""Parquet files as the Hugging Face hub stores images: a column of images, and columns of what is known of them.
+"""Reads Parquet files as the Hugging Face hub stores images: a column of images, and columns of targets.
 
-A file's name says its split. Without `data.targets` the target is the column label or fine_label; with it, any columns that columns reads.
+A file's name gives its split. Without `data.targets` the target is the column label or fine_label; with it, any columns that columns.py
+can read.
 """
 
 import re
@@ -27,13 +28,13 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label")
 class HuggingFace:
     """The rows of Parquet files, in the order of files and rows.
 
-    Images are `image|img: struct{bytes, path}` or plain binary. Keys are the paths, else the file's name and the row.
+    Images are `image|img: struct{bytes, path}` or plain binary. Keys are the paths or, without paths, the file's name and the row.
     """
 
     kind = "huggingface"
 
     def __init__(self, folder: Path, files: Mapping[str, list[Path]], options: Options) -> None:
-        """`files`: what find_parquet found."""
+        """`files` is the result of find_parquet."""
         train = files.get("train") or files.get("")
         if not train:
             raise SourceError(f"{folder} holds Parquet files for {', '.join(files)}, but none for training (train-*.parquet)")
@@ -74,14 +75,14 @@ class HuggingFace:
 
     @cached_property
     def _divided(self) -> dict[str, Rows]:
-        """Split -> its rows of the training files. Reads keys and labels, no image."""
+        """Split -> its rows of the training files. Reads keys and labels, but no image."""
         keys: list[str] = []
         values: list[Any] = []
         first = self._columns[0]
         for path, row, batch in _batches(self._files["train"], [first.name], 1 << 14, part=f"{self._image}.path"):
             keys += _keys(path, row, batch.column(self._image) if self._image in batch.schema.names else None, len(batch))
             values += [value for value, _ in first.read(batch.column(first.name))]
-        if first.target.kind == "label":  # what is no class will be refused
+        if first.target.kind == "label":  # values that are no class are refused later
             values = [value if 0 <= value < len(self.classes) else first.unknown for value in values]
         column = np.array(values, first.target.dtype).reshape(len(values), *first.target.shape)
         return divide(keys, strata(first.target, column), self._plan.held)
@@ -109,7 +110,7 @@ class HuggingFace:
 
 
 def find_parquet(folder: Path) -> dict[str, list[Path]]:
-    """The split's name in the files' names -> files, "" for files named after no split; empty if there are none."""
+    """Split's name in the file names -> files, "" for files named after no split; empty if there are no Parquet files."""
     below = sorted(path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.parquet")))
     for place in (folder, folder / "data", *(below if len(below) == 1 else [])):
         files: dict[str, list[Path]] = {}
@@ -132,7 +133,7 @@ def _identities(folder: Path, files: Mapping[str, list[Path]], options: Options)
 def _batches(
     paths: list[Path], columns: list[str], size: int, start: int = 0, part: str | None = None
 ) -> Iterator[tuple[Path, int, pa.RecordBatch]]:
-    """(file, row in it, rows) from row `start` of all on. `part`: of a struct, as struct.part, read too where it is there."""
+    """Yields (file, row in it, rows) from row `start` of all rows on. A `part` (of a struct, as struct.part) is read too if it exists."""
     at = 0  # rows before this file
     for path in paths:
         try:
@@ -157,7 +158,7 @@ def _keys(path: Path, row: int, images: Any, count: int) -> list[str]:
 
 
 def _paths(images: Any, count: int) -> list[str | None]:
-    """What the column of images says of their paths."""
+    """The paths in the image column."""
     children = _children(images) if images is not None and pa.types.is_struct(images.type) else {}
     return children["path"].to_pylist() if "path" in children else [None] * count
 

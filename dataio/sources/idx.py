@@ -1,4 +1,4 @@
-"""IDX files (http://yann.lecun.com/exdb/mnist/), as the MNIST family comes."""
+"""Reads IDX files (http://yann.lecun.com/exdb/mnist/), the format of the MNIST family."""
 
 import gzip
 import re
@@ -16,7 +16,7 @@ _IDX_NAME = re.compile(r"(?P<split>train|t10k|test)-(?P<what>images|labels)[.-]i
 
 
 class Idx:
-    """Gray images of the MNIST family, each written as a PNG. Classes are named by classes.txt (a name a line), else by number."""
+    """Gray images of the MNIST family, each encoded as a PNG. classes.txt (a name a line) names the classes, else they are numbers."""
 
     kind = "idx"
     ignored: tuple[str, ...] = ()
@@ -56,13 +56,13 @@ class Idx:
 
 
 def find_idx(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """split -> (images, labels); empty if there are no IDX files."""
+    """Split -> (images, labels); empty if there are no IDX files."""
     found: dict[tuple[str, str], Path] = {}
     for entry in sorted(folder.iterdir()):
         match = _IDX_NAME.fullmatch(entry.name)
         if match and entry.is_file():
             place = ("train" if match["split"] == "train" else "test", match["what"])
-            found.setdefault(place, entry)  # of a file and its .gz, the file: it sorts first
+            found.setdefault(place, entry)  # if both a file and its .gz exist, the file wins: it sorts first
     splits = sorted({split for split, _ in found}, reverse=True)
     for split in splits:
         if missing := [what for what in ("images", "labels") if (split, what) not in found]:
@@ -99,7 +99,7 @@ def _idx_labels(path: Path) -> np.ndarray:
 
 
 def _idx_images(path: Path, labels: int) -> Iterator[np.ndarray]:
-    """(height, width) uint8 each."""
+    """Yields arrays (height, width) uint8."""
     try:
         with _idx_open(path) as file:
             count, height, width = _idx_header(path, file, 3)

@@ -1,4 +1,4 @@
-"""What a source of labelled images is, and the sources made of another one. Every kind of source imports it; it knows none of them."""
+"""The interface of a source of labelled images, and sources made from another one. Every kind of source imports it."""
 
 import hashlib
 import io
@@ -26,31 +26,31 @@ ACCEPTED = """accepted are
 
 
 class SourceError(ValueError):
-    """A source that is not there, not of an accepted kind, or not what its kind promises."""
+    """A source that does not exist, is of no accepted kind, or breaks the rules of its kind."""
 
     failure_kind = "user"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One image and what is known of it. With a `refusal` (`kind: detail`) it cannot be used, and that is why."""
+    """One image and its target values. If it has a `refusal` (`kind: detail`), it cannot be used for that reason."""
 
     key: str
     data: bytes
     values: tuple[Any, ...]
-    """One for each of the source's targets: of a label the class's number, -1 if it is unknown; of labels (classes,) uint8 of 0, 1 and, if
-    they are unknown, 255; of a number a float, NaN if it is unknown."""
+    """One for each target of the source: for a label the class number, -1 if unknown; for labels (classes,) uint8 of 0, 1 and, if unknown,
+    255; for a number a float, NaN if unknown."""
     refusal: str | None = None
 
     @property
     def label(self) -> int:
-        """Of a source whose first target is a label."""
+        """For a source whose first target is a label."""
         return int(self.values[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """How a source is to be read; the settings `data.*` of the same names."""
+    """How to read a source; the `data.*` settings of the same names."""
 
     test_fraction: float
     validation_fraction: float = 0.0
@@ -58,28 +58,28 @@ class Options:
 
 
 class Source(Protocol):
-    """Samples in a fixed order, under keys that should be unique (convert makes them so)."""
+    """Samples in a fixed order, under keys that should be unique (convert makes them unique)."""
 
     @property
     def kind(self) -> str: ...
     @property
     def identity(self) -> str:
-        """Changes when the source's files, or what is read of them, change; does not need the data (no download)."""
+        """Changes when the source's files, or what is read of them, change; computed without the data (no download)."""
         ...
 
     @property
     def identities(self) -> tuple[str, ...]:
-        """The identity, then those that the same files had before: what was converted under one of them is to be found again."""
+        """The identity, then earlier identities of the same files: they find what was converted under one of them."""
         ...
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """What samples are labelled with. Mean and standard deviation of a number are not known here."""
+        """The targets of the samples. The mean and standard deviation of a number are not known here."""
         ...
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Of the first target; none if it is a number."""
+        """Classes of the first target; empty if it is a number."""
         ...
 
     @property
@@ -88,15 +88,15 @@ class Source(Protocol):
         ...
 
     def splits(self) -> tuple[str, ...]:
-        """`train` and `test`, and `validation` and `unlabelled` where there are such; in the order of `dataio.schema.SPLITS`."""
+        """`train` and `test`, plus `validation` and `unlabelled` if they exist, in the order of `dataio.schema.SPLITS`."""
         ...
 
     def count(self, split: str) -> int | None:
-        """None if it is not known before all samples have been seen."""
+        """Number of samples; None if it is only known after all samples were read."""
         ...
 
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
-        """From sample `start` of the split on."""
+        """Yields the samples of the split from number `start` on."""
         ...
 
 
@@ -138,9 +138,10 @@ class Renamed:
 
 
 class Balanced:
-    """A sample of a source: the same number of images of each class (one more of the first ones where it does not divide).
+    """A subset of a source: the same number of images of each class (one more for the first classes if it does not divide evenly).
 
-    Chosen by a hash of (seed, key), so whatever the source's order; the classes are the first target's. Splits without a size are left out.
+    A hash of (seed, key) chooses them, so the source's order does not matter; the classes are those of the first target. Splits without a
+    size are left out.
     """
 
     def __init__(self, source: Source, *, sizes: Mapping[str, int], seed: int) -> None:
@@ -193,9 +194,10 @@ class Balanced:
 
 
 def identities_of(files: str, stored: Collection[str], options: Options, *, former: str | None = None) -> tuple[str, ...]:
-    """The identity of a source whose files, those read, have the `stat_hash` `files`; then `former`, the one it had before.
+    """The identities of a source whose files (those that are read) have the `stat_hash` `files`: the present one, then the earlier one,
+    `former`.
 
-    Of a source that stores just train and test it is what it ever was. With options that there were not before, nothing was before.
+    For a source that stores just train and test, the identity never changed. With options that are newer, there is no earlier identity.
     """
     more = asked_for(options)
     if set(stored) == {"train", "test"}:
@@ -205,20 +207,20 @@ def identities_of(files: str, stored: Collection[str], options: Options, *, form
 
 
 def former_identity(files: str, options: Options, *, has_test: bool) -> str:
-    """What a source's identity was when its test samples were held out by their keys alone, and validation served as test."""
+    """The identity that a source had when only keys decided its held-out test samples, and validation served as test."""
     return hashed(files, "" if has_test else repr(options.test_fraction))
 
 
 def asked_for(options: Options) -> list[str]:
-    """What enters the identity of the options that are not at their defaults; `test_fraction` does so where it is used."""
+    """The parts of the identity for options that are not at their defaults; `test_fraction` is added where it is used."""
     more = [f"validation_fraction={options.validation_fraction!r}"] if options.validation_fraction else []
     return more + ([f"targets={options.targets}"] if options.targets else [])
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """(H, W) or (H, W, 3) uint8 as PNG; the same bytes for the same pixels and the same zlib."""
+    """Encodes (H, W) or (H, W, 3) uint8 as PNG; the same pixels and the same zlib give the same bytes."""
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG", compress_level=6)  # once; a tenth slower than level 1, and smaller
+    Image.fromarray(pixels).save(out, "PNG", compress_level=6)  # runs once; a tenth slower than level 1, but smaller
     return out.getvalue()
 
 
@@ -227,13 +229,13 @@ def hashed(*parts: str) -> str:
 
 
 def stat_hash(folder: Path, paths: Iterable[Path]) -> str:
-    """Of the files' names under `folder`, sizes and times: a changed file is another source, a moved folder the same one."""
+    """Hash of the files' names under `folder`, sizes and times: a changed file makes another source, a moved folder does not."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         try:
             stat = path.stat()
             line = (os.fsencode(path.relative_to(folder)).hex(), stat.st_size, stat.st_mtime_ns)
-        except OSError:  # a dangling link: samples() says so
+        except OSError:  # a dangling link: samples() reports it
             line = (os.fsencode(path.relative_to(folder)).hex(), -1, -1)
         digest.update(json.dumps(line).encode())
     return digest.hexdigest()

@@ -1,6 +1,7 @@
-"""Which split a sample belongs to: the names that splits go by, and what is held out of training where a source has no such split.
+"""Decides which split a sample belongs to: the names of splits, and the samples held out of training where a source lacks a split.
 
-Called by the sources. All here is a pure function of names, keys and values; who reads the samples, and in which order, does not matter.
+Called by the sources. Everything here is a pure function of names, keys and values; who reads the samples, and in which order, is
+irrelevant.
 """
 
 import hashlib
@@ -23,58 +24,58 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "test": ("test",),
     "unlabelled": ("unlabelled", "unlabeled"),
 }
-"""Split -> the names of files, folders and cells that mean it; where a source has several, the first counts."""
+"""Split -> names of files, folders and cells that mean it; where a source has several of them, the first one counts."""
 HELD_OUT_RULE = "held out by class"
-"""Enters the identity of a source of whose training samples some are held out, or whose validation split once was its test split."""
-_PERSONS = {"test": b"held-out", "validation": b"validation"}  # a hash each: a key early in one is anywhere in the other
-_BINS = 10  # of a number
+"""Added to the identity of a source with samples held out of training, or whose validation split once served as its test split."""
+_PERSONS = {"test": b"held-out", "validation": b"validation"}  # a hash for each: a key that sorts early in one is anywhere in the other
+_BINS = 10  # for a number
 
 
 def recognised(names: Collection[str]) -> dict[str, str]:
-    """Split -> the name that stands for it, for all splits that are among `names`."""
+    """Split -> the name that stands for it, for all splits among `names`."""
     found = {split: next((name for name in aliases if name in names), None) for split, aliases in ALIASES.items()}
     return {split: name for split, name in found.items() if name is not None}
 
 
 def split_named(name: str) -> str | None:
-    """The split that goes by this name."""
+    """The split with this name."""
     return next((split for split, aliases in ALIASES.items() if name in aliases), None)
 
 
 def formerly_read(stored: Collection[str]) -> tuple[str, ...]:
-    """The stored splits that were read when there were just two: for want of test, validation served as it."""
+    """The stored splits that were read when there were only two: validation served as test if test was missing."""
     return ("train", *[split for split in ("test", "validation") if split in stored][:1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The splits of a source: those it stores, and those held out of what it stores for training."""
+    """The splits of a source: those it stores, and those held out of its training split."""
 
     stored: frozenset[str]
     held: Mapping[str, float]
-    """Split -> the fraction of the training samples, test first; validation is taken from what test left."""
+    """Split -> fraction of the training samples, test first; validation is taken from the rest."""
 
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(split for split in SPLITS if split in self.stored or split in self.held)
 
     def is_whole(self, split: str) -> bool:
-        """Whether the split is served as it is stored."""
+        """Whether the split is used as it is stored."""
         return split in self.stored and not (split == "train" and self.held)
 
 
 def plan_splits(stored: Iterable[str], *, test_fraction: float, validation_fraction: float) -> Plan:
-    """Every source has a test split, and with a `validation_fraction` a validation split."""
+    """Plans a test split for every source, and a validation split if `validation_fraction` is given."""
     stored = frozenset(stored)
     wanted = {"test": test_fraction} | ({"validation": validation_fraction} if validation_fraction else {})
     return Plan(stored=stored, held={split: fraction for split, fraction in wanted.items() if split not in stored})
 
 
 def strata(target: Target, column: "npt.NDArray[Any]") -> Rows:
-    """(n,): for each value of the target (n, *shape) the group that is held out of by itself; -1 where nothing is known.
+    """(n,): the group of each value of the target (n, *shape); samples are held out of each group separately. -1 where nothing is known.
 
-    A label is its own group. A sample of several labels belongs to its rarest one (of equally rare ones the first), one without labels to
-    a group of their own. Numbers fall into ten bins of equal size.
+    A label is its own group. A sample with several labels belongs to its rarest one (of equally rare ones the first); samples without any
+    label have a group of their own. Numbers fall into ten bins of equal size.
     """
     if target.kind == "label":
         return column.astype(np.int64)
@@ -94,10 +95,10 @@ def strata(target: Target, column: "npt.NDArray[Any]") -> Rows:
 
 
 def divide(keys: Sequence[str], groups: Rows, held: Mapping[str, float]) -> dict[str, Rows]:
-    """The rows of each split, ascending: `train`, and what is held out of it.
+    """The rows of each split, ascending: `train`, and the splits held out of it.
 
-    In each group, of its n keys the max(1, round(fraction * n)) with the lowest hash are held out; equal keys stay together, and one key at
-    least is left. So a group's rows depend on its own keys alone.
+    Each group with n keys holds out the max(1, round(fraction * n)) keys with the lowest hash; equal keys stay together, and at least one
+    key is left. So a group's rows depend on its own keys alone.
     """
     left = np.arange(len(keys))
     divided: dict[str, Rows] = {}
@@ -111,7 +112,7 @@ def divide(keys: Sequence[str], groups: Rows, held: Mapping[str, float]) -> dict
 
 
 def _lowest(members: Iterable[tuple[str, int, int]], fraction: float, person: bytes) -> list[int]:
-    """The rows held out, of (key, group, row) each."""
+    """The rows to hold out, from members (key, group, row)."""
     by_group: defaultdict[int, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for key, group, row in members:
         by_group[group][key].append(row)
@@ -124,7 +125,7 @@ def _lowest(members: Iterable[tuple[str, int, int]], fraction: float, person: by
 
 
 def chosen(items: Iterable[Item], first: int, rows: Rows) -> Iterator[tuple[int, Item]]:
-    """(row, item) for the ascending `rows`, of items that begin with row `first`. Reads on to the end: damage there is found."""
+    """Yields (row, item) for the ascending `rows`, from items that begin with row `first`. Reads on to the end, to find damage there."""
     wanted = set(rows.tolist())
     for row, item in enumerate(items, first):
         if row in wanted:

@@ -1,7 +1,7 @@
-"""A table of images: a CSV or TSV file, a row an image, whose other columns say what is known of it.
+"""Reads a table of images: a CSV or TSV file with one image per row, whose other columns are targets.
 
-The targets are the columns that `data.targets` names, each of the kind it gives; without a kind the cells decide. hostile reads the table
-and the files that it names; every error names the file, the line and the column.
+`data.targets` names the target columns and their kinds; without a kind the cells decide. hostile.py reads the table and the files that it
+names. Every error names the file, the line and the column.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ from dataio.sources.targets import FLAG, Asked, checked_classes, is_finite_float
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 IMAGE_COLUMNS = ("image", "file", "filename", "path", "image_path")
-"""The first that is there names the files."""
+"""The first of these columns that exists names the files."""
 SPLIT_COLUMN = "split"
 LABEL_COLUMNS: dict[str, Kind | None] = {"label": None, "labels": "labels", "tags": "labels"}
-"""The first that is there is the target where none is asked for."""
+"""The first of these columns that exists is the target where none is requested."""
 SEPARATOR = "|"
 UNKNOWN_LABELS = "?"
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
 class Table:
-    """The rows of a table, in their order. Keys are the files' names, as they stand in it."""
+    """The rows of a table, in order. Keys are the files' names as written in the table."""
 
     kind = "table"
     ignored: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Content:
-    """What is read of a table: of each row its line, file and split, and a cell for each target; None in an unlabelled row."""
+    """The content of a table: line, file and split of each row, and a cell for each target; None in an unlabelled row."""
 
     path: Path
     asked: tuple[Asked, ...]
@@ -110,7 +110,7 @@ def _read(path: Path, asked: tuple[Asked, ...]) -> _Content:
     content.cells.extend([] for _ in content.asked)
     image_at, split_at = names.index(image), names.index(SPLIT_COLUMN) if SPLIT_COLUMN in names else None
     target_at = [names.index(target.name) for target in content.asked]
-    same: dict[str, str] = {}  # one string for all equal cells
+    same: dict[str, str] = {}  # one string object for all equal cells
     for line, cells in rows:
         if len(cells) != len(names):
             raise SourceError(
@@ -130,20 +130,20 @@ def _read(path: Path, asked: tuple[Asked, ...]) -> _Content:
 
 
 def _stat_hash(folder: Path, names: Collection[str]) -> str:
-    """As source.stat_hash, of names: without a Path for each of a million files it takes a quarter of the time."""
+    """Like source.stat_hash, but for names: without a Path for each of a million files it takes a quarter of the time."""
     digest = hashlib.sha256()
     for name in sorted(names):
         try:
             facts = os.stat(os.path.join(folder, name))
             line = (name, facts.st_size, facts.st_mtime_ns)
-        except OSError:  # not there: samples() says so
+        except OSError:  # the file does not exist: samples() reports it
             line = (name, -1, -1)
         digest.update(json.dumps(line).encode())
     return digest.hexdigest()
 
 
 def _chosen(path: Path, columns: Sequence[str], asked: tuple[Asked, ...]) -> tuple[Asked, ...]:
-    """The targets, out of the columns that can be one."""
+    """Chooses the targets among the columns that can be one."""
     if not asked:
         for name, kind in LABEL_COLUMNS.items():
             if name in columns:

@@ -1,6 +1,6 @@
-"""What a source is asked to label its samples with: `data.targets`, and what is the same for targets of every source.
+"""Parses `data.targets`, the requested labels of a source, and holds what targets of all sources have in common.
 
-Called by the sources. What columns there are, and what their cells mean, is theirs.
+Called by the sources, which know their columns and what the cells mean.
 """
 
 import re
@@ -16,20 +16,20 @@ from dataio.sources.source import SourceError
 
 FLAG = "--data.targets NAME[:label|labels|number],..."
 MAX_CLASSES = {"label": 100_000, "labels": 10_000}
-"""A column with more is no class but a key, or an attack on the memory; a sample of several labels holds a byte for each class."""
+"""A column with more classes is a key, or an attack on the memory; a sample with several labels holds a byte for each class."""
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """One target that `data.targets` names; without a kind, its source infers it."""
+    """One target named in `data.targets`; without a kind, its source infers the kind."""
 
     name: str
     kind: Kind | None
 
 
 def parse_targets(text: str) -> tuple[Asked, ...]:
-    """The targets that `data.targets` names, in order; none for the source's own. Raises SourceError."""
+    """The targets named in `data.targets`, in order; empty means the source's own. Raises SourceError."""
     if not text.strip():
         return ()
     asked: list[Asked] = []
@@ -48,18 +48,18 @@ def parse_targets(text: str) -> tuple[Asked, ...]:
 
 
 def only_label(targets: str, what: str) -> None:
-    """Refuses all but the one label that `what`, a kind of source, has."""
+    """Refuses everything but the one label that `what`, a kind of source, has."""
     if any(asked.name != LABEL or asked.kind not in (None, "label") for asked in parse_targets(targets)):
         raise SourceError(f"data.targets={targets!r}: {what} have one target, {LABEL!r}; leave data.targets empty")
 
 
 def label_target(classes: tuple[str, ...]) -> tuple[Target, ...]:
-    """Of a source with one label an image."""
+    """The target of a source with one label an image."""
     return (Target(name=LABEL, kind="label", classes=classes),)
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
-    """Class names in order: by number if all are integers, else as text."""
+    """Class names in order: by number if all are integers, otherwise as text."""
     names = set(names)
     if all(_INTEGER.fullmatch(name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
@@ -67,7 +67,7 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def checked_classes(count: int, kind: Kind, where: str) -> None:
-    """Refuses more classes than can be meant."""
+    """Refuses more classes than a real target can have."""
     if count > MAX_CLASSES[kind]:
         raise SourceError(
             f"{where} holds {count} classes; a target of kind {kind} has at most {MAX_CLASSES[kind]}: "
@@ -83,10 +83,10 @@ def values_at(targets: Sequence[Target], columns: Sequence["npt.NDArray[Any]"], 
 
 
 def unknown(targets: Iterable[Target]) -> tuple[Any, ...]:
-    """The values of a sample of which nothing is known."""
+    """The values of a sample without any known target."""
     return tuple(target.blank(1)[0] if target.kind == "labels" else target.dtype(target.missing).item() for target in targets)
 
 
 def is_finite_float32(value: float) -> bool:
-    """Whether the number can be stored: float32 holds no more than 3.4e38."""
+    """Whether float32 can store the number (at most 3.4e38)."""
     return abs(value) <= float(np.finfo(np.float32).max)

@@ -28,7 +28,7 @@ from cluster.store import Receipt
 from dataio.batch import Batch, Targets
 from dataio.order import blocks_of_virtual_ranks
 from dataio.schema import LABEL
-from tests.trainer.test_loop import CPU, TASK, Net, batches_of, make, order_of, same_bits, sgd
+from tests.trainer.test_step import CPU, TASK, Net, batches_of, make, order_of, same_bits, sgd
 from trainer.learn.optim import OptimConfig, set_learning_rate
 from trainer.learn.state import TrainState, weights_sha256
 from trainer.learn.step import UNOBSERVED, Arriving, StepStats, train_steps

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from cluster.metrics import Metrics
-from tests.trainer.test_loop import CPU, FOUR, Net, Residual, batches_of, loop, make, order_of, same_bits, sgd
+from tests.trainer.test_step import CPU, FOUR, Net, Residual, batches_of, loop, make, order_of, same_bits, sgd
 from trainer.learn.step import Stepper, StepStats
 from trainer.rank.history import Speed
 from trainer.rank.meter import SLOW_SECONDS, Meter, Split, resident_bytes

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.trainer.test_loop import CPU, Net, batches_of, loop, make, order_of, same_bits, sgd
+from tests.trainer.test_step import CPU, Net, batches_of, loop, make, order_of, same_bits, sgd
 from trainer.learn.step import StepStats
 from trainer.models.vision import build_model
 from trainer.rank.profile import PARTS, WINDOW_STEPS, Ceilings, Profiler, Work, count_work, describe, measure_ceilings, step_parts, verdict

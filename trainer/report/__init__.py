@@ -1,3 +1,3 @@
-"""A run's folder as one HTML page, and two runs compared: `python -m trainer.report`. Imports no torch.
+"""Writes a run's folder as one HTML page, or compares two runs: `python -m trainer.report`. Imports no torch.
 
-Reads what `runs` finds; knows of a task what its `TaskInfo` says."""
+`trainer.runs` finds the runs; what the report knows of a task comes from its `TaskInfo`. Imported by the driver, at a run's end."""

@@ -1,5 +1,4 @@
-"""`python -m trainer.report`: the page of a run, or of two runs compared. The command line only: what is on the pages is sections' and
-compare's."""
+"""`python -m trainer.report`: the page of a run, or of two runs compared. Only the command line; sections and compare make the pages."""
 
 import sys
 from collections.abc import Sequence

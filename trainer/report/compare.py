@@ -1,9 +1,9 @@
-"""`python -m trainer.report --compare RUN RUN`: two runs on one page. Called by the command line; files reads what a run's folder holds.
+"""`python -m trainer.report --compare RUN RUN`: two runs on one page. Called by the command line; files.py reads the runs' folders.
 
-They are compared by the measure that their task goes by; runs of different tasks are shown side by side, and called different. Whether one
-model is better than the other is McNemar's question, where both answered the same test images with one class each: of the images that only
-one of them got right, how many would fall to either by chance? (McNemar 1947; exact binomial, two-sided.) Where the images are not the
-same, or not all answers are recorded, nothing is claimed.
+The runs are compared by their task's headline measure. Runs of different tasks are shown next to each other, and called different. If both
+models gave one class to each of the same test images, McNemar's test says whether one model is better: among the images that only one of
+them got right, how likely is so uneven a split by chance? (McNemar 1947; exact binomial, two-sided.) If the images differ, or some answers
+are not recorded, the page claims nothing.
 """
 
 import math
@@ -28,7 +28,7 @@ from trainer.tasks.info import Measure, TaskInfo
 SURE = 0.05
 NAMES = ("A", "B")
 MEASURE_PLOTS = 6
-NOT_SETTINGS = ("run", "storage")  # where a run is, not what it does
+NOT_SETTINGS = ("run", "storage")  # the location of a run, not its behaviour
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +36,12 @@ class Disagreement:
     """Two models' answers to the same images."""
 
     both: int
-    """Images that both got right."""
+    """Number of images that both got right."""
     only_first: int
     only_second: int
     neither: int
     chance: float
-    """Of a difference as large as this, or larger, between models that are equally good: McNemar's exact two-sided p."""
+    """McNemar's exact two-sided p: the probability of a difference as large as this, or larger, between equally good models."""
 
     @property
     def count(self) -> int:
@@ -49,11 +49,11 @@ class Disagreement:
 
 
 def chance_of(first: int, second: int) -> float:
-    """Two-sided exact binomial probability of so uneven a split of first + second images, or a more uneven one, by coin tosses."""
+    """Two-sided exact binomial probability that first + second coin tosses split as unevenly as this, or more so."""
     tosses, fewer = first + second, min(first, second)
     if 2 * fewer >= tosses:
         return 1.0
-    # From the largest term down, each from the one before; logarithms, as 2**-tosses is below what a float holds.
+    # Start with the largest term; each further term follows from the last. Logarithms, because 2**-tosses underflows a float.
     log_term = math.lgamma(tosses + 1) - math.lgamma(fewer + 1) - math.lgamma(tosses - fewer + 1) - tosses * math.log(2.0)
     total = term = 1.0
     for heads in range(fewer, 0, -1):
@@ -65,7 +65,7 @@ def chance_of(first: int, second: int) -> float:
 
 
 def disagreement(first: RunFiles, second: RunFiles) -> tuple[Disagreement | None, str]:
-    """How the two models' answers differ, or why that is not known."""
+    """How the two models' answers differ, or why that is unknown."""
     one, other = first.predictions, second.predictions
     if one is None or other is None:
         name, run = ("A", first) if one is None else ("B", second)
@@ -115,7 +115,7 @@ def render_comparison(first: RunFiles, second: RunFiles) -> str:
 
 
 def conclusion(first: RunFiles, second: RunFiles, found: Disagreement | None, unknown: str) -> tuple[Mood, str]:
-    """The first sentence: which is better, and whether that is more than chance."""
+    """The first sentence: which run is better, and whether that is more than chance."""
     sha = [run.summary.get("weights_sha256") for run in (first, second)]
     if sha[0] and sha[0] == sha[1]:
         return "good", "The two have the same weights, to the last bit."
@@ -167,12 +167,12 @@ def _runs(first: RunFiles, second: RunFiles) -> Html:
 
 
 def _measures(first: RunFiles, second: RunFiles) -> list[Measure]:
-    """What the tasks of the two measure, each once."""
+    """The measures of both tasks, each once."""
     return list(dict.fromkeys((*first.info.measures, *second.info.measures)))
 
 
 def _compared(first: RunFiles, second: RunFiles) -> list[tuple[str, str, str]]:
-    """(title, key of the summary, kind) of the numbers that have a difference."""
+    """(title, key of the summary, kind) of the numbers to show with a difference."""
     samples = first.info.unit
     return [
         *((heading(measure), measure.key, "percent" if measure.unit == "ratio" else "number") for measure in _measures(first, second)),
@@ -197,7 +197,7 @@ def _results(first: RunFiles, second: RunFiles) -> Html:
         if values[0] is None and values[1] is None:
             continue
         rows.append((name, *(_value(value, kind) for value in values), _difference(values[0], values[1], kind)))
-    # Whatever else the summaries' tables tell, as text.
+    # The other rows of the summaries' tables, as text.
     told = [dict(summary_rows(run.summary)) for run in (first, second)]
     known = {name for name, _, _ in compared}
     rows += [
@@ -316,7 +316,7 @@ def _setting(value: Any) -> str:
 
 
 def _classes(first: RunFiles, second: RunFiles) -> Html:
-    """Classes by their recall, or labels by their average precision: what the two runs share, the largest difference first."""
+    """Classes by recall, or labels by average precision: those that both runs have, the largest difference first."""
     unit = first.info.unit
     recalls = [_per_class(run) for run in (first, second)]
     if all(recalls):
@@ -328,7 +328,7 @@ def _classes(first: RunFiles, second: RunFiles) -> Html:
 
 
 def _per_class(run: RunFiles) -> dict[str, Mapping[str, Any]]:
-    """By name; nothing where names and entries do not fit."""
+    """Entries by class name; empty if names and entries do not match."""
     entries, names = run.summary.get("per_class") or [], run.summary.get("classes") or []
     if len(entries) != len(names):
         return {}

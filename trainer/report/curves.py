@@ -1,4 +1,4 @@
-"""The report's curves: losses and measures by epoch, speed by time. Called by sections; how a drawing is made is plots'."""
+"""The report's curves: losses and measures by epoch, speed by time. Called by sections; plots.py draws them."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from trainer.report.plots import MOST_LINES, Line, Values, by_attempt, plot, spa
 from trainer.runs.measures import capital, heading
 from trainer.tasks.info import Measure
 
-NUMBER_PLOTS = 4  # measures that are no ratios have a plot each, as their scales differ
+NUMBER_PLOTS = 4  # measures that are not ratios; each has a plot of its own, because their scales differ
 
 
 class _Figures:
@@ -48,7 +48,7 @@ def _tested(run: RunFiles, key: str) -> Values:
 
 
 def _add_measures(figures: _Figures, run: RunFiles) -> None:
-    """All ratios in one plot, the others in one each."""
+    """All ratios in one plot, every other measure in a plot of its own."""
     epochs = _tested(run, "epoch")
 
     def line(measure: Measure, label: str) -> Line:

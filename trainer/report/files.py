@@ -1,5 +1,5 @@
-"""What a run's folder holds, read for the pages: a damaged or missing file is named, never fatal, since failed runs need reports too.
-Called by the report's command line and by the driver at a run's end; what to say of it is the other modules' matter."""
+"""Reads a run's folder for the pages. A damaged or missing file is reported, never fatal, because failed runs need reports too.
+Called by the report's command line and, through sections, by the driver at a run's end. The other modules decide what to show."""
 
 import io
 import json
@@ -30,7 +30,7 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFiles:
-    """What a run's folder holds; what is missing is empty and named in `missing`."""
+    """The content of a run's folder; a missing part is empty and named in `missing`."""
 
     location: str
     name: str
@@ -42,17 +42,17 @@ class RunFiles:
     quarantined: Sequence[Mapping[str, Any]]
     config_text: str
     missing: Sequence[str]
-    """Sentences."""
+    """Sentences that name what is missing."""
     predictions: Predictions | None = None
-    """Of the evaluation that the summary tells of."""
+    """Of the evaluation in the summary."""
     thumbnails: Thumbnails = NO_THUMBNAILS
     no_thumbnails: str = ""
-    """Why there are no images, where there are none."""
+    """Why there are no images; empty if there are."""
 
 
 def read_files(folder: RunFolder, dataset: Dataset | None = None, *, pictures: bool = True) -> RunFiles:
-    """Everything that the report tells of; with `pictures`, images of the data set, too. `dataset` is the run's, where the caller has it
-    open; else it is looked for where the run had it."""
+    """Reads everything that the report shows; with `pictures`, also images of the data set. `dataset` is the run's data set if the caller
+    has it open; otherwise it is opened where the run had it."""
     missing: list[str] = []
     summary = _summary(folder, missing)
     events = read_journal(folder.storage, folder.name)
@@ -121,7 +121,7 @@ def _quarantined(folder: RunFolder, events: Sequence[Event]) -> Sequence[Mapping
     for line in (folder.read("quarantine.jsonl") or b"").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # a torn last line; the count is the summary's
+        except ValueError:  # a torn last line; the summary has the count
             continue
         if isinstance(record, dict):
             found.append(record)
@@ -129,7 +129,7 @@ def _quarantined(folder: RunFolder, events: Sequence[Event]) -> Sequence[Mapping
 
 
 def _predictions(folder: RunFolder, summary: Mapping[str, Any]) -> tuple[Predictions | None, str]:
-    """Those of the run's last evaluation, or why there are none."""
+    """The predictions of the run's last evaluation, or why there are none."""
     data = folder.read(PREDICTIONS_FILE)
     if data is None:
         return None, f"There is no {PREDICTIONS_FILE}, which a run writes when it finishes: which images were mistaken is not known."
@@ -142,7 +142,7 @@ def _predictions(folder: RunFolder, summary: Mapping[str, Any]) -> tuple[Predict
 
 
 def _problems(found: Predictions, summary: Mapping[str, Any]) -> Iterator[str]:
-    """Why these predictions are not those of the run's last evaluation."""
+    """Reasons why these predictions do not belong to the run's last evaluation."""
     if found.about.step != summary.get("steps"):
         yield f"they are of step {number(found.about.step)}, the summary is of step {number(summary.get('steps'))}"
     elif found.about.dataset_fingerprint != summary.get("dataset_fingerprint"):
@@ -159,11 +159,11 @@ def _are_classes(values: Counts, classes: int) -> bool:
     return bool(values.min() >= 0 and values.max() < classes)
 
 
-# --- what several parts of the pages ask for ------------------------------------------------------------------------------------------
+# --- helpers for several parts of the pages ---------------------------------------------------------------------------------------------
 
 
 def matrix_of(value: object) -> Counts:
-    """(C, C) int64, rows are true classes; (0, 0) where `value` is no such matrix."""
+    """(C, C) int64, rows are true classes; (0, 0) if `value` is not such a matrix."""
     try:
         matrix = np.asarray(value or [], dtype=np.int64)
     except (ValueError, TypeError):
@@ -176,22 +176,22 @@ def confusion_of(summary: Mapping[str, Any]) -> Counts:
 
 
 def class_names(said: object, count: int) -> list[str]:
-    """The names that a file gives of its `count` classes; else their numbers."""
+    """The names that a file gives its `count` classes; their numbers if the names do not match."""
     names = [str(name) for name in said] if isinstance(said, list | tuple) else []
     return names if len(names) == count else [str(index) for index in range(count)]
 
 
 def evaluations(events: Iterable[Event]) -> list[Event]:
-    """The last evaluation at each step: one that a restart repeated counts once."""
+    """The last evaluation at each step, so one that a restart repeated counts once."""
     by_step = {event.get("step"): event for event in events if event.get("event") == "evaluation"}
     return sorted(by_step.values(), key=lambda event: number_or_none(event.get("epoch")) or 0.0)
 
 
 def last(events: Iterable[Event], kind: str, key: str) -> Any:
-    """Of the newest event of that kind which has it."""
+    """The value of `key` in the newest event of this kind that has it."""
     return next((event[key] for event in reversed(list(events)) if event.get("event") == kind and key in event), None)
 
 
 def began(events: Sequence[Event]) -> float | None:
-    """When the run's first process began."""
+    """Start time of the run's first process."""
     return next((number_or_none(event.get("process_started", event.get("time"))) for event in events), None)

@@ -1,7 +1,7 @@
-"""What the pages are made of: escaping, tables, the style sheet. Called by all of the report's parts.
+"""Building blocks of the pages: escaping, tables, the style sheet. Called by all parts of the report.
 
-A page is one file that asks the network for nothing and runs no script. Class names, keys and messages come from the data, and from
-whoever made the data: all text goes through `tag`, which escapes it. What opens does so by `details` and `popover`, without a script.
+A page is one file that makes no network request and runs no script. Class names, keys and messages come from the data, and so from anyone:
+all text goes through `tag`, which escapes it. Parts that open use `details` and `popover`, without a script.
 """
 
 import html
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Html(str):
-    """Text that is HTML already. Only `tag`, plots.svg and constants of the pages' modules make it."""
+    """Text that is HTML already. Only `tag`, plots.svg and constants of the pages' modules create it."""
 
     __slots__ = ()
 
@@ -20,14 +20,14 @@ NOTHING = Html("")
 
 
 def tag(name: str, *children: object, **attributes: str) -> Html:
-    """An element. A child that is no Html is text and is escaped, and so are attributes; `class_` is `class`."""
+    """An HTML element. Children that are not Html are text and are escaped, as are attributes; `class_` becomes `class`."""
     words = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(value, quote=True)}"' for key, value in attributes.items())
     inside = "".join(child if isinstance(child, Html) else html.escape(str(child), quote=True) for child in children)
     return Html(f"<{name}{words}>{inside}</{name}>")
 
 
 def image(*, src: str, alt: str, **attributes: str) -> Html:
-    """An image that is in the page itself."""
+    """An image embedded in the page."""
     assert src.startswith("data:image/"), src[:40]
     return Html(tag("img", src=src, alt=alt, **attributes).removesuffix("</img>"))
 
@@ -37,7 +37,7 @@ def join(parts: Iterable[Html]) -> Html:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, numeric: Sequence[int] = ()) -> Html:
-    """It scrolls inside itself where it is wider than the page, by keyboard too."""
+    """A table that scrolls inside itself, by keyboard too, where it is wider than the page."""
 
     def cell(kind: str, index: int, value: object) -> Html:
         return tag(kind, value, class_="n") if index in numeric else tag(kind, value)
@@ -56,11 +56,11 @@ def section(title: str, *parts: Html) -> Html:
 
 
 def page(title: str, *parts: Html) -> str:
-    """The whole file."""
+    """The whole file as HTML."""
     head = join(
         [
             Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-            # Belt and braces: should text ever slip through unescaped, the browser still loads and runs nothing.
+            # A second line of defence: if text ever slips through unescaped, the browser still loads and runs nothing.
             Html("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"),
             Html('<meta name="color-scheme" content="light dark">'),
             tag("title", title),
@@ -71,12 +71,12 @@ def page(title: str, *parts: Html) -> str:
 
 
 def shade(share: float, *, is_right: bool) -> str:
-    """See-through colours, so that one value serves light and dark pages."""
+    """A transparent colour, so that one value serves light and dark pages."""
     return f"background:rgba({'46,160,67' if is_right else '218,54,51'},{0.08 + 0.5 * share if share else 0:.3f})"
 
 
 def meter(share: float | None, text: str) -> Html:
-    """A value with a bar of its share (0 to 1) below it; a share that is not known has no bar."""
+    """A value with a bar of its share (0 to 1) below it; no bar if the share is unknown."""
     width = 0.0 if share is None else 100 * min(1.0, max(0.0, share))
     return tag("span", text, tag("i", style=f"width:{width:.1f}%"), class_="meter")
 

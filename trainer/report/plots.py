@@ -1,6 +1,6 @@
-"""Curves as drawings inside a page. Called by the report and by the comparison of runs; which curves there are is theirs.
+"""Draws curves inside a page. Called by the report's parts and by the comparison of runs, which choose the curves.
 
-Colours are the page's: a drawing follows its light and dark scheme.
+The page sets the colours, so a drawing follows its light and dark scheme.
 """
 
 import io
@@ -17,22 +17,22 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from trainer.report.page import Html, tag
 
-CURVE_POINTS = 600  # more are below a pixel, and each costs bytes
+CURVE_POINTS = 600  # more would be closer than a pixel, and each costs bytes
 SCATTER_POINTS = 1000
-LOG_FROM = 20.0  # a loss that reaches this many times its median is drawn on a logarithmic axis
+LOG_FROM = 20.0  # a loss that reaches this many times its median gets a logarithmic axis
 
 Values = npt.NDArray[np.float64]
 Line = tuple[str, Values, Values, str]
 """Label, x, y, and Matplotlib's line style."""
 
-# Colours that no drawing uses by chance; each becomes a CSS variable, so that the page's scheme colours the curves, too.
+# Colours that no drawing uses by chance. Each becomes a CSS variable, so that the page's scheme colours the curves too.
 _INK, _SERIES = "#010203", ("#020304", "#030405", "#040506", "#050607", "#060708", "#070809", "#08090a", "#090a0b")
 MOST_LINES = len(_SERIES)
 _MARKS = _SERIES[2]
 
 
 def thinned(x: Values, y: Values, points: int = CURVE_POINTS) -> tuple[Values, Values]:
-    """At most `points` finite points: means of equal runs of neighbours, not a choice of them, which would hide or invent spikes."""
+    """At most `points` finite points: means of equal runs of neighbours. Choosing points instead would hide or invent spikes."""
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
     each = -(-len(x) // points) if len(x) else 1
@@ -44,7 +44,7 @@ def thinned(x: Values, y: Values, points: int = CURVE_POINTS) -> tuple[Values, V
 
 
 def by_attempt(x: Values, y: Values, attempt: Values) -> tuple[Values, Values]:
-    """Thinned, with a gap between attempts: while nothing was computed there is nothing to draw."""
+    """Thinned, with a gap between attempts, because nothing was computed there."""
     starts = np.flatnonzero(np.diff(attempt) != 0) + 1 if np.isfinite(attempt).all() else np.zeros(0, dtype=np.int64)
     each = max(2, CURVE_POINTS // (len(starts) + 1))
     parts = [thinned(xs, ys, each) for xs, ys in zip(np.split(x, starts), np.split(y, starts), strict=True)]
@@ -59,7 +59,7 @@ def spans_magnitudes(values: Values) -> bool:
 
 
 def plot(lines: Sequence[Line], *, marks: Sequence[float], x: str, log: bool, ident: str) -> Html:
-    """At most MOST_LINES lines, each in its colour."""
+    """At most MOST_LINES lines, each in a colour of its own."""
     with _styled(ident) as (figure, axes):
         for (label, xs, ys, style), colour in zip(lines, _SERIES[: len(lines)], strict=True):
             axes.plot(xs, ys, style, color=colour, label=label, linewidth=1.4, markersize=3.5)
@@ -67,7 +67,7 @@ def plot(lines: Sequence[Line], *, marks: Sequence[float], x: str, log: bool, id
             axes.axvline(mark, color=_MARKS, linestyle="--", linewidth=0.8)
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # not 10^1 in mathematics' letters
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # not 10^1 in mathematical notation
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(x, color=_INK)
         if len(lines) > 1:
@@ -76,7 +76,7 @@ def plot(lines: Sequence[Line], *, marks: Sequence[float], x: str, log: bool, id
 
 
 def heat(share: Values) -> Html:
-    """A large confusion matrix as a picture: rows true classes, columns predictions, darker is more."""
+    """A large confusion matrix as a picture: rows are true classes, columns predictions, darker is more."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "heat", "font.size": 9.0}):
         figure = Figure(figsize=(6, 6), layout="constrained")
         axes = figure.add_subplot()
@@ -88,7 +88,7 @@ def heat(share: Values) -> Html:
 
 
 def scatter(xs: Values, ys: Values, *, x: str, y: str, ident: str) -> Html:
-    """Points, at most SCATTER_POINTS of them at even distances in the order given, and the line on which the two are equal."""
+    """Points, at most SCATTER_POINTS of them at equal steps in the given order, and the line where the two values are equal."""
     each = -(-len(xs) // SCATTER_POINTS)
     xs, ys = xs[::each], ys[::each]
     ends = [min(xs.min(), ys.min()), max(xs.max(), ys.max())]
@@ -124,9 +124,9 @@ def svg(figure: Figure, ident: str) -> Html:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]  # without the XML header and the document type, whose address HTML has no use for
+    text = text[text.index("<svg") :]  # without the XML header and the document type, which HTML does not use
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Names must be unique in the page, not only in their own drawing.
+    # Ids must be unique in the page, not only in their own drawing.
     text = re.sub(r'(\bid="|url\(#|href="#)', lambda match: f"{match[1]}{ident}-", text)
     for index, colour in enumerate(_SERIES):
         text = text.replace(colour, f"var(--s{index})")

@@ -1,8 +1,8 @@
-"""A run's folder -> `report.html`: what came out, where the time went, what failed. Called by the driver at a run's end (`write_report`)
-and by `python -m trainer.report RUN` at any time: of a run that was stopped or is still going it tells as much as is there.
+"""Makes `report.html` from a run's folder: the result, where the time went, what failed. Called by the driver at a run's end
+(`write_report`) and by `python -m trainer.report RUN` at any time: for a run that was stopped or still runs, it shows what is there.
 
-The page's order is here, and those parts that are a table or two. The run in time and its ranks are `timeline`'s, curves `curves`', what
-the model says of samples its task's panels'; `page` has what all of it is made of, and says why no text of the data can do anything.
+This file sets the page's order and makes the parts that are a table or two. timeline.py shows the run in time and its ranks, curves.py the
+curves, the task's panels the model's answers. page.py has the building blocks, and explains why text from the data cannot do harm.
 """
 
 import datetime
@@ -29,14 +29,14 @@ SHOWN_FAILURES = 200
 
 
 def write_report(location: str, dataset: Dataset | None = None) -> str:
-    """Write report.html into the run's folder (a path or URI); its own path or URI. ValueError where there is no run. `dataset` is the
-    run's, where the caller has it open; else it is looked for where the run had it."""
+    """Writes report.html into the run's folder (a path or URI); returns the report's path or URI. ValueError if there is no run.
+    `dataset` is the run's data set if the caller has it open; otherwise it is opened where the run had it."""
     folder = find_run(location if "/" in location else f"./{location}")
     return folder.write(REPORT_FILE, render(read_files(folder, dataset)).encode())
 
 
 def render(run: RunFiles) -> str:
-    """The page."""
+    """The whole page as HTML."""
     mood, sentence = verdict(run)
     return page(
         f"{run.name}: report",
@@ -136,7 +136,7 @@ def _failures(run: RunFiles) -> Html:
 
 
 def _grouped(events: Iterable[Event]) -> list[list[Event]]:
-    """The events in order; failed checkpoints in a row that differ in numbers only are one group: a full disk fails them all."""
+    """The events in order. Consecutive failed checkpoints that differ only in numbers form one group: a full disk fails them all."""
     groups: list[list[Event]] = []
     for event in events:
         if groups and event.get("event") == "checkpoint_failed" and _alike(groups[-1][-1]) == _alike(event):
@@ -166,7 +166,7 @@ def _event(group: Sequence[Event], begin: float | None) -> Html:
 
 
 def _moment(when: object, begin: float | None) -> tuple[str, str]:
-    """The clock's time, and the time since `begin`."""
+    """The time of day, and the time since `begin`."""
     seconds = number_or_none(when)
     if seconds is None:
         return "", "?"
@@ -192,7 +192,7 @@ def _settings(run: RunFiles) -> Html:
     if command:
         parts += [tag("h3", "Started with"), tag("pre", command)]
     if run.config_text:
-        # A config in an object store has to be fetched first; the command then finds it beside itself.
+        # A config in an object store has to be fetched first; the command then finds it in the current folder.
         path = "config.toml" if "://" in run.location else f"{run.location}/config.toml"
         words = ["python", "-m", "trainer.run", "--config", path, "--run", f"{run.name}-again"]
         parts += [tag("h3", "The same again, as another run"), tag("pre", shlex.join(words))]

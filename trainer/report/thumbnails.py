@@ -1,8 +1,9 @@
-"""The images that the report shows: chosen by predictions.parquet, read from the data set, made small. Called by files.
+"""The images in the report: chosen by predictions.parquet, read from the data set, and scaled down. Called by files.
 
-Which images are chosen follows from the predictions alone: of a classification in each cell of its confusion matrix the surest mistakes (of
-right answers the least sure), and the surest of all; of another task those of the largest loss. They are read where the data set can still
-be read, within READ_BYTES, made small, and put into the page, within PAGE_BYTES; where something is left out, `notes` says so.
+The predictions alone decide which images are chosen. For classification these are, in each cell of the confusion matrix, the mistakes with
+the highest confidence (among right answers, those with the lowest), and the most confident mistakes of all; for other tasks, the samples
+with the largest loss. They are read if the data set can still be read, within READ_BYTES, scaled down, and put into the page, within
+PAGE_BYTES; `notes` names what is left out.
 """
 
 import base64
@@ -23,39 +24,39 @@ from trainer.settings.units import number, size
 from trainer.tasks.predictions import Predictions, worst_first
 
 SHOWN_CLASSES = 30
-"""A larger confusion matrix becomes a picture, and keeps the images of its most frequent mistakes only."""
+"""A larger confusion matrix becomes a picture, and keeps only the images of its most frequent mistakes."""
 WORST = 24
 PER_CELL, PER_RIGHT_CELL = 12, 6
-PAIRS = 40  # kinds of mistakes whose images are kept where the matrix is a picture
+PAIRS = 40  # kinds of mistakes that keep their images where the matrix is a picture
 SIDE = 96  # pixels; smaller images stay as they are
 LOSSLESS_SIDE = 64
-PAGE_BYTES = 2_000_000  # of all images, as they are in the page
-READ_BYTES = 256_000_000  # of the data set: row groups are read whole
+PAGE_BYTES = 2_000_000  # for all images, in their form in the page
+READ_BYTES = 256_000_000  # of the data set; row groups are read whole
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # those that a data set may hold (dataio.codecs.image.sniff)
 
 Cell = tuple[int, int]
-"""Class and answer."""
+"""(true class, answer)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thumbnails:
-    """The images of a report, chosen and made small."""
+    """The chosen and scaled images of a report."""
 
     worst: Sequence[int] = ()
-    """Rows of the predictions: the surest mistakes, or those of the largest loss."""
+    """Rows of the predictions: the mistakes with the highest confidence, or the samples with the largest loss."""
     cells: Mapping[Cell, Sequence[int]]
-    """Rows of the predictions, in the order in which a cell shows them."""
+    """Rows of the predictions, in the order in which the cell shows them."""
     sources: Mapping[int, str]
-    """By row: the image as a data: URI."""
+    """Row -> image as a data: URI."""
     notes: Sequence[str] = ()
-    """Sentences: what is not shown, and why."""
+    """Sentences: what is left out, and why."""
 
 
 NO_THUMBNAILS = Thumbnails(cells={}, sources={})
 
 
 def find_dataset(config: DataConfig, fingerprint: str) -> Dataset:
-    """The run's data set, where it was: nothing is downloaded or converted. ValueError or OSError where it cannot be read any more."""
+    """Opens the run's data set where it was; downloads and converts nothing. ValueError or OSError if it cannot be read any more."""
     if is_remote(config.path):
         candidates: list[str | Path] = [config.path]
     else:
@@ -78,7 +79,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def choose(found: Predictions, classes: int) -> tuple[list[int], dict[Cell, list[int]]]:
-    """(the worst, images by cell): rows of `found`. Cells are of classifications only."""
+    """(the worst, images by cell), as rows of `found`. Only classifications have cells."""
     worst = worst_rows(found)
     if not found.is_classification:
         return worst, {}
@@ -97,7 +98,7 @@ def choose(found: Predictions, classes: int) -> tuple[list[int], dict[Cell, list
 
 
 def worst_rows(found: Predictions) -> list[int]:
-    """Of a classification the surest mistakes, of another task the samples of the largest loss, if it has one."""
+    """For classification the mistakes with the highest confidence; for another task the samples with the largest loss, if it has one."""
     if found.is_classification:
         order = worst_first(found)
         rows = order[found.labels[order] != found.answers[order]]
@@ -112,14 +113,14 @@ def worst_rows(found: Predictions) -> list[int]:
 
 
 def look_up(found: Predictions, dataset: Dataset, classes: int) -> Thumbnails:
-    """The chosen images, read from `dataset`. Raises what reading it raises."""
+    """Reads the chosen images from `dataset`. Raises what reading raises."""
     worst, cells = choose(found, classes)
-    # The most telling first, as room may run out: the worst, then each cell's first, each cell's second, ...
+    # The most informative first, since room may run out: the worst, then each cell's first, each cell's second, ...
     matrix = found.confusion(classes) if cells else np.zeros((0, 0), dtype=np.int64)
     wrong_first = sorted(cells, key=lambda cell: (cell[0] == cell[1], -int(matrix[cell]), cell))
     deepest = max((len(rows) for rows in cells.values()), default=0)
     wanted = [*worst, *(cells[cell][depth] for depth in range(deepest) for cell in wrong_first if depth < len(cells[cell]))]
-    uses = Counter(wanted)  # in the order of their first use
+    uses = Counter(wanted)  # in the order of first use
     encoded, unread = _read(dataset.split(found.about.split), found, list(uses))
     sources: dict[int, str] = {}
     used = unfit = undecodable = 0
@@ -145,7 +146,7 @@ def look_up(found: Predictions, dataset: Dataset, classes: int) -> Thumbnails:
 
 
 def _read(split: Split, found: Predictions, rows: Sequence[int]) -> tuple[dict[int, bytes], int]:
-    """Encoded images of `rows`, and how many of them are beyond READ_BYTES."""
+    """The encoded images of `rows`, and how many were left out because of READ_BYTES."""
     groups = np.searchsorted(split.group_offsets, found.ids[list(rows)], side="right") - 1
     by_group: dict[int, list[int]] = {}
     for row, group in zip(rows, groups.tolist(), strict=True):
@@ -164,8 +165,8 @@ def _read(split: Split, found: Predictions, rows: Sequence[int]) -> tuple[dict[i
 
 
 def thumbnail(encoded: bytes) -> str | None:
-    """At most SIDE pixels wide and high, as a data: URI; None where it cannot be decoded. Always encoded anew: no byte of the data set gets
-    into the page as it is."""
+    """An image of at most SIDE pixels a side, as a data: URI; None if it cannot be decoded. It is always encoded again, so no byte of the
+    data set gets into the page unchanged."""
     try:
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as opened:
             opened.draft("RGB", (2 * SIDE, 2 * SIDE))
@@ -174,7 +175,7 @@ def thumbnail(encoded: bytes) -> str | None:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     pixels = np.asarray(small)
-    # From the pixels alone, as Pillow hands a file's comments and tags on.
+    # From the pixels alone, because Pillow copies a file's comments and tags.
     small = Image.fromarray(pixels[..., 0] if (pixels == pixels[..., :1]).all() else pixels)
     sink = io.BytesIO()
     if max(small.size) <= LOSSLESS_SIDE:

@@ -1,6 +1,6 @@
-"""The report's parts about time: the run second by second, with its failures on it; and the ranks side by side. Called by sections.
+"""The report's parts about time: the run second by second with its failures, and the ranks next to each other. Called by sections.
 
-The spans are those of `trainer.runs.summary.timeline`, from which the account of seconds is made, too.
+`trainer.runs.summary.timeline` makes the spans; the account of seconds uses the same ones.
 """
 
 import itertools
@@ -29,25 +29,25 @@ COLOURS = {
     "lost work": "bad",
     "other": "line",
 }
-"""A colour for each cause, the same in every report: good green, lost red."""
+"""A colour for each cause, the same in every report: productive time is green, lost time red."""
 SPANS = 1500
-"""Of more, neighbours are drawn together: a span is far below a pixel then."""
+"""With more spans than this, neighbours are drawn as one: a span would be far below a pixel."""
 LISTED_FAILURES = 50
-MARK_EVERY = 0.035  # of the timeline's width: marks that are closer share one
+MARK_EVERY = 0.035  # of the timeline's width: closer marks are drawn as one
 SHOWN_RANKS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lost:
-    """A failure, and what it cost."""
+    """A failure and its cost."""
 
     at: float
-    """Seconds of the timeline."""
+    """Seconds along the timeline."""
     since_seconds: float
-    """By the clock, since the run began."""
+    """Wall-clock seconds since the run began."""
     event: Mapping[str, Any]
     back_seconds: float | None
-    """To the next step; None where there was none."""
+    """Seconds to the next step; None if there was none."""
 
 
 def colour(cause: str) -> str:
@@ -55,7 +55,7 @@ def colour(cause: str) -> str:
 
 
 def totals(sessions: Sequence[Sequence[Span]]) -> dict[str, float]:
-    """Seconds by cause, in the order in which the causes come up."""
+    """Seconds by cause, in order of first appearance."""
     out: dict[str, float] = {}
     for span in itertools.chain.from_iterable(sessions):
         out[span.cause] = out.get(span.cause, 0.0) + span.seconds
@@ -63,7 +63,7 @@ def totals(sessions: Sequence[Sequence[Span]]) -> dict[str, float]:
 
 
 def failures(events: Sequence[Mapping[str, Any]], sessions: Sequence[Sequence[Span]]) -> list[Lost]:
-    """Each `attempt_failed` of the journal, in order."""
+    """Each `attempt_failed` event of the journal, in order."""
     found = []
     offset = 0.0
     for spans in sessions:
@@ -88,7 +88,7 @@ def failures(events: Sequence[Mapping[str, Any]], sessions: Sequence[Sequence[Sp
 
 
 def timeline_section(events: Sequence[Mapping[str, Any]]) -> Html:
-    """Nothing where the journal tells of no second."""
+    """The timeline; nothing if the journal covers no time."""
     sessions = [spans for spans in timeline(_sound(events)) if spans]
     whole = sum(totals(sessions).values())
     if whole <= 0:
@@ -119,14 +119,14 @@ def timeline_section(events: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def _sound(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Without events that lack what an account needs: a damaged journal costs its timeline those only."""
+    """Drops events that lack fields an account needs, so that a damaged journal costs its timeline only those."""
     needs = {"checkpoint_committed": "step", "attempt_started": "start_step"}
 
     def is_sound(event: Mapping[str, Any]) -> bool:
         name = event.get("event")
         key = needs.get(str(name))
         numbers = [event.get("time"), *(event[word] for word in ("seconds", "process_started") if word in event)]
-        if name == "account":  # whose seconds are many
+        if name == "account":  # holds many seconds
             return False
         return isinstance(name, str) and None not in map(number_or_none, numbers) and (key is None or isinstance(event.get(key), int))
 
@@ -146,7 +146,7 @@ def _drawn(sessions: Sequence[Sequence[Span]], whole: float, off: Sequence[float
 
 
 def _merged(spans: Sequence[Span], shortest: float) -> list[tuple[str, float, float]]:
-    """(cause, seconds, begin); spans are put together until they last `shortest`, under the cause that had most of it."""
+    """(cause, seconds, begin); spans are merged until they last `shortest`, under the cause with the largest part."""
     out: list[tuple[str, float, float]] = []
     held: list[Span] = []
     for span in spans:
@@ -211,7 +211,7 @@ def _key(cause: str) -> Html:
 
 
 def ranks_section(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]], unit: str = "images") -> Html:
-    """How fast each rank is by itself, and what its steps are made of: of the last attempt, from summary.json."""
+    """How fast each rank is by itself, and how its steps divide: for the last attempt, from summary.json."""
     entries = [entry for entry in summary.get("ranks") or [] if isinstance(entry, Mapping)]
     measured = {rank: split for rank, entry in enumerate(entries) if (split := _split(entry)) is not None}
     if not measured:
@@ -254,7 +254,7 @@ def ranks_section(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]
 
 
 def _split(entry: Mapping[str, Any]) -> tuple[float, dict[str, float]] | None:
-    """(images a second of its own, seconds of a step by part); None where it did no step."""
+    """(images a second of the rank alone, seconds of a step by part); None if it did no step."""
     values = {
         name: number_or_none(entry.get(name))
         for name in ("steps", "images", "step_seconds", "data_wait_seconds", "exchange_wait_seconds", "checkpoint_stall_seconds")

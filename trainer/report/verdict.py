@@ -38,10 +38,10 @@ def verdict(run: RunFiles) -> tuple[Mood, str]:
 
 
 def _status(run: RunFiles) -> str:
-    """Empty where no end is recorded."""
+    """The status; empty if no end is recorded."""
     kinds = [event.get("event") for event in run.events]
     ended = next((kind for kind in reversed(kinds) if kind in _ENDS or kind == "run_started"), None)
-    if ended == "run_started" and run.summary:  # a summary of an earlier part of the run; it was started again since
+    if ended == "run_started" and run.summary:  # the summary is of an earlier part of the run, which was started again since
         return ""
     return str(run.summary.get("status") or _ENDS.get(str(ended), ""))
 

@@ -1,3 +1,3 @@
-"""What is known of a run from its folder: its status, journal, summary and progress; `python -m trainer.runs` lists runs. Imports no torch.
+"""What a run's folder says of it: status, journal, summary and progress; `python -m trainer.runs` lists runs. Imports no torch.
 
-Pages are `report`'s; what writes the folder is `rank`'s and `drive`'s."""
+Imported by drive, rank, report and the small commands. `report` makes pages; `rank` and `drive` write the folder."""

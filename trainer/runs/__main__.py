@@ -1,7 +1,7 @@
-"""`python -m trainer.runs`: the runs of a storage, and how they are doing; `watch RUN` follows one of them (trainer/runs/watch.py).
+"""`python -m trainer.runs`: lists the runs of a storage with their state; `watch RUN` follows one of them (trainer/runs/watch.py).
 
-What a run's folder tells is found by trainer/runs/status.py; this file is the command line and the table. The small commands' way to a
-run's folder, find_run, can be imported from here too.
+status.py reads the runs' folders; this file is the command line and the table. It also exports find_run, with which the small commands
+find a run's folder.
 """
 
 import json
@@ -29,9 +29,9 @@ from trainer.settings.units import duration, number, percent, size
 __all__ = ["Arguments", "RunFolder", "find_run", "main", "table"]
 
 PROG = "python -m trainer.runs"
-RETRY_SECONDS = 5.0  # for each file of a remote storage: who looks at a list can look again
+RETRY_SECONDS = 5.0  # for each file of a remote storage; the user of a list can run it again
 INTERRUPTED = 130  # 128 + SIGINT
-NAME_WIDTH = 16  # of a run's name, at least, before columns are left out
+NAME_WIDTH = 16  # minimum width of a run's name before columns are left out
 GAP = "  "
 
 Sort = Literal["started", "name", "status", "step", "accuracy", "speed", "goodput", "restarts", "duration"]
@@ -55,7 +55,7 @@ class Arguments:
 
 def main(argv: Sequence[str]) -> int:
     """0; 2 (SystemExit) for a wrong command line or a storage that cannot be read; watch's own status for watch."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background, else
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # otherwise ignored in a shell script's background
     try:
         if argv[:1] == ["watch"]:
             from trainer.runs.watch import main as watch
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         return _list(tyro.cli(Arguments, prog=PROG, args=argv))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -98,7 +98,7 @@ def _list(arguments: Arguments) -> int:
 
 
 def _quality(run: RunStatus) -> float | None:
-    """The measure that its task goes by, so that more is better."""
+    """The task's headline measure, with its sign chosen so that more is better."""
     return run.headline if run.headline is None or run.task.headline.higher_is_better else -run.headline
 
 
@@ -121,9 +121,9 @@ _SORTS: Mapping[Sort, tuple[Callable[[RunStatus], Any], bool]] = {
 class _Column:
     heading: str
     show: Callable[[RunStatus, float], str]
-    """The run, and the unix time of now."""
+    """Gets the run and the current unix time."""
     rank: int
-    """Where the width is too small, the column with the highest goes first; 0 stays."""
+    """Where the width is too small, the column with the highest rank is dropped first; 0 stays."""
     is_text: bool = False
 
 
@@ -175,13 +175,13 @@ _COLUMNS = (
     _Column(heading="saved at step", show=_saved, rank=8),
 )
 _HEADLINE = _Column(heading="test", show=_headline, rank=1)
-"""In place of the accuracy, where the runs are of different tasks."""
+"""Replaces the accuracy column if the runs have different tasks."""
 _STYLES = {"running": "green", "finished": "blue", "failed": "red", "killed": "red", "silent": "yellow", "unknown": "yellow"}
 
 
 def table(runs: Sequence[RunStatus], *, width: int | None, now: float) -> list[Text]:
-    """Aligned lines: a heading, a line for each run, and below it what is wrong with it. Where `width` is too small for all columns, the
-    least telling are left out, and names and remarks are cut; None has room for everything."""
+    """Aligned lines: a heading, and for each run a line with its problems below. If `width` is too small for all columns, the least
+    important ones are left out, and names and remarks are cut; None has room for everything."""
     columns = _columns(runs)
     while True:
         cells = [[column.heading for column in columns], *([column.show(run, now) for column in columns] for run in runs)]
@@ -201,7 +201,7 @@ def table(runs: Sequence[RunStatus], *, width: int | None, now: float) -> list[T
 
 
 def _columns(runs: Sequence[RunStatus]) -> list[_Column]:
-    """Accuracy and images, where all runs are measured by them; else each says what its number is."""
+    """Accuracy and images if these fit all runs; otherwise each run names its own measure and unit."""
     known = [run.task for run in runs if run.headline is not None]
     columns = list(_COLUMNS)
     if any(task.headline.name != "accuracy" for task in known):

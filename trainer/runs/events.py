@@ -1,6 +1,6 @@
-"""The journal's events in words: one table for everybody who tells people what happened, `watch` on a line and the report in its list.
+"""The journal's events in words: one table for all who tell people what happened. `watch` shows a line, the report a list.
 
-A kind of event that is not in the table (of a newer program) is shown plainly, with all its fields.
+An event of a kind that is not in the table (from a newer program) is shown plainly, with all its fields.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,36 +14,36 @@ from trainer.tasks.info import CLASSIFICATION, TaskInfo
 Event = Mapping[str, Any]
 
 LONGEST = 300
-"""Characters of a message on one line; of an event that is shown plainly, of all its fields."""
+"""Characters of a message on one line; for an event that is shown plainly, of all its fields."""
 _OF_EVERY_EVENT = frozenset({"time", "event", "writer"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """How one kind of event is told."""
+    """How to show one kind of event."""
 
     words: Callable[[Event], str] | None = None
-    """A sentence without its capital and its dot; None shows the fields plainly."""
+    """A sentence without capital and full stop; None shows the fields plainly."""
     is_followed: bool = True
-    """Shown by `watch`; else its progress line, or the events around it, say enough."""
+    """Whether `watch` shows it; if not, the progress line or the events around it say enough."""
     is_unusual: bool = True
-    """Listed by the report; else it happens in every run."""
+    """Whether the report lists it; if not, it happens in every run."""
 
 
 def words_of(event: Event, info: TaskInfo = CLASSIFICATION) -> str:
-    """What an event says, for people, on one line; "" of a kind or a shape that is not known. `info` is the run's task."""
+    """An event in words, for people, on one line; "" if its kind or form is unknown. `info` is of the run's task."""
     name = str(event.get("event"))
     try:
         if name == "evaluation":
             return _evaluation(event, info)
         words = KINDS.get(name, Kind()).words
         return words(event) if words else ""
-    except (KeyError, TypeError, ValueError):  # of a program older or newer than this
+    except (KeyError, TypeError, ValueError):  # from an older or newer program
         return ""
 
 
 def plainly(event: Event) -> str:
-    """All fields but those that every event has; the message first, without its name."""
+    """All fields except those that every event has; the message first, without its name."""
     message = first_line(event.get("message", ""))
     fields = [f"{key}={_short(value)}" for key, value in event.items() if key not in _OF_EVERY_EVENT and key != "message"]
     return "  ".join(part for part in (message, *fields) if part)[:LONGEST]
@@ -54,13 +54,13 @@ def is_followed(event: Event) -> bool:
 
 
 def is_unusual(event: Event) -> bool:
-    """Worth a line in the report: not what happens in every run."""
+    """Whether the report should list it, because it does not happen in every run."""
     is_first_attempt = event.get("event") == "attempt_started" and event.get("attempt") in (0, 1) and event.get("start_step") == 0
     return KINDS.get(str(event.get("event")), Kind()).is_unusual and not is_first_attempt
 
 
 def is_told_whole(event: Event) -> bool:
-    """Whether a line has room for everything that it holds: no traceback, no stacks, no table."""
+    """Whether one line can hold all of it: no traceback, no stacks, no table."""
     texts = [str(value).strip() for value in event.values()]
     return all(len(text) <= LONGEST and "\n" not in text for text in texts)
 
@@ -86,7 +86,7 @@ def _message(event: Event) -> str:
 
 
 def _evaluation(event: Event, info: TaskInfo) -> str:
-    """The headline, known or not; of the other measures those that the event holds."""
+    """The headline, known or not, and those other measures that the event holds."""
     told = [(info.headline, event.get(info.headline.key)), *(pair for pair in measured(info, event) if pair[0] != info.headline)]
     words = ", ".join(f"{in_words(measure)} {shown(measure.unit, value)}" for measure, value in told)
     return f"step {_step(event)}: {words}, loss {event.get('test_loss', float('nan')):.4f}"
@@ -128,7 +128,7 @@ KINDS: Mapping[str, Kind] = {
     "training_started": Kind(words=lambda event: f"training from step {_step(event)}", is_unusual=False),
     "first_step": Kind(is_followed=False, is_unusual=False),
     "compiled": Kind(words=lambda event: f"compiled in {duration(event.get('seconds'))}"),
-    "evaluation": Kind(is_unusual=False),  # in the measures of its task
+    "evaluation": Kind(is_unusual=False),  # uses the measures of its task
     "checkpoint_committed": Kind(
         words=lambda event: f"step {_step(event)}: checkpoint saved ({size(event.get('size_bytes'))})", is_unusual=False
     ),

@@ -1,4 +1,4 @@
-"""Finds a run's folder from what a person typed. Called by the small commands: report, predict, evaluate, runs."""
+"""Finds a run's folder from what a person typed. Called by the small commands (report, predict, evaluate, runs) and by rank."""
 
 import difflib
 import re
@@ -20,7 +20,7 @@ class RunFolder:
 
     @property
     def location(self) -> str:
-        """Path or URI, as the commands take it."""
+        """The path or URI that the commands take."""
         base, question, query = self.storage.uri.partition("?")
         return f"{base.rstrip('/')}/{self.name}{question}{query}"
 
@@ -28,21 +28,21 @@ class RunFolder:
         return any(entry.name in RUN_MARKS for entry in self.storage.list(self.name))
 
     def read(self, path: str) -> bytes | None:
-        """A file of the run; None where it has none of that name."""
+        """Reads a file of the run; None if it does not exist."""
         try:
             return self.storage.read(f"{self.name}/{path}")
         except FileNotFoundError:
             return None
 
     def write(self, path: str, data: bytes) -> str:
-        """Create or replace a file of the run; its location."""
+        """Creates or replaces a file of the run; returns its location."""
         self.storage.write_atomic(f"{self.name}/{path}", data)
         base, question, query = self.location.partition("?")
         return f"{base}/{path}{question}{query}"
 
 
 def find_run(run: str, storage: str = RunConfig().storage) -> RunFolder:
-    """`run` is the path or URI of a run's folder, or its name under `storage`. An unknown one is a ValueError that names those there."""
+    """Finds a run by the path or URI of its folder, or by its name under `storage`. ValueError for an unknown one names those there."""
     if not run:
         raise ValueError("RUN is empty; give a run's folder, or its name under --storage")
     is_location = "/" in run or run in (".", "..")

@@ -1,5 +1,5 @@
-"""A run's journal in bounded reads: its beginning and its end, then what comes. For those who look at many runs (run_list) or for long
-(watch); who needs every event calls cluster.journal.read_journal, which also says how a journal is written.
+"""Reads a run's journal in bounded steps: its beginning and its end, then new events. For callers that look at many runs (status) or for a
+long time (watch). cluster.journal.read_journal reads every event, and describes how a journal is written.
 """
 
 import json
@@ -14,7 +14,7 @@ from cluster.storage import Entry, Storage
 
 Event = dict[str, Any]
 
-FOLLOW_BYTES = 4 << 20  # read at once of a journal that grows; the rest the next time
+FOLLOW_BYTES = 4 << 20  # read at once from a growing journal; the rest follows in the next call
 _SEGMENT = re.compile(r".+-\d{6,}\.json")
 _HEAD_BYTES = 16 << 10  # holds the first driver's `run_started`
 _HEAD_SEGMENTS = 2
@@ -22,30 +22,31 @@ _HEAD_SEGMENTS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Excerpt:
-    """Some of a journal's events, in the order of their times."""
+    """Some of a journal's events, in order of time."""
 
     events: list[Event]
     is_whole: bool
-    """All of the events; else those in the middle are missing."""
+    """Whether these are all events; if not, those in the middle are missing."""
 
 
 class JournalTail:
-    """One run's journal. `excerpt` first, then `follow` gives what has come since."""
+    """One run's journal. Call `excerpt` first; then `follow` gives what has come since."""
 
     def __init__(self, storage: Storage, run: str) -> None:
         self._storage, self._run = storage, run
-        self._offset, self._rest, self._inode = 0, b"", -1  # of journal.jsonl: what is read, a line that is not whole yet
-        self._seen: set[str] = set()  # segments on a remote storage
+        self._offset, self._rest, self._inode = 0, b"", -1  # of journal.jsonl: the position, a line that is not complete yet
+        self._seen: set[str] = set()  # segments seen on a remote storage
 
     def excerpt(self, *, tail_bytes: int, tail_segments: int) -> Excerpt:
-        """The first 16 KiB and the last `tail_bytes` of a local journal, the first 2 and the last `tail_segments` objects of a remote one.
-        FileNotFoundError where there is no journal; another OSError where it cannot be read."""
+        """The first 16 KiB and the last `tail_bytes` of a local journal, or the first 2 and the last `tail_segments` objects of a remote
+        one. FileNotFoundError if there is no journal; another OSError if it cannot be read."""
         if self._storage.is_local:
             return self._local(tail_bytes)
         segments = self._segments()
         if not segments:
             raise FileNotFoundError(f"{self._run}/journal is empty")
-        # By time: names say which writer's, not when. An object's time is that of its upload, which is its event's but for an outage.
+        # Sorted by time, because names tell the writer, not the time. An object has the time of its upload: that of its event, unless there
+        # was an outage.
         segments.sort(key=lambda entry: (entry.modified, entry.name))
         head, tail = segments[:_HEAD_SEGMENTS], segments[_HEAD_SEGMENTS:]
         tail = tail[max(0, len(tail) - tail_segments) :]
@@ -53,7 +54,7 @@ class JournalTail:
         return Excerpt(events=self._read(head + tail), is_whole=len(head) + len(tail) == len(segments))
 
     def follow(self) -> list[Event]:
-        """The events that were written since `excerpt` or the last call. A journal that is not there (yet) has none."""
+        """The events written since `excerpt` or the last call. A journal that does not exist (yet) has none."""
         if not self._storage.is_local:
             fresh = [entry for entry in self._segments() if entry.name not in self._seen]
             events = self._read(fresh)
@@ -65,7 +66,7 @@ class JournalTail:
             return []
         try:
             status = os.fstat(descriptor)
-            if status.st_ino != self._inode or status.st_size < self._offset:  # another file in its place
+            if status.st_ino != self._inode or status.st_size < self._offset:  # another file replaced it
                 self._inode, self._offset, self._rest = status.st_ino, 0, b""
             data = os.pread(descriptor, FOLLOW_BYTES, self._offset)
         finally:
@@ -86,10 +87,10 @@ class JournalTail:
         self._inode, self._offset = status.st_ino, len(head) if is_whole else status.st_size - tail_bytes + len(tail)
         lines = head.split(b"\n")
         if not is_whole:
-            del lines[-1]  # cut short, as is the tail's first
+            del lines[-1]  # cut off, as is the tail's first line
             lines += tail.split(b"\n")[1:]
         self._rest = lines.pop() if lines else b""
-        # A last line without its end: the writer was killed in it, or is just writing the rest. As an event it counts only if it is whole.
+        # A last line without its end: the writer was killed within it, or is still writing it. Only a complete one counts as an event.
         last = _events([self._rest])
         if last:
             self._rest = b""
@@ -107,7 +108,7 @@ class JournalTail:
 
 
 def _events(lines: Iterable[bytes]) -> list[Event]:
-    """What a killed writer left half written is no event."""
+    """Parses events; a line that a killed writer left half written is none."""
     return [event for line in lines if (event := _event(line)) is not None]
 
 

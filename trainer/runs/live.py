@@ -1,5 +1,5 @@
-"""What a living run's processes say of themselves: their /metrics, read over HTTP. Called by run_list and watch, which do without where
-nobody can be reached. What the figures are is cluster/metrics.py's business.
+"""Asks the processes of a running run for their /metrics, over HTTP. Called by status and watch, which work without the answers too.
+cluster/metrics.py defines the figures.
 """
 
 import http.client
@@ -16,12 +16,12 @@ from cluster.names import FILE_SD, PREFIX
 from trainer.runs.folder import RunFolder
 
 PATIENCE_SECONDS = 1.0
-ASKED_RANKS = 64  # at most; those of a larger run are asked in turns of as many
+ASKED_RANKS = 64  # maximum; a larger run's ranks are asked in turns of this many
 ASKED_AT_ONCE = 16
 _ANSWER_BYTES = 4 << 20
 
 Figures = Mapping[str, float]
-"""Name without its prefix -> value; metrics with labels of their own are left out."""
+"""Metric name without its prefix -> value; metrics with labels of their own are left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,13 +29,13 @@ class Place:
     """Where a process of a run serves its metrics."""
 
     rank: int | None
-    """None is the coordinator."""
+    """None means the coordinator."""
     address: str
     """host:port."""
 
 
 def rank_places(events: Iterable[Mapping[str, Any]]) -> list[Place]:
-    """The ranks of the newest attempt that can be reached from here, by the journal."""
+    """The ranks of the newest attempt that can be reached from here, according to the journal."""
     found: dict[int, Place] = {}
     attempt = -1
     for event in events:
@@ -50,7 +50,7 @@ def rank_places(events: Iterable[Mapping[str, Any]]) -> list[Place]:
 
 
 def coordinator_place(folder: RunFolder) -> Place | None:
-    """By the run's file for Prometheus, which a local storage has. None where it has none, or the coordinator has ended."""
+    """From the run's file for Prometheus, which a local storage has. None if there is no file, or the coordinator has ended."""
     if not folder.storage.is_local:
         return None
     try:
@@ -58,13 +58,13 @@ def coordinator_place(folder: RunFolder) -> Place | None:
         for group in groups:
             if group["labels"]["rank"] == "coordinator":
                 return Place(rank=None, address=str(group["targets"][0]))
-    except (OSError, ValueError, LookupError, TypeError):  # only Prometheus needs it whole
+    except (OSError, ValueError, LookupError, TypeError):  # only Prometheus needs the file intact
         return None
     return None
 
 
 def ask_all(places: Sequence[Place], run: str, *, patience_seconds: float = PATIENCE_SECONDS) -> dict[int | None, Figures]:
-    """What those that answer in time say, by rank."""
+    """The figures of those that answer in time, by rank."""
     if not places:
         return {}
     with ThreadPoolExecutor(min(ASKED_AT_ONCE, len(places))) as pool:
@@ -73,12 +73,12 @@ def ask_all(places: Sequence[Place], run: str, *, patience_seconds: float = PATI
 
 
 def ask(address: str, run: str, *, patience_seconds: float = PATIENCE_SECONDS) -> Figures | None:
-    """The figures of the process at `address`; None if nobody answers there, or somebody who is not of `run`."""
+    """The figures of the process at `address`; None if nobody answers there, or a process that is not of `run`."""
     from prometheus_client.parser import text_string_to_metric_families
 
     host, _, port = address.rpartition(":")
     try:
-        # Neither redirects nor the environment's proxies: the address is a process's own.
+        # Uses neither redirects nor the environment's proxies: the address belongs to the process itself.
         connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=patience_seconds)
         try:
             connection.request("GET", "/metrics")

@@ -1,5 +1,5 @@
-"""An evaluation's numbers and counts of samples in words: titles, percent, `3 images`. For runs and the report; what a task measures is its
-TaskInfo's to say."""
+"""Puts an evaluation's numbers and counts of samples into words: titles, percent, `3 images`. For runs, report and the driver's screen; the
+task's TaskInfo says what it measures."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from trainer.tasks.info import CLASSIFICATION, Measure, TaskInfo, info_of
 
 
 def known_info(*said: Mapping[str, Any] | None) -> tuple[TaskInfo, str]:
-    """`info_of`, and what is wrong where what a folder says of its task cannot be read: it is then taken for classification."""
+    """`info_of`, and an error text if the folder's description of its task cannot be read; the task then counts as classification."""
     try:
         return info_of(*said), ""
     except ValueError as error:
@@ -18,7 +18,7 @@ def known_info(*said: Mapping[str, Any] | None) -> tuple[TaskInfo, str]:
 
 
 def in_words(measure: Measure) -> str:
-    """Within a sentence: `test accuracy`, `test mAP`; what is an abbreviation keeps its capitals."""
+    """Within a sentence: `test accuracy`, `test mAP`; abbreviations keep their capitals."""
     title = measure.title
     return f"test {title[:1].lower()}{title[1:]}" if title[1:2].islower() else f"test {title}"
 
@@ -29,17 +29,17 @@ def heading(measure: Measure) -> str:
 
 
 def headline_title(info: TaskInfo) -> str:
-    """Before the headline's value on a line of figures: `test`, as long as that means accuracy; else `test mAP`."""
+    """The title before the headline's value on a line of figures: `test` if the headline is accuracy, else for example `test mAP`."""
     return "test" if info.headline.name == "accuracy" else in_words(info.headline)
 
 
 def shown(unit: str, value: float | None, digits: int = 1) -> str:
-    """A value of a Measure's unit: `88.4 %` of a ratio, `0.1235` of a number, `?` where it is not known."""
+    """A value in a Measure's unit: `88.4 %` for a ratio, `0.1235` for a number, `?` if unknown."""
     return percent(value, digits) if unit == "ratio" else number(value)
 
 
 def measured(info: TaskInfo, entry: Mapping[str, Any]) -> list[tuple[Measure, float]]:
-    """Those measures that `entry` (an evaluation, a summary) holds, the headline first."""
+    """The measures that `entry` (an evaluation, a summary) holds, the headline first."""
     values = [(measure, entry.get(measure.key)) for measure in info.measures]
     return [(measure, value) for measure, value in values if isinstance(value, int | float) and math.isfinite(value)]
 
@@ -55,10 +55,10 @@ def samples(count: float | None, unit: str) -> str:
 
 
 def rate_unit(unit: str) -> str:
-    """Of samples a second: `img/s`, `texts/s`."""
+    """Samples a second as a unit: `img/s`, `texts/s`."""
     return "img/s" if unit == "images" else f"{unit}/s"
 
 
 def capital(text: str) -> str:
-    """With a capital first letter, the others as they are."""
+    """Makes the first letter a capital and leaves the others."""
     return text[:1].upper() + text[1:]

@@ -1,7 +1,8 @@
-"""What the driver shows while a run goes on, and the table it ends with. Called by `trainer.run` with plain facts; knows no Ray.
+"""What the driver shows during a run, and the final table. Called by trainer.drive, by `watch` and by the report, with plain facts; knows
+no Ray.
 
-On a terminal one line is redrawn in place; elsewhere (a job's log) a plain line is printed now and then. No thread: a line changes only
-in `update`.
+On a terminal one line is redrawn in place; elsewhere (a job's log) a plain line is printed now and then. There is no thread: a line changes
+only in `update`.
 """
 
 import shlex
@@ -20,7 +21,7 @@ from rich.text import Text
 from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
 from trainer.settings.units import duration, loss, number, percent, size
 
-# The causes of `accounting` for people; a cause that is not here explains itself.
+# The causes of `accounting` in words; a cause that is missing here explains itself.
 CAUSES = {
     "steps": "computing the steps that count",
     "data wait": "steps that waited for data",
@@ -41,11 +42,11 @@ REDRAW_EVERY_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunState:
-    """Where a run is now. None is not known yet."""
+    """The current state of a run. None means not known yet."""
 
     run: str
     phase: str
-    """What it is doing: starting workers, training, stopping, ..."""
+    """What the run is doing: starting workers, training, stopping, ..."""
     phase_seconds: float | None = None
     """How long it has been doing that; shown while nothing else changes."""
     step: int = 0
@@ -58,15 +59,15 @@ class RunState:
     learning_rate: float | None = None
     images_per_second: float | None = None
     data_wait_ratio: float | None = None
-    """Part of the time that steps waited for data."""
+    """Fraction of the time that steps waited for data."""
     headline: float | None = None
-    """Of the newest evaluation, the measure that the task goes by."""
+    """The task's headline measure, from the newest evaluation."""
     headline_title: str = "test"
-    """As trainer.runs.measures.headline_title says it."""
+    """From trainer.runs.measures.headline_title."""
     headline_unit: str = "ratio"
     """Measure.unit."""
     unit: str = "images"
-    """What samples are called (TaskInfo.unit)."""
+    """The word for samples (TaskInfo.unit)."""
     checkpoint_step: int | None = None
     """Step of the newest committed checkpoint."""
     checkpoint_age_seconds: float | None = None
@@ -79,11 +80,11 @@ def describe(state: RunState) -> str:
     waited = f" ({duration(int(state.phase_seconds))})" if state.phase_seconds is not None and state.phase_seconds >= 1 else ""
     parts = [f"{state.run}: {state.phase}{waited}"]
     if state.total_steps:
-        # The epoch being worked on, counted from 1; after the last step the last epoch, not one more.
+        # The current epoch, counted from 1; after the last step it stays the last epoch.
         epoch = min(int(state.epoch) + 1, state.epochs) if state.epochs else int(state.epoch) + 1
         parts.append(f"epoch {epoch}/{state.epochs}" if state.epochs else f"epoch {epoch}")
         parts.append(f"step {state.step:,}/{state.total_steps:,}")
-    if state.remaining_seconds is not None:  # early: a narrow terminal cuts the line's end
+    if state.remaining_seconds is not None:  # early in the line, because a narrow terminal cuts the end
         parts.append(f"{duration(state.remaining_seconds)} left")
     if state.loss is not None:
         parts.append(f"loss {loss(state.loss)}")
@@ -104,7 +105,7 @@ def describe(state: RunState) -> str:
 
 
 class ProgressLine:
-    """The line itself. A context manager: leaving it, however, gives the terminal back."""
+    """The progress line, as a context manager: leaving it in any way restores the terminal."""
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class ProgressLine:
         self.close()
 
     def update(self, state: RunState) -> None:
-        """Show `state`, unless the line was shown a moment ago; a new phase and the last step always show."""
+        """Shows `state`, unless the line was shown a moment ago; a new phase and the last step are always shown."""
         now = self._clock()
         last = self._last_state
         wait = REDRAW_EVERY_SECONDS if self._live else self._every_seconds
@@ -146,11 +147,11 @@ class ProgressLine:
             self._console.print(Text(describe(state)), soft_wrap=True)
 
     def message(self, text: str) -> None:
-        """A line that stays, above the progress line: a restart, a corrupt checkpoint, an evaluation."""
+        """Prints a permanent line above the progress line: a restart, a corrupt checkpoint, an evaluation."""
         self._console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
-        """Take the line off the terminal; may be called twice."""
+        """Removes the line from the terminal; may be called twice."""
         if self._live:
             self._live.stop()
             self._live = None
@@ -168,9 +169,9 @@ def _bar_and_text(state: RunState) -> RenderableType:
 def final_table(
     summary: Mapping[str, Any], *, report: str | None = None, predict: str | None = None, go_on: str | None = None
 ) -> RenderableType:
-    """What came out of a run, from its `summary.json`; what is missing there is left out.
+    """The result of a run, from its `summary.json`; missing values are left out.
 
-    `report` is the report's path, `predict` and `go_on` are commands: how to use the model, and how to continue a run that was stopped.
+    `report` is the report's path; `predict` and `go_on` are commands to use the model and to continue a run that was stopped.
     """
     table = Table(title=Text(f"{summary.get('run', 'run')}: {summary.get('status', 'ended')}"), title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -188,7 +189,7 @@ def final_table(
         for cause, seconds, share in split:
             times.add_row(Text(cause), duration(seconds), percent(share), CAUSES.get(cause, ""))
         parts.append(times)
-    # Outside the tables: without a frame, a path or a command can be copied. Printed with soft_wrap they stay in one piece.
+    # Outside the tables: without a frame, a path or a command can be copied. soft_wrap keeps each in one piece.
     for what, line in (("Report", report), ("Predict", predict), ("Go on", go_on)):
         if line:
             parts.append(Text(f"{what + ':':<9}{line}"))
@@ -196,7 +197,7 @@ def final_table(
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of the key numbers that `summary` holds. Shared with the report."""
+    """(name, value) of the key numbers in `summary`. Also used by the report."""
     rows: list[tuple[str, str]] = []
     info, _ = known_info(summary)
     samples = capital(info.unit)
@@ -243,5 +244,5 @@ def time_split(summary: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def predict_command(folder: str) -> str:
-    """What to type to use the model of a run's folder."""
+    """The command that uses the model of a run's folder."""
     return f"python -m trainer.predict {shlex.quote(folder)} IMAGE..."

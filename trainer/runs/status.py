@@ -1,9 +1,9 @@
-"""What the runs of a storage are at, from bounded reads of their folders: seconds for hundreds of them. Called by trainer.runs (the list)
-and trainer.runs.watch. The full account of one run is trainer.report's.
+"""Finds the state of a storage's runs from bounded reads of their folders: seconds for hundreds of runs. Called by the list of runs
+(__main__.py) and by watch. trainer.report gives the full account of one run.
 
-Nothing on disk says that a run is alive. So: a journal whose newest driver wrote its end is over. Else the driver's process is looked for,
-where it ran on this machine; then its metrics are asked for; and what can be seen by neither counts as running for as long as its silence
-is not unlike it.
+Nothing on disk says that a run is alive. So these checks are done in order: a journal whose newest driver wrote its end is over. Otherwise
+the driver's process is looked up, if it ran on this machine. Then its metrics are asked for. A run that neither can tell about counts as
+running as long as its silence is not unusual for it.
 """
 
 import fnmatch
@@ -31,16 +31,16 @@ from trainer.settings.units import duration
 from trainer.tasks.info import CLASSIFICATION, TaskInfo
 
 Status = Literal["running", "finished", "stopped", "failed", "killed", "silent", "unknown"]
-"""killed: its driver is gone without a word. silent: nothing is known of its driver, and it has written nothing for long."""
+"""killed: its driver is gone without a final event. silent: nothing is known of its driver, and it has written nothing for a long time."""
 
-FIRST_TAIL_BYTES, FIRST_TAIL_SEGMENTS = 64 << 10, 3  # enough for a run that is over and has a summary
-TAIL_BYTES, TAIL_SEGMENTS = 256 << 10, 40  # for the others: about 1,200 events, 40 on an object store
-SUMMARY_BYTES = 64 << 10  # of summary.json; a confusion matrix of 1,000 classes is megabytes, and comes after what is wanted
-REMOTE_AT_ONCE = 16  # runs of an object store looked at together
+FIRST_TAIL_BYTES, FIRST_TAIL_SEGMENTS = 64 << 10, 3  # enough for a run that has ended and has a summary
+TAIL_BYTES, TAIL_SEGMENTS = 256 << 10, 40  # for other runs: about 1,200 events, 40 on an object store
+SUMMARY_BYTES = 64 << 10  # of summary.json; a confusion matrix of 1,000 classes is megabytes, but comes after the wanted members
+REMOTE_AT_ONCE = 16  # runs of an object store read in parallel
 SILENT_AFTER_SECONDS = 600.0  # or three times the longest pause of the run so far, if that is longer
 SUMMARY_LATE_SECONDS = 60.0  # between a run's last event and its summary
 
-SAME_PROCESS_SECONDS = 60.0  # a clock that was set meanwhile moves a process's start by as much
+SAME_PROCESS_SECONDS = 60.0  # a clock that was set meanwhile moves a process's start by as much as this
 
 _ENDS: dict[str, Status] = {"run_finished": "finished", "run_stopped": "stopped", "run_failed": "failed"}
 _STATUSES: dict[str, Status] = {status: status for status in _ENDS.values()}
@@ -48,7 +48,7 @@ _STATUSES: dict[str, Status] = {status: status for status in _ENDS.values()}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run is to do, by its settings and data; None is not known."""
+    """What a run is to do, from its settings and data; None means unknown."""
 
     epochs: int | None = None
     steps_per_epoch: int | None = None
@@ -58,36 +58,36 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStatus:
-    """One run, as far as its folder tells; None is not known."""
+    """One run, as far as its folder tells; None means unknown."""
 
     run: str
     status: Status
     note: str = ""
-    """Why it failed, since when it is silent, ..."""
+    """Why it failed, since when it has been silent, ..."""
     task: TaskInfo = CLASSIFICATION
     plan: Plan = field(default=Plan())
     step: int | None = None
     headline: float | None = None
-    """Of the newest evaluation, the measure that its task goes by."""
+    """The task's headline measure, from the newest evaluation."""
     images_per_second: float | None = None
     goodput: float | None = None
     restarts: int | None = None
     restarts_are_more: bool = False
-    """There may be more of them in the part of the journal that was not read."""
+    """Whether the unread part of the journal may hold more of them."""
     workers: int | None = None
     started: float | None = None
-    """Unix time at which its first driver began."""
+    """Unix time at which the run's first driver began."""
     last_sign: float | None = None
-    """Unix time of the newest thing that is known of it."""
+    """Unix time of the newest known sign of the run."""
     seconds: float | None = None
-    """That its drivers lived, added up."""
+    """Total lifetime of its drivers."""
     checkpoint_step: int | None = None
     checkpoint_bytes: int | None = None
     problems: tuple[str, ...] = field(default=())
     """What is wrong with its folder."""
 
     def to_json(self) -> dict[str, Any]:
-        """One flat object: `--json`."""
+        """One flat object, for `--json`."""
         headline = self.task.headline
         left_out = ("task", "plan")
         return {
@@ -111,7 +111,7 @@ def run_folders(storage: Storage, pattern: str = "") -> list[RunFolder]:
 
 
 def statuses(folders: Sequence[RunFolder], *, is_live: bool = True, clock: Callable[[], float] = time.time) -> Iterator[RunStatus]:
-    """Of those folders that are runs, in their order. `is_live`: ask runs that may be alive for their figures."""
+    """The status of those folders that are runs, in order. `is_live`: ask runs that may be alive for their figures."""
 
     def one(folder: RunFolder) -> RunStatus | None:
         return look(folder, is_live=is_live, clock=clock)
@@ -125,7 +125,7 @@ def statuses(folders: Sequence[RunFolder], *, is_live: bool = True, clock: Calla
 
 
 def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] = time.time) -> RunStatus | None:
-    """One run; None if the folder is not a run's. What is damaged is said in `problems`, never raised."""
+    """The status of one run; None if the folder is not a run's. Damage is reported in `problems`, never raised."""
     problems: list[str] = []
     try:
         entries = {entry.name: entry for entry in folder.storage.list(folder.name)}
@@ -157,12 +157,12 @@ def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] 
         problems.append(f"its journal cannot be read: {_reason(error)}")
     try:
         return _status(folder, excerpt, known, problems, is_live=is_live, now=clock())
-    except (KeyError, TypeError, ValueError, OSError) as error:  # events and summaries of any age and any author
+    except (KeyError, TypeError, ValueError, OSError) as error:  # events and summaries of any age, by any author
         return RunStatus(run=folder.name, status="unknown", problems=(*problems, f"it cannot be made sense of: {_reason(error)}"))
 
 
 def _status(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], problems: list[str], *, is_live: bool, now: float) -> RunStatus:
-    """`known` is the summary if it is of the run as it is now."""
+    """`known` is the summary if it belongs to the run's present state."""
     events, end = excerpt.events, end_of(excerpt.events)
     attempts = [event for event in events if event["event"] == "attempt_started"]
     evaluations = [event for event in events if event["event"] == "evaluation"]
@@ -230,7 +230,7 @@ def _status(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], probl
 
 
 def end_of(events: Sequence[Event]) -> Event | None:
-    """The event with which the newest driver ended; None while it has not. One that was taken over is not the newest."""
+    """The event with which the newest driver ended; None if it has not. A driver whose run was taken over is not the newest."""
     for event in reversed(events):
         if event["event"] == "run_started":
             return None
@@ -246,11 +246,11 @@ class Driver:
     host: str
     pid: int
     is_alive: bool | None
-    """None where it cannot be looked for: on another machine."""
+    """None if it cannot be looked up: on another machine."""
 
 
 def find_driver(folder: RunFolder, events: Sequence[Event]) -> Driver | None:
-    """By the newest claim of the run, if that is of the newest driver; None if there is none."""
+    """From the newest claim of the run, if that belongs to the newest driver; None if there is none."""
     started = next((event for event in reversed(events) if event["event"] == "run_started"), None)
     generation = Store(folder.storage, folder.name).newest_generation()
     if started is None or not generation:
@@ -258,7 +258,7 @@ def find_driver(folder: RunFolder, events: Sequence[Event]) -> Driver | None:
     try:
         claim = json.loads(folder.storage.read(f"{folder.name}/generations/g{generation:04d}"))
         host, pid = str(claim["host"]), int(claim["pid"])
-    except (OSError, ValueError, LookupError, TypeError):  # cut short by a power cut: it says nothing
+    except (OSError, ValueError, LookupError, TypeError):  # cut off by a power failure: it says nothing
         return None
     if pid != started.get("pid"):
         return None
@@ -267,7 +267,7 @@ def find_driver(folder: RunFolder, events: Sequence[Event]) -> Driver | None:
 
 
 def _is_process(pid: int, started: object) -> bool:
-    """Whether process `pid` of this machine lives, and is the one that began at unix time `started`, not another with its number."""
+    """Whether process `pid` of this machine is alive and began at unix time `started`; if not, another process may have its number."""
     stat = process_stat(pid)
     if stat is None:
         return False
@@ -276,14 +276,14 @@ def _is_process(pid: int, started: object) -> bool:
 
 
 def alive_or_not(events: Sequence[Event], *, driver: Driver | None, is_answering: bool, now: float) -> tuple[Status, str]:
-    """Of a run whose newest driver wrote no end, and what there is to say about it. Pure."""
+    """The status of a run whose newest driver wrote no end, and a remark on it. Pure."""
     newest = events[-1]["time"]
     if is_answering or (driver is not None and driver.is_alive):
         return "running", ""
     if driver is not None and driver.is_alive is False:
         return "killed", f"its driver, process {driver.pid} of this machine, is gone; the last sign of life is of {moment(newest)}"
     times: list[float] = []
-    for event in events[-TAIL_SEGMENTS:]:  # before those, some may not have been read
+    for event in events[-TAIL_SEGMENTS:]:  # earlier ones may be incomplete, since not all of the journal is read
         times = [event["time"]] if event["event"] == "run_started" else [*times, event["time"]]
     longest = max((after - before for before, after in itertools.pairwise(times)), default=0.0)
     silence = now - newest
@@ -294,9 +294,9 @@ def alive_or_not(events: Sequence[Event], *, driver: Driver | None, is_answering
 
 
 def _if_current(said: Mapping[str, Any], written: float, events: Sequence[Event]) -> Mapping[str, Any]:
-    """The summary `said`, written at unix time `written`, if it is of the end that the journal tells of; else nothing: it is of an earlier
-    driver, after which the run went on."""
-    if not events:  # a journal that is lost contradicts nothing
+    """The summary `said`, written at unix time `written`, if it belongs to the journal's end; otherwise nothing, because it is from an
+    earlier driver, after which the run continued."""
+    if not events:  # a lost journal contradicts nothing
         return said
     end = end_of(events)
     is_current = end is not None and said.get("status") == _ENDS[end["event"]] and written > end["time"] - SUMMARY_LATE_SECONDS
@@ -304,7 +304,7 @@ def _if_current(said: Mapping[str, Any], written: float, events: Sequence[Event]
 
 
 def current_summary(folder: RunFolder, end: Event) -> Mapping[str, Any]:
-    """The summary of a run that ended so; empty while it is not there, or cannot be read."""
+    """The summary of a run that ended with `end`; empty if it is not there yet, or cannot be read."""
     try:
         written = next((entry.modified for entry in folder.storage.list(folder.name) if entry.name == "summary.json"), None)
         return _if_current(read_summary(folder), written, [end]) if written is not None else {}
@@ -313,12 +313,12 @@ def current_summary(folder: RunFolder, end: Event) -> Mapping[str, Any]:
 
 
 def status_of(end: Event) -> Status:
-    """What a run is after that last event."""
+    """The status of a run after its last event."""
     return _ENDS[end["event"]]
 
 
 def why_ended(end: Event) -> str:
-    """What there is to say about it, on one line."""
+    """A remark on the end, on one line."""
     match end:
         case {"event": "run_failed"}:
             where = f" on rank {end['rank']}" if end.get("rank") is not None else ""
@@ -329,7 +329,7 @@ def why_ended(end: Event) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without what would move a terminal's cursor: names and messages come from whoever wrote the run's folder."""
+    """`text` without characters that move a terminal's cursor: anyone may have written the names and messages in a run's folder."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
@@ -342,7 +342,7 @@ def moment(when: float) -> str:
 
 
 def read_summary(folder: RunFolder) -> dict[str, Any]:
-    """The first members of summary.json, all that come before its long ones. ValueError if it is not a JSON object."""
+    """The first members of summary.json, those before its long ones. ValueError if it is not a JSON object."""
     path = f"{folder.name}/summary.json"
     if folder.storage.is_local:
         with open(folder.storage.at(path), "rb") as file:
@@ -359,11 +359,11 @@ def read_summary(folder: RunFolder) -> dict[str, Any]:
 
 
 def first_members(text: str) -> dict[str, Any]:
-    """Those members of the JSON object that `text` begins with which are there in full. ValueError if it begins with none."""
+    """The complete members of the JSON object at the start of `text`. ValueError if there is none."""
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
 
     def skip(index: int, mark: str) -> int:
-        index = blank.match(text, index).end()  # type: ignore[union-attr]  # it matches nothing, too
+        index = blank.match(text, index).end()  # the pattern also matches the empty text
         if text[index : index + 1] not in mark or index >= len(text):
             raise ValueError(f"no {mark!r} at character {index}")
         return blank.match(text, index + 1).end()  # type: ignore[union-attr]
@@ -374,7 +374,7 @@ def first_members(text: str) -> dict[str, Any]:
         while True:
             name, index = decoder.raw_decode(text, index)
             value, index = decoder.raw_decode(text, skip(index, ":"))
-            index = skip(index, ",}")  # without it a number may be cut short
+            index = skip(index, ",}")  # without it a number may be cut off
             members[name] = value
     except ValueError:
         if not members:
@@ -384,7 +384,7 @@ def first_members(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Of config.toml, what the list needs."""
+    """The part of config.toml that the list needs."""
 
     epochs: int
     max_steps: int
@@ -392,7 +392,7 @@ class Settings:
 
 
 def _settings(folder: RunFolder, problems: list[str]) -> Settings | None:
-    # Not by trainer.settings.cli: a setting of an older or newer program is no reason not to list its run.
+    # Not through trainer.settings.cli: a run with settings of an older or newer program must still be listed.
     try:
         data = folder.read("config.toml")
         if data is None:
@@ -411,7 +411,7 @@ def _settings(folder: RunFolder, problems: list[str]) -> Settings | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The newest one that is committed."""
+    """The newest committed checkpoint."""
 
     folder: RunFolder
     path: str = ""
@@ -419,17 +419,17 @@ class Checkpoint:
     size_bytes: int | None = None
 
     def steps_per_epoch(self) -> int | None:
-        """By what its manifest says of the run."""
+        """Steps in an epoch, from its manifest's description of the run."""
         if not self.path:
             return None
         try:
             return int(json.loads(self.folder.read(f"{self.path}/{MANIFEST}") or b"")["meta"]["steps_per_epoch"])
-        except (OSError, ValueError, LookupError, TypeError):  # damaged: whoever reads it for its weights will say so
+        except (OSError, ValueError, LookupError, TypeError):  # damaged: whoever reads it for its weights reports that
             return None
 
 
 def _checkpoint(folder: RunFolder, events: Sequence[Event], problems: list[str]) -> Checkpoint:
-    """The journal's newest, if it is there; else the newest that is. Nothing of it is verified."""
+    """The journal's newest checkpoint if it exists; otherwise the newest that does. Nothing is verified."""
     told = next((event for event in reversed(events) if event["event"] == "checkpoint_committed"), None)
     try:
         if told is not None:
@@ -454,7 +454,7 @@ def _checkpoint(folder: RunFolder, events: Sequence[Event], problems: list[str])
 
 
 def newest_step(events: Sequence[Event]) -> int | None:
-    """The furthest that the newest attempt is known to have come; None before there was one."""
+    """The furthest step that the newest attempt is known to have reached; None before the first attempt."""
     step = None
     for event in events:
         match event:
@@ -466,13 +466,13 @@ def newest_step(events: Sequence[Event]) -> int | None:
 
 
 def speed_of(ranks: Sequence[live.Figures], workers: int | None) -> float | None:
-    """Images a second of the whole run, by those of its ranks that answered."""
+    """Images a second of the whole run, estimated from the ranks that answered."""
     said = [figures["images_per_second"] for figures in ranks if "images_per_second" in figures]
     return sum(said) / len(said) * (workers or len(said)) if said else None
 
 
 def speed_by_journal(events: Sequence[Event], settings: Settings | None) -> float | None:
-    """Images a second of the newest attempt from its first step to the newest step known, testing and saving included."""
+    """Images a second of the newest attempt, from its first step to the newest known one, testing and saving included."""
     first: tuple[float, int] | None = None
     last: tuple[float, int] | None = None
     for event in events:
@@ -494,7 +494,7 @@ def _steps_per_epoch(known: Mapping[str, Any], evaluations: Sequence[Event], ran
 
 
 def _total_steps(settings: Settings | None, steps_per_epoch: float | None) -> int | None:
-    """Steps that the whole run does: see trainer.settings.spec."""
+    """Total steps of the run: see trainer.settings.spec."""
     if settings is None or steps_per_epoch is None:
         return None
     everything = settings.epochs * round(steps_per_epoch)
@@ -502,6 +502,6 @@ def _total_steps(settings: Settings | None, steps_per_epoch: float | None) -> in
 
 
 def _reason(error: Exception) -> str:
-    """On one line."""
+    """The error's message on one line."""
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().partition("\n")[0]
     return f"no {text}" if isinstance(error, KeyError) else text

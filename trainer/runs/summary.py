@@ -1,5 +1,5 @@
-"""What came out of a run: `summary.json`, computed from the journal and from what rank 0 handed back. Pure; called by
-trainer/drive/drive.py."""
+"""Computes the result of a run, `summary.json`, from the journal and from what rank 0 returned. Pure; called by trainer/drive/ending.py.
+Its accounting of seconds is also used by trainer/drive/account.py, the report's timeline and status."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ from trainer.settings.tree import RunConfig
 from trainer.tasks.info import TaskInfo, info_of
 
 ACCOUNTED = ("step_seconds", "data_wait_seconds", "exchange_wait_seconds", "evaluation_seconds", "checkpoint_stall_seconds")
-"""Of History: what a run's account needs (summary.accounting)."""
+"""Fields of History that a run's accounting needs."""
 
 Event = Mapping[str, Any]
 
 
 def sessions(events: Sequence[Event]) -> list[list[Event]]:
-    """The journal cut into the sessions of its drivers: each begins with `run_started`."""
+    """Splits the journal into the sessions of its drivers: each begins with `run_started`."""
     out: list[list[Event]] = []
     for event in events:
         if event["event"] == "run_started":
@@ -27,23 +27,23 @@ def sessions(events: Sequence[Event]) -> list[list[Event]]:
 
 
 def wall_seconds(events: Sequence[Event]) -> float:
-    """Seconds between each driver's first and last event, added up; the time in between nobody was running."""
+    """Seconds between each driver's first and last event, added up; the time between two drivers does not count."""
     return float(sum(session[-1]["time"] - _began(session) for session in sessions(events)))
 
 
 def _began(session: Sequence[Event]) -> float:
-    """When the session's process began: its imports and the start of Ray come before its first event."""
+    """Start time of the session's process: its imports and the start of Ray come before its first event."""
     return float(session[0].get("process_started", session[0]["time"]))
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A part of a session: seconds since the epoch, and what they went into."""
+    """A part of a session: begin and end as unix times, and the cause that the time went to."""
 
     begin: float
     end: float
     cause: str
-    """"training" (steps, their waits, evaluations, checkpoints), or a cause of `accounting` that the journal tells by itself."""
+    """"training" (steps, their waits, evaluations, checkpoints), or a cause of `accounting` that the journal alone shows."""
 
     @property
     def seconds(self) -> float:
@@ -51,7 +51,7 @@ class Span:
 
 
 def timeline(events: Sequence[Event]) -> list[list[Span]]:
-    """Each session from its process's begin to its last event, without gaps. What `accounting` counts, in order of time."""
+    """Each session from the start of its process to its last event, without gaps: the spans that `accounting` counts, in order of time."""
     told: list[list[Span]] = []
     kept = 0.0  # seconds of training that led to the present state
     marks = {0: 0.0}  # step of a commit -> `kept` at that moment
@@ -67,7 +67,7 @@ def timeline(events: Sequence[Event]) -> list[list[Span]]:
                     spans.append(Span(first, last, what))
 
     def turn(seconds: float, cause: str) -> None:
-        """The last `seconds` of kept training were `cause`."""
+        """Assigns the last `seconds` of kept training to `cause`."""
         for spans in reversed(told):
             for index in range(len(spans) - 1, -1, -1):
                 if seconds <= 0:
@@ -84,7 +84,7 @@ def timeline(events: Sequence[Event]) -> list[list[Span]]:
         began_session = now = _began(session)
         began, cause, since = now, "start_up", None
         for event in [*session, {"event": "session_ended", "time": session[-1]["time"]}]:
-            name, now = event["event"], max(now, event["time"])  # the writers' clocks are not the same
+            name, now = event["event"], max(now, event["time"])  # the writers' clocks differ
             if since is not None:
                 add("training", since, now)
                 kept, since = kept + now - since, now
@@ -107,7 +107,7 @@ def timeline(events: Sequence[Event]) -> list[list[Span]]:
                         turn(took, "compile")
                         kept -= took
                 case "hang":
-                    if since is not None:  # its seconds were no training; what came before them may have been
+                    if since is not None:  # these seconds were no training; the time before them may have been
                         still = min(float(event.get("seconds", 0.0)), kept - marks[max(marks)])
                         turn(still, "hang")
                         kept -= still
@@ -129,11 +129,12 @@ def timeline(events: Sequence[Event]) -> list[list[Span]]:
 def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[str, float]:
     """Where every second of the drivers' lives went; the values are not negative and add up to `wall_seconds`.
 
-    `history` are rank 0's totals over the steps that survived. start_up runs to an attempt's first step, recovery from a failure to the
-    next attempt's first step, compile what compiling took of either, resize the same from a change of the number of workers, hang from
-    the last sign of life to the failure, lost_work is training after the commit that a later attempt went back to; exchange_wait is what
-    steps waited for other ranks, for slower ones (stragglers) and the network; other is what remains: preparing data, steps between a
-    snapshot and its commit where a failure followed, the last checkpoint, the export, shutting down. `timeline` has the same in order.
+    `history` are rank 0's totals over the steps that survived. The causes: start_up lasts to an attempt's first step; recovery from a
+    failure to the next attempt's first step; compile is the part of either that compiling took; resize is like recovery, after a change of
+    the number of workers; hang lasts from the last sign of life to the failure; lost_work is training after the commit that a later attempt
+    went back to; exchange_wait is what steps waited for other ranks (stragglers) and the network; other is the rest: preparing data, steps
+    between a snapshot and its commit where a failure followed, the last checkpoint, the export, shutting down. `timeline` has the same
+    seconds in order.
     """
     totals: dict[str, float] = {}
     for span in itertools.chain.from_iterable(timeline(events)):
@@ -151,22 +152,22 @@ def accounting(events: Sequence[Event], history: Mapping[str, float]) -> dict[st
         "evaluation": history.get("evaluation_seconds", 0.0),
     }
     counted = sum(parts.values())
-    if counted > training:  # the ranks' clocks and the journal's are not the same
+    if counted > training:  # the clocks of ranks and journal differ
         parts = {cause: seconds * training / counted for cause, seconds in parts.items()}
         counted = training
-    # A commit that the journal missed (its driver died in between) makes more look lost than was.
+    # A commit that the journal missed (its driver died before) makes the lost work look larger than it was.
     parts |= waits | {"lost_work": min(lost, training - counted)}
     parts["other"] = max(0.0, wall_seconds(events) - sum(parts.values()))
     return parts
 
 
 def restarts(events: Sequence[Event]) -> int:
-    """Attempts after the first of a driver's, but for those that a change of the number of workers began."""
+    """Attempts after a driver's first one, except those that began because the number of workers changed."""
     return sum(max(0, _count(session, "attempt_started") - 1 - _count(session, "attempt_paused")) for session in sessions(events))
 
 
 def resizes(events: Sequence[Event]) -> int:
-    """How often the number of workers changed, from one attempt to the next of one driver."""
+    """How often the number of workers changed from one attempt to the next, within one driver."""
     count = 0
     for session in sessions(events):
         workers = [event.get("workers") for event in session if event["event"] == "attempt_started"]
@@ -181,9 +182,9 @@ def _count(events: Sequence[Event], name: str) -> int:
 def summarise(
     *, config: RunConfig, status: str, events: Sequence[Event], result: Mapping[str, Any] | None, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """summary.json. `result` is rank 0's (None where an attempt never ended well), `facts` what the driver knows: workers, classes, task (a
-    TaskInfo or its JSON), ... Whatever the evaluation says is in it, its numbers early and its tables late: the list of runs reads the
-    beginning only."""
+    """Makes summary.json. `result` is rank 0's (None if no attempt ended well); `facts` are known to the driver: workers, classes, task (a
+    TaskInfo or its JSON), ... It holds everything that the evaluation returned, numbers early and tables late, because the list of runs
+    reads only the beginning."""
     result = result or {}
     history = result.get("history", {})
     evaluation = result.get("evaluation", {})
@@ -244,11 +245,11 @@ def summarise(
 
 
 _PLACED = frozenset({"step", "epoch", "test_accuracy", "test_loss", "test_count", "per_class", "confusion"})
-"""Of an evaluation's entry, what has a place of its own in the summary."""
+"""Keys of an evaluation's entry that have a place of their own in the summary."""
 
 
 def _evaluated(entry: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(numbers, tables): the other keys of an evaluation."""
+    """(numbers, tables): the other keys of an evaluation, by type."""
     others = {key: value for key, value in entry.items() if key not in _PLACED}
     numbers = {key: value for key, value in others.items() if key.startswith("test_")}
     return numbers, {key: value for key, value in others.items() if key not in numbers}

@@ -1,6 +1,6 @@
-"""`python -m trainer.runs watch RUN`: one run as it goes, from any machine that sees its folder. It only reads.
+"""`python -m trainer.runs watch RUN`: follows one run, from any machine that sees its folder. It only reads.
 
-The journal is polled for what happened; where the ranks' metrics can be reached they give the figures of now. It ends when the run does.
+It polls the journal for events; if the ranks' metrics can be reached, they give current figures. It ends when the run does.
 """
 
 import statistics
@@ -48,10 +48,10 @@ from trainer.tasks.info import CLASSIFICATION
 PROG = "python -m trainer.runs watch"
 RETRY_SECONDS = 5.0
 LOCAL_EVERY_SECONDS, REMOTE_EVERY_SECONDS = 1.0, 5.0
-LOOK_EVERY_SECONDS, REMOTE_LOOK_EVERY_SECONDS = 30.0, 120.0  # whether it is still there; some 50 requests on an object store
+LOOK_EVERY_SECONDS, REMOTE_LOOK_EVERY_SECONDS = 30.0, 120.0  # checks whether the run still exists; some 50 requests on an object store
 SUMMARY_SECONDS = 5.0  # from the journal's last event to the summary
-RANKS_EVERY_SECONDS = 60.0  # a line about the ranks, where there is no terminal
-SHOWN_BEFORE = 10  # events of before
+RANKS_EVERY_SECONDS = 60.0  # between lines about the ranks, without a terminal
+SHOWN_BEFORE = 10  # earlier events to show
 SHOWN_RANKS = 8
 
 EXITS: Mapping[str, int] = {"finished": 0, "failed": 1, "stopped": 3, "killed": 4}
@@ -74,7 +74,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """EXITS, by how the run ended."""
+    """Follows a run; returns one of EXITS, by how the run ended."""
     arguments = tyro.cli(Arguments, prog=PROG, args=argv)
     try:
         if not 0 <= arguments.every < 86400:
@@ -100,7 +100,7 @@ def _newest(storage: str) -> RunFolder:
 
 
 class Watch:
-    """One run, one terminal."""
+    """Shows one run on one terminal."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Watch:
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        """`every_seconds`: between looks, 0 takes what suits the storage."""
+        """`every_seconds` is the time between polls; 0 chooses one that suits the storage."""
         self._folder, self._console, self._is_live, self._clock, self._sleep = folder, console, is_live, clock, sleep
         self._every_seconds = every_seconds or (LOCAL_EVERY_SECONDS if folder.storage.is_local else REMOTE_EVERY_SECONDS)
         self._tracker = RunTracker(folder.name)
@@ -124,7 +124,7 @@ class Watch:
         self._trouble = ""
 
     def follow(self) -> int:
-        """Until the run ends; the exit status."""
+        """Follows the run until it ends; returns the exit status."""
         tail = JournalTail(self._folder.storage, self._folder.name)
         try:
             events = tail.excerpt(tail_bytes=TAIL_BYTES, tail_segments=TAIL_SEGMENTS).events
@@ -140,7 +140,7 @@ class Watch:
             looked_at = ranks_at = self._clock()
             while True:
                 if self._tracker.end or status.status in EXITS:
-                    # The driver may have written its end between the look at the journal and the look at its process.
+                    # The driver may have written its end after the journal was read and before its process was looked up.
                     for event in self._new(tail, screen):
                         screen.message(self._tracker.take(event))
                     break
@@ -164,7 +164,7 @@ class Watch:
         return self._tell_end(status)
 
     def _new(self, tail: JournalTail, screen: "_Screen") -> list[Event]:
-        """What was written since; an outage of the storage is told once, and waited out."""
+        """Reads the new events; an outage of the storage is reported once, and waited out."""
         try:
             events = tail.follow()
         except OSError as error:
@@ -178,17 +178,17 @@ class Watch:
         return events
 
     def _look(self, *, is_live: bool = False) -> RunStatus:
-        """Is it there, and what its settings say, to which its ranks can add how many steps an epoch has; other figures are `_ask`'s."""
+        """Reads whether the run exists and what its settings say; its ranks can add the steps in an epoch. `_ask` gets the rest."""
         status = look(self._folder, is_live=is_live and self._is_live, clock=self._clock)
         return status or RunStatus(run=self._folder.name, status="unknown")
 
     def _ask(self, status: RunStatus) -> None:
-        """The figures of now: of the coordinator, and of up to 64 ranks, those of a larger run in turns."""
+        """Gets current figures from the coordinator and from up to 64 ranks; a larger run's ranks are asked in turns."""
         self._figures = {}
         if not self._is_live or status.status not in ("running", "silent"):
             return
         places = self._tracker.places
-        if len(places) > live.ASKED_RANKS:  # rank 0 each time: it knows the losses
+        if len(places) > live.ASKED_RANKS:  # rank 0 every time, because it knows the losses
             if not self._places:
                 self._places = places[1:]
             now, self._places = self._places[: live.ASKED_RANKS - 1], self._places[live.ASKED_RANKS - 1 :]
@@ -205,7 +205,7 @@ class Watch:
         )
 
     def _tell_end(self, status: RunStatus) -> int:
-        """The driver's own final table, where the run has one."""
+        """Prints the driver's own final table, if the run has one."""
         end = self._tracker.end
         ended = status_of(end) if end else status.status
         summary: Mapping[str, Any] = {}
@@ -225,7 +225,7 @@ class Watch:
 
 
 class RunTracker:
-    """What the journal's events say of where a run is now. No clock, no storage."""
+    """Follows a run's state through the journal's events. Uses no clock and no storage."""
 
     def __init__(self, run: str) -> None:
         self._run = run
@@ -234,26 +234,26 @@ class RunTracker:
         self._workers, self._registered = 0, 0
         self._step, self._start_step = 0, 0
         self._attempts, self._pauses = 0, 0  # of the newest driver
-        self._restarts = 0  # of the drivers before
+        self._restarts = 0  # of earlier drivers
         self._evaluation: Event = {}
         self._commit: tuple[int, float] | None = None
-        self._newest: list[Event] = []  # of the newest attempt, what says where its ranks are
+        self._newest: list[Event] = []  # events of the newest attempt that say where its ranks are
         self.end: Event = {}
-        """The last one of the newest driver, once it has ended."""
+        """The newest driver's last event, once it has ended."""
 
     @property
     def restarts(self) -> int:
-        """As summary.restarts counts them."""
+        """Counted like summary.restarts."""
         return self._restarts + max(0, self._attempts - 1 - self._pauses)
 
     @property
     def places(self) -> list[live.Place]:
-        """Where the ranks' metrics are."""
+        """Where the ranks serve their metrics."""
         return live.rank_places(self._newest)
 
     def take(self, event: Event) -> str:
-        """The line to show of it; "" where the progress line says enough. An event of an unknown kind is shown as it is."""
-        with suppress(KeyError, TypeError, ValueError):  # of a program older or newer than this
+        """Returns the line to show for an event; "" if the progress line says enough. An event of an unknown kind is shown as it is."""
+        with suppress(KeyError, TypeError, ValueError):  # from an older or newer program
             self._learn(event)
         line = (words_of(event, self._info) or f"{event['event']}: {plainly(event)}") if is_followed(event) else ""
         return f"{time.strftime('%m-%d %H:%M:%S', time.localtime(event['time']))}  {printable(line)}" if line else ""
@@ -300,7 +300,7 @@ class RunTracker:
         self._phase, self._since = phase, now
 
     def state(self, now: float, status: RunStatus, figures: Mapping[int | None, live.Figures]) -> RunState:
-        """For the progress line; `figures` are the ranks' and, under None, the coordinator's of now."""
+        """The state for the progress line; `figures` are the current ones of the ranks and, under None, of the coordinator."""
         rank_0 = figures.get(0, {})
         ranks = [figures[rank] for rank in figures if rank is not None]
         speeds = [said["images_per_second"] for said in ranks if "images_per_second" in said]
@@ -308,10 +308,10 @@ class RunTracker:
         step = max([self._step, *(int(said["step"]) for said in ranks if "step" in said)])
         total = status.plan.total_steps or 0
         loss = rank_0.get("loss", self._evaluation.get("train_loss"))
-        # Counters since the attempt began; the driver's own line has those of the last steps.
+        # Counters since the attempt began; the driver's own line uses those of the last steps.
         waited, computed = rank_0.get("data_wait_seconds_total"), rank_0.get("step_seconds_sum")
         steps_left = max(0, total - step)
-        # Of one that is silent the same is said again and again, which a log need not repeat.
+        # A silent run would repeat the same line, which a log does not need.
         is_silent = status.status == "silent"
         age = max(0.0, now - self._commit[1]) if self._commit and not is_silent else None
         return RunState(
@@ -342,18 +342,18 @@ class RunTracker:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankSpeed:
-    """A rank's steps between two looks."""
+    """A rank's steps between two polls."""
 
     rank: int
     own_seconds: float
-    """Its own work on a step: all but its waiting for other ranks."""
+    """Its own work in a step: everything but waiting for other ranks."""
     data_wait_ratio: float
-    """Of the steps' time."""
+    """Fraction of the steps' time."""
     others_wait_ratio: float
 
 
 def rank_speed(rank: int, before: live.Figures, now: live.Figures) -> RankSpeed | None:
-    """None where it did no step in between, or was another process before."""
+    """None if it did no step in between, or was another process before."""
 
     def done(name: str) -> float:
         return now.get(name, 0.0) - before.get(name, 0.0)
@@ -371,7 +371,7 @@ def rank_speed(rank: int, before: live.Figures, now: live.Figures) -> RankSpeed 
 
 
 def rank_lines(ranks: Sequence[RankSpeed], ratio: float = FaultPolicy().straggler_ratio) -> list[str]:
-    """A line for each rank; of more than 8, for the slowest. One that is `ratio` times slower than the others is called slow."""
+    """A line for each rank; with more than 8, only the slowest. A rank `ratio` times slower than the others is called slow."""
     middle = statistics.median(rank.own_seconds for rank in ranks)
     shown = sorted(sorted(ranks, key=lambda rank: -rank.own_seconds)[:SHOWN_RANKS], key=lambda rank: rank.rank)
     lines = []
@@ -389,7 +389,7 @@ def rank_lines(ranks: Sequence[RankSpeed], ratio: float = FaultPolicy().straggle
 
 
 class _Screen:
-    """On a terminal the line and the ranks below it are redrawn in place; elsewhere trainer.runs.progress prints a line now and then."""
+    """On a terminal, redraws the line and the ranks below it in place; elsewhere trainer.runs.progress prints a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -407,7 +407,7 @@ class _Screen:
             self._live.stop()
 
     def message(self, text: str) -> None:
-        """A line that stays; "" is none."""
+        """Prints a permanent line; "" prints nothing."""
         if text:
             self._console.print(Text(text), soft_wrap=True)
 

@@ -1,9 +1,9 @@
-"""Faults from inside a rank, without a line in the product: SIGUSR2 does what the file $FAULT_ACTION_FILE says, in the main thread.
+"""Faults from inside a rank, without a line in the product: on SIGUSR2 the main thread does what the file $FAULT_ACTION_FILE says.
 
-Python imports a module of this name when it starts; the campaign puts this folder on PYTHONPATH of the cluster that it starts.
+Python imports a module of this name when it starts; the campaign puts this folder on the PYTHONPATH of the cluster that it starts.
 
     hang        the main thread sleeps for ten minutes: a hang in Python; the other ranks wait in a collective
-    nan         the next gradient of the largest parameter holds a NaN
+    nan         the next gradient of the largest parameter contains a NaN
     flip        one bit of one weight changes
 """
 

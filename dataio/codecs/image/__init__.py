@@ -1,1 +1,1 @@
-"""Images: what their header says, decoding to uint8, and the augmented batch that is made of them."""
+"""The codec of images: checks their headers, decodes them to uint8, and makes augmented batches. Imported by `dataio.codecs.make`."""

@@ -1,13 +1,13 @@
-"""Augmentation of a sample as a pure function of (seed, epoch, sample id): how far its crop moves, and whether it is mirrored.
+"""Augmentation of a sample as a pure function of (seed, epoch, sample id): the offset of its crop, and whether it is mirrored.
 
-Called by the loader for every batch; the backends carry the drawn crop and flip out, all to the same bits as `reference` below. A sample's
+Called by the codec for every batch. The backends apply the drawn crop and flip, all with the same bits as `reference` below. A sample's
 draw depends neither on its batch nor on the worker that reads it.
 
-Where further augmentations belong:
+Where to add other augmentations:
 - one that draws per sample and works on its uint8 pixels (RandAugment) takes its numbers from `bits` under a purpose of its own, adds them
   to `Draw`, and each backend applies them between gather and crop;
 - one that mixes the samples of a batch (mixup, cutmix) works on the device batch in the trainer, after normalisation, keyed by
-  (seed, step, virtual rank), as it needs the soft labels that only the loss knows.
+  (seed, step, virtual rank), because it needs the soft labels that only the loss knows.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Ids = npt.NDArray[np.int64]
 Images = npt.NDArray[np.uint8]
 
 CROP_AND_FLIP = 0
-"""Purpose of the draw below; others take other small numbers, so that their numbers are independent."""
+"""Purpose of the draw below; other draws use other small numbers, which makes their random numbers independent."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -35,9 +35,9 @@ class Draw:
 
 
 def draw(*, seed: int, epoch: int, ids: Ids, pad: int, flip: bool) -> Draw:
-    """Every crop of the padded image is equally likely (to 1e-5), a flip has probability one half; pad=0 and flip=False turn them off."""
+    """All crops of the padded image are equally likely (to 1e-5), a flip has probability one half; pad=0 and flip=False disable them."""
     words = bits(seed=seed, epoch=epoch, ids=ids, purpose=CROP_AND_FLIP)
-    # Three separate fields of the word: bits 0-20 and 21-41 scaled to 0..2*pad, and the topmost.
+    # Three separate fields of the 64-bit word: bits 0-20 and 21-41 scaled to 0..2*pad, and the highest bit.
     field, choices = np.uint64((1 << 21) - 1), np.uint64(2 * pad + 1)
     dy = ((words & field) * choices) >> np.uint64(21)
     dx = (((words >> np.uint64(21)) & field) * choices) >> np.uint64(21)
@@ -46,15 +46,15 @@ def draw(*, seed: int, epoch: int, ids: Ids, pad: int, flip: bool) -> Draw:
 
 
 def centre(n: int, pad: int) -> Draw:
-    """The draw that leaves n images as they are: for evaluation."""
+    """The draw that leaves n images unchanged, for evaluation."""
     middle = np.full(n, pad, dtype=np.int32)
     return Draw(dy=middle, dx=middle.copy(), flip=np.zeros(n, dtype=np.bool_))
 
 
 def bits(*, seed: int, epoch: int, ids: Ids, purpose: int) -> npt.NDArray[np.uint64]:
-    """64 random bits a sample, (n,) uint64: the splitmix64 finaliser (Steele, Lea, Flood 2014) in counter mode, keyed by the rest.
+    """64 random bits a sample, (n,) uint64: the splitmix64 finaliser (Steele, Lea, Flood 2014) in counter mode, keyed by the arguments.
 
-    28 us for 512 samples, against 46 us for a single one by a generator object a sample.
+    It takes 28 us for 512 samples; making a generator object takes 46 us for a single sample.
     """
     key = 0
     for part in (seed, epoch, purpose):
@@ -63,7 +63,7 @@ def bits(*, seed: int, epoch: int, ids: Ids, purpose: int) -> npt.NDArray[np.uin
 
 
 def reference(images: Images, drawn: Draw, pad: int) -> Images:
-    """Pad, crop, mirror one pixel at a time: (n, H, W, 3) uint8 -> the same shape. What every backend is tested against."""
+    """Pads, crops and mirrors one pixel at a time: (n, H, W, 3) uint8 -> the same shape. Every backend is tested against it."""
     n, height, width, _ = images.shape
     out = np.zeros_like(images)
     for i in range(n):

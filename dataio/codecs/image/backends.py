@@ -1,7 +1,7 @@
-"""Crop and flip of a batch, three ways with the same bits: numpy (host), torch (host or device), DALI (host or device).
+"""Crop and flip of a batch by numpy (host), torch (host or device) or DALI (host or device), all with the same bits.
 
-Called by the codec, from the one thread that prepares batches: a backend reuses its buffers and is not shared between threads. Which
-crop and which flip is `augment.py`'s; normalisation is the trainer's, on the device, so that it is the same for all three.
+Called by the image codec, from the one thread that prepares batches: a backend reuses its buffers and is not shared between threads.
+`augment.py` draws the crop and the flip; the trainer normalises on the device, the same way for all three.
 """
 
 from typing import Any, Protocol
@@ -16,26 +16,26 @@ from dataio.codecs.device import exact_device, gather, upload
 from dataio.codecs.image.augment import Draw
 
 NAMES = ("dali", "torch", "numpy")
-LARGE_PIXELS = 96 * 96  # CPU us an image, all at once and one by one: 2 and 5 at 48 px, 4 and 6 at 64, 8 and 7 at 96, 65 and 17 at 224
+LARGE_PIXELS = 96 * 96  # CPU us an image, batched and one by one: 2 and 5 at 48 px, 4 and 6 at 64, 8 and 7 at 96, 65 and 17 at 224
 _SERIAL = 32767
-"""Elements that torch handles in the calling thread, whatever its number of threads."""
-_PIXEL = np.dtype("V3")  # three channels moved as one element: mirroring costs 1 us an image instead of 3
+"""Elements that torch processes in the calling thread, whatever its number of threads."""
+_PIXEL = np.dtype("V3")  # moves three channels as one element: mirroring costs 1 us an image instead of 3
 
 
 class Backend(Protocol):
-    """Makes augmented batches out of decoded images."""
+    """Makes augmented batches from decoded images."""
 
     name: str
 
     def batch(self, images: Store, rows: Ids, drawn: Draw) -> torch.Tensor:
-        """Gather `rows` (n,) of `images` and apply their draw: (n, H, W, 3) uint8, contiguous, on the device; n may be 0."""
+        """Gathers `rows` (n,) of `images` and applies their draw: (n, H, W, 3) uint8, contiguous, on the device; n may be 0."""
         ...
 
 
 def choose_backend(name: str, device: torch.device, cache: str) -> str:
-    """What `data.backend` means for a device and a resolved cache (device, host, none).
+    """Resolves `data.backend` for a device and a resolved cache (device, host, none).
 
-    auto: torch where the images are on the device already (no cost a sample on the host), else numpy: 3 us an image on a CPU core against
+    auto: torch where the images are already on the device (no host cost per sample), else numpy: 3 us an image on a CPU core against
     7 for torch and 12 for DALI (batches of 100, 28x28 pixels; "backend alone" in `benchmarks/loader.py`).
     """
     on_device = cache == "device" and device.type != "cpu"
@@ -51,8 +51,8 @@ def choose_backend(name: str, device: torch.device, cache: str) -> str:
 def make_backend(
     name: str, *, height: int, width: int, pad: int, batch_size: int, device: torch.device, threads: int = 1, table_bytes: int = 0
 ) -> Backend:
-    """`batch_size` is the usual size of a batch, not a limit; `threads` are DALI's. `table_bytes`: what numpy may keep beside a store that
-    stays the same, array and content, from batch to batch; 0 where stores change."""
+    """`batch_size` is the usual size of a batch, not a limit; `threads` are DALI's. `table_bytes` is the memory that numpy may use next to
+    a store whose address and content stay the same from batch to batch; 0 where stores change."""
     device = exact_device(device)
     match name:
         case "numpy":
@@ -66,15 +66,15 @@ def make_backend(
 
 
 class _Numpy:
-    """Pads the gathered batch in a reused buffer, takes all crops at once through a window view, mirrors what is to be mirrored. Images of
-    LARGE_PIXELS and more go one by one, each copied once: there the copies through memory cost more than the calls. Where a store stays
-    and there is room, its images are kept padded, as they are and mirrored: a batch is then a single gather."""
+    """Pads the gathered batch in a reused buffer, takes all crops at once through a window view, then mirrors. Images of LARGE_PIXELS and
+    more are copied one by one, each once: at that size the copies through memory cost more than the calls. Where a store stays and there is
+    room, the backend keeps its images padded, both plain and mirrored; then a batch is a single gather."""
 
     name = "numpy"
 
     def __init__(self, height: int, width: int, pad: int, batch_size: int, device: torch.device, table_bytes: int = 0) -> None:
         self._table_bytes = table_bytes
-        self._stores: dict[int, tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = {}  # address -> the store, its windows
+        self._stores: dict[int, tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = {}  # address -> (the store, its windows)
         self._height, self._width, self._pad, self._device = height, width, pad, device
         self._is_large = height * width >= LARGE_PIXELS and pad < min(height, width)
         self._padded = self._room(0 if self._is_large else batch_size)
@@ -93,7 +93,7 @@ class _Numpy:
             self._padded = self._room(n)
         padded = self._padded[:n]
         padded[:, pad : pad + height, pad : pad + width] = images[rows]
-        # (n, 2*pad+1, 2*pad+1, H, W, 3): a view in which every possible crop has an index.
+        # (n, 2*pad+1, 2*pad+1, H, W, 3): a view that holds every possible crop at its own index.
         windows = np.lib.stride_tricks.as_strided(
             padded, (n, 2 * pad + 1, 2 * pad + 1, height, width, 3), padded.strides[:3] + padded.strides[1:]
         )
@@ -104,8 +104,8 @@ class _Numpy:
         return upload(crops, self._device)
 
     def _windows_of(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:
-        """(N, 2, 2*pad+1, 2*pad+1, H, W*3): every crop of every image as it is and mirrored, each line of it one run of bytes. None where
-        stores do not stay, or there is no room."""
+        """(N, 2, 2*pad+1, 2*pad+1, H, W*3): every crop of every image, plain and mirrored; each line is one run of bytes. None where stores
+        change, or where there is no room."""
         count, pad, height, width = len(images), self._pad, self._height, self._width
         shape = (count, 2, height + 2 * pad, width + 2 * pad, 3)
         if int(np.prod(shape, dtype=np.int64)) > self._table_bytes:
@@ -120,7 +120,7 @@ class _Numpy:
             windows = np.lib.stride_tricks.as_strided(
                 table, (count, 2, 2 * pad + 1, 2 * pad + 1, height, width * 3), (a, b, line, pixel, line, 1), writeable=False
             )
-            self._stores = {address: (images, windows)}  # one: that of training
+            self._stores = {address: (images, windows)}  # only one, that of training
         return self._stores[address][1]
 
     def _one_by_one(self, images: npt.NDArray[np.uint8], rows: Ids, drawn: Draw) -> npt.NDArray[np.uint8]:
@@ -130,7 +130,7 @@ class _Numpy:
             image = images[row]
             if flip:
                 image, dx = _mirrored(image), 2 * pad - dx
-            down, right = dy - pad, dx - pad  # where the crop begins in the image, negative in the padding
+            down, right = dy - pad, dx - pad  # where the crop begins in the image; negative in the padding
             top, bottom = max(0, -down), min(height, height - down)
             left, end = max(0, -right), min(width, width - right)
             target[top:bottom, left:end] = image[top + down : bottom + down, left + right : end + right]
@@ -143,10 +143,10 @@ class _Numpy:
 
 
 def _mirrored(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """(H, W, 3), left and right exchanged, by torch's vectorised kernel: 9 us at 224 px, where moving pixel by pixel takes 125.
+    """(H, W, 3) with left and right exchanged, by torch's vectorised kernel: 9 us at 224 px; moving pixel by pixel takes 125.
 
-    Where torch has more than one thread it gets some rows at a time, and 22 us: this thread would have helpers of its own, beside those of
-    training, and a core short wait 4 ms for them.
+    Where torch has more than one thread, the kernel gets a few rows at a time and takes 22 us. Otherwise this thread would start helper
+    threads of its own in addition to those of training, and with one core too few it waits 4 ms for them.
     """
     height, width, _ = image.shape
     rows = height if torch.get_num_threads() == 1 else max(1, _SERIAL // (3 * width))
@@ -158,7 +158,7 @@ def _mirrored(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 class _Torch:
-    """Computes where each pixel comes from and gathers once, on the device; pixels from outside the image are set to zero."""
+    """Computes the source of each pixel and gathers once, on the device; pixels from outside the image become zero."""
 
     name = "torch"
 
@@ -187,11 +187,11 @@ class _Torch:
 
 
 class _Dali:
-    """A DALI pipeline: external source -> crop -> flip, results handed over by DLPack. On a GPU a slice that pads with zeros, then a flip;
-    on a CPU the batch is padded first and one crop_mirror_normalize does both, in 6 us an image of 32 px instead of 11.
+    """A DALI pipeline: external source -> crop -> flip, with results passed by DLPack. On a GPU it slices with zero padding, then flips;
+    on a CPU the batch is padded first and one crop_mirror_normalize does both: 6 us an image of 32 px instead of 11.
 
-    Built at the first batch, hence inside the process that uses it (a pipeline does not survive a fork). On a GPU it runs on torch's
-    current stream and the host does not wait.
+    The pipeline is built at the first batch, inside the process that uses it, because it does not survive a fork. On a GPU it runs on
+    torch's current stream and the host does not wait.
     """
 
     name = "dali"
@@ -209,7 +209,7 @@ class _Dali:
             where: dict[str, npt.NDArray[Any]] = {
                 "start": np.stack([drawn.dy, drawn.dx], axis=1) - np.int32(self._pad)
             }  # (n, 2) int32, negative in the padding
-        else:  # (n,) float32 each, of the room that a crop has
+        else:  # (n,) float32 each, as a fraction of the room for the crop
             where = {name: (place / max(2 * self._pad, 1)).astype(np.float32) for name, place in (("y", drawn.dy), ("x", drawn.dx))}
         where["flip"] = drawn.flip.astype(np.int32)
         pieces = [slice(at, at + self._most) for at in range(0, len(rows), self._most)]
@@ -223,7 +223,7 @@ class _Dali:
                 return torch.cat(done)
 
     def _pad_all(self, images: Store, rows: Ids) -> npt.NDArray[np.uint8]:
-        """(n, H+2*pad, W+2*pad, 3), until the next batch."""
+        """(n, H+2*pad, W+2*pad, 3), valid until the next batch."""
         n, pad = len(rows), self._pad
         if n > len(self._padded):
             self._padded = np.zeros((n, *self._padded.shape[1:]), np.uint8)
@@ -246,7 +246,7 @@ class _Dali:
 
         on_gpu = self._device.type == "cuda"
         device_id = self._device.index if on_gpu else None
-        # exec_dynamic: without it a batch handed over by DLPack is overwritten two runs later. Depth 1: the loader is the queue.
+        # exec_dynamic: without it, DALI overwrites a batch passed by DLPack two runs later. Depth 1: the loader is the queue.
         pipeline = Pipeline(
             batch_size=self._most, num_threads=self._threads, device_id=device_id, seed=0, prefetch_queue_depth=1, exec_dynamic=True
         )

@@ -1,6 +1,6 @@
-"""The codec of images: a decoder, a draw for each sample, and a backend that crops and flips, put together.
+"""The image codec: a decoder, a random draw for each sample, and a backend that crops and flips.
 
-Made by `dataio.codecs.make`, used by the loader. How images decode is decode's, what is drawn augment's, who moves the pixels backends'.
+`dataio.codecs.make` makes it, the loader uses it. decode.py decodes, augment.py draws, backends.py moves the pixels.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from dataio.config import DataConfig
 
 
 class ImageCodec:
-    """Implements `dataio.codecs.codec.Codec`. What it needs is made at the first call that needs it, in the process that calls."""
+    """Implements `dataio.codecs.codec.Codec`. It builds what it needs at the first call that needs it, in the calling process."""
 
     def __init__(
         self,
@@ -49,11 +49,11 @@ class ImageCodec:
         self._backend: Backend | None = None
 
     def decode(self, encoded: Sequence[Encoded], out: npt.NDArray[Any]) -> Bad:
-        """Each image into its place of `out`, (n, H, W, 3) uint8; a bad one is zeros."""
+        """Decodes each image into its row of `out`, (n, H, W, 3) uint8; a bad one becomes zeros."""
         return self._decoder.decode(encoded, out=out).bad
 
     def batch(self, store: Store, rows: Ids, ids: Ids, *, seed: int, epoch: int | None) -> torch.Tensor:
-        """(n, 3, H, W) uint8, channels_last by its strides: cropped and flipped or, without an epoch, as they are."""
+        """(n, 3, H, W) uint8, channels_last by its strides: cropped and flipped, or unchanged if `epoch` is None."""
         if epoch is None:
             return gather(store, rows, self._device).permute(0, 3, 1, 2)
         if self._backend is None:

@@ -1,11 +1,11 @@
-"""Encoded images to uint8 RGB by DALI, with the bad ones set apart by index and reason.
+"""Decodes images to uint8 RGB with DALI, and reports the bad ones by index and reason.
 
-Called by the codec (a Decoder of one size) and by convert (a Checker: every image at its own size). A batch is sniffed, what passes is
-decoded together, and only if DALI fails is the batch halved until the bad images are found: DALI's error rarely names them. The pipeline
-survives a failed batch. Which samples to decode, and what becomes of bad ones, is the caller's.
+Called by the codec (a Decoder of one size), by convert (a Checker: every image at its own size) and by `trainer.predict`. All images of a
+batch are sniffed, and those that pass are decoded together. Only if DALI fails is the batch halved until the bad images are found, because
+DALI's error rarely names them. The pipeline survives a failed batch. The caller chooses the samples and handles bad ones.
 
-On a CPU, DALI decodes and torch resizes: its kernel for uint8 takes 140 us where DALI's takes 800 (photographs of 256 to 500 pixels a side
-to 224). On a GPU, DALI does both; pixels differ between the two, as those of their JPEG decoders do.
+On a CPU, DALI decodes and torch resizes: torch's kernel for uint8 takes 140 us, DALI's 800 (photographs of 256 to 500 pixels a side to
+224). On a GPU, DALI does both. Pixels differ between the two devices, because their JPEG decoders differ.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,12 +20,12 @@ from dataio.codecs.image.sniff import Header, simple_webp, sniff
 from dataio.config import Fit
 
 DECODER_VERSIONS = {"cpu": 2, "cuda": 1}
-"""By type of device, of what a resized image becomes: raised when its pixels change, and with them a run's weights. Images of the right
-size are never resampled and are the same in all versions."""
+"""Device type -> version of resized images. Raised when their pixels change, because the weights of runs then change too. Images of the
+right size are never resampled and are the same in all versions."""
 FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
-"""Of runs whose checkpoints do not say: on a CPU too, DALI resized."""
+"""Versions for runs whose checkpoints name none: at that time DALI resized on a CPU too."""
 
-# A 1x1 PNG. A pipeline that fails on it is broken (no memory, a lost device): that is no image's fault.
+# A 1x1 PNG. A pipeline that fails on it is itself broken (no memory, a lost device); no image caused that.
 _PROBE_BYTES = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c636064620600000e0007d76fe4780000000049454e44ae426082"
 )
@@ -33,22 +33,22 @@ _PROBE_BYTES = bytes.fromhex(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
-    """Decoded images; the place of a bad one holds zeros."""
+    """Decoded images; the row of a bad one holds zeros."""
 
     images: np.ndarray
     """(n, H, W, 3) uint8"""
     bad: tuple[tuple[int, str], ...]
-    """(index, reason), by index"""
+    """(index, reason), ordered by index"""
 
 
 class Decoder:
-    """Decodes to height x width. Pipelines are built at the first call, in the process that uses them; not thread-safe.
+    """Decodes to height x width. It builds pipelines at the first call, in the process that uses them; not thread-safe.
 
-    An image of another size is bad under fit="refuse"; "stretch" resizes it to height x width whatever its shape; "crop" takes the largest
-    part of that shape from its middle (`window_of`; on a GPU, what DALI's "not_smaller" and crop give) and resizes it. Resizing is bilinear
-    with antialiasing (a triangular filter as wide as the scale). An image of the right size is never resampled. With a `device_id`, JPEG is
-    decoded on that GPU. At most `threads` threads are at work at a time; what an image becomes depends neither on them nor on what else is
-    decoded with it.
+    fit="refuse" makes an image of another size bad; "stretch" resizes it to height x width whatever its shape; "crop" takes the largest
+    part of the right shape from its middle (`window_of`; on a GPU, DALI's "not_smaller" and crop) and resizes that. Resizing is bilinear
+    with antialiasing (a triangular filter as wide as the scale). An image of the right size is never resampled. With a `device_id`, that
+    GPU decodes JPEG. At most `threads` threads work at a time. The result for an image depends neither on the threads nor on the other
+    images of the batch.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Decoder:
         self._pool: ThreadPoolExecutor | None = None
 
     def decode(self, encoded: Sequence[np.ndarray | bytes], out: np.ndarray | None = None) -> Decoded:
-        """Any number of images, each (bytes,) uint8. They are written into `out`, (n or more, H, W, 3) uint8, if given: a buffer used again
-        need not be cleared and has its pages. An exception means that the decoder is broken, not an image."""
+        """Decodes any number of images, each (bytes,) uint8, into `out`, (n or more, H, W, 3) uint8, if given: a reused buffer need not
+        be cleared, and its pages are already mapped. An exception means that the decoder is broken, not an image."""
         shape = (len(encoded), self.height, self.width, 3)
         images = np.zeros(shape, np.uint8) if out is None else out[: len(encoded)]  # (n, H, W, 3)
         assert images.shape == shape, (images.shape, shape)
         bad: dict[int, str] = {}
         native: list[_Encoded] = []  # decoded at their own size
-        resized: list[_Encoded] = []  # by the pipeline
+        resized: list[_Encoded] = []  # resized by the pipeline
         for index, data in enumerate(encoded):
             header = sniff(data, max_pixels=self._max_pixels)
             if isinstance(header, Refusal):
@@ -108,14 +108,14 @@ class Decoder:
         return Decoded(images=images, bad=tuple(sorted(bad.items())))
 
     def _wanted(self, image: np.ndarray) -> np.ndarray:
-        """(h, w, 3) of an image of another size: what is to be resized."""
+        """(h, w, 3): the part of an image of another size that is to be resized."""
         if self._fit == "stretch":
             return image
         top, left, height, width = window_of(image.shape[0], image.shape[1], self.height, self.width)
         return image[top : top + height, left : left + width]
 
     def _resize(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Each first image into the place beside it, by the threads that DALI's leave idle meanwhile."""
+        """Resizes each first image into the second array of its pair, with the threads that DALI leaves idle meanwhile."""
         if self._threads == 1 or len(pairs) < 2:
             _resize(pairs)
             return
@@ -124,11 +124,11 @@ class Decoder:
         list(self._pool.map(_resize, (pairs[number :: self._threads] for number in range(self._threads))))
 
     def warm_up(self) -> None:
-        """Builds the pipeline that the first decode will need: a good use of the time until there are bytes to decode."""
+        """Builds the pipeline that the first decode needs, to use the time until there are bytes to decode."""
         (self._native if self._resized is None else self._resized).warm_up()
 
     def close(self) -> None:
-        """Frees the pipelines' threads and memory; the next decode builds them anew."""
+        """Frees the pipelines' threads and memory; the next decode builds them again."""
         self._native.close()
         if self._resized is not None:
             self._resized.close()
@@ -144,13 +144,13 @@ class Decoder:
 
 
 Window = tuple[int, int, int, int]
-"""Of an image: (top, left, height, width) in pixels."""
+"""Part of an image: (top, left, height, width) in pixels."""
 
 
 def window_of(height: int, width: int, target_height: int, target_width: int) -> Window:
-    """The largest part of an image that has the target's shape, from its middle: sides rounded to the nearest pixel, places down.
+    """The largest part of an image that has the target's shape, from its middle: sides rounded to the nearest pixel, offsets down.
 
-    It is cut out before resizing: nothing is resized that is not wanted, and an image of 1 x 10,000 pixels does not become one of
+    It is cut out before resizing. So no pixels are resized in vain, and an image of 1 x 10,000 pixels does not become one of
     224 x 2,240,000 on the way. Its middle is right to half a pixel of the source.
     """
     if height * target_width <= width * target_height:
@@ -161,14 +161,14 @@ def window_of(height: int, width: int, target_height: int, target_width: int) ->
 
 
 class Checker:
-    """Decodes images at their own size, only to learn which ones can be: convert's full check. Not thread-safe."""
+    """Decodes images at their own size, only to find those that cannot be decoded: convert's full check. Not thread-safe."""
 
     def __init__(self, *, threads: int = 1, max_pixels: int, batch_size: int = 64, batch_pixels: int = 64 << 20) -> None:
         self._max_pixels, self._batch_size, self._batch_pixels = max_pixels, batch_size, batch_pixels
         self._pipeline = _Pipeline(batch_size=batch_size, threads=threads, device_id=None)
 
     def check(self, encoded: Sequence[np.ndarray | bytes]) -> list[Header | Refusal]:
-        """For each image its header, or why it cannot be used."""
+        """For each image its header, or the reason to refuse it."""
         found = [sniff(data, max_pixels=self._max_pixels) for data in encoded]
         batch: list[_Encoded] = []
         pixels = 0
@@ -183,7 +183,7 @@ class Checker:
             if isinstance(header, Refusal):
                 continue
             size = header.height * header.width
-            if batch and pixels + size > self._batch_pixels:  # keeps the memory of a batch of large photographs bounded
+            if batch and pixels + size > self._batch_pixels:  # bounds the memory of a batch of large photographs
                 self._pipeline.decode(batch, compare, bad)
                 batch, pixels = [], 0
             batch.append(_Encoded(index=index, data=_prepared(encoded[index], header), height=header.height, width=header.width))
@@ -200,17 +200,17 @@ class _Encoded:
     """An image that passed the sniff."""
 
     index: int
-    """In the caller's sequence."""
+    """Position in the caller's sequence."""
     data: np.ndarray = field(repr=False)
     """(bytes,) uint8"""
     height: int
     width: int
-    """As its header says."""
+    """From the header."""
 
 
 _PROBE = _Encoded(index=-1, data=np.frombuffer(_PROBE_BYTES, np.uint8), height=1, width=1)
 _Use = Callable[[Sequence[_Encoded], Sequence[np.ndarray]], None]
-"""Gets the images that were decoded together, each (h, w, 3) uint8; they are DALI's and gone after the call."""
+"""Gets the images that were decoded together, each (h, w, 3) uint8; they belong to DALI and are invalid after the call."""
 
 
 class _Pipeline:
@@ -225,7 +225,7 @@ class _Pipeline:
         self._pipeline: Any = None
 
     def decode(self, encoded: Sequence[_Encoded], use: _Use, bad: dict[int, str]) -> None:
-        """Hands what decodes to `use`, batch by batch; notes the others in `bad`."""
+        """Passes the decoded images to `use`, batch by batch; records the others in `bad`."""
         for begin in range(0, len(encoded), self._batch_size):
             self._decode(encoded[begin : begin + self._batch_size], use, bad)
 
@@ -255,7 +255,7 @@ class _Pipeline:
         (output,) = self._pipeline.run(encoded=[each.data for each in batch])
         if self._device_id is not None:
             output = output.as_cpu()
-        # An index gives a view, at() a copy: 20 us a photograph.
+        # output[index] is a view; at() copies, which takes 20 us a photograph.
         return [np.asarray(output[index]) for index in range(len(batch))]
 
 
@@ -279,20 +279,20 @@ def _build(batch_size: int, threads: int, device_id: int | None, size: tuple[int
 
 
 def _resize(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Each image, (h, w, 3) uint8, into the place beside it, (H, W, 3) uint8. One thread: the kernel has no more, and lets others run."""
-    import torch  # here: the driver converts and checks images, and does without it
+    """Resizes each image, (h, w, 3) uint8, into its pair's second array, (H, W, 3) uint8. The kernel has one thread and lets others run."""
+    import torch  # here, because the driver converts and checks images without torch
     import torch.nn.functional as F
 
     for image, place in pairs:
-        # (1, 3, h, w) uint8 channels_last. unsqueeze gives the first dimension a stride by which torch knows that; image[None] and
-        # permute(...)[None] do not, and what comes back has its channels apart: 300 us a photograph instead of 137.
+        # (1, 3, h, w) uint8 channels_last. unsqueeze gives the first dimension a stride that torch recognises; image[None] and
+        # permute(...)[None] do not, and then the result is not channels_last: 300 us a photograph instead of 137.
         source = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
         resized = F.interpolate(source, size=place.shape[:2], mode="bilinear", antialias=True)  # (1, 3, H, W) uint8
         place[:] = resized[0].permute(1, 2, 0).numpy()
 
 
 def _prepared(data: np.ndarray | bytes, header: Header) -> np.ndarray:
-    """The bytes as DALI takes them: a contiguous (bytes,) uint8 array."""
+    """The bytes in the form that DALI takes: a contiguous (bytes,) uint8 array."""
     if header.format == "webp" and bytes(data[12:16]) == b"VP8X":
         data = simple_webp(bytes(data))
     if not isinstance(data, np.ndarray):
@@ -302,9 +302,9 @@ def _prepared(data: np.ndarray | bytes, header: Header) -> np.ndarray:
 
 
 def _cause(error: RuntimeError) -> str:
-    """The sentence of DALI's report that says what failed."""
+    """The sentence of DALI's report that names the cause."""
     _, _, text = str(error).rpartition("encountered:\n")
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [str(error)]
-    if lines[0].startswith("Failed to decode sample #"):  # numbered within a part of the batch, and nothing more
+    if lines[0].startswith("Failed to decode sample #"):  # the number counts within a part of the batch, and the line says nothing else
         return "the compressed data are damaged"
     return lines[0][:200]

@@ -1,9 +1,10 @@
 """Reads an image's header: its size and mode, or the reason to refuse it. Called by decode before any decoder sees the bytes.
 
-Why before: DALI's error for a bad image often names no sample, a bomb is cheap to refuse by its header only, and some damage DALI accepts
-without a word. What passes here can still fail in the decoder (damaged compressed data); decode finds that by bisection.
+This comes first because DALI's error for a bad image often names no sample, because a decompression bomb is cheap to refuse by its header
+alone, and because DALI silently accepts some damage. An image that passes can still fail in the decoder (damaged compressed data); decode
+finds it by bisection.
 
-What is accepted; every line is compared with Pillow's `convert("RGB")` by tests/dataio/test_sniff_decode.py:
+Accepted formats; tests/dataio/test_sniff_decode.py compares every line with Pillow's `convert("RGB")`:
 
 | format | accepted | equals Pillow |
 |---|---|---|
@@ -16,19 +17,19 @@ What is accepted; every line is compared with Pillow's `convert("RGB")` by tests
 
 An EXIF orientation in a JPEG or PNG is applied; height and width are those of the upright image.
 
-What is refused (`kind: detail`; the kinds are KINDS):
+Refused images (`kind: detail`; the kinds are KINDS):
 
 | reason | cases |
 |---|---|
 | empty | no bytes |
-| unknown format | garbage, zip, HTML, HEIC, AVIF, JPEG 2000, ...: anything else than the formats above |
+| unknown format | garbage, zip, HTML, HEIC, AVIF, JPEG 2000, ...: anything but the formats above |
 | truncated | header cut off, PNG without IEND, JPEG without EOI, WebP or BMP shorter than they say, TIFF tables beyond the end |
 | damaged | a PNG chunk's CRC (pixel data included), zero size, impossible header fields |
 | too large | more than max_pixels by the header: a decompression bomb |
 | animated | GIF (one frame or many: DALI has no GIF decoder), APNG, animated WebP, TIFF of several pages |
 | unsupported | 16-bit gray PNG (DALI and Pillow disagree), lossless/arithmetic/12-bit JPEG, compressed or 16-bit BMP, other TIFF modes |
 
-Not detected, because the decoders fill in what is missing and say nothing: damage within the compressed data of a JPEG, lossy WebP or TIFF.
+Not detected, because the decoders silently fill in what is missing: damage within the compressed data of a JPEG, lossy WebP or TIFF.
 """
 
 import struct
@@ -59,19 +60,19 @@ KINDS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What the header says; height and width as displayed (after the EXIF orientation)."""
+    """What the header contains; height and width as displayed (after the EXIF orientation)."""
 
     format: Format
     height: int
     width: int
     mode: str
-    """The format's own name for its pixels: gray, gray-alpha, palette, rgb, rgba, ycbcr, cmyk."""
+    """The pixel format by the file format's own name: gray, gray-alpha, palette, rgb, rgba, ycbcr, cmyk."""
     bits: int
-    """Bits a channel (a palette's: bits an index)."""
+    """Bits a channel (for a palette, bits an index)."""
 
     @property
     def size(self) -> str:
-        """As the manifest counts images."""
+        """The size as the manifest counts it."""
         return f"{self.height}x{self.width}"
 
 
@@ -204,7 +205,7 @@ def _jpeg(raw: bytes | memoryview) -> Header:
     if frame is None:
         raise _Refused("damaged: a JPEG scan without a frame")
     bits, height, width, channels = frame
-    if raw[-2:] != b"\xff\xd9" and b"\xff\xd9" not in bytes(raw[at:]):  # some cameras append more behind the end
+    if raw[-2:] != b"\xff\xd9" and b"\xff\xd9" not in bytes(raw[at:]):  # some cameras append data after the end
         raise _Refused("truncated: a JPEG without its end marker (EOI)")
     if orientation >= 5:
         height, width = width, height
@@ -212,7 +213,7 @@ def _jpeg(raw: bytes | memoryview) -> Header:
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """Tag 274 of the first directory; 1 (upright) where it cannot be read, as decoders do."""
+    """Tag 274 of the first directory; 1 (upright) where it cannot be read, as in decoders."""
     try:
         order = {b"II": "<", b"MM": ">"}[tiff[:2]]
         (at,) = struct.unpack_from(order + "I", tiff, 4)
@@ -259,9 +260,9 @@ def _webp(raw: bytes | memoryview) -> Header:
 
 
 def simple_webp(raw: bytes | memoryview) -> bytes:
-    """The image of an extended WebP as a simple one: without alpha plane and metadata, on which DALI 2.4's parser can fail.
+    """Turns an extended WebP into a simple one, without alpha plane and metadata, on which DALI 2.4's parser can fail.
 
-    Takes what `sniff` accepts.
+    Takes images that `sniff` accepts.
     """
     at = 12
     while at + 8 <= len(raw):
@@ -286,7 +287,7 @@ def _bmp(raw: bytes | memoryview) -> Header:
         raise _Refused(f"damaged: a BMP of {planes} planes, {bits} bits")
     if compression != 0 or bits == 16:
         raise _Refused(f"unsupported: a BMP of {bits} bits, compression {compression}")
-    height = abs(height)  # negative: top row first
+    height = abs(height)  # negative height: top row first
     end = offset + (width * bits + 31) // 32 * 4 * height
     if width > 0 and end > len(raw):
         raise _Refused(f"truncated: a BMP of {end} bytes ends after {len(raw)}")

@@ -1,7 +1,7 @@
-"""What is true of a test sample and what the model said, in words, from the columns of predictions.parquet. For the panel `examples`.
+"""Describes in words a test sample's true value and the model's answer, from the columns of predictions.parquet. For the panel `examples`.
 
-A target's columns are known by their ends: `label`, `prediction`, `confidence` of one label; `labels`, `probabilities` of several;
-`target`, `prediction` of a number. Of several targets each column begins with `NAME_`.
+The end of a column's name tells its role: `label`, `prediction`, `confidence` for one label; `labels`, `probabilities` for several;
+`target`, `prediction` for a number. With several targets, each column begins with `NAME_`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,37 +16,37 @@ from trainer.settings.units import percent
 from trainer.tasks.predictions import Predictions
 
 LISTED = 3
-"""Of several labels; of more, how many there are."""
+"""Of several labels, at most this many are named; beyond that, their number is shown."""
 NOT_KNOWN = "not known"
 _TRUE, _SAID = ("labels", "label", "target"), ("probabilities", "prediction")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """To one target."""
+    """The answer to one target."""
 
     name: str
-    """The target's; empty where there is only one."""
+    """The target's name; empty if there is only one target."""
     true: str
     said: str
     is_right: bool | None
-    """None of a number, which is never right to the last digit; what is not known is no mistake."""
+    """None for a number, which is never right to the last digit; an unknown value does not count as a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Names:
-    """A target's classes, as far as the summary tells."""
+    """A target's class names, as far as the summary has them."""
 
     classes: Sequence[str] = ()
     thresholds: Sequence[float] = ()
-    """Of several labels, from which on each is given."""
+    """For several labels: the threshold of each, from which it counts as given."""
 
     def of(self, index: int) -> str:
         return self.classes[index] if index < len(self.classes) else str(index)
 
 
 def names_of(summary: Mapping[str, Any]) -> dict[str, Names]:
-    """By target; the only one is called ""."""
+    """By target; a single target has the name ""."""
     found = {"": _names(summary)}
     heads = summary.get("heads")
     for name, head in heads.items() if isinstance(heads, Mapping) else ():
@@ -67,7 +67,7 @@ def _names(details: Mapping[str, Any]) -> Names:
 
 
 def answers_of(found: Predictions, row: int, names: Mapping[str, Names]) -> list[Answer]:
-    """One for each target, in the order of the columns; the same for every row."""
+    """One for each target, in the order of the columns, which is the same for every row."""
     told = []
     for column in found.columns:
         end = next((end for end in _TRUE if column == end or column.endswith(f"_{end}")), None)

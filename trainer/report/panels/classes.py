@@ -20,7 +20,7 @@ def panel(run: RunFiles) -> Html:
 
 
 def entries_of(value: object) -> list[Mapping[str, Any]]:
-    """Of a list of objects in a summary, those that are objects."""
+    """The entries of a list in a summary that are objects."""
     return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
 
 

@@ -1,5 +1,5 @@
 """Panel `confusion`: a row for each true class, a column for each answer, and the most frequent mistakes. A cell opens its images as a
-popover, which needs no script and closes with Escape; a browser that does not know popovers shows the images below the matrix.
+popover, which needs no script and closes with Escape; a browser without popovers shows the images below the matrix.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ def panel(run: RunFiles) -> Html:
 
 
 def grid(matrix: Counts, names: Sequence[str], shown: Callable[[Cell], object]) -> Html:
-    """The matrix itself; `shown` gives what is in a cell."""
+    """The matrix alone; `shown` gives the content of a cell."""
     share = _shares(matrix)
     header = tag("tr", tag("th", "is ↓  taken for →", class_="corner"), *(tag("th", name, class_="up", scope="col") for name in names))
     body = [
@@ -66,7 +66,7 @@ def grid(matrix: Counts, names: Sequence[str], shown: Callable[[Cell], object]) 
 
 
 def _shares(matrix: Counts) -> Values:
-    """(C, C), of the true class's samples."""
+    """(C, C), as fractions of the true class's samples."""
     shares: Values = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     return shares
 
@@ -86,7 +86,7 @@ def _mistakes(matrix: Counts, names: Sequence[str], opener: Callable[[Cell], obj
 
 
 def _notes(run: RunFiles, can_open: bool) -> Html:
-    """Which images are not there, and why."""
+    """Which images are missing, and why."""
     found = run.predictions
     notes = [run.no_thumbnails] if run.no_thumbnails and not can_open else [*run.thumbnails.notes]
     if found is not None and not found.is_complete and can_open:
@@ -95,7 +95,7 @@ def _notes(run: RunFiles, can_open: bool) -> Html:
 
 
 def _opener(run: RunFiles, matrix: Counts, cell: Cell, names: Sequence[str]) -> object:
-    """A cell's number; a button where it has images."""
+    """The number in a cell; a button if the cell has images."""
     count = int(matrix[cell])
     if not any(row in run.thumbnails.sources for row in run.thumbnails.cells.get(cell, ())):
         return number(count) if count else ""

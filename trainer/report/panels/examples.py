@@ -1,5 +1,5 @@
-"""Panel `examples`: the worst test samples. Of a classification the surest wrong answers; of another task those of the largest loss, each
-with what is true and what the model said of it (`answers_of`).
+"""Panel `examples`: the worst test samples. For classification these are the wrong answers with the highest confidence; for other tasks,
+the samples with the largest loss. Each is shown with the true value and the model's answer (`answers_of`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ def _picture(found: Predictions, row: int, names: Mapping[str, Names], source: s
 
 
 def _lines(answer: Answer) -> list[Html]:
-    """A wrong answer is red, below what is true; a right one is not repeated; a number is on the same line."""
+    """A wrong answer is red, below the true value; a right one is not repeated; a number is on the same line."""
     name = f"{answer.name}: " if answer.name else ""
     match answer.is_right:
         case True:

@@ -1,6 +1,6 @@
-"""Panel `heads`: of a task with several targets, a part for each. The evaluation's `heads` is {name: {kind, weight, loss, count, measures,
-details}}, where `details` is what a task of that target alone would have written: per_class, confusion and classes of a label, labels of
-several, nothing of a number.
+"""Panel `heads`: for a task with several targets, a part for each. The evaluation's `heads` is {name: {kind, weight, loss, count, measures,
+details}}. `details` is what a task with only that target would have written: per_class, confusion and classes for a label, labels for
+several labels, nothing for a number.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from trainer.runs.measures import samples, shown
 from trainer.settings.units import number
 
 GRID_CLASSES = 20
-"""A larger confusion matrix is left to summary.json: a page of many heads stays readable."""
+"""A larger confusion matrix is left to summary.json, so that a page with many heads stays readable."""
 _KINDS = {"label": "one label of several", "labels": "any number of labels", "number": "a number"}
 
 
@@ -53,7 +53,7 @@ def _head(run: RunFiles, name: str, head: Mapping[str, Any], index: int) -> Html
 
 
 def _details(details: Mapping[str, Any], unit: str) -> Html:
-    """By what is there, not by the kind: a head of an outside task may have any of it."""
+    """Chosen by the keys present, not by the kind: a head of an outside task may have any of them."""
     parts: list[Html] = []
     matrix = matrix_of(details.get("confusion"))
     if 0 < len(matrix) <= GRID_CLASSES and matrix.sum():
@@ -71,7 +71,7 @@ def _folded(title: str, inside: Html) -> Html:
 
 
 def _measures(head: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(title, value); those of a number are in its own unit, all others are ratios."""
+    """(title, value); a number's measures are in its own unit, all others are ratios."""
     said = head.get("measures")
     unit = "number" if head.get("kind") == "number" else "ratio"
     return [

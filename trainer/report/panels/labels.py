@@ -1,6 +1,6 @@
-"""Panel `labels`: of a task with several labels a sample, how well each is found, the weakest first, and which are missed or given wrongly
-most often. The evaluation's `labels` is a list of {name, support, predicted, average_precision, precision, recall, f1, threshold}; a value
-that is not known (precision of a label that was never given) is null.
+"""Panel `labels`: for a task with several labels a sample, how well each is found, the weakest first, and the most frequent mistakes. The
+evaluation's `labels` is a list of {name, support, predicted, average_precision, precision, recall, f1, threshold}; an unknown value
+(precision of a label that was never given) is null.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ def labels_table(entries: Sequence[Entry], unit: str) -> Html:
 
 
 def _quality(entry: Entry) -> float:
-    """By average precision, or F1 where there is none; a label that no sample has is no weak one, and comes last."""
+    """Average precision, or F1 if that is missing; a label that no sample has is not weak, and comes last."""
     known = [value for key in ("average_precision", "f1") if (value := number_or_none(entry.get(key))) is not None]
     return known[0] if known and entry.get("support") != 0 else 2.0
 
@@ -73,13 +73,13 @@ def _count(entry: Entry, key: str) -> int | None:
 
 
 def _mistakes(entries: Sequence[Entry], unit: str) -> Html:
-    """Missed and wrongly given labels, as counts: of a rare label a low recall is few samples."""
+    """Missed and wrongly given labels, as counts: for a rare label, a low recall is few samples."""
     missed, wrong = [], []
     for entry in entries:
         support, given, recall = _count(entry, "support"), _count(entry, "predicted"), number_or_none(entry.get("recall"))
         if support is None or given is None or (recall is None and support):
             continue
-        right = round((recall or 0.0) * support)  # samples of the label that were given it
+        right = round((recall or 0.0) * support)  # samples that have the label and were given it
         missed.append((support - right, support, entry))
         wrong.append((given - right, given, entry))
     listed = []

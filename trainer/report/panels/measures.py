@@ -1,4 +1,4 @@
-"""Panel `measures`: a table of all that the evaluation measured. Also what a task gets that names no panel of this report."""
+"""Panel `measures`: a table of everything that the evaluation measured. Also shown for a task that names no panel of this report."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,5 @@
-"""Panel `numbers`: how far a number that the model says is from the true one. Drawn from predictions.parquet where it has the two: columns
-`target` and `prediction` of a task with one number, `NAME_target` and `NAME_prediction` of the number NAME among several.
+"""Panel `numbers`: how far the model's numbers are from the true ones. Drawn from predictions.parquet if it has both columns: `target` and
+`prediction` for a task with one number, `NAME_target` and `NAME_prediction` for the number NAME among several.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def panel(run: RunFiles) -> Html:
 
 
 def number_figures(found: Predictions | None, name: str, ident: str) -> Html:
-    """What was said against what is true, and the differences; nothing where they are not recorded. `ident` is the drawings' own."""
+    """Plots of predicted against true values, and of their differences; nothing if they are not recorded. The plots' ids use `ident`."""
     pair = numbers_of(found, name)
     if pair is None:
         return NOTHING
@@ -31,7 +31,7 @@ def number_figures(found: Predictions | None, name: str, ident: str) -> Html:
 
 
 def numbers_of(found: Predictions | None, name: str) -> tuple[Values, Values] | None:
-    """(said, true), each (n,) float64, of the samples that have both."""
+    """(predicted, true), each (n,) float64, of the samples that have both."""
     prefix = f"{name}_" if name else ""
     columns = {} if found is None else found.columns
     said, true = columns.get(f"{prefix}prediction"), columns.get(f"{prefix}target")

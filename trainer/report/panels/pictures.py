@@ -1,4 +1,4 @@
-"""A sample's image with what the model said of it. For the panels that show images."""
+"""A sample's image with the model's answer. Called by the panels that show images."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from trainer.tasks.predictions import Predictions
 
 
 def labelled_picture(row: int, names: Sequence[str], found: Predictions, source: str, *, said: bool = False) -> Html:
-    """Of a classification. `said`: with its class and the answer, where the place does not tell."""
+    """For classification. `said`: with class and answer, where the position does not show them."""
     key, sure = short(found.keys[row], 200), percent(float(found.confidence[row]))
     cell = (int(found.labels[row]), int(found.answers[row]))
     lines: list[Html] = []

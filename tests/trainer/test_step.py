@@ -1132,7 +1132,7 @@ def test_nothing_is_compiled_ahead_where_nothing_is_compiled() -> None:
 COMPILED_RUN = """
     import json, torch
     from torch._dynamo.utils import counters
-    from tests.trainer.test_loop import batches_of, loop, make, order_of, sgd
+    from tests.trainer.test_step import batches_of, loop, make, order_of, sgd
     from trainer.learn.state import weights_sha256
 
     torch.set_num_threads(1)
