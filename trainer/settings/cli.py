@@ -41,7 +41,7 @@ class Invocation:
 class _CommandLine:
     """Fine-tune a pretrained image model. Without arguments: ResNet-18 with ImageNet weights on CIFAR-10, on all devices here.
 
-    What is true or false is turned on by its flag, as by --data.flip, and off by --data.no-flip; both take the words as well.
+    A flag such as --data.flip turns a true-or-false setting on, and --data.no-flip turns it off; --data.flip true and false work too.
     """
 
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
