@@ -26,7 +26,7 @@ from unittest import mock
 
 from pyarrow import fs as pafs
 
-from cluster import coordinator as coordinator_module
+from cluster import committer as committer_module
 from cluster import journal as journal_module
 from cluster import store as store_module
 from cluster.checkpointer import Checkpointer, Files
@@ -351,7 +351,7 @@ def outage(*, seconds: float = 600.0, speed: float = 200.0, ranks: int = 2, stor
     patience = {"FIRST_PAUSE_SECONDS": 0.5 / speed, "LONGEST_PAUSE_SECONDS": 5.0 / speed}
     most_spilled, during = 0, 0
     with (
-        mock.patch.object(coordinator_module, "COMMIT_PAUSE_SECONDS", 1.0 / speed),
+        mock.patch.object(committer_module, "COMMIT_PAUSE_SECONDS", 1.0 / speed),
         mock.patch.multiple(journal_module, **patience),
         Group(real, ranks=ranks, clock=clock, pause=clock.sleep) as group,
     ):

@@ -43,6 +43,7 @@ class Memory:
 
     def __init__(self, train: int = 2600, test: int = 600, *, bad_every: int = 0, known: bool = True, identity: str = "one") -> None:
         self._counts, self._bad_every, self._known, self.identity = {"train": train, "test": test}, bad_every, known, identity
+        self.identities = (identity,)
         self.read: list[int] = []
 
     @property

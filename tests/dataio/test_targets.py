@@ -43,7 +43,7 @@ class Given:
 
     def __init__(self, targets: tuple[Target, ...], splits: Mapping[str, list[tuple[Any, ...]]]) -> None:
         self.targets, self._splits = targets, splits
-        self.classes = targets[0].classes
+        self.classes, self.identities = targets[0].classes, (self.identity,)
 
     def splits(self) -> tuple[str, ...]:
         return tuple(self._splits)
