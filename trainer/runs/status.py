@@ -363,7 +363,7 @@ def first_members(text: str) -> dict[str, Any]:
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
 
     def skip(index: int, mark: str) -> int:
-        index = blank.match(text, index).end()  # the pattern also matches the empty text
+        index = blank.match(text, index).end()  # type: ignore[union-attr]  # the pattern also matches the empty text
         if text[index : index + 1] not in mark or index >= len(text):
             raise ValueError(f"no {mark!r} at character {index}")
         return blank.match(text, index + 1).end()  # type: ignore[union-attr]
