@@ -42,7 +42,7 @@ class Described:
 
     def __init__(self, targets: tuple[Target, ...]) -> None:
         self.targets = targets
-        self.classes = targets[0].classes
+        self.classes, self.identities = targets[0].classes, (self.identity,)
 
     def splits(self) -> tuple[str, ...]:
         return tuple(COUNTS)
