@@ -28,7 +28,7 @@ COMMON = (
 )
 MEASURES = {"score", "category_accuracy", "subcategory_accuracy", "traits_map", "version_mae"}
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def finished(name: str, args: Sequence[str], *, runs: Path, data: Path, workers:
         if kill:
             run.wait_for("checkpoint_committed", step=8)
             run.kill_worker(1)
-        assert run.finish() == 0, run.output()
+        assert run.finish(timeout=400) == 0, run.output()
     finally:
         run.kill()
     return run
@@ -92,7 +92,7 @@ def test_several_labels_end_in_the_same_bits_for_any_workers_and_in_a_table_of_l
     page = (folder / "report.html").read_text()
     assert all(name in page for name in TRAITS)
     rows = [json.loads(line) for line in command("trainer.runs", "--storage", str(runs), "--json").splitlines()]
-    (listed,) = (row for row in rows if row["name"] == "labels-1")
+    (listed,) = (row for row in rows if row["run"] == "labels-1")
     assert (listed["task"], listed["headline_name"], listed["headline"]) == ("multilabel", "map", summary["test_map"])
 
 
@@ -159,7 +159,7 @@ def test_a_tasks_own_measures_are_in_prometheus_and_on_the_dashboard(
 def test_a_task_from_outside_the_packages_is_trained_evaluated_predicted_and_reported(images: Path, runs: Path) -> None:
     toy = ("--task.name", "tests.trainer.toy_task:Toy", "--data.max-bad-fraction", "0.01")
     run = Run("--workers", "2", "--train.epochs", "1", *toy, storage=runs, name="toy", data=images)
-    assert run.finish() == 0, run.output()
+    assert run.finish(timeout=400) == 0, run.output()
     summary = run.summary()
     assert summary["task"]["name"] == "scale"
     assert 0 <= summary["test_within_one"] <= 1
