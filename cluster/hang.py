@@ -11,6 +11,7 @@ What may take how long without a tick follows from the phase (beat):
 
     placing                                     no limit here: Ray Train gives up after cluster.placement_seconds
     absent, starting, decoding, compiling       start_seconds
+    measuring                                   start_seconds
     joining                                     start_seconds, and only if no other rank is awaited
     step, evaluation, checkpoint, exporting     hang_seconds, and ten times the longest step so far
     exchange                                    the same, and only if no other rank is awaited
@@ -26,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.beat import ABSENT, BEFORE_STEPS, EVALUATION, EXCHANGE, JOINING, PLACING, STEP, STORAGE
+from cluster.beat import ABSENT, BEFORE_STEPS, EVALUATION, EXCHANGE, JOINING, MEASURING, PLACING, STEP, STORAGE
 
 STOPPED_SECONDS = 5.0
 SLOWEST_STEPS = 10.0
@@ -163,6 +164,6 @@ class HangWatch:
     def _limit(self, phase: str) -> float:
         if phase == PLACING:
             return math.inf
-        if phase in BEFORE_STEPS:
+        if phase in BEFORE_STEPS or phase == MEASURING:
             return self._start_seconds
         return max(self._hang_seconds, SLOWEST_STEPS * self._longest)

@@ -155,10 +155,11 @@ class Loader:
         """Time that the making of batches waited for reads. Only a streamed data set has any, and only where storage is slow."""
         return sum(supply.read_wait_seconds for supply in self._supplies.values())
 
-    def load(self, *splits: str) -> None:
-        """Decodes these splits now if they are to stay in memory; otherwise a split is decoded when it is first used."""
+    def load(self, *splits: str, on_group: Callable[[], None] = lambda: None) -> None:
+        """Decodes these splits now if they are to stay in memory; otherwise a split is decoded when it is first used. `on_group` is called
+        after each row group."""
         for split in splits:
-            self._supply(split, "train")
+            self._supply(split, "train", on_group)
 
     def train(self, start_step: int, stop_step: int) -> Generator[tuple[Batch, ...], None, None]:
         """Yields global steps start..stop-1: for each step a tuple with a Batch for each carried virtual rank, in their order.
@@ -242,7 +243,7 @@ class Loader:
             block.append(tuple(batches))
         return block
 
-    def _supply(self, split_name: str, purpose: str) -> Supply:
+    def _supply(self, split_name: str, purpose: str, on_group: Callable[[], None] = lambda: None) -> Supply:
         # With streaming, each purpose has its own supply and codec, because training's thread continues while evaluation reads.
         key = (split_name, purpose if self.cache == "none" else "")
         if key not in self._supplies:
@@ -251,7 +252,7 @@ class Loader:
             self._supplies[key] = (
                 Streamed(split, codec, self._report, int(self._memory_bytes * part))
                 if self.cache == "none"
-                else Resident(split, codec, self._report, self.device if self.cache == "device" else torch.device("cpu"))
+                else Resident(split, codec, self._report, self.device if self.cache == "device" else torch.device("cpu"), on_group)
             )
         return self._supplies[key]
 

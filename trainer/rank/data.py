@@ -6,6 +6,7 @@ worker.py opens it at the start of an attempt. dataio.order decides which sample
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster.ledger import LedgerWriter
@@ -87,14 +88,17 @@ def open_ledger(me: ThisRank, storage: Storage, *, start_step: int) -> LedgerWri
 Batches = Generator[tuple[Batch, ...], None, None]
 
 
-def recorded(batches: Batches, ledger: LedgerWriter | None, skip: frozenset[int]) -> Batches:
+def recorded(batches: Batches, ledger: LedgerWriter | None, me: ThisRank) -> Batches:
     """`batches`, unchanged. If there is a ledger, each batch is written into it when the step takes it."""
-    return batches if ledger is None else _recorded(batches, ledger, skip)
+    return batches if ledger is None else _recorded(batches, ledger, me)
 
 
-def _recorded(batches: Batches, ledger: LedgerWriter, skip: frozenset[int]) -> Batches:
+def _recorded(batches: Batches, ledger: LedgerWriter, me: ThisRank) -> Batches:
+    def record(step: tuple[Batch, ...]) -> None:
+        for batch in step:
+            ledger.record(batch.epoch, batch.step, batch.virtual_rank, batch.ids, skipped=batch.step in me.spec.skip)
+
     with closing(batches):
         for step in batches:
-            for batch in step:
-                ledger.record(batch.epoch, batch.step, batch.virtual_rank, batch.ids, skipped=batch.step in skip)
+            me.waits.call(partial(record, step), "the ledger")
             yield step
