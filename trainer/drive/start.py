@@ -190,7 +190,8 @@ def decide(
     from cluster.preflight import on_every_node, preflight
 
     data, location = placed.data, placed.data.location
-    is_shared = preflight(data.storage, placed.config.run, hardware, lambda: open_dataset(location).manifest.fingerprint)
+    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    is_shared = preflight(data.storage, placed.config.run, hardware, lambda: open_dataset(location).manifest.fingerprint, tell=tell)
     use_gpus = resources.gpus_per_worker > 0
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
@@ -199,7 +200,7 @@ def decide(
             placed.config,
             capability,
             has_depthwise=checked.has_depthwise,
-            tell=lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False),
+            tell=tell,
         ),
         command=data.asked.command,
         dataset=data.dataset,

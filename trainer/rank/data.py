@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from cluster.ledger import LedgerWriter
+from cluster.machine import available_memory_bytes
 from cluster.storage import Storage
 from dataio.batch import Batch
-from dataio.loader import Loader, available_memory_bytes
+from dataio.loader import Loader
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
