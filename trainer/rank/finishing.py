@@ -2,7 +2,7 @@
 checkpoint is committed. trainer.export writes the model folder.
 """
 
-from dataclasses import asdict
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ def finish(
         "stopped": stopped,
         "steps_done": steps_done,
         "weights_sha256": sha256,
-        "history": {k: v for k, v in asdict(history).items() if k not in ("evaluations", "guard")},
+        "history": {each.name: getattr(history, each.name) for each in fields(history) if each.name not in ("evaluations", "guard")},
         "evaluation": last,
         "ranks": ranks,
         "parameters": sum(p.numel() for p in learner.model.parameters()),

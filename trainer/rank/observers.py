@@ -24,7 +24,7 @@ from trainer.settings.tree import RunConfig
 from trainer.tasks.info import TaskInfo
 
 CURVE_ROWS = 2000
-"""A run's curve has about this many rows at most."""
+"""A run's curve has at least this many rows if it has the steps, and fewer than twice as many."""
 
 
 class Observer(Protocol):
