@@ -3,13 +3,57 @@
 A rank's Heartbeat creates it, its agent sends it with the question for orders, and the coordinator keeps the newest. The driver's hang
 watch and progress line read it there. It is pickled between processes of one run, which all run the same code."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+# What a rank is doing. hang.py says what counts as progress in each phase and how long there may be none.
+PLACING = "placing"
+"""Of the driver's view only: no agent has reported for this rank yet."""
+ABSENT = "absent"
+"""Of the driver's view only: the rank has an agent, and has not said a word yet."""
 STARTING = "starting"
-"""Phase before the first step, or while something is compiled."""
+"""Before the first step: imports, model, weights, checkpoint."""
+JOINING = "joining"
+"""Before the first step, waiting for the other ranks: the process group, and what it is used for first."""
+DECODING = "decoding"
+"""Samples are decoded into the cache; ticks with each row group."""
+COMPILING = "compiling"
+"""The step is compiled, or the device measured."""
+STEP = "step"
 EXCHANGE = "exchange"
-"""Phase in which a rank waits for the others."""
+"""Waiting for the other ranks between the first step and the end."""
+EVALUATION = "evaluation"
+"""Ticks with each batch."""
+MEASURING = "measuring"
+"""What an evaluation's measures are made of is there; ranking the scores of many labels takes a while, and no part of it ticks."""
+CHECKPOINT = "checkpoint"
+"""Waiting for the coordinator to commit the last checkpoint; ticks with each of its answers."""
+STORAGE = "storage"
+"""Waiting for a storage: the checkpoint before, or a file, is not written yet. Ticks while it waits, with a patience of its own."""
+EXPORTING = "exporting"
+"""Rank 0 writes what the run leaves: curves, model."""
+
+BEFORE_STEPS = frozenset({PLACING, ABSENT, STARTING, JOINING, DECODING, COMPILING})
+"""Phases in which a rank has no unsaved steps, unless it had done some before."""
+
+_IN_WORDS = {
+    ABSENT: "starting workers",
+    STARTING: "loading data and model",
+    JOINING: "waiting for all workers to join",
+    DECODING: "decoding samples into the cache",
+    COMPILING: "compiling",
+    STORAGE: "waiting for the storage",
+    CHECKPOINT: "waiting for the last checkpoint",
+    EXPORTING: "writing the model",
+}
+
+
+def in_words(phases: Iterable[str]) -> str:
+    """What ranks in these phases are doing, for a person: the first phase of the list above that any of them is in. "" for steps and
+    evaluations."""
+    there = set(phases)
+    return next((words for phase, words in _IN_WORDS.items() if phase in there), "")
+
 
 CALLS_PER_SECOND = 400
 """Limit for all agents together, and for all beats while the ranks agree on a stop. A coordinator answers a few thousand calls a second,
@@ -34,7 +78,7 @@ class Beat:
     own_seconds: float | None = None
     """This rank's own work on the steps of this attempt, without waiting for others. None: not known yet."""
     phase: str = STARTING
-    """What the rank is doing: "starting", "step", "exchange", "evaluation", "checkpoint"."""
+    """What the rank is doing: one of the names above."""
     ticks: int = 0
     """Increases whenever the rank makes progress."""
     urgent: bool = False

@@ -1,10 +1,12 @@
 """A rank's part of a checkpoint: snapshot (a copy, on the step path) -> stage -> ack (in a background thread).
 
 Called by trainer/rank/saving.py. At most one checkpoint is in flight. A second `save` waits for the first; that wait counts as stall, and
-separately as back-pressure. The coordinator writes the commit.
+separately as back-pressure. While it waits it says so every second (`on_wait`), for at most waiting.OUTAGE_PATIENCE_SECONDS. The
+coordinator writes the commit.
 
-A remote storage that does not answer blocks nobody. The checkpoint goes to the node's own disk (spill.py), and a second thread uploads it
-when the storage is back. If a `save` finds that the previous checkpoint still waits for the storage, it spills that one at once. The rules:
+With another disk on the node (spill.py), a storage that does not answer, refuses, is full or stalls blocks nobody. The checkpoint goes to
+that disk, and a second thread uploads it when the storage takes it. If a `save` finds that the previous checkpoint still waits for the
+storage, it spills that one at once. The rules:
   - While any checkpoint is spilled, every later one is spilled behind it. They are uploaded and acknowledged one after the other.
   - Two are kept. A third one drops the oldest that is not being uploaded, and reports it: a newer complete checkpoint replaces it.
 So no checkpoint is acknowledged before an older one that will still be acknowledged, and the newest is never dropped.
@@ -13,11 +15,14 @@ So no checkpoint is acknowledged before an older one that will still be acknowle
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
+from cluster.beat import EXCHANGE, STORAGE
 from cluster.spill import Spill, SpillDamaged, Spilled
-from cluster.storage import StorageOutage
+from cluster.storage import StorageOutage, StorageRefused
 from cluster.store import Receipt
+from cluster.waiting import LOOK_SECONDS, OUTAGE_PATIENCE_SECONDS, REFUSAL_PATIENCE_SECONDS
 
 Buffers = Iterable[bytes | bytearray | memoryview]
 Files = Callable[[], Iterable[tuple[str, Buffers]]]
@@ -25,7 +30,10 @@ Files = Callable[[], Iterable[tuple[str, Buffers]]]
 SPILLED_KEPT = 2
 UPLOAD_PAUSE_SECONDS = 1.0
 """Time between two tries to upload; each try also waits by itself (storage.RetryPolicy)."""
-OUTAGE_PATIENCE_SECONDS = 3600.0
+REFUSED_PAUSE_SECONDS = 5.0
+"""The same where the storage answered with a refusal."""
+STALL_SECONDS = 20.0
+"""After this time a local disk that is to take one file counts as stalled, if the next checkpoint waits for it."""
 _CLOSE_SECONDS = 5.0
 
 
@@ -82,13 +90,25 @@ class _Outage:
         self._since: float | None = None
         self.problem = ""
         """The storage's latest error."""
+        self._is_silent = True  # it gives no answer; else it refuses
 
-    def goes_on(self, problem: str) -> None:
-        self.problem = problem
+    @property
+    def patience_seconds(self) -> float:
+        """How long to wait for its end with nothing else left to do."""
+        return OUTAGE_PATIENCE_SECONDS if self._is_silent else REFUSAL_PATIENCE_SECONDS
 
-    def begins(self, problem: str) -> bool:
+    def given_up(self, message: str) -> OSError:
+        """The error of a run that has waited long enough: of the kind that the storage gave."""
+        return StorageOutage(message) if self._is_silent else StorageRefused(message)
+
+    def goes_on(self, error: OSError) -> None:
+        # The text alone: an error holds the frames that it passed, and these the mapped files of a checkpoint.
+        self.problem, self._is_silent = str(error), isinstance(error, StorageOutage)
+
+    def begins(self, error: OSError) -> bool:
         """Returns False if the outage had already begun."""
-        self.problem, begins = problem, self._since is None
+        self.goes_on(error)
+        begins = self._since is None
         if begins:
             self._since = self._clock()
         return begins
@@ -105,8 +125,11 @@ class Checkpointer:
     """Stages what `snapshot()` returns and acknowledges it.
 
     `stage(step, name, buffers) -> Receipt` writes one file. `ack(step, receipts, meta)` tells the coordinator. `on_event(event, fields)`
-    reports an outage: storage_outage, checkpoint_spilled, storage_recovered. Without `spill` (a local storage) a checkpoint that cannot be
-    staged fails.
+    reports an outage: storage_outage, checkpoint_spilled, storage_recovered. Without `spill` a checkpoint that cannot be staged fails.
+
+    `on_wait(phase)` is called in the caller's thread about every `look_seconds` while `save` or `wait` wait: with beat.STORAGE for the
+    storage, with beat.EXCHANGE for proof that the numbers are good, which other ranks or the device still owe. `may_stall`: `stage` may
+    hang in a mount, where no error ever comes; it then runs in threads that can be left behind.
     """
 
     def __init__(
@@ -117,12 +140,19 @@ class Checkpointer:
         on_staged: Callable[[int, float, int], None] = lambda step, seconds, size_bytes: None,
         on_failed: Callable[[int, OSError], None] = lambda step, error: None,
         on_event: Callable[[str, dict[str, Any]], None] = lambda event, fields: None,
+        on_wait: Callable[[str], None] = lambda phase: None,
         spill: Spill | None = None,
+        may_stall: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        look_seconds: float = LOOK_SECONDS,
         pause: Callable[[float], object] | None = None,
     ) -> None:
         self._stage, self._ack, self._on_staged, self._on_failed, self._on_event = stage, ack, on_staged, on_failed, on_event
+        self._on_wait, self._clock, self._look_seconds = on_wait, clock, look_seconds
         self._spill = spill
+        self._may_stall = may_stall and spill is not None
+        self._stalled: threading.Thread | None = None
+        self._is_storing = False  # the checkpoint's thread waits for the storage, and not for its proof
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._hurry = threading.Event()
@@ -160,19 +190,25 @@ class Checkpointer:
         it."""
         return self._spill is not None and (self._hurry.is_set() or self._closed.is_set())
 
-    def wait(self, timeout_seconds: float = OUTAGE_PATIENCE_SECONDS) -> None:
-        """Wait until nothing is in flight or spilled; raise any error that occurred. StorageOutage after `timeout_seconds` of an outage."""
+    def wait(self, patience_seconds: float | None = None) -> None:
+        """Wait until nothing is in flight or spilled; raise any error that occurred. StorageOutage or StorageRefused after
+        `patience_seconds`, by default an hour for a storage that does not answer and ten minutes for one that refuses."""
         self._join()
-        with self._changed:
-            done = self._changed.wait_for(lambda: not self._spilled or self._error is not None, timeout_seconds)
-            steps = ", ".join(map(str, self._spilled.steps()))
-        self._raise()
-        if not done:
+        began = self._clock()
+        while True:
+            with self._changed:
+                done = self._changed.wait_for(lambda: not self._spilled or self._error is not None, self._look_seconds)
+                steps, outage = ", ".join(map(str, self._spilled.steps())), self._outage
+            self._raise()
+            if done:
+                return
             assert self._spill is not None
-            raise StorageOutage(
-                f"checkpoint(s) of step {steps} wait in {self._spill.folder} for a storage that does not answer ({self._outage.problem}); "
-                "see that it is up, then run the same command again"
-            )
+            self._on_wait(STORAGE)
+            if self._clock() - began > (outage.patience_seconds if patience_seconds is None else patience_seconds):
+                raise outage.given_up(
+                    f"checkpoint(s) of step {steps} wait in {self._spill.folder} for a storage that does not take them "
+                    f"({outage.problem}); see that it does, then run the same command again"
+                )
 
     def close(self) -> None:
         """Give up what is not yet acknowledged, and leave nothing on the node's disk."""
@@ -185,7 +221,15 @@ class Checkpointer:
 
     def _join(self) -> None:
         if self._thread is not None:
-            self._thread.join()
+            began = self._clock()
+            self._thread.join(self._look_seconds)
+            while self._thread.is_alive():
+                self._on_wait(STORAGE if self._is_storing else EXCHANGE)
+                if self._is_storing and self._clock() - began > OUTAGE_PATIENCE_SECONDS:
+                    raise StorageOutage(
+                        f"the storage has not taken {self._thread.name} for {OUTAGE_PATIENCE_SECONDS:.0f} s; see that it is up"
+                    )
+                self._thread.join(self._look_seconds)
             self._thread = None
         self._raise()
 
@@ -204,6 +248,7 @@ class Checkpointer:
             try:
                 for name, buffers in files():
                     parts = list(buffers)
+                    self._is_storing = True
                     if spilled is None:
                         receipt = self._stage_unless_out(step, name, parts)
                         if receipt is not None:
@@ -218,6 +263,8 @@ class Checkpointer:
                 if spilled is not None:
                     spilled.remove()
                 return self._on_failed(step, error)
+            finally:
+                self._is_storing = False
             if spilled is not None:
                 self._on_event("checkpoint_spilled", {"step": step, "size_bytes": spilled.size_bytes})
                 return self._queue(spilled)
@@ -231,12 +278,33 @@ class Checkpointer:
             if self._spilled:
                 return None
         try:
-            return self._stage(step, name, buffers)
-        except StorageOutage as error:
+            return self._stage_in_time(step, name, buffers) if self._may_stall else self._stage(step, name, buffers)
+        except OSError as error:
             if self._spill is None:
                 raise
             self._note_outage(step, error)
             return None
+
+    def _stage_in_time(self, step: int, name: str, buffers: Buffers) -> Receipt:
+        """`stage`, until it has taken STALL_SECONDS and the next checkpoint waits: then StorageOutage, and its thread is left behind."""
+        outcome: Future[Receipt] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(self._stage(step, name, buffers))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        began = self._clock()
+        thread = threading.Thread(target=run, name=f"stage-{step}-{name}", daemon=True)
+        thread.start()
+        while not outcome.done():
+            thread.join(self._look_seconds)
+            seconds = self._clock() - began
+            if not outcome.done() and seconds > STALL_SECONDS and self.hurried():
+                self._stalled = thread
+                raise StorageOutage(f"{name} of step {step} is not written after {seconds:.0f} s: the disk or mount stalls")
+        return outcome.result()
 
     def _queue(self, spilled: Spilled) -> None:
         with self._changed:
@@ -249,9 +317,9 @@ class Checkpointer:
             why = f"dropped in an outage of the storage, as the one of step {spilled.step} is whole ({self._outage.problem})"
             self._on_failed(victim.step, StorageOutage(why))
 
-    def _note_outage(self, step: int, error: StorageOutage) -> None:
+    def _note_outage(self, step: int, error: OSError) -> None:
         with self._changed:
-            begins = self._outage.begins(str(error))
+            begins = self._outage.begins(error)
         if begins:
             self._on_event("storage_outage", {"step": step, "message": str(error)})
 
@@ -273,25 +341,38 @@ class Checkpointer:
             while (spilled := self._next()) is not None:
                 begin = time.perf_counter()
                 try:
-                    for receipt in spilled.waiting:
-                        if self._stage(spilled.step, receipt.name, [spilled.read(receipt)]) != receipt:
-                            raise SpillDamaged(f"{receipt.name} of step {spilled.step} changed on its way from the node's disk")
-                        spilled.uploaded(receipt)
-                    self._ack(spilled.step, spilled.staged, spilled.meta)
-                except StorageOutage as error:
-                    with self._changed:
-                        self._outage.goes_on(str(error))
-                        self._spilled.put_back()
-                    self._pause(UPLOAD_PAUSE_SECONDS)
-                except OSError as error:
+                    self._upload(spilled)
+                except SpillDamaged as error:
                     self._remove(spilled)
                     self._on_failed(spilled.step, error)
+                except OSError as error:
+                    with self._changed:
+                        self._outage.goes_on(error)
+                        self._spilled.put_back()
+                    self._pause(UPLOAD_PAUSE_SECONDS if isinstance(error, StorageOutage) else REFUSED_PAUSE_SECONDS)
                 else:
+                    self._acknowledge(spilled)
                     self._remove(spilled)
                     self._note_recovery(spilled.step)
                     self._on_staged(spilled.step, time.perf_counter() - begin, sum(receipt.size_bytes for receipt in spilled.staged))
         except BaseException as error:
             self._fail(error)
+
+    def _upload(self, spilled: Spilled) -> None:
+        if self._stalled is not None:
+            if self._stalled.is_alive():  # it may still write the file that would be uploaded
+                raise StorageOutage(f"{self._stalled.name} is still not written: the disk or mount stalls")
+            self._stalled = None
+        for receipt in spilled.waiting:
+            if self._stage(spilled.step, receipt.name, [spilled.read(receipt)]) != receipt:
+                raise SpillDamaged(f"{receipt.name} of step {spilled.step} changed on its way from the node's disk")
+            spilled.uploaded(receipt)
+
+    def _acknowledge(self, spilled: Spilled) -> None:
+        try:
+            self._ack(spilled.step, spilled.staged, spilled.meta)
+        except OSError as error:  # the coordinator's refusal
+            self._on_failed(spilled.step, error)
 
     def _next(self) -> Spilled | None:
         with self._changed:

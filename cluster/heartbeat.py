@@ -5,7 +5,8 @@ stop.py defines how ranks agree, beat.py what a beat holds."""
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from cluster.beat import STARTING, Beat, BeatReply
 from cluster.stop import AGAIN_SECONDS, Gate
@@ -71,12 +72,29 @@ class Heartbeat:
             if own_seconds is not None:
                 self._own_seconds = own_seconds
 
+    @property
+    def phase(self) -> str:
+        """What this rank says it is doing (beat)."""
+        return self._phase
+
     def tick(self, phase: str | None = None) -> None:
-        """Progress was made, or a phase begins: "starting", "step", "exchange" (waiting for other ranks), "evaluation", "checkpoint".
-        Makes no call, does not block."""
+        """Progress was made, or a phase begins (see beat). Makes no call, does not block.
+
+        A tick stands for work done, or for one look at something outside of this process that is waited for with a limit. Never tick from
+        a timer: a rank that is stuck would look busy."""
         self._ticks += 1
         if phase is not None:
             self._phase = phase
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase from here to the end of the block, then again the one before."""
+        before = self._phase
+        self.tick(phase)
+        try:
+            yield
+        finally:
+            self.tick(before)
 
     def should_stop(self, steps_done: int) -> bool:
         """Call after `steps_done` steps are done, before the next one begins. Returns True on all ranks after the same number of steps.

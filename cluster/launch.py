@@ -14,7 +14,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ _LOCAL_RAY_ENVIRONMENT = {
     "RAY_enable_metrics_collection": "false",
 }
 _TEMP_PREFIX = "finetune-ray-"
+NODE_ID_LABEL = "ray.io/node-id"
+"""The label that Ray gives each node by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,21 +340,37 @@ def workers_that_fit(resources: Resources, nodes: Iterable[Mapping[str, float]])
     return count
 
 
-def free_resources() -> list[dict[str, float]]:
-    """What is free now on each living node that is not about to leave."""
-    leaving = draining_nodes()
+def free_resources(avoided: Collection[str] = ()) -> list[dict[str, float]]:
+    """What is free now on each living node that is not about to leave and not `avoided` (ids)."""
+    leaving = {*draining_nodes(), *avoided}
     return [free for node, free in ray._private.state.available_resources_per_node().items() if node not in leaving]
 
 
-def total_resources() -> list[dict[str, float]]:
-    """All resources, used or not, of each living node that is not about to leave."""
-    leaving = draining_nodes()
+def total_resources(avoided: Collection[str] = ()) -> list[dict[str, float]]:
+    """All resources, used or not, of each living node that is not about to leave and not `avoided` (ids)."""
+    leaving = {*draining_nodes(), *avoided}
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
 def draining_nodes() -> dict[str, float]:
     """Node id -> unix time at which the node goes (0: unknown), for nodes that Ray drains."""
     return {node: deadline / 1000 for node, deadline in ray._private.state.state.get_draining_nodes().items()}
+
+
+def nodes_with_file(path: str, nodes: Collection[str], timeout_seconds: float = 10.0) -> set[str]:
+    """Which of these nodes (ids) live and have the file. One that does not answer in time counts as one that has it."""
+    look = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path): node
+        for node in alive.intersection(nodes)
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_seconds) if asked else ([], [])
+    without = set()
+    for answer in answered:
+        with contextlib.suppress(ray.exceptions.RayError):  # the node has gone meanwhile, or nothing can be started there
+            without |= set() if ray.get(answer) else {asked[answer]}
+    return set(asked.values()) - without
 
 
 def remove_placement_group(group: str) -> None:
@@ -417,14 +435,16 @@ class Fleet:
         placement_seconds: float,
         heartbeat_seconds: float,
         zygote: str = "",
+        avoid: Collection[str] = (),
         on_ended: Callable[[], None] = lambda: None,
     ) -> None:
         """`modules`: what the ranks' zygotes import. `zygote`: the name of the zygote that a node's agents share; without it each agent
-        has its own. `on_ended` is called in a thread once the fleet has ended."""
+        has its own. `avoid`: ids of nodes on which no agent may be placed. `on_ended` is called in a thread once the fleet has ended."""
         self.number, self.workers = number, resources.workers
         self._failure: Failure | None = None
         self._scratch = _temp_folder()
         self._ended, self._on_ended = threading.Event(), on_ended
+        self._label_selector = {NODE_ID_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else None
         settings = {
             "coordinator": coordinator,
             "fleet": number,
@@ -461,7 +481,10 @@ class Fleet:
                 train_loop_config=settings,
                 backend_config=AgentsOnly(),
                 scaling_config=ScalingConfig(
-                    num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+                    num_workers=resources.workers,
+                    use_gpu=resources.gpus_per_worker > 0,
+                    resources_per_worker=per_worker,
+                    label_selector=self._label_selector,
                 ),
                 run_config=RunConfig(name=name, storage_path=self._scratch, failure_config=FailureConfig(max_failures=0)),
             ).fit()

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from cluster.launch import ClusterHardware
+from cluster.machine import shared_memory_problem
 from cluster.storage import Storage, open_storage
 from cluster.versions import versions
 
@@ -26,6 +27,8 @@ class NodeReport:
     storage_error: str
     data: str | None
     versions: dict[str, str]
+    limits: str = ""
+    """What the node has too little of for several GPUs; "" if nothing."""
 
 
 def check_node(uri: str, run: str, token: str, data_probe: Callable[[], str]) -> NodeReport:
@@ -42,11 +45,19 @@ def check_node(uri: str, run: str, token: str, data_probe: Callable[[], str]) ->
         data: str | None = data_probe()
     except (OSError, ValueError):
         data = None
-    return NodeReport(node=node, storage_error=storage_error, data=data, versions=versions())
+    return NodeReport(node=node, storage_error=storage_error, data=data, versions=versions(), limits=shared_memory_problem())
 
 
-def preflight(storage: Storage, run: str, hardware: ClusterHardware, data_probe: Callable[[], str]) -> bool:
-    """True if every node can read the data. ValueError for storage that is not shared or versions that differ."""
+def preflight(
+    storage: Storage,
+    run: str,
+    hardware: ClusterHardware,
+    data_probe: Callable[[], str],
+    *,
+    tell: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """True if every node can read the data. ValueError for storage that is not shared or versions that differ. `tell` gets a line for what
+    may go wrong on a node."""
     token = uuid.uuid4().hex
     try:
         storage.write_atomic(f"{run}/.preflight-{token}", token.encode())
@@ -73,6 +84,9 @@ def preflight(storage: Storage, run: str, hardware: ClusterHardware, data_probe:
         if differing:
             listed = ", ".join(f"{name} {a} on {first.node} but {b} on {report.node}" for name, (a, b) in differing.items())
             raise ValueError(f"versions differ between nodes: {listed}; install the same constraints.txt on every node")
+    for report in reports:
+        if report.limits and hardware.gpus > 1:
+            tell(f"warning: on node {report.node} {report.limits}")
     here = data_probe()
     return all(report.data == here for report in reports)
 

@@ -204,8 +204,9 @@ class RankContext:
     files: Mapping[str, memoryview]
     call: Calls
 
-    def join_group(self, timeout_seconds: float) -> None:
-        """Set up torch.distributed's default group of this attempt's ranks: NCCL if they have GPUs, else gloo. Rank 0 hosts the store."""
+    def join_group(self, timeout_seconds: float, *, patience_seconds: float | None = None) -> None:
+        """Set up torch.distributed's default group of this attempt's ranks: NCCL if they have GPUs, else gloo. Rank 0 hosts the store, for
+        which the others wait `timeout_seconds`. `patience_seconds`: how long a rank waits for the others in a collective; None: as long."""
         import torch
         import torch.distributed as dist
         from torch._C._distributed_c10d import TCPStore
@@ -230,7 +231,7 @@ class RankContext:
             store=store,
             rank=self.rank,
             world_size=self.world_size,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout_seconds if patience_seconds is None else patience_seconds),
         )
 
 

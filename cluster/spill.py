@@ -1,10 +1,10 @@
-"""Keeps a rank's checkpoints on its node's own disk while the storage does not answer. Called by checkpointer, which decides when.
+"""Keeps a rank's checkpoints on its node's own disk while the storage does not take them. Called by checkpointer, which decides when.
 
-    <spill_dir>/finetune-spill-<user>/<run>.g0001-<storage>/rank-00000/step-00001200/model.safetensors, ...
+    <spill_dir>/finetune-spill-<user>/<run>.g0001-<storage>.rank-00000-xxxxxxxx/step-00001200/model.safetensors, ...
 
 Every file is fsynced and hashed when it is written, and hashed again when it is read, so damage on the disk is not uploaded. Only the
-process that wrote these checkpoints can finish them, because an acknowledgement belongs to one attempt. The successor on the node
-removes what a killed process left."""
+process that wrote these checkpoints can finish them, because an acknowledgement belongs to one attempt. So each process has a folder of
+its own, which it keeps locked (owned_folder), and any rank on the node removes those of dead ones: other containers may share the disk."""
 
 import contextlib
 import hashlib
@@ -14,8 +14,10 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Sequence
+from glob import escape
 from typing import Any
 
+from cluster.owned_folder import OwnedFolder, create, remove_abandoned
 from cluster.storage import Storage, make_dirs
 from cluster.store import Receipt, buffers_of, write_file
 
@@ -75,28 +77,34 @@ class Spill:
     """The folder of one rank in one driver's run. Nothing is created before the first checkpoint is spilled."""
 
     def __init__(self, base: str, run: str, generation: int, rank: int, storage: Storage) -> None:
-        self._base = os.path.abspath(os.path.join(os.path.expanduser(base) or tempfile.gettempdir(), f"finetune-spill-{os.getuid()}"))
+        self._base = spill_base(base)
         # Runs with the same name on two storages may share a node.
-        self._place = hashlib.sha256(f"{storage.address}/{run}".encode()).hexdigest()[:8]
-        self._prefix = f"{run}.g"
-        self._run_folder = f"{self._base}/{self._prefix}{generation:04d}-{self._place}"
-        self.folder = f"{self._run_folder}/rank-{rank:05d}"
-        self._remove_leftovers()
+        place = hashlib.sha256(f"{storage.address}/{run}".encode()).hexdigest()[:8]
+        self._prefix = f"{run}.g{generation:04d}-{place}.rank-{rank:05d}-"
+        self._owned: OwnedFolder | None = None
+        remove_abandoned(f"{escape(self._base)}/*.rank-*")
+
+    @property
+    def folder(self) -> str:
+        """Where the checkpoints are, or will be, for a message."""
+        return self._owned.path if self._owned is not None else f"{self._base}/{self._prefix}*"
 
     def begin(self, step: int, staged: Sequence[Receipt], meta: dict[str, Any]) -> Spilled:
         """Create the folder for the checkpoint of `step`, whose files `staged` have already reached the storage."""
-        self._make_base()
-        folder = f"{self.folder}/step-{step:08d}"
+        if self._owned is None:
+            self._make_base()
+            self._owned = create(self._prefix, self._base)
+        folder = f"{self._owned.path}/step-{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         make_dirs(folder)
         return Spilled(folder, step, staged, meta)
 
     def close(self) -> None:
         """Remove everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for folder in (self._run_folder, self._base):
-            with contextlib.suppress(OSError):  # holds other ranks and runs, or was never created
-                os.rmdir(folder)
+        if self._owned is not None:
+            self._owned.remove()
+        with contextlib.suppress(OSError):  # holds those of other ranks and runs, or was never created
+            os.rmdir(self._base)
 
     def _make_base(self) -> None:
         # The folder's name can be guessed, and everybody can write to the system's temporary folder.
@@ -105,11 +113,23 @@ class Spill:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             raise PermissionError(f"{self._base} is not this user's own folder; remove it or give another with --cluster.spill-dir")
 
-    def _remove_leftovers(self) -> None:
-        """Remove leftovers of this rank's predecessor, which is dead, and of older drivers, which are fenced off."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self._base):
-                older = name.startswith(self._prefix) and name.endswith(f"-{self._place}") and f"{self._base}/{name}" < self._run_folder
-                if older:
-                    shutil.rmtree(f"{self._base}/{name}", ignore_errors=True)
+
+def spill_base(setting: str) -> str:
+    """The folder that `cluster.spill_dir` stands for on this node."""
+    return os.path.abspath(os.path.join(os.path.expanduser(setting) or tempfile.gettempdir(), f"finetune-spill-{os.getuid()}"))
+
+
+def is_another_disk(setting: str, storage: Storage) -> bool:
+    """Whether a checkpoint that does not fit into the storage, or that the storage does not take, may fit into the spill folder."""
+    return not storage.is_local or _device(spill_base(setting)) != _device(storage.root)
+
+
+def _device(path: str) -> int:
+    """The device of a path, or of the nearest folder above it that exists."""
+    while True:
+        try:
+            return os.stat(path).st_dev
+        except OSError:
+            if path == os.path.dirname(path):
+                raise
+            path = os.path.dirname(path)

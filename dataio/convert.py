@@ -620,7 +620,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, metavar="N", help="take N training images only, the same number of each class")
     parser.add_argument("--sample-test", type=int, metavar="M", help="and M test images (N/4)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (%(default)s)")
-    parser.add_argument("--threads", type=int, default=max(1, min(4, (os.cpu_count() or 2) - 1)), help="that decode (%(default)s)")
+    parser.add_argument("--threads", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)) - 1)), help="that decode (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace DEST")
     options = parser.parse_args(arguments)
     started = time.monotonic()

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ class Loader:
     """Batches of one worker. `order` is that of the training split; `virtual_ranks` are those this worker carries.
 
     `on_bad` is called once for each bad sample, from whatever thread meets it; its exceptions surface where batches are consumed.
-    `memory_bytes` is the host memory that this worker may use, by default half of what is available.
+    `memory_bytes` is the host memory that this worker may use. The default suits small data sets; who knows the machine says how much.
     Only one thread may ask for batches.
     """
 
@@ -71,7 +70,7 @@ class Loader:
         seed: int,
         threads: int = 1,
         on_bad: Callable[[BadSample], None],
-        memory_bytes: int | None = None,
+        memory_bytes: int = 1 << 30,
     ) -> None:
         assert order.count == dataset.split("train").count, (order.count, dataset.split("train").count)
         assert 0 <= virtual_ranks.start < virtual_ranks.stop <= order.virtual_ranks, virtual_ranks
@@ -79,7 +78,7 @@ class Loader:
         self.row = row_of(dataset.manifest, config)
         self.device = exact_device(device)
         self._dataset, self._order, self._virtual_ranks, self._seed = dataset, order, virtual_ranks, seed
-        self._memory_bytes = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes
+        self._memory_bytes = memory_bytes
 
         samples = sum(split.count for split in dataset.manifest.splits.values())
         values_bytes = sum(target.blank(1).nbytes for target in self.targets)
@@ -155,10 +154,11 @@ class Loader:
         """Time that the making of batches waited for reads. Only a streamed data set has any, and only where storage is slow."""
         return sum(supply.read_wait_seconds for supply in self._supplies.values())
 
-    def load(self, *splits: str) -> None:
-        """Decodes these splits now if they are to stay in memory; otherwise a split is decoded when it is first used."""
+    def load(self, *splits: str, on_group: Callable[[], None] = lambda: None) -> None:
+        """Decodes these splits now if they are to stay in memory; otherwise a split is decoded when it is first used. `on_group` is called
+        after each row group."""
         for split in splits:
-            self._supply(split, "train")
+            self._supply(split, "train", on_group)
 
     def train(self, start_step: int, stop_step: int) -> Generator[tuple[Batch, ...], None, None]:
         """Yields global steps start..stop-1: for each step a tuple with a Batch for each carried virtual rank, in their order.
@@ -242,7 +242,7 @@ class Loader:
             block.append(tuple(batches))
         return block
 
-    def _supply(self, split_name: str, purpose: str) -> Supply:
+    def _supply(self, split_name: str, purpose: str, on_group: Callable[[], None] = lambda: None) -> Supply:
         # With streaming, each purpose has its own supply and codec, because training's thread continues while evaluation reads.
         key = (split_name, purpose if self.cache == "none" else "")
         if key not in self._supplies:
@@ -251,7 +251,7 @@ class Loader:
             self._supplies[key] = (
                 Streamed(split, codec, self._report, int(self._memory_bytes * part))
                 if self.cache == "none"
-                else Resident(split, codec, self._report, self.device if self.cache == "device" else torch.device("cpu"))
+                else Resident(split, codec, self._report, self.device if self.cache == "device" else torch.device("cpu"), on_group)
             )
         return self._supplies[key]
 
@@ -270,16 +270,6 @@ def choose_cache(config: DataConfig, device: torch.device, *, decoded_bytes: int
     if device.type != "cpu" and config.backend != "numpy" and decoded_bytes <= free_device_bytes * DEVICE_FRACTION:
         return "device"
     return "host" if decoded_bytes <= memory_bytes else "none"
-
-
-def available_memory_bytes() -> int:
-    """Memory that this process could still allocate: the machine's available memory, or less where a control group sets a limit."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(int(text) - int(used.read_text()), 0))
-    return available
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -27,12 +27,19 @@ Columns = Mapping[str, npt.NDArray[Any]]
 class Resident:
     """All decoded samples of a split."""
 
-    def __init__(self, split: Split, codec: Codec, report: Callable[[BadSample], None], device: torch.device) -> None:
+    def __init__(
+        self,
+        split: Split,
+        codec: Codec,
+        report: Callable[[BadSample], None],
+        device: torch.device,
+        on_group: Callable[[], None] = lambda: None,
+    ) -> None:
         started = time.perf_counter()
         self.codec = codec
         self._targets = {target.name: target.blank(split.count) for target in split.schema}
         with closing(codec):
-            decoded = decode_split(split, codec, on_bad=report, targets=self._targets)  # (count, *row)
+            decoded = decode_split(split, codec, on_bad=report, targets=self._targets, on_group=on_group)  # (count, *row)
         self.held_bytes = decoded.nbytes
         self.groups_read = split.groups
         self.bytes_read = sum(split.group_bytes(group) for group in range(split.groups))
@@ -71,11 +78,12 @@ def decode_split(
     out: npt.NDArray[Any] | None = None,
     targets: Columns | None = None,
     groups: Iterable[int] | None = None,
+    on_group: Callable[[], None] = lambda: None,
 ) -> npt.NDArray[Any]:
     """Decodes a whole split, or some of its row groups, into `out` ((count, *row); a new array of zeros if None), and returns it.
 
     Each sample is stored at its id. Targets go into `targets` by name, if given. Each bad sample is passed to `on_bad`, its row is zeroed,
-    and all its targets are set to missing. The next row groups are read meanwhile.
+    and all its targets are set to missing. The next row groups are read meanwhile. `on_group` is called when a row group is decoded.
     """
     if out is None:
         out = np.zeros((split.count, *codec.row.shape), codec.row.dtype)
@@ -91,4 +99,5 @@ def decode_split(
                     column[[begin + index for index, _ in bad]] = target.missing
             for index, reason in bad:
                 on_bad(BadSample(key=samples.keys[index], reason=reason, split=split.name, sample_id=begin + index))
+            on_group()
     return out

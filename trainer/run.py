@@ -16,6 +16,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from cluster.machine import raise_open_files, usable_cpus
 from cluster.process import process_stat
 from trainer.drive.identity import run_prefix
 from trainer.drive.stages import Asked, Environment
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             from trainer.drive.dry_run import dry_run  # imports torch
 
             return dry_run(invocation.config, invocation.recipes, console)
+        raise_open_files()
         asked = Asked(
             config=invocation.config,
             prefix=run_prefix(invocation.config, invocation.recipes),
@@ -67,7 +69,7 @@ def environment() -> Environment:
         ray_address=os.environ.get("RAY_ADDRESS", ""),
         in_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ,
         is_verbose=bool(os.environ.get("FINETUNE_VERBOSE")),
-        cpus=os.cpu_count() or 1,
+        cpus=usable_cpus(),
         process_started=process_started(),
     )
 

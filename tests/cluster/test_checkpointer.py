@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from cluster.checkpointer import Buffers, Checkpointer, Files
-from cluster.spill import Spill
+from cluster.beat import EXCHANGE, STORAGE
+from cluster.checkpointer import STALL_SECONDS, Buffers, Checkpointer, Files
+from cluster.owned_folder import LOCK_FILE
+from cluster.spill import Spill, is_another_disk
 from cluster.storage import StorageOutage, StorageRefused, open_storage
-from cluster.store import Receipt
+from cluster.store import Receipt, StorageFull
 
 
 class Recorder:
@@ -33,7 +35,7 @@ class Recorder:
         self.tries += 1
         assert self.gate.wait(10)
         if self.error is not None:
-            raise self.error
+            raise type(self.error)(*self.error.args)
         data = b"".join(bytes(buffer) for buffer in buffers)
         self.staged.append((step, name, data))
         return Receipt(name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -41,14 +43,16 @@ class Recorder:
     def ack(self, step: int, receipts: list[Receipt], meta: dict[str, Any]) -> None:
         self.acked.append((step, [receipt.name for receipt in receipts], meta))
 
-    def checkpointer(self, spill: Spill | None = None) -> Checkpointer:
+    def checkpointer(self, spill: Spill | None = None, **more: Any) -> Checkpointer:
         return Checkpointer(
             stage=self.stage,
             ack=self.ack,
             on_failed=lambda step, error: self.failed.append((step, str(error))),
             on_event=lambda event, fields: self.events.append((event, fields)),
             spill=spill,
+            look_seconds=0.01,
             pause=lambda seconds: time.sleep(0.001),
+            **more,
         )
 
     @property
@@ -123,7 +127,7 @@ def spill_in(folder: Path, *, run: str = "run", generation: int = 1, rank: int =
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -256,15 +260,37 @@ def test_what_the_disk_spoilt_meanwhile_is_not_uploaded(tmp_path: Path) -> None:
     checkpointer.close()
 
 
-def test_what_the_storage_refuses_is_not_spilled(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [StorageRefused("the credentials have expired"), StorageFull("no room for a file of 45.0 MB"), OSError(116, "Stale file handle")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_storage_refuses_waits_on_the_nodes_disk_until_it_takes_it(tmp_path: Path, error: OSError) -> None:
     recorder = Recorder()
     checkpointer = recorder.checkpointer(spill_in(tmp_path))
-    recorder.error = StorageRefused("the credentials may not do this")
+    recorder.error = error
     checkpointer.save(1, lambda: parts(1), {})
+    until(lambda: len(recorder.events) == 2)
+    (event, fields), _ = recorder.events
+    assert event == "storage_outage"
+    assert fields == {"step": 1, "message": str(error)}
+    recorder.error = None  # renewed, freed, mounted again
     checkpointer.wait()
-    assert recorder.failed == [(1, "the credentials may not do this")]
-    assert files_in(tmp_path) == []
+    assert recorder.acked_steps == [1]
+    assert recorder.failed == []
     checkpointer.close()
+
+
+def test_a_run_that_ends_with_a_storage_that_refuses_says_so(tmp_path: Path) -> None:
+    """Not as an outage: another attempt would meet the same refusal."""
+    recorder = Recorder()
+    checkpointer = recorder.checkpointer(spill_in(tmp_path))
+    recorder.error = StorageRefused("the credentials have expired")
+    checkpointer.save(7, lambda: parts(7), {})
+    with pytest.raises(StorageRefused, match=r"step 7 wait in .*\(the credentials have expired\)"):
+        checkpointer.wait(0.05)
+    checkpointer.close()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_that_ends_in_an_outage_says_what_is_lost_and_leaves_nothing(tmp_path: Path) -> None:
@@ -295,12 +321,109 @@ def test_a_lost_coordinator_surfaces_in_the_training_thread_from_the_upload_too(
     checkpointer.close()
 
 
-def test_leftovers_of_a_killed_predecessor_are_removed_and_those_of_others_are_not(tmp_path: Path) -> None:
-    for run, generation, rank in (("run", 1, 0), ("run", 2, 0), ("run", 2, 1), ("other", 1, 0)):
-        spill_in(tmp_path, run=run, generation=generation, rank=rank).begin(5, [], {}).add(f"{run}-{generation}-{rank}", [b"x"])
-    assert files_in(tmp_path) == ["other-1-0", "run-2-0", "run-2-1"]  # generation 1 was fenced off
-    spill_in(tmp_path, generation=2)
-    assert files_in(tmp_path) == ["other-1-0", "run-2-1"]
+def test_leftovers_of_killed_ranks_are_removed_and_what_lives_is_left_alone_whoever_wrote_it(tmp_path: Path) -> None:
+    """Two containers may share the disk and run the same command: neither sees the other's processes."""
+    living = spill_in(tmp_path, generation=1)
+    living.begin(5, [], {}).add("of-the-living", [b"x"])
+    killed = os.fork()
+    if killed == 0:
+        for run, generation in (("run", 1), ("run", 2), ("other", 1)):
+            spill_in(tmp_path, run=run, generation=generation).begin(5, [], {}).add(f"{run}-{generation}", [b"x"])
+        os._exit(0)
+    os.waitpid(killed, 0)
+    successor = spill_in(tmp_path, generation=2)
+    assert files_in(tmp_path) == ["of-the-living"]
+    successor.close()
+    living.close()
+    assert os.listdir(tmp_path) == []
+
+
+# A storage that stalls
+
+
+class Waits:
+    """What the checkpointer says while it waits, on a clock that each wait moves on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now, self._seconds = 1000.0, seconds
+        self.phases: list[str] = []
+
+    def __call__(self, phase: str) -> None:
+        self.phases.append(phase)
+        self.now += self._seconds
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"on_wait": self, "clock": lambda: self.now}
+
+
+def test_a_save_that_waits_for_a_stalled_write_says_so_all_the_time_and_goes_on_when_it_ends() -> None:
+    recorder, waits = Recorder(), Waits(1.0)
+    recorder.gate.clear()
+    checkpointer = recorder.checkpointer(**waits.settings)
+    checkpointer.save(1, lambda: parts(1), {})
+    saving = threading.Thread(target=lambda: checkpointer.save(2, lambda: parts(2), {}))
+    saving.start()
+    until(lambda: len(waits.phases) >= 5)
+    assert set(waits.phases) == {STORAGE}
+    recorder.gate.set()
+    saving.join(10)
+    checkpointer.wait()
+    assert recorder.acked_steps == [1, 2]
+
+
+def test_a_save_that_waits_for_a_stalled_write_gives_up_after_its_patience() -> None:
+    recorder, waits = Recorder(), Waits(600.0)
+    recorder.gate.clear()
+    checkpointer = recorder.checkpointer(**waits.settings)
+    checkpointer.save(1, lambda: parts(1), {})
+    with pytest.raises(StorageOutage, match=r"has not taken checkpoint-1 for 3600 s"):
+        checkpointer.save(2, lambda: parts(2), {})
+    assert len(waits.phases) == 7
+    recorder.gate.set()
+
+
+def test_a_wait_for_the_proof_of_the_numbers_is_no_wait_for_the_storage() -> None:
+    """The proof may need other ranks: who waits for it must not look as if it made progress."""
+    recorder, waits, proven = Recorder(), Waits(1.0), threading.Event()
+
+    def files() -> Iterator[tuple[str, Buffers]]:
+        assert proven.wait(10)
+        yield "state", [b"1"]
+
+    checkpointer = recorder.checkpointer(**waits.settings)
+    checkpointer.save(1, lambda: files, {})
+    saving = threading.Thread(target=lambda: checkpointer.save(2, lambda: parts(2), {}))
+    saving.start()
+    until(lambda: len(waits.phases) >= 3)
+    assert set(waits.phases) == {EXCHANGE}
+    proven.set()
+    saving.join(10)
+    checkpointer.wait()
+
+
+def test_a_local_disk_that_stalls_does_not_hold_up_the_steps_where_there_is_another_one(tmp_path: Path) -> None:
+    recorder, waits = Recorder(), Waits(STALL_SECONDS + 1)
+    recorder.gate.clear()
+    checkpointer = recorder.checkpointer(spill_in(tmp_path), may_stall=True, **waits.settings)
+    for step in (1, 2, 3):
+        checkpointer.save(step, lambda step=step: parts(step), {})  # type: ignore[misc]
+    until(lambda: [name for name, _ in recorder.events].count("checkpoint_spilled") == 3)
+    assert recorder.acked == []
+    assert recorder.tries == 1  # while that write may go on, nobody else writes the same file
+    recorder.gate.set()
+    checkpointer.wait()
+    assert recorder.acked_steps[-1] == 3
+    assert recorder.acked_steps == sorted(recorder.acked_steps)
+    checkpointer.close()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("is_remote", [True, False])
+def test_a_remote_storage_and_another_disk_are_worth_spilling_for(tmp_path: Path, is_remote: bool) -> None:
+    storage = open_storage("s3://bucket/runs?region=x" if is_remote else tmp_path / "not" / "made" / "yet")
+    assert is_another_disk(str(tmp_path), storage) is is_remote
+    assert is_another_disk("/dev/shm", storage)
 
 
 def test_a_spill_folder_that_is_somebody_elses_link_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +48,84 @@ def test_a_rank_that_is_found_stopped_at_every_look_and_beats_meanwhile_is_slow_
     clock = Clock()
     for ticks in range(40):
         assert clock.advance(1.0, {0: sign(ticks, state="T", age=1.5)})[0] is None
+
+
+@pytest.mark.parametrize("phase", ["joining", "exchange"])
+def test_a_rank_that_never_registers_is_named_and_not_those_that_wait_for_it(phase: str):
+    clock = Clock()
+    signs = {0: sign(3, phase=phase), 1: sign(phase="absent", age=0.0), 2: sign(4, phase=phase)}
+    assert clock.advance(START - 1, signs)[0] is None
+    hang, _ = clock.advance(10, signs)
+    assert hang is not None
+    assert (hang.kind, hang.ranks) == ("never started", (1,))
+    assert hang.describe() == "rank 1: never registered for 600 s"
+
+
+def test_of_those_that_start_the_ones_behind_are_named_with_what_they_do():
+    signs = {0: sign(9, phase="joining"), 1: sign(2, phase="decoding"), 2: sign(9, phase="joining")}
+    hang, _ = Clock().advance(START + 10, signs)
+    assert hang is not None
+    assert (hang.kind, hang.ranks) == ("never started", (1,))
+    assert hang.describe() == "rank 1: not training yet (decoding) for 600 s"
+
+
+def test_where_nobody_registers_all_are_named_and_where_all_wait_in_vain_too():
+    for phase in ("absent", "joining"):
+        hang, _ = Clock().advance(START + 10, {0: sign(phase=phase), 1: sign(phase=phase)})
+        assert hang is not None
+        assert (hang.kind, hang.ranks) == ("never started", (0, 1))
+
+
+def test_a_worker_that_is_not_placed_yet_is_not_the_watchs_business():
+    """Ray Train has a limit of its own for that, which may be longer than the one for the start."""
+    assert Clock().advance(10 * START, {0: sign(phase="placing"), 1: sign(phase="placing")})[0] is None
+
+
+def test_decoding_may_take_hours_as_long_as_row_groups_are_decoded():
+    clock = Clock()
+    for group in range(60):  # five minutes each; the other rank has few and waits for the first step
+        assert clock.advance(300, {0: sign(group, phase="decoding"), 1: sign(7, phase="exchange")})[0] is None
+    hang, _ = clock.advance(START + 10, {0: sign(59, phase="decoding"), 1: sign(7, phase="exchange")})
+    assert hang is not None
+    assert hang.ranks == (0,)
+
+
+@pytest.mark.parametrize("others", ["exchange", "step"])
+def test_who_waits_for_a_storage_is_no_hang_and_neither_are_those_that_wait_for_it(others: str):
+    """The others wait in a collective. On a GPU, and in ddp mode, they cannot say so."""
+    clock = Clock()
+    for second in range(3500):
+        assert clock.advance(1, {0: sign(second, phase="storage", state="D"), 1: sign(5, phase=others)})[0] is None
+
+
+def test_a_rank_that_says_it_waits_for_the_storage_and_no_longer_looks_is_stuck():
+    clock = Clock()
+    assert clock.advance(5, {0: sign(1, phase="storage"), 1: sign(5, phase="exchange")})[0] is None
+    hang, _ = clock.advance(100, {0: sign(2, phase="storage"), 1: sign(5, phase="exchange")})
+    assert hang is not None
+    assert (hang.kind, hang.ranks) == ("stuck", (0,))
+    assert hang.describe() == "rank 0: stuck: no step done, nor anything else (storage) for 60 s"
+
+
+def test_a_rank_that_ticks_does_not_hide_one_that_is_stuck():
+    """Rank 0 waits for a commit that needs rank 1's part of the checkpoint, and ticks with each answer of the coordinator."""
+    clock = Clock()
+    for second in range(120):
+        hang, _ = clock.advance(1, {0: sign(second, phase="checkpoint"), 1: sign(5, phase="evaluation")})
+        if hang is not None:
+            break
+    assert hang is not None
+    assert (hang.kind, hang.ranks) == ("stuck", (1,))
+    assert HANG <= second <= HANG + 2
+
+
+def test_where_waiting_does_not_show_all_in_the_step_are_named_whoever_ticked_last():
+    clock = Clock()
+    assert clock.advance(1, {0: sign(1), 1: sign(1)})[0] is None
+    assert clock.advance(1, {0: sign(1), 1: sign(2)})[0] is None  # rank 0 is in the all-reduce already
+    hang, _ = clock.advance(100, {0: sign(1), 1: sign(2)})
+    assert hang is not None
+    assert hang.ranks == (0, 1)
 
 
 def test_a_rank_that_sleeps_is_to_blame_and_those_that_wait_for_it_are_not():

@@ -19,7 +19,7 @@ from dataio.ahead import STEPS_AHEAD, run_ahead
 from dataio.batch import Batch
 from dataio.codecs.image import augment
 from dataio.config import DataConfig
-from dataio.loader import Loader, available_memory_bytes, choose_cache
+from dataio.loader import Loader, choose_cache
 from dataio.manifest import Manifest, SplitInfo, image_size_of
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, ShardWriter, Split, open_dataset
@@ -426,11 +426,6 @@ def test_auto_caches_where_the_decoded_images_fit(
         config, torch.device(device), decoded_bytes=100, memory_bytes=memory_bytes, free_device_bytes=free_device_bytes
     )  # fmt: skip
     assert found == chosen
-
-
-def test_available_memory_is_between_nothing_and_the_machines() -> None:
-    total = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
-    assert 1 << 20 < available_memory_bytes() < total
 
 
 def test_the_image_size_is_the_shared_or_the_chosen_one_and_mixed_sizes_are_an_error(good: Dataset) -> None:

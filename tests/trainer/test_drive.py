@@ -22,7 +22,7 @@ from cluster.failures import Failure
 from cluster.hang import Hang
 from cluster.roster import RankInfo
 from cluster.store import Commit
-from trainer.drive.attempt import Act, Look, Seldom, decide, has_begun, lost_agents, silent_agents, wait_for_news
+from trainer.drive.attempt import Act, Look, Seldom, decide, has_begun, lost_agents, signs, silent_agents, wait_for_news
 from trainer.drive.drive import told_failure
 from trainer.drive.fleets import Pause
 from trainer.drive.screen import Position, phase_of
@@ -137,6 +137,18 @@ def test_a_rank_that_compiles_again_after_its_first_steps_has_begun(coordinator:
     for rank in range(2):
         beat(coordinator, rank, 14, "starting")
     assert has_begun(coordinator.status())
+
+
+def test_the_watch_hears_of_every_rank_that_has_not_ended_also_of_one_that_never_registered(coordinator: Coordinator) -> None:
+    coordinator.register(1, 0, HERE)
+    beat(coordinator, 0, 10, "joining")
+    status = coordinator.status()
+    assert {rank: sign.phase for rank, sign in signs(status).items()} == {0: "joining", 1: "placing"}
+    agents: Any = {rank: SimpleNamespace(state="S") for rank in range(2)}
+    placed = dataclasses.replace(status, reports=agents)
+    assert {rank: sign.phase for rank, sign in signs(placed).items()} == {0: "joining", 1: "absent"}
+    assert signs(placed)[1].age_seconds == 0
+    assert set(signs(dataclasses.replace(placed, ended_ranks=frozenset({0})))) == {1}
 
 
 def with_agents(status: Status, *, ages: dict[int, float], ended: set[int], world_size: int) -> Status:

@@ -64,6 +64,51 @@ def test_evaluations_and_every_float_come_back_to_the_bit() -> None:
     assert History.from_json(history.to_json()) == history
 
 
+CLASSES, EVALUATIONS = 1000, 90
+
+
+def evaluation_of_many_classes(number: int) -> dict[str, Any]:
+    """As a classification writes it (trainer.tasks.classification)."""
+    score = {"recall": 0.7318529411764706, "precision": 0.7122641509433962, "f1": 0.7219251336898396, "support": 50}
+    return {
+        "step": 5004 * number,
+        "epoch": float(number),
+        "test_loss": 1.0827512741088867,
+        "test_accuracy": 0.73184,
+        "test_count": 50_000,
+        "per_class": [score] * CLASSES,
+        "confusion": [[0, 50] * (CLASSES // 2)] * CLASSES,
+    }
+
+
+def test_a_checkpoint_of_many_classes_grows_by_a_line_an_evaluation() -> None:
+    """The bounds that docs/fault-tolerance.md states."""
+    history = History()
+    sizes = []
+    for number in range(1, EVALUATIONS + 1):
+        history.evaluated(evaluation_of_many_classes(number), 30.0)
+        if number in (1, EVALUATIONS):
+            sizes.append(len(history.to_json()))
+    assert sizes[1] < 5e6
+    assert sizes[1] - sizes[0] < 300 * EVALUATIONS
+    assert history.evaluations[-1] == evaluation_of_many_classes(EVALUATIONS)
+    assert [entry["test_accuracy"] for entry in history.evaluations] == [0.73184] * EVALUATIONS
+
+
+def test_a_history_that_kept_every_matrix_is_read_and_shrinks() -> None:
+    entries = [{"step": step, "test_accuracy": 0.5, "confusion": [[1, 2], [3, 4]], "heads": {"a": {}}} for step in (1, 2, 3)]
+    old = json.dumps({"steps_done": 3, "evaluations": entries}).encode()
+    assert History.from_json(old).evaluations == [{"step": 1, "test_accuracy": 0.5}, {"step": 2, "test_accuracy": 0.5}, entries[2]]
+
+
+def test_a_snapshot_is_not_changed_by_the_next_evaluation() -> None:
+    history = History()
+    history.evaluated({"step": 1, "confusion": [[1]]}, 1.0)
+    past = history.copy()
+    history.evaluated({"step": 2, "confusion": [[2]]}, 1.0)
+    assert past.evaluations == [{"step": 1, "confusion": [[1]]}]
+
+
 def test_what_came_after_the_snapshot_is_forgotten_with_it() -> None:
     history = History()
     history.stepped(step(1))

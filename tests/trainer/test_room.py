@@ -1,11 +1,13 @@
 """Claims about the room that a driver sees, waits for and asks for, on a cluster of numbers: no Ray, no clock."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster import demand
 from cluster.config import ClusterConfig
@@ -13,6 +15,7 @@ from cluster.coordinator import Status
 from cluster.launch import ClusterHardware, plan_resources
 from trainer.drive import fleets
 from trainer.drive.fleets import SETTLE_SECONDS, Fleets, Pause, Room
+from trainer.drive.notices import MOST_PAUSES, Notices
 from trainer.drive.signals import Signals
 
 GROW_AFTER = 30.0
@@ -33,6 +36,11 @@ class Cluster:
     groups: list[Group] = field(default_factory=list)
     now: float = 1000.0
     coming: dict[float, Callable[[], None]] = field(default_factory=dict)
+    notices: set[str] = field(default_factory=set)
+    """Names of nodes with a notice of preemption; a node's name is its number."""
+
+    def but(self, cpus: list[float], avoided: Collection[str]) -> list[dict[str, float]]:
+        return [{"CPU": each} for number, each in enumerate(cpus) if str(number) not in avoided]
 
     def __post_init__(self) -> None:
         self.total = self.total or list(self.free)
@@ -85,8 +93,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(demand, "placement_group", lambda bundles: cluster.make(bundles))
     monkeypatch.setattr(demand, "placement_group_table", lambda group: cluster.table(group))
     monkeypatch.setattr(demand, "remove_placement_group", lambda group: cluster.remove(group))
-    monkeypatch.setattr(fleets, "free_resources", lambda: [{"CPU": cpus} for cpus in cluster.free])
-    monkeypatch.setattr(fleets, "total_resources", lambda: [{"CPU": cpus} for cpus in cluster.total])
+    monkeypatch.setattr(fleets, "free_resources", lambda avoided: cluster.but(cluster.free, avoided))
+    monkeypatch.setattr(fleets, "total_resources", lambda avoided: cluster.but(cluster.total, avoided))
+    monkeypatch.setattr(fleets, "nodes_with_file", lambda path, nodes: {node for node in nodes if node in cluster.notices})
     monkeypatch.setattr(fleets, "draining_nodes", dict)
     for module in (fleets, demand):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: cluster.now, sleep=cluster.sleep))
@@ -101,6 +110,7 @@ class Driver:
         resources = plan_resources(workers, settings, ClusterHardware(local=is_local, nodes=1, cpus=64, gpus=0))
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.shown: list[str] = []
+        self.said: list[str] = []
         self.at_work = at_work
         self.room = Room(
             resources,
@@ -108,6 +118,7 @@ class Driver:
             placement_seconds=100,
             grow_after_seconds=GROW_AFTER,
             tell=lambda event, **fields: self.told.append((event, fields)),
+            say=self.said.append,
         )
 
     def wait_for_room(self) -> int | None:
@@ -123,8 +134,8 @@ class Driver:
         return None
 
 
-NOTHING: Any = SimpleNamespace(notices=[], reports={})
-assert {"notices", "reports"} <= set(dir(Status))
+NOTHING: Any = SimpleNamespace(reports={})
+assert "reports" in dir(Status)
 
 # Waiting for the fewest
 
@@ -145,7 +156,7 @@ def test_room_that_came_is_counted_once_though_ray_says_late_what_is_free(cluste
     driver = Driver("1:4")
     said = [(0.0, [0.0])]  # (when, CPUs free)
 
-    def late() -> list[dict[str, float]]:
+    def late(avoided: Collection[str]) -> list[dict[str, float]]:
         said.append((cluster.now, list(cluster.free)))
         return [{"CPU": cpus} for cpus in [free for when, free in said if when <= cluster.now - 0.3][-1]]
 
@@ -258,9 +269,99 @@ def test_a_notice_of_preemption_and_a_node_of_ours_that_ray_drains_are_reasons_t
 ) -> None:
     monkeypatch.setattr(fleets, "draining_nodes", lambda: draining)
     driver = Driver("2", at_work=2)
-    reports = {0: SimpleNamespace(node_id="ours")}
-    told: Any = SimpleNamespace(notices=("a file said so",), reports=reports)
+    told = agents(ours="a file said so")
     assert driver.room.reason_to_pause(told, workers=2, attempt=1) == Pause(kind="preempted", reason="notice of preemption: a file said so")
-    quiet: Any = SimpleNamespace(notices=(), reports=reports)
-    pause = driver.room.reason_to_pause(quiet, workers=2, attempt=1)
+    pause = driver.room.reason_to_pause(agents(ours=""), workers=2, attempt=1)
     assert pause == (Pause(kind="preempted", reason="Ray drains node ours") if "ours" in draining else None)
+
+
+# Notices that stay
+
+
+def agents(**notices: str) -> Any:
+    """A status with an agent on each of these nodes; "n0" is node 0."""
+    reports = {rank: SimpleNamespace(node_id=node.removeprefix("n"), notice=notice) for rank, (node, notice) in enumerate(notices.items())}
+    return SimpleNamespace(reports=reports)
+
+
+def test_a_notice_that_stays_moves_the_run_to_another_node_once_and_for_good(cluster: Cluster) -> None:
+    """Nothing is placed there again while it stands, and room there is no reason to grow."""
+    driver = Driver("1:2", at_work=1)
+    cluster.add_node(1)
+    cluster.add_node(1)
+    cluster.notices = {"0"}
+    pause = driver.room.reason_to_pause(agents(n0="notice on zero"), workers=1, attempt=1)
+    assert pause == Pause(kind="preempted", reason="notice of preemption: notice on zero")
+    assert driver.wait_for_room() == 1
+    assert driver.room.avoided == {"0"}
+    cluster.free[1] = 0.0  # taken by this run, and node 0 is free
+    for _ in range(100):
+        cluster.sleep(3)
+        assert driver.room.reason_to_pause(agents(n1=""), workers=1, attempt=2) is None
+    assert [event for event, _ in driver.told if event != "workers_asked_for"] == []
+    cluster.notices = set()  # taken back: it may grow there again, once somebody has looked
+    pauses = []
+    for _ in range(60):
+        cluster.sleep(3)
+        pauses.append(driver.room.reason_to_pause(agents(n1=""), workers=1, attempt=2))
+    assert any(pause is not None and pause.kind == "grow" for pause in pauses)
+
+
+@pytest.mark.parametrize("workers", ["1", "1:2"])
+def test_a_run_with_nowhere_else_to_go_saves_once_and_trains_on_with_one_warning(cluster: Cluster, workers: str) -> None:
+    driver = Driver(workers, at_work=1)
+    cluster.add_node(1)
+    cluster.notices = {"0"}
+    noticed = agents(n0="notice on zero")
+    assert driver.room.reason_to_pause(noticed, workers=1, attempt=1) is not None
+    if workers == "1":
+        driver.room.choose_nodes(1)
+    else:
+        assert driver.wait_for_room() == 1
+    assert driver.room.avoided == frozenset()
+    for _ in range(100):
+        cluster.sleep(3)
+        assert driver.room.reason_to_pause(noticed, workers=1, attempt=2) is None
+    told = [fields for event, fields in driver.told if event == "notice_stands"]
+    assert told == [{"attempt": 2, "nodes": ["0"], "reason": "notice on zero"}]
+    assert len(driver.said) == 1
+    assert "no room elsewhere" in driver.said[0]
+
+
+def test_a_fixed_number_of_workers_moves_too_where_all_of_them_fit(cluster: Cluster) -> None:
+    driver = Driver("2", at_work=2)
+    for _ in range(2):
+        cluster.add_node(2)
+    cluster.free = [2.0, 0.5]
+    cluster.coming = {cluster.now + 1: lambda: cluster.free.__setitem__(1, 2.0)}  # what the fleet before gives back
+    cluster.notices = {"0"}
+    assert driver.room.reason_to_pause(agents(n0="notice"), workers=2, attempt=1) is not None
+    driver.room.choose_nodes(2)
+    assert driver.room.avoided == {"0"}
+
+
+def test_a_hook_that_flaps_pauses_a_run_a_few_times_and_no_more() -> None:
+    notices = Notices()
+    answers = []
+    for _ in range(10):
+        answers.append(notices.hear({"a": "going"}))
+        assert notices.hear({"a": "going"}) is None or answers[-1] is not None
+        notices.hear({"a": ""})
+        assert notices.nodes == frozenset()
+    assert [answer.act for answer in answers if answer is not None][:MOST_PAUSES] == ["leave"] * MOST_PAUSES
+    assert {answer.act for answer in answers[MOST_PAUSES:] if answer is not None} == {"stay"}
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.sampled_from(["", "going", "gone"])), max_size=40))
+def test_whatever_nodes_say_the_pauses_are_bounded_and_each_standing_notice_is_answered(said: list[dict[str, str]]) -> None:
+    notices = Notices()
+    pauses = 0
+    for now in said:
+        answer = notices.hear(now)
+        standing = {node for node, text in now.items() if text}
+        assert standing <= notices.nodes
+        if answer is not None:
+            assert set(answer.nodes) <= standing
+            pauses += answer.act == "leave"
+        assert notices.hear(now) is None or answer is not None  # nobody is told the same twice in a row, but that it stays
+    assert pauses <= 3 * MOST_PAUSES

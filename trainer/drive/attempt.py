@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from cluster.agent import Payload, poll_seconds
-from cluster.beat import STARTING
+from cluster.beat import ABSENT, BEFORE_STEPS, PLACING
 from cluster.coordinator import Status
 from cluster.failures import Failure
 from cluster.hang import Hang, HangWatch, Sign
@@ -332,23 +332,22 @@ def wait_for_news(session: Session, signals: Signals, fleet: Fleet, ended: int, 
 
 def has_begun(status: Status) -> bool:
     """Whether the attempt may have unsaved steps. Beats may be a second old, and a fast run does many steps in that time."""
-    at_work = any(rank.phase != STARTING for rank in status.ranks.values())
+    at_work = any(rank.phase not in BEFORE_STEPS for rank in status.ranks.values())
     last = status.checkpoints.last
     return at_work or status.steps_done > status.start_step or (last is not None and last.step > status.start_step)
 
 
 def signs(status: Status) -> dict[int, Sign]:
-    """The hang watch's input: one Sign for each rank that has not ended."""
-    return {
-        rank: Sign(
-            state=known.report.state if known.report is not None else "",
-            age_seconds=known.age_seconds,
-            ticks=known.ticks,
-            phase=known.phase,
-        )
-        for rank, known in status.ranks.items()
-        if rank not in status.ended_ranks
-    }
+    """The hang watch's input: one Sign for each rank that has not ended, also for those that nobody has heard of yet."""
+    return {rank: _sign(status, rank) for rank in range(status.world_size) if rank not in status.ended_ranks}
+
+
+def _sign(status: Status, rank: int) -> Sign:
+    known, report = status.ranks.get(rank), status.reports.get(rank)
+    state = report.state if report is not None else ""
+    if known is None:
+        return Sign(state=state, age_seconds=0.0, ticks=0, phase=PLACING if report is None else ABSENT)
+    return Sign(state=state, age_seconds=known.age_seconds, ticks=known.ticks, phase=known.phase)
 
 
 def silent_agents(status: Status) -> list[int]:

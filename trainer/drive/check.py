@@ -36,6 +36,8 @@ class Checked:
     has_depthwise: bool
     """The model has depthwise convolutions. On a CPU this decides what train.precision=auto becomes."""
     task: TaskInfo
+    weights_bytes: int
+    """Of its parameters and buffers: a checkpoint holds them, some of them more than once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +87,8 @@ def _built(question: Question) -> Checked | Refused:
     try:
         task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing)
         model = task.build(question.model, image_hw=question.image_size, seed=question.seed)
-        return Checked(has_depthwise=has_depthwise(model), task=task.info)
+        weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        return Checked(has_depthwise=has_depthwise(model), task=task.info, weights_bytes=weights_bytes)
     except ValueError as error:
         return Refused(kind="value", message=str(error))
     except OSError as error:

@@ -39,7 +39,9 @@ class Drive:
             may_ask=not session.decided.hardware.local and resources.fewest < resources.most,
             placement_seconds=cluster.placement_seconds,
             grow_after_seconds=cluster.grow_after_seconds,
+            notice=cluster.preemption_notice,
             tell=session.tell,
+            say=self._screen.message,
         )
         self._fleets = Fleets(session, self._room, self._signals)
         self._position = Position(start=start)

@@ -21,10 +21,12 @@ from cluster.launch import (
     Resources,
     draining_nodes,
     free_resources,
+    nodes_with_file,
     remove_placement_group,
     total_resources,
     workers_that_fit,
 )
+from trainer.drive.notices import Notices
 from trainer.drive.session import Session
 from trainer.drive.signals import Signals
 from trainer.settings.spec import RANK_MODULES
@@ -32,6 +34,8 @@ from trainer.settings.spec import RANK_MODULES
 CLUSTER_POLL_SECONDS = 2.0
 SETTLE_SECONDS = 3.0
 FLEET_END_SECONDS = 10.0
+NOTICE_POLL_SECONDS = 60.0
+"""How often nodes that the run has left are asked whether their notice still stands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +56,36 @@ class Room:
         may_ask: bool,
         placement_seconds: float,
         grow_after_seconds: float,
+        notice: str = "",
         tell: Callable[..., None],
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`may_ask`: an autoscaler or a person may add nodes. `tell(event, **fields)` writes into the journal."""
-        self._resources, self._may_ask, self._tell = resources, may_ask, tell
+        """`may_ask`: an autoscaler or a person may add nodes. `notice`: the file with which a node gives notice. `tell(event, **fields)`
+        writes into the journal, `say` on the terminal."""
+        self._resources, self._may_ask, self._tell, self._say = resources, may_ask, tell, say
         self._placement_seconds, self._grow_after_seconds = placement_seconds, grow_after_seconds
         self._demand = Demand(room_of_worker(resources))
         self._asked_for = 0  # workers asked for since the present fleet began
         self._room_since: float | None = None
         self._looked_at = 0.0
+        self._notice, self._notices, self._asked_notices_at = notice, Notices(), 0.0
+        self._avoided: frozenset[str] = frozenset()
+
+    @property
+    def avoided(self) -> frozenset[str]:
+        """Ids of the nodes on which the next fleet must not be placed, as they have given notice and there is room elsewhere."""
+        return self._avoided
+
+    def choose_nodes(self, workers: int) -> None:
+        """Decide whether the next fleet, of exactly `workers`, keeps away from nodes that have given notice. Waits for what the previous
+        fleet gives back, if it matters."""
+        self._avoided = self._noticed_nodes()
+        settled = time.monotonic() + SETTLE_SECONDS
+        while self._avoided and workers_that_fit(self._resources, free_resources(self._avoided)) < workers:
+            if time.monotonic() > settled:
+                self._avoided = frozenset()
+                return
+            time.sleep(0.2)
 
     def wait(self, *, is_stopping: Callable[[], bool], show: Callable[[str], None]) -> int | None:
         """Wait until the cluster has room for at least the fewest workers. Returns for how many there is room, or None if time ran out or
@@ -68,8 +93,9 @@ class Room:
 
         Ray gives back what the previous fleet held within a second or two, so this waits that long first. If there is still too little
         room, it asks for the fewest workers in one group: two waiting runs that each held half of what they need would wait for each
-        other."""
+        other. Nodes that have given notice count only if there is no room elsewhere."""
         fewest, most = self._resources.fewest, self._resources.most
+        self._avoided = self._noticed_nodes()
         began = time.monotonic()
         settled = began + SETTLE_SECONDS
         try:
@@ -79,10 +105,13 @@ class Room:
                     # Do not count this room yet: Ray's free resources are a moment old and may or may not include it.
                     self._demand.withdraw()
                     settled = now + SETTLE_SECONDS
-                room = min(most, workers_that_fit(self._resources, free_resources()))
-                possible = min(most, workers_that_fit(self._resources, total_resources()))
+                room = min(most, workers_that_fit(self._resources, free_resources(self._avoided)))
+                possible = min(most, workers_that_fit(self._resources, total_resources(self._avoided)))
                 if room >= fewest and (room >= possible or now > settled):
                     return room
+                if self._avoided and room < fewest and now > settled:
+                    self._avoided = frozenset()
+                    continue
                 if is_stopping() or now - began > self._placement_seconds:
                     return None
                 if room < fewest and self._may_ask and now > settled:
@@ -98,8 +127,11 @@ class Room:
 
     def reason_to_pause(self, status: Status, *, workers: int, attempt: int) -> Pause | None:
         """A Pause if a node of this run is about to go, or there is room for more than `workers`. Also asks for lacking workers."""
-        if status.notices:
-            return Pause(kind="preempted", reason=f"notice of preemption: {'; '.join(status.notices)}")
+        if (answer := self._notices.hear(notices_of(status))) is not None:
+            if answer.act == "leave":
+                return Pause(kind="preempted", reason=f"notice of preemption: {answer.reason}")
+            self._tell("notice_stands", attempt=attempt, nodes=list(answer.nodes), reason=answer.reason)
+            self._say(f"warning: {answer.reason} still announces that the node goes, and there is no room elsewhere; training on there")
         now = time.monotonic()
         if now - self._looked_at < CLUSTER_POLL_SECONDS:
             return None
@@ -107,10 +139,12 @@ class Room:
         ours = {report.node_id for report in status.reports.values()}
         if leaving := sorted(node[:8] for node in draining_nodes() if node in ours):
             return Pause(kind="preempted", reason=f"Ray drains node {', '.join(leaving)}")
+        if now - self._asked_notices_at > NOTICE_POLL_SECONDS:
+            self._noticed_nodes()
         lacking = self._resources.most - workers
         if lacking <= 0:
             return None
-        free = min(lacking, workers_that_fit(self._resources, free_resources()))
+        free = min(lacking, workers_that_fit(self._resources, free_resources(self._notices.nodes)))
         if self._may_ask:
             self._ask(groups_wanted(lacking=lacking, room=free, is_placed=self._demand.is_placed()), attempt)
         if free <= 0:
@@ -121,6 +155,13 @@ class Room:
             return None
         return Pause(kind="grow", reason=f"there is room for {workers + free} workers, {workers} are at work")
 
+    def _noticed_nodes(self) -> frozenset[str]:
+        """Nodes whose notice stands: where the run has no agents left, somebody has to go and look."""
+        self._asked_notices_at = time.monotonic()
+        if self._notices.nodes:
+            self._notices.keep(nodes_with_file(self._notice, self._notices.nodes))
+        return self._notices.nodes
+
     def _ask(self, workers: int, attempt: int) -> None:
         """Tell an autoscaler how many workers are lacking and have no room."""
         if self._demand.state(workers) and workers != self._asked_for:
@@ -130,6 +171,14 @@ class Room:
     def withdraw(self) -> None:
         """Withdraw all requests: they would take the room that an ending fleet gives back and the next fleet needs."""
         self._demand.withdraw()
+
+
+def notices_of(status: Status) -> dict[str, str]:
+    """The notice of each node where the run has agents; "" for none."""
+    said: dict[str, str] = {}
+    for report in status.reports.values():
+        said[report.node_id] = said.get(report.node_id) or report.notice
+    return said
 
 
 class Fleets:
@@ -161,6 +210,8 @@ class Fleets:
             if room is None:
                 return None if self._signals.number else self._no_room()
             workers = room
+        else:
+            self._room.choose_nodes(workers)
         self._room.taken()
         self._count += 1
         self._workers, self._placement_group = workers, ""
@@ -169,6 +220,7 @@ class Fleets:
             self._session.coordinator,
             name=f"{self._session.config.run}-{attempt}-{os.getpid()}",
             resources=resources.with_workers(workers),
+            avoid=self._room.avoided,
             modules=RANK_MODULES,
             zygote=self._session.zygote,
             notice=cluster.preemption_notice,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from cluster.beat import BEFORE_STEPS, in_words
 from cluster.coordinator import Status
 from cluster.store import Commit
 from trainer.drive.session import Session
@@ -43,10 +44,10 @@ def phase_of(status: Status, position: Position, *, workers: int, is_stopping: b
     if waiting:
         return waiting
     if reached(status, position) > position.start_step:
-        return TRAINING
+        return in_words(rank.phase for rank in status.ranks.values() if rank.phase not in BEFORE_STEPS) or TRAINING
     if len(status.ranks) < workers:
         return "restarting workers" if position.attempt > 1 and position.restarts else "starting workers"
-    return "loading data and model"
+    return in_words(rank.phase for rank in status.ranks.values()) or "loading data and model"
 
 
 def reached(status: Status, position: Position) -> int:

@@ -30,6 +30,7 @@ from dataio.parquet import open_dataset
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck
 from trainer.drive.data import open_data
+from trainer.drive.disk_room import check_room
 from trainer.drive.identity import check_may_show, check_resume, check_same_decoder, check_same_run, find_start, resolved
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
 from trainer.runs.progress import final_table, predict_command
@@ -190,16 +191,18 @@ def decide(
     from cluster.preflight import on_every_node, preflight
 
     data, location = placed.data, placed.data.location
-    is_shared = preflight(data.storage, placed.config.run, hardware, lambda: open_dataset(location).manifest.fingerprint)
+    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    is_shared = preflight(data.storage, placed.config.run, hardware, lambda: open_dataset(location).manifest.fingerprint, tell=tell)
     use_gpus = resources.gpus_per_worker > 0
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
+    check_room(data.storage, placed.config, checked.weights_bytes, tell)
     return Decided(
         config=settled(
             placed.config,
             capability,
             has_depthwise=checked.has_depthwise,
-            tell=lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False),
+            tell=tell,
         ),
         command=data.asked.command,
         dataset=data.dataset,

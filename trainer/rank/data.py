@@ -6,12 +6,14 @@ worker.py opens it at the start of an attempt. dataio.order decides which sample
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster.ledger import LedgerWriter
+from cluster.machine import available_memory_bytes
 from cluster.storage import Storage
 from dataio.batch import Batch
-from dataio.loader import Loader, available_memory_bytes
+from dataio.loader import Loader
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
@@ -87,14 +89,17 @@ def open_ledger(me: ThisRank, storage: Storage, *, start_step: int) -> LedgerWri
 Batches = Generator[tuple[Batch, ...], None, None]
 
 
-def recorded(batches: Batches, ledger: LedgerWriter | None, skip: frozenset[int]) -> Batches:
+def recorded(batches: Batches, ledger: LedgerWriter | None, me: ThisRank) -> Batches:
     """`batches`, unchanged. If there is a ledger, each batch is written into it when the step takes it."""
-    return batches if ledger is None else _recorded(batches, ledger, skip)
+    return batches if ledger is None else _recorded(batches, ledger, me)
 
 
-def _recorded(batches: Batches, ledger: LedgerWriter, skip: frozenset[int]) -> Batches:
+def _recorded(batches: Batches, ledger: LedgerWriter, me: ThisRank) -> Batches:
+    def record(step: tuple[Batch, ...]) -> None:
+        for batch in step:
+            ledger.record(batch.epoch, batch.step, batch.virtual_rank, batch.ids, skipped=batch.step in me.spec.skip)
+
     with closing(batches):
         for step in batches:
-            for batch in step:
-                ledger.record(batch.epoch, batch.step, batch.virtual_rank, batch.ids, skipped=batch.step in skip)
+            me.waits.call(partial(record, step), "the ledger")
             yield step

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cluster.beat import EVALUATION, EXCHANGE, MEASURING
 from cluster.storage import Storage
 from dataio.batch import Targets
 from dataio.loader import Loader
@@ -54,10 +55,8 @@ class Evaluator:
         """Evaluate the test split, and report to the history, Prometheus and the journal. All ranks call it after the same step."""
         self._on_begin()
         begin = time.perf_counter()
-        heartbeat = self._me.heartbeat
-        heartbeat.tick("evaluation")
-        result = self._evaluate(steps_done)
-        heartbeat.tick("step")
+        with self._me.heartbeat.during(EVALUATION):
+            result = self._evaluate(steps_done)
         self._tell(steps_done, result, time.perf_counter() - begin)
 
     def _evaluate(self, steps_done: int) -> Result:
@@ -75,6 +74,7 @@ class Evaluator:
             ema=learner.ema,
             precision=me.config.train.precision,
             on_batch=me.heartbeat.tick,
+            on_phase=me.heartbeat.tick,
             log=log,
         )
         if log is not None:  # before the last commit, so that a finished checkpoint always has its model's predictions
@@ -85,12 +85,13 @@ class Evaluator:
     def _write_predictions(self, log: PredictionLog, about: About) -> None:
         """All ranks hand in their rows, and rank 0 writes them. If the storage refuses them, only the report's images are missing."""
         me = self._me
-        found = log.gathered(me.rank, me.world_size)
+        with me.heartbeat.during(EXCHANGE):
+            found = log.gathered(me.rank, me.world_size)
         if found is None:
             return
         try:
-            predictions = named(found, self._data.dataset.split(about.split), about, me.heartbeat.tick)
-            self._storage.write_atomic(f"{me.config.run}/{PREDICTIONS_FILE}", predictions.to_parquet())
+            predictions = named(found, self._data.dataset.split(about.split), about, me.heartbeat.tick).to_parquet()
+            me.waits.call(lambda: self._storage.write_atomic(f"{me.config.run}/{PREDICTIONS_FILE}", predictions), PREDICTIONS_FILE)
         except OSError as error:
             me.tell("predictions_not_written", message=str(error))
 
@@ -121,9 +122,11 @@ def evaluate(
     precision: str,
     split: str = "test",
     on_batch: Callable[[], None] = lambda: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
     log: PredictionLog | None = None,
 ) -> Result:
-    """Exact measures over all ranks: each rank takes a contiguous share of the split, and nothing is padded or counted twice.
+    """Exact measures over all ranks: each rank takes a contiguous share of the split, and nothing is padded or counted twice. `on_phase`:
+    where it waits for the others and where it works (cluster.beat).
 
     In ddp mode the ranks' BatchNorm statistics, and so their averages, differ. Rank 0's count, because checkpoints hold them; the others
     get them here.
@@ -131,14 +134,20 @@ def evaluate(
     evaluation = task.evaluation(next(model.parameters()).device)
     with ema.applied() if ema is not None else nullcontext():
         if world_size > 1:
+            on_phase(EXCHANGE)
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
+            on_phase(EVALUATION)
         share = share_of(dataset.split(split).count, rank, world_size)
         evaluate_share(
             task, evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, log=log
         )
+    on_phase(EXCHANGE)
     evaluation.combine(rank, world_size)
-    return evaluation.result()
+    on_phase(MEASURING)
+    result = evaluation.result()
+    on_phase(EVALUATION)
+    return result
 
 
 def share_of(count: int, rank: int, world_size: int) -> range:

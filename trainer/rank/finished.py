@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cluster.machine import available_memory_bytes
 from dataio.config import DataConfig
 from dataio.convert import Progress, open_prepared
 from dataio.loader import Loader
@@ -150,6 +151,7 @@ def _loader(dataset: Dataset, data: DataConfig, device: torch.device, threads: i
         seed=0,
         threads=threads,
         on_bad=on_bad,
+        memory_bytes=available_memory_bytes() // 2,
     )
 
 

@@ -2,9 +2,11 @@
 checkpoint is committed. trainer.export writes the model folder.
 """
 
-from dataclasses import asdict
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
+from cluster.beat import EXPORTING
 from cluster.storage import Storage
 from trainer.export.model_folder import export_model
 from trainer.learn.build import Learner
@@ -26,15 +28,17 @@ def finish(
     steps_done: int,
 ) -> None:
     """Write the curves and, unless the run was stopped, the model; then hand over the result. `ranks`: the RankTotals of all ranks."""
+    me.heartbeat.tick(EXPORTING)
     history, loader = memory.history, data.loader
-    storage.write_atomic(f"{me.config.run}/{CURVES_FILE}", memory.curves.to_parquet())
+    curves = memory.curves.to_parquet()
+    me.waits.call(lambda: storage.write_atomic(f"{me.config.run}/{CURVES_FILE}", curves), CURVES_FILE)
     sha256 = weights_sha256(learner.model)
     last = history.evaluations[-1] if history.evaluations else {}
     result: dict[str, Any] = {
         "stopped": stopped,
         "steps_done": steps_done,
         "weights_sha256": sha256,
-        "history": {k: v for k, v in asdict(history).items() if k not in ("evaluations", "guard")},
+        "history": {each.name: getattr(history, each.name) for each in fields(history) if each.name not in ("evaluations", "guard")},
         "evaluation": last,
         "ranks": ranks,
         "parameters": sum(p.numel() for p in learner.model.parameters()),
@@ -45,7 +49,8 @@ def finish(
     }
     if not stopped:
         headline = learner.task.info.headline.key
-        export_model(
+        export = partial(
+            export_model,
             storage=storage,
             run=me.config.run,
             tensors=learner.ema.weights() if learner.ema is not None else learner.model.state_dict(),
@@ -60,4 +65,5 @@ def finish(
                 "dataset_fingerprint": data.dataset.manifest.fingerprint,
             },
         )
+        me.waits.call(export, "the model folder")
     me.call("put_result", me.spec.attempt, result)

@@ -8,7 +8,8 @@ import io
 import json
 import statistics
 from collections import deque
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -63,8 +64,9 @@ class History:
             self.train_loss = stats.losses[-1][1]
 
     def evaluated(self, entry: dict[str, Any], seconds: float) -> None:
-        """Add an evaluation. The caller must not change `entry` afterwards."""
-        self.evaluations.append(entry)
+        """Add an evaluation. The caller must not change `entry` afterwards. Of the ones before only the numbers stay: a confusion matrix of
+        1,000 classes is 3 MB of JSON, and nobody reads an old one."""
+        self.evaluations = [*map(numbers_of, self.evaluations), entry]
         self.evaluation_seconds += seconds
 
     def stalled(self, seconds: float) -> None:
@@ -81,11 +83,19 @@ class History:
         return replace(self, guard=guard.state(), train_loss=self.train_loss if newest is None else newest).to_json()
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return json.dumps({each.name: getattr(self, each.name) for each in fields(self)}).encode()  # asdict would copy every number
 
     @classmethod
     def from_json(cls, data: bytes) -> "History":
-        return cls(**json.loads(data))
+        """A history that was saved, also by a version that kept the details of every evaluation."""
+        history = cls(**json.loads(data))
+        history.evaluations = [*map(numbers_of, history.evaluations[:-1]), *history.evaluations[-1:]]
+        return history
+
+
+def numbers_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation's entry without its details: step, epoch, loss, measures, count."""
+    return {name: value for name, value in entry.items() if not isinstance(value, list | dict)}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,7 +134,7 @@ class RankTotals:
 
 
 class Curves:
-    """Rows of curves.parquet: about 2,000 at most, whatever the run's length."""
+    """Rows of curves.parquet: fewer than 4,000, whatever the run's length (observers.CurveLog takes every n-th step)."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []

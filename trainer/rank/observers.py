@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from cluster.beat import COMPILING, STEP
 from cluster.heartbeat import Heartbeat
 from cluster.verify import WeightsCheck
 from trainer.learn.build import Learner
@@ -23,7 +24,7 @@ from trainer.settings.tree import RunConfig
 from trainer.tasks.info import TaskInfo
 
 CURVE_ROWS = 2000
-"""A run's curve has about this many rows at most."""
+"""A run's curve has at least this many rows if it has the steps, and fewer than twice as many."""
 
 
 class Observer(Protocol):
@@ -72,7 +73,7 @@ class StepProfile:
     def begin(self, first_step: int, stop_step: int) -> None:
         """Measure the device and count the model's work. This takes a few seconds before the steps `first_step` .. `stop_step` - 1."""
         me, train = self._me, self._learner.config.train
-        me.heartbeat.tick("starting")
+        me.heartbeat.tick(COMPILING)
         carried = len(self._data.virtual_ranks)
         together = 1 if train.reduction == "ddp" or train.virtual_ranks == 1 else carried
         seen = seen_by_model(me.config, self._data.loader.image_size)
@@ -87,7 +88,7 @@ class StepProfile:
         )
         peak, work = self._profiler.ceilings.flops_per_second, self._profiler.work
         self._meter.measured(peak_flops_per_second=peak, flops_per_image=work.flops_per_image)
-        me.heartbeat.tick("step")
+        me.heartbeat.tick(STEP)
 
     def mark(self, part: str) -> None:
         if self._profiler is not None:

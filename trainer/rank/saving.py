@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from cluster.checkpointer import OUTAGE_PATIENCE_SECONDS, Buffers, Checkpointer, Files
+from cluster.beat import CHECKPOINT, STORAGE
+from cluster.checkpointer import Buffers, Checkpointer, Files
 from cluster.interval import AUTO, IntervalChooser, SharedInterval
-from cluster.spill import Spill
-from cluster.storage import StorageOutage
+from cluster.spill import Spill, is_another_disk
 from cluster.store import Receipt, Store
 from cluster.verify import WeightsCheck
 from cluster.versions import versions
+from cluster.waiting import OUTAGE_PATIENCE_SECONDS, StorageWaits
 from dataio.codecs.image.decode import DECODER_VERSIONS
 from trainer.learn.build import Learner
 from trainer.learn.state import TrainState
@@ -42,16 +43,27 @@ class Memory:
     curves: Curves = field(default_factory=Curves)
 
 
-def restore(store: Store, resume: ResumePoint | None, state: TrainState) -> Memory:
+class CheckpointNotSaved(OSError):
+    """The run's last checkpoint was not committed, so its last steps have to be done again."""
+
+    failure_kind = "infrastructure"
+
+
+def restore(store: Store, resume: ResumePoint | None, state: TrainState, waits: StorageWaits) -> Memory:
     """Load the commit to go on from into `state`. Returns its memory; without a commit, an empty one."""
     if resume is None:
         return Memory()
-    commit = store.load(resume.step, resume.generation)
-    state.load(commit.read)
+    what = f"the checkpoint of step {resume.step}"
+    commit = waits.call(lambda: store.load(resume.step, resume.generation), what)
+
+    def read(name: str) -> bytes:
+        return waits.call(lambda: commit.read(name), f"{name} of {what}")
+
+    state.load(read)
     return Memory(
         start_step=commit.step,
-        history=History.from_json(commit.read(HISTORY_FILE)),
-        curves=Curves.from_parquet(commit.read(CURVES_FILE)),
+        history=History.from_json(read(HISTORY_FILE)),
+        curves=Curves.from_parquet(read(CURVES_FILE)),
     )
 
 
@@ -105,15 +117,18 @@ class Saver:
             world_size=me.world_size,
             device=me.device,
         )
-        cluster, spec = me.config.cluster, me.spec
-        is_local = store.storage.is_local
+        cluster, spec, storage = me.config.cluster, me.spec, store.storage
+        has_spill = is_another_disk(cluster.spill_dir, storage)
+        self._failed: dict[int, OSError] = {}
         self._checkpointer = Checkpointer(
             stage=self._stage,
             ack=lambda step, receipts, meta: me.call("ack", spec.attempt, me.rank, step, receipts, meta),
             on_staged=self._staged,
-            on_failed=lambda step, error: me.call("fail_checkpoint", spec.attempt, me.rank, step, str(error)),
+            on_failed=self._on_failed,
             on_event=lambda event, fields: me.call("event", event, attempt=spec.attempt, rank=me.rank, **fields),
-            spill=None if is_local else Spill(cluster.spill_dir, me.config.run, spec.generation, me.rank, store.storage),
+            on_wait=self._on_wait,
+            spill=Spill(cluster.spill_dir, me.config.run, spec.generation, me.rank, storage) if has_spill else None,
+            may_stall=storage.is_local,
         )
 
     @property
@@ -143,11 +158,12 @@ class Saver:
                 verdict.wait()
             return proof()
 
-        stall = self._checkpointer.save(
-            step,
-            lambda: self._files(step, proven),
-            commit_meta(me, self._data) if me.rank == 0 else {},
-        )
+        with me.heartbeat.during(me.heartbeat.phase):  # also when `_on_wait` has named others
+            stall = self._checkpointer.save(
+                step,
+                lambda: self._files(step, proven),
+                commit_meta(me, self._data) if me.rank == 0 else {},
+            )
         memory.history.stalled(stall)
         me.metrics.add("checkpoint_stall_seconds_total", stall)
         if self._chooser is not None:
@@ -155,31 +171,36 @@ class Saver:
         self._interval.saved(step)
 
     def wait_until_saved(self, steps_done: int) -> None:
-        """Wait until the last checkpoint is committed, through an outage of the storage for at most OUTAGE_PATIENCE_SECONDS. OSError if it
-        cannot be saved."""
+        """Wait until the last checkpoint is committed, through an outage of the storage (waiting.OUTAGE_PATIENCE_SECONDS). OSError if it
+        cannot be saved: the storage's own if this rank met it, else CheckpointNotSaved."""
         heartbeat, call = self._me.heartbeat, self._me.call
-        heartbeat.tick("checkpoint")
-        end = time.monotonic() + OUTAGE_PATIENCE_SECONDS
-        while True:
-            try:
-                self._checkpointer.wait(2.0)
-                break
-            except StorageOutage:
+        with heartbeat.during(CHECKPOINT):
+            self._checkpointer.wait()
+            if steps_done in self._failed:
+                raise self._failed[steps_done]
+            heartbeat.tick(CHECKPOINT)  # `_on_wait` may have named others
+            end = time.monotonic() + OUTAGE_PATIENCE_SECONDS
+            while not call("wait_committed", steps_done, timeout=2.0):
                 heartbeat.tick()
-                if time.monotonic() > end:
-                    raise
-        while not call("wait_committed", steps_done, timeout=2.0):
-            heartbeat.tick()
-            status = call("status")
-            if steps_done in status.checkpoints.failed_steps or time.monotonic() > end:
-                why = status.checkpoints.problem or "no answer"
-                raise OSError(f"the last checkpoint, of step {steps_done}, could not be saved: {why}")
+                status = call("status")
+                if steps_done in status.checkpoints.failed_steps or time.monotonic() > end:
+                    why = status.checkpoints.problem or "no answer"
+                    raise CheckpointNotSaved(f"the last checkpoint, of step {steps_done}, could not be saved: {why}")
 
     def close(self) -> None:
         self._checkpointer.close()
 
     def _stage(self, step: int, name: str, buffers: Buffers) -> Receipt:
         return self._store.stage(step, self._me.spec.generation, name, buffers, give_up=self._checkpointer.hurried)
+
+    def _on_wait(self, phase: str) -> None:
+        """In the main thread, about every second. A look at the storage is a tick; waiting for other ranks is only said once."""
+        if phase == STORAGE or self._me.heartbeat.phase != phase:
+            self._me.heartbeat.tick(phase)
+
+    def _on_failed(self, step: int, error: OSError) -> None:
+        self._failed[step] = error
+        self._me.call("fail_checkpoint", self._me.spec.attempt, self._me.rank, step, str(error))
 
     def _staged(self, step: int, seconds: float, size_bytes: int) -> None:
         self._me.metrics.observe("checkpoint_stage_seconds", seconds)

@@ -10,15 +10,21 @@ from typing import Any
 
 import torch
 
+from cluster.beat import JOINING
 from cluster.exporter import Server, serve_metrics
 from cluster.heartbeat import Heartbeat
 from cluster.metrics import Metrics
 from cluster.rank import Placement, RankContext
 from cluster.roster import RankInfo
+from cluster.waiting import OUTAGE_PATIENCE_SECONDS, StorageWaits
 from trainer.settings.spec import WorkerSpec
 from trainer.settings.tree import RunConfig
 
-GROUP_TIMEOUT_SECONDS = 300.0
+JOIN_MARGIN_SECONDS = 60.0
+"""A rank waits this much longer for the others to start than the driver, which can name those that do not (cluster.hang)."""
+GROUP_PATIENCE_SECONDS = 2 * OUTAGE_PATIENCE_SECONDS
+"""How long a rank waits for the others in a collective: longer than any of them may wait for a storage. Only a last resort: an agent tells
+of a rank that died, and the driver finds one that is stuck."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,6 +43,8 @@ class ThisRank:
     metrics: Metrics
     server: Server
     heartbeat: Heartbeat
+    waits: StorageWaits
+    """Calls the storage for the main thread, so that a storage that stalls does not look like a rank that hangs."""
 
     @property
     def config(self) -> RunConfig:
@@ -66,7 +74,8 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
         start_step=spec.resume.step if spec.resume else 0,
     )
     if context.world_size > 1:
-        context.join_group(GROUP_TIMEOUT_SECONDS)
+        with heartbeat.during(JOINING):
+            context.join_group(config.cluster.start_seconds + JOIN_MARGIN_SECONDS, patience_seconds=GROUP_PATIENCE_SECONDS)
     return ThisRank(
         spec=spec,
         rank=rank,
@@ -78,4 +87,5 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
         metrics=metrics,
         server=server,
         heartbeat=heartbeat,
+        waits=StorageWaits(heartbeat),
     )

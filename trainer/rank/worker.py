@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cluster.beat import COMPILING, DECODING, EXCHANGE, JOINING, STEP
 from cluster.ledger import LedgerWriter
 from cluster.rank import RankContext
 from cluster.storage import open_storage
@@ -53,7 +54,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     store = Store.open(storage, config.run)
     state = TrainState(learner.model, learner.optimizer, learner.ema)
-    memory = restore(store, spec.resume, state)
+    memory = restore(store, spec.resume, state, me.waits)
     plan = StepPlan.of(config, data.order.steps_per_epoch, start_step=memory.start_step)
 
     guard, weights = guard_of(data, learner, plan, memory), weights_check(me, learner)
@@ -70,16 +71,18 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     ledger = open_ledger(me, storage, start_step=plan.start_step)
     gpu = GpuWatch(me.metrics, gpu_address(me.device))
 
-    data.loader.load("train", "test")  # if images are cached, decode them now, so that no step has to
-    me.heartbeat.tick("step")
+    me.heartbeat.tick(DECODING)
+    data.loader.load("train", "test", on_group=me.heartbeat.tick)  # if images are cached, decode them now, so that no step has to
+    me.heartbeat.tick(STEP)
     me.tell("training_started", step=plan.start_step, cache=data.loader.cache, backend=data.loader.backend_name)
     steps = Steps(me=me, data=data, learner=learner, plan=plan, meter=meter, profile=profile, ledger=ledger)
     try:
         stopped = train(steps, observers, evaluator, saver)
         totals.stalled(saver.stall_seconds)
-        ranks = totals.of_all_ranks(me.rank, me.world_size, me.device)
-        if weights is not None:
-            weights.poll(wait=True)
+        with me.heartbeat.during(EXCHANGE):
+            ranks = totals.of_all_ranks(me.rank, me.world_size, me.device)
+            if weights is not None:
+                weights.poll(wait=True)
         steps_done = max(plan.start_step, memory.history.steps_done)
         saver.wait_until_saved(steps_done)
         if me.rank == 0:
@@ -136,10 +139,11 @@ class Steps:
         self.learner.set_trainable(first // self.plan.steps_per_epoch)
         self.meter.begin()
         watch = StepWatch(me.heartbeat, self.meter, self.profile if profiles else None)
+        me.heartbeat.tick(JOINING)  # in ddp mode making the stepper is a collective, and ranks may take long to come here
         stepper = self.learner.stepper(world_size=me.world_size, rank=me.rank, observer=watch)
-        me.heartbeat.tick("starting")  # compiling may take as long as a start
+        me.heartbeat.tick(COMPILING)
         seconds = stepper.compile_ahead((3, *self.data.loader.image_size))
-        me.heartbeat.tick("step")
+        me.heartbeat.tick(STEP)
         if seconds:
             me.tell("compiled", seconds=seconds)
         if profiles and first == self.plan.start_step:
@@ -149,7 +153,7 @@ class Steps:
         return stepper
 
     def batches(self, first: int, last: int) -> Batches:
-        return recorded(self.data.loader.train(first, last), self.ledger, self.me.spec.skip)
+        return recorded(self.data.loader.train(first, last), self.ledger, self.me)
 
     def run(self, stepper: Stepper, batches: Batches, first: int, last: int) -> Iterator[StepStats]:
         me, plan = self.me, self.plan

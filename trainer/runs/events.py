@@ -138,6 +138,7 @@ KINDS: Mapping[str, Kind] = {
     "attempt_failed": Kind(words=_attempt_failed),
     "attempt_paused": Kind(words=lambda event: f"to other workers: {event.get('reason')}"),
     "pause_requested": Kind(words=lambda event: f"to other workers: {event.get('reason')}"),
+    "notice_stands": Kind(words=lambda event: f"training on in spite of a notice of preemption: {event.get('reason')}"),
     "workers_asked_for": Kind(words=lambda event: f"asked the cluster for {number(event.get('workers'))} more"),
     "resumed": Kind(words=lambda event: f"going on from the checkpoint of step {_step(event)}"),
     "hang": Kind(words=_hang),
