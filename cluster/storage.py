@@ -117,7 +117,7 @@ def is_transient(error: OSError) -> bool:
 
 def is_outage(error: OSError) -> bool:
     """Whether waiting may help, on any storage: it does not answer, or a file system below a local path is away for the moment."""
-    return isinstance(error, StorageOutage) or error.errno in _TEMPORARY
+    return isinstance(error, (StorageOutage, TimeoutError, ConnectionError)) or error.errno in _TEMPORARY
 
 
 def is_unreadable_now(error: OSError) -> bool:

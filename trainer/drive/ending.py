@@ -104,7 +104,7 @@ class Ending:
             "steps_per_epoch": session.steps_per_epoch,
             "classes": list(manifest.classes),
             "dataset_fingerprint": manifest.fingerprint,
-            "quarantined": manifest.quarantined + session.status().quarantined,
+            "quarantined": manifest.quarantined + session.quarantined(),
             "versions": versions(),
             "command": session.decided.command,
             "task": session.decided.task.to_json(),
