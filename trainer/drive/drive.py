@@ -94,7 +94,7 @@ class Drive:
         finally:
             self._fleets.end()  # before Ray shuts down: a thread still inside Ray would take the process down
         is_over = self._result is not None and not self._result["stopped"]
-        if not is_over and session.is_taken_over():
+        if not is_over and (session.seems_taken_over() if self._is_stopping() else session.is_taken_over()):
             return self._ending().taken_over()
         return self._ending().finished() if is_over else self._ending().stopped()
 
