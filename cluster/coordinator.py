@@ -252,6 +252,10 @@ class Coordinator:
         if total := sum(seconds.values()):
             self._metrics.set("goodput_ratio", seconds.get("steps", 0.0) / total)
 
+    def waiting_for_storage(self, seconds: float) -> None:
+        """Export to Prometheus how long the storage has not answered the driver; 0 once it does."""
+        self._metrics.set("storage_waiting_seconds", seconds)
+
     def discovery_address(self) -> str:
         """host:port of http_sd (path /sd); the coordinator's own /metrics is there too."""
         return self._discovery.address

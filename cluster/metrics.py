@@ -231,6 +231,12 @@ METRICS: tuple[Metric, ...] = (
         label="cause",
         values=CAUSES,
     ),
+    Metric(
+        name="storage_waiting_seconds",
+        kind="gauge",
+        help="For how long the storage has not answered the driver; 0 once it does again. It appears with a run's first outage.",
+        owner="coordinator",
+    ),
     Metric(name="goodput_ratio", kind="gauge", help="Useful step time over wall time, 0 to 1.", owner="coordinator"),
 )
 

@@ -3,7 +3,8 @@
 Used by store, journal and coordinator, and by trainer for the run's other files. store.py defines what a checkpoint is and when it counts.
 
 Every operation on a remote storage is idempotent. So temporary failures are retried for a budget of seconds; after that it is an outage
-(StorageOutage), which the callers survive. A refusal by the storage is not retried (StorageRefused)."""
+(StorageOutage), which the callers survive. A refusal by the storage is not retried (StorageRefused). A local path may lie on NFS or FUSE:
+its errors come as they are, `is_outage` says which of them pass, and `is_unreadable_now` that they are no damage."""
 
 import datetime
 import errno
@@ -13,12 +14,13 @@ import random
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pyarrow import fs as pafs
 
@@ -42,6 +44,9 @@ _LONGEST_WAIT_SECONDS = 5.0
 _WITHOUT_DIRECTORIES = {"s3", "gcs", "abfs"}
 
 
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_LONE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
 T = TypeVar("T")
 
 
@@ -59,6 +64,18 @@ class StorageRefused(OSError):
 
 # These answer a question and are no failures: callers handle them.
 _ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+# What a network file system (NFS, FUSE) says while its server is away, and a disk while its controller is being reset.
+_TEMPORARY = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EINTR, errno.ENOLINK, errno.EREMOTEIO, errno.ECOMM),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EPIPE, errno.ESHUTDOWN),
+        *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENODEV, errno.ENXIO, errno.ENOMEDIUM),
+        *(errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.ENOBUFS, errno.EBUSY),
+    }
+)
+# A file system that checks what it reads says so if that is not what was written.
+_DAMAGES = frozenset({errno.EBADMSG, errno.EUCLEAN})
 
 _REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG})
 # HTTP statuses after which the same request may succeed a moment later; no other status below 500 is like that.
@@ -96,6 +113,17 @@ def is_transient(error: OSError) -> bool:
     if azure := _AZURE.search(text):
         return _passes(int(azure[1]))
     return True
+
+
+def is_outage(error: OSError) -> bool:
+    """Whether waiting may help, on any storage: it does not answer, or a file system below a local path is away for the moment."""
+    return isinstance(error, (StorageOutage, TimeoutError, ConnectionError)) or error.errno in _TEMPORARY
+
+
+def is_unreadable_now(error: OSError) -> bool:
+    """Whether an error on reading says nothing about the bytes that are stored: an outage, or a refusal. Then they may be as they were, and
+    nothing may be taken for damaged, nor for missing. False for what is not there, and for what the file system itself found damaged."""
+    return not isinstance(error, _ANSWERS) and error.errno not in _DAMAGES
 
 
 def _passes(status: int) -> bool:
@@ -167,7 +195,7 @@ class Storage:
     is_local: bool
     uri: str
     retry: RetryPolicy = RetryPolicy(seconds=0.0)
-    """Applies to every operation on a remote storage; a local one has no temporary failures."""
+    """Applies to every operation on a remote storage. On a local one the first error counts."""
 
     @property
     def address(self) -> str:
@@ -239,7 +267,11 @@ class Storage:
 
     def exists(self, path: str) -> bool:
         if self.is_local:
-            return os.path.lexists(self.at(path))
+            try:
+                os.lstat(self.at(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True  # os.path.lexists would take a file that cannot be looked at now for a missing one
         return self._try(lambda: bool(self.fs.get_file_info(self.at(path)).type != pafs.FileType.NotFound), path)
 
     def list(self, path: str) -> list[Entry]:
@@ -297,15 +329,15 @@ def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Stora
         raise ValueError(f"cluster.storage_retry_seconds={retry_seconds:g} is not a number of seconds from 0 up; use 20, or 0 to try once")
     if not text:
         raise ValueError("storage is empty; give a folder or a URI, such as --storage runs or --storage s3://bucket/runs")
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
-    if scheme is None:
-        root = os.path.abspath(os.path.expanduser(text))
+    scheme = _SCHEME.match(text)
+    if scheme is None or scheme[1] == "file":
+        root = os.path.abspath(os.path.expanduser(text) if scheme is None else _path_of(text))
         return Storage(fs=pafs.LocalFileSystem(), root=root, is_local=True, uri=root)
     if scheme[1] not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise ValueError(f"storage={_without_secrets(text)!r} has the unknown scheme {scheme[1]!r}; use a local folder or one of {known}")
     try:
-        filesystem, root = pafs.FileSystem.from_uri(text)
+        filesystem, root = pafs.FileSystem.from_uri(_strict(text))
     except (ValueError, OSError, NotImplementedError) as error:
         raise ValueError(f"storage={_without_secrets(text)!r} cannot be opened: {error}") from error
     return Storage(
@@ -315,6 +347,35 @@ def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Stora
         uri=text,
         retry=RetryPolicy(seconds=retry_seconds),
     )
+
+
+def join_uri(base: str, *parts: str) -> str:
+    """The path or URI of `parts` below `base`: a URI's query (`?endpoint_override=...`) stays at its end. Names are taken as they are."""
+    is_remote = is_uri(base)
+    where, question, query = base.partition("?") if is_remote else (base, "", "")
+    names = (quote(part, safe="/") if is_remote else part for part in parts)
+    return "/".join([where.rstrip("/"), *names]) + question + query
+
+
+def is_uri(text: str) -> bool:
+    """Whether `text` is a URI of a remote storage, as opposed to a local path or a file:// URI."""
+    scheme = _SCHEME.match(text)
+    return scheme is not None and scheme[1] != "file"
+
+
+def _path_of(uri: str) -> str:
+    """The path of a file:// URI. It has neither query nor fragment: `?` and `#` are characters of names, and so is a `%` that begins no
+    escape."""
+    host, slash, path = uri.removeprefix("file://").partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise ValueError(f"storage={uri!r} names the host {host!r}; a file:// URI of this machine has three slashes: file:///folder")
+    return unquote(slash + path)
+
+
+def _strict(uri: str) -> str:
+    """`uri` with what people write and RFC 3986 does not allow escaped: spaces, `#`, a lone `%`, letters beyond ASCII."""
+    scheme, separator, rest = uri.partition("://")
+    return scheme + separator + quote(_LONE_PERCENT.sub("%25", rest), safe="%/:@?&=+,;!$'()*~[]")
 
 
 def _impatient(filesystem: Any) -> Any:
@@ -344,16 +405,24 @@ def _without_secrets(uri: str) -> str:
 def make_dirs(path: str) -> None:
     """mkdir -p that survives a power cut: each new name is synced into its parent."""
     missing = []
-    while not os.path.isdir(path):
+    while not _is_dir(path):
         missing.append(path)
         path = os.path.dirname(path)
     for folder in reversed(missing):
         try:
             os.mkdir(folder)
         except FileExistsError:
-            if not os.path.isdir(folder):
+            if not _is_dir(folder):
                 raise
         sync_dir(os.path.dirname(folder))
+
+
+def _is_dir(path: str) -> bool:
+    """os.path.isdir, which takes a folder that cannot be looked at now for a missing one, with that error raised."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def sync_dir(path: str) -> None:

@@ -241,6 +241,18 @@ ALERTS: tuple[Alert, ...] = (
         description="{{ $value | humanizePercentage }} of the time goes to waiting for checkpoints.",
     ),
     Alert(
+        name="FinetuneStorageAway",
+        severity="warning",
+        expr=lambda c: (
+            f"""
+            max by (run) ({{storage_waiting_seconds}}) > {c.seconds(120)}"""
+        ),
+        for_seconds=0,
+        summary="The storage of run {{ $labels.run }} does not answer",
+        description="It has not for {{ $value | humanizeDuration }}. The run waits for it: steps go on, and what would be saved waits on "
+        "the nodes' disks.",
+    ),
+    Alert(
         name="FinetuneQuarantine",
         severity="warning",
         # Taken over all coordinators of the run: a resumed run starts with the number that the previous one left.

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
 from benchmarks.faults.storage import Weather
-from cluster.storage import RetryPolicy, Storage, StorageOutage, StorageRefused, is_transient, open_storage
+from cluster.storage import (
+    RetryPolicy,
+    Storage,
+    StorageOutage,
+    StorageRefused,
+    is_outage,
+    is_transient,
+    is_unreadable_now,
+    join_uri,
+    open_storage,
+)
 
 
 @pytest.fixture(params=["local", "objects"])
@@ -261,3 +271,80 @@ def test_every_operation_is_done_once_in_effect_where_many_calls_fail() -> None:
     storage.delete_dir("a")
     assert storage.list("") == []
     assert flaky.refused > 50
+
+
+# Places
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "50%25", "run#1", "what?", "größe", "a%20b", "a+b&c=d"])
+def test_a_folder_of_any_name_is_a_storage_by_its_path_and_by_its_uri(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name / "runs"
+    storage = open_storage(folder)
+    storage.write_atomic("mine/file", b"1")
+    assert (folder / "mine" / "file").read_bytes() == b"1"
+    escaped = open_storage(folder.as_uri())
+    assert escaped.is_local
+    assert escaped.read("mine/file") == b"1"
+    for again in (storage.uri, escaped.uri, join_uri(storage.uri, "mine")):  # what other processes and later commands are told
+        assert open_storage(again).root.startswith(str(folder))
+    assert open_storage(join_uri(escaped.uri, "mine")).read("file") == b"1"
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "run#1", "größe", "a%20b"])
+def test_what_people_write_in_a_remote_uri_is_taken_as_they_mean_it(name: str) -> None:
+    storage = open_storage(f"s3://bucket/{name}?region=us-east-1")
+    assert storage.root == f"bucket/{name.replace('%20', ' ')}"
+    assert open_storage(storage.uri).root == storage.root
+
+
+def test_a_file_uri_is_of_this_machine() -> None:
+    assert open_storage("file://localhost/tmp/x").root == "/tmp/x"
+    for uri in ("file://elsewhere/x", "file://x"):
+        with pytest.raises(ValueError, match="three slashes: file:///folder"):
+            open_storage(uri)
+
+
+names_of_folders = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="/\0"), min_size=1).filter(
+    lambda name: name not in (".", "..")
+)
+
+
+@given(name=names_of_folders, query=st.sampled_from(["", "?region=eu", "?endpoint_override=localhost%3A9000&scheme=http&region=eu"]))
+def test_a_name_is_joined_before_the_query_and_comes_out_as_it_is(name: str, query: str) -> None:
+    for base in ("s3://bucket/runs", "s3://bucket/runs/"):
+        joined = join_uri(base + query, name)
+        assert joined.startswith("s3://bucket/runs/")
+        assert joined.endswith(query)
+        assert open_storage(joined if query else f"{joined}?region=eu").root == f"bucket/runs/{name}".rstrip("/")
+    assert join_uri("/a?b/runs", name) == f"/a?b/runs/{name}"
+
+
+# What an error on reading says
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN])
+def test_what_a_network_file_system_says_while_it_is_away_passes_and_is_no_damage(number: int) -> None:
+    assert is_outage(OSError(number, "away"))
+    assert is_unreadable_now(OSError(number, "away"))
+
+
+def test_a_refusal_is_no_outage_and_no_damage_and_what_is_gone_is_neither() -> None:
+    for refusal in (PermissionError(errno.EACCES, "no"), PermissionError(errno.EPERM, "no"), StorageRefused("no")):
+        assert (is_outage(refusal), is_unreadable_now(refusal)) == (False, True)
+    assert (is_outage(StorageOutage("gone")), is_unreadable_now(StorageOutage("gone"))) == (True, True)
+    for answer in (FileNotFoundError(errno.ENOENT, "no"), IsADirectoryError(errno.EISDIR, "no"), OSError(errno.EUCLEAN, "damaged")):
+        assert (is_outage(answer), is_unreadable_now(answer)) == (False, False)
+
+
+def test_a_file_that_cannot_be_looked_at_now_is_not_taken_for_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(tmp_path / "runs")
+    storage.write_atomic("run/config.toml", b"")
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, stale)
+    for act in (lambda: storage.exists("run/config.toml"), lambda: storage.make_dir("run/new")):
+        with pytest.raises(OSError, match="Stale"):
+            act()

@@ -137,6 +137,9 @@ CASES = (
         "40m",
         SILENT,
     ),
+    Case("FinetuneStorageAway", "for minutes", {"@storage_waiting_seconds": "_x10 0+60x80"}, "16m", FIRES),
+    Case("FinetuneStorageAway", "for a minute", {"@storage_waiting_seconds": "_x10 30 60 90 0x80"}, "13m", SILENT),
+    Case("FinetuneStorageAway", "it answers again", {"@storage_waiting_seconds": "0+60x10 0x80"}, "14m", SILENT),
     Case("FinetuneQuarantine", "a new one", {"@run_quarantined_samples": "0x10 1x80"}, "14m", FIRES),
     Case("FinetuneQuarantine", "none", {"@run_quarantined_samples": "0x90"}, "14m", SILENT),
     Case(

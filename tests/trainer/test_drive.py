@@ -1,7 +1,6 @@
 """What the driver makes of what it sees: pure decisions, and a real coordinator's status. No Ray."""
 
 import dataclasses
-import math
 import os
 import signal
 import threading
@@ -22,7 +21,7 @@ from cluster.failures import Failure
 from cluster.hang import Hang
 from cluster.roster import RankInfo
 from cluster.store import Commit
-from trainer.drive.attempt import Act, Look, Seldom, decide, has_begun, lost_agents, signs, silent_agents, wait_for_news
+from trainer.drive.attempt import Act, Look, decide, has_begun, lost_agents, signs, silent_agents, wait_for_news
 from trainer.drive.drive import told_failure
 from trainer.drive.fleets import Pause
 from trainer.drive.screen import Position, phase_of
@@ -212,13 +211,7 @@ def test_a_failure_is_told_with_its_place_and_its_price() -> None:
 
 
 class _NoNews:
-    """A coordinator whose news never comes."""
-
-    def __init__(self) -> None:
-        self.news = self
-
-    def remote(self, *_: object) -> "_NoNews":
-        return self
+    """Ray's reference to news that never come."""
 
     def future(self) -> "Future[None]":
         return Future()
@@ -233,7 +226,7 @@ class _Fleet:
 
 def test_a_driver_that_waits_hears_of_a_signal_at_once() -> None:
     signals = Signals()
-    session: Any = SimpleNamespace(coordinator=_NoNews(), config=RunConfig(), status=lambda: "status")
+    session: Any = SimpleNamespace(call=lambda *_: _NoNews(), config=RunConfig(), status=lambda: "status")
     kill = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     before = signal.getsignal(signal.SIGINT)
     with signals.heard():
@@ -264,15 +257,12 @@ def test_a_second_signal_ends_the_program_but_not_the_same_one_twice_at_once(
     assert "stopped at once; the same command goes on from the newest saved checkpoint" in capsys.readouterr().err
 
 
-def test_a_question_that_takes_time_is_put_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("trainer.drive.attempt.time", SimpleNamespace(monotonic=lambda: now))
-    asked: list[float] = []
-    seldom = Seldom(5.0, lambda: asked.append(now) is None)
-    said = []
-    for _ in range(24):
-        said.append(seldom())
-        now += 0.5
-    assert asked == [105.5, 111.0]
-    assert sum(said) == len(asked)
-    assert math.isclose(now, 112.0)
+def test_a_wait_before_the_next_attempt_ends_with_a_signal() -> None:
+    signals = Signals()
+    with signals.heard():
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        began = time.monotonic()
+        signals.sleep(60)
+        signals.sleep(60)  # nor is there another
+    assert time.monotonic() - began < 30
+    assert signals.number == signal.SIGTERM

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from queue import Empty
 from typing import Any
 
@@ -22,6 +23,7 @@ from cluster.failures import Failure
 from cluster.hang import Hang, HangWatch, Sign
 from cluster.interval import observed_failures
 from cluster.launch import Fleet, failure_of_ranks
+from cluster.patience import Lately
 from trainer.drive.account import Account
 from trainer.drive.fleets import Fleets, Pause, Room
 from trainer.drive.screen import Position, Screen
@@ -137,9 +139,10 @@ class Attempt:
     def run(self) -> Outcome:
         """Run the attempt from its first order to its end."""
         position, cluster = self._position, self._session.config.cluster
-        self._session.ask("start_attempt", position.attempt, self._fleet.workers, position.start_step, self._fleet.number, self._payload)
+        begin = (position.attempt, self._fleet.workers, position.start_step, self._fleet.number, self._payload)
+        self._session.patiently("the list of checkpoints", lambda: self._session.ask("start_attempt", *begin))
         watch = HangWatch(hang_seconds=cluster.hang_seconds, start_seconds=cluster.start_seconds, now=time.monotonic())
-        is_taken_over = Seldom(TAKEN_OVER_POLL_SECONDS, self._session.is_taken_over)
+        is_taken_over = Lately(TAKEN_OVER_POLL_SECONDS, self._session.seems_taken_over, False)
         outcome = None
         while outcome is None:
             has_ended = self._fleet.wait(0)
@@ -284,23 +287,9 @@ class Attempt:
         return done
 
 
-class Seldom:
-    """Rate-limits a slow question: asks it at most every `every_seconds`, first after that time, and returns False in between."""
-
-    def __init__(self, every_seconds: float, question: Callable[[], bool]) -> None:
-        self._every_seconds, self._question = every_seconds, question
-        self._asked_at = time.monotonic()
-
-    def __call__(self) -> bool:
-        if time.monotonic() - self._asked_at <= self._every_seconds:
-            return False
-        self._asked_at = time.monotonic()
-        return self._question()
-
-
 def payload_of(session: Session, position: Position) -> Payload:
     """The spec and the data files that the ranks of the attempt at `position` get."""
-    failures, observed_seconds = observed_failures(session.events())
+    failures, observed_seconds = observed_failures(session.newest_events())
     spec = WorkerSpec(
         config=session.config,
         dataset=session.data if isinstance(session.data, str) else None,
@@ -320,12 +309,13 @@ def wait_for_news(session: Session, signals: Signals, fleet: Fleet, ended: int, 
     the status. Signals do not end the wait if `is_told`: the ranks already know."""
     alarm = signals.new_alarm()
     if is_told or not signals.number:
-        news = session.coordinator.news.remote(ended, poll_seconds(fleet.workers, session.config.cluster.heartbeat_seconds))
+        ask = partial(session.call, "news", ended, poll_seconds(fleet.workers, session.config.cluster.heartbeat_seconds))
+        news = ask()
         news.future().add_done_callback(lambda _: alarm.put(None))
         with suppress(Empty):
             alarm.get(timeout=CALL_SECONDS)
         if not fleet.wait(0) and (is_told or not signals.number):
-            status: Status = ray.get(news, timeout=CALL_SECONDS)
+            status: Status = session.answer(news, again=ask)
             return status
     return session.status()
 

@@ -5,15 +5,18 @@ an attempt; the next one starts on the same fleet within seconds. A dead agent o
 of workers. cluster.controller decides what is tried again. ending.py ends the run.
 """
 
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from cluster.controller import RunFailed, run_attempts
-from cluster.failures import Failure, FailureCounts, counts_of
+from cluster.failures import Failure, FailureCounts, classify, counts_of, described
+from cluster.heartbeat import CoordinatorLost
 from cluster.journal import last_attempt
 from cluster.names import FILE_SD
+from cluster.storage import is_outage
 from cluster.store import Commit
 from trainer.drive.account import Account
 from trainer.drive.attempt import Attempt, Outcome
@@ -24,6 +27,7 @@ from trainer.drive.session import Session
 from trainer.drive.signals import Signals
 
 DRAIN_SECONDS = 30.0
+DRAIN_POLL_SECONDS = 5.0
 
 
 class Drive:
@@ -52,8 +56,7 @@ class Drive:
         try:
             if self._session.resources.fewest == self._session.resources.most:
                 self._fleets.start(0, show=self._show_waiting)  # Ray Train places the agents while the coordinator starts
-            counts = self._take_up()
-            return self._attempts(counts)
+            return self._attempts()
         finally:
             self._fleets.end()
 
@@ -70,23 +73,22 @@ class Drive:
         tell_beginning(session, start)
         return replace(counts, skipped=skip, rollbacks=max(counts.rollbacks, len(skip)))
 
-    def _attempts(self, counts: FailureCounts) -> int:
+    def _attempts(self) -> int:
         session = self._session
         try:
-            with self._screen, self._signals.heard():
-                run_attempts(
-                    self._attempt,
-                    first_attempt=self._position.attempt + 1,
-                    committed_step=session.committed_step,
-                    policy=session.config.cluster.faults,
-                    on_failure=self._on_failure,
-                    on_skip=self._on_skip,
-                    counts=counts,
-                    stopping=lambda: self._signals.number != 0,
-                )
+            with self._screen, self._signals.heard(), session.patience.watched(show=self._show_storage, is_stopping=self._is_stopping):
+                counts = self._take_up()
+                if not self._is_stopping():
+                    self._run_attempts(counts)
         except RunFailed as error:
             return self._ending().taken_over() if session.is_taken_over() else self._ending().failed(error)
-        except (OSError, ValueError):
+        except CoordinatorLost as error:
+            if not self._is_stopping():
+                return self._ending().failed(given_up(error, "Ray has given it up; the same command starts another one and goes on"))
+        except OSError as error:
+            if not (self._is_stopping() and is_outage(error)):
+                return self._ending().failed(given_up(error, "the run cannot go on without it; once it is mended the same command goes on"))
+        except ValueError:
             raise
         except Exception:
             traceback.print_exc()  # print it now: from here on Ray's calls in other threads fail and end the process without it
@@ -94,9 +96,25 @@ class Drive:
         finally:
             self._fleets.end()  # before Ray shuts down: a thread still inside Ray would take the process down
         is_over = self._result is not None and not self._result["stopped"]
-        if not is_over and session.is_taken_over():
+        if not is_over and (session.seems_taken_over() if self._is_stopping() else session.is_taken_over()):
             return self._ending().taken_over()
         return self._ending().finished() if is_over else self._ending().stopped()
+
+    def _run_attempts(self, counts: FailureCounts) -> None:
+        run_attempts(
+            self._attempt,
+            first_attempt=self._position.attempt + 1,
+            committed_step=self._session.committed_step,
+            policy=self._session.config.cluster.faults,
+            on_failure=self._on_failure,
+            on_skip=self._on_skip,
+            counts=counts,
+            stopping=self._is_stopping,
+            sleep=self._signals.sleep,
+        )
+
+    def _is_stopping(self) -> bool:
+        return self._signals.number != 0
 
     def _ending(self) -> Ending:
         return Ending(session=self._session, result=self._result, workers=self._fleets.workers, signal=self._signals.number)
@@ -157,16 +175,37 @@ class Drive:
         self._screen.message(f"the batch of step {step:,} is left out from now on")
 
     def _go_back(self) -> None:
-        """Go back to the newest commit. A checkpoint that all ranks had staged still counts."""
-        self._session.ask("drain", DRAIN_SECONDS)
+        """Go back to the newest commit."""
+        self._drain()
         start = self._session.find_start()
         self._position = replace(self._position, start=start)
         if start is not None:
             self._session.journal.write("resumed", step=start.step, path=start.path)
 
+    def _drain(self) -> None:
+        """Wait for the checkpoints that all ranks have staged: they still count. In an outage they are committed after it."""
+        until = time.monotonic() + DRAIN_SECONDS
+        while not self._session.ask("drain", DRAIN_POLL_SECONDS):
+            if time.monotonic() < until:
+                continue
+            if self._session.storage_answers():
+                return
+            if self._is_stopping():
+                return  # the next driver goes on from what is committed by then
+            until = time.monotonic() + DRAIN_SECONDS
+
     def _show_waiting(self, what: str) -> None:
-        is_stopping = self._signals.number != 0
-        self._screen.show(self._session.status(), self._position, workers=self._fleets.workers, is_stopping=is_stopping, waiting=what)
+        status = self._session.status()
+        self._screen.show(status, self._position, workers=self._fleets.workers, is_stopping=self._is_stopping(), waiting=what)
+
+    def _show_storage(self, waiting: str) -> None:
+        """Called while the driver waits for the storage. It asks nobody: the coordinator may wait for the storage too."""
+        self._screen.show_waiting(waiting, is_stopping=self._is_stopping())
+
+
+def given_up(error: CoordinatorLost | OSError, reason: str) -> RunFailed:
+    """A failure that no attempt can mend, and whose message says it all."""
+    return RunFailed(replace(classify(described(error)), traceback=""), reason=reason, attempts=0)
 
 
 def tell_beginning(session: Session, start: Commit | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.controller import RunFailed
 from cluster.redact import redact, redacted
+from cluster.storage import join_uri
 from cluster.versions import versions
 from trainer.drive.session import Session
 from trainer.runs.progress import final_table, predict_command
@@ -36,7 +37,7 @@ class Ending:
         session = self.session
         session.journal.write("run_finished", steps=session.total_steps)
         summary, report = self.write_summary("finished")
-        folder = f"{session.storage.uri}/{session.config.run}"
+        folder = join_uri(session.storage.uri, session.config.run)
         session.console.print(final_table(summary, report=report, predict=predict_command(folder)), soft_wrap=True)
         return 0
 
@@ -89,7 +90,7 @@ class Ending:
         try:
             encoded = json.dumps(redacted(finite(summary)), indent=1, allow_nan=False).encode()
             session.storage.write_atomic(f"{session.config.run}/summary.json", encoded)
-            return summary, str(write_report(f"{session.storage.uri}/{session.config.run}", dataset))
+            return summary, str(write_report(join_uri(session.storage.uri, session.config.run), dataset))
         except OSError as error:  # most likely a full disk: the result is still printed, and the checkpoints are untouched
             print(f"warning: summary.json and report.html could not be written: {error}", file=sys.stderr)
             return summary, None
@@ -103,7 +104,7 @@ class Ending:
             "steps_per_epoch": session.steps_per_epoch,
             "classes": list(manifest.classes),
             "dataset_fingerprint": manifest.fingerprint,
-            "quarantined": manifest.quarantined + session.status().quarantined,
+            "quarantined": manifest.quarantined + session.quarantined(),
             "versions": versions(),
             "command": session.decided.command,
             "task": session.decided.task.to_json(),

@@ -248,8 +248,7 @@ class Fleets:
         fleet, self._present = self._present, None
         if fleet is None:
             return
-        with suppress(ray.exceptions.RayError):  # agents without a coordinator end by themselves
-            self._session.ask("end_fleet", fleet.number)
+        self._session.order("end_fleet", fleet.number)
         if not fleet.wait(FLEET_END_SECONDS) and self._placement_group:
             with suppress(ray.exceptions.RayError):
                 remove_placement_group(self._placement_group)

@@ -4,7 +4,7 @@ This file computes the content from a status and a position; trainer.runs.progre
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -63,6 +63,7 @@ class Screen:
         self._line = ProgressLine(session.console)
         self._phase, self._phase_began = "", time.monotonic()
         self._failed_checkpoints, self._failure_told_at = 0, -math.inf
+        self._state: RunState | None = None
 
     def __enter__(self) -> Self:
         self._line.__enter__()
@@ -76,11 +77,23 @@ class Screen:
         self._line.message(text)
 
     def show(self, status: Status, position: Position, *, workers: int, is_stopping: bool, waiting: str = "") -> None:
-        phase = phase_of(status, position, workers=workers, is_stopping=is_stopping, waiting=waiting)
+        self._begin_phase(phase_of(status, position, workers=workers, is_stopping=is_stopping, waiting=waiting))
+        self._warn_of_checkpoints(status)
+        self._state = self._state_of(status, position)
+        self._line.update(self._state)
+
+    def show_waiting(self, what: str, *, is_stopping: bool) -> None:
+        """Show that the driver waits; "" if that is not worth showing yet. The rest stays as it was when it was last shown."""
+        if not what:
+            return
+        self._begin_phase("stopping" if is_stopping else what)
+        seconds = time.monotonic() - self._phase_began
+        last = self._state or RunState(run=self._session.config.run, phase="")
+        self._line.update(replace(last, phase=self._phase, phase_seconds=seconds))
+
+    def _begin_phase(self, phase: str) -> None:
         if phase != self._phase:
             self._phase, self._phase_began = phase, time.monotonic()
-        self._warn_of_checkpoints(status)
-        self._line.update(self._state(status, position))
 
     def _warn_of_checkpoints(self, status: Status) -> None:
         if status.checkpoints.failures <= self._failed_checkpoints:
@@ -90,7 +103,7 @@ class Screen:
             self._failure_told_at = time.monotonic()
             self.message(f"warning: a checkpoint was not saved, training goes on: {status.checkpoints.problem}")
 
-    def _state(self, status: Status, position: Position) -> RunState:
+    def _state_of(self, status: Status, position: Position) -> RunState:
         session, task = self._session, self._session.decided.task
         steps = reached(status, position)
         stats = status.ranks[0].stats if 0 in status.ranks else {}

@@ -1,14 +1,24 @@
-"""One driver's session of a run: what the driver's parts share, and their access to coordinator and store. start.py opens it once."""
+"""One driver's session of a run: what the driver's parts share, and their access to coordinator and storage. start.py opens it once.
 
+Every question to the storage goes through its Patience (cluster/patience.py), every call of the coordinator through `ask` or `tell`. So
+neither an outage nor a coordinator that is being restarted ends a run."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from rich.console import Console
+from rich.text import Text
 
 from cluster.coordinator import Status
-from cluster.journal import Journal, read_journal
+from cluster.heartbeat import CoordinatorLost
+from cluster.journal import Event, Journal, JournalReader
 from cluster.launch import Resources, start_coordinator
+from cluster.patience import Patience
 from cluster.storage import Storage
 from cluster.store import Commit, Store
 from cluster.straggler import StragglerLimits
@@ -19,6 +29,14 @@ from trainer.settings.spec import make_order, total_steps_of
 from trainer.settings.tree import RunConfig
 
 CALL_SECONDS = 60.0
+POLL_SECONDS = 1.0
+SLOW_SECONDS = 5.0
+"""A call that takes longer is shown as a wait for the coordinator."""
+ORDER_SECONDS = 10.0
+COORDINATOR_SECONDS = 300.0
+"""How long the coordinator may leave a call unanswered while the storage answers. It needs seconds, also where Ray restarts it."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +50,8 @@ class Session:
     total_steps: int
     store: Store
     journal: Journal
+    reader: JournalReader
+    patience: Patience
     generation: int
     """Number of this driver's claim on the run. A driver with a newer claim has taken the run over."""
     coordinator: Any
@@ -55,7 +75,49 @@ class Session:
     # The coordinator
 
     def ask(self, method: str, *args: Any) -> Any:
-        return ray.get(getattr(self.coordinator, method).remote(*args), timeout=CALL_SECONDS)
+        """The answer of the coordinator's method. Ray restarts a coordinator that died and repeats its calls, so this may take a while; in
+        an outage of the storage it takes as long as that. CoordinatorLost if it is gone for good; what the method raised is raised here."""
+        return self.answer(self.call(method, *args), again=lambda: self.call(method, *args))
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call the coordinator's method without waiting. Returns Ray's reference to the answer."""
+        return getattr(self.coordinator, method).remote(*args)
+
+    def answer(self, reference: Any, *, again: Callable[[], Any]) -> Any:
+        """The answer to a call; see `ask`. `again` makes the same call once more."""
+        began, stopping_since = time.monotonic(), math.inf
+        while True:
+            try:
+                return ray.get(reference, timeout=POLL_SECONDS)
+            except ray.exceptions.ActorUnavailableError as error:  # on its way back; it may or may not have got the call
+                problem = _in_brief(error)
+                time.sleep(POLL_SECONDS)
+                reference = again()
+            except ray.exceptions.GetTimeoutError:
+                problem = f"no answer for {time.monotonic() - began:.0f} s"
+            except ray.exceptions.ActorDiedError as error:
+                raise CoordinatorLost(f"the run's coordinator is gone: {_in_brief(error)}") from error
+            except ray.exceptions.RayTaskError as error:
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, (OSError, ValueError)):  # in its own words, without Ray's account of where it was raised
+                    raise cause from None
+                raise
+            now = time.monotonic()
+            if now - began > SLOW_SECONDS:
+                self.patience.look("waiting for the coordinator")
+            stopping_since = min(stopping_since, now) if self.patience.is_stopping() else math.inf
+            is_late = now - began > COORDINATOR_SECONDS and self.storage_answers()
+            if is_late or now - stopping_since > self.config.cluster.stop_grace_seconds:
+                raise CoordinatorLost(f"the run's coordinator does not answer: {problem}")
+
+    def order(self, method: str, *args: Any) -> None:
+        """Call the coordinator's method for what can do without: agents end by themselves where it is gone."""
+        with suppress(ray.exceptions.RayError):
+            ray.get(self.call(method, *args), timeout=ORDER_SECONDS)
+
+    def storage_answers(self) -> bool:
+        """Whether the storage is not to blame: a coordinator that is restarted reads it, and waits for it."""
+        return self.patience.once("the run's folder", lambda: self.store.newest_generation() >= 0, False)
 
     def status(self) -> Status:
         status: Status = self.ask("status")
@@ -65,29 +127,68 @@ class Session:
         """Write an event into the journal through the coordinator, which counts failures, or directly if the coordinator is gone."""
         try:
             ray.get(self.coordinator.event.remote(event, **fields), timeout=CALL_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            pass  # it gets the call when it is back
         except ray.exceptions.RayError:
             self.journal.write(event, **fields)
 
+    def quarantined(self) -> int:
+        """Number of samples that the run has set aside so far."""
+        try:
+            return self.status().quarantined
+        except CoordinatorLost:
+            return sum(event["event"] == "sample_quarantined" for event in self.reader.known)
+
     # The run's folder
 
-    def events(self) -> list[dict[str, Any]]:
-        return read_journal(self.storage, self.config.run)
+    def patiently(self, what: str, operation: Callable[[], T], *, seconds: float = math.inf) -> T:
+        """What `operation()` gets from the storage, however long an outage lasts. See Patience.call."""
+        return self.patience.call(what, operation, seconds=seconds)
+
+    def events(self) -> list[Event]:
+        return self.patiently("the run's journal", self.reader.read)
+
+    def newest_events(self) -> list[Event]:
+        """The journal's events; in an outage those that were read before it."""
+        events = self.patience.once("the run's journal", self.reader.read, None)
+        return self.reader.known if events is None else events
 
     def is_taken_over(self) -> bool:
-        """Whether another process drives this run now. False if the storage does not answer."""
+        """Whether another process drives this run now. False if the storage refuses to say, or if the run is to stop in an outage."""
         try:
-            return self.store.newest_generation() > self.generation
+            return self.patiently("the run's newest driver", self._has_newer_driver)
         except OSError:
             return False
 
+    def seems_taken_over(self) -> bool:
+        """The same without patience: False in an outage."""
+        return self.patience.once("the run's newest driver", self._has_newer_driver, False)
+
+    def _has_newer_driver(self) -> bool:
+        return self.store.newest_generation() > self.generation
+
     def committed_step(self) -> int:
         """Step of the newest commit; -1 if there is none."""
-        commits = self.store.commits()
+        commits = self.patiently("the list of checkpoints", self.store.commits)
         return commits[0].step if commits else -1
 
     def find_start(self) -> Commit | None:
         """The commit to go on from; prints which ones are damaged."""
-        return find_start(self.config, self.store, self.journal, self.decided.fingerprint, self.console.print)
+        config, fingerprint = self.config, self.decided.fingerprint
+        return self.patiently(
+            "the newest checkpoint", lambda: find_start(config, self.store, self.journal, fingerprint, self.console.print)
+        )
+
+
+def patience_of(console: Console, journal: Journal, measure: Callable[[float], None] = lambda seconds: None) -> Patience:
+    """A Patience that tells its outages on the terminal and in the journal."""
+    return Patience(say=lambda line: console.print(Text(line), soft_wrap=True), record=journal.write, measure=measure)
+
+
+def _in_brief(error: Exception) -> str:
+    """What Ray says, without the traceback in its middle."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join([*lines[:1], *lines[1:][-1:]]) or type(error).__name__
 
 
 def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Console) -> Session:
@@ -95,7 +196,17 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
     config, storage, cluster = decided.config, decided.storage, decided.config.cluster
     data = decided.location if decided.is_shared else ship(decided.dataset, config)
     steps_per_epoch = make_order(config, decided.dataset).steps_per_epoch
-    generation = begun.store.claim_generation()
+    generation = patience_of(console, begun.journal).call("a claim on the run", begun.store.claim_generation)
+    coordinator = start_coordinator(
+        storage_uri=storage.uri,
+        run=config.run,
+        generation=generation,
+        keep=cluster.keep_checkpoints,
+        metrics_host=cluster.metrics_host,
+        discovery_port=cluster.discovery_port,
+        storage_retry_seconds=cluster.storage_retry_seconds,
+        straggler=StragglerLimits(ratio=cluster.faults.straggler_ratio, steps=cluster.faults.straggler_steps),
+    )
     return Session(
         decided=decided,
         data=data,
@@ -103,17 +214,10 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
         total_steps=total_steps_of(config, steps_per_epoch),
         store=begun.store,
         journal=begun.journal,
+        reader=JournalReader(storage, config.run),
+        patience=patience_of(console, begun.journal, measure=coordinator.waiting_for_storage.remote),
         generation=generation,
-        coordinator=start_coordinator(
-            storage_uri=storage.uri,
-            run=config.run,
-            generation=generation,
-            keep=cluster.keep_checkpoints,
-            metrics_host=cluster.metrics_host,
-            discovery_port=cluster.discovery_port,
-            storage_retry_seconds=cluster.storage_retry_seconds,
-            straggler=StragglerLimits(ratio=cluster.faults.straggler_ratio, steps=cluster.faults.straggler_steps),
-        ),
+        coordinator=coordinator,
         zygote=zygote,
         console=console,
     )

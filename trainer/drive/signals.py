@@ -5,8 +5,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from queue import SimpleQueue
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 SAME_SIGNAL_SECONDS = 0.3
@@ -37,6 +37,13 @@ class Signals:
     def wake(self) -> None:
         """Wake whoever waits on the newest alarm. Any thread may call it."""
         self._alarm.put(None)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep that long; a signal ends it."""
+        alarm = self.new_alarm()
+        if not self._number:
+            with suppress(Empty):
+                alarm.get(timeout=seconds)
 
     @contextmanager
     def heard(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from rich.console import Console
 from cluster.exporter import serve_discovery
 from cluster.journal import Journal
 from cluster.redact import redact
-from cluster.storage import open_storage
+from cluster.storage import join_uri, open_storage
 from cluster.store import Store
 from cluster.zygote import Zygote
 from dataio.manifest import image_size_of
@@ -174,9 +174,9 @@ def show_finished(placed: Placed, console: Console) -> int:
     config, summary = placed.config, placed.found.summary
     assert summary is not None
     check_may_show(config, summary, placed.data.fingerprint)
-    folder = f"{config.storage}/{config.run}"
+    folder = join_uri(config.storage, config.run)
     console.print(f"run {config.run} has finished already; --run NAME starts another")
-    console.print(final_table(summary, report=f"{folder}/report.html", predict=predict_command(folder)), soft_wrap=True)
+    console.print(final_table(summary, report=join_uri(folder, "report.html"), predict=predict_command(folder)), soft_wrap=True)
     return 0
 
 

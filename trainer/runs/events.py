@@ -81,6 +81,11 @@ def _step(event: Event) -> str:
     return number(event.get("step"))
 
 
+def _at_step(event: Event) -> str:
+    """A rank's and the coordinator's outages are of a checkpoint, the driver's are of none."""
+    return f"step {_step(event)}: " if event.get("step") is not None else ""
+
+
 def _message(event: Event) -> str:
     return first_line(event.get("message", ""))
 
@@ -148,10 +153,8 @@ KINDS: Mapping[str, Kind] = {
     "batch_skipped": Kind(words=lambda event: f"the batch of step {_step(event)} is left out: {first_line(event.get('reason'))}"),
     "sample_quarantined": Kind(is_followed=False, is_unusual=False),
     "stop_requested": Kind(words=lambda event: f"asked to stop: {event.get('reason')}"),
-    "storage_outage": Kind(words=lambda event: f"step {_step(event)}: the storage does not answer: {_message(event)}"),
-    "storage_recovered": Kind(
-        words=lambda event: f"step {_step(event)}: the storage answers again, after {duration(event.get('seconds'))}"
-    ),
+    "storage_outage": Kind(words=lambda event: f"{_at_step(event)}the storage does not answer: {_message(event)}"),
+    "storage_recovered": Kind(words=lambda event: f"{_at_step(event)}the storage answers again, after {duration(event.get('seconds'))}"),
     "run_taken_over": Kind(words=lambda event: f"taken over by {event.get('by')}"),
     "run_finished": Kind(words=lambda event: f"finished after {number(event.get('steps'))} steps", is_unusual=False),
     "run_stopped": Kind(words=_run_stopped),

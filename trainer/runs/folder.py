@@ -4,7 +4,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from cluster.storage import Storage, open_storage
+from cluster.storage import Storage, is_uri, join_uri, open_storage
 from trainer.settings.tree import RunConfig
 
 RUN_MARKS = ("config.toml", "journal.jsonl", "journal", "summary.json", "checkpoints", "model")  # any of them makes a folder a run's
@@ -21,8 +21,7 @@ class RunFolder:
     @property
     def location(self) -> str:
         """The path or URI that the commands take."""
-        base, question, query = self.storage.uri.partition("?")
-        return f"{base.rstrip('/')}/{self.name}{question}{query}"
+        return join_uri(self.storage.uri, self.name)
 
     def is_run(self) -> bool:
         return any(entry.name in RUN_MARKS for entry in self.storage.list(self.name))
@@ -37,8 +36,7 @@ class RunFolder:
     def write(self, path: str, data: bytes) -> str:
         """Creates or replaces a file of the run; returns its location."""
         self.storage.write_atomic(f"{self.name}/{path}", data)
-        base, question, query = self.location.partition("?")
-        return f"{base}/{path}{question}{query}"
+        return join_uri(self.location, path)
 
 
 def find_run(run: str, storage: str = RunConfig().storage) -> RunFolder:
@@ -50,8 +48,8 @@ def find_run(run: str, storage: str = RunConfig().storage) -> RunFolder:
         found = RunFolder(storage=open_storage(storage), name=run)
         if found.is_run():
             return found
-    base, question, query = run.partition("?") if "://" in run else (run, "", "")
-    if "://" not in base:
+    base, question, query = run.partition("?") if is_uri(run) else (run, "", "")
+    if not is_uri(base):
         base = open_storage(base).root  # absolute, so that `.` and `..` have a name too
     parent, _, name = base.rstrip("/").rpartition("/")
     if not name or re.fullmatch(r"[A-Za-z0-9+.-]+:/?", parent):

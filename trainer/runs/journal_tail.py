@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.journal import in_order
 from cluster.storage import Entry, Storage
 
 Event = dict[str, Any]
@@ -22,7 +23,7 @@ _HEAD_SEGMENTS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Excerpt:
-    """Some of a journal's events, in order of time."""
+    """Some of a journal's events, in their order."""
 
     events: list[Event]
     is_whole: bool
@@ -94,7 +95,7 @@ class JournalTail:
         last = _events([self._rest])
         if last:
             self._rest = b""
-        return Excerpt(events=_in_order(_events(lines) + last), is_whole=is_whole)
+        return Excerpt(events=_events(lines) + last, is_whole=is_whole)
 
     @property
     def _path(self) -> str:
@@ -104,7 +105,8 @@ class JournalTail:
         return [entry for entry in self._storage.list(f"{self._run}/journal") if _SEGMENT.fullmatch(entry.name)]
 
     def _read(self, segments: Iterable[Entry]) -> list[Event]:
-        return _in_order(_events(self._storage.read(f"{self._run}/journal/{entry.name}") for entry in segments))
+        read = ((entry.name, _event(self._storage.read(f"{self._run}/journal/{entry.name}"))) for entry in segments)
+        return in_order((name, event) for name, event in read if event is not None)
 
 
 def _events(lines: Iterable[bytes]) -> list[Event]:
@@ -120,7 +122,3 @@ def _event(line: bytes) -> Event | None:
     if not isinstance(event, dict) or not isinstance(event.get("event"), str) or not isinstance(event.get("time"), int | float):
         return None
     return event if math.isfinite(event["time"]) else None
-
-
-def _in_order(events: list[Event]) -> list[Event]:
-    return sorted(events, key=lambda event: float(event["time"]))

@@ -1,0 +1,346 @@
+"""The real Drive and Session, a real coordinator and real journals through every failure of the storage, and of the way to the coordinator.
+Ray and the ranks are played."""
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from pyarrow import fs as pafs
+from rich.console import Console
+
+from benchmarks.faults.storage import Group
+from cluster import journal as journal_module
+from cluster import patience as patience_module
+from cluster.controller import RunFailed
+from cluster.failures import Failure
+from cluster.heartbeat import CoordinatorLost
+from cluster.journal import Journal, JournalReader, read_journal
+from cluster.launch import Resources
+from cluster.storage import RetryPolicy, Storage, open_storage
+from cluster.store import Store
+from tests.s3 import Server, serving
+from trainer.drive import drive as drive_module
+from trainer.drive import session as session_module
+from trainer.drive.attempt import Outcome
+from trainer.drive.drive import Drive
+from trainer.drive.screen import Position
+from trainer.drive.session import Session, patience_of
+from trainer.settings.tree import RunConfig
+from trainer.tasks.info import CLASSIFICATION
+
+AWAY = "AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7, Could not connect to server"
+EXPIRED = "AWS Error INVALID_CLIENT_TOKEN_ID (HTTP status 403) during GetObject operation: ExpiredToken"
+
+
+class Faults:
+    """A pyarrow file system whose calls fail as told: `fails(number of the call)` gives the error's text, or ""."""
+
+    def __init__(self, fs: Any, fails: Callable[[int], str]) -> None:
+        self._fs, self._fails, self._counter, self.calls = fs, fails, itertools.count(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._fs, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            number = next(self._counter)
+            self.calls = number + 1
+            if text := self._fails(number):
+                raise OSError(text)
+            return found(*args, **kwargs)
+
+        return call
+
+
+class Handle:
+    """Ray's handle of a coordinator that lives in this process. A reference is the call itself, made when its answer is asked for."""
+
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._coordinator, name)
+
+        def remote(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+            if name in ("waiting_for_storage", "account"):  # nobody asks for their answers
+                method(*args, **kwargs)
+            return lambda: method(*args, **kwargs)
+
+        return SimpleNamespace(remote=remote)
+
+
+class Play:
+    """A run of two attempts: the first commits step 1 and dies, the second goes on from there to the end. `stop_at` kills the driver's
+    patience: the number of the storage's call at which a signal comes."""
+
+    def __init__(self, fails: Callable[[int], str]) -> None:
+        healthy = pafs.SubTreeFileSystem("bucket", pafs._MockFileSystem())
+        self.healthy = Storage(fs=healthy, root="runs", is_local=False, uri="mock://bucket/runs")
+        self.faults = Faults(healthy, fails)
+        self.storage = Storage(fs=self.faults, root="runs", is_local=False, uri="mock://bucket/runs", retry=RetryPolicy(seconds=0.0))
+        self.console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+        self.group = Group(self.healthy, ranks=1)
+        self.starts: list[int] = []
+        self.ended: list[str] = []
+        self.failed: RunFailed | None = None
+
+    def session(self, **changes: Any) -> Session:
+        journal = Journal.open(self.storage, "run", "driver-1-1")
+        coordinator: Any = Handle(self.group._coordinator)
+        decided: Any = SimpleNamespace(
+            config=RunConfig(run="run"),
+            storage=self.storage,
+            resources=Resources(workers=1, fewest=1, most=1, cpus_per_worker=1, gpus_per_worker=0, threads_per_worker=1),
+            hardware=SimpleNamespace(local=True),
+            fingerprint="f",
+            task=CLASSIFICATION,
+        )
+        given: dict[str, Any] = {
+            "decided": decided,
+            "data": "data",
+            "steps_per_epoch": 10,
+            "total_steps": 10,
+            "store": Store.open(self.storage, "run"),
+            "journal": journal,
+            "reader": JournalReader(self.storage, "run"),
+            "patience": patience_of(self.console, journal, coordinator.waiting_for_storage.remote),
+            "generation": 1,
+            "coordinator": coordinator,
+            "zygote": "",
+            "console": self.console,
+        }
+        return Session(**{**given, **changes})
+
+    def attempt(self, session: Session, *, position: Position, **_: Any) -> Any:
+        """In place of an Attempt."""
+
+        def run() -> Outcome:
+            self.starts.append(position.start_step)
+            session.newest_events()
+            session.tell("attempt_started", attempt=position.attempt, workers=1, start_step=position.start_step, generation=1)
+            if len(self.starts) == 1:
+                assert self.group.settle(self.group.save())
+                return Outcome(failure=Failure(kind="infrastructure", rank=0, message="killed"))
+            return Outcome(result={"stopped": False})
+
+        return SimpleNamespace(run=run)
+
+    def ending(self, **known: Any) -> Any:
+        """In place of an Ending, which has tests of its own."""
+
+        def end(how: str, status: int) -> Callable[..., int]:
+            def ended(error: RunFailed | None = None) -> int:
+                self.ended.append(how)
+                self.failed = error
+                return status
+
+            return ended
+
+        return SimpleNamespace(
+            **{how: end(how, status) for how, status in (("finished", 0), ("stopped", 130), ("failed", 1), ("taken_over", 1))}
+        )
+
+    def go(self, monkeypatch: pytest.MonkeyPatch, session: Session | None = None) -> int:
+        fleets = SimpleNamespace(present=SimpleNamespace(workers=1), workers=1, start=lambda *_, **__: None, end=lambda: None)
+        monkeypatch.setattr(drive_module, "Fleets", lambda *_: fleets)
+        monkeypatch.setattr(drive_module, "Attempt", self.attempt)
+        monkeypatch.setattr(drive_module, "Ending", self.ending)
+        with self.group:
+            return Drive(session or self.session(), None).go()
+
+    def told(self) -> str:
+        return self.console.export_text(clear=False)
+
+
+@pytest.fixture(autouse=True)
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray in this process, pauses of milliseconds, and a checkpoint that any data set may go on from."""
+    monkeypatch.setattr(ray, "get", lambda reference, timeout=None: reference())
+    monkeypatch.setattr(session_module, "find_start", lambda config, store, *_: store.newest_valid(lambda path, reason: None))
+    for module in (patience_module, journal_module):
+        monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 0.002)
+        monkeypatch.setattr(module, "LONGEST_PAUSE_SECONDS", 0.01)
+
+
+def test_each_call_to_the_storage_may_fail_once_and_the_run_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = Play(lambda number: "")
+    assert clean.go(monkeypatch) == 0
+    assert clean.starts == [0, 1]
+    assert clean.faults.calls > 10
+    for failing in range(clean.faults.calls):
+        play = Play(lambda number, failing=failing: AWAY if number == failing else "")  # type: ignore[misc]
+        assert play.go(monkeypatch) == 0, failing
+        assert (play.starts, play.ended) == ([0, 1], ["finished"]), failing
+
+
+def test_an_outage_that_begins_at_any_call_is_waited_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = Play(lambda number: "")
+    assert clean.go(monkeypatch) == 0
+    for first in range(clean.faults.calls):
+        play = Play(lambda number, first=first: AWAY if first <= number < first + 25 else "")  # type: ignore[misc]
+        session = play.session()
+        assert play.go(monkeypatch, session) == 0, first
+        assert (play.starts, play.ended) == ([0, 1], ["finished"]), first
+        assert session.journal.flush(20)
+        session.events()  # as the real Ending asks
+        assert session.patience.seconds_away == 0, first
+        assert session.journal.flush(20)
+        events = read_journal(play.healthy, "run")
+        outages = [event for event in events if event["event"] in ("storage_outage", "storage_recovered") and "step" not in event]
+        assert [event["event"] for event in outages] in ([], ["storage_outage", "storage_recovered"]), first
+        assert ("the storage does not answer" in play.told()) == bool(outages), first
+        assert ("the storage answers again, after" in play.told()) == bool(outages), first
+        started = [event["attempt"] for event in events if event["event"] == "attempt_started"]
+        assert started == [1, 2, 3], first  # the first is the group's own
+
+
+@pytest.mark.parametrize("first", [0, 6, 12])
+def test_a_signal_in_an_outage_without_end_stops_the_run(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(number: int) -> str:
+        if number == first + 4:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return AWAY if number >= first else ""
+
+    play = Play(fails)
+    began = time.monotonic()
+    assert play.go(monkeypatch) == 130
+    assert play.ended == ["stopped"]
+    assert time.monotonic() - began < 60
+
+
+def test_a_storage_that_refuses_what_the_driver_cannot_do_without_ends_the_run_with_what_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(lambda number: EXPIRED)
+    assert play.go(monkeypatch) == 1
+    assert play.ended == ["failed"]
+    assert "the credentials are not valid (any more)" in str(play.failed)
+    assert "the same command goes on" in str(play.failed)
+
+
+def test_expired_credentials_end_nothing_that_can_do_without() -> None:
+    play = Play(lambda number: EXPIRED if number > 1 else "")
+    with play.group:
+        session = play.session()
+        assert session.newest_events() == session.reader.known
+        assert not session.seems_taken_over()
+        assert not session.is_taken_over()
+        assert session.newest_events() == []
+    assert play.told().count("credentials are not valid") == 2  # once for the journal, once for the claims
+
+
+def test_the_driver_goes_on_when_a_real_service_is_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(patience_module, "LONGEST_PAUSE_SECONDS", 0.2)
+    with serving(Server()) as server:
+        server.client().create_bucket(Bucket="driver")
+        storage = open_storage(server.uri("driver/runs"), retry_seconds=0.2)
+        play = Play(lambda number: "")
+        play.storage = play.healthy = storage
+        play.group.__exit__()
+        play.group = Group(storage, ranks=1)
+        session, attempt = play.session(), play.attempt
+        back = threading.Timer(1.5, server.start)
+
+        def attempt_and_outage(*args: Any, **known: Any) -> Any:
+            ended = attempt(*args, **known).run()
+            if ended.failure is not None:  # nothing answers from the death of the ranks on
+                server.stop()
+                back.start()
+            return SimpleNamespace(run=lambda: ended)
+
+        monkeypatch.setattr(play, "attempt", attempt_and_outage)
+        assert play.go(monkeypatch, session) == 0
+        back.join()
+        assert play.starts == [0, 1]
+        assert session.journal.flush(20)
+        names = [event["event"] for event in read_journal(storage, "run")]
+        assert names.index("storage_outage") < names.index("storage_recovered") < names.index("resumed")
+
+
+# The way to the coordinator
+
+
+class Wire:
+    """Ray's answers to one call after the other: an exception is raised, anything else returned."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.calls = list(answers), 0
+
+    def __call__(self, reference: Any, timeout: float | None = None) -> Any:
+        self.calls += 1
+        answer = self.answers.pop(0) if self.answers else "done"
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def unavailable() -> Exception:
+    return ray.exceptions.ActorUnavailableError("the actor is restarting", None)
+
+
+def raised(cause: Exception) -> Exception:
+    """As Ray brings it from the coordinator's process."""
+    return ray.exceptions.RayTaskError("start_attempt", "Traceback ...", cause).as_instanceof_cause()
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    monkeypatch.setattr(session_module, "POLL_SECONDS", 0.001)
+    play = Play(lambda number: "")
+    with play.group:
+        yield play.session()
+
+
+def test_a_coordinator_that_is_being_restarted_is_asked_again(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire(unavailable(), ray.exceptions.GetTimeoutError("slow"), unavailable(), "there")
+    monkeypatch.setattr(ray, "get", wire)
+    assert session.ask("status") == "there"
+    assert wire.calls == 4
+
+
+def test_a_coordinator_that_never_comes_back_is_given_up_in_a_sentence(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", Wire(ray.exceptions.ActorDiedError()))
+    with pytest.raises(CoordinatorLost, match="the run's coordinator is gone"):
+        session.ask("status")
+    monkeypatch.setattr(session_module, "COORDINATOR_SECONDS", 0.05)
+    monkeypatch.setattr(ray, "get", Wire(*[ray.exceptions.GetTimeoutError("slow")] * 10**5))
+    with pytest.raises(CoordinatorLost, match="does not answer: no answer for"):
+        session.ask("status")
+
+
+def test_a_coordinator_that_waits_for_the_storage_is_waited_for(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "COORDINATOR_SECONDS", 0.0)
+    faults: Any = session.storage.fs
+    faults._fails = lambda number: AWAY if number % 2 or number < 40 else ""
+    wire = Wire(*[ray.exceptions.GetTimeoutError("slow")] * 10)
+    monkeypatch.setattr(ray, "get", wire)
+    assert session.ask("status") == "done"
+
+
+def test_what_the_coordinator_raises_is_raised_here_in_its_own_words(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cause in (OSError(5, "Input/output error"), ValueError("attempt=1 is not above the attempt before")):
+        monkeypatch.setattr(ray, "get", Wire(raised(cause)))
+        with pytest.raises(type(cause)) as failure:
+            session.ask("start_attempt")
+        assert type(failure.value) is type(cause)
+        assert str(failure.value) == str(cause)
+    monkeypatch.setattr(ray, "get", Wire(raised(OSError(5, "Input/output error")), "begun"))
+    assert session.patiently("the list of checkpoints", lambda: session.ask("start_attempt")) == "begun"
+
+
+def test_an_event_is_told_by_the_driver_where_the_coordinator_is_gone(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, is_written in ((ray.exceptions.ActorDiedError(), True), (ray.exceptions.GetTimeoutError("slow"), False)):
+        monkeypatch.setattr(ray, "get", Wire(error))
+        session.tell("hang", attempt=1, written=is_written)
+    assert [event["written"] for event in session.events() if event["event"] == "hang"] == [True]
+    monkeypatch.setattr(ray, "get", Wire(unavailable()))
+    session.order("end_fleet", 1)
+    monkeypatch.setattr(ray, "get", Wire(ray.exceptions.ActorDiedError()))
+    assert session.quarantined() == 0
