@@ -220,8 +220,8 @@ def commit(storage: Storage, *steps: int, **more: Any) -> Store:
     store = Store.open(storage, "r")
     generation = store.claim_generation()
     for step in steps:
-        receipt = store.stage(step, generation, "model.safetensors", [b"weights" * 100])
-        store.commit(step, generation, [receipt], {"dataset_fingerprint": DATA, **more})
+        receipt = store.stage(step, generation, "model.safetensors", [b"weights" * 100], attempt=1)
+        store.commit(step, generation, [receipt], {"dataset_fingerprint": DATA, **more}, attempt=1)
     return store
 
 

@@ -179,7 +179,8 @@ class Saver:
         self._checkpointer.close()
 
     def _stage(self, step: int, name: str, buffers: Buffers) -> Receipt:
-        return self._store.stage(step, self._me.spec.generation, name, buffers, give_up=self._checkpointer.hurried)
+        spec = self._me.spec
+        return self._store.stage(step, spec.generation, name, buffers, attempt=spec.attempt, give_up=self._checkpointer.hurried)
 
     def _staged(self, step: int, seconds: float, size_bytes: int) -> None:
         self._me.metrics.observe("checkpoint_stage_seconds", seconds)
