@@ -67,7 +67,7 @@ class Claims:
         while True:
             newest = self.newest()
             if newest:
-                check(self.read(newest))
+                check(self._finished(newest))
             generation = 1 + (newest or floor())
             if _create_whole(self._storage.at(f"{self._folder}/g{generation:04d}"), mine.encoded()):
                 sync_dir(self._storage.at(self._folder))
@@ -84,13 +84,15 @@ class Claims:
         return self._tokens[generation]
 
     def read(self, generation: int) -> Claim:
-        """What the claim of this generation says. Waits a moment for one that is still being written."""
+        """What the claim of this generation says."""
+        return _claim_of(generation, self._storage.read(f"{self._folder}/g{generation:04d}"))
+
+    def _finished(self, generation: int) -> Claim:
+        """What a claim says; waits a moment for one that is still being written, where a file system has no hard links."""
         deadline = time.monotonic() + CLAIM_PATIENCE_SECONDS
-        while True:
-            claim = _claim_of(generation, self._storage.read(f"{self._folder}/g{generation:04d}"))
-            if claim.host or time.monotonic() > deadline:
-                return claim
+        while not (claim := self.read(generation)).host and time.monotonic() < deadline:
             time.sleep(CLAIM_PATIENCE_SECONDS / 20)
+        return claim
 
     def _bid(self, mine: Claim, check: Check, floor: Callable[[], int]) -> int:
         # A remote storage has no exclusive create. So write a bid, then list: a driver that sees another bid with its number or a higher
@@ -111,7 +113,7 @@ class Claims:
             try:
                 newest = self._wait_for_bidders(generation, entries, check)
                 if newest:
-                    check(self.read(newest))
+                    check(self._finished(newest))
             except BaseException:
                 with contextlib.suppress(OSError):  # it stays behind and is waited for once
                     self._storage.delete_file(f"{self._folder}/{bid}")

@@ -91,11 +91,10 @@ class Session:
 
 
 def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Console) -> Session:
-    """Claim the run and start its coordinator. ValueError if the data cannot be shipped to the other nodes."""
+    """Start the run's coordinator. ValueError if the data cannot be shipped to the other nodes."""
     config, storage, cluster = decided.config, decided.storage, decided.config.cluster
     data = decided.location if decided.is_shared else ship(decided.dataset, config)
     steps_per_epoch = make_order(config, decided.dataset).steps_per_epoch
-    generation = begun.store.claim_generation()
     return Session(
         decided=decided,
         data=data,
@@ -103,11 +102,11 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
         total_steps=total_steps_of(config, steps_per_epoch),
         store=begun.store,
         journal=begun.journal,
-        generation=generation,
+        generation=begun.generation,
         coordinator=start_coordinator(
             storage_uri=storage.uri,
             run=config.run,
-            generation=generation,
+            generation=begun.generation,
             keep=cluster.keep_checkpoints,
             metrics_host=cluster.metrics_host,
             discovery_port=cluster.discovery_port,

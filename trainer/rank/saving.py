@@ -46,7 +46,7 @@ def restore(store: Store, resume: ResumePoint | None, state: TrainState) -> Memo
     """Load the commit to go on from into `state`. Returns its memory; without a commit, an empty one."""
     if resume is None:
         return Memory()
-    commit = store.load(resume.step, resume.generation)
+    commit = store.load(resume.step, resume.generation, path=resume.path)
     state.load(commit.read)
     return Memory(
         start_step=commit.step,
@@ -245,4 +245,5 @@ def commit_meta(me: ThisRank, data: RankData) -> dict[str, Any]:
         "verified": bool(spec.config.train.verify_every),  # compared between ranks and found finite before it was acknowledged
         "decoder": DECODER_VERSIONS,
         "versions": versions(),
+        "identity": spec.identity,
     }
