@@ -114,15 +114,23 @@ class Claims:
                 newest = self._wait_for_bidders(generation, entries, check)
                 if newest:
                     check(self._finished(newest))
+                self._storage.write_atomic(f"{self._folder}/g{generation:04d}", claim.encoded())
+                # One that waited in vain for another may not have seen its claim. The later one sees both.
+                for unseen in sorted(_claims(self._storage.list(self._folder)) - set(range(newest + 1)) - {generation}):
+                    check(self.read(unseen))
+            except FileNotFoundError:  # a claim whose driver was refused, and has withdrawn it
+                self._withdraw(generation, bid)
+                continue
             except BaseException:
-                with contextlib.suppress(OSError):  # it stays behind and is waited for once
-                    self._storage.delete_file(f"{self._folder}/{bid}")
+                with contextlib.suppress(OSError):  # what stays behind is waited for once
+                    self._withdraw(generation, bid)
                 raise
-            self._storage.write_atomic(f"{self._folder}/g{generation:04d}", claim.encoded())
             self._tokens[generation] = claim.token
-            if (newest := self.newest()) > generation:  # it took this one for dead, and has not seen its claim
-                check(self.read(newest))
             return generation
+
+    def _withdraw(self, generation: int, bid: str) -> None:
+        self._storage.delete_file(f"{self._folder}/g{generation:04d}")
+        self._storage.delete_file(f"{self._folder}/{bid}")
 
     def _wait_for_bidders(self, generation: int, entries: Sequence[Entry], check: Check) -> int:
         """Wait until no lower bid can become a claim that `check` refuses. Returns the newest claim."""
@@ -154,8 +162,12 @@ def _claim_of(generation: int, data: bytes) -> Claim:
         return Claim(generation=generation)
 
 
+def _claims(entries: Iterable[Entry]) -> set[int]:
+    return {int(match[1]) for entry in entries if (match := _CLAIM.fullmatch(entry.name))}
+
+
 def _newest_claim(entries: Iterable[Entry]) -> int:
-    return max((int(match[1]) for entry in entries if (match := _CLAIM.fullmatch(entry.name))), default=0)
+    return max(_claims(entries), default=0)
 
 
 def _bids(entries: Iterable[Entry]) -> dict[str, int]:
