@@ -420,11 +420,11 @@ class Store:
         claimed the run may do that. NoValidCheckpoint if there are commits but none verifies. OtherFormat if the newest was written by
         another version of this program. A storage that does not answer, or a file that cannot be read, raises an OSError: nothing is
         known then."""
-        found: dict[str, str] = {}
-        is_complete = False
-        while not is_complete:
-            is_complete = True
-            for folder in self._scan():
+        found: dict[str, str] = {}  # the bad ones
+        names, looked_at = self._names(), None
+        while looked_at != (unknown := {name for name in names if ".corrupt" not in name} - found.keys()):
+            looked_at = unknown
+            for folder in self._scan(names):
                 if folder.state == "staging" or folder.name in found:
                     continue
                 reason = "was marked corrupt earlier"
@@ -439,9 +439,10 @@ class Store:
                     else:
                         if commit is not None:
                             return commit
-                        is_complete = False  # another driver has deleted it: there must be newer ones
                         continue
                 found[folder.name] = f"  {folder.name}: {reason}"
+            looked_at -= found.keys()
+            names = self._names() if names else []  # another driver may have deleted what was looked at: then there are newer ones
         if not found:
             return None
         undo = "rename its folder without `.corrupt`" if self.storage.is_local else f"delete its {CORRUPT} object"
@@ -519,13 +520,17 @@ class Store:
             sync_dir(self.storage.at(self._checkpoints))
         return None
 
-    def _scan(self) -> Iterator[_Folder]:
-        """All folders of checkpoints, newest first. Each is listed when it is asked for: who wants the newest pays for one."""
-        named = []
-        for entry in self.storage.list(self._checkpoints):
-            match = _FOLDER.fullmatch(entry.name)
-            if entry.is_dir and match is not None:
-                named.append(((int(match[1]), int(match[2]), int(match[4] or 0)), entry.name, match[5] or ""))
+    def _names(self) -> list[str]:
+        return [entry.name for entry in self.storage.list(self._checkpoints) if entry.is_dir]
+
+    def _scan(self, names: Iterable[str] | None = None) -> Iterator[_Folder]:
+        """All folders of checkpoints, or of those with these names, newest first. Each is listed when it is asked for: who wants the newest
+        pays for one."""
+        named = [
+            ((int(match[1]), int(match[2]), int(match[4] or 0)), name, match[5] or "")
+            for name in (self._names() if names is None else names)
+            if (match := _FOLDER.fullmatch(name))
+        ]
         for (step, generation, attempt), name, suffix in sorted(named, reverse=True):
             state, committed_at = self._state(name, suffix)
             yield _Folder(name=name, step=step, generation=generation, attempt=attempt, state=state, committed_at=committed_at)

@@ -158,7 +158,7 @@ def test_when_all_are_corrupt_the_run_refuses_every_time_and_says_what_to_do(sto
         save(store, step, generation)
         damage(store, step)
     for _ in range(3):  # setting them aside must not make the run look new
-        with pytest.raises(NoValidCheckpoint) as failure:
+        with pytest.raises(NoValidCheckpoint, match=r"has 2 checkpoint\(s\)") as failure:
             newest_step(store)
     for said in ("2 checkpoint(s)", "step-00000001", "step-00000002", "marked corrupt", "backup", "--run NAME"):
         assert said in str(failure.value)
