@@ -1,5 +1,6 @@
 """A run is claimed before anything of it is written; a command that is refused leaves no trace, and takes nothing over."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from trainer.drive.identity import find
 from trainer.drive.record import Identity, bit_changes, changes, identity_of, record_of, told_bit_changes, told_changes
 from trainer.drive.stages import Begun, Decided, Environment
 from trainer.drive.start import begin
+from trainer.settings.spec import ResumePoint, WorkerSpec
 from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig, TrainConfig
 from trainer.tasks.info import CLASSIFICATION
@@ -329,3 +331,21 @@ def test_a_setting_at_its_default_is_the_same_whether_a_record_names_it_or_not(i
 def test_a_record_is_the_same_after_a_journey_through_json(identity: Identity) -> None:
     assert json.loads(json.dumps(identity.record())) == identity.record()
     assert len(identity.digest) == 64
+
+
+# --- the file on the nodes --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_finds_another_weights_file_than_the_driver_refuses_to_begin_with_it(tmp_path: Path) -> None:
+    from trainer.rank.worker import check_weights  # imports torch
+
+    (tmp_path / "w.pth").write_bytes(b"mine")
+    known = hashlib.sha256(b"mine").hexdigest()
+    config = replace(CONFIG, model=replace(CONFIG.model, weights=str(tmp_path / "w.pth")))
+    spec = WorkerSpec(config=config, dataset=None, generation=1, attempt=1, resume=None, threads=1, identity={"weights": known})
+    check_weights(spec)
+    (tmp_path / "w.pth").write_bytes(b"theirs")
+    with pytest.raises(ValueError, match=f"another file .* than where the run was started .{known[:12]}.; put the same file on every node"):
+        check_weights(spec)
+    check_weights(replace(spec, resume=ResumePoint(step=1, generation=1, path="r/checkpoints/step-00000001.g0001")))
+    check_weights(replace(spec, identity={"weights": ""}))
