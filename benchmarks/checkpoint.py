@@ -78,7 +78,7 @@ def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
         seconds["stage"].append(taken)
 
     checkpointer = Checkpointer(
-        stage=lambda step, name, buffers: store.stage(step, generation, name, buffers), ack=ack, on_staged=staged_in
+        stage=lambda step, name, buffers: store.stage(step, generation, name, buffers, attempt=1), ack=ack, on_staged=staged_in
     )
     for number in range(-2, rounds):  # two to warm up: they allocate the private buffers
         step(model, optimizer)
@@ -86,7 +86,7 @@ def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
         checkpointer.wait()
         stall = checkpointer.save(number + 3, lambda: files_of(state), {})
         checkpointer.wait()
-        commit_seconds = timed(lambda number=number: store.commit(number + 3, generation, staged, {}))  # type: ignore[misc]
+        commit_seconds = timed(lambda number=number: store.commit(number + 3, generation, staged, {}, attempt=1))  # type: ignore[misc]
         reader = Store.open(store.storage, "run")
         verify_seconds = timed(lambda number=number, reader=reader: reader.load(number + 3, generation))  # type: ignore[misc]
         commit = reader.load(number + 3, generation)

@@ -298,7 +298,8 @@ def checkpoint_stall(setting: Setting) -> dict[str, Any]:
     state, store = TrainState(model, optimizer), Store.open(open_storage(setting.folder), "run")
     generation = store.claim_generation()
     checkpointer = Checkpointer(
-        stage=lambda number, name, buffers: store.stage(number, generation, name, buffers), ack=lambda number, receipts, meta: None
+        stage=lambda number, name, buffers: store.stage(number, generation, name, buffers, attempt=1),
+        ack=lambda number, receipts, meta: None,
     )
     stalls, saves = [], []
     for number in range(3 if setting.small else 12):

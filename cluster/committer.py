@@ -88,7 +88,7 @@ class Committer:
         )
         self._on_committed(staged, now)
         try:
-            self._store.prune(self._keep, self._generation, staged_below=staged.step)
+            self._store.prune(self._keep, self._generation, attempt=staged.attempt, staged_below=staged.step)
         except (OSError, Fenced) as error:
             self._journal.write("prune_failed", attempt=staged.attempt, step=staged.step, message=str(error))
 
@@ -98,7 +98,7 @@ class Committer:
         began: float | None = None
         while True:
             try:
-                commit = self._store.commit(staged.step, self._generation, staged.receipts, staged.meta)
+                commit = self._store.commit(staged.step, self._generation, staged.receipts, staged.meta, attempt=staged.attempt)
             except StorageOutage as error:
                 if began is None:
                     began = self._clock()

@@ -1,28 +1,34 @@
 """Checkpoints that exist only once they are committed: stage, commit, newest_valid, prune.
 
 Ranks stage (trainer/rank/saving.py), the coordinator commits and prunes, driver and workers read. This module knows bytes and hashes.
-trainer decides what the bytes mean and when to save.
+trainer decides what the bytes mean and when to save. claims.py says which driver a run belongs to.
 
-    <run>/generations/g0001                          one driver's claim; a newer one fences off the older ones
+    <run>/generations/g0001                          one driver's claim, with its note; a newer one fences off the older ones
     <run>/checkpoints/step-00001200.g0001/           model.safetensors, ..., MANIFEST.json, COMMIT
+
+An attempt is one life of the ranks. Its number is in the name of what it stages, so no attempt writes where another one has committed.
 
 Writing on a local file system; every file and every changed folder is fsynced before the next step:
   1. the caller has its state in private buffers;
-  2. each rank writes with O_EXCL into `step-N.gG.tmp/` and hashes what it writes;
+  2. each rank writes with O_EXCL into `step-N.gG.aA.tmp/` and hashes what it writes;
   3. MANIFEST.json: size and SHA-256 of every file;
-  4. `step-N.gG.tmp` is renamed to `step-N.gG`;
+  4. `step-N.gG.aA.tmp` is renamed to `step-N.gG`, or to `step-N.gG.aA` where an earlier attempt of this driver has committed that step;
   5. COMMIT, the manifest's SHA-256, through COMMIT.tmp and a rename. Only now does the checkpoint exist.
-Object stores cannot rename. There the files go under a prefix that no other driver uses (its name contains the claim's random token), then
-the manifest, then the object COMMIT.
+Object stores cannot rename. There the files go under the prefix `step-N.gG-TOKEN.aA`, which no other driver uses (the token is the claim's,
+and random), then the manifest, then the object COMMIT.
+
+A commit deletes no other. Of several commits of one step, the one of the newest generation counts, then the one of the newest attempt.
 
 Only one driver wins: before and after writing COMMIT, a driver checks whether a newer one has claimed the run. commit() returns only if
 none had after COMMIT was written. A newer driver reads after its claim, so it sees every acknowledged checkpoint. A driver that stalls
 between its check and COMMIT leaves a complete checkpoint under its own name, and gets Fenced.
 
-On a remote storage all of this may be repeated after a failure, in part or in whole, with the same result.
+All of this may be repeated after a failure, in part or in whole, with the same result.
 
-Reading trusts no pointer: newest first, COMMIT -> manifest -> every hash, before anything is parsed. A bad checkpoint is reported and
-set aside."""
+Reading trusts no pointer: newest first, COMMIT -> manifest -> every hash, before anything is parsed. A checkpoint is bad only if bytes were
+read that differ from those committed, or if a file is not there. It is reported and set aside. What cannot be read at the moment is an
+OSError, and nothing is known of it. The names are the same wherever a run lies: its folder may be copied between a disk and an object
+store."""
 
 import contextlib
 import errno
@@ -30,13 +36,11 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster.claims import Claim, Claims
 from cluster.storage import CHUNK_BYTES, Entry, Storage, make_dirs, sync_dir, write_all, write_new
 
 Chunks = bytes | bytearray | memoryview | Iterable[bytes | bytearray | memoryview]
@@ -46,9 +50,8 @@ COMMIT = "COMMIT"
 CORRUPT = "CORRUPT"
 VERSION = 1
 
-_FOLDER = re.compile(r"step-(\d{8,})\.g(\d{4,})(?:-[0-9a-f]{8})?(\.tmp|\.corrupt(?:-\d+)?)?")
-_CLAIM = re.compile(r"g(\d{4,})")
-_BID = re.compile(r"bid-(\d{4,})-[0-9a-f]{8}")
+# step, generation, token of the claim (object stores), attempt (not in the names of older releases), state
+_FOLDER = re.compile(r"step-(\d{8,})\.g(\d{4,})(?:-([0-9a-f]{8}))?(?:\.a(\d{4,}))?(\.tmp|\.corrupt(?:-\d+)?)?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 _FIX = "free some space, lower --cluster.keep-checkpoints or move --storage"
@@ -68,6 +71,12 @@ class Fenced(RuntimeError):
 
 class CorruptCheckpoint(ValueError):
     """A committed checkpoint whose bytes differ from those committed."""
+
+    failure_kind = "user"
+
+
+class OtherFormat(ValueError):
+    """A committed checkpoint of a format that this program does not read."""
 
     failure_kind = "user"
 
@@ -103,6 +112,11 @@ class Commit:
         """The metadata that the caller of commit() passed in."""
         meta: dict[str, Any] = self.manifest["meta"]
         return meta
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that staged it, 0 if an older release did."""
+        return int(self.manifest.get("attempt", 0))
 
     @property
     def files(self) -> dict[str, Receipt]:
@@ -141,6 +155,8 @@ class _Folder:
     name: str
     step: int
     generation: int
+    attempt: int
+    """0 if the name does not say it."""
     state: Literal["staging", "committed", "corrupt"]
     committed_at: float
 
@@ -152,8 +168,7 @@ class Store:
         self.storage = storage
         self.run = run
         self._checkpoints = f"{run}/checkpoints"
-        self._generations = f"{run}/generations"
-        self._tokens: dict[int, str] = {}
+        self._claims = Claims(storage, run)
         self._sound: set[str] = set()  # folders that this process committed or verified
 
     @classmethod
@@ -165,41 +180,22 @@ class Store:
 
     # Generations: one for each driver, numbered upwards; only the newest may commit.
 
-    def claim_generation(self) -> int:
-        """Claim the next generation, which fences off every older driver."""
-        if not self.storage.is_local:
-            return self._claim_by_bids()
-        make_dirs(self.storage.at(self._generations))
-        while True:
-            generation = self.newest_generation() + 1
-            try:
-                write_new(self.storage.at(f"{self._generations}/g{generation:04d}"), _claim_note(""))
-            except FileExistsError:
-                continue
-            sync_dir(self.storage.at(self._generations))
-            return generation
+    def claim_generation(self, note: Mapping[str, Any] | None = None, check: Callable[[Claim], None] = lambda claim: None) -> int:
+        """Claim the next generation, which fences off every older driver. See Claims.make()."""
+        return self._claims.make(note or {}, check, floor=self._newest_saved)
 
     def newest_generation(self) -> int:
         """The newest claim, 0 if there is none."""
-        names = (_CLAIM.fullmatch(entry.name) for entry in self.storage.list(self._generations))
-        return max((int(match[1]) for match in names if match), default=0)
+        return self._claims.newest()
 
-    def _claim_by_bids(self) -> int:
-        # A remote storage has no exclusive create. So write a bid, then list: a driver that sees another bid with its number or a higher
-        # one bids again, higher. Of two bidders with the same number the later one sees the earlier, if a listing shows everything written
-        # before it (as S3, GCS and Azure do). So each number has one holder.
-        while True:
-            counters = [(entry.name, _BID.fullmatch(entry.name)) for entry in self.storage.list(self._generations)]
-            generation = 1 + max([self.newest_generation(), *(int(match[1]) for _, match in counters if match)])
-            token = secrets.token_hex(4)
-            mine = f"bid-{generation:04d}-{token}"
-            self.storage.write_atomic(f"{self._generations}/{mine}", b"")
-            bids = [entry.name for entry in self.storage.list(self._generations) if _BID.fullmatch(entry.name)]
-            if all(bid == mine or int(bid.split("-")[1]) < generation for bid in bids):
-                self.storage.write_atomic(f"{self._generations}/g{generation:04d}", _claim_note(token))
-                self._tokens[generation] = token
-                return generation
-            time.sleep(secrets.randbelow(200) / 1000)
+    def claim(self, generation: int) -> Claim:
+        """What the claim of this generation says."""
+        return self._claims.read(generation)
+
+    def _newest_saved(self) -> int:
+        """The newest generation among the checkpoints."""
+        matches = (_FOLDER.fullmatch(entry.name) for entry in self.storage.list(self._checkpoints))
+        return max((int(match[2]) for match in matches if match), default=0)
 
     def _check_fence(self, generation: int) -> None:
         newest = self.newest_generation()
@@ -210,26 +206,29 @@ class Store:
                 f"generation={generation} of run {self.run!r} was never claimed, the newest is {newest}; use claim_generation()"
             )
 
-    def _folder(self, step: int, generation: int) -> str:
+    def _staging(self, step: int, generation: int, attempt: int) -> str:
+        """Where the ranks of an attempt write."""
+        if attempt < 1:
+            raise ValueError(f"attempt={attempt}: attempts are numbered from 1")
         if self.storage.is_local:
-            return f"step-{step:08d}.g{generation:04d}"
-        if generation not in self._tokens:
-            claim = json.loads(self.storage.read(f"{self._generations}/g{generation:04d}"))
-            self._tokens[generation] = str(claim["token"])
-        return f"step-{step:08d}.g{generation:04d}-{self._tokens[generation]}"
+            return f"{self._checkpoints}/step-{step:08d}.g{generation:04d}.a{attempt:04d}.tmp"
+        token = self._claims.token(generation)
+        return f"{self._checkpoints}/step-{step:08d}.g{generation:04d}{token and '-'}{token}.a{attempt:04d}"
 
     # Writing
 
-    def stage(self, step: int, generation: int, name: str, data: Chunks, *, give_up: Callable[[], bool] = lambda: False) -> Receipt:
+    def stage(
+        self, step: int, generation: int, name: str, data: Chunks, *, attempt: int, give_up: Callable[[], bool] = lambda: False
+    ) -> Receipt:
         """Write one file of a checkpoint, which stays invisible until commit().
 
         `data` is a buffer or an iterable of buffers, written and hashed without a copy. StorageFull if the disk has less than twice the
-        room. A file left by a dead attempt is replaced. A failing remote storage is retried, unless `give_up()` (storage.RetryPolicy)."""
+        room. A file that this attempt staged before is replaced. A failing remote storage is retried, unless `give_up()`
+        (storage.RetryPolicy)."""
         _check_name(name)
         buffers = buffers_of(data)
         if self.storage.is_local:
-            folder = self.storage.at(f"{self._checkpoints}/{self._folder(step, generation)}.tmp")
-            return write_file(folder, name, buffers, fix=_FIX)
+            return write_file(self.storage.at(self._staging(step, generation, attempt)), name, buffers, fix=_FIX)
 
         def fill(write: Callable[[memoryview], None]) -> str:
             digest = hashlib.sha256()
@@ -238,15 +237,16 @@ class Store:
                 write(piece)
             return digest.hexdigest()
 
-        path = f"{self._checkpoints}/{self._folder(step, generation)}/{name}"
+        path = f"{self._staging(step, generation, attempt)}/{name}"
         sha256 = self.storage.write_stream(path, fill, give_up)
         return Receipt(name=name, size_bytes=sum(buffer.nbytes for buffer in buffers), sha256=sha256)
 
-    def commit(self, step: int, generation: int, receipts: Sequence[Receipt], meta: Mapping[str, Any]) -> Commit:
-        """Make the staged files of all ranks one checkpoint. `meta` is JSON-able and comes back in Commit.meta.
+    def commit(self, step: int, generation: int, receipts: Sequence[Receipt], meta: Mapping[str, Any], *, attempt: int) -> Commit:
+        """Make the files that all ranks of `attempt` staged one checkpoint. `meta` is JSON-able and comes back in Commit.meta. Doing it
+        again changes nothing.
 
-        Fenced if a newer driver has claimed the run. OSError if the storage fails: older checkpoints are intact, this one does not
-        exist."""
+        Fenced if a newer driver has claimed the run. OSError if the storage fails, or if a newer attempt has committed this step: older
+        checkpoints are intact, this one does not exist."""
         names = [receipt.name for receipt in receipts]
         if len(set(names)) != len(names):
             raise ValueError(f"two ranks staged the same file: {sorted(name for name in set(names) if names.count(name) > 1)}")
@@ -257,37 +257,65 @@ class Store:
             "version": VERSION,
             "step": step,
             "generation": generation,
+            "attempt": attempt,
             "files": {r.name: {"size_bytes": r.size_bytes, "sha256": r.sha256} for r in sorted(receipts, key=lambda r: r.name)},
             "meta": dict(meta),
         }
         encoded = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode()
-        path = f"{self._checkpoints}/{self._folder(step, generation)}"
+        staging = self._staging(step, generation, attempt)
         if self.storage.is_local:
-            self._commit_local(path, generation, receipts, encoded)
+            path = self._commit_local(staging, generation, attempt, receipts, encoded)
         else:
+            path = staging
             self._commit_objects(path, generation, receipts, encoded)
         return Commit(step=step, generation=generation, path=path, manifest=json.loads(encoded), storage=self.storage)
 
-    def _commit_local(self, path: str, generation: int, receipts: Sequence[Receipt], manifest: bytes) -> None:
-        parent, final, staging = (self.storage.at(p) for p in (self._checkpoints, path, f"{path}.tmp"))
-        for stray in _check_staged(self.storage.list(f"{path}.tmp"), receipts, staging):
-            os.unlink(f"{staging}/{stray}")
+    def _commit_local(self, staging: str, generation: int, attempt: int, receipts: Sequence[Receipt], manifest: bytes) -> str:
+        """Returns the checkpoint's folder."""
         try:
-            write_new(f"{staging}/{MANIFEST}", manifest)
-            sync_dir(staging)
-            if os.path.lexists(final):  # from an earlier attempt that was rolled back
-                self._delete(path)
-            os.rename(staging, final)
-            sync_dir(parent)
+            path, is_there = self._place(staging, attempt, manifest)
+            if not is_there:
+                for stray in _check_staged(self.storage.list(staging), receipts, staging):
+                    os.unlink(self.storage.at(f"{staging}/{stray}"))
+                write_new(self.storage.at(f"{staging}/{MANIFEST}"), manifest)
+                sync_dir(self.storage.at(staging))
+                os.rename(self.storage.at(staging), self.storage.at(path))
+                sync_dir(self.storage.at(self._checkpoints))
+            final = self.storage.at(path)
             self._check_fence(generation)
-            write_new(f"{final}/{COMMIT}.tmp", _seal(manifest))
-            os.rename(f"{final}/{COMMIT}.tmp", f"{final}/{COMMIT}")
-            sync_dir(final)
-            self._check_fence(generation)
+            if not os.path.lexists(f"{final}/{COMMIT}"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{final}/{COMMIT}.tmp")
+                write_new(f"{final}/{COMMIT}.tmp", _seal(manifest))
+                os.rename(f"{final}/{COMMIT}.tmp", f"{final}/{COMMIT}")
+                sync_dir(final)
+                self._check_fence(generation)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull(error.errno, _no_room(len(manifest), "the disk filled up on the way", _FIX), final) from error
+                where = self.storage.at(staging)
+                raise StorageFull(error.errno, _no_room(len(manifest), "the disk filled up on the way", _FIX), where) from error
             raise
+        return path
+
+    def _place(self, staging: str, attempt: int, manifest: bytes) -> tuple[str, bool]:
+        """The folder that the staged one is to become, and whether it has become that already, in a call that was cut short. A folder
+        without COMMIT that is not this checkpoint is deleted; one with COMMIT is never touched."""
+        own = staging.removesuffix(".tmp")
+        for path in (own.rpartition(".a")[0], own):
+            if not self.storage.exists(path):
+                return path, False
+            try:
+                found = self.storage.read(f"{path}/{MANIFEST}")
+            except FileNotFoundError:
+                found = b""
+            if found == manifest:
+                return path, True
+            if not self.storage.exists(f"{path}/{COMMIT}"):
+                self._delete(path)
+                return path, False
+            if (other := _attempt_of(found)) > attempt:
+                raise OSError(f"attempt {other} has committed {path} already: what attempt {attempt} staged comes too late")
+        raise OSError(f"attempt {attempt} has committed {own} already, with other content")
 
     def _commit_objects(self, path: str, generation: int, receipts: Sequence[Receipt], manifest: bytes) -> None:
         strays = _check_staged(self.storage.list(path), receipts, path)
@@ -313,42 +341,48 @@ class Store:
             and self.storage.read(f"{path}/{COMMIT}") == _seal(manifest)
         )
 
-    def prune(self, keep: int, generation: int, *, staged_below: int = 0) -> list[str]:
+    def prune(self, keep: int, generation: int, *, attempt: int = 0, staged_below: int = 0) -> list[str]:
         """Delete all checkpoints but the newest `keep` that verify, and what dead drivers and dead attempts left half staged.
 
-        Of this generation, only folders below step `staged_below` count as half staged; ranks may still be writing above. Returns the
-        names of the deleted folders. To verify a local checkpoint, the pruning process reads it back, once."""
+        Of this generation, only what attempts before `attempt` staged counts as half staged, and what `attempt` itself staged below step
+        `staged_below`; ranks may still be writing above. Returns the names of the deleted folders. To verify a local checkpoint, the
+        pruning process reads it back, once. OSError if one cannot be read at the moment; what is older than it is then kept."""
         if keep < 2:
             raise ValueError(f"keep={keep} is below 2: one bad checkpoint would lose the run; keep at least 2")
         self._check_fence(generation)
-        sound, deleted = 0, []
+        sound: set[int] = set()  # steps
+        deleted = []
         for folder in self._scan():
-            path = f"{self._checkpoints}/{folder.name}"
             if folder.state == "staging":
-                garbage = folder.generation < generation or (folder.generation == generation and folder.step < staged_below)
-            elif garbage := sound >= keep:
+                is_of_older_attempt = 0 < folder.attempt < attempt
+                is_older = folder.generation == generation and (
+                    is_of_older_attempt or (folder.attempt in (0, attempt) and folder.step < staged_below)
+                )
+                garbage = folder.generation < generation or is_older
+            elif garbage := len(sound) >= keep or (folder.state == "committed" and folder.step in sound):
                 pass
-            elif folder.state == "committed":
-                sound += self._is_sound(folder, path)
+            elif folder.state == "committed" and self._is_sound(folder):
+                sound.add(folder.step)
             if garbage:
-                self._delete(path)
+                self._delete(f"{self._checkpoints}/{folder.name}")
                 deleted.append(folder.name)
         return deleted
 
-    def _is_sound(self, folder: _Folder, path: str) -> bool:
-        if path not in self._sound:
-            try:
-                self._verify(folder)
-            except CorruptCheckpoint:
-                return False  # newest_valid() reports it and sets it aside when needed
-        return True
+    def _is_sound(self, folder: _Folder) -> bool:
+        if f"{self._checkpoints}/{folder.name}" in self._sound:
+            return True
+        try:
+            return self._verify(folder) is not None
+        except (CorruptCheckpoint, OtherFormat):
+            return False  # newest_valid() reports it and sets it aside when needed
 
     def _delete(self, path: str) -> None:
         # COMMIT first: an interrupted deletion then leaves garbage, not a checkpoint.
         self._sound.discard(path)
         self.storage.delete_file(f"{path}/{COMMIT}")
         if self.storage.is_local:
-            sync_dir(self.storage.at(path))
+            with contextlib.suppress(FileNotFoundError):
+                sync_dir(self.storage.at(path))
         self.storage.delete_dir(path)
 
     # Reading
@@ -361,73 +395,115 @@ class Store:
             if f.state == "committed"
         ]
 
-    def load(self, step: int, generation: int) -> Commit:
-        """One checkpoint by its step and generation, verified (CorruptCheckpoint), for a worker that was told which to load."""
+    def peek(self) -> Commit | None:
+        """The newest commit whose manifest is as committed; None if there is none. Its files are not read. For a look at a run that
+        this process has not claimed."""
         for folder in self._scan():
-            if folder.state == "committed" and (folder.step, folder.generation) == (step, generation):
-                return self._verify(folder)
-        raise ValueError(f"run {self.run!r} has no committed checkpoint of step {step}, generation {generation}")
+            if folder.state == "committed":
+                with contextlib.suppress(CorruptCheckpoint, FileNotFoundError):
+                    return self._opened(folder)
+        return None
+
+    def load(self, step: int, generation: int, *, path: str | None = None) -> Commit:
+        """One checkpoint by its step and generation, verified (CorruptCheckpoint), for a worker that was told which to load. `path`, its
+        folder, says which one where several attempts have committed that step; without it, the newest attempt's."""
+        for folder in self._scan():
+            is_it = (folder.step, folder.generation) == (step, generation) and path in (None, f"{self._checkpoints}/{folder.name}")
+            if is_it and folder.state == "committed" and (commit := self._verify(folder)) is not None:
+                return commit
+        raise FileNotFoundError(errno.ENOENT, f"run {self.run!r} has no committed checkpoint of step {step}, generation {generation}")
 
     def newest_valid(self, on_corrupt: Callable[[str, str], None], *, mark: bool = True) -> Commit | None:
         """The newest checkpoint whose every byte is as committed; None if the run never committed one.
 
-        Each bad one found on the way is reported to `on_corrupt(path, reason)` and set aside unless `mark` is off. NoValidCheckpoint if
-        there are commits but none verifies. A storage that does not answer raises its OSError: an outage is not corruption."""
-        found: list[str] = []
-        for folder in self._scan():
-            if folder.state == "staging":
-                continue
-            reason = "was marked corrupt earlier"
-            if folder.state == "committed":
-                try:
-                    return self._verify(folder)
-                except CorruptCheckpoint as error:
-                    reason = str(error)
-                    on_corrupt(f"{self._checkpoints}/{folder.name}", reason)
-                    if mark:
-                        self._mark_corrupt(folder, reason)
-            found.append(f"  {folder.name}: {reason}")
+        Each bad one found on the way is reported to `on_corrupt(path, reason)` and set aside unless `mark` is off: only a driver that has
+        claimed the run may do that. NoValidCheckpoint if there are commits but none verifies. OtherFormat if the newest was written by
+        another version of this program. A storage that does not answer, or a file that cannot be read, raises an OSError: nothing is
+        known then."""
+        found: dict[str, str] = {}  # the bad ones
+        names, looked_at = self._names(), None
+        while looked_at != (unknown := {name for name in names if ".corrupt" not in name} - found.keys()):
+            looked_at = unknown
+            for folder in self._scan(names):
+                if folder.state == "staging" or folder.name in found:
+                    continue
+                reason = "was marked corrupt earlier"
+                if folder.state == "committed":
+                    try:
+                        commit = self._verify(folder)
+                    except CorruptCheckpoint as error:
+                        reason = str(error)
+                        on_corrupt(f"{self._checkpoints}/{folder.name}", reason)
+                        if mark:
+                            self._mark_corrupt(folder, reason)
+                    else:
+                        if commit is not None:
+                            return commit
+                        continue
+                found[folder.name] = f"  {folder.name}: {reason}"
+            looked_at -= found.keys()
+            names = self._names() if names else []  # another driver may have deleted what was looked at: then there are newer ones
         if not found:
             return None
         undo = "rename its folder without `.corrupt`" if self.storage.is_local else f"delete its {CORRUPT} object"
         raise NoValidCheckpoint(
             f"run {self.run!r} has {len(found)} checkpoint(s) in {self.storage.at(self._checkpoints)} and none is intact:\n"
-            + "\n".join(found)
+            + "\n".join(found.values())
             + "\nIt was not restarted from zero, that would hide the loss. Restore one of them from a backup and "
             + f"{undo}, or start a new run under another name (--run NAME)."
         )
 
-    def _verify(self, folder: _Folder) -> Commit:
+    def _verify(self, folder: _Folder) -> Commit | None:
+        """The checkpoint, if every byte is as committed; None if it was deleted meanwhile. CorruptCheckpoint, OtherFormat, or OSError."""
         path = f"{self._checkpoints}/{folder.name}"
-        try:
-            seal, encoded = self.storage.read(f"{path}/{COMMIT}"), self.storage.read(f"{path}/{MANIFEST}")
-            if seal != _seal(encoded):
-                raise CorruptCheckpoint(f"{COMMIT} does not hold the SHA-256 of {MANIFEST}")
-            manifest = json.loads(encoded)
-            if manifest["version"] != VERSION:
-                raise RuntimeError(
-                    f"{path} has format {manifest['version']} and this program reads {VERSION}; use the version that wrote it"
-                )
-            if (manifest["step"], manifest["generation"]) != (folder.step, folder.generation):
-                raise CorruptCheckpoint(
-                    f"{MANIFEST} is of step {manifest['step']}, generation {manifest['generation']}: the folder was renamed"
-                )
-            commit = Commit(step=folder.step, generation=folder.generation, path=path, manifest=manifest, storage=self.storage)
-            for receipt in commit.files.values():
-                _check_name(receipt.name)
-                digest, size_bytes = hashlib.sha256(), 0
-                for chunk in self.storage.read_chunks(f"{path}/{receipt.name}"):
-                    digest.update(chunk)
-                    size_bytes += len(chunk)
-                _check(receipt, size_bytes, digest.hexdigest())
-        except FileNotFoundError as error:
-            raise CorruptCheckpoint(f"a file is missing: {error}") from error
-        except OSError as error:
-            if error.errno == errno.EIO:
-                raise CorruptCheckpoint(f"the disk cannot read it: {error}") from error
-            raise
-        self._sound.add(path)
+        for is_last_look in (False, True):
+            try:
+                return self._verified(folder)
+            except FileNotFoundError as error:
+                if not self.storage.exists(f"{path}/{COMMIT}"):
+                    return None
+                if is_last_look:
+                    raise CorruptCheckpoint(f"a file is missing: {error}") from error
+            except OSError as error:
+                if not self.storage.is_local or error.errno is None:
+                    raise
+                raise OSError(
+                    error.errno,
+                    f"checkpoint {self.storage.at(path)} cannot be read now ({error.strerror}); that does not make it a bad one. If "
+                    "it stays so, mend the disk or the rights, or move the folder away to go on from the checkpoint before it",
+                ) from error
+        raise AssertionError("unreachable")
+
+    def _verified(self, folder: _Folder) -> Commit:
+        commit = self._opened(folder)
+        for receipt in commit.files.values():
+            _check_name(receipt.name)
+            digest, size_bytes = hashlib.sha256(), 0
+            for chunk in self.storage.read_chunks(f"{commit.path}/{receipt.name}"):
+                digest.update(chunk)
+                size_bytes += len(chunk)
+            _check(receipt, size_bytes, digest.hexdigest())
+        self._sound.add(commit.path)
         return commit
+
+    def _opened(self, folder: _Folder) -> Commit:
+        """The checkpoint with its manifest verified, but not its files."""
+        path = f"{self._checkpoints}/{folder.name}"
+        seal, encoded = self.storage.read(f"{path}/{COMMIT}"), self.storage.read(f"{path}/{MANIFEST}")
+        if seal != _seal(encoded):
+            raise CorruptCheckpoint(f"{COMMIT} does not hold the SHA-256 of {MANIFEST}")
+        manifest = _parsed(encoded)
+        if manifest.get("version") != VERSION:
+            raise OtherFormat(
+                f"checkpoint {path} has format {manifest.get('version')}, and this program reads format {VERSION}; go on with the "
+                "release that wrote it, or start a new run under another name (--run NAME)"
+            )
+        name = (manifest["step"], manifest["generation"], manifest.get("attempt", 0) if folder.attempt else 0)
+        if name != (folder.step, folder.generation, folder.attempt):
+            raise CorruptCheckpoint(
+                f"{MANIFEST} is of step {manifest['step']}, generation {manifest['generation']}: the folder was renamed"
+            )
+        return Commit(step=folder.step, generation=folder.generation, path=path, manifest=manifest, storage=self.storage)
 
     def _mark_corrupt(self, folder: _Folder, reason: str) -> None:
         # On a read-only storage it keeps its name, and is found bad again next time.
@@ -444,18 +520,20 @@ class Store:
             sync_dir(self.storage.at(self._checkpoints))
         return None
 
-    def _scan(self) -> list[_Folder]:
-        """All folders of checkpoints, newest first."""
-        folders = []
-        for entry in self.storage.list(self._checkpoints):
-            match = _FOLDER.fullmatch(entry.name)
-            if not entry.is_dir or match is None:
-                continue
-            state, committed_at = self._state(entry.name, match[3] or "")
-            folders.append(
-                _Folder(name=entry.name, step=int(match[1]), generation=int(match[2]), state=state, committed_at=committed_at),
-            )
-        return sorted(folders, key=lambda folder: (folder.step, folder.generation), reverse=True)
+    def _names(self) -> list[str]:
+        return [entry.name for entry in self.storage.list(self._checkpoints) if entry.is_dir]
+
+    def _scan(self, names: Iterable[str] | None = None) -> Iterator[_Folder]:
+        """All folders of checkpoints, or of those with these names, newest first. Each is listed when it is asked for: who wants the newest
+        pays for one."""
+        named = [
+            ((int(match[1]), int(match[2]), int(match[4] or 0)), name, match[5] or "")
+            for name in (self._names() if names is None else names)
+            if (match := _FOLDER.fullmatch(name))
+        ]
+        for (step, generation, attempt), name, suffix in sorted(named, reverse=True):
+            state, committed_at = self._state(name, suffix)
+            yield _Folder(name=name, step=step, generation=generation, attempt=attempt, state=state, committed_at=committed_at)
 
     def _state(self, name: str, suffix: str) -> tuple[Literal["staging", "committed", "corrupt"], float]:
         if suffix == ".tmp":
@@ -465,7 +543,7 @@ class Store:
         files = {entry.name: entry for entry in self.storage.list(f"{self._checkpoints}/{name}")}
         if COMMIT not in files:
             return "staging", 0.0
-        return ("corrupt" if CORRUPT in files and not self.storage.is_local else "committed"), files[COMMIT].modified
+        return ("corrupt" if CORRUPT in files else "committed"), files[COMMIT].modified
 
 
 def write_file(folder: str, name: str, buffers: Sequence[memoryview], *, fix: str) -> Receipt:
@@ -496,8 +574,18 @@ def write_file(folder: str, name: str, buffers: Sequence[memoryview], *, fix: st
     return Receipt(name=name, size_bytes=size_bytes, sha256=digest.hexdigest())
 
 
-def _claim_note(token: str) -> bytes:
-    return json.dumps({"token": token, "host": socket.gethostname(), "pid": os.getpid()}).encode()
+def _parsed(data: bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _attempt_of(manifest: bytes) -> int:
+    attempt = _parsed(manifest).get("attempt")
+    return attempt if isinstance(attempt, int) else 0
 
 
 def _seal(manifest: bytes) -> bytes:

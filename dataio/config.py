@@ -24,10 +24,10 @@ class Mark(Enum):
     """A run may continue with another value. The setting changes neither the weights nor the evaluation, or changes them only by making
     other data, which the data's fingerprint shows."""
     LATER = "later"
-    """Added after runs were first named by their settings. It decides the weights, but is not part of the name while it has its default; so
-    adding it renamed no run."""
+    """Added after runs were first named by their settings, or free until then. It decides the weights, but is not part of the name while it
+    has its default; so that renamed no run."""
     PATH = "path"
-    """A file or folder. `./` and `../` are relative to the file that sets it; the same name at another place counts as the same value."""
+    """A file or folder. `./` and `../` are relative to the file that sets it. It counts by its content, not by where it lies."""
     AUTO = "auto"
     """A number for which the word `auto` is accepted as well; it stands for -1."""
 
@@ -93,5 +93,5 @@ class DataConfig:
     validation_fraction: Annotated[float, FREE, Interval(ge=0, lt=1), "it is a fraction of the training samples, 0 holds out none"] = 0.0
     """Fraction of the training split held out as the validation split, class by class, where the source has none; 0 holds out none. Applied
     when a source is converted."""
-    max_image_pixels: Annotated[int, FREE, Ge(1)] = 89_478_485
+    max_image_pixels: Annotated[int, LATER, Ge(1)] = 89_478_485
     """Images with more pixels (by their header) are quarantined before decoding: protection against decompression bombs."""

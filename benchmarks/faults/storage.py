@@ -96,8 +96,8 @@ def kill_at_every_syscall(mode: str, *, rank_files: int = 16, chunk_bytes: int =
 
 
 def _save_files(store: Store, step: int, rank_files: int) -> None:
-    receipts = [store.stage(step, 1, name, [data]) for name, data in _contents(step, rank_files).items()]
-    store.commit(step, 1, receipts, {})
+    receipts = [store.stage(step, 1, name, [data], attempt=1) for name, data in _contents(step, rank_files).items()]
+    store.commit(step, 1, receipts, {}, attempt=1)
 
 
 def _contents(step: int, rank_files: int) -> dict[str, bytes]:
@@ -257,7 +257,8 @@ def corruptions(trials: int = 1000, *, seed: int = 0, storage: Storage | None = 
     generation = store.claim_generation()
     written = {step: _contents(step, 4) for step in (1, 2)}
     for step, contents in written.items():
-        store.commit(step, generation, [store.stage(step, generation, name, data) for name, data in contents.items()], {"step": step})
+        receipts = [store.stage(step, generation, name, data, attempt=1) for name, data in contents.items()]
+        store.commit(step, generation, receipts, {"step": step}, attempt=1)
     path = store.commits()[0].path
     names = [entry.name for entry in storage.list(path)]
     problems, outcomes = [], {"fell back": 0, "refused": 0, "not read any more": 0}
@@ -527,7 +528,7 @@ class Group:
     def _checkpointer(self, rank: int, clock: Callable[[], float], pause: Callable[[float], object] | None) -> Checkpointer:
         checkpointer = Checkpointer(
             stage=lambda step, name, buffers: self._store.stage(
-                step, self._generation, name, buffers, give_up=lambda: checkpointer.hurried()
+                step, self._generation, name, buffers, attempt=1, give_up=lambda: checkpointer.hurried()
             ),
             ack=lambda step, receipts, meta: self._coordinator.ack(1, rank, step, receipts, meta),
             on_failed=lambda step, error: self._coordinator.fail_checkpoint(1, rank, step, str(error)),

@@ -54,7 +54,7 @@ def events(store: Store, name: str) -> list[dict[str, Any]]:
 
 def save(coordinator: Coordinator, store: Store, step: int, ranks: int = 2, attempt: int = 1, generation: int = 1) -> None:
     for rank in range(ranks):
-        receipt = store.stage(step, generation, f"rank-{rank:04d}.json", f"{step}/{rank}".encode())
+        receipt = store.stage(step, generation, f"rank-{rank:04d}.json", f"{step}/{rank}".encode(), attempt=attempt)
         coordinator.ack(attempt, rank, step, [receipt], {"world": ranks} if rank == 0 else {f"rank{rank}": rank})
 
 
@@ -68,12 +68,12 @@ def newest(store: Store) -> int | None:
 
 def test_a_checkpoint_is_committed_when_all_ranks_acked_and_not_before(coordinator: Coordinator, store: Store) -> None:
     coordinator.start_attempt(1, 2, 0)
-    receipt = store.stage(5, 1, "rank-0000.json", b"5/0")
+    receipt = store.stage(5, 1, "rank-0000.json", b"5/0", attempt=1)
     coordinator.ack(1, 0, 5, [receipt], {"world": 2})
     coordinator.ack(1, 0, 5, [receipt], {"world": 2})  # the same rank again
     assert not coordinator.wait_committed(5, 0.1)
     assert newest(store) is None
-    coordinator.ack(1, 1, 5, [store.stage(5, 1, "rank-0001.json", b"5/1")], None)
+    coordinator.ack(1, 1, 5, [store.stage(5, 1, "rank-0001.json", b"5/1", attempt=1)], None)
     assert coordinator.wait_committed(5, 10)
     commit = store.newest_valid(print)
     assert commit is not None
@@ -96,12 +96,12 @@ def test_old_checkpoints_are_pruned_after_a_commit(coordinator: Coordinator, sto
 
 def test_acks_of_an_older_attempt_are_ignored(coordinator: Coordinator, store: Store) -> None:
     coordinator.start_attempt(1, 2, 0)
-    coordinator.ack(1, 0, 5, [store.stage(5, 1, "rank-0000.json", b"old")], {})
+    coordinator.ack(1, 0, 5, [store.stage(5, 1, "rank-0000.json", b"old", attempt=1)], {})
     coordinator.start_attempt(2, 2, 0)
-    coordinator.ack(1, 1, 5, [store.stage(5, 1, "rank-0001.json", b"old")], {})
-    coordinator.ack(2, 1, 5, [store.stage(5, 1, "rank-0001.json", b"new")], {})
+    coordinator.ack(1, 1, 5, [store.stage(5, 1, "rank-0001.json", b"old", attempt=1)], {})
+    coordinator.ack(2, 1, 5, [store.stage(5, 1, "rank-0001.json", b"new", attempt=2)], {})
     assert not coordinator.wait_committed(5, 0.1)
-    coordinator.ack(2, 0, 5, [store.stage(5, 1, "rank-0000.json", b"new")], {})
+    coordinator.ack(2, 0, 5, [store.stage(5, 1, "rank-0000.json", b"new", attempt=2)], {})
     assert coordinator.wait_committed(5, 10)
     commit = store.newest_valid(print)
     assert commit is not None
@@ -121,7 +121,7 @@ def test_a_failed_commit_is_told_and_the_next_one_goes_through(
     save(coordinator, store, 1)
     assert coordinator.wait_committed(1, 10)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     with monkeypatch.context() as patch:
@@ -142,10 +142,10 @@ def test_a_failed_commit_is_told_and_the_next_one_goes_through(
 
 def test_a_rank_that_cannot_stage_fails_the_checkpoint_and_nothing_else(coordinator: Coordinator, store: Store) -> None:
     coordinator.start_attempt(1, 2, 0)
-    coordinator.ack(1, 1, 4, [store.stage(4, 1, "rank-0001.json", b"4/1")], {})
+    coordinator.ack(1, 1, 4, [store.stage(4, 1, "rank-0001.json", b"4/1", attempt=1)], {})
     coordinator.fail_checkpoint(1, 0, 4, "no room")
     assert not coordinator.wait_committed(4, 30)
-    coordinator.ack(1, 0, 4, [store.stage(4, 1, "rank-0000.json", b"4/0")], {})  # too late
+    coordinator.ack(1, 0, 4, [store.stage(4, 1, "rank-0000.json", b"4/0", attempt=1)], {})  # too late
     coordinator.fail_checkpoint(1, 1, 4, "no room here either")
     assert coordinator.drain(5)
     assert newest(store) is None
@@ -198,12 +198,12 @@ class Away:
         monkeypatch.setattr(Store, "commit", self.bound())
 
     def bound(self) -> Any:
-        def commit(store: Store, step: int, *rest: Any) -> Any:
+        def commit(store: Store, step: int, *rest: Any, attempt: int) -> Any:
             self.tried.append(step)
             self.left -= 1
             if self.left >= 0:
                 raise StorageOutage("nobody answers")
-            return self.real(store, step, *rest)
+            return self.real(store, step, *rest, attempt=attempt)
 
         return commit
 

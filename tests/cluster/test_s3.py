@@ -35,10 +35,10 @@ def storage(server: Server) -> Iterator[Storage]:
 
 def save(store: Store, step: int, generation: int) -> None:
     receipts = [
-        store.stage(step, generation, "model.safetensors", [f"weights of {step}".encode(), memoryview(bytearray(1000))]),
-        store.stage(step, generation, "rank-00000.json", b"{}"),
+        store.stage(step, generation, "model.safetensors", [f"weights of {step}".encode(), memoryview(bytearray(1000))], attempt=1),
+        store.stage(step, generation, "rank-00000.json", b"{}", attempt=1),
     ]
-    store.commit(step, generation, receipts, {"step": step})
+    store.commit(step, generation, receipts, {"step": step}, attempt=1)
 
 
 def newest_step(storage: Storage) -> int:
@@ -66,8 +66,8 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_whole(storage: Storage) ->
     store = Store.open(storage, "run")
     generation = store.claim_generation()
     data = os.urandom(1 << 20) * 23
-    receipt = store.stage(1, generation, "model.safetensors", [memoryview(data)[: 12 << 20], memoryview(data)[12 << 20 :]])
-    store.commit(1, generation, [receipt], {})
+    receipt = store.stage(1, generation, "model.safetensors", [memoryview(data)[: 12 << 20], memoryview(data)[12 << 20 :]], attempt=1)
+    store.commit(1, generation, [receipt], {}, attempt=1)
     commit = Store.open(storage, "run").newest_valid(lambda path, reason: None)
     assert commit is not None
     assert commit.read("model.safetensors") == data
@@ -102,12 +102,12 @@ def test_a_commit_that_was_acknowledged_is_seen_by_the_driver_that_took_over_mea
         old, new = Store.open(storage, run), Store.open(storage, run)
         first = old.claim_generation()
         save(old, 10, first)
-        receipt = old.stage(20, first, "model.safetensors", b"20")
+        receipt = old.stage(20, first, "model.safetensors", b"20", attempt=1)
         outcome: dict[str, Any] = {}
 
         def commit(old: Store = old, first: int = first, receipt: Any = receipt, outcome: dict[str, Any] = outcome) -> None:
             try:
-                outcome["acknowledged"] = old.commit(20, first, [receipt], {}).step
+                outcome["acknowledged"] = old.commit(20, first, [receipt], {}, attempt=1).step
             except Fenced:
                 outcome["fenced"] = True
 
@@ -124,7 +124,7 @@ def test_a_commit_that_was_acknowledged_is_seen_by_the_driver_that_took_over_mea
         if "acknowledged" in outcome:
             assert outcome["start"] == 20, trial
         with pytest.raises(Fenced):
-            old.commit(20, first, [receipt], {})
+            old.commit(20, first, [receipt], {}, attempt=1)
 
 
 def test_an_outage_of_the_service_costs_no_checkpoint(server: Server, storage: Storage, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from cluster.storage import Storage, open_storage
-from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, Receipt, StorageFull, Store
+from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, OtherFormat, Receipt, StorageFull, Store
 
 Report = list[tuple[str, str]]
 
@@ -29,12 +29,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return Store.open(open_storage(tmp_path) if request.param == "local" else objects(), "run")
 
 
-def save(store: Store, step: int, generation: int, meta: dict[str, Any] | None = None) -> None:
+def save(store: Store, step: int, generation: int, meta: dict[str, Any] | None = None, *, attempt: int = 1) -> None:
     receipts = [
-        store.stage(step, generation, "model.safetensors", [f"weights of {step} ".encode(), memoryview(bytearray(40))]),
-        store.stage(step, generation, "rank-0000.json", json.dumps({"cursor": step}).encode()),
+        store.stage(step, generation, "model.safetensors", [f"weights of {step} ".encode(), memoryview(bytearray(40))], attempt=attempt),
+        store.stage(step, generation, "rank-0000.json", json.dumps({"cursor": step}).encode(), attempt=attempt),
     ]
-    store.commit(step, generation, receipts, meta or {"world": 1})
+    store.commit(step, generation, receipts, meta or {"world": 1}, attempt=attempt)
 
 
 def newest_step(store: Store, report: Report | None = None, mark: bool = True) -> int:
@@ -78,7 +78,7 @@ def test_the_folders_are_named_as_documented(tmp_path: Path) -> None:
 def test_a_checkpoint_exists_only_once_it_is_committed(store: Store) -> None:
     generation = store.claim_generation()
     assert newest_step(store) == -1
-    store.stage(5, generation, "model.safetensors", b"weights of 5 " + bytes(40))
+    store.stage(5, generation, "model.safetensors", b"weights of 5 " + bytes(40), attempt=1)
     assert newest_step(store) == -1
     save(store, 5, generation)
     assert newest_step(store) == 5
@@ -135,7 +135,7 @@ def test_a_corrupt_checkpoint_is_reported_once_and_set_aside(store: Store, name:
     assert "step-00000002.g0001" in report[0][0]
     assert name in report[0][1]
     assert [commit.step for commit in store.commits()] == [1]
-    save(store, 2, generation)  # the run gets there again
+    save(store, 2, generation, attempt=2)  # the run gets there again
     assert newest_step(store, report) == 2
     damage(store, 2, name)  # and is unlucky again
     assert newest_step(store, report) == 1
@@ -158,7 +158,7 @@ def test_when_all_are_corrupt_the_run_refuses_every_time_and_says_what_to_do(sto
         save(store, step, generation)
         damage(store, step)
     for _ in range(3):  # setting them aside must not make the run look new
-        with pytest.raises(NoValidCheckpoint) as failure:
+        with pytest.raises(NoValidCheckpoint, match=r"has 2 checkpoint\(s\)") as failure:
             newest_step(store)
     for said in ("2 checkpoint(s)", "step-00000001", "step-00000002", "marked corrupt", "backup", "--run NAME"):
         assert said in str(failure.value)
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_format_is_refused_not_set_aside(tmp_path: Path,
     with monkeypatch.context() as patch:
         patch.setattr("cluster.store.VERSION", 2)
         save(store, 1, store.claim_generation())
-    with pytest.raises(RuntimeError, match="format 2"):
+    with pytest.raises(OtherFormat, match=r"format 2, and this program reads format 1; go on with the release that wrote it.*--run NAME"):
         newest_step(store)
     assert [commit.step for commit in store.commits()] == [1]
 
@@ -217,10 +217,10 @@ def test_generations_are_unique_however_many_drivers_start_at_once(store: Store)
 def test_an_older_driver_cannot_commit_or_prune(store: Store) -> None:
     old = store.claim_generation()
     save(store, 1, old)
-    receipt = store.stage(2, old, "model.safetensors", b"x")
+    receipt = store.stage(2, old, "model.safetensors", b"x", attempt=1)
     new = Store.open(store.storage, "run").claim_generation()
     with pytest.raises(Fenced, match="generation 2"):
-        store.commit(2, old, [receipt], {})
+        store.commit(2, old, [receipt], {}, attempt=1)
     with pytest.raises(Fenced):
         store.prune(2, old)
     assert newest_step(store) == 1
@@ -230,7 +230,7 @@ def test_an_older_driver_cannot_commit_or_prune(store: Store) -> None:
 
 def test_a_generation_nobody_claimed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="never claimed"):
-        Store.open(open_storage(tmp_path), "run").commit(1, 1, [], {})
+        Store.open(open_storage(tmp_path), "run").commit(1, 1, [], {}, attempt=1)
 
 
 def test_on_object_stores_drivers_never_share_a_prefix_and_ranks_find_their_own() -> None:
@@ -238,8 +238,8 @@ def test_on_object_stores_drivers_never_share_a_prefix_and_ranks_find_their_own(
     first = Store.open(storage, "run")
     generation = first.claim_generation()
     rank = Store.open(storage, "run")  # another process: it only knows the number
-    receipt = rank.stage(1, generation, "model.safetensors", b"x")
-    commit = first.commit(1, generation, [receipt], {})
+    receipt = rank.stage(1, generation, "model.safetensors", b"x", attempt=1)
+    commit = first.commit(1, generation, [receipt], {}, attempt=1)
     assert commit.path.startswith("run/checkpoints/step-00000001.g0001-")
     assert commit.read("model.safetensors") == b"x"
 
@@ -297,12 +297,12 @@ def test_a_driver_that_takes_over_at_any_call_of_a_commit_sees_it_or_fences_it_o
 def test_a_commit_whose_answer_was_lost_is_done_again_without_harm() -> None:
     store = Store.open(objects(), "run")
     generation = store.claim_generation()
-    receipts = [store.stage(5, generation, "model.safetensors", b"x")]
-    first = store.commit(5, generation, receipts, {"a": 1})
+    receipts = [store.stage(5, generation, "model.safetensors", b"x", attempt=1)]
+    first = store.commit(5, generation, receipts, {"a": 1}, attempt=1)
     deleted: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Storage, "delete_file", lambda self, path: deleted.append(path))
-        assert store.commit(5, generation, receipts, {"a": 1}) == first
+        assert store.commit(5, generation, receipts, {"a": 1}, attempt=1) == first
     assert deleted == []  # at no moment was it gone
 
 
@@ -311,8 +311,8 @@ def test_a_commit_whose_answer_was_lost_is_done_again_without_harm() -> None:
 
 def test_leftovers_of_a_dead_attempt_are_replaced_and_not_committed(store: Store) -> None:
     generation = store.claim_generation()
-    store.stage(1, generation, "model.safetensors", b"half")
-    store.stage(1, generation, "rank-0003.json", b"of a larger group")
+    store.stage(1, generation, "model.safetensors", b"half", attempt=1)
+    store.stage(1, generation, "rank-0003.json", b"of a larger group", attempt=1)
     save(store, 1, generation)
     (commit,) = store.commits()
     names = {entry.name for entry in store.storage.list(commit.path)}
@@ -322,11 +322,11 @@ def test_leftovers_of_a_dead_attempt_are_replaced_and_not_committed(store: Store
 
 def test_a_step_reached_again_replaces_its_checkpoint(store: Store) -> None:
     generation = store.claim_generation()
-    save(store, 1, generation, {"attempt": 1})
-    save(store, 1, generation, {"attempt": 2})
+    save(store, 1, generation, {"of": "the first"}, attempt=1)
+    save(store, 1, generation, {"of": "the second"}, attempt=2)
     commit = store.newest_valid(print)
     assert commit is not None
-    assert commit.meta == {"attempt": 2}
+    assert (commit.attempt, commit.meta) == (2, {"of": "the second"})
 
 
 def test_prune_keeps_the_newest_that_verify(store: Store) -> None:
@@ -348,15 +348,15 @@ def test_prune_keeps_the_newest_that_verify(store: Store) -> None:
 
 def test_prune_reaps_what_older_drivers_staged_and_spares_what_is_being_staged(store: Store) -> None:
     old = store.claim_generation()
-    store.stage(7, old, "model.safetensors", b"x")
+    store.stage(7, old, "model.safetensors", b"x", attempt=1)
     new = Store.open(store.storage, "run").claim_generation()
-    store.stage(3, new, "model.safetensors", b"x")
-    store.stage(9, new, "model.safetensors", b"x")
+    store.stage(3, new, "model.safetensors", b"x", attempt=1)
+    store.stage(9, new, "model.safetensors", b"x", attempt=1)
     save(store, 8, new)
-    assert len(store.prune(2, new, staged_below=8)) == 2
+    assert len(store.prune(2, new, attempt=1, staged_below=8)) == 2
     assert newest_step(store) == 8
     receipt = Receipt(name="model.safetensors", size_bytes=1, sha256="2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881")
-    assert store.commit(9, new, [receipt], {}).read("model.safetensors") == b"x"
+    assert store.commit(9, new, [receipt], {}, attempt=1).read("model.safetensors") == b"x"
 
 
 def test_keeping_one_is_refused(store: Store) -> None:
@@ -369,25 +369,25 @@ def test_keeping_one_is_refused(store: Store) -> None:
 
 def test_two_ranks_may_not_write_the_same_file(store: Store) -> None:
     generation = store.claim_generation()
-    receipt = store.stage(1, generation, "model.safetensors", b"x")
+    receipt = store.stage(1, generation, "model.safetensors", b"x", attempt=1)
     with pytest.raises(ValueError, match=r"same file: \['model.safetensors'\]"):
-        store.commit(1, generation, [receipt, receipt], {})
+        store.commit(1, generation, [receipt, receipt], {}, attempt=1)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "COMMIT", "MANIFEST.json", "", ".hidden", "x.tmp"])
 def test_names_that_could_escape_or_forge_are_refused(store: Store, name: str) -> None:
     generation = store.claim_generation()
     with pytest.raises(ValueError, match="cannot be a checkpoint's file"):
-        store.stage(1, generation, name, b"x")
+        store.stage(1, generation, name, b"x", attempt=1)
     with pytest.raises(ValueError, match="cannot be a checkpoint's file"):
-        store.commit(1, generation, [Receipt(name=name, size_bytes=1, sha256="0")], {})
+        store.commit(1, generation, [Receipt(name=name, size_bytes=1, sha256="0")], {}, attempt=1)
 
 
 def test_a_receipt_without_its_file_is_not_committed(store: Store) -> None:
     generation = store.claim_generation()
-    receipt = store.stage(1, generation, "model.safetensors", b"xyz")
+    receipt = store.stage(1, generation, "model.safetensors", b"xyz", attempt=1)
     with pytest.raises(OSError, match=r"rank-0001.json: 3 bytes were staged and nothing is there"):
-        store.commit(1, generation, [receipt, Receipt(name="rank-0001.json", size_bytes=3, sha256="0")], {})
+        store.commit(1, generation, [receipt, Receipt(name="rank-0001.json", size_bytes=3, sha256="0")], {}, attempt=1)
     assert newest_step(store) == -1
 
 
@@ -406,8 +406,8 @@ def test_a_receipt_without_its_file_is_not_committed(store: Store) -> None:
 def test_any_buffers_are_staged(tmp_path: Path, chunks: Any) -> None:
     store = Store.open(open_storage(tmp_path), "run")
     generation = store.claim_generation()
-    receipt = store.stage(1, generation, "file", chunks)
-    assert store.commit(1, generation, [receipt], {}).read("file") == b"abcdef"
+    receipt = store.stage(1, generation, "file", chunks, attempt=1)
+    assert store.commit(1, generation, [receipt], {}, attempt=1).read("file") == b"abcdef"
 
 
 def test_staging_copies_nothing(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_staging_copies_nothing(tmp_path: Path) -> None:
     generation = store.claim_generation()
     state = [memoryview(bytearray(10 << 20)), memoryview(bytearray(10 << 20))]
     tracemalloc.start()
-    store.stage(1, generation, "model.safetensors", state)
+    store.stage(1, generation, "model.safetensors", state, attempt=1)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 1 << 20
@@ -431,9 +431,9 @@ def test_too_small_a_disk_refuses_before_it_writes(tmp_path: Path, monkeypatch: 
         f_bavail, f_frsize = 1, real.f_frsize
 
     monkeypatch.setattr(os, "statvfs", lambda path: Small)
-    store.stage(2, generation, "fits", bytes(real.f_frsize // 2))
+    store.stage(2, generation, "fits", bytes(real.f_frsize // 2), attempt=1)
     with pytest.raises(StorageFull, match="twice its size"):
-        store.stage(2, generation, "too-large", bytes(real.f_frsize // 2 + 1))
+        store.stage(2, generation, "too-large", bytes(real.f_frsize // 2 + 1), attempt=1)
     assert newest_step(store) == 1
 
 
@@ -451,7 +451,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_the_old_checkpoint(tmp_path: Path
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(StorageFull, match="filled up"):
-            store.stage(2, generation, "model.safetensors", bytes(25))
+            store.stage(2, generation, "model.safetensors", bytes(25), attempt=1)
     assert newest_step(store) == 1
     save(store, 2, generation)
     assert newest_step(store) == 2

@@ -13,7 +13,7 @@ from hypothesis import given
 from dataio.config import FREE, LATER, Mark
 from tests.trainer.configs import configs
 from trainer.settings.fields import declared, settings
-from trainer.settings.identity import deciding_changes, deciding_settings
+from trainer.settings.identity import deciding_changes, deciding_settings, weights_sha256
 from trainer.settings.toml import load, recipe_names
 from trainer.settings.tree import RunConfig, TaskConfig
 
@@ -143,12 +143,95 @@ def test_two_configs_have_the_same_name_just_when_nothing_that_counts_has_change
     assert not any(FREE in declared(RunConfig)[key].notes for key in deciding_changes(before, now))
 
 
-def test_weights_are_known_by_their_file() -> None:
-    def weighing(weights: str) -> RunConfig:
-        return RunConfig(model=replace(RunConfig().model, weights=weights))
+def weighing(weights: str) -> RunConfig:
+    return RunConfig(model=replace(RunConfig().model, weights=weights))
 
-    assert deciding_settings(weighing("/home/a/w.safetensors")) == deciding_settings(weighing("/mnt/b/w.safetensors"))
-    assert deciding_settings(weighing("/home/a/w.safetensors")) != deciding_settings(weighing("/home/a/x.safetensors"))
+
+def test_a_file_of_weights_counts_by_its_content_and_weights_with_a_name_by_that() -> None:
+    here, there, renamed = (weighing(f"/{where}.safetensors") for where in ("a/model", "b/model", "b/x"))
+    assert deciding_settings(here, "5a" * 32)["model.weights"] == "sha256:" + "5a" * 32
+    assert deciding_settings(here, "5a" * 32) == deciding_settings(renamed, "5a" * 32)
+    assert deciding_settings(here, "5a" * 32) != deciding_settings(there, "6b" * 32)
+    assert deciding_changes(here, there, ("5a" * 32, "6b" * 32)) == {"model.weights": ("sha256:" + "5a" * 32, "sha256:" + "6b" * 32)}
+    assert deciding_changes(here, renamed, ("5a" * 32, "5a" * 32)) == {}
+    assert deciding_settings(weighing("imagenet"))["model.weights"] == "imagenet"
+    assert deciding_settings(weighing("package:efficientnet_lite0"))["model.weights"] == "package:efficientnet_lite0"
+    assert deciding_changes(weighing("imagenet"), here, ("", "5a" * 32)) == {"model.weights": ("imagenet", "model.safetensors")}
+
+
+def test_the_content_of_weights_is_hashed_and_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    assert weights_sha256(str(tmp_path / "w.pth")) == hashlib.sha256(b"weights").hexdigest()
+    assert [weights_sha256(name) for name in ("imagenet", "none", "package:efficientnet_lite0")] == ["", "", ""]
+    for nothing in ("/nowhere.pth", str(tmp_path), "imagenette"):
+        with pytest.raises(ValueError, match=r"no such file; weights are imagenet, none, package:"):
+            weights_sha256(nothing)
+
+
+# --- every setting: whether it decides, and why not ------------------------------------------------------------------------------------
+
+DECIDES = frozenset(
+    f"{table}.{name}"
+    for table, names in {
+        "data": "batch_size image_size fit pad flip mean std shuffle_window max_image_pixels",
+        "model": "name weights stem image_size interpolation freeze lp_epochs",
+        "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps final_lr_fraction head_lr_factor label_smoothing "
+        "clip_norm",
+        "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
+        "spike_factor ema",
+        "task": "name loss threshold head_weights weights",
+    }.items()
+    for name in names.split()
+)
+DOES_NOT_DECIDE = {
+    "workers": "a batch is cut into train.virtual_ranks; with train.reduction=ddp a change is told",
+    "run": "a name",
+    "storage": "a place",
+    "resume": "what may happen, not what comes out",
+    "data.path": "a place: the data's fingerprint counts",
+    "data.root": "a place",
+    "data.targets": "asked of a conversion: the data's fingerprint counts",
+    "data.backend": "all give the same batch",
+    "data.cache": "where the same pixels lie",
+    "data.max_bad_fraction": "whether the run fails; which samples are bad does not depend on it",
+    "data.test_fraction": "asked of a conversion: the data's fingerprint counts",
+    "data.validation_fraction": "asked of a conversion: the data's fingerprint counts",
+    "train.cuda_graphs": "launches the same kernels",
+    "train.profile": "measures",
+    "train.checkpoint_every": "when, not what",
+    "train.verify_every": "compares",
+    "train.eval_every_epochs": "evaluation leaves the model as it was",
+    "train.ledger": "writes down",
+    "cluster.threads_per_worker": "in the identity record: it may change the last bits, and a change is told",
+    "cluster.gpus_per_worker": "the type of device is in the identity record: it may change the last bits, and a change is told",
+    **dict.fromkeys(
+        (
+            *("cluster.address", "cluster.allow_unauthenticated", "cluster.cpus_per_worker", "cluster.metrics_host"),
+            *("cluster.discovery_port", "cluster.keep_checkpoints", "cluster.heartbeat_seconds", "cluster.object_store_limit_bytes"),
+            *("cluster.hang_seconds", "cluster.start_seconds", "cluster.placement_seconds", "cluster.grow_after_seconds"),
+            *("cluster.preemption_notice", "cluster.mtbf_hours", "cluster.storage_retry_seconds", "cluster.spill_dir"),
+            *("cluster.stop_grace_seconds",),
+        ),
+        "where processes run, how they are watched, when they are given up",
+    ),
+    **dict.fromkeys(
+        (
+            *("cluster.faults.max_failures", "cluster.faults.max_failures_without_progress", "cluster.faults.max_preemptions"),
+            *("cluster.faults.max_hangs", "cluster.faults.max_rollbacks", "cluster.faults.backoff_seconds"),
+            *("cluster.faults.straggler_ratio", "cluster.faults.straggler_steps"),
+        ),
+        "when the run is given up, or who is named",
+    ),
+}
+
+
+def test_every_setting_decides_the_weights_or_has_a_reason_why_it_does_not() -> None:
+    """Whoever adds a setting says it here."""
+    known = declared(RunConfig)
+    assert DECIDES | DOES_NOT_DECIDE.keys() == known.keys()
+    assert {key for key, setting in known.items() if FREE not in setting.notes} == DECIDES
+    assert DECIDES.isdisjoint(DOES_NOT_DECIDE)
+    assert all(DOES_NOT_DECIDE.values())
 
 
 def test_every_mark_is_used() -> None:

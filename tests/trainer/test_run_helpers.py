@@ -1,5 +1,6 @@
 """Is it the same run, where does it go on, what is it called: the decisions of a run's start that need no cluster."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -22,6 +23,7 @@ from trainer.drive.capability import of_cpu, of_gpu, settled
 from trainer.drive.ending import finite
 from trainer.drive.identity import (
     Found,
+    automatic_name,
     check_may_show,
     check_resume,
     check_same_decoder,
@@ -31,6 +33,7 @@ from trainer.drive.identity import (
     identity,
     resolved,
 )
+from trainer.drive.record import Identity, identity_of
 from trainer.settings.fields import settings
 from trainer.settings.toml import from_toml, to_toml
 from trainer.settings.tree import RunConfig, TrainConfig
@@ -83,7 +86,7 @@ ALL = sorted(settings(RunConfig()))
 MAY_CHANGE = {
     *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
     *("data.targets", "data.validation_fraction"),
-    *("data.max_image_pixels", "data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
+    *("data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
     *("train.verify_every", "train.profile", "train.cuda_graphs"),
     *(key for key in ALL if key.startswith("cluster.")),
 }
@@ -101,14 +104,32 @@ def started(storage: Storage, config: RunConfig) -> RunConfig:
     return config
 
 
-def ready(config: RunConfig, *, workers: int = 1, data: str = DATA, recipe: str = "best") -> RunConfig:
+def ready(config: RunConfig, *, workers: int = 1, data: str = DATA, weights: str = "", recipe: str = "best") -> RunConfig:
     """`config` with its name."""
     storage = open_storage(config.storage)
-    return resolved(config, storage, workers=workers, fingerprint=data, prefix=recipe, image_size=(32, 32)).config
+    return resolved(config, storage, workers=workers, fingerprint=data, weights=weights, prefix=recipe, image_size=(32, 32)).config
 
 
 def check_same(config: RunConfig, storage: Storage) -> None:
-    check_same_run(config, find(storage, config.run).saved)
+    check_same_run(config, find(storage, config.run), "")
+
+
+def images_of(*sizes: str) -> Manifest:
+    splits = {"train": SplitInfo(count=len(sizes), shards=()), "test": SplitInfo(count=0, shards=())}
+    counts = {size: sizes.count(size) for size in sizes}
+    return Manifest(
+        targets=single_label("a"),
+        splits=splits,
+        fingerprint=DATA,
+        image_sizes=counts,
+        quarantined=0,
+        source="folder",
+        identity="c" * 64,
+    )
+
+
+def of(config: RunConfig, manifest: Manifest | None = None, *, weights: str = "", device: str = "cpu") -> Identity:
+    return identity_of(config, manifest or images_of("32x32"), weights=weights, device=device, threads=1)
 
 
 # --- the same run -----------------------------------------------------------------------------------------------------------------------
@@ -129,12 +150,84 @@ def test_a_run_goes_on_with_a_changed_setting_only_if_that_does_not_touch_its_we
     assert f"{settings(config)[key]!r} then, {settings(now)[key]!r} now" in str(caught.value)
 
 
-def test_weights_are_known_by_their_name_not_by_where_they_lie(storage: Storage) -> None:
+def weights_in(folder: Path, content: bytes) -> tuple[str, str]:
+    """A weights file and its SHA-256."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(content)
+    return str(folder / "model.safetensors"), hashlib.sha256(content).hexdigest()
+
+
+def with_weights(config: RunConfig, weights: str) -> RunConfig:
+    return replace(config, model=replace(config.model, weights=weights))
+
+
+def test_weights_are_known_by_their_content_not_by_their_name_or_where_they_lie(storage: Storage, tmp_path: Path) -> None:
+    """A run of a release that saved their path alone: what lies there is looked at."""
+    (mine, sha256), (other, other_sha256) = weights_in(tmp_path / "a", b"mine"), weights_in(tmp_path / "b", b"other")
+    copied, _ = weights_in(tmp_path / "c", b"mine")
     config = RunConfig(run="r")
-    here = replace(config, model=replace(config.model, weights="/home/a/weights.safetensors"))
-    there = replace(config, model=replace(config.model, weights="/mnt/b/weights.safetensors"))
-    started(storage, here)
-    check_same(there, storage)
+    started(storage, with_weights(config, mine))
+    found = find(storage, "r")
+    assert found.weights == sha256
+    check_same_run(with_weights(config, copied), found, sha256)
+    with pytest.raises(ValueError, match=f"model.weights: 'sha256:{sha256[:12]}' then, 'sha256:{other_sha256[:12]}' now.*--run NAME"):
+        check_same_run(with_weights(config, other), found, other_sha256)
+    Path(mine).unlink()  # nobody knows any more: who says the run's name and gives a file of that name is believed
+    check_same_run(with_weights(config, other), find(storage, "r"), other_sha256)
+    renamed = str(Path(copied).rename(tmp_path / "c" / "renamed.safetensors"))
+    with pytest.raises(ValueError, match=r"model.weights: 'model.safetensors' then, 'renamed.safetensors' now"):
+        check_same_run(with_weights(config, renamed), find(storage, "r"), sha256)
+
+
+def test_what_a_claim_says_of_the_weights_outlives_their_file(storage: Storage, tmp_path: Path) -> None:
+    mine, sha256 = weights_in(tmp_path / "a", b"mine")
+    config = started(storage, with_weights(RunConfig(run="r"), mine))
+    Store(storage, "r").claim_generation({"identity": of(config, weights=sha256).record()})
+    Path(mine).unlink()
+    found = find(storage, "r")
+    assert found.weights == sha256
+    check_same_run(with_weights(config, "/mnt/renamed.pth"), found, sha256)
+    with pytest.raises(ValueError, match=r"model\.weights"):
+        check_same_run(config, found, "c" * 64)
+
+
+def test_another_file_of_the_same_name_gives_another_run_name_and_names_of_weights_keep_theirs(tmp_path: Path) -> None:
+    def name(weights: str, sha256: str) -> str:
+        return ready(with_weights(RunConfig(storage=str(tmp_path / "runs")), weights), weights=sha256).run
+
+    (mine, sha256), (other, other_sha256) = weights_in(tmp_path / "a", b"mine"), weights_in(tmp_path / "b", b"other")
+    assert name(mine, sha256) == name("/elsewhere/renamed.pth", sha256)
+    assert name(mine, sha256) != name(other, other_sha256)
+    assert name("imagenet", "") == automatic_name(ready(RunConfig(storage=str(tmp_path))), DATA, "best")
+
+
+def test_a_run_that_an_older_release_named_by_its_weights_file_s_name_goes_on_if_the_content_is_the_same(tmp_path: Path) -> None:
+    (mine, sha256), (other, other_sha256) = weights_in(tmp_path / "a", b"mine"), weights_in(tmp_path / "b", b"other")
+    config = with_weights(RunConfig(storage=str(tmp_path / "runs"), train=TrainConfig(virtual_ranks=1)), mine)
+    storage = open_storage(config.storage)
+    first = ready(config).run  # as they did, who did not look into the file
+    new = ready(config, weights=sha256).run
+    assert new != first
+    started(storage, replace(config, run=first))
+    assert ready(config, weights=sha256).run == first
+    copied, _ = weights_in(tmp_path / "c", b"mine")
+    assert ready(with_weights(config, copied), weights=sha256).run == first
+    assert ready(with_weights(config, other), weights=other_sha256).run not in (first, new)
+    Path(mine).unlink()
+    with pytest.raises(ValueError, match=f"{first!r} in .* may be this one, or not.*{mine} is gone; say --run {first} to go on with it"):
+        ready(with_weights(config, copied), weights=sha256)
+    assert ready(replace(with_weights(config, copied), run=first), weights=sha256).run == first
+    started(storage, replace(config, run=new))
+    assert ready(with_weights(config, copied), weights=sha256).run == new
+
+
+def test_a_limit_of_pixels_that_was_set_when_it_did_not_count_keeps_its_run(tmp_path: Path) -> None:
+    config = RunConfig(storage=str(tmp_path), train=TrainConfig(virtual_ranks=1), data=DataConfig(max_image_pixels=10_000))
+    first = ready(replace(config, data=DataConfig())).run  # it was no part of the name
+    assert ready(config).run != first
+    started(open_storage(tmp_path), replace(config, run=first))
+    assert ready(config).run == first
+    assert ready(replace(config, data=DataConfig(max_image_pixels=20_000))).run != first
 
 
 def test_a_name_that_was_never_used_is_free(storage: Storage) -> None:
@@ -220,8 +313,8 @@ def commit(storage: Storage, *steps: int, **more: Any) -> Store:
     store = Store.open(storage, "r")
     generation = store.claim_generation()
     for step in steps:
-        receipt = store.stage(step, generation, "model.safetensors", [b"weights" * 100])
-        store.commit(step, generation, [receipt], {"dataset_fingerprint": DATA, **more})
+        receipt = store.stage(step, generation, "model.safetensors", [b"weights" * 100], attempt=1)
+        store.commit(step, generation, [receipt], {"dataset_fingerprint": DATA, **more}, attempt=1)
     return store
 
 
@@ -286,43 +379,25 @@ def test_a_commit_of_other_data_is_refused(storage: Storage) -> None:
         start_of(storage, fingerprint=OTHER_DATA)
 
 
-def images_of(*sizes: str) -> Manifest:
-    splits = {"train": SplitInfo(count=len(sizes), shards=()), "test": SplitInfo(count=0, shards=())}
-    counts = {size: sizes.count(size) for size in sizes}
-    return Manifest(
-        targets=single_label("a"),
-        splits=splits,
-        fingerprint=DATA,
-        image_sizes=counts,
-        quarantined=0,
-        source="folder",
-        identity="c" * 64,
-    )
+CROP = RunConfig(run="r", data=DataConfig(image_size=32, fit="crop"))
 
 
-@pytest.mark.parametrize("more", [{}, {"decoder": FIRST_VERSIONS}])  # a checkpoint of before versions were kept, and one that says so
-def test_only_a_run_that_resizes_is_refused_with_another_decoder_and_only_on_the_device_whose_pixels_changed(
-    storage: Storage, more: dict[str, Any]
-) -> None:
-    commit(storage, 10, **more)
-    start, _ = start_of(storage)
-    crop = RunConfig(run="r", data=DataConfig(image_size=32, fit="crop"))
+@pytest.mark.parametrize("meta", [{}, {"decoder": FIRST_VERSIONS}])  # of before versions were kept, and one that says so
+def test_only_a_run_that_resizes_is_refused_with_another_decoder_and_only_on_the_device_whose_pixels_changed(meta: dict[str, Any]) -> None:
     mixed, same = images_of("32x32", "64x48"), images_of("32x32", "32x32")
     with pytest.raises(
         ValueError, match=r"'r' has resized its images \(data\.fit=crop\) by version 1 of the cpu decoder.*version 2.*--run NAME"
     ):
-        check_same_decoder(crop, mixed, start, "cpu")
-    check_same_decoder(crop, mixed, start, "cuda")
-    check_same_decoder(crop, same, start, "cpu")  # never resampled
-    check_same_decoder(RunConfig(run="r", data=DataConfig(image_size=32)), mixed, start, "cpu")  # refused, not resized
-    check_same_decoder(crop, mixed, None, "cpu")
+        check_same_decoder(CROP, meta, of(CROP, mixed))
+    check_same_decoder(CROP, meta, of(CROP, mixed, device="cuda"))
+    check_same_decoder(CROP, meta, of(CROP, same))  # never resampled
+    refuses = RunConfig(run="r", data=DataConfig(image_size=32))
+    check_same_decoder(refuses, meta, of(refuses, mixed))
 
 
-def test_a_run_that_resizes_goes_on_with_the_decoder_that_it_began_with(storage: Storage) -> None:
-    commit(storage, 10, decoder=DECODER_VERSIONS)
-    start, _ = start_of(storage)
+def test_a_run_that_resizes_goes_on_with_the_decoder_that_it_began_with() -> None:
     for device in DECODER_VERSIONS:
-        check_same_decoder(RunConfig(run="r", data=DataConfig(image_size=32, fit="crop")), images_of("8x9"), start, device)
+        check_same_decoder(CROP, {"decoder": DECODER_VERSIONS}, of(CROP, images_of("8x9"), device=device))
 
 
 # --- small ones -------------------------------------------------------------------------------------------------------------------------

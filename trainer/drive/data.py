@@ -1,6 +1,6 @@
 """Opens a run's data for the driver, converting them first if necessary, and ships them to nodes that cannot read their folder.
 
-start.py calls `open_data`, session.py calls `ship`. dataio defines the format of a converted data set."""
+start.py calls `open_data` and `check_can_ship`, session.py calls `ship`. dataio defines the format of a converted data set."""
 
 import time
 from pathlib import Path
@@ -36,11 +36,8 @@ def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
     return location, dataset
 
 
-def ship(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
-    """Put the data set's files into Ray's object store, for nodes that cannot read its folder. Returns a reference for each file name."""
-    import numpy as np
-    import ray
-
+def check_can_ship(dataset: Dataset, config: RunConfig) -> None:
+    """ValueError or OSError if the data set cannot go through Ray's object store to nodes that cannot read its folder."""
     if dataset.is_remote:
         dataset.files()  # raises: every node must reach a remote data set by itself
     if dataset.size_bytes > config.cluster.object_store_limit_bytes:
@@ -49,6 +46,14 @@ def ship(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
             f"cluster.object_store_limit_bytes={config.cluster.object_store_limit_bytes:,}; put it on storage that every node mounts "
             "and give that path to --data.path, or raise the limit if the nodes' object stores can hold it"
         )
+
+
+def ship(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
+    """Put the data set's files into Ray's object store, for nodes that cannot read its folder. Returns a reference for each file name."""
+    import numpy as np
+    import ray
+
+    check_can_ship(dataset, config)
     return {
         name: ray.put(np.fromfile(file, dtype=np.uint8) if isinstance(file, Path) else np.frombuffer(file, dtype=np.uint8))
         for name, file in dataset.files().items()

@@ -217,12 +217,6 @@ def tell_beginning(session: Session, start: Commit | None) -> None:
         return
     session.journal.write("resumed", step=start.step, path=start.path)
     session.console.print(f"going on from step {start.step:,} of {session.total_steps:,}")
-    before, now = start.meta["threads"], session.resources.threads_per_worker
-    if before != now:
-        session.console.print(
-            f"threads of a worker: {before} before, {now} now; the weights may differ in their last bits "
-            f"from an uninterrupted run's (--cluster.threads-per-worker {before} keeps them)"
-        )
 
 
 def told_failure(failure: Failure, position: Position, last_step: int) -> str:

@@ -15,6 +15,7 @@ from dataio.schema import Target, single_label
 from trainer.drive.capability import here, settled
 from trainer.drive.identity import resolved, run_prefix
 from trainer.drive.plan import Devices, describe, model_facts, table
+from trainer.settings.identity import weights_sha256
 from trainer.settings.rules import worker_count
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
@@ -67,6 +68,7 @@ def _named(config: RunConfig, recipes: tuple[str, ...], manifest: Manifest, *, w
         open_storage(config.storage, config.cluster.storage_retry_seconds),
         workers=workers,
         fingerprint=manifest.fingerprint,
+        weights=weights_sha256(config.model.weights),
         prefix=run_prefix(config, recipes),
         image_size=image_size,
     ).config

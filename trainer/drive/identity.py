@@ -1,9 +1,13 @@
 """A run's identity: its name, whether a command means the same run as before, and the commit it goes on from. Called by start.py,
 session.py, stages.py, dry_run.py and trainer/run.py.
 
-A run's identity is what decides its weights: the settings listed by trainer.settings.identity, and the content of its data. The automatic
-name is a hash of it, so the same command goes on with the same run. A named run that was started with another identity is refused. All
-errors are ValueErrors that say what to do. This file only reads the storage, and writes only journal lines about damaged checkpoints.
+A run's identity is what decides its weights: the settings listed by trainer.settings.identity, the content of its weights file and that of
+its data. The automatic name is a hash of it, so the same command goes on with the same run. A named run that was started with another
+identity is refused. record.py defines how claims and commits say it. All errors are ValueErrors that say what to do. This file only reads
+the storage, and writes only journal lines about damaged checkpoints.
+
+Runs of the first releases know their weights file by its path only, and are named by its name. What that path holds now is compared. If it
+is gone, such a run goes on only if the user gives its name and a file of the same name.
 """
 
 import dataclasses
@@ -16,10 +20,10 @@ from typing import Any
 from cluster.journal import Journal
 from cluster.storage import Storage
 from cluster.store import Commit, NoValidCheckpoint, Store
-from dataio.codecs.image.decode import DECODER_VERSIONS, FIRST_VERSIONS
-from dataio.manifest import Manifest, resizes
+from dataio.codecs.image.decode import FIRST_VERSIONS
 from trainer.drive.capability import as_started
-from trainer.settings.identity import deciding_changes, deciding_settings
+from trainer.drive.record import Identity, changes, record_of, told_changes
+from trainer.settings.identity import deciding_changes, deciding_settings, first_deciding_settings, weights_sha256
 from trainer.settings.rules import validate
 from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig
@@ -33,10 +37,27 @@ class Found:
     """The settings that the run was started with; None if it never was."""
     summary: Mapping[str, Any] | None
     """The summary that its last driver wrote."""
+    record: Mapping[str, Any] | None = None
+    """The identity record in its newest claim; None if there is none, or an older release wrote it."""
 
     @property
     def has_finished(self) -> bool:
         return self.summary is not None and self.summary.get("status") == "finished"
+
+    @property
+    def is_new(self) -> bool:
+        """The run was never started."""
+        return self.saved is None and self.record is None
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of its weights file; "" if it has none, or if nobody knows."""
+        if self.record is not None:
+            return str(self.record["weights"])
+        try:
+            return weights_sha256(self.saved.model.weights) if self.saved is not None else ""
+        except (ValueError, OSError):  # the file is gone
+            return ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +68,9 @@ class Resolved:
     found: Found
 
 
-def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
-    """All that decides a run's weights: settings and data."""
-    return deciding_settings(config) | {"dataset": fingerprint}
+def identity(config: RunConfig, fingerprint: str, weights: str = "") -> dict[str, Any]:
+    """What a run's name is made of: the settings that decide its weights, and its data. `weights` is the SHA-256 of its weights file."""
+    return deciding_settings(config, weights) | {"dataset": fingerprint}
 
 
 def run_prefix(config: RunConfig, recipes: tuple[str, ...]) -> str:
@@ -57,50 +78,86 @@ def run_prefix(config: RunConfig, recipes: tuple[str, ...]) -> str:
     return "-".join(recipes) or config.model.name.replace("/", "-")
 
 
-def automatic_name(config: RunConfig, fingerprint: str, prefix: str) -> str:
+def automatic_name(config: RunConfig, fingerprint: str, prefix: str, weights: str = "") -> str:
     """A name made from the run's identity, so that the same command given again goes on with the same run."""
-    digest = hashlib.sha256(json.dumps(identity(config, fingerprint), sort_keys=True, default=list).encode()).hexdigest()
-    return f"{prefix}-{digest[:8]}"
+    return _name(identity(config, fingerprint, weights), prefix)
+
+
+def _first_name(config: RunConfig, fingerprint: str, prefix: str) -> str:
+    """The name that the first releases gave."""
+    return _name(first_deciding_settings(config) | {"dataset": fingerprint}, prefix)
+
+
+def _name(deciding: Mapping[str, Any], prefix: str) -> str:
+    return f"{prefix}-{hashlib.sha256(json.dumps(deciding, sort_keys=True, default=list).encode()).hexdigest()[:8]}"
 
 
 def find(storage: Storage, run: str) -> Found:
     """What `storage` holds of the run with this name; nothing for "", a run that has no name yet."""
-    return Found(saved=_saved_config(storage, run), summary=_summary(storage, run)) if run else Found(saved=None, summary=None)
+    if not run:
+        return Found(saved=None, summary=None)
+    there = {entry.name for entry in storage.list(run)}
+    return Found(
+        saved=_saved_config(storage, run) if "config.toml" in there else None,
+        summary=_summary(storage, run) if "summary.json" in there else None,
+        record=_claimed(Store(storage, run)) if "generations" in there else None,
+    )
 
 
-def _saved_config(storage: Storage, run: str) -> RunConfig | None:
+def _claimed(store: Store) -> Mapping[str, Any] | None:
+    newest = store.newest_generation()
+    return record_of(store.claim(newest).note) if newest else None
+
+
+def _saved_config(storage: Storage, run: str) -> RunConfig:
     name = f"{run}/config.toml"
-    if not storage.exists(name):
-        return None
     config = from_toml(storage.read(name).decode(), origin=name)
     # A release that had only convolutions did not write this setting.
     small_maps = "convolution" if config.train.small_maps == "auto" else config.train.small_maps
     return dataclasses.replace(config, train=dataclasses.replace(config.train, small_maps=small_maps))
 
 
-def _summary(storage: Storage, run: str) -> Mapping[str, Any] | None:
-    name = f"{run}/summary.json"
-    if not storage.exists(name):
-        return None
-    summary: dict[str, Any] = json.loads(storage.read(name))
+def _summary(storage: Storage, run: str) -> Mapping[str, Any]:
+    summary: dict[str, Any] = json.loads(storage.read(f"{run}/summary.json"))
     return summary
 
 
-def resolved(config: RunConfig, storage: Storage, *, workers: int, fingerprint: str, prefix: str, image_size: tuple[int, int]) -> Resolved:
+def resolved(
+    config: RunConfig, storage: Storage, *, workers: int, fingerprint: str, weights: str, prefix: str, image_size: tuple[int, int]
+) -> Resolved:
     """`config` with everything decided that needs no device: virtual ranks, the run's name, the storage's full address. A run that goes on
-    takes what is left at auto from its first settings; a new run leaves it to the devices. ValueError if the settings do not fit
-    together."""
+    takes what is left at auto from its first settings; a new run leaves it to the devices. `weights`: SHA-256 of the weights file.
+    ValueError if the settings do not fit together."""
     found = find(storage, config.run)
     virtual_ranks = config.train.virtual_ranks or _virtual_ranks_of(found.saved, workers) or workers
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, virtual_ranks=virtual_ranks), storage=storage.uri)
     validate(config, workers=workers, image_size=image_size)
     if not config.run:
         # Name the run before the autos are decided, so that the command means the same run on every machine.
-        config = dataclasses.replace(config, run=automatic_name(config, fingerprint, prefix))
-        found = find(storage, config.run)
+        config, found = _named(config, storage, fingerprint=fingerprint, weights=weights, prefix=prefix)
     if found.saved is not None:
         config = dataclasses.replace(config, train=as_started(config.train, found.saved.train))
     return Resolved(config=config, found=found)
+
+
+def _named(config: RunConfig, storage: Storage, *, fingerprint: str, weights: str, prefix: str) -> tuple[RunConfig, Found]:
+    """`config` with its automatic name, and what is there under it. A run that an older release named goes on under its name. ValueError
+    if nobody can say whether that is this run."""
+    name, first_name = automatic_name(config, fingerprint, prefix, weights), _first_name(config, fingerprint, prefix)
+    named = dataclasses.replace(config, run=name)
+    found = find(storage, name)
+    if name == first_name or not found.is_new:
+        return named, found
+    older = find(storage, first_name)
+    if older.saved is None or _changes(config, older.saved, (older.weights, weights)):
+        return named, found
+    if weights and not older.weights:
+        raise ValueError(
+            f"run {first_name!r} in {storage.address} may be this one, or not: it was named by an older release, which did not look into "
+            f"its weights file, and {older.saved.model.weights} is gone; say --run {first_name} to go on with it, or "
+            "--run NAME to start anew"
+        )
+    return dataclasses.replace(config, run=first_name), older
 
 
 def _virtual_ranks_of(saved: RunConfig | None, workers: int) -> int:
@@ -108,20 +165,45 @@ def _virtual_ranks_of(saved: RunConfig | None, workers: int) -> int:
     return saved.train.virtual_ranks if saved is not None and saved.train.virtual_ranks >= workers else 0
 
 
-def check_same_run(config: RunConfig, saved: RunConfig | None) -> None:
-    """ValueError if the run with this name was started with other settings than `config`, namely `saved`."""
+def check_same_run(config: RunConfig, found: Found, weights: str) -> None:
+    """ValueError if the run with this name, of which `found` is there, was started with other settings than `config`, or other weights.
+    `weights`: SHA-256 of the weights file."""
+    saved = found.saved
     if saved is None:
-        return
+        return  # what its claim says is compared once everything is decided
+    changed = _changes(config, saved, (found.weights, weights))
+    more = []
+    if changed and saved.train.virtual_ranks < config.train.virtual_ranks:
+        more.append(f"it can go on with at most {saved.train.virtual_ranks} workers")
+    _refuse(config.run, changed, more)
+
+
+def _changes(config: RunConfig, saved: RunConfig, weights: tuple[str, str]) -> dict[str, tuple[Any, Any]]:
     # The run decides what is left at auto, as in `resolved`.
     now = dataclasses.replace(config, train=as_started(config.train, saved.train))
-    changed = [f"{key}: {before!r} then, {after!r} now" for key, (before, after) in deciding_changes(saved, now).items()]
-    if changed and saved.train.virtual_ranks < config.train.virtual_ranks:
-        changed.append(f"it can go on with at most {saved.train.virtual_ranks} workers")
+    return deciding_changes(saved, now, weights)
+
+
+def check_same_identity(run: str, record: Mapping[str, Any] | None, now: Identity) -> None:
+    """ValueError if the run with this name has the identity `record` and not `now`. None, of an older release, is compared otherwise."""
+    if record is not None:
+        _refuse(run, changes(record, now), [])
+
+
+def _refuse(run: str, changed: Mapping[str, tuple[Any, Any]], more: list[str]) -> None:
     if changed:
         raise ValueError(
-            f"run {config.run!r} was started with other settings ({'; '.join(changed)}); "
+            f"run {run!r} was started with other settings ({'; '.join([told_changes(changed), *more])}); "
             "give the same settings to go on, or another --run NAME to start anew"
         )
+
+
+def check_same_commit(config: RunConfig, meta: Mapping[str, Any], now: Identity) -> None:
+    """ValueError if the commit with this meta is not of the run that `config` and `now` describe. An older commit is compared by what it
+    says."""
+    check_same_data(config, meta["dataset_fingerprint"], now.dataset)
+    check_same_decoder(config, meta, now)
+    check_same_identity(config.run, record_of(meta), now)
 
 
 def check_same_data(config: RunConfig, saved: str, fingerprint: str) -> None:
@@ -133,16 +215,16 @@ def check_same_data(config: RunConfig, saved: str, fingerprint: str) -> None:
         )
 
 
-def check_same_decoder(config: RunConfig, manifest: Manifest, start: Commit | None, device: str) -> None:
-    """ValueError if another version of the decoder on this type of device (cpu, cuda) resized this run's images before."""
-    if start is None or not resizes(manifest, config.data):  # images of the right size are the same in all versions
+def check_same_decoder(config: RunConfig, meta: Mapping[str, Any], now: Identity) -> None:
+    """ValueError if another version of the decoder on this type of device resized the run's images before the commit with this meta."""
+    if not now.decoder:  # images of the right size are the same in all versions
         return
-    saved, now = start.meta.get("decoder", FIRST_VERSIONS)[device], DECODER_VERSIONS[device]
-    if saved != now:
+    saved, version = meta.get("decoder", FIRST_VERSIONS)[now.device], now.decoder[now.device]
+    if saved != version:
         raise ValueError(
-            f"run {config.run!r} has resized its images (data.fit={config.data.fit}) by version {saved} of the {device} decoder, this is "
-            f"version {now}: their pixels differ, and it would not be the same run; give another --run NAME to start anew, or go on with "
-            "the release that started it"
+            f"run {config.run!r} has resized its images (data.fit={config.data.fit}) by version {saved} of the {now.device} decoder, this "
+            f"is version {version}: their pixels differ, and it would not be the same run; give another --run NAME to start anew, or go on "
+            "with the release that started it"
         )
 
 
@@ -163,16 +245,20 @@ def check_may_show(config: RunConfig, summary: Mapping[str, Any], fingerprint: s
 
 def find_start(config: RunConfig, store: Store, journal: Journal, fingerprint: str, tell: Callable[[str], None]) -> Commit | None:
     """The newest valid commit, to go on from; None starts at step 0. `tell` is called for each damaged one."""
+    commit = newest_start(store, lambda path, reason: journal.write("checkpoint_corrupt", path=path, reason=reason), tell)
+    if commit is not None:
+        check_same_data(config, commit.meta["dataset_fingerprint"], fingerprint)
+    return commit
+
+
+def newest_start(store: Store, damaged: Callable[[str, str], None], tell: Callable[[str], None]) -> Commit | None:
+    """The newest valid commit. `damaged(path, reason)` and `tell(line)` are called for each damaged one."""
 
     def on_corrupt(path: str, reason: str) -> None:
-        journal.write("checkpoint_corrupt", path=path, reason=reason)
+        damaged(path, reason)
         tell(f"checkpoint {path} is damaged ({reason}); going back to the one before")
 
     try:
-        commit = store.newest_valid(on_corrupt)
+        return store.newest_valid(on_corrupt)
     except NoValidCheckpoint as error:
         raise ValueError(str(error)) from None
-    if commit is None:
-        return None
-    check_same_data(config, commit.meta["dataset_fingerprint"], fingerprint)
-    return commit

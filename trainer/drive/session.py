@@ -192,15 +192,14 @@ def _in_brief(error: Exception) -> str:
 
 
 def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Console) -> Session:
-    """Claim the run and start its coordinator. ValueError if the data cannot be shipped to the other nodes."""
+    """Start the run's coordinator. ValueError if the data cannot be shipped to the other nodes."""
     config, storage, cluster = decided.config, decided.storage, decided.config.cluster
     data = decided.location if decided.is_shared else ship(decided.dataset, config)
     steps_per_epoch = make_order(config, decided.dataset).steps_per_epoch
-    generation = patience_of(console, begun.journal).call("a claim on the run", begun.store.claim_generation)
     coordinator = start_coordinator(
         storage_uri=storage.uri,
         run=config.run,
-        generation=generation,
+        generation=begun.generation,
         keep=cluster.keep_checkpoints,
         metrics_host=cluster.metrics_host,
         discovery_port=cluster.discovery_port,
@@ -216,7 +215,7 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
         journal=begun.journal,
         reader=JournalReader(storage, config.run),
         patience=patience_of(console, begun.journal, measure=coordinator.waiting_for_storage.remote),
-        generation=generation,
+        generation=begun.generation,
         coordinator=coordinator,
         zygote=zygote,
         console=console,

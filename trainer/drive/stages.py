@@ -4,7 +4,7 @@ Asked      the settings, the command and the environment
 WithData   the data and the storage are open
 Placed     the largest number of workers, hence the run's name and what the storage holds of it
 Decided    the cluster, what each worker gets of it, and what the devices decided
-Begun      the run is in the journal; its checkpoints, and the one to go on from
+Begun      the run is claimed and in the journal; its checkpoints, and the one to go on from
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from dataio.manifest import Manifest
 from dataio.parquet import Dataset
 from trainer.drive.check import Question
 from trainer.drive.identity import Found, find
+from trainer.drive.record import Identity
 from trainer.settings.tree import RunConfig
 from trainer.tasks.info import TaskInfo
 
@@ -65,6 +66,8 @@ class WithData:
     """Folder or URI of the data set."""
     image_size: tuple[int, int]
     storage: Storage
+    weights: str
+    """SHA-256 of the weights file; "" if `model.weights` names none."""
 
     @property
     def fingerprint(self) -> str:
@@ -104,6 +107,7 @@ class Decided:
     hardware: "ClusterHardware"
     resources: "Resources"
     task: TaskInfo
+    identity: Identity
 
     @property
     def fingerprint(self) -> str:
@@ -112,10 +116,12 @@ class Decided:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Begun:
-    """The run's start is in its journal, and its settings are in its folder."""
+    """The run is this driver's: claimed, its settings in its folder, its start in its journal."""
 
     journal: Journal
     store: Store
+    generation: int
+    """Number of this driver's claim on the run. A driver with a newer claim has taken the run over."""
     start: Commit | None
     """The commit to go on from; None starts at step 0."""
 

@@ -23,19 +23,29 @@ from cluster.exporter import serve_discovery
 from cluster.journal import Journal
 from cluster.redact import redact
 from cluster.storage import join_uri, open_storage
-from cluster.store import Store
+from cluster.store import Commit, Store
 from cluster.zygote import Zygote
 from dataio.manifest import image_size_of
 from dataio.parquet import open_dataset
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck
-from trainer.drive.data import open_data
+from trainer.drive.data import check_can_ship, open_data
 from trainer.drive.disk_room import check_room
-from trainer.drive.identity import check_may_show, check_resume, check_same_decoder, check_same_run, find_start, resolved
+from trainer.drive.identity import (
+    check_may_show,
+    check_resume,
+    check_same_commit,
+    check_same_identity,
+    check_same_run,
+    newest_start,
+    resolved,
+)
+from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
 from trainer.runs.progress import final_table, predict_command
+from trainer.settings.identity import weights_sha256
 from trainer.settings.rules import worker_count
-from trainer.settings.spec import RANK_MODULES
+from trainer.settings.spec import RANK_MODULES, make_order
 from trainer.settings.toml import to_toml
 
 if TYPE_CHECKING:
@@ -112,7 +122,12 @@ def with_data(asked: Asked, console: Console) -> WithData:
             "again, which holds one out of train where there is none"
         )
     return WithData(
-        asked=asked, dataset=dataset, location=location, image_size=image_size_of(dataset.manifest, config.data), storage=storage
+        asked=asked,
+        dataset=dataset,
+        location=location,
+        image_size=image_size_of(dataset.manifest, config.data),
+        storage=storage,
+        weights=weights_sha256(config.model.weights),
     )
 
 
@@ -143,10 +158,11 @@ def place(data: WithData, workers: int) -> Placed:
         data.storage,
         workers=workers,
         fingerprint=data.fingerprint,
+        weights=data.weights,
         prefix=data.asked.prefix,
         image_size=data.image_size,
     )
-    check_same_run(named.config, named.found.saved)
+    check_same_run(named.config, named.found, data.weights)
     return Placed(data=data, config=named.config, workers=workers, found=named.found)
 
 
@@ -197,13 +213,9 @@ def decide(
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
     check_room(data.storage, placed.config, checked.weights_bytes, tell)
+    config = settled(placed.config, capability, has_depthwise=checked.has_depthwise, tell=tell)
     return Decided(
-        config=settled(
-            placed.config,
-            capability,
-            has_depthwise=checked.has_depthwise,
-            tell=tell,
-        ),
+        config=config,
         command=data.asked.command,
         dataset=data.dataset,
         location=location,
@@ -212,15 +224,27 @@ def decide(
         hardware=hardware,
         resources=resources,
         task=checked.task,
+        identity=identity_of(
+            config,
+            data.dataset.manifest,
+            weights=data.weights,
+            device="cuda" if use_gpus else "cpu",
+            threads=resources.threads_per_worker,
+        ),
     )
 
 
 def begin(decided: Decided, environment: Environment, console: Console) -> Begun:
-    """Record the start and the settings, and find the commit to go on from. ValueError if the run may not go on."""
+    """Claim the run, then record its settings and its start, and find the commit to go on from. ValueError if the run may not go on; then
+    a new run's folder has nothing of it."""
     from cluster.versions import versions
 
     config, storage, resources = decided.config, decided.storage, decided.resources
+    store = Store.open(storage, config.run)
+    generation = claim(decided, store)
     journal = Journal.open(storage, config.run, writer=f"driver-{os.getpid()}-{int(time.time())}")
+    start = start_of_claimed(decided, store, journal, console)
+    storage.write_atomic(f"{config.run}/config.toml", redact(to_toml(config)).encode())
     journal.write(
         "run_started",
         command=decided.command,
@@ -230,13 +254,41 @@ def begin(decided: Decided, environment: Environment, console: Console) -> Begun
         resources=dataclasses.asdict(resources),
         task=decided.task.to_json(),
     )
-    store = Store.open(storage, config.run)
-    start = find_start(config, store, journal, decided.fingerprint, console.print)
-    check_resume(config, has_checkpoint=start is not None)
-    check_same_decoder(config, decided.dataset.manifest, start, "cuda" if resources.gpus_per_worker > 0 else "cpu")
-    storage.write_atomic(f"{config.run}/config.toml", redact(to_toml(config)).encode())
     console.print(f"run {config.run} in {redact(storage.uri)}: {described(resources.workers, decided.hardware)}", soft_wrap=True)
-    return Begun(journal=journal, store=store, start=start)
+    if start is not None and (differs := bit_changes(start.meta, decided.identity, workers=resources.workers)):
+        journal.write("versions_differ", step=start.step, differs={name: list(pair) for name, pair in differs.items()})
+        for line in told_bit_changes(differs):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return Begun(journal=journal, store=store, generation=generation, start=start)
+
+
+def claim(decided: Decided, store: Store) -> int:
+    """Claim the run for this driver and return its generation. The claim says what the run is, and nothing else of a run is written before
+    it: of two commands that start one run with different settings at once, one gets a ValueError. Everything that can refuse the command
+    is asked before, so that a refused one neither begins a run nor takes one over."""
+    config, identity = decided.config, decided.identity
+    make_order(config, decided.dataset)
+    if not decided.is_shared:
+        check_can_ship(decided.dataset, config)
+    newest = store.peek()
+    check_resume(config, has_checkpoint=newest is not None)
+    if newest is not None:
+        check_same_commit(config, newest.meta, identity)
+    return store.claim_generation(
+        {"identity": identity.record()}, lambda before: check_same_identity(config.run, record_of(before.note), identity)
+    )
+
+
+def start_of_claimed(decided: Decided, store: Store, journal: Journal, console: Console) -> Commit | None:
+    """The commit to go on from; None starts at step 0. Journals and sets aside the damaged ones, as only the driver that has claimed the
+    run may. ValueError if none is intact, or if it is of another run."""
+    start = newest_start(
+        store, lambda path, reason: journal.write("checkpoint_corrupt", path=path, reason=reason), lambda line: console.print(line)
+    )
+    check_resume(decided.config, has_checkpoint=start is not None)
+    if start is not None:
+        check_same_commit(decided.config, start.meta, decided.identity)
+    return start
 
 
 def described(workers: int, hardware: "ClusterHardware") -> str:

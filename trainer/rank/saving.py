@@ -54,7 +54,7 @@ def restore(store: Store, resume: ResumePoint | None, state: TrainState, waits: 
     if resume is None:
         return Memory()
     what = f"the checkpoint of step {resume.step}"
-    commit = waits.call(lambda: store.load(resume.step, resume.generation), what)
+    commit = waits.call(lambda: store.load(resume.step, resume.generation, path=resume.path), what)
 
     def read(name: str) -> bytes:
         return waits.call(lambda: commit.read(name), f"{name} of {what}")
@@ -191,7 +191,8 @@ class Saver:
         self._checkpointer.close()
 
     def _stage(self, step: int, name: str, buffers: Buffers) -> Receipt:
-        return self._store.stage(step, self._me.spec.generation, name, buffers, give_up=self._checkpointer.hurried)
+        spec = self._me.spec
+        return self._store.stage(step, spec.generation, name, buffers, attempt=spec.attempt, give_up=self._checkpointer.hurried)
 
     def _on_wait(self, phase: str) -> None:
         """In the main thread, about every second. A look at the storage is a tick; waiting for other ranks is only said once."""
@@ -265,4 +266,5 @@ def commit_meta(me: ThisRank, data: RankData) -> dict[str, Any]:
         "verified": bool(spec.config.train.verify_every),  # compared between ranks and found finite before it was acknowledged
         "decoder": DECODER_VERSIONS,
         "versions": versions(),
+        "identity": spec.identity,
     }

@@ -6,6 +6,7 @@ cluster.store and the coordinator define a committed checkpoint.
 """
 
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from cluster.store import Store
 from trainer.learn.build import Learner, build_learner, task_of
 from trainer.learn.state import TrainState
 from trainer.learn.step import Stepper, StepStats, train_steps
+from trainer.models.vision import WeightsError
 from trainer.rank.data import Batches, RankData, open_data, open_ledger, recorded
 from trainer.rank.device_metrics import GpuWatch, gpu_address
 from trainer.rank.evaluation import Evaluator
@@ -40,6 +42,7 @@ from trainer.rank.observers import (
 from trainer.rank.saving import Memory, Saver, restore, weights_check
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank, join
+from trainer.settings.identity import weights_sha256
 from trainer.settings.spec import WorkerSpec
 
 
@@ -50,6 +53,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     keep_compiled(config.data.root)
     me = join(spec, context)
     data = open_data(me)
+    check_weights(spec)
     learner = build_learner(config, task_of(config, data.dataset.manifest), data.loader.image_size, me.device)
     storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     store = Store.open(storage, config.run)
@@ -95,6 +99,17 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         if ledger:
             ledger.close()
         me.server.close()
+
+
+def check_weights(spec: WorkerSpec) -> None:
+    """WeightsError if this node's weights file is not the one that the driver saw, and that the run is known by. A run that goes on has its
+    weights from the commit."""
+    known = spec.identity.get("weights", "")
+    if spec.resume is None and known and (found := weights_sha256(spec.config.model.weights)) != known:
+        raise WeightsError(
+            f"model.weights={spec.config.model.weights} holds on {platform.node()} another file (SHA-256 {found[:12]}) than where the run "
+            f"was started ({known[:12]}); put the same file on every node, or on storage that all of them mount"
+        )
 
 
 def train(steps: "Steps", observers: Sequence[Observer], evaluator: Evaluator, saver: Saver) -> bool:

@@ -121,6 +121,11 @@ def _run_stopped(event: Event) -> str:
     return f"stopped at step {_step(event)}{f' by {signal}' if signal else ''}"
 
 
+def _versions_differ(event: Event) -> str:
+    pairs = ", ".join(f"{name} {before} before, {now} now" for name, (before, now) in event["differs"].items())
+    return f"the weights may differ in their last bits: {pairs}"
+
+
 def _straggler(event: Event) -> str:
     own, others = event["own_seconds"], event["others_seconds"]
     return f"step {_step(event)}: rank {event.get('rank')} is slow, {duration(own)} a step of its own; the others {duration(others)}"
@@ -145,6 +150,7 @@ KINDS: Mapping[str, Kind] = {
     "pause_requested": Kind(words=lambda event: f"to other workers: {event.get('reason')}"),
     "notice_stands": Kind(words=lambda event: f"training on in spite of a notice of preemption: {event.get('reason')}"),
     "workers_asked_for": Kind(words=lambda event: f"asked the cluster for {number(event.get('workers'))} more"),
+    "versions_differ": Kind(words=_versions_differ),
     "resumed": Kind(words=lambda event: f"going on from the checkpoint of step {_step(event)}"),
     "hang": Kind(words=_hang),
     "stacks": Kind(words=lambda event: f"what rank {event.get('rank', '?')} was doing", is_followed=False),

@@ -1,10 +1,11 @@
 """Which settings decide a run's weights. They form its automatic name and must not change when it goes on. Called by
-trainer.drive.identity.
+trainer.drive.identity and trainer.drive.record.
 
-Marks at the fields decide (dataio.config.Mark). FREE settings do not count. LATER settings were added after runs were first named, and
-count only if they differ from their defaults, so a new setting renames no existing run. The data's content counts too; the caller adds it.
+Marks at the fields decide (dataio.config.Mark). FREE settings do not count. LATER settings count only if they differ from their defaults,
+so a new setting renames no existing run. A file of weights counts by its content. The data's content counts too; the caller adds it.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,48 @@ from dataio.config import FREE, LATER, PATH
 from trainer.settings.fields import declared, settings
 from trainer.settings.tree import RunConfig
 
+WEIGHTS = "model.weights"
 
-def deciding_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that count, by dotted name. A file counts by its name, without its folder."""
+_FREE_IN_FIRST_NAMES = frozenset({"data.max_image_pixels"})
+
+
+def weights_sha256(weights: str) -> str:
+    """SHA-256 of the file that `model.weights` names; "" if it names none: weights of a library or a package are known by their name.
+    ValueError if there is no such file."""
+    if weights in ("imagenet", "none") or weights.startswith("package:"):
+        return ""
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise ValueError(f"model.weights={weights}: no such file; weights are imagenet, none, package:efficientnet_lite0, or a file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def deciding_settings(config: RunConfig, weights: str = "") -> dict[str, Any]:
+    """The settings that count, by dotted name. `weights` is the SHA-256 of the weights' file; "": they count by their name."""
     known = declared(type(config))
-    return {key: value for key, value in _that_count(config).items() if not (LATER in known[key].notes and value == known[key].default)}
+    counted = _that_count(config, weights).items()
+    return {key: value for key, value in counted if not (LATER in known[key].notes and value == known[key].default)}
 
 
-def deciding_changes(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The settings by which two RunConfigs would train different weights, each with its value before and now. Includes defaults."""
-    then = _that_count(before)
-    return {key: (then[key], value) for key, value in _that_count(now).items() if then[key] != value}
+def first_deciding_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that counted in the names of the first releases: a file of weights by its name, without its folder."""
+    return {key: value for key, value in deciding_settings(config).items() if key not in _FREE_IN_FIRST_NAMES}
 
 
-def _that_count(config: RunConfig) -> dict[str, Any]:
+def deciding_changes(before: RunConfig, now: RunConfig, weights: tuple[str, str] = ("", "")) -> dict[str, tuple[Any, Any]]:
+    """The settings by which two RunConfigs would train different weights, each with its value before and now. Includes defaults. `weights`:
+    SHA-256 of the weights' files, before and now; where one is not known, they count by their names."""
+    known = weights if all(weights) else ("", "")
+    then = _that_count(before, known[0])
+    return {key: (then[key], value) for key, value in _that_count(now, known[1]).items() if then[key] != value}
+
+
+def _that_count(config: RunConfig, weights: str) -> dict[str, Any]:
     known = declared(type(config))
-    return {
+    counted = {
         key: Path(value).name if PATH in known[key].notes else value
         for key, value in settings(config).items()
         if FREE not in known[key].notes
     }
+    return counted | {WEIGHTS: f"sha256:{weights}"} if weights else counted

@@ -1,7 +1,10 @@
 """The spec that a run's ranks get, and values that follow from a run's settings and data. The driver and the ranks import it; no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from cluster.store import Commit
 from dataio.order import Order
 from dataio.parquet import Dataset
 from trainer.settings.tree import RunConfig
@@ -18,6 +21,12 @@ class ResumePoint:
 
     step: int
     generation: int
+    path: str
+    """Its folder: several attempts may have committed that step."""
+
+    @classmethod
+    def at(cls, commit: Commit) -> "ResumePoint":
+        return cls(step=commit.step, generation=commit.generation, path=commit.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +39,7 @@ class WorkerSpec:
     attempt: int
     resume: ResumePoint | None  # None starts at step 0
     threads: int
+    identity: Mapping[str, Any] = field(default_factory=dict)  # the run's identity record (trainer.drive.record), for its commits
     skip: frozenset[int] = frozenset()  # steps whose batches are skipped for a bad loss
     failures: int = 0  # of the run so far; with `observed_seconds` it decides how often `checkpoint_every auto` saves
     observed_seconds: float = 0.0  # in which the run's attempts ran
