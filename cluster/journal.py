@@ -22,6 +22,7 @@ from typing import Any
 
 from cluster.redact import redacted
 from cluster.storage import Storage, make_dirs, write_all
+from cluster.text import shown
 
 _SEGMENT = re.compile(r"(.+)-(\d{6,})\.json")
 _WRITER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -77,7 +78,7 @@ class Journal:
             try:
                 self._flush()
             except OSError as error:
-                log.warning("journal of %s: %d event(s) wait for the storage: %s", self._run, len(self._backlog), error)
+                log.warning("journal of %s: %d event(s) wait for the storage: %s", shown(self._run), len(self._backlog), shown(error))
                 if not self._storage.is_local:
                     self._is_out = True
                     threading.Thread(target=self._flush_later, name="journal", daemon=True).start()

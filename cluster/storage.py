@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from pyarrow import fs as pafs
+
+from cluster.text import address, redact
 
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 
@@ -172,7 +173,7 @@ class Storage:
     @property
     def address(self) -> str:
         """The URI without credentials, for display."""
-        return self.uri if "://" not in self.uri else _without_secrets(self.uri)
+        return address(self.uri)
 
     def without_retries(self) -> "Storage":
         """The same place without retries, for a caller that retries by itself."""
@@ -303,11 +304,11 @@ def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Stora
         return Storage(fs=pafs.LocalFileSystem(), root=root, is_local=True, uri=root)
     if scheme[1] not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"storage={_without_secrets(text)!r} has the unknown scheme {scheme[1]!r}; use a local folder or one of {known}")
+        raise ValueError(f"storage={address(text)!r} has the unknown scheme {scheme[1]!r}; use a local folder or one of {known}")
     try:
         filesystem, root = pafs.FileSystem.from_uri(text)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise ValueError(f"storage={_without_secrets(text)!r} cannot be opened: {error}") from error
+        raise ValueError(f"storage={address(text)!r} cannot be opened: {redact(str(error))}") from None
     return Storage(
         fs=_impatient(filesystem),
         root=root.rstrip("/"),
@@ -333,12 +334,6 @@ def _impatient(filesystem: Any) -> Any:
             return filesystem
     _, (said,) = filesystem.__reduce__()[:2]
     return type(filesystem)(**{**said, **options})
-
-
-def _without_secrets(uri: str) -> str:
-    """`uri` without user, password and query."""
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def make_dirs(path: str) -> None:

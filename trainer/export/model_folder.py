@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.storage import Storage
+from cluster.text import address, json_line, shown
 from dataio.config import Fit
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
 from trainer.models.vision import Preprocess
@@ -174,7 +175,7 @@ def _outputs(task: Task) -> Iterator[str]:
             what = "labels" if target.kind == "labels" else "classes"
             yield f"## {what.capitalize()}{'' if is_only else f' of `{_inline(target.name)}`'}, in the order of the outputs"
             # Names come from the data. As JSON in a code block, with the closing character escaped, they stay plain text.
-            names = json.dumps(list(target.classes), ensure_ascii=False).replace("`", "\\u0060")
+            names = json_line(list(target.classes)).replace("`", "\\u0060")
             yield from ("", "```json", names, "```", "")
 
 
@@ -223,12 +224,12 @@ _KINDS = {"label": "one of {} classes", "labels": "any of {} labels", "number": 
 
 def _inline(text: str) -> str:
     """Text from the data, made safe for a code span."""
-    return text.replace("`", "'")
+    return shown(text).replace("`", "'")
 
 
 def _last_part(path: str) -> str:
     """A name for the data that does not reveal its full path."""
-    return path.partition("?")[0].rstrip("/").rpartition("/")[2].replace("`", "'")
+    return _inline(address(path).rstrip("/").rpartition("/")[2])
 
 
 def _optional(summary: Mapping[str, Any], key: str, text: str) -> str:

@@ -67,10 +67,10 @@ def _unknown(name: str, given: str, storage: Storage) -> str:
     folders = [entry for entry in storage.list("") if entry.is_dir and not entry.name.startswith(".")]
     runs = {entry.name: entry.modified for entry in folders if RunFolder(storage=storage, name=entry.name).is_run()}
     if not runs:
-        return f"there is no run {given}, nor any other in {storage.uri}; give a run's folder, or say with --storage where the runs are"
+        return f"there is no run {given}, nor any other in {storage.address}; give a run's folder, or say with --storage where the runs are"
     close = difflib.get_close_matches(name, runs, n=_SHOWN)
     newest = sorted(runs, key=lambda other: -runs[other])
     shown = [*close, *(other for other in newest if other not in close)][:_SHOWN]
     more = f" and {len(runs) - len(shown)} more" if len(runs) > len(shown) else ""
     guess = f"did you mean {close[0]}? " if close else ""
-    return f"there is no run {given}; {guess}runs in {storage.uri}: {', '.join(shown)}{more}"
+    return f"there is no run {given}; {guess}runs in {storage.address}: {', '.join(shown)}{more}"

@@ -328,11 +328,6 @@ def why_ended(end: Event) -> str:
     return ""
 
 
-def printable(text: str) -> str:
-    """`text` without characters that move a terminal's cursor: anyone may have written the names and messages in a run's folder."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def moment(when: float) -> str:
     """Unix time -> local `2026-11-23 14:45`."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
