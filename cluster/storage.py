@@ -13,11 +13,12 @@ import random
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pyarrow import fs as pafs
 
@@ -186,7 +187,8 @@ class Storage:
     def read(self, path: str) -> bytes:
         """A whole file; FileNotFoundError if it does not exist."""
         if self.is_local:
-            return Path(self.at(path)).read_bytes()
+            with open_regular(self.at(path)) as file:
+                return file.read()
 
         def read() -> bytes:
             with self.fs.open_input_stream(self.at(path), compression=None) as stream:
@@ -197,7 +199,7 @@ class Storage:
     def read_chunks(self, path: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Read a file piece by piece, for callers that do not need all of it in memory."""
         if self.is_local:
-            with open(self.at(path), "rb", buffering=0) as file:
+            with open_regular(self.at(path)) as file:
                 while piece := file.read(chunk_bytes):
                     yield piece
             return
@@ -334,6 +336,21 @@ def _impatient(filesystem: Any) -> Any:
             return filesystem
     _, (said,) = filesystem.__reduce__()[:2]
     return type(filesystem)(**{**said, **options})
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a local file to read it. OSError for a pipe, a device or a socket that stands in its place, without waiting for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return open(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def make_dirs(path: str) -> None:

@@ -30,6 +30,7 @@ import numpy as np
 from dataio.codecs.codec import Refusal
 from dataio.codecs.make import make_checker
 from dataio.config import DataConfig
+from dataio.foreign import MAX_MANIFEST_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo, fault_of_splits
 from dataio.parquet import QUARANTINE_NAME, ROWS_PER_GROUP, Dataset, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample, Quarantine
@@ -148,7 +149,7 @@ def is_converted(path: str | Path) -> bool:
     try:
         if is_uri(path):
             path = local_path(str(path)) or path
-        Manifest.from_json((Path(path).expanduser() / MANIFEST_NAME).read_bytes())
+        Manifest.from_json(read_regular(Path(path).expanduser() / MANIFEST_NAME, MAX_MANIFEST_BYTES))
     except (OSError, ManifestError):
         return False
     return True
@@ -332,7 +333,8 @@ class _Conversion:
             part = self._convert_part(reading, len(done) + len(parts), total)
             _write(self._staging / _part_name(split, len(done) + len(parts)), part.to_json())
             parts.append(part)
-        assert total in (None, reading.consumed), f"{split} has {reading.consumed} samples, its source announced {total}"
+        if total not in (None, reading.consumed):
+            raise ValueError(f"{split} of the source has {reading.consumed} samples, and its files say {total}; they are damaged")
         return parts
 
     def _convert_part(self, reading: "_Reading", index: int, total: int | None) -> _Part:

@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from dataio.foreign import MAX_MANIFEST_BYTES
 from dataio.text import address, redact, shown
 
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -200,7 +201,9 @@ class RemoteFile:
     def read_all(self) -> bytes:
         def read() -> bytes:
             handle = self._open()
-            return bytes(handle.read_at(handle.size(), 0))
+            if (size := handle.size()) > MAX_MANIFEST_BYTES:
+                raise DataRefused(f"{self} has {size} bytes; at most {MAX_MANIFEST_BYTES} are read of such a file")
+            return bytes(handle.read_at(size, 0))
 
         return self.remote.attempt(read, str(self))
 

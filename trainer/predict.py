@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ import tyro
 from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
 from dataio.config import Fit
+from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.sources import IMAGE_SUFFIXES
 from trainer.export.model_folder import load_export
 from trainer.runs.folder import RunFolder, find_run
@@ -82,7 +82,7 @@ class Predictor:
         encoded: dict[str, bytes] = {}
         for path in paths:
             try:
-                encoded[path] = Path(path).read_bytes()
+                encoded[path] = read_regular(path, MAX_IMAGE_BYTES)
             except OSError as error:
                 results[path] = Prediction(image=path, error=f"cannot be read: {error.strerror or error}")
         if encoded:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
 from dataio.schema import LABEL, Target
 from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, key_of, stat_hash
 from dataio.sources.splits import ALIASES, divide, formerly_read, plan_splits, strata
@@ -81,7 +82,7 @@ class ImageFolder:
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
         for image in self._images[split][start:]:
             try:
-                yield Sample(key=image.key, data=image.path.read_bytes(), values=image.values)
+                yield Sample(key=image.key, data=read_regular(image.path, MAX_IMAGE_BYTES), values=image.values)
             except OSError as error:
                 yield Sample(key=image.key, data=b"", values=image.values, refusal=f"unreadable: {error.strerror}")
 
@@ -154,7 +155,7 @@ def _check_same(one: Path, other: Path) -> None:
     hashes = []
     for path in (one, other):
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 hashes.append(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise SourceError(f"{one} and {other} cannot be compared: {path}: {error.strerror}; mend or remove it") from error

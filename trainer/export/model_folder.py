@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cluster.storage import Storage
 from cluster.text import address, json_line, shown
 from dataio.config import Fit
+from dataio.foreign import json_of
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
 from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder
@@ -244,7 +245,7 @@ def _description(folder: RunFolder) -> Mapping[str, Any]:
             f"{folder.location} has no {MODEL_FOLDER}/{CONFIG_FILE}: a run exports its model when it finishes; let it finish first"
         )
     try:
-        description = json.loads(data)
+        description = json_of(data)
         outputs = ("task", "targets") if "task" in description else ("classes",)
         needed = (*outputs, "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
         missing = [key for key in needed if key not in description]
