@@ -16,6 +16,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.storage import write_atomic_local
+from cluster.text import printable
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 JSON = "application/json"  # Prometheus refuses http_sd with any other type
@@ -105,7 +106,7 @@ def _handler(routes: dict[str, Route]) -> type[BaseHTTPRequestHandler]:
             try:
                 body = route[1]()
             except Exception as error:  # one bad answer must not end the server's thread silently
-                self._answer(500, "text/plain", f"{type(error).__name__}: {error}\n".encode())
+                self._answer(500, "text/plain", f"{type(error).__name__}: {printable(error)}\n".encode())
                 return
             self._answer(200, route[0], body)
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from cluster.redact import redacted
 from cluster.storage import Entry, Storage, is_outage, make_dirs, write_all
+from cluster.text import shown
 
 Event = dict[str, Any]
 
@@ -149,7 +150,7 @@ class Journal:
             return
         self._is_out = True
         self._changed.notify_all()
-        log.warning("journal of %s: %d event(s) wait for the storage: %s", self._run, len(self._backlog), why)
+        log.warning("journal of %s: %d event(s) wait for the storage: %s", shown(self._run), len(self._backlog), shown(why))
         atexit.register(self.flush, EXIT_SECONDS)
 
     def _put(self, line: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from cluster.names import PREFIX
+from cluster.text import shown
 
 LABELS = ("run", "rank", "attempt")
 
@@ -253,12 +254,13 @@ class Metrics:
     """One process's metrics in its own registry. A gauge appears when it is first set. Counters and histograms start at zero, those with a
     label at every value: Prometheus sees no increase in a series that begins with 1.
 
-    A label whose values the run declares takes only those; any other value counts as OTHER."""
+    A label whose values the run declares takes only those; any other value counts as OTHER. Names come from the data, and become what
+    `shown` makes of them: valid UTF-8 on one line."""
 
     def __init__(self, run: str, rank: int | str, attempt: int, owner: Literal["rank", "coordinator"] = "rank") -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` doubles the series and nobody reads it
         self.registry = CollectorRegistry()
-        self._labels = (run, str(rank), str(attempt))
+        self._labels = (shown(run), str(rank), str(attempt))
         self._collectors: dict[str, Any] = {}
         self._children: dict[tuple[str, str, str], Any] = {}  # by name, kind and the label's value: looked up in every step
         self._values = {metric.name: frozenset(metric.values) for metric in METRICS}  # allowed values of a row's own label
@@ -271,7 +273,7 @@ class Metrics:
         metric = _TABLE[name]
         assert metric.declared, f"the values of {name} are listed in the table"
         assert not self._values[name], f"the values of {name} were declared before"
-        self._values[name] = frozenset(list(dict.fromkeys(values))[: metric.declared]) | {OTHER}
+        self._values[name] = frozenset(list(dict.fromkeys(map(shown, values)))[: metric.declared]) | {OTHER}
 
     def add(self, name: str, amount: float = 1.0, label: str = "") -> None:
         """Increase a counter. `label`: the value of the row's own label."""
@@ -285,7 +287,7 @@ class Metrics:
         """Remove a gauge until it is set again: its value is no longer known."""
         self._child(name, "gauge", label)
         del self._children[name, "gauge", label]
-        self._collectors[name].remove(*self._labels, *([label] if label else []))
+        self._collectors[name].remove(*self._labels, *([shown(label)] if label else []))
 
     def observe(self, name: str, value: float) -> None:
         """Add a value to a histogram."""
@@ -312,8 +314,8 @@ class Metrics:
         metric = _TABLE[name]
         assert metric.kind == kind, f"{name} is a {metric.kind}, not a {kind}"
         assert bool(metric.label) == bool(label), f"{name} takes the label {metric.label!r}, got the value {label!r}"
-        if label and label != OTHER and label not in self._values[name]:
+        if label and label != OTHER and shown(label) not in self._values[name]:
             return self._child(name, kind, OTHER)
-        child = self._collectors[name].labels(*self._labels, *([label] if label else []))
+        child = self._collectors[name].labels(*self._labels, *([shown(label)] if label else []))
         self._children[name, kind, label] = child
         return child

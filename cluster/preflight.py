@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from cluster.launch import ClusterHardware
 from cluster.machine import shared_memory_problem
 from cluster.storage import Storage, open_storage
+from cluster.text import printable
 from cluster.versions import versions
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ def check_node(uri: str, run: str, token: str, data_probe: Callable[[], str]) ->
         storage_error = "" if seen == token.encode() else "reads another file than the driver wrote"
         storage.write_atomic(f"{run}/.preflight-{token}-{uuid.uuid4().hex}", node.encode())
     except (OSError, ValueError) as error:
-        storage_error = str(error)
+        storage_error = printable(error)
     try:
         data: str | None = data_probe()
     except (OSError, ValueError):
@@ -64,7 +65,7 @@ def preflight(
         reports = _reports(storage, run, hardware, token, data_probe)
     except OSError as error:
         raise ValueError(
-            f"storage {storage.uri!r} cannot be written ({error}); give a folder or URI that can with --storage, "
+            f"storage {storage.address!r} cannot be written ({printable(error)}); give a folder or URI that can with --storage, "
             "and check its permissions and free space"
         ) from error
     finally:
@@ -75,7 +76,7 @@ def preflight(
     for report in reports:
         if report.storage_error:
             raise ValueError(
-                f"storage {storage.uri!r} is not shared: node {report.node} cannot use it ({report.storage_error}); "
+                f"storage {storage.address!r} is not shared: node {report.node} cannot use it ({report.storage_error}); "
                 "give --storage a network mount present on every node, or s3://..., gs://..."
             )
     first = reports[0]

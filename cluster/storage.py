@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, unquote
 
 from pyarrow import fs as pafs
+
+from cluster.text import address, redact
 
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 
@@ -200,7 +202,7 @@ class Storage:
     @property
     def address(self) -> str:
         """The URI without credentials, for display."""
-        return self.uri if "://" not in self.uri else _without_secrets(self.uri)
+        return address(self.uri)
 
     def without_retries(self) -> "Storage":
         """The same place without retries, for a caller that retries by itself."""
@@ -213,7 +215,8 @@ class Storage:
     def read(self, path: str) -> bytes:
         """A whole file; FileNotFoundError if it does not exist."""
         if self.is_local:
-            return Path(self.at(path)).read_bytes()
+            with open_regular(self.at(path)) as file:
+                return file.read()
 
         def read() -> bytes:
             with self.fs.open_input_stream(self.at(path), compression=None) as stream:
@@ -224,7 +227,7 @@ class Storage:
     def read_chunks(self, path: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Read a file piece by piece, for callers that do not need all of it in memory."""
         if self.is_local:
-            with open(self.at(path), "rb", buffering=0) as file:
+            with open_regular(self.at(path)) as file:
                 while piece := file.read(chunk_bytes):
                     yield piece
             return
@@ -335,11 +338,11 @@ def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Stora
         return Storage(fs=pafs.LocalFileSystem(), root=root, is_local=True, uri=root)
     if scheme[1] not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"storage={_without_secrets(text)!r} has the unknown scheme {scheme[1]!r}; use a local folder or one of {known}")
+        raise ValueError(f"storage={address(text)!r} has the unknown scheme {scheme[1]!r}; use a local folder or one of {known}")
     try:
         filesystem, root = pafs.FileSystem.from_uri(_strict(text))
     except (ValueError, OSError, NotImplementedError) as error:
-        raise ValueError(f"storage={_without_secrets(text)!r} cannot be opened: {error}") from error
+        raise ValueError(f"storage={address(text)!r} cannot be opened: {redact(str(error))}") from None
     return Storage(
         fs=_impatient(filesystem),
         root=root.rstrip("/"),
@@ -396,10 +399,19 @@ def _impatient(filesystem: Any) -> Any:
     return type(filesystem)(**{**said, **options})
 
 
-def _without_secrets(uri: str) -> str:
-    """`uri` without user, password and query."""
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def open_regular(path: str) -> BinaryIO:
+    """Open a local file to read it. OSError for a pipe, a device or a socket that stands in its place, without waiting for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return open(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def make_dirs(path: str) -> None:

@@ -13,6 +13,7 @@ from cluster.exporter import serve_discovery, write_file_sd
 from cluster.names import FILE_SD
 from cluster.roster import RankInfo
 from cluster.storage import Storage
+from cluster.text import shown
 
 ScrapeTarget = dict[str, Any]
 """{"targets": [host:port], "labels": {...}}, the format of http_sd and file_sd."""
@@ -25,7 +26,7 @@ def targets_of(run: str, attempt: int, infos: Mapping[int, RankInfo], coordinato
 
 
 def _target(run: str, address: str, rank: str, attempt: int) -> ScrapeTarget:
-    return {"targets": [address], "labels": {"run": run, "rank": rank, "attempt": str(attempt)}}
+    return {"targets": [address], "labels": {"run": shown(run), "rank": rank, "attempt": str(attempt)}}
 
 
 class Discovery:

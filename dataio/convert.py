@@ -23,19 +23,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from dataio.codecs.codec import Refusal
 from dataio.codecs.make import make_checker
 from dataio.config import DataConfig
+from dataio.foreign import MAX_MANIFEST_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo, fault_of_splits
 from dataio.parquet import QUARANTINE_NAME, ROWS_PER_GROUP, Dataset, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample, Quarantine
-from dataio.remote import is_remote, is_uri, local_path, shown
+from dataio.remote import is_remote, is_uri, local_path
 from dataio.schema import SPLITS, UNLABELLED, Target, fault_of_targets, is_known, is_single_label, value_of
 from dataio.sources import Balanced, Sample, Source, open_source
+from dataio.text import address, printable
+from dataio.text import shown as on_one_line
 
 SHARD_BYTES = 64 << 20
 SMALL_SOURCE = 5_000  # samples; a source as small as this is read to its end, so that the error about bad samples can count them all
@@ -146,7 +149,7 @@ def is_converted(path: str | Path) -> bool:
     try:
         if is_uri(path):
             path = local_path(str(path)) or path
-        Manifest.from_json((Path(path).expanduser() / MANIFEST_NAME).read_bytes())
+        Manifest.from_json(read_regular(Path(path).expanduser() / MANIFEST_NAME, MAX_MANIFEST_BYTES))
     except (OSError, ManifestError):
         return False
     return True
@@ -167,7 +170,7 @@ def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None =
     Raises what convert and open_source raise, and ValueError for a remote URI (see open_prepared).
     """
     if is_remote(config.path):
-        raise ValueError(f"data.path={shown(config.path)} is remote: it has no folder here; open it where it is")
+        raise ValueError(f"data.path={address(config.path)} is remote: it has no folder here; open it where it is")
     path = (local_path(config.path) if is_uri(config.path) else None) or Path(config.path).expanduser()
     if (path / MANIFEST_NAME).is_file():
         open_dataset(path)  # raises if it is damaged
@@ -330,7 +333,8 @@ class _Conversion:
             part = self._convert_part(reading, len(done) + len(parts), total)
             _write(self._staging / _part_name(split, len(done) + len(parts)), part.to_json())
             parts.append(part)
-        assert total in (None, reading.consumed), f"{split} has {reading.consumed} samples, its source announced {total}"
+        if total not in (None, reading.consumed):
+            raise ValueError(f"{split} of the source has {reading.consumed} samples, and its files say {total}; they are damaged")
         return parts
 
     def _convert_part(self, reading: "_Reading", index: int, total: int | None) -> _Part:
@@ -641,7 +645,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.sample_test is not None:
             raise ValueError("--sample-test goes with --sample; give both")
         if source.ignored:
-            print(f"not read: {', '.join(source.ignored[:10])}{' ...' if len(source.ignored) > 10 else ''}", file=sys.stderr)
+            _tell(f"not read: {', '.join(map(on_one_line, source.ignored[:10]))}{' ...' if len(source.ignored) > 10 else ''}", sys.stderr)
         with _display() as show:
 
             def on_progress(progress: Progress) -> None:
@@ -659,14 +663,14 @@ def main(arguments: list[str] | None = None) -> int:
                 threads=options.threads,
             )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}", sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on after the last complete shard", file=sys.stderr)
+        _tell("stopped; run the same command again to go on after the last complete shard", sys.stderr)
         return 130
     if not worked:
-        print(f"{options.dest} is there already, made from this source with these settings")
-    print(_summary(open_dataset(options.dest), manifest, time.monotonic() - started))
+        _tell(f"{options.dest} is there already, made from this source with these settings", sys.stdout)
+    _tell(_summary(open_dataset(options.dest), manifest, time.monotonic() - started), sys.stdout)
     return 0
 
 
@@ -681,6 +685,12 @@ def _described(targets: Sequence[Target]) -> str:
     if is_single_label(targets):
         return f"{len(targets[0].classes)} classes"
     return ", ".join(f"{target.name} ({f'{len(target.classes)} classes' if target.classes else target.kind})" for target in targets)
+
+
+def _tell(text: str, stream: TextIO) -> None:
+    """The only way by which this file prints: names and messages of the source move no cursor, and any terminal can encode them."""
+    encoding = stream.encoding or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 @contextlib.contextmanager
@@ -716,7 +726,7 @@ def _plain_lines(every_seconds: float = 5.0) -> Callable[[Progress], None]:
         if not finished and time.monotonic() - shown < every_seconds:
             return
         shown = time.monotonic()
-        print(progress.describe(), file=sys.stderr, flush=True)
+        _tell(progress.describe(), sys.stderr)
 
     return show
 

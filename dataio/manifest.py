@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dataio.config import DataConfig
+from dataio.foreign import json_of
 from dataio.schema import KINDS, SPLITS, Kind, Target, fault_of_targets, is_single_label, single_label
 
 VERSIONS = (1, 2)
@@ -90,8 +91,8 @@ class Manifest:
     def from_json(cls, text: str | bytes) -> "Manifest":
         """Parses strictly: raises ManifestError on a missing or unknown key, a wrong type, or numbers that do not add up."""
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            value = json_of(text)
+        except ValueError as error:
             raise ManifestError(f"{MANIFEST_NAME} is not JSON ({error}); convert the source again") from None
         version = value.get("version") if isinstance(value, dict) else 1
         if isinstance(version, bool) or version not in VERSIONS:

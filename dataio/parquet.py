@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataio.columns import Layout, arrow_array, packed, read_pages
+from dataio.foreign import MAX_MANIFEST_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from dataio.remote import RETRY_SECONDS, Remote, RemoteFile, is_remote, is_uri, local_path
 from dataio.schema import LABEL, Target, is_single_label, single_label
@@ -404,7 +405,7 @@ def _read_range(where: File, offset: int, size: int) -> pa.Buffer:
 def _read_all(where: File) -> bytes:
     match where:
         case Path():
-            return where.read_bytes()
+            return read_regular(where, MAX_MANIFEST_BYTES)
         case RemoteFile():
             return where.read_all()
         case _:

@@ -4,12 +4,13 @@ Used by convert (samples that it drops) and by the trainer's ranks (samples that
 record through a callback: a metric, a line in the journal or in quarantine.jsonl.
 """
 
-import json
 import math
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from dataio.text import json_line, shown
 
 SHOWN = 5
 
@@ -30,7 +31,7 @@ class BadSample:
 
     def to_line(self) -> str:
         """One line of quarantine.jsonl."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        return json_line(asdict(self)) + "\n"
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "BadSample":
@@ -100,11 +101,11 @@ class Quarantine:
             return
         records = self.records
         needed = math.ceil(len(records) / max(self._total, 1) * 10_000) / 10_000
-        shown = "".join(f"\n  {record.split} {record.key}: {record.reason}" for record in records[:SHOWN])
+        listed = "".join(f"\n  {record.split} {shown(record.key)}: {shown(record.reason)}" for record in records[:SHOWN])
         more = f"\n  and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
         raise TooManyBadSamples(
             f"{len(records)} of {self._total} samples are bad{so_far}, more than the {math.floor(self._limit_fraction * self._total)} that "
-            f"data.max_bad_fraction={self._limit_fraction:g} allows:{shown}{more}\n"
+            f"data.max_bad_fraction={self._limit_fraction:g} allows:{listed}{more}\n"
             f"Repair or remove them, or let them be left out: --data.max-bad-fraction {needed:g} or more "
             f"(of `dataio.convert`: --max-bad-fraction)"
         )

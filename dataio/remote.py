@@ -26,6 +26,9 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from dataio.foreign import MAX_MANIFEST_BYTES
+from dataio.text import address, redact, shown
+
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 RETRY_SECONDS = 60.0
 """How long a read is retried by default. Batches made ahead keep training going for a part of that time."""
@@ -79,7 +82,7 @@ def is_uri(location: object) -> bool:
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location) if isinstance(location, str) else None
     if found is not None and found[1] not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise ValueError(f"data.path={shown(str(location))!r} has the unknown scheme {found[1]!r}; use a folder or one of {known}")
+        raise ValueError(f"data.path={address(str(location))!r} has the unknown scheme {found[1]!r}; use a folder or one of {known}")
     return found is not None
 
 
@@ -109,7 +112,7 @@ class Remote:
 
     def __init__(self, uri: str, *, retry_seconds: float = RETRY_SECONDS) -> None:
         """Opens no connection. Raises ValueError for a URI that pyarrow cannot open."""
-        self.address = shown(uri)
+        self.address = address(uri)
         """The URI without credentials, for display."""
         self.retry_seconds = retry_seconds
         self.requests = 0
@@ -119,7 +122,7 @@ class Remote:
         try:
             filesystem, root = pafs.FileSystem.from_uri(uri)
         except (ValueError, OSError, NotImplementedError) as error:
-            raise ValueError(f"data.path={self.address!r} cannot be opened: {error}") from None
+            raise ValueError(f"data.path={self.address!r} cannot be opened: {redact(str(error))}") from None
         self.fs, self.root = _impatient(filesystem), root.rstrip("/")
 
     def list(self) -> dict[str, int]:
@@ -151,15 +154,15 @@ class Remote:
                 raise
             except OSError as error:
                 if (remedy := _refusal(error)) is not None:
-                    raise DataRefused(f"the storage refuses {what}; {remedy} ({error})") from error
+                    raise DataRefused(f"the storage refuses {what}; {remedy} ({redact(str(error))})") from error
                 spent = time.monotonic() - began
                 delay = wait * (1 + random.random()) / 2  # random, so that ranks do not retry at the same moment
                 if spent + delay > self.retry_seconds or hurry.is_set():
-                    raise DataOutage(f"the storage did not answer for {what}, tried for {spent:.1f} s ({error})") from error
+                    raise DataOutage(f"the storage did not answer for {what}, tried for {spent:.1f} s ({redact(str(error))})") from error
                 with self._counting:
                     self.retries += 1
                 if wait == _FIRST_WAIT_SECONDS:
-                    _log.warning("the storage did not answer for %s (%s); trying for %.0f s", what, error, self.retry_seconds)
+                    _log.warning("the storage did not answer for %s (%s); trying for %.0f s", shown(what), shown(error), self.retry_seconds)
             hurry.wait(delay)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
 
@@ -198,7 +201,9 @@ class RemoteFile:
     def read_all(self) -> bytes:
         def read() -> bytes:
             handle = self._open()
-            return bytes(handle.read_at(handle.size(), 0))
+            if (size := handle.size()) > MAX_MANIFEST_BYTES:
+                raise DataRefused(f"{self} has {size} bytes; at most {MAX_MANIFEST_BYTES} are read of such a file")
+            return bytes(handle.read_at(size, 0))
 
         return self.remote.attempt(read, str(self))
 
@@ -239,9 +244,3 @@ def _impatient(filesystem: Any) -> Any:
         return filesystem
     _, (said,) = filesystem.__reduce__()[:2]  # the settings from the URI and the environment, as pickle would transfer them
     return type(filesystem)(**{**said, **options})
-
-
-def shown(uri: str) -> str:
-    """`uri` without user, password and query."""
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")

@@ -5,7 +5,6 @@ On the run's own test split the result equals the one in its summary.json. train
 arguments and prints the result. For single images use `trainer.predict`.
 """
 
-import json
 import math
 import os
 import sys
@@ -19,9 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster.text import shown
 from trainer.rank.finished import Evaluated, evaluate_finished
 from trainer.runs.folder import find_run
 from trainer.settings.cli import fail
+from trainer.settings.say import Terminal, say_json
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import number, percent
 from trainer.tasks.info import Measure
@@ -78,9 +79,9 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         fail(str(error))
     if arguments.json:
-        print(json.dumps(found.to_json(), ensure_ascii=False))
+        say_json(found.to_json())
     else:
-        show(found, Console() if sys.stdout.isatty() else Console(width=120, highlight=False))
+        show(found, Terminal() if sys.stdout.isatty() else Terminal(width=120, highlight=False))
     return 0
 
 
@@ -101,9 +102,9 @@ def show(found: Evaluated, console: Console) -> None:
             console.print(Text(f"\n{name}", style="bold"))
             console.print(table)
     if found.quarantined:
-        shown = "".join(f"\n  {bad.key}: {bad.reason}" for bad in found.quarantined[:_SHOWN])
+        listed = "".join(f"\n  {shown(bad.key)}: {shown(bad.reason)}" for bad in found.quarantined[:_SHOWN])
         more = f"\n  and {len(found.quarantined) - _SHOWN} more" if len(found.quarantined) > _SHOWN else ""
-        console.print(Text(f"{len(found.quarantined)} image(s) could not be read and are not counted:{shown}{more}"), soft_wrap=True)
+        console.print(Text(f"{len(found.quarantined)} image(s) could not be read and are not counted:{listed}{more}"), soft_wrap=True)
 
 
 def _lines(found: Evaluated) -> Iterator[tuple[str, str]]:

@@ -3,28 +3,30 @@
 Images are decoded and resized by the same code and rules as in training. trainer.export writes and loads the model folder.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
+from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
 from dataio.config import Fit
+from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.sources import IMAGE_SUFFIXES
 from trainer.export.model_folder import load_export
 from trainer.runs.folder import RunFolder, find_run
 from trainer.settings.cli import fail
+from trainer.settings.say import complain, say, say_json
 from trainer.settings.tree import RunConfig
 from trainer.tasks.task import Task
 
 PROG = "python -m trainer.predict"
 BATCH = 64
+LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class Predictor:
         encoded: dict[str, bytes] = {}
         for path in paths:
             try:
-                encoded[path] = Path(path).read_bytes()
+                encoded[path] = read_regular(path, MAX_IMAGE_BYTES)
             except OSError as error:
                 results[path] = Prediction(image=path, error=f"cannot be read: {error.strerror or error}")
         if encoded:
@@ -126,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         bad += bool(prediction.error)
         _show(prediction, predictor.task, as_json=arguments.json)
     if bad:
-        print(f"{bad} of {len(paths)} images could not be classified", file=sys.stderr)
+        complain(f"{bad} of {len(paths)} images could not be classified")
     return 1 if bad else 0
 
 
@@ -152,11 +154,11 @@ def image_paths(arguments: Sequence[str]) -> Iterator[str]:
 def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
     if as_json:
         result = {"error": prediction.error} if prediction.error else prediction.answer
-        print(json.dumps({"image": prediction.image, **result}, ensure_ascii=False), flush=True)
+        say_json({"image": prediction.image, **result})
     elif prediction.error:
-        print(f"{prediction.image}: {prediction.error}", file=sys.stderr, flush=True)
+        complain(f"{shown(prediction.image, LONGEST_PATH)}: {shown(prediction.error)}")
     else:
-        print(f"{prediction.image}: {task.sentence(prediction.answer)}", flush=True)
+        say(f"{shown(prediction.image, LONGEST_PATH)}: {shown(task.sentence(prediction.answer), LONGEST_PATH)}")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import shlex
 import sys
 from types import FrameType
 
-from rich.console import Console
-
 from cluster.machine import raise_open_files, usable_cpus
 from cluster.process import process_stat
 from trainer.drive.identity import run_prefix
 from trainer.drive.stages import Asked, Environment
 from trainer.drive.start import run
 from trainer.settings.cli import fail, parse
+from trainer.settings.say import Terminal, complain, say
 from trainer.settings.toml import to_toml
 
 
@@ -31,11 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     invocation = parse(argv)
     if invocation.action == "print_config":
-        print(to_toml(invocation.config), end="")
+        say(to_toml(invocation.config).rstrip("\n"))
         return 0
     signal.signal(signal.SIGTERM, _raise_exit)
     # People and programs read a job's log: no wrapping at 80 columns there.
-    console = Console() if sys.stdout.isatty() else Console(width=160, highlight=False)
+    console = Terminal() if sys.stdout.isatty() else Terminal(width=160, highlight=False)
     try:
         if invocation.action == "dry_run":
             from trainer.drive.dry_run import dry_run  # imports torch
@@ -52,10 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         fail(str(error))
     except OSError as error:  # a full disk or a deleted folder is not a bug, and a traceback would not help
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted before training began; the same command starts again", file=sys.stderr)
+        complain("interrupted before training began; the same command starts again")
         return 128 + signal.SIGINT
 
 

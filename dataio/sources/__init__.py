@@ -1,21 +1,23 @@
 """Sources of labelled images, under one interface: CIFAR-10, Hugging Face Parquet, folders by class, tables, IDX files.
 
 What lives here: `open_source`, which recognises the kind of a path; a file for each kind of source (cifar, idx, huggingface, folder,
-table); `source`, their common interface; `targets`, the labels to read; `splits`, the held-out samples; `hostile`, which reads archives,
-pickles and tables as if an attacker had written them. Imported by convert, and by code that needs the classes of a source before its
-conversion. Outside of the package, import only the names below. Codecs decide whether bytes are a usable image; convert and parquet store
-them.
+table); `source`, their common interface; `targets`, the labels to read; `splits`, the held-out samples; `hostile` and `pickled`,
+which read archives, tables and pickles as if an attacker had written them. Imported by convert, and by code that needs the classes of a
+source before its conversion. Outside of the package, import only the names below. Codecs decide whether bytes are a usable image; convert
+and parquet store them.
 """
 
 import functools
 from pathlib import Path
 
+from dataio.foreign import open_regular
 from dataio.manifest import MANIFEST_NAME
 from dataio.sources.cifar import CIFAR10, Cifar, download, torchvision_cifar10
 from dataio.sources.folder import IMAGE_SUFFIXES, ImageFolder, find_folders
-from dataio.sources.hostile import CIFAR_MEMBERS, load_cifar_pickle, read_archive, read_batches
+from dataio.sources.hostile import CIFAR_MEMBERS, read_archive, read_batches
 from dataio.sources.huggingface import HuggingFace, find_parquet
 from dataio.sources.idx import Idx, find_idx
+from dataio.sources.pickled import load_cifar_pickle
 from dataio.sources.source import ACCEPTED, Balanced, Options, Renamed, Sample, Source, SourceError, hashed, stat_hash
 from dataio.sources.table import DELIMITERS, Table
 
@@ -97,7 +99,7 @@ def _open_source(path: str, root: Path, options: Options) -> Source:
 
 
 def _open_file(file: Path, options: Options) -> Source:
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         start = opened.read(512)
     if start[:4] == b"PAR1":
         return HuggingFace(file.parent, {"": [file]}, options)

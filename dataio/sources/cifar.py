@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dataio.schema import Target
-from dataio.sources.hostile import CIFAR_MEMBERS, CIFAR_TRAIN, load_cifar_pickle
+from dataio.sources.hostile import CIFAR_MEMBERS, CIFAR_TRAIN
+from dataio.sources.pickled import load_cifar_pickle
 from dataio.sources.source import Options, Sample, SourceError, asked_for, hashed, png, text_of
 from dataio.sources.splits import Rows, divide, plan_splits
 from dataio.sources.targets import label_target, only_label

@@ -6,6 +6,7 @@ Called by huggingface. Integers and text become labels, lists of them several la
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataio.foreign import open_regular
 from dataio.schema import Kind, Target
 from dataio.sources.source import SourceError
 from dataio.sources.targets import FLAG, Asked, checked_classes, is_finite_float32, unknown
+
+MAX_COLUMN_BYTES = 2 << 30
+"""Of a column in a row group, unpacked."""
+MAX_COLUMN_VALUES = 1 << 26
+BATCH_BYTES = 256 << 20
+MAX_EXPANSION = 1000
 
 _KINDS: Mapping[str, tuple[Kind, ...]] = {
     "integer": ("label", "number"),
@@ -139,17 +147,63 @@ def _distinct(paths: Iterable[Path], column: str, where: str, kind: Kind) -> set
     """The distinct values in all cells, or in the lists of all cells."""
     seen: set[Any] = set()
     for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                if column not in file.schema_arrow.names:
-                    raise SourceError(f"{path} lacks the column {column!r}; all files of a source need the same columns")
-                for batch in file.iter_batches(batch_size=1 << 16, columns=[column]):
-                    cells = batch.column(0)
-                    seen.update((cells if kind == "label" else cells.flatten()).unique().to_pylist())
-                    checked_classes(len(seen) - 1, kind, where)
-        except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{path} cannot be read: {error}") from error
+        with open_parquet(path) as file:
+            if column not in file.schema_arrow.names:
+                raise SourceError(f"{path} lacks the column {column!r}; all files of a source need the same columns")
+            for batch in batches_of(path, file, [column], 1 << 16):
+                cells = batch.column(0)
+                seen.update((cells if kind == "label" else cells.flatten()).unique().to_pylist())
+                checked_classes(len(seen) - 1, kind, where)
     return seen - {None}
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Opens a foreign Parquet file. SourceError for one that is damaged, also where that is only found within the context."""
+    try:
+        with open_regular(path) as opened, pq.ParquetFile(opened) as file:
+            yield file
+    except SourceError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # ValueError: names that are not UTF-8
+        raise SourceError(f"{path} is no readable Parquet file: {error}") from error
+
+
+def batches_of(path: Path, file: pq.ParquetFile, columns: list[str], most: int) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of these columns, at most `most` at once. SourceError for a file whose content is a thousand times its size: its
+    dictionary, or its compression, was made to fill memory and disks."""
+    limit = max(BATCH_BYTES, MAX_EXPANSION * path.stat().st_size)
+    unpacked = 0
+    for batch in file.iter_batches(batch_size=rows_at_once(path, file, columns, most), columns=columns):
+        unpacked += batch.nbytes
+        if unpacked > limit:
+            raise SourceError(f"{path} of {path.stat().st_size} bytes unpacks to more than {limit}; it was made to fill memory")
+        yield batch
+
+
+def rows_at_once(path: Path, file: pq.ParquetFile, columns: Sequence[str], most: int) -> int:
+    """How many rows of these columns to read at once, at most `most`, so that they take some BATCH_BYTES of memory.
+
+    A dictionary, or a value that repeats the one before, takes a few bytes of the file for each row and the whole value in memory. No value
+    is longer than its column's part of a row group unpacked, so that is what a row can take; most rows take far less. SourceError where the
+    file announces more than can be held.
+    """
+    worst = 0
+    for group in range(file.metadata.num_row_groups):
+        row_group = file.metadata.row_group(group)
+        for index in range(row_group.num_columns):
+            column = row_group.column(index)
+            if not any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in columns):
+                continue
+            unpacked = column.total_uncompressed_size
+            if not 0 <= unpacked <= MAX_COLUMN_BYTES or not 0 <= column.num_values <= MAX_COLUMN_VALUES:
+                raise SourceError(
+                    f"{path}: column {column.path_in_schema!r} of row group {group} has {column.num_values} values in {unpacked} bytes; "
+                    f"at most {MAX_COLUMN_VALUES} in {MAX_COLUMN_BYTES} are read; write smaller row groups"
+                )
+            if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+                worst = max(worst, unpacked)
+    return max(1, min(most, BATCH_BYTES // max(worst, 1)))
 
 
 def _metadata_names(schema: Any, column: str) -> tuple[str, ...]:
@@ -158,7 +212,7 @@ def _metadata_names(schema: Any, column: str) -> tuple[str, ...]:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
         feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # for a list, the type of its items
         names = feature["names"]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError):
         return ()
     if isinstance(names, dict):  # {"0": "airplane", ...} in older files
         names = [names[str(number)] for number in range(len(names)) if str(number) in names]

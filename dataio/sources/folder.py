@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
 from dataio.schema import LABEL, Target
-from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, stat_hash, text_of
+from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, key_of, stat_hash
 from dataio.sources.splits import ALIASES, divide, formerly_read, plan_splits, strata
 from dataio.sources.targets import Asked, parse_targets, unknown
 
@@ -81,7 +82,7 @@ class ImageFolder:
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
         for image in self._images[split][start:]:
             try:
-                yield Sample(key=image.key, data=image.path.read_bytes(), values=image.values)
+                yield Sample(key=image.key, data=read_regular(image.path, MAX_IMAGE_BYTES), values=image.values)
             except OSError as error:
                 yield Sample(key=image.key, data=b"", values=image.values, refusal=f"unreadable: {error.strerror}")
 
@@ -136,7 +137,7 @@ def _with_labels(folder: Path, found: Listed, target: Target) -> list[_Image]:
     for name, paths in found.items():
         for path in paths:
             below = Path(*path.relative_to(folder).parts[1:])
-            by_name.setdefault(text_of(os.fsencode(below.as_posix())), {})[name] = path
+            by_name.setdefault(key_of(os.fsencode(below.as_posix())), {})[name] = path
     images = []
     for key, same in sorted(by_name.items()):
         if NO_LABELS in same and len(same) > 1:
@@ -154,7 +155,7 @@ def _check_same(one: Path, other: Path) -> None:
     hashes = []
     for path in (one, other):
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 hashes.append(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise SourceError(f"{one} and {other} cannot be compared: {path}: {error.strerror}; mend or remove it") from error
@@ -192,7 +193,7 @@ def _list_images(folder: Path, leave_out: Path | None = None) -> dict[str, list[
     classes = {}
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.name.startswith(".") and entry != leave_out and (files := _walk(entry)):
-            classes[text_of(os.fsencode(entry.name))] = files
+            classes[key_of(os.fsencode(entry.name))] = files
     return classes
 
 
@@ -217,4 +218,4 @@ def _is_image(path: Path) -> bool:
 
 
 def _key(folder: Path, path: Path) -> str:
-    return text_of(os.fsencode(path.relative_to(folder).as_posix()))
+    return key_of(os.fsencode(path.relative_to(folder).as_posix()))

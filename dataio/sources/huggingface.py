@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dataio.schema import LABEL
-from dataio.sources.columns import Column, columns_of
+from dataio.sources.columns import Column, batches_of, columns_of, open_parquet
 from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, stat_hash, text_of
 from dataio.sources.splits import ALIASES, Rows, chosen, divide, formerly_read, plan_splits, recognised, strata
 from dataio.sources.targets import FLAG, Asked, parse_targets
@@ -62,7 +61,7 @@ class HuggingFace:
 
     def count(self, split: str) -> int | None:
         if self._plan.is_whole(split):
-            return sum(int(pq.read_metadata(path).num_rows) for path in self._files[split])
+            return sum(_row_count(path) for path in self._files[split])
         return len(self._divided[split])
 
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
@@ -136,20 +135,16 @@ def _batches(
     """Yields (file, row in it, rows) from row `start` of all rows on. A `part` (of a struct, as struct.part) is read too if it exists."""
     at = 0  # rows before this file
     for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                    raise SourceError(f"{path} lacks the column {missing[0]!r}; all files of a source need the same columns")
-                count, row = file.metadata.num_rows, 0
-                for batch in (
-                    file.iter_batches(batch_size=size, columns=[*columns, *([part] if part else [])]) if at + count > start else ()
-                ):
-                    skip = min(max(start - at - row, 0), len(batch))
-                    if skip < len(batch):
-                        yield path, row + skip, batch.slice(skip)
-                    row += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{path} cannot be read: {error}") from error
+        with open_parquet(path) as file:
+            if missing := [name for name in columns if name not in file.schema_arrow.names]:
+                raise SourceError(f"{path} lacks the column {missing[0]!r}; all files of a source need the same columns")
+            count, row = file.metadata.num_rows, 0
+            wanted = [*columns, *([part] if part else [])]
+            for batch in batches_of(path, file, wanted, size) if at + count > start else ():
+                skip = min(max(start - at - row, 0), len(batch))
+                if skip < len(batch):
+                    yield path, row + skip, batch.slice(skip)
+                row += len(batch)
         at += count
 
 
@@ -167,11 +162,14 @@ def _children(images: Any) -> dict[str, Any]:
     return dict(zip([field.name for field in images.type], images.flatten(), strict=True))  # flatten applies the struct's nulls
 
 
+def _row_count(path: Path) -> int:
+    with open_parquet(path) as file:
+        return int(file.metadata.num_rows)
+
+
 def _schema(path: Path) -> Any:
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path} is no readable Parquet file: {error}") from error
+    with open_parquet(path) as file:
+        return file.schema_arrow
 
 
 def _image_column(path: Path, schema: Any) -> str:

@@ -2,16 +2,20 @@
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
+from dataio.foreign import MAX_SETTINGS_BYTES, open_regular, read_regular
 from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, png, stat_hash
 from dataio.sources.splits import chosen, divide, plan_splits
 from dataio.sources.targets import label_target, only_label
 
+MAX_LABELS = 1 << 26
 _IDX_NAME = re.compile(r"(?P<split>train|t10k|test)-(?P<what>images|labels)[.-]idx(?P<dims>[13])-ubyte(?:\.gz)?")
 
 
@@ -34,7 +38,7 @@ class Idx:
         highest = max(int(labels.max(initial=0)) for labels in self._labels.values())
         self.classes = tuple(str(number) for number in range(highest + 1))
         if names.is_file():
-            self.classes = tuple(line.strip() for line in names.read_text().splitlines() if line.strip())
+            self.classes = _class_names(names)
             if len(self.classes) <= highest:
                 raise SourceError(f"{names} names {len(self.classes)} classes, the labels go up to {highest}; name them all, one a line")
         self.targets = label_target(self.classes)
@@ -72,11 +76,26 @@ def find_idx(folder: Path) -> dict[str, tuple[Path, Path]]:
     return {split: (found[split, "images"], found[split, "labels"]) for split in splits}
 
 
-def _idx_open(path: Path) -> BinaryIO:
-    with open(path, "rb") as file:
+def _class_names(path: Path) -> tuple[str, ...]:
+    try:
+        text = read_regular(path, MAX_SETTINGS_BYTES).decode()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); write one class name a line") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+@contextmanager
+def _idx_open(path: Path) -> Iterator[BinaryIO]:
+    with open_regular(path) as file:
         packed = file.read(2) == b"\x1f\x8b"
-    opened: Any = gzip.open(path) if packed else open(path, "rb")  # noqa: SIM115 (the caller closes)
-    return opened  # type: ignore[no-any-return]
+        file.seek(0)
+        if not packed:
+            yield file
+            return
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            yield unpacked  # type: ignore[misc]  # it has all that is used here
 
 
 def _idx_header(path: Path, file: BinaryIO, dimensions: int) -> list[int]:
@@ -90,9 +109,13 @@ def _idx_labels(path: Path) -> np.ndarray:
     try:
         with _idx_open(path) as file:
             (count,) = _idx_header(path, file, 1)
+            if count > MAX_LABELS:
+                raise SourceError(f"{path} says it has {count} labels; at most {MAX_LABELS} are read")
             raw = file.read(count + 1)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise SourceError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(raw) != count:
         raise SourceError(f"{path} says it has {count} labels; it has {'more' if len(raw) > count else len(raw)}")
     return np.frombuffer(raw, np.uint8)
@@ -114,5 +137,7 @@ def _idx_images(path: Path, labels: int) -> Iterator[np.ndarray]:
                 yield np.frombuffer(raw, np.uint8).reshape(height, width)
             if file.read(1):
                 raise SourceError(f"{path} says it has {count} images of {height}x{width}; it has more bytes")
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise SourceError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,3 +244,17 @@ def stat_hash(folder: Path, paths: Iterable[Path]) -> str:
 
 def text_of(raw: bytes | str) -> str:
     return raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw.encode("utf-8", "backslashreplace").decode()
+
+
+_ESCAPED = re.compile(rb"\\x([0-9a-f]{2})")
+
+
+def key_of(name: bytes) -> str:
+    """A file's name or path as text, from which `name_of` gets it back: a byte that is not UTF-8 becomes `\\xff`. Nearly all names stay as
+    they are; only a backslash that stands before `x` and two digits becomes `\\x5c`."""
+    return _ESCAPED.sub(rb"\\x5cx\1", name).decode("utf-8", "backslashreplace")
+
+
+def name_of(key: str) -> bytes:
+    """The name of which `key_of` made this key."""
+    return _ESCAPED.sub(lambda found: bytes.fromhex(found[1].decode()), key.encode())

@@ -142,8 +142,8 @@ def test_what_is_no_regular_file_below_the_table_is_refused_by_sample(tmp_path: 
         "images/pipe": (b"", "unreadable: not a regular file"),
         "images/out": (b"", "unreadable: leads out of the table's folder"),
         "images/in": (encode(picture(3, 4, 4)), None),
-        "images/sub": (b"", "unreadable: not a regular file"),
-        "images/big": (b"", "unreadable: 200000 bytes; an image has at most 100000"),
+        "images/sub": (b"", "unreadable: Is a directory"),
+        "images/big": (b"", "unreadable: more than 100000 bytes, the most that is read of such a file"),
     }
 
 

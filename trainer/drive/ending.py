@@ -5,18 +5,18 @@ Three of them write summary.json and the report. trainer.runs.summary computes t
 import json
 import math
 import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.controller import RunFailed
-from cluster.redact import redact, redacted
+from cluster.redact import redacted
 from cluster.storage import join_uri
 from cluster.versions import versions
 from trainer.drive.session import Session
-from trainer.runs.progress import final_table, predict_command
+from trainer.runs.progress import final_table, pasteable, predict_command
 from trainer.runs.summary import summarise
+from trainer.settings.say import complain
 
 # Errors of a rank whose message is enough: a traceback would not help.
 SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:", "StorageOutage:", "StorageRefused:")
@@ -52,7 +52,7 @@ class Ending:
             done = f"step {commit.step:,} of {session.total_steps:,} is saved. The same command goes on from there"
         else:
             done = "nothing was saved yet. The same command starts again"
-        session.console.print(f"stopped: {done}:\n  {redact(session.decided.command)}", soft_wrap=True, markup=False, highlight=False)
+        session.console.print(f"stopped: {done}:\n  {pasteable(session.decided.command)}", soft_wrap=True, markup=False, highlight=False)
         return 128 + self.signal if self.signal else 1
 
     def taken_over(self) -> int:
@@ -61,10 +61,9 @@ class Ending:
         claim = json.loads(session.storage.read(f"{run}/generations/g{session.store.newest_generation():04d}"))
         other = f"process {claim['pid']} on {claim['host']}"
         session.journal.write("run_taken_over", by=other, generation=session.generation)
-        print(
+        complain(
             f"error: run {run} was taken over by {other}, which goes on from the newest checkpoint; this process ends. "
-            "To have both, give one of them another --run NAME",
-            file=sys.stderr,
+            "To have both, give one of them another --run NAME"
         )
         return 1
 
@@ -73,10 +72,10 @@ class Ending:
         self.session.journal.write("run_failed", kind=failure.kind, rank=failure.rank, message=failure.message, reason=error.reason)
         self.write_summary("failed")
         if failure.kind == "user" and not failure.message.startswith(SAYS_IT_ALL):
-            print(failure.traceback, file=sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
+            complain(failure.traceback)
+        complain(f"error: {error}")
         if (step := self.session.committed_step()) >= 0:
-            print(f"step {step} is saved; once the cause is mended the same command goes on from there", file=sys.stderr)
+            complain(f"step {step} is saved; once the cause is mended the same command goes on from there")
         return 1
 
     def write_summary(self, status: str) -> tuple[dict[str, Any], str | None]:
@@ -92,7 +91,7 @@ class Ending:
             session.storage.write_atomic(f"{session.config.run}/summary.json", encoded)
             return summary, str(write_report(join_uri(session.storage.uri, session.config.run), dataset))
         except OSError as error:  # most likely a full disk: the result is still printed, and the checkpoints are untouched
-            print(f"warning: summary.json and report.html could not be written: {error}", file=sys.stderr)
+            complain(f"warning: summary.json and report.html could not be written: {error}")
             return summary, None
 
     def _facts(self) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 fleets.py use it."""
 
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from types import FrameType
+
+from trainer.settings.say import complain
 
 SAME_SIGNAL_SECONDS = 0.3
 
@@ -60,7 +61,7 @@ class Signals:
         if self._number and now - self._at < SAME_SIGNAL_SECONDS:
             return  # `timeout` and some schedulers send the same signal to the process and to its group
         if self._number:
-            print("stopped at once; the same command goes on from the newest saved checkpoint", file=sys.stderr)
+            complain("stopped at once; the same command goes on from the newest saved checkpoint")
             raise SystemExit(128 + number)
         self._number, self._at = number, now
         self.wake()

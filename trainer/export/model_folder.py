@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cluster.storage import Storage
+from cluster.text import address, json_line, shown
 from dataio.config import Fit
+from dataio.foreign import json_of
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
 from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder
@@ -174,7 +176,7 @@ def _outputs(task: Task) -> Iterator[str]:
             what = "labels" if target.kind == "labels" else "classes"
             yield f"## {what.capitalize()}{'' if is_only else f' of `{_inline(target.name)}`'}, in the order of the outputs"
             # Names come from the data. As JSON in a code block, with the closing character escaped, they stay plain text.
-            names = json.dumps(list(target.classes), ensure_ascii=False).replace("`", "\\u0060")
+            names = json_line(list(target.classes)).replace("`", "\\u0060")
             yield from ("", "```json", names, "```", "")
 
 
@@ -223,12 +225,12 @@ _KINDS = {"label": "one of {} classes", "labels": "any of {} labels", "number": 
 
 def _inline(text: str) -> str:
     """Text from the data, made safe for a code span."""
-    return text.replace("`", "'")
+    return shown(text).replace("`", "'")
 
 
 def _last_part(path: str) -> str:
     """A name for the data that does not reveal its full path."""
-    return path.partition("?")[0].rstrip("/").rpartition("/")[2].replace("`", "'")
+    return _inline(address(path).rstrip("/").rpartition("/")[2])
 
 
 def _optional(summary: Mapping[str, Any], key: str, text: str) -> str:
@@ -243,7 +245,7 @@ def _description(folder: RunFolder) -> Mapping[str, Any]:
             f"{folder.location} has no {MODEL_FOLDER}/{CONFIG_FILE}: a run exports its model when it finishes; let it finish first"
         )
     try:
-        description = json.loads(data)
+        description = json_of(data)
         outputs = ("task", "targets") if "task" in description else ("classes",)
         needed = (*outputs, "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
         missing = [key for key in needed if key not in description]

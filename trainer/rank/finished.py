@@ -5,7 +5,6 @@ It uses the run's own evaluation (trainer.rank.evaluation), with the same batche
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from trainer.export.model_folder import load_export
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder
+from trainer.settings.say import complain
 from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig
 from trainer.tasks.info import CLASSIFICATION
@@ -194,6 +194,6 @@ def _progress(path: str) -> Callable[[Progress], None]:
         nonlocal shown
         if time.monotonic() - shown > 5:
             shown = time.monotonic()
-            print(f"converting {path}: {progress.describe()}", file=sys.stderr)
+            complain(f"converting {path}: {progress.describe()}")
 
     return say

@@ -13,6 +13,7 @@ from trainer.report.files import read_files
 from trainer.report.sections import REPORT_FILE, render
 from trainer.runs.folder import find_run
 from trainer.settings.cli import fail
+from trainer.settings.say import say
 from trainer.settings.tree import RunConfig
 
 PROG = "python -m trainer.report"
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
             written = folder.write(REPORT_FILE, render(read_files(folder)).encode())
     except (ValueError, OSError) as error:
         fail(str(error))
-    print(written)
+    say(written)
     return 0
 
 

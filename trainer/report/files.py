@@ -2,7 +2,6 @@
 Called by the report's command line and, through sections, by the driver at a run's end. The other modules decide what to show."""
 
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.journal import read_journal
+from dataio.foreign import json_of
 from dataio.parquet import Dataset
 from trainer.report.page import number_or_none
 from trainer.report.plots import Values
@@ -96,7 +96,7 @@ def _summary(folder: RunFolder, missing: list[str]) -> Mapping[str, Any]:
         missing.append("There is no summary.json: the run has not ended, or was killed.")
         return {}
     try:
-        loaded = json.loads(data)
+        loaded = json_of(data)
         return loaded if isinstance(loaded, dict) else {}
     except ValueError as error:
         missing.append(f"summary.json cannot be read: {error}.")
@@ -120,7 +120,7 @@ def _quarantined(folder: RunFolder, events: Sequence[Event]) -> Sequence[Mapping
     found = []
     for line in (folder.read("quarantine.jsonl") or b"").splitlines():
         try:
-            record = json.loads(line)
+            record = json_of(line)
         except ValueError:  # a torn last line; the summary has the count
             continue
         if isinstance(record, dict):

@@ -1,13 +1,18 @@
 """Building blocks of the pages: escaping, tables, the style sheet. Called by all parts of the report.
 
 A page is one file that makes no network request and runs no script. Class names, keys and messages come from the data, and so from anyone:
-all text goes through `tag`, which escapes it. Parts that open use `details` and `popover`, without a script.
+all text goes through `tag`, which escapes it, first as `printable` does (no secrets, nothing that reorders or hides text), then for HTML.
+Parts that open use `details` and `popover`, without a script.
 """
 
 import html
+import re
+import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from cluster.text import printable
 
 
 class Html(str):
@@ -21,15 +26,19 @@ NOTHING = Html("")
 
 def tag(name: str, *children: object, **attributes: str) -> Html:
     """An HTML element. Children that are not Html are text and are escaped, as are attributes; `class_` becomes `class`."""
-    words = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(value, quote=True)}"' for key, value in attributes.items())
-    inside = "".join(child if isinstance(child, Html) else html.escape(str(child), quote=True) for child in children)
+    words = "".join(f' {key.rstrip("_").replace("_", "-")}="{_escaped(value)}"' for key, value in attributes.items())
+    inside = "".join(map(_escaped, children))
     return Html(f"<{name}{words}>{inside}</{name}>")
+
+
+def _escaped(text: object) -> str:
+    return text if isinstance(text, Html) else html.escape(printable(text, limit=sys.maxsize), quote=True)
 
 
 def image(*, src: str, alt: str, **attributes: str) -> Html:
     """An image embedded in the page."""
-    assert src.startswith("data:image/"), src[:40]
-    return Html(tag("img", src=src, alt=alt, **attributes).removesuffix("</img>"))
+    assert re.fullmatch(r"data:image/[a-z+]+;base64,[A-Za-z0-9+/=]*", src), src[:40]
+    return Html(tag("img", src=Html(src), alt=alt, **attributes).removesuffix("</img>"))
 
 
 def join(parts: Iterable[Html]) -> Html:

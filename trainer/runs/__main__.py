@@ -4,7 +4,6 @@ status.py reads the runs' folders; this file is the command line and the table. 
 find a run's folder.
 """
 
-import json
 import os
 import signal
 import sys
@@ -14,15 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.text import Text
 
-from cluster.redact import redact
 from cluster.storage import open_storage
+from cluster.text import shown as on_one_line
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.measures import shown
-from trainer.runs.status import RunStatus, moment, printable, run_folders, statuses
+from trainer.runs.status import RunStatus, moment, run_folders, statuses
 from trainer.settings.cli import fail
+from trainer.settings.say import Terminal, say, say_json
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration, number, percent, size
 
@@ -33,6 +32,7 @@ RETRY_SECONDS = 5.0  # for each file of a remote storage; the user of a list can
 INTERRUPTED = 130  # 128 + SIGINT
 NAME_WIDTH = 16  # minimum width of a run's name before columns are left out
 GAP = "  "
+LONGEST_REMARK = 2000
 
 Sort = Literal["started", "name", "status", "step", "accuracy", "speed", "goodput", "restarts", "duration"]
 
@@ -75,7 +75,7 @@ def _list(arguments: Arguments) -> int:
         everything = run_folders(storage)
         found = list(statuses(run_folders(storage, arguments.pattern), is_live=arguments.live))
     except (ValueError, OSError) as error:
-        fail(redact(str(error)))
+        fail(str(error))
     key, is_descending = _SORTS[arguments.sort]
     found.sort(key=lambda run: run.run)
     known = [run for run in found if key(run) is not None]
@@ -83,17 +83,17 @@ def _list(arguments: Arguments) -> int:
     ordered = known + [run for run in found if key(run) is None]
     if arguments.json:
         for run in ordered:
-            print(json.dumps(run.to_json(), ensure_ascii=False))
+            say_json(run.to_json())
         return 0
     if ordered:
-        console = Console(highlight=False)
+        console = Terminal(highlight=False)
         # A file or a program gets every column, in full.
         for line in table(ordered, width=console.width if console.is_terminal else None, now=time.time()):
             console.print(line, soft_wrap=True)
     elif arguments.pattern and any(folder.is_run() for folder in everything):
-        print(f"no run in {storage.address} has a name like {arguments.pattern!r}")
+        say(f"no run in {storage.address} has a name like {arguments.pattern!r}")
     else:
-        print(f"no runs in {storage.address}; `python -m trainer.run` starts one, --storage says where others are")
+        say(f"no runs in {storage.address}; `python -m trainer.run` starts one, --storage says where others are")
     return 0
 
 
@@ -161,7 +161,7 @@ def age(seconds: float) -> str:
 
 
 _COLUMNS = (
-    _Column(heading="run", show=lambda run, now: printable(run.run), rank=0, is_text=True),
+    _Column(heading="run", show=lambda run, now: on_one_line(run.run), rank=0, is_text=True),
     _Column(heading="status", show=lambda run, now: run.status, rank=0, is_text=True),
     _Column(heading="step", show=_steps, rank=0),
     _Column(heading="accuracy", show=lambda run, now: _or_dash(run.headline, percent), rank=1),
@@ -196,7 +196,8 @@ def table(runs: Sequence[RunStatus], *, width: int | None, now: float) -> list[T
     lines = [_line(columns, widths, cells[0], "bold", "bold")]
     for run, row in zip(runs, cells[1:], strict=True):
         lines.append(_line(columns, widths, row, _STYLES.get(run.status, ""), ""))
-        lines += [Text(cut(f"{GAP}{printable(remark)}", width), style="dim") for remark in (*filter(None, [run.note]), *run.problems)]
+        remarks = [f"{GAP}{on_one_line(remark, LONGEST_REMARK)}" for remark in (*filter(None, [run.note]), *run.problems)]
+        lines += [Text(cut(remark, width), style="dim") for remark in remarks]
     return lines
 
 

@@ -8,6 +8,9 @@ from cluster.storage import Storage, is_uri, join_uri, open_storage
 from trainer.settings.tree import RunConfig
 
 RUN_MARKS = ("config.toml", "journal.jsonl", "journal", "summary.json", "checkpoints", "model")  # any of them makes a folder a run's
+MOST_BYTES = {".toml": 1 << 20, ".json": 64 << 20, ".jsonl": 256 << 20, ".parquet": 1 << 30, ".safetensors": 1 << 40}
+"""By the end of a file's name: what is read of a run's file at most."""
+MOST_OTHER_BYTES = 64 << 20
 _SHOWN = 8
 
 
@@ -27,11 +30,18 @@ class RunFolder:
         return any(entry.name in RUN_MARKS for entry in self.storage.list(self.name))
 
     def read(self, path: str) -> bytes | None:
-        """Reads a file of the run; None if it does not exist."""
+        """Reads a file of the run; None if it does not exist. ValueError for one that is larger than such a file of a run can be, since the
+        folder may be anyone's."""
+        most = next((most for end, most in MOST_BYTES.items() if path.endswith(end)), MOST_OTHER_BYTES)
+        pieces, size = [], 0
         try:
-            return self.storage.read(f"{self.name}/{path}")
+            for piece in self.storage.read_chunks(f"{self.name}/{path}"):
+                pieces.append(piece)
+                if (size := size + len(piece)) > most:
+                    raise ValueError(f"{self.name}/{path} has more than {most} bytes, the most that is read of such a file of a run")
         except FileNotFoundError:
             return None
+        return b"".join(pieces)
 
     def write(self, path: str, data: bytes) -> str:
         """Creates or replaces a file of the run; returns its location."""
@@ -65,10 +75,10 @@ def _unknown(name: str, given: str, storage: Storage) -> str:
     folders = [entry for entry in storage.list("") if entry.is_dir and not entry.name.startswith(".")]
     runs = {entry.name: entry.modified for entry in folders if RunFolder(storage=storage, name=entry.name).is_run()}
     if not runs:
-        return f"there is no run {given}, nor any other in {storage.uri}; give a run's folder, or say with --storage where the runs are"
+        return f"there is no run {given}, nor any other in {storage.address}; give a run's folder, or say with --storage where the runs are"
     close = difflib.get_close_matches(name, runs, n=_SHOWN)
     newest = sorted(runs, key=lambda other: -runs[other])
     shown = [*close, *(other for other in newest if other not in close)][:_SHOWN]
     more = f" and {len(runs) - len(shown)} more" if len(runs) > len(shown) else ""
     guess = f"did you mean {close[0]}? " if close else ""
-    return f"there is no run {given}; {guess}runs in {storage.uri}: {', '.join(shown)}{more}"
+    return f"there is no run {given}; {guess}runs in {storage.address}: {', '.join(shown)}{more}"

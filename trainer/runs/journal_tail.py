@@ -2,7 +2,6 @@
 long time (watch). cluster.journal.read_journal reads every event, and describes how a journal is written.
 """
 
-import json
 import math
 import os
 import re
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.journal import in_order
-from cluster.storage import Entry, Storage
+from cluster.storage import Entry, Storage, open_regular
+from dataio.foreign import json_of
 
 Event = dict[str, Any]
 
@@ -62,29 +62,26 @@ class JournalTail:
             self._seen |= {entry.name for entry in fresh}
             return events
         try:
-            descriptor = os.open(self._path, os.O_RDONLY)
+            file = open_regular(self._path)
         except FileNotFoundError:
             return []
-        try:
+        with file:
+            descriptor = file.fileno()
             status = os.fstat(descriptor)
             if status.st_ino != self._inode or status.st_size < self._offset:  # another file replaced it
                 self._inode, self._offset, self._rest = status.st_ino, 0, b""
             data = os.pread(descriptor, FOLLOW_BYTES, self._offset)
-        finally:
-            os.close(descriptor)
         self._offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
         return _events(lines)
 
     def _local(self, tail_bytes: int) -> Excerpt:
-        descriptor = os.open(self._path, os.O_RDONLY)
-        try:
+        with open_regular(self._path) as file:
+            descriptor = file.fileno()
             status = os.fstat(descriptor)
             is_whole = status.st_size <= _HEAD_BYTES + tail_bytes
             head = os.pread(descriptor, _HEAD_BYTES + tail_bytes if is_whole else _HEAD_BYTES, 0)
             tail = b"" if is_whole else os.pread(descriptor, tail_bytes, status.st_size - tail_bytes)
-        finally:
-            os.close(descriptor)
         self._inode, self._offset = status.st_ino, len(head) if is_whole else status.st_size - tail_bytes + len(tail)
         lines = head.split(b"\n")
         if not is_whole:
@@ -116,7 +113,7 @@ def _events(lines: Iterable[bytes]) -> list[Event]:
 
 def _event(line: bytes) -> Event | None:
     try:
-        event = json.loads(line)
+        event = json_of(line)
     except ValueError:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str) or not isinstance(event.get("time"), int | float):

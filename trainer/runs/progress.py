@@ -18,7 +18,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.text import MASK, redact
+from cluster.text import shown as on_one_line
 from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
+from trainer.settings.say import Terminal
 from trainer.settings.units import duration, loss, number, percent, size
 
 # The causes of `accounting` in words; a cause that is missing here explains itself.
@@ -114,7 +117,7 @@ class ProgressLine:
         every_seconds: float = PLAIN_EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = console or Console()
+        self._console = console or Terminal()
         self._every_seconds = every_seconds
         self._clock = clock
         self._last_shown_at: float | None = None
@@ -173,11 +176,12 @@ def final_table(
 
     `report` is the report's path; `predict` and `go_on` are commands to use the model and to continue a run that was stopped.
     """
-    table = Table(title=Text(f"{summary.get('run', 'run')}: {summary.get('status', 'ended')}"), title_justify="left", show_header=False)
+    title = on_one_line(f"{summary.get('run', 'run')}: {summary.get('status', 'ended')}")
+    table = Table(title=Text(title), title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in summary_rows(summary):
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(on_one_line(value)))
     parts: list[RenderableType] = [table]
     split = time_split(summary)
     if split:
@@ -187,12 +191,12 @@ def final_table(
         times.add_column(justify="right", no_wrap=True)
         times.add_column(style="dim", overflow="fold")
         for cause, seconds, share in split:
-            times.add_row(Text(cause), duration(seconds), percent(share), CAUSES.get(cause, ""))
+            times.add_row(Text(on_one_line(cause)), duration(seconds), percent(share), CAUSES.get(cause, ""))
         parts.append(times)
     # Outside the tables: without a frame, a path or a command can be copied. soft_wrap keeps each in one piece.
     for what, line in (("Report", report), ("Predict", predict), ("Go on", go_on)):
         if line:
-            parts.append(Text(f"{what + ':':<9}{line}"))
+            parts.append(Text(redact(f"{what + ':':<9}{line}")))
     return Group(*parts)
 
 
@@ -244,5 +248,11 @@ def time_split(summary: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def predict_command(folder: str) -> str:
-    """The command that uses the model of a run's folder."""
-    return f"python -m trainer.predict {shlex.quote(folder)} IMAGE..."
+    """The command that uses the model of a run's folder, to be pasted into a shell."""
+    return pasteable(f"python -m trainer.predict {shlex.quote(folder)} IMAGE...")
+
+
+def pasteable(command: str) -> str:
+    """A command as it may be shown: where its secrets had to be masked, it says so."""
+    masked = redact(command)
+    return masked if masked == command else f"{masked}   # in place of {MASK} give the credentials again"

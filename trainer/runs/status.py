@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from cluster.process import process_stat
-from cluster.storage import Storage
+from cluster.storage import Storage, open_regular
 from cluster.store import COMMIT, CORRUPT, MANIFEST, Store
+from dataio.foreign import json_of
 from trainer.runs import live, summary
 from trainer.runs.folder import RUN_MARKS, RunFolder
 from trainer.runs.journal_tail import Event, Excerpt, JournalTail
@@ -139,7 +140,7 @@ def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] 
         written = entries["summary.json"].modified
         try:
             said = read_summary(folder)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"summary.json cannot be read: {_reason(error)}")
     excerpt, known = Excerpt(events=[], is_whole=False), said
     try:
@@ -157,7 +158,7 @@ def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] 
         problems.append(f"its journal cannot be read: {_reason(error)}")
     try:
         return _status(folder, excerpt, known, problems, is_live=is_live, now=clock())
-    except (KeyError, TypeError, ValueError, OSError) as error:  # events and summaries of any age, by any author
+    except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:  # events and summaries of any age, by any author
         return RunStatus(run=folder.name, status="unknown", problems=(*problems, f"it cannot be made sense of: {_reason(error)}"))
 
 
@@ -328,11 +329,6 @@ def why_ended(end: Event) -> str:
     return ""
 
 
-def printable(text: str) -> str:
-    """`text` without characters that move a terminal's cursor: anyone may have written the names and messages in a run's folder."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def moment(when: float) -> str:
     """Unix time -> local `2026-11-23 14:45`."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
@@ -345,13 +341,13 @@ def read_summary(folder: RunFolder) -> dict[str, Any]:
     """The first members of summary.json, those before its long ones. ValueError if it is not a JSON object."""
     path = f"{folder.name}/summary.json"
     if folder.storage.is_local:
-        with open(folder.storage.at(path), "rb") as file:
+        with open_regular(folder.storage.at(path)) as file:
             data = file.read(SUMMARY_BYTES)
     else:
         data = next(folder.storage.read_chunks(path, SUMMARY_BYTES), b"")
     text = data.decode(errors="replace")
     if len(data) < SUMMARY_BYTES:
-        whole = json.loads(text)
+        whole = json_of(text)
         if not isinstance(whole, dict):
             raise ValueError("it is not a JSON object")
         return whole

@@ -4,7 +4,6 @@ It polls the journal for events; if the ranks' metrics can be reached, they give
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.config import FaultPolicy
-from cluster.redact import redact
 from cluster.storage import open_storage
+from cluster.text import shown
 from trainer.runs import live
 from trainer.runs.events import is_followed, plainly, words_of
 from trainer.runs.folder import RunFolder, find_run
@@ -34,13 +33,13 @@ from trainer.runs.status import (
     current_summary,
     look,
     moment,
-    printable,
     run_folders,
     status_of,
     statuses,
     why_ended,
 )
 from trainer.settings.cli import fail
+from trainer.settings.say import Terminal, complain
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import percent
 from trainer.tasks.info import CLASSIFICATION
@@ -53,6 +52,7 @@ SUMMARY_SECONDS = 5.0  # from the journal's last event to the summary
 RANKS_EVERY_SECONDS = 60.0  # between lines about the ranks, without a terminal
 SHOWN_BEFORE = 10  # earlier events to show
 SHOWN_RANKS = 8
+LONGEST_LINE = 2000  # characters of an event
 
 EXITS: Mapping[str, int] = {"finished": 0, "failed": 1, "stopped": 3, "killed": 4}
 """2 is a wrong command line, 130 Ctrl-C."""
@@ -81,13 +81,13 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--every {arguments.every:g} is not a number of seconds up to a day; use 0 for the default")
         folder = find_run(arguments.run, arguments.storage) if arguments.run else _newest(arguments.storage)
         folder = RunFolder(storage=open_storage(folder.storage.uri, RETRY_SECONDS), name=folder.name)
-        watch = Watch(folder, console=Console(highlight=False), is_live=arguments.live, every_seconds=arguments.every)
+        watch = Watch(folder, console=Terminal(highlight=False), is_live=arguments.live, every_seconds=arguments.every)
     except (ValueError, OSError) as error:
-        fail(redact(str(error)))
+        fail(str(error))
     try:
         return watch.follow()
     except KeyboardInterrupt:
-        print(f"no longer watching {printable(folder.name)}, which is left as it is", file=sys.stderr)
+        complain(f"no longer watching {shown(folder.name)}, which is left as it is")
         raise
 
 
@@ -169,7 +169,7 @@ class Watch:
             events = tail.follow()
         except OSError as error:
             if not self._trouble:
-                self._trouble = redact(str(error))
+                self._trouble = shown(error)
                 screen.message(f"the storage does not answer: {self._trouble}; trying again")
             return []
         if self._trouble:
@@ -217,7 +217,7 @@ class Watch:
                 self._console.print(final_table(summary), soft_wrap=True)
         why = why_ended(end) if end else status.note
         if why or not summary:
-            self._console.print(Text(printable(f"{self._folder.name}: {ended}{': ' if why else ''}{why}")), soft_wrap=True)
+            self._console.print(Text(shown(f"{self._folder.name}: {ended}{': ' if why else ''}{why}", LONGEST_LINE)), soft_wrap=True)
         return EXITS[ended]
 
 
@@ -256,7 +256,7 @@ class RunTracker:
         with suppress(KeyError, TypeError, ValueError):  # from an older or newer program
             self._learn(event)
         line = (words_of(event, self._info) or f"{event['event']}: {plainly(event)}") if is_followed(event) else ""
-        return f"{time.strftime('%m-%d %H:%M:%S', time.localtime(event['time']))}  {printable(line)}" if line else ""
+        return f"{time.strftime('%m-%d %H:%M:%S', time.localtime(event['time']))}  {shown(line, LONGEST_LINE)}" if line else ""
 
     def _learn(self, event: Event) -> None:
         now = float(event["time"])
@@ -315,7 +315,7 @@ class RunTracker:
         is_silent = status.status == "silent"
         age = max(0.0, now - self._commit[1]) if self._commit and not is_silent else None
         return RunState(
-            run=printable(self._run),
+            run=shown(self._run),
             phase=f"no sign of life since {moment(status.last_sign or self._since)}" if is_silent else self._phase,
             phase_seconds=None if is_silent or self._phase == "training" or not self._since else max(0.0, now - self._since),
             step=step,

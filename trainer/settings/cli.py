@@ -7,7 +7,6 @@ number of steps; whoever learns these calls `validate` again with them. A relati
 becomes absolute here.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from cluster.text import shown
 from dataio.config import AUTO, PATH
-from trainer.settings.fields import declared, marked, replaced
+from trainer.settings.fields import declared, marked, replaced, settings
 from trainer.settings.rules import validate
+from trainer.settings.say import complain
 from trainer.settings.toml import load, recipe_names, resolve_paths
 from trainer.settings.tree import RunConfig, Switch
 
@@ -65,7 +66,7 @@ def parse(argv: Sequence[str], *, prog: str = PROG) -> Invocation:
 
 def fail(message: str) -> NoReturn:
     """End the program as for a wrong command line: `message` on stderr, status 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    complain(f"error: {message}")
     raise SystemExit(2)
 
 
@@ -83,9 +84,19 @@ def _parse(argv: Sequence[str], *, prog: str) -> Invocation:
     config = resolve_paths(line.run, Path.cwd(), only=marked(RunConfig, PATH))
     if line.profile:
         config = replaced(config, "train.profile", True)
+    _check_text(config)
     validate(config)
     action: Action = "dry_run" if line.dry_run else "print_config" if line.print_config else "run"
     return Invocation(config=config, recipes=tuple(Path(name).stem for name in names), action=action)
+
+
+def _check_text(config: RunConfig) -> None:
+    """ValueError for a setting that no TOML file can hold."""
+    for key, value in settings(config).items():
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(
+                f"{key}={shown(value)} is not UTF-8 text, as settings are; give a path of UTF-8 characters, such as a symbolic link"
+            )
 
 
 def _config_names(argv: Sequence[str]) -> list[str]:

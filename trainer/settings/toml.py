@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import tomli_w
 
 from dataio.config import AUTO, PATH
+from dataio.foreign import MAX_SETTINGS_BYTES, read_regular
 from trainer.settings.fields import Setting, declared, marked, replaced, settings
 from trainer.settings.tree import RunConfig, Switch
 from trainer.settings.words import did_you_mean
@@ -34,7 +35,7 @@ def load(name: str, base: RunConfig) -> RunConfig:
     is_file = name.endswith(".toml") or "/" in name
     path = Path(name).expanduser() if is_file else RECIPES_FOLDER / f"{name}.toml"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, MAX_SETTINGS_BYTES).decode()
     except OSError as error:
         known = recipe_names()
         if not is_file:
@@ -55,6 +56,8 @@ def from_toml(text: str, *, base: RunConfig | None = None, origin: str = "TOML",
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{origin} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{origin} is nested too deeply; settings are tables of values") from None
     loaded: RunConfig = _merged(base or RunConfig(), table, declared(RunConfig), origin=origin, prefix="")
     if folder is None:
         return loaded

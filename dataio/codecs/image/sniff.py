@@ -41,6 +41,14 @@ import numpy as np
 
 from dataio.codecs.codec import Refusal
 
+MAX_PARTS = 1 << 18
+"""Chunks of a PNG, segments of a JPEG's header."""
+MAX_JPEG_HEADER_BYTES = 64 << 20
+MAX_SCANS = 200
+"""Of a progressive JPEG; encoders write some 10."""
+MAX_STRIPS = 1 << 18
+"""Values of a TIFF tag."""
+
 Format = Literal["png", "jpeg", "webp", "bmp", "tiff"]
 KINDS = (
     "empty",
@@ -134,7 +142,7 @@ def _png(raw: bytes | memoryview) -> Header:
         raise _Refused("damaged: a PNG whose first chunk is not IHDR") if len(raw) >= 16 else _Refused("truncated: a PNG without IHDR")
     width, height, bits, color, compression, filtering, interlace = struct.unpack_from(">IIBBBBB", raw, 16)
     at, orientation, pixels = 8, 1, False
-    while True:
+    for _ in range(MAX_PARTS):
         if at + 12 > len(raw):
             raise _Refused("truncated: a PNG without IEND")
         (size,) = struct.unpack_from(">I", raw, at)
@@ -153,6 +161,8 @@ def _png(raw: bytes | memoryview) -> Header:
         at = end
         if kind == b"IEND":
             break
+    else:
+        raise _Refused(f"damaged: a PNG of more than {MAX_PARTS} chunks")
     if color not in _PNG_MODES or bits not in _PNG_MODES[color][1] or compression or filtering or interlace > 1:
         raise _Refused(f"damaged: a PNG of color type {color}, {bits} bits, methods {compression}, {filtering}, {interlace}")
     if not pixels:
@@ -174,9 +184,12 @@ _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xC
 def _jpeg(raw: bytes | memoryview) -> Header:
     at, orientation = 2, 1
     frame: tuple[int, int, int, int] | None = None
-    while True:
+    is_progressive = False
+    for _ in range(MAX_PARTS):
         while raw[at] == 0xFF and raw[at + 1] == 0xFF:  # fill bytes
             at += 1
+            if at > MAX_JPEG_HEADER_BYTES:
+                raise _Refused("damaged: a JPEG whose header has no end")
         if raw[at] != 0xFF:
             raise _Refused(f"damaged: no JPEG marker at byte {at}")
         marker = raw[at + 1]
@@ -196,17 +209,21 @@ def _jpeg(raw: bytes | memoryview) -> Header:
                 raise _Refused(f"unsupported: a JPEG of {bits} bits, coding process {marker - 0xC0}")
             if channels not in (1, 3, 4):
                 raise _Refused(f"unsupported: a JPEG of {channels} channels")
-            frame = (bits, height, width, channels)
+            frame, is_progressive = (bits, height, width, channels), marker == 0xC2
         elif marker == 0xE1 and raw[at + 4 : at + 10] == b"Exif\0\0":
             orientation = _exif_orientation(bytes(raw[at + 10 : at + 2 + size]))
         at += 2 + size
         if marker == 0xDA:
             break
+    else:
+        raise _Refused(f"damaged: a JPEG of more than {MAX_PARTS} segments")
     if frame is None:
         raise _Refused("damaged: a JPEG scan without a frame")
     bits, height, width, channels = frame
     if raw[-2:] != b"\xff\xd9" and b"\xff\xd9" not in bytes(raw[at:]):  # some cameras append data after the end
         raise _Refused("truncated: a JPEG without its end marker (EOI)")
+    if is_progressive and (scans := 1 + bytes(raw[at:]).count(b"\xff\xda")) > MAX_SCANS:  # each scan passes over all pixels again
+        raise _Refused(f"unsupported: a JPEG of {scans} scans")
     if orientation >= 5:
         height, width = width, height
     return Header(format="jpeg", height=height, width=width, mode={1: "gray", 3: "ycbcr", 4: "cmyk"}[channels], bits=bits)
@@ -298,6 +315,8 @@ def _bmp(raw: bytes | memoryview) -> Header:
 
 
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+_TIFF_TAGS = frozenset({256, 257, 258, 259, 262, 273, 274, 277, 279, 324, 325, 339})
+"""Those that are read here."""
 _TIFF_MODES = {(1, 1): "gray", (2, 3): "rgb", (2, 4): "rgba", (3, 1): "palette", (5, 4): "cmyk", (6, 3): "ycbcr"}
 _TIFF_COMPRESSIONS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32773: "PackBits", 32946: "deflate"}
 
@@ -309,8 +328,12 @@ def _tiff(raw: bytes | memoryview) -> Header:
     tags: dict[int, tuple[int, ...]] = {}
     for entry in range(at + 2, at + 2 + 12 * count, 12):
         tag, kind, number = struct.unpack_from(order + "HHI", raw, entry)
-        if kind not in (3, 4):
+        if kind not in (3, 4) or tag not in _TIFF_TAGS:
             continue
+        if tag in tags:
+            raise _Refused(f"damaged: a TIFF that has tag {tag} twice")
+        if number > MAX_STRIPS:
+            raise _Refused(f"damaged: TIFF tag {tag} has {number} values")
         place = entry + 8
         if number * _TIFF_SIZES[kind] > 4:
             (place,) = struct.unpack_from(order + "I", raw, place)
