@@ -36,6 +36,7 @@ from dataio.quarantine import BadSample, Quarantine
 from dataio.remote import is_remote, is_uri, local_path, shown
 from dataio.schema import SPLITS, UNLABELLED, Target, fault_of_targets, is_known, is_single_label, value_of
 from dataio.sources import Balanced, Sample, Source, open_source
+from dataio.terminal import prepare_output
 
 SHARD_BYTES = 64 << 20
 SMALL_SOURCE = 5_000  # samples; a source as small as this is read to its end, so that the error about bad samples can count them all
@@ -722,4 +723,5 @@ def _plain_lines(every_seconds: float = 5.0) -> Callable[[Progress], None]:
 
 
 if __name__ == "__main__":
+    prepare_output(survive=True)
     raise SystemExit(main())

@@ -21,7 +21,7 @@ from trainer.drive.ending import Ending
 from trainer.drive.fleets import Fleets, Pause, Room
 from trainer.drive.screen import Position, Screen, reached
 from trainer.drive.session import Session
-from trainer.drive.signals import Signals
+from trainer.drive.signals import Phase, Signals
 
 DRAIN_SECONDS = 30.0
 
@@ -29,11 +29,11 @@ DRAIN_SECONDS = 30.0
 class Drive:
     """Runs attempt after attempt until the run ends."""
 
-    def __init__(self, session: Session, start: Commit | None) -> None:
+    def __init__(self, session: Session, start: Commit | None, signals: Signals) -> None:
         """`start` is the commit to go on from; None starts at step 0."""
         resources, cluster = session.resources, session.config.cluster
         self._session = session
-        self._signals, self._screen, self._account = Signals(), Screen(session), Account(session)
+        self._signals, self._screen, self._account = signals, Screen(session), Account(session)
         self._room = Room(
             resources,
             may_ask=not session.decided.hardware.local and resources.fewest < resources.most,
@@ -71,7 +71,8 @@ class Drive:
     def _attempts(self, counts: FailureCounts) -> int:
         session = self._session
         try:
-            with self._screen, self._signals.heard():
+            self._signals.enter(Phase.TRAINING)
+            with self._screen:
                 run_attempts(
                     self._attempt,
                     first_attempt=self._position.attempt + 1,
@@ -90,6 +91,7 @@ class Drive:
             traceback.print_exc()  # print it now: from here on Ray's calls in other threads fail and end the process without it
             raise
         finally:
+            self._signals.enter(Phase.ENDING)
             self._fleets.end()  # before Ray shuts down: a thread still inside Ray would take the process down
         is_over = self._result is not None and not self._result["stopped"]
         if not is_over and session.is_taken_over():
@@ -97,7 +99,7 @@ class Drive:
         return self._ending().finished() if is_over else self._ending().stopped()
 
     def _ending(self) -> Ending:
-        return Ending(session=self._session, result=self._result, workers=self._fleets.workers, signal=self._signals.number)
+        return Ending(session=self._session, result=self._result, workers=self._fleets.workers, signals=self._signals)
 
     def _attempt(self, number: int) -> Failure | None:
         """Run attempts until one fails or the run is over. Changing the number of workers between two of them is not a failure."""

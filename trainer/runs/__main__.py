@@ -19,6 +19,7 @@ from rich.text import Text
 
 from cluster.redact import redact
 from cluster.storage import open_storage
+from dataio.terminal import prepare_output
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.measures import shown
 from trainer.runs.status import RunStatus, moment, printable, run_folders, statuses
@@ -231,4 +232,5 @@ def cut(text: str, width: int | None) -> str:
 
 
 if __name__ == "__main__":
+    prepare_output()
     sys.exit(main(sys.argv[1:]))

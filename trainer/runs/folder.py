@@ -37,6 +37,10 @@ class RunFolder:
     def write(self, path: str, data: bytes) -> str:
         """Creates or replaces a file of the run; returns its location."""
         self.storage.write_atomic(f"{self.name}/{path}", data)
+        return self.address(path)
+
+    def address(self, path: str) -> str:
+        """The path or URI of a file of the run."""
         base, question, query = self.location.partition("?")
         return f"{base}/{path}{question}{query}"
 
