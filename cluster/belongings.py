@@ -71,7 +71,7 @@ def belongings(candidates: Sequence[str] | None = None) -> Iterator[Belongings]:
 
 def _start_reaper(folder: str) -> "subprocess.Popen[bytes]":
     """Its environment does not name the folder, so it does not belong to the run. A group of its own: it outlives a killed group."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})  # which it inherits
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # which it inherits
     try:
         reaper = subprocess.Popen(
             [sys.executable, "-S", "-m", "cluster.reaper"],

@@ -2,7 +2,7 @@
 killed by it at an orderly end.
 
 The driver's death is seen by a descriptor of its process, so that SIGKILL, an out-of-memory kill and a crash in native code count too. The
-reaper ignores the signals that stop a run. It imports the standard library only.
+signals that stop a run are blocked in it. It imports the standard library only.
 
     driver --stdin--> reaper    a line of JSON, {"driver": pid, "folder": ...}; later TOLD, if the driver has told the user why it ends
 """
@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import sys
 from pathlib import Path
 
@@ -22,8 +21,6 @@ TOLD = b"told\n"
 
 
 def main() -> int:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     line, _, words = os.read(0, 1 << 16).partition(b"\n")
     order = json.loads(line)
     last_words = _wait(order["driver"], words)
