@@ -1,4 +1,5 @@
-"""All uses of Ray: the run's cluster, its coordinator actor, and fleets of agents. A fleet is one `fit` of Ray Train.
+"""What a run does in a Ray cluster: its share of the resources, its coordinator actor, and fleets of agents. A fleet is one `fit` of Ray
+Train. ray_cluster.py joins or starts the cluster.
 
 Called by trainer/drive/{start,session,fleets,attempt}.py; preflight and demand use it too. agent.py defines what the agents do,
 controller.py when to try again. Ray Train's own checkpoints, resume and retries are not used (store.py and controller.py say why): it
@@ -7,23 +8,17 @@ the agents die most often, and a `fit` takes several seconds to start.
 """
 
 import contextlib
-import ipaddress
 import os
 import re
 import shutil
-import signal
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray._private.accelerators as accelerators
-import ray._private.worker as worker_module
-from ray._private.node import Node
-from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.agent import RankEnd, agent_main
@@ -31,27 +26,9 @@ from cluster.backend import AgentsOnly
 from cluster.config import ClusterConfig
 from cluster.coordinator import CoordinatorActor
 from cluster.failures import Failure, classify, described, exit_failure, root_cause
-from cluster.process import ProcessStat, process_stat
+from cluster.leftovers import FOLDER_VARIABLE
 from cluster.zygote import ZYGOTE_LOST
 
-# Ray polls its workers every 2 s and waits 30 s for a broken process group; nothing is trained in that time. A poll costs controller and
-# workers some milliseconds. The death of a rank, the most frequent failure, does not wait for a poll.
-_RAY_TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
-# Nobody reads what a local Ray reports about its tasks, memory and processes: our metrics come from the ranks and the coordinator. Without
-# these reports its processes use a quarter less of a core.
-_LOCAL_RAY_ENVIRONMENT = {
-    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
-    "RAY_task_events_report_interval_ms": "0",
-    "RAY_enable_metrics_collection": "false",
-}
-_TEMP_PREFIX = "finetune-ray-"
 NODE_ID_LABEL = "ray.io/node-id"
 """The label that Ray gives each node by itself."""
 
@@ -83,51 +60,6 @@ class Resources:
         return replace(self, workers=workers)
 
 
-@contextlib.contextmanager
-def ray_cluster(
-    config: ClusterConfig, *, project: Path, address: str, in_job: bool, cpus: int, verbose: bool = False
-) -> Iterator[ClusterHardware]:
-    """Join the cluster at `address`, or start a Ray for this run alone and remove all its processes and folders afterwards.
-
-    `project` is the checkout that workers import from; a cluster joined from outside a job gets a copy of it.
-    """
-    for name, value in _RAY_TRAIN_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # Ray starts workers with niceness 15: Linux then gives them 36 shares of a core for every 1,024 of any other busy process.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour that Ray announces, without its warning
-    common: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
-    # We report a killed worker in one line; Ray would also print a paragraph, whatever log_to_driver says. This is the switch of its
-    # debugger.
-    worker_module._worker_logs_enabled = verbose
-    _remove_stale_temp_folders()
-    temp = None
-    try:
-        if address:
-            _join(address, in_job=in_job, project=project, **common)
-            if not config.allow_unauthenticated:
-                check_guarded(ray.get_runtime_context().gcs_address, get_authentication_mode() == AuthenticationMode.TOKEN)
-        else:
-            # Keep the path short: Ray creates Unix sockets below it, whose names are limited to 107 bytes.
-            temp = _temp_folder()
-            for name, value in _LOCAL_RAY_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
-            # Inherited, not in a runtime_env: the workers that Ray starts in advance would lack that, and would not be used.
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
-            with _sigterm_is_ours(), _without_helpers(logs=verbose):
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temp, **common)
-        yield hardware_now(local=not address)
-    finally:
-        started = set() if temp is None else _processes_of(temp)
-        # These processes ignore SIGTERM, and ray.shutdown would wait a second for each. It still has to talk to raylet and GCS.
-        _kill(process for process in started if process.is_child and process.name not in ("raylet", "gcs_server"))
-        ray.shutdown()
-        if temp is not None:
-            # Workers end with their raylet, except one that Ray's own shutdown blocked for ever, seen once.
-            _kill(started | _processes_of(temp))
-            shutil.rmtree(temp, ignore_errors=True)
-
-
 def hardware_now(*, local: bool) -> ClusterHardware:
     """What the cluster that this process has joined offers now."""
     total = ray.cluster_resources()
@@ -146,130 +78,6 @@ def gpus_here() -> int:
     count = accelerators.NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
     visible = accelerators.NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
     return int(count) if visible is None else min(int(count), len(visible))
-
-
-def check_guarded(head: str, has_token: bool) -> None:
-    """ValueError for a Ray head that other machines reach and that asks for no token: anyone who reaches its ports can run code on its
-    nodes."""
-    host = head.rpartition(":")[0].strip("[]")
-    if not has_token and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
-        raise ValueError(
-            f"the Ray head at {head} can be reached from other machines and asks for no token, so who reaches it runs code on its nodes; "
-            "start it with one (`ray get-auth-token --generate`, RAY_AUTH_MODE=token: docs/cluster.md, Token), or, where the network keeps "
-            "others out, add --cluster.allow-unauthenticated"
-        )
-
-
-def _join(address: str, *, in_job: bool, project: Path, **common: Any) -> None:
-    """`ray.init` on an existing cluster. A job's environment already has its working directory."""
-    runtime_env: dict[str, Any] = {} if in_job else {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "tests"]}
-    runtime_env["env_vars"] = _RAY_TRAIN_ENVIRONMENT
-    try:
-        with _sigterm_is_ours():
-            ray.init(address=address, runtime_env=runtime_env, **common)
-    except ray.exceptions.AuthenticationError as error:
-        raise ValueError(
-            f"the Ray cluster at {address!r} wants its token ({str(error).splitlines()[0]}); "
-            "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (docs/cluster.md, Token)"
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); start one with `ray start --head`, "
-            "if it is up and wants a token, export RAY_AUTH_MODE=token (docs/cluster.md, Token); "
-            "or leave out --cluster.address and RAY_ADDRESS to run on this machine alone"
-        ) from error
-
-
-@contextlib.contextmanager
-def _sigterm_is_ours() -> Iterator[None]:
-    """Keep the program's own SIGTERM handler, which `ray.init` replaces, and block SIGTERM for every process started meanwhile. A SIGTERM
-    that arrives meanwhile is handled at the end. Only in the main thread.
-
-    `timeout` sends SIGTERM to a whole process group, systemd to a whole control group. A local Ray would die of it before the driver can
-    save its checkpoint. (Ray hides SIGINT from its processes in the same way.)"""
-    handler = signal.getsignal(signal.SIGTERM)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    except SystemExit as error:  # an earlier thread received it while Ray's handler replaced ours
-        if error.code == signal.SIGTERM and callable(handler):
-            handler(signal.SIGTERM, None)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextlib.contextmanager
-def _without_helpers(*, logs: bool) -> Iterator[None]:
-    """A Ray started inside has no autoscaler (there is no other node), no API server (nobody uses it) and, unless its workers' `logs`
-    are wanted, no log monitor. That saves three processes with seconds of imports; the log monitor would also use half a percent of a
-    core."""
-    idle = ["start_monitor", "start_api_server", *([] if logs else ["start_log_monitor"])]
-    before = {name: getattr(Node, name) for name in idle}
-    for name in idle:
-        setattr(Node, name, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        for name, method in before.items():
-            setattr(Node, name, method)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _RayProcess:
-    """A process of a local Ray. Process ids are reused; an id together with its `start_ticks` is unique."""
-
-    pid: int
-    start_ticks: int
-    name: str
-    is_child: bool
-    """Whether this process started it."""
-
-
-def _processes_of(temp: str) -> set[_RayProcess]:
-    """The processes of a local Ray: children of this process whose command names its folder, and all their descendants."""
-    seen: dict[int, ProcessStat] = {}
-    naming: set[int] = set()
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):  # the process has ended meanwhile
-                stat = process_stat(int(folder.name))
-                names_it = temp.encode() in (folder / "cmdline").read_bytes()
-                if stat is not None:
-                    seen[stat.pid] = stat
-                    naming |= {stat.pid} if names_it else set()
-    found: set[int] = set()
-    added = {pid for pid, stat in seen.items() if stat.parent == os.getpid() and pid in naming}
-    while added:
-        found |= added
-        added = {pid for pid, stat in seen.items() if stat.parent in found} - found
-    return {
-        _RayProcess(pid=pid, start_ticks=seen[pid].start_ticks, name=seen[pid].name, is_child=seen[pid].parent == os.getpid())
-        for pid in found
-    }
-
-
-def _kill(processes: Iterable[_RayProcess]) -> None:
-    """Send SIGKILL to those that still live."""
-    for process in processes:
-        with contextlib.suppress(OSError):
-            stat = process_stat(process.pid)
-            if stat is not None and stat.start_ticks == process.start_ticks:
-                os.kill(process.pid, signal.SIGKILL)
-
-
-def _temp_folder() -> str:
-    """A new folder whose name contains its owner's process id."""
-    return tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-")
-
-
-def _remove_stale_temp_folders() -> None:
-    """Remove the folders of runs that were killed before they could clean up; the process ids in the names identify them."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_TEMP_PREFIX}*"):
-        owner = re.fullmatch(rf"{_TEMP_PREFIX}(\d+)-.*", folder.name)
-        if owner and not Path(f"/proc/{owner[1]}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def plan_resources(workers: str, config: ClusterConfig, hardware: ClusterHardware) -> Resources:
@@ -442,7 +250,7 @@ class Fleet:
         has its own. `avoid`: ids of nodes on which no agent may be placed. `on_ended` is called in a thread once the fleet has ended."""
         self.number, self.workers = number, resources.workers
         self._failure: Failure | None = None
-        self._scratch = _temp_folder()
+        self._scratch = tempfile.mkdtemp(prefix="fit-", dir=os.environ.get(FOLDER_VARIABLE))
         self._ended, self._on_ended = threading.Event(), on_ended
         self._label_selector = {NODE_ID_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else None
         settings = {

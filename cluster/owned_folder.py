@@ -31,7 +31,7 @@ class OwnedFolder:
 
     def remove(self) -> None:
         """Remove the folder with all it holds, then give up the lock. Again: nothing happens."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_content(self.path)
         lock, self._lock = self._lock, None
         if lock is not None:
             os.close(lock)
@@ -76,7 +76,7 @@ def remove_abandoned(pattern: str) -> list[str]:
         lock = _take(folder)
         if lock is not None:
             try:
-                shutil.rmtree(folder, ignore_errors=True)  # with the lock held: nobody can take the folder for its own meanwhile
+                remove_content(folder)  # with the lock held: nobody can take the folder for its own meanwhile
             finally:
                 os.close(lock)
             removed.append(folder)
@@ -85,6 +85,18 @@ def remove_abandoned(pattern: str) -> list[str]:
                 os.rmdir(folder)
                 removed.append(folder)
     return removed
+
+
+def remove_content(folder: str) -> None:
+    """Delete a folder that is this process's or nobody's; its lock last, so that anybody can finish a removal that is cut short."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name != LOCK_FILE and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            elif entry.name != LOCK_FILE:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _take(folder: str) -> int | None:

@@ -37,6 +37,7 @@ from dataio.quarantine import BadSample, Quarantine
 from dataio.remote import is_remote, is_uri, local_path
 from dataio.schema import SPLITS, UNLABELLED, Target, fault_of_targets, is_known, is_single_label, value_of
 from dataio.sources import Balanced, Sample, Source, open_source
+from dataio.terminal import prepare_output
 from dataio.text import address, printable
 from dataio.text import shown as on_one_line
 
@@ -732,4 +733,5 @@ def _plain_lines(every_seconds: float = 5.0) -> Callable[[Progress], None]:
 
 
 if __name__ == "__main__":
+    prepare_output(survive=True)
     raise SystemExit(main())

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.text import shown
+from dataio.terminal import prepare_output
 from trainer.rank.finished import Evaluated, evaluate_finished
 from trainer.runs.folder import find_run
 from trainer.settings.cli import fail
@@ -177,6 +178,7 @@ def _confused_with(confusion: Sequence[Sequence[int]], classes: Sequence[str], i
 
 
 if __name__ == "__main__":
+    prepare_output()
     # cuBLAS reads this once, so set it before anything creates a CUDA context.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sys.exit(main(sys.argv[1:]))

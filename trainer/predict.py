@@ -17,6 +17,7 @@ from dataio.codecs.image.decode import Decoder
 from dataio.config import Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.sources import IMAGE_SUFFIXES
+from dataio.terminal import prepare_output
 from trainer.export.model_folder import load_export
 from trainer.runs.folder import RunFolder, find_run
 from trainer.settings.cli import fail
@@ -162,4 +163,5 @@ def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
+    prepare_output()
     sys.exit(main(sys.argv[1:]))

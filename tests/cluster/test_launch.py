@@ -1,12 +1,4 @@
-"""Claims about the Ray half of a run that need no Ray: resources, the cause of a failure, what is left behind."""
-
-import signal
-import subprocess
-import sys
-import tempfile
-import textwrap
-from dataclasses import replace
-from pathlib import Path
+"""Claims about the Ray half of a run that need no Ray: resources and the cause of a failure."""
 
 import pytest
 from hypothesis import given
@@ -15,12 +7,9 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from cluster import launch
 from cluster.config import ClusterConfig
 from cluster.launch import ClusterHardware, failure_of, plan_resources, workers_that_fit
 from dataio.quarantine import TooManyBadSamples
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 def hardware(cpus: int, gpus: int = 0) -> ClusterHardware:
@@ -146,82 +135,3 @@ def test_a_users_exception_is_the_cause_though_others_lost_their_connection() ->
 def test_a_failure_of_the_controller_has_no_rank() -> None:
     failure = failure_of(ControllerError(ActorDiedError()))
     assert (failure.kind, failure.rank) == ("infrastructure", None)
-
-
-# What is left behind
-
-
-def test_temporary_folders_of_dead_processes_are_removed_and_those_of_living_ones_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with subprocess.Popen([sys.executable, "-c", "pass"]) as dead:
-        pass
-    ours, theirs = Path(launch._temp_folder()), tmp_path / f"finetune-ray-{dead.pid}-abc"
-    init, others = tmp_path / "finetune-ray-1-abc", tmp_path / "finetune-ray-notes"
-    for folder in (theirs / "session", init, others):
-        folder.mkdir(parents=True)
-    launch._remove_stale_temp_folders()
-    assert sorted(tmp_path.iterdir()) == sorted([ours, init, others])
-
-
-def test_processes_started_meanwhile_do_not_hear_sigterm_and_later_ones_do() -> None:
-    wait = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
-    with launch._sigterm_is_ours():
-        hidden = subprocess.Popen(wait, stdout=subprocess.PIPE)
-    open_to_it = subprocess.Popen(wait, stdout=subprocess.PIPE)
-    for process in (hidden, open_to_it):
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.terminate()
-    assert open_to_it.wait(10) == -signal.SIGTERM
-    assert hidden.poll() is None
-    hidden.kill()
-    assert hidden.wait(10) == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("with_thread", [False, True], ids=["main-thread-only", "another-thread-hears-it"])
-def test_the_programs_own_sigterm_handler_has_the_last_word_though_ray_sets_another(with_thread: bool) -> None:
-    script = f"""
-        import os, signal, sys, threading, time
-        from cluster.launch import _sigterm_is_ours
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        if {with_thread}:  # begun before, so that SIGTERM is not blocked in it
-            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-        with _sigterm_is_ours():
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
-            os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(5):
-                time.sleep(0.1)
-        time.sleep(60)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=PROJECT, timeout=60, check=False)
-    assert done.returncode == 128 + signal.SIGTERM
-
-
-def test_what_a_local_ray_has_started_is_found_and_killed_whatever_it_calls_itself_and_nothing_else() -> None:
-    folder = "finetune-ray-of-a-test"
-    worker = "import sys, time; sys.stdout.write('here'); sys.stdout.flush(); time.sleep(600)"
-    raylet = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {worker!r}], start_new_session=True).returncode)"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, *more], stdout=subprocess.PIPE)
-        for code, more in ((raylet, [folder]), (worker, []), (worker, [folder]))
-    ]
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.read(4) == b"here"
-        found = launch._processes_of(folder)
-        assert len(found) == 3  # a raylet, its worker, and another that names the folder
-        assert {processes[0].pid, processes[2].pid} < {process.pid for process in found}
-        launch._kill([replace(process, start_ticks=process.start_ticks + 1) for process in found])  # others that have their ids now
-        assert launch._processes_of(folder) == found
-        launch._kill(found)
-        assert processes[0].wait(10) == processes[2].wait(10) == -signal.SIGKILL
-        assert processes[0].stdout is not None
-        assert processes[0].stdout.read() == b""  # the worker, which holds its other end, is gone too
-        assert processes[1].poll() is None
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()

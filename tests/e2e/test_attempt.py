@@ -13,8 +13,10 @@ import dataclasses, json, pickle, sys, time
 from pathlib import Path
 import ray
 from cluster.agent import Payload
+from cluster.belongings import belongings
 from cluster.config import ClusterConfig
-from cluster.launch import Fleet, Resources, failure_of_ranks, ray_cluster, start_coordinator
+from cluster.launch import Fleet, Resources, failure_of_ranks, start_coordinator
+from cluster.ray_cluster import ray_cluster
 
 def ask(method, *arguments):
     return ray.get(getattr(coordinator, method).remote(*arguments))
@@ -26,7 +28,9 @@ def ends(attempt):
 
 NOTHING = pickle.dumps(None)
 project = Path(sys.argv[1])
-with ray_cluster(ClusterConfig(), project=project, address="", in_job=False, cpus=2):
+with belongings() as ours, ray_cluster(
+    ClusterConfig(), project=project, address="", in_job=False, cpus=2, folder=ours.folder, on_lost=print
+):
     coordinator = start_coordinator(storage_uri=sys.argv[2], run="fleet", generation=1, keep=2)
     resources = Resources(workers=2, fewest=2, most=2, cpus_per_worker=1.0, gpus_per_worker=0, threads_per_worker=1)
     fleet = Fleet(

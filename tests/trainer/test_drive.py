@@ -25,7 +25,7 @@ from trainer.drive.attempt import Act, Look, decide, has_begun, lost_agents, sig
 from trainer.drive.drive import told_failure
 from trainer.drive.fleets import Pause
 from trainer.drive.screen import Position, phase_of
-from trainer.drive.signals import Signals
+from trainer.drive.signals import Phase, Signals
 from trainer.settings.tree import RunConfig
 
 HERE = RankInfo(host="here", pid=1, node_id="node", metrics_address="")
@@ -229,6 +229,7 @@ def test_a_driver_that_waits_hears_of_a_signal_at_once() -> None:
     session: Any = SimpleNamespace(call=lambda *_: _NoNews(), config=RunConfig(), status=lambda: "status")
     kill = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     before = signal.getsignal(signal.SIGINT)
+    signals.enter(Phase.TRAINING)
     with signals.heard():
         kill.start()
         began = time.monotonic()
@@ -238,27 +239,9 @@ def test_a_driver_that_waits_hears_of_a_signal_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_second_signal_ends_the_program_but_not_the_same_one_twice_at_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = 100.0
-    monkeypatch.setattr("trainer.drive.signals.time", SimpleNamespace(monotonic=lambda: now))
-    signals = Signals()
-    assert (signals.number, signals.name) == (0, "")
-    with signals.heard():
-        signal.raise_signal(signal.SIGTERM)
-        now += 0.1
-        signal.raise_signal(signal.SIGTERM)  # to the process's group
-        now += 1.0
-        with pytest.raises(SystemExit) as stop:
-            signal.raise_signal(signal.SIGINT)
-    assert stop.value.code == 128 + signal.SIGINT
-    assert signals.number == signal.SIGTERM
-    assert "stopped at once; the same command goes on from the newest saved checkpoint" in capsys.readouterr().err
-
-
 def test_a_wait_before_the_next_attempt_ends_with_a_signal() -> None:
     signals = Signals()
+    signals.enter(Phase.TRAINING)
     with signals.heard():
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         began = time.monotonic()

@@ -227,8 +227,10 @@ def test_a_panel_that_fails_costs_itself_only(tmp_path: Path, monkeypatch: pytes
         raise KeyError("no such thing")
 
     monkeypatch.setattr("trainer.report.panels.PANELS", {**PANELS, "labels": broken})
-    told = text_of(Html("".join(panels_of(files_of(write_multilabel(tmp_path / "labels"))))))
-    assert "The panel labels could not be made of what the evaluation wrote: 'no such thing'." in told
+    made, problems = panels_of(files_of(write_multilabel(tmp_path / "labels")))
+    told = text_of(Html("".join(made)))
+    assert problems == ["The panel labels could not be made of what the evaluation wrote: 'no such thing'."]
+    assert problems[0] in told
     assert "Worst images" in told
 
 

@@ -20,6 +20,7 @@ from dataio.schema import Target
 from trainer.drive.check import Checked, ModelCheck, Question
 from trainer.drive.data import open_data
 from trainer.drive.dry_run import dry_run
+from trainer.drive.signals import Signals
 from trainer.drive.stages import Asked, Environment, WithData
 from trainer.drive.start import PROJECT, check_folder_and_ports, described, place, show_finished, with_data, workers_known
 from trainer.run import main
@@ -117,12 +118,12 @@ def test_a_run_that_has_finished_is_found_by_its_name_and_its_settings(config: R
     done = place(of(named), 1)
     assert done.found.has_finished
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    assert show_finished(done, console) == 0
+    assert show_finished(done, console, Signals()) == 0
     assert "run mine has finished already; --run NAME starts another" in console.export_text()
     with pytest.raises(ValueError, match=r"'mine' was started with other settings \(optim.lr: .*--run NAME"):
         place(of(replace(named, optim=replace(named.optim, lr=9.0))), 1)
     with pytest.raises(ValueError, match=r"--resume never, but run 'mine' in .* has finished"):
-        show_finished(place(of(replace(named, resume="never")), 1), QUIET)
+        show_finished(place(of(replace(named, resume="never")), 1), QUIET, Signals())
 
 
 def test_how_many_workers_there_may_be_is_known_without_a_cluster_unless_that_has_to_say(config: RunConfig) -> None:

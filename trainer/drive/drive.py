@@ -24,7 +24,7 @@ from trainer.drive.ending import Ending
 from trainer.drive.fleets import Fleets, Pause, Room
 from trainer.drive.screen import Position, Screen, reached
 from trainer.drive.session import Session
-from trainer.drive.signals import Signals
+from trainer.drive.signals import Phase, Signals
 
 DRAIN_SECONDS = 30.0
 DRAIN_POLL_SECONDS = 5.0
@@ -33,11 +33,11 @@ DRAIN_POLL_SECONDS = 5.0
 class Drive:
     """Runs attempt after attempt until the run ends."""
 
-    def __init__(self, session: Session, start: Commit | None) -> None:
+    def __init__(self, session: Session, start: Commit | None, signals: Signals) -> None:
         """`start` is the commit to go on from; None starts at step 0."""
         resources, cluster = session.resources, session.config.cluster
         self._session = session
-        self._signals, self._screen, self._account = Signals(), Screen(session), Account(session)
+        self._signals, self._screen, self._account = signals, Screen(session), Account(session)
         self._room = Room(
             resources,
             may_ask=not session.decided.hardware.local and resources.fewest < resources.most,
@@ -76,7 +76,8 @@ class Drive:
     def _attempts(self) -> int:
         session = self._session
         try:
-            with self._screen, self._signals.heard(), session.patience.watched(show=self._show_storage, is_stopping=self._is_stopping):
+            self._signals.enter(Phase.TRAINING)
+            with self._screen, session.patience.watched(show=self._show_storage, is_stopping=self._is_stopping):
                 counts = self._take_up()
                 if not self._is_stopping():
                     self._run_attempts(counts)
@@ -94,6 +95,7 @@ class Drive:
             traceback.print_exc()  # print it now: from here on Ray's calls in other threads fail and end the process without it
             raise
         finally:
+            self._signals.enter(Phase.ENDING)
             self._fleets.end()  # before Ray shuts down: a thread still inside Ray would take the process down
         is_over = self._result is not None and not self._result["stopped"]
         if not is_over and (session.seems_taken_over() if self._is_stopping() else session.is_taken_over()):
@@ -117,7 +119,7 @@ class Drive:
         return self._signals.number != 0
 
     def _ending(self) -> Ending:
-        return Ending(session=self._session, result=self._result, workers=self._fleets.workers, signal=self._signals.number)
+        return Ending(session=self._session, result=self._result, workers=self._fleets.workers, signals=self._signals)
 
     def _attempt(self, number: int) -> Failure | None:
         """Run attempts until one fails or the run is over. Changing the number of workers between two of them is not a failure."""

@@ -1,19 +1,30 @@
 """The four ways in which a driver's session ends: finished, stopped, taken over, failed. Called by drive.py, which gets the exit status.
 
-Three of them write summary.json and the report. trainer.runs.summary computes the summary, trainer.report the report."""
+Three of them write summary.json, then the end into the journal, then the report, in this order. A command that is killed in between, or
+whose report fails, has lost nothing: given again it completes what is missing (start.show_finished, by `complete`). trainer.runs.summary
+computes the summary, trainer.report the report, which is imported last: whatever is wrong with it, the end is written by then.
+"""
 
 import json
 import math
+import os
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+
 from cluster.controller import RunFailed
+from cluster.journal import Journal, read_journal
 from cluster.redact import redacted
 from cluster.storage import join_uri
 from cluster.versions import versions
+from dataio.parquet import Dataset
 from trainer.drive.session import Session
+from trainer.drive.signals import Phase, Signals, farewell, tell
+from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, pasteable, predict_command
 from trainer.runs.summary import summarise
 from trainer.settings.say import complain
@@ -30,30 +41,28 @@ class Ending:
     result: Mapping[str, Any] | None
     """Rank 0's result of the newest attempt; None if the attempt did not end well."""
     workers: int
-    signal: int
-    """Number of the signal that ended the run; 0: none."""
+    signals: Signals
 
     def finished(self) -> int:
         session = self.session
-        session.journal.write("run_finished", steps=session.total_steps)
-        summary, report = self.write_summary("finished")
-        folder = join_uri(session.storage.uri, session.config.run)
+        summary = self._record("finished", "run_finished", steps=session.total_steps)
+        report = self._report()
+        folder = self._folder.location
         session.console.print(final_table(summary, report=report, predict=predict_command(folder)), soft_wrap=True)
-        return 0
+        return 128 + self.signals.number if self.signals.cuts_short else 0
 
     def stopped(self) -> int:
-        session = self.session
+        session, number = self.session, self.signals.number
         commit = session.store.newest_valid(lambda path, reason: None)
-        name = signal.Signals(self.signal).name if self.signal else ""
-        session.journal.write("run_stopped", step=commit.step if commit else 0, signal=name)
-        summary, report = self.write_summary("stopped")
-        session.console.print(final_table(summary, report=report), soft_wrap=True)
+        name = signal.Signals(number).name if number else ""
+        summary = self._record("stopped", "run_stopped", step=commit.step if commit else 0, signal=name)
+        session.console.print(final_table(summary, report=self._report()), soft_wrap=True)
         if commit:
             done = f"step {commit.step:,} of {session.total_steps:,} is saved. The same command goes on from there"
         else:
             done = "nothing was saved yet. The same command starts again"
         session.console.print(f"stopped: {done}:\n  {pasteable(session.decided.command)}", soft_wrap=True, markup=False, highlight=False)
-        return 128 + self.signal if self.signal else 1
+        return 128 + number if number else 1
 
     def taken_over(self) -> int:
         """Write only to the journal: the summary and the report now belong to the other process."""
@@ -69,8 +78,8 @@ class Ending:
 
     def failed(self, error: RunFailed) -> int:
         failure = error.failure
-        self.session.journal.write("run_failed", kind=failure.kind, rank=failure.rank, message=failure.message, reason=error.reason)
-        self.write_summary("failed")
+        self._record("failed", "run_failed", kind=failure.kind, rank=failure.rank, message=failure.message, reason=error.reason)
+        self._report()
         if failure.kind == "user" and not failure.message.startswith(SAYS_IT_ALL):
             complain(failure.traceback)
         complain(f"error: {error}")
@@ -78,23 +87,39 @@ class Ending:
             complain(f"step {step} is saved; once the cause is mended the same command goes on from there")
         return 1
 
-    def write_summary(self, status: str) -> tuple[dict[str, Any], str | None]:
-        """Write summary.json and the report. Returns the summary and the report's address, None if they could not be written."""
-        from trainer.report.sections import write_report  # imports take half a second; training should not wait for them
-
-        session, dataset = self.session, self.session.decided.dataset
-        summary = summarise(config=session.config, status=status, events=session.events(), result=self.result, facts=self._facts())
-        if summary["accounting"]:
-            session.journal.write("account", seconds=summary["accounting"], goodput=summary["goodput"])
+    def _record(self, status: str, event: str, **fields: Any) -> dict[str, Any]:
+        """Write summary.json, then the run's last event. Returns the summary."""
+        session = self.session
+        ended = {"time": time.time(), "event": event, **fields}
+        events = [*session.events(), ended]
+        summary = summarise(config=session.config, status=status, events=events, result=self.result, facts=self._facts(events))
         try:
             encoded = json.dumps(redacted(finite(summary)), indent=1, allow_nan=False).encode()
             session.storage.write_atomic(f"{session.config.run}/summary.json", encoded)
-            return summary, str(write_report(join_uri(session.storage.uri, session.config.run), dataset))
         except OSError as error:  # most likely a full disk: the result is still printed, and the checkpoints are untouched
-            complain(f"warning: summary.json and report.html could not be written: {error}")
-            return summary, None
+            complain(f"warning: summary.json could not be written: {error}")
+        session.journal.write(event, **fields)
+        if summary["accounting"]:
+            session.journal.write("account", seconds=summary["accounting"], goodput=summary["goodput"])
+        return summary
 
-    def _facts(self) -> dict[str, Any]:
+    def _report(self) -> str | None:
+        """Write the report. Returns its address; None if it was not written, which the user was told."""
+        session = self.session
+        try:
+            self.signals.enter(Phase.REPORTING)
+            return written_report(self._folder, session.decided.dataset, session.journal)
+        except KeyboardInterrupt:
+            tell(farewell(Phase.REPORTING, self.signals.name))
+            return None
+        finally:
+            self.signals.enter(Phase.OVER)
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder(storage=self.session.storage, name=self.session.config.run)
+
+    def _facts(self, events: list[dict[str, Any]]) -> dict[str, Any]:
         """Facts for the summary that only the driver knows."""
         session, manifest = self.session, self.session.decided.dataset.manifest
         return {
@@ -103,11 +128,50 @@ class Ending:
             "steps_per_epoch": session.steps_per_epoch,
             "classes": list(manifest.classes),
             "dataset_fingerprint": manifest.fingerprint,
-            "quarantined": manifest.quarantined + session.quarantined(),
+            "quarantined": manifest.quarantined + self._quarantined(events),
             "versions": versions(),
             "command": session.decided.command,
             "task": session.decided.task.to_json(),
         }
+
+    def _quarantined(self, events: list[dict[str, Any]]) -> int:
+        try:
+            return self.session.status().quarantined
+        except Exception:  # the coordinator is gone, which no longer matters: the journal has what it knew
+            return len({(event.get("split"), event.get("key")) for event in events if event["event"] == "sample_quarantined"})
+
+
+def written_report(folder: RunFolder, dataset: Dataset, journal: Journal | None = None) -> str | None:
+    """Write a run's report. Returns its address; None if that failed, which the user and the journal are told: no report, however broken
+    its data, its images or its code, makes a run fail."""
+    try:
+        from trainer.report.sections import make_report  # imports take half a second; training should not wait for them
+
+        report = make_report(folder, dataset)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if journal is not None:
+            journal.write("report_failed", message=reason)
+        complain(f"warning: report.html could not be written ({reason}); the run itself is complete")
+        return None
+    if report.problems and journal is not None:
+        journal.write("report_incomplete", problems=list(report.problems))
+    return report.location
+
+
+def complete(folder: RunFolder, summary: Mapping[str, Any], dataset: Dataset, console: Console) -> str | None:
+    """Write what a finished run lacks because its command was killed or its report failed: its last event, its report. Returns the
+    report's address."""
+    events = read_journal(folder.storage, folder.name)
+    ends = [event["event"] for event in events if event["event"] in ("run_started", "run_finished")]
+    if ends[-1:] == ["run_started"]:
+        journal = Journal.open(folder.storage, folder.name, writer=f"driver-{os.getpid()}-{int(time.time())}")
+        # At the time of its last sign of life: a run does not last until somebody looks at it.
+        journal.write("run_finished", steps=summary.get("steps"), time=max(event["time"] for event in events))
+    if folder.storage.exists(f"{folder.name}/report.html"):
+        return join_uri(folder.location, "report.html")
+    console.print("its report is missing and is written now")
+    return written_report(folder, dataset)
 
 
 def finite(value: Any) -> Any:

@@ -1,34 +1,104 @@
-"""SIGINT and SIGTERM while a run is under way, and the alarm that wakes the driver from its sleep. drive.py makes it; attempt.py and
-fleets.py use it."""
+"""Signals that stop a command, at any moment of it. trainer/run.py makes a `Signals` for the whole command; start.py, drive.py and
+ending.py say which phase the command is in, and the phase decides what a signal does and what the user is told.
 
+SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) mean the same: keep what there is, then end. In most phases they raise
+KeyboardInterrupt in the main thread. While the ranks train they only ask for a checkpoint, which the driver sees by `number` and its alarm.
+A second signal ends the command at once. `nohup` works: a SIGHUP that was ignored at the start stays ignored.
+"""
+
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from types import FrameType
-
-from trainer.settings.say import complain
 
 SAME_SIGNAL_SECONDS = 0.3
 
 
+class Phase(Enum):
+    """What a command is doing, as far as a signal makes a difference."""
+
+    DRY_RUN = auto()
+    SETTING_UP = auto()
+    PREPARING_DATA = auto()
+    RESUMING = auto()
+    """As SETTING_UP, of a run that an earlier command began."""
+    TRAINING = auto()
+    ENDING = auto()
+    """The ranks have ended; the summary and the end are being written down."""
+    REPORTING = auto()
+    """The end is written down, the report is not."""
+    OVER = auto()
+    """All is written; what this process started is being ended."""
+
+
+INTERRUPTIBLE = frozenset({Phase.DRY_RUN, Phase.SETTING_UP, Phase.PREPARING_DATA, Phase.RESUMING, Phase.REPORTING})
+"""Phases in which the first signal raises KeyboardInterrupt. In the others what is under way is completed."""
+
+
+def farewell(phase: Phase, name: str, *, at_once: bool = False) -> str:
+    """What the user is told of a command that signal `name` ended in this phase. `at_once`: by a second signal."""
+    how = f"{name}: stopped at once" if at_once else f"{name}: stopped"
+    match phase:
+        case Phase.DRY_RUN:
+            return f"{how}; a dry run changes nothing"
+        case Phase.SETTING_UP:
+            return f"{how} before training began; the same command starts again"
+        case Phase.PREPARING_DATA:
+            return f"{how} while the data were opened or converted; the same command goes on after the last complete shard"
+        case Phase.RESUMING:
+            return f"{how} before training went on; the same command goes on from the newest saved checkpoint"
+        case Phase.TRAINING:
+            return f"{how}; the same command goes on from the newest saved checkpoint"
+        case Phase.ENDING:
+            return f"{how} while the end of the run was written down; the same command completes it"
+        case Phase.REPORTING:
+            return f"{how} before report.html was written; the same command, or python -m trainer.report, writes it"
+        case Phase.OVER:
+            return f"{how}; all of the run is written"
+
+
+def _leave(status: int) -> None:
+    raise SystemExit(status)
+
+
 class Signals:
-    """The first signal asks for a checkpoint and a stop. The second one ends the program at once."""
+    """Hears the signals of one command."""
 
     def __init__(self) -> None:
         self._number, self._at = 0, 0.0
+        self._phase, self._came_in = Phase.SETTING_UP, Phase.SETTING_UP
+        self._leave: Callable[[int], None] = _leave
         self._alarm: SimpleQueue[None] = SimpleQueue()  # not a threading.Event: a signal handler may find its lock taken
 
     @property
     def number(self) -> int:
-        """Number of the signal that came; 0: none."""
+        """Number of the first signal that came; 0: none."""
         return self._number
 
     @property
     def name(self) -> str:
-        """`SIGINT` or `SIGTERM`; "" if none came."""
+        """`SIGINT`, `SIGTERM` or `SIGHUP`; "" if none came."""
         return signal.Signals(self._number).name if self._number else ""
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @property
+    def cuts_short(self) -> bool:
+        """Whether a signal came that ends the command before all is done; one that came in training asks for less."""
+        return bool(self._number) and (self._came_in in INTERRUPTIBLE or self._came_in is Phase.ENDING)
+
+    def enter(self, phase: Phase) -> None:
+        """The command is in this phase from now on. KeyboardInterrupt if a signal came while the end was written down and what follows can
+        be left out, or if one raised it before and something swallowed it."""
+        self._phase = phase
+        if self.cuts_short and phase is not Phase.OVER:
+            raise KeyboardInterrupt
 
     def new_alarm(self) -> "SimpleQueue[None]":
         """A new queue that signals and `wake` put an item into from now on. Make it before checking what may have happened already."""
@@ -48,20 +118,42 @@ class Signals:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Handle both signals here inside the context."""
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Handle the signals here inside the context. Only in the main thread."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._hear) for number in numbers}
         try:
             yield
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
 
+    @contextmanager
+    def leaving_by(self, leave: Callable[[int], None]) -> Iterator[None]:
+        """Inside the context a second signal calls `leave(status)`; outside it raises SystemExit."""
+        before, self._leave = self._leave, leave
+        try:
+            yield
+        finally:
+            self._leave = before
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._number and now - self._at < SAME_SIGNAL_SECONDS:
             return  # `timeout` and some schedulers send the same signal to the process and to its group
         if self._number:
-            complain("stopped at once; the same command goes on from the newest saved checkpoint")
-            raise SystemExit(128 + number)
-        self._number, self._at = number, now
+            tell(farewell(self._phase, signal.Signals(number).name, at_once=True))
+            self._leave(128 + number)
+        self._number, self._at, self._came_in = number, now, self._phase
         self.wake()
+        if self._phase in INTERRUPTIBLE:
+            raise KeyboardInterrupt
+
+
+def tell(sentence: str) -> None:
+    """Write a line to standard error from a signal handler or from a thread when the process is about to end: past Python's buffers, which
+    the interrupted code may hold, and with the cursor, which a progress line hides."""
+    with suppress(OSError):
+        cursor = "\x1b[?25h" if os.isatty(2) else ""
+        os.write(2, f"{cursor}{sentence}\n".encode(errors="replace"))

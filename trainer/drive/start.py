@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cluster.belongings import belongings
 from cluster.exporter import serve_discovery
 from cluster.journal import Journal
 from cluster.redact import redact
-from cluster.storage import join_uri, open_storage
+from cluster.storage import open_storage
 from cluster.store import Commit, Store
 from cluster.zygote import Zygote
 from dataio.manifest import image_size_of
@@ -41,7 +42,9 @@ from trainer.drive.identity import (
     resolved,
 )
 from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes
+from trainer.drive.signals import Phase, Signals, tell
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
+from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.identity import weights_sha256
 from trainer.settings.rules import worker_count
@@ -54,29 +57,39 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def run(asked: Asked, console: Console) -> int:
+def run(asked: Asked, console: Console, signals: Signals) -> int:
     """Do one run from its data to its report. Returns the exit status."""
     zygote_name = uuid.uuid4().hex
-    with _zygote(zygote_name) as zygote:
+    with belongings() as ours, signals.leaving_by(ours.end_at_once), _zygote(zygote_name) as zygote:
         from cluster.demand import wait_for_hardware
-        from cluster.launch import plan_resources, ray_cluster
+        from cluster.launch import plan_resources
+        from cluster.ray_cluster import ray_cluster
         from trainer.drive.drive import Drive
         from trainer.drive.session import open_session
 
+        signals.enter(Phase.PREPARING_DATA)
         data = with_data(asked, console)
+        signals.enter(Phase.SETTING_UP)
         placed, checked = None, None
         if (workers := workers_known(asked)) is not None:
             placed = place(data, workers)
             if placed.found.has_finished:
-                return show_finished(placed, console)
+                return show_finished(placed, console, signals)
             checked = check_before_cluster(placed, zygote)
         console.print(f"joining the Ray cluster at {asked.address}" if asked.address else "starting a local Ray")
+
+        def end_without_ray(name: str) -> None:
+            tell(f"error: the {name} of this run's Ray died, and its workers with it; the same command goes on from the newest checkpoint")
+            ours.end_at_once(1)
+
         with ray_cluster(
             asked.config.cluster,
             project=PROJECT,
             address=asked.address,
             in_job=asked.environment.in_job,
             cpus=asked.environment.cpus,
+            folder=ours.folder,
+            on_lost=end_without_ray,
             verbose=asked.environment.is_verbose,
         ) as hardware:
             workers_asked, cluster = asked.config.workers, asked.config.cluster
@@ -85,17 +98,19 @@ def run(asked: Asked, console: Console) -> int:
             if placed is None or placed.is_outdated(resources.most):
                 placed = place(data, resources.most)
                 if placed.found.has_finished:
-                    return show_finished(placed, console)
+                    return show_finished(placed, console, signals)
+            if placed.found.saved is not None:
+                signals.enter(Phase.RESUMING)
             decided = decide(placed, hardware, resources, zygote, checked, console)
             begun = begin(decided, asked.environment, console)
-            return Drive(open_session(decided, begun, zygote=zygote_name, console=console), begun.start).go()
+            return Drive(open_session(decided, begun, zygote=zygote_name, console=console), begun.start, signals).go()
 
 
 @contextmanager
 def _zygote(name: str) -> Iterator[Zygote]:
     """A zygote that imports what the ranks need while this process imports and starts Ray. This saves two seconds, and the ranks of this
     node share its memory."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a signal to the process or control group is for the driver
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})  # one to the whole group is for the driver
     try:
         zygote = Zygote(RANK_MODULES, name=name)
     finally:
@@ -185,14 +200,20 @@ def check_folder_and_ports(placed: Placed) -> None:
     serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()  # the coordinator will serve on this node
 
 
-def show_finished(placed: Placed, console: Console) -> int:
-    """Print the results of a run that has already finished. ValueError if the command asks for something else."""
+def show_finished(placed: Placed, console: Console, signals: Signals) -> int:
+    """Print the results of a run that has already finished, and write what a killed command left out. ValueError if the command asks for
+    something else."""
+    from trainer.drive.ending import complete
+
     config, summary = placed.config, placed.found.summary
     assert summary is not None
     check_may_show(config, summary, placed.data.fingerprint)
-    folder = join_uri(config.storage, config.run)
+    signals.enter(Phase.REPORTING)
     console.print(f"run {config.run} has finished already; --run NAME starts another")
-    console.print(final_table(summary, report=join_uri(folder, "report.html"), predict=predict_command(folder)), soft_wrap=True)
+    folder = RunFolder(storage=placed.data.storage, name=config.run)
+    report = complete(folder, summary, placed.data.dataset, console)
+    console.print(final_table(summary, report=report, predict=predict_command(folder.location)), soft_wrap=True)
+    signals.enter(Phase.OVER)
     return 0
 
 

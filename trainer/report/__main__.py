@@ -8,9 +8,10 @@ from typing import Annotated
 
 import tyro
 
+from dataio.terminal import prepare_output
 from trainer.report.compare import render_comparison
 from trainer.report.files import read_files
-from trainer.report.sections import REPORT_FILE, render
+from trainer.report.sections import Report, make_report
 from trainer.runs.folder import find_run
 from trainer.settings.cli import fail
 from trainer.settings.say import say
@@ -41,12 +42,17 @@ def main(argv: Sequence[str]) -> int:
         else:
             if arguments.out:
                 raise ValueError(f"--out {arguments.out} goes with --compare; the report of one run is in its own folder")
-            folder = find_run(arguments.run, arguments.storage)
-            written = folder.write(REPORT_FILE, render(read_files(folder)).encode())
+            written = _tell(make_report(find_run(arguments.run, arguments.storage)))
     except (ValueError, OSError) as error:
         fail(str(error))
     say(written)
     return 0
+
+
+def _tell(report: Report) -> str:
+    for problem in report.problems:
+        print(f"warning: not shown: {problem}", file=sys.stderr)
+    return report.location
 
 
 def _compare(arguments: Arguments) -> str:
@@ -54,9 +60,11 @@ def _compare(arguments: Arguments) -> str:
         raise ValueError(f"--compare takes two runs; {arguments.run} is one more")
     first, second = (find_run(run, arguments.storage) for run in arguments.compare)
     out = Path(arguments.out or f"compare-{first.name}-{second.name}.html")
-    out.write_text(render_comparison(read_files(first, pictures=False), read_files(second, pictures=False)), encoding="utf-8")
+    html = render_comparison(read_files(first, pictures=False), read_files(second, pictures=False))
+    out.write_bytes(html.encode(errors="replace"))
     return str(out)
 
 
 if __name__ == "__main__":
+    prepare_output()
     sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.journal import read_journal
@@ -72,7 +71,7 @@ def read_files(folder: RunFolder, dataset: Dataset | None = None, *, pictures: b
             if dataset is None:
                 dataset = find_dataset(from_toml(text, origin=f"{folder.location}/config.toml").data, predictions.about.dataset_fingerprint)
             thumbnails = look_up(predictions, dataset, len(confusion_of(summary)))
-        except (ValueError, OSError, ImportError) as error:
+        except Exception as error:  # the data set may be gone, or hold what no library expects
             no_thumbnails = f"There are no images here: {error}."
     return RunFiles(
         location=folder.location,
@@ -111,7 +110,7 @@ def _curves(folder: RunFolder, missing: list[str]) -> Mapping[str, Values]:
     try:
         table = pq.read_table(io.BytesIO(data))
         return {name: table[name].to_numpy().astype(np.float64) for name in table.column_names}
-    except (pa.ArrowException, ValueError) as error:
+    except Exception as error:
         missing.append(f"curves.parquet cannot be read: {error}.")
         return {}
 
@@ -136,8 +135,8 @@ def _predictions(folder: RunFolder, summary: Mapping[str, Any]) -> tuple[Predict
     try:
         found = Predictions.from_parquet(data)
         problem = next(_problems(found, summary), "")
-    except ValueError as error:
-        problem = str(error)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
     return (None, f"{PREDICTIONS_FILE} is not used: {problem}.") if problem else (found, "")
 
 

@@ -1,5 +1,5 @@
 """Makes `report.html` from a run's folder: the result, where the time went, what failed. Called by the driver at a run's end
-(`write_report`) and by `python -m trainer.report RUN` at any time: for a run that was stopped or still runs, it shows what is there.
+(`make_report`) and by `python -m trainer.report RUN` at any time: for a run that was stopped or still runs, it shows what is there.
 
 This file sets the page's order and makes the parts that are a table or two. timeline.py shows the run in time and its ranks, curves.py the
 curves, the task's panels the model's answers. page.py has the building blocks, and explains why text from the data cannot do harm.
@@ -8,17 +8,18 @@ curves, the task's panels the model's answers. page.py has the building blocks, 
 import datetime
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from dataio.parquet import Dataset
 from trainer.report.curves import curves_section
 from trainer.report.files import Event, RunFiles, began, last, read_files
-from trainer.report.page import NOTHING, Html, number_or_none, page, section, short, table, tag
+from trainer.report.page import NOTHING, Html, join, number_or_none, page, section, short, table, tag
 from trainer.report.panels import panels_of
 from trainer.report.timeline import colour, ranks_section, timeline_section
 from trainer.report.verdict import verdict
 from trainer.runs.events import is_told_whole, is_unusual, plainly, words_of
-from trainer.runs.folder import find_run
+from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.measures import capital, one_of
 from trainer.runs.progress import CAUSES, summary_rows, time_split
 from trainer.settings.units import duration, flops, number, percent, size
@@ -28,31 +29,71 @@ SHOWN_QUARANTINED = 100
 SHOWN_FAILURES = 200
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """A report that was written."""
+
+    location: str
+    """Its path or URI."""
+    problems: Sequence[str]
+    """What could not be shown, and why."""
+
+
 def write_report(location: str, dataset: Dataset | None = None) -> str:
     """Writes report.html into the run's folder (a path or URI); returns the report's path or URI. ValueError if there is no run.
     `dataset` is the run's data set if the caller has it open; otherwise it is opened where the run had it."""
-    folder = find_run(location if "/" in location else f"./{location}")
-    return folder.write(REPORT_FILE, render(read_files(folder, dataset)).encode())
+    return make_report(find_run(location if "/" in location else f"./{location}"), dataset).location
+
+
+def make_report(folder: RunFolder, dataset: Dataset | None = None) -> Report:
+    """Writes report.html into a run's folder."""
+    html, problems = rendered(read_files(folder, dataset))
+    # A name from the data need not be valid Unicode.
+    return Report(location=folder.write(REPORT_FILE, html.encode(errors="replace")), problems=problems)
 
 
 def render(run: RunFiles) -> str:
     """The whole page as HTML."""
+    return rendered(run)[0]
+
+
+def rendered(run: RunFiles) -> tuple[str, list[str]]:
+    """The whole page as HTML, and what could not be shown on it. A part that fails costs itself only: anyone may have written the files of
+    a run, and a report is wanted most when something is wrong."""
+    problems: list[str] = []
+
+    def part(title: str, make: Callable[[], Html]) -> Html:
+        try:
+            return make()
+        except Exception as error:
+            problems.append(f"{title}: {short(f'{type(error).__name__}: {error}', 200)}")
+            return section(title, tag("p", f"This could not be shown ({problems[-1]}).", class_="soft"))
+
+    def panels() -> Html:
+        made, failed = panels_of(run)
+        problems.extend(failed)
+        return join(made)
+
+    parts = [
+        part("Verdict", lambda: _headed(run)),
+        part("Missing", lambda: _notes(run)),
+        part("Key numbers", lambda: _numbers(run)),
+        part("Curves", lambda: curves_section(run)),
+        part("Evaluation", panels),
+        part("Timeline", lambda: timeline_section(run.events)),
+        part("Where the time went", lambda: _times(run)),
+        part("Ranks", lambda: ranks_section(run.summary, run.events, run.info.unit)),
+        part("Where a step's time goes", lambda: _profile(run)),
+        part("Failures", lambda: _failures(run)),
+        part("Quarantine", lambda: _quarantine(run)),
+        part("Reproduce", lambda: _settings(run)),
+    ]
+    return page(f"{run.name}: report", *parts), problems
+
+
+def _headed(run: RunFiles) -> Html:
     mood, sentence = verdict(run)
-    return page(
-        f"{run.name}: report",
-        tag("header", tag("p", "Run"), tag("h1", run.name), tag("p", sentence, class_=f"verdict {mood}")),
-        _notes(run),
-        _numbers(run),
-        curves_section(run),
-        *panels_of(run),
-        timeline_section(run.events),
-        _times(run),
-        ranks_section(run.summary, run.events, run.info.unit),
-        _profile(run),
-        _failures(run),
-        _quarantine(run),
-        _settings(run),
-    )
+    return tag("header", tag("p", "Run"), tag("h1", run.name), tag("p", sentence, class_=f"verdict {mood}"))
 
 
 def _notes(run: RunFiles) -> Html:

@@ -166,14 +166,26 @@ def _read(split: Split, found: Predictions, rows: Sequence[int]) -> tuple[dict[i
 
 def thumbnail(encoded: bytes) -> str | None:
     """An image of at most SIDE pixels a side, as a data: URI; None if it cannot be decoded. It is always encoded again, so no byte of the
-    data set gets into the page unchanged."""
+    data set gets into the page unchanged. Never raises: Pillow meets broken files with exceptions of a dozen kinds."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as opened:
-            opened.draft("RGB", (2 * SIDE, 2 * SIDE))
-            small = ImageOps.exif_transpose(opened).convert("RGB")
-            small.thumbnail((SIDE, SIDE))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return _as_uri(_small(encoded))
+    except Exception:
         return None
+
+
+def _small(encoded: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as opened:
+        opened.draft("RGB", (2 * SIDE, 2 * SIDE))
+        try:
+            upright = ImageOps.exif_transpose(opened)
+        except Exception:  # the tags are broken, the pixels need not be
+            upright = opened
+        small = upright.convert("RGB")
+        small.thumbnail((SIDE, SIDE))
+        return small
+
+
+def _as_uri(small: Image.Image) -> str:
     pixels = np.asarray(small)
     # From the pixels alone, because Pillow copies a file's comments and tags.
     small = Image.fromarray(pixels[..., 0] if (pixels == pixels[..., :1]).all() else pixels)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from cluster.storage import open_storage
 from cluster.text import shown as on_one_line
+from dataio.terminal import prepare_output
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.measures import shown
 from trainer.runs.status import RunStatus, moment, run_folders, statuses
@@ -232,4 +233,5 @@ def cut(text: str, width: int | None) -> str:
 
 
 if __name__ == "__main__":
+    prepare_output()
     sys.exit(main(sys.argv[1:]))

@@ -164,6 +164,8 @@ KINDS: Mapping[str, Kind] = {
     "run_taken_over": Kind(words=lambda event: f"taken over by {event.get('by')}"),
     "run_finished": Kind(words=lambda event: f"finished after {number(event.get('steps'))} steps", is_unusual=False),
     "run_stopped": Kind(words=_run_stopped),
+    "report_failed": Kind(words=lambda event: f"the report could not be written: {_message(event)}"),
+    "report_incomplete": Kind(words=lambda event: f"left out of the report: {first_line('; '.join(event['problems']))}"),
     "run_failed": Kind(words=lambda event: f"failed ({event.get('kind')}): {_message(event)}"),
     "account": Kind(is_followed=False, is_unusual=False),
 }

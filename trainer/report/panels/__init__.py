@@ -21,17 +21,17 @@ PANELS: Mapping[str, Panel] = {
 }
 
 
-def panels_of(run: RunFiles) -> list[Html]:
-    """The panels that the run's task names, in its order, with a note on each that is unknown or failed. Never raises, because an error
-    would cost the rest of the page. If none of a task's panels exists, the table of its measures is shown."""
+def panels_of(run: RunFiles) -> tuple[list[Html], list[str]]:
+    """The panels that the run's task names, in its order, with a note on each that is unknown or failed; and the notes. Never raises,
+    because an error would cost the rest of the page. If none of a task's panels exists, the table of its measures is shown."""
     unknown = [name for name in run.info.panels if name not in PANELS]
     notes = [f"The task names the panel {short(name, 80)}, which this report does not have." for name in unknown]
     made = []
     for name in [name for name in run.info.panels if name in PANELS] or ["measures"]:
         try:
             made.append(PANELS[name](run))
-        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # anyone may have written the summary
+        except Exception as error:  # anyone may have written the summary
             notes.append(f"The panel {name} could not be made of what the evaluation wrote: {short(error, 200)}.")
     if notes:
         made.append(section("Not shown", tag("ul", *(tag("li", note) for note in notes), class_="notes")))
-    return made
+    return made, notes

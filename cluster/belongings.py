@@ -1,0 +1,145 @@
+"""What a driver has on this machine besides its run's storage: a temporary folder and the processes it starts. Both go when the driver
+does, however it ends. Called by trainer/drive/start.py; ray_cluster.py puts Ray into the folder.
+
+At an orderly end the driver removes both itself. If the driver is killed, reaper.py does, a process that was started first.
+leftovers.py says which processes are meant.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from cluster.leftovers import FOLDER_VARIABLE, end_all
+from cluster.machine import raise_open_files
+from cluster.owned_folder import OwnedFolder, create, remove_abandoned
+from cluster.reaper import TOLD
+
+PREFIX = "finetune-ray-"
+# Ray's sockets, <folder>/session_2026-11-28_17-33-33_123456_<pid>/sockets/plasma_store, may have 107 bytes.
+_SOCKET_BYTES = 107
+_BELOW_FOLDER = len("/session_2026-11-28_17-33-33_123456_4194304/sockets/plasma_store")
+_RANDOM_BYTES = 9  # mkdtemp's letters and a dash
+_LEAST_FREE_BYTES = 64 << 20
+_PROJECT = str(Path(__file__).resolve().parents[1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Belongings:
+    """The folder, and the process that guards it."""
+
+    folder: str
+    reaper: "subprocess.Popen[bytes]"
+
+    def end_at_once(self, status: int) -> NoReturn:
+        """End this process now, without any clean-up of its own: the reaper does that a moment later. The user was told why."""
+        assert self.reaper.stdin is not None
+        with contextlib.suppress(OSError):  # somebody has killed it
+            os.write(self.reaper.stdin.fileno(), TOLD)
+        os._exit(status)
+
+
+@contextlib.contextmanager
+def belongings(candidates: Sequence[str] | None = None) -> Iterator[Belongings]:
+    """Make a folder for this driver and start its reaper; at the end, kill the processes that belong to it and remove it. All processes
+    started inside inherit FOLDER_VARIABLE. ValueError if no folder can be used; `candidates` are the places to try."""
+    raise_open_files()
+    folder = temp_folder(temp_places() if candidates is None else candidates)
+    before = os.environ.get(FOLDER_VARIABLE)
+    reaper = None
+    try:
+        reaper = _start_reaper(folder.path)
+        os.environ[FOLDER_VARIABLE] = folder.path
+        yield Belongings(folder=folder.path, reaper=reaper)
+    finally:
+        _restore(before)
+        end_all(folder.path, apart_from=() if reaper is None else (reaper.pid,))
+        folder.remove()
+        if reaper is not None:
+            reaper.kill()
+            reaper.communicate()
+
+
+def _start_reaper(folder: str) -> "subprocess.Popen[bytes]":
+    """Its environment does not name the folder, so it does not belong to the run. A group of its own: it outlives a killed group."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # which it inherits
+    try:
+        reaper = subprocess.Popen(
+            [sys.executable, "-S", "-m", "cluster.reaper"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={"PYTHONPATH": _PROJECT, "PYTHONDONTWRITEBYTECODE": "1"},
+            process_group=0,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    assert reaper.stdin is not None
+    reaper.stdin.write(json.dumps({"driver": os.getpid(), "folder": folder}).encode() + b"\n")
+    reaper.stdin.flush()
+    return reaper
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(FOLDER_VARIABLE, None)
+    else:
+        os.environ[FOLDER_VARIABLE] = before
+
+
+# Limits of this machine that would end a run later, in worse words
+
+
+def temp_places() -> list[str]:
+    """Where the folder may be, the preferred place first."""
+    private = os.environ.get("XDG_RUNTIME_DIR", "")
+    return list(dict.fromkeys([_preferred(), *filter(os.path.isabs, [private]), "/tmp", "/dev/shm", "/var/tmp"]))
+
+
+def _preferred() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # none that can be written to, or full
+        return os.environ.get("TMPDIR", "/tmp")
+
+
+def temp_folder(places: Sequence[str]) -> OwnedFolder:
+    """A new folder in the first of `places` that can be used. Removes what dead drivers left there. ValueError if there is none."""
+    problems = []
+    for place in places:
+        if problem := _problem_of(place):
+            problems.append(problem)
+            continue
+        remove_abandoned(f"{glob.escape(place)}/{PREFIX}*")
+        try:
+            return create(f"{PREFIX}{os.getpid()}-", place)
+        except OSError as error:
+            problems.append(f"{place} cannot be used ({error.strerror})")
+    raise ValueError(
+        f"there is no temporary folder for Ray: {'; '.join(problems)}; export TMPDIR=FOLDER, a short path on a disk of this machine "
+        f"where {_LEAST_FREE_BYTES >> 20} MiB are free"
+    )
+
+
+def _problem_of(place: str) -> str:
+    most = longest_place()
+    if len(os.fsencode(place)) > most:
+        return f"{place} is too long (Ray's sockets below it may have {_SOCKET_BYTES} bytes, which leaves {most} for it)"
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return f"{place} cannot be used ({error.strerror})"
+    return f"{place} has only {free >> 20} MiB free" if free < _LEAST_FREE_BYTES else ""
+
+
+def longest_place() -> int:
+    """The most bytes that the path of a place for the folder may have."""
+    return _SOCKET_BYTES - _BELOW_FOLDER - len(f"/{PREFIX}{os.getpid()}") - _RANDOM_BYTES

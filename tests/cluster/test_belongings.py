@@ -1,0 +1,176 @@
+"""Whatever ends a driver, nothing of it stays on the machine: no process and no folder. Real processes, no Ray."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cluster import belongings as module
+from cluster.belongings import PREFIX, belongings, longest_place, raise_open_files, temp_folder
+from cluster.leftovers import FOLDER_VARIABLE, end_all, kill, processes_of
+
+PROJECT = Path(__file__).resolve().parents[2]
+# A driver with a child in its own session, and one whose parent is gone; both outlive an ordinary end.
+DRIVER = """
+import os, subprocess, sys, time
+from cluster.belongings import belongings
+with belongings([sys.argv[1]]) as ours:
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    subprocess.run(["sh", "-c", "sleep 600 >/dev/null & "])
+    open(ours.folder + "/file", "w").close()
+    print(ours.folder, ours.reaper.pid, flush=True)
+    END
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder with a name short enough for Ray's sockets, which pytest's own is not."""
+    place = Path(f"/tmp/e{os.getpid() % 10_000}")
+    place.mkdir(mode=0o700)
+    yield place
+    shutil.rmtree(place)
+
+
+def driver(place: Path, end: str) -> "tuple[subprocess.Popen[str], str, int]":
+    """A driver that does `end` last. Returns it, its folder and its reaper."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER.replace("END", end), str(place)],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    folder, reaper = process.stdout.readline().split()
+    return process, folder, int(reaper)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_driver_leaves_nothing_and_that_is_said(place: Path, number: signal.Signals) -> None:
+    process, folder, reaper = driver(place, "time.sleep(600)")
+    assert len(processes_of(folder, apart_from=(process.pid,))) == 2
+    for stopping in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the reaper hears none of them, and is not in the driver's group
+        os.kill(reaper, stopping)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=20)  # the reaper holds this end until it is done
+    assert process.returncode == -number
+    assert list(place.iterdir()) == []
+    assert processes_of(folder) == set()
+    assert f"the driver (process {process.pid}) was killed; what it had started is ended, and the same command goes on" in said
+
+
+@pytest.mark.parametrize("end", ["pass", "sys.exit(3)", "raise KeyboardInterrupt", "os.kill(ours.reaper.pid, 9)"])
+def test_an_orderly_end_is_complete_when_the_driver_has_ended(place: Path, end: str) -> None:
+    process, folder, reaper = driver(place, end)
+    process.communicate(timeout=20)
+    assert list(place.iterdir()) == []
+    assert processes_of(folder) == set()
+    assert not Path(f"/proc/{reaper}").exists()
+
+
+def test_an_end_at_once_leaves_the_rest_to_the_reaper_which_says_nothing_more(place: Path) -> None:
+    process, folder, _ = driver(place, "ours.end_at_once(7)")
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (7, "")
+    assert list(place.iterdir()) == []
+    assert processes_of(folder) == set()
+
+
+def test_what_belongs_to_a_run_is_found_whoever_its_parent_is_and_nothing_else_is(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run-1")
+    os.mkdir(folder)
+    log = f"{folder}/log"
+    Path(log).write_text("")
+    wait = "import sys, time; print('here', flush=True); time.sleep(600)"
+    marked = {**os.environ, FOLDER_VARIABLE: folder}
+    titled = f"file = open({log!r}); {wait}"
+
+    def start(*command: str, environment: dict[str, str] | None = None, executable: str | None = None) -> "subprocess.Popen[str]":
+        return subprocess.Popen(command, env=environment, executable=executable, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    theirs = [
+        start(sys.executable, "-c", wait, environment=marked),
+        start(sys.executable, "-c", wait, f"--temp-dir={folder}/session"),  # as Ray names it
+        start("ray::Agent", "-c", titled, environment={}, executable=sys.executable),  # as Ray's agents are after they took their titles
+        start(sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {wait!r}], env={{}})", folder),
+    ]
+    others = [
+        start(sys.executable, "-c", wait),
+        start(sys.executable, "-c", wait, environment={**os.environ, FOLDER_VARIABLE: f"{folder}2"}),
+        start(sys.executable, "-c", wait, f"{folder}2/session"),
+        start("sh", "-c", f"echo here; exec tail -f {log}"),  # somebody reads the log
+    ]
+    try:
+        for process in (*theirs, *others):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "here\n"
+        found = processes_of(folder)
+        assert len(found) == 5  # the last has a child
+        assert {process.pid for process in theirs} < {process.pid for process in found}
+        kill([replace(process, start_ticks=process.start_ticks + 1) for process in found])  # others that have their ids now
+        assert processes_of(folder) == found
+        assert processes_of(folder, apart_from=[theirs[0].pid]) == {process for process in found if process.pid != theirs[0].pid}
+        assert end_all(folder) == set()
+        assert [process.wait(10) for process in theirs] == [-signal.SIGKILL] * 4
+        assert [process.poll() for process in others] == [None] * 4
+    finally:
+        for process in (*theirs, *others):
+            process.kill()
+            process.communicate()
+
+
+def test_a_temporary_folder_too_long_for_rays_sockets_or_full_is_passed_over(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / "a-temporary-folder-of-a-batch-job"
+    long.mkdir()
+    assert len(str(long)) > longest_place() >= len(str(place))
+    with belongings([str(long), str(place)]) as ours:
+        assert Path(ours.folder).parent == place
+        assert len(f"{ours.folder}/session_2026-11-28_17-33-33_123456_{os.getpid()}/sockets/plasma_store") <= 107
+        assert os.environ[FOLDER_VARIABLE] == ours.folder
+    assert FOLDER_VARIABLE not in os.environ
+    said = rf"{long} is too long \(Ray's sockets .* 107 bytes.*; /nowhere cannot be used .*export TMPDIR="
+    with pytest.raises(ValueError, match=said):
+        temp_folder([str(long), "/nowhere"])
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: SimpleNamespace(free=3 << 20))
+    with pytest.raises(ValueError, match=rf"{place} has only 3 MiB free; export TMPDIR=FOLDER, .* where 64 MiB are free"):
+        temp_folder([str(place)])
+
+
+def test_the_folder_of_a_dead_driver_is_removed_by_the_next_one_though_its_reaper_was_killed_too(place: Path) -> None:
+    process, folder, reaper = driver(place, "time.sleep(600)")
+    os.kill(reaper, signal.SIGKILL)
+    process.kill()
+    assert end_all(folder) == set()
+    process.communicate(timeout=20)
+    assert Path(folder).exists()
+    temp_folder([str(place)]).remove()
+    assert list(place.glob(f"{PREFIX}*")) == []
+
+
+def test_as_many_files_may_be_open_as_the_machine_allows_and_too_few_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, set_to = (256, 4096), []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, to: set_to.append(to))
+    raise_open_files()
+    limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    raise_open_files()
+    limits = (256, resource.RLIM_INFINITY)
+    raise_open_files()
+    assert set_to == [(4096, 4096), (65536, resource.RLIM_INFINITY)]
+    limits = (256, 512)
+    with pytest.raises(
+        ValueError, match=r"may open 512 files \(ulimit -Hn\), and Ray needs at least 1024; raise it with `ulimit -n 65536`"
+    ):
+        raise_open_files()
