@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from cluster.checkpointer import OUTAGE_PATIENCE_SECONDS, Buffers, Checkpointer, Files
+from cluster.failures import CheckpointNotSaved
 from cluster.interval import AUTO, IntervalChooser, SharedInterval
 from cluster.spill import Spill
 from cluster.storage import StorageOutage
@@ -105,13 +106,15 @@ class Saver:
             world_size=me.world_size,
             device=me.device,
         )
+        self._refusals: dict[int, OSError] = {}
+        """Step -> why this rank could not stage its part."""
         cluster, spec = me.config.cluster, me.spec
         is_local = store.storage.is_local
         self._checkpointer = Checkpointer(
             stage=self._stage,
             ack=lambda step, receipts, meta: me.call("ack", spec.attempt, me.rank, step, receipts, meta),
             on_staged=self._staged,
-            on_failed=lambda step, error: me.call("fail_checkpoint", spec.attempt, me.rank, step, str(error)),
+            on_failed=self._failed,
             on_event=lambda event, fields: me.call("event", event, attempt=spec.attempt, rank=me.rank, **fields),
             spill=None if is_local else Spill(cluster.spill_dir, me.config.run, spec.generation, me.rank, store.storage),
         )
@@ -155,8 +158,8 @@ class Saver:
         self._interval.saved(step)
 
     def wait_until_saved(self, steps_done: int) -> None:
-        """Wait until the last checkpoint is committed, through an outage of the storage for at most OUTAGE_PATIENCE_SECONDS. OSError if it
-        cannot be saved."""
+        """Wait until the last checkpoint is committed, through an outage of the storage for at most OUTAGE_PATIENCE_SECONDS.
+        CheckpointNotSaved if it cannot be saved."""
         heartbeat, call = self._me.heartbeat, self._me.call
         heartbeat.tick("checkpoint")
         end = time.monotonic() + OUTAGE_PATIENCE_SECONDS
@@ -173,13 +176,18 @@ class Saver:
             status = call("status")
             if steps_done in status.checkpoints.failed_steps or time.monotonic() > end:
                 why = status.checkpoints.problem or "no answer"
-                raise OSError(f"the last checkpoint, of step {steps_done}, could not be saved: {why}")
+                message = f"the last checkpoint, of step {steps_done}, could not be saved: {why}"
+                raise CheckpointNotSaved(message, self._refusals.get(steps_done))
 
     def close(self) -> None:
         self._checkpointer.close()
 
     def _stage(self, step: int, name: str, buffers: Buffers) -> Receipt:
         return self._store.stage(step, self._me.spec.generation, name, buffers, give_up=self._checkpointer.hurried)
+
+    def _failed(self, step: int, error: OSError) -> None:
+        self._refusals = {step: error}
+        self._me.call("fail_checkpoint", self._me.spec.attempt, self._me.rank, step, str(error))
 
     def _staged(self, step: int, seconds: float, size_bytes: int) -> None:
         self._me.metrics.observe("checkpoint_stage_seconds", seconds)

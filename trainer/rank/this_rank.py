@@ -18,8 +18,6 @@ from cluster.roster import RankInfo
 from trainer.settings.spec import WorkerSpec
 from trainer.settings.tree import RunConfig
 
-GROUP_TIMEOUT_SECONDS = 300.0
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ThisRank:
@@ -66,7 +64,7 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
         start_step=spec.resume.step if spec.resume else 0,
     )
     if context.world_size > 1:
-        context.join_group(GROUP_TIMEOUT_SECONDS)
+        context.join_group(config.cluster.start_seconds)  # the driver ends an attempt that takes longer to start
     return ThisRank(
         spec=spec,
         rank=rank,
