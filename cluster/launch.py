@@ -25,7 +25,7 @@ from cluster.agent import RankEnd, agent_main
 from cluster.backend import AgentsOnly
 from cluster.config import ClusterConfig
 from cluster.coordinator import CoordinatorActor
-from cluster.failures import Failure, classify, described, exit_failure, root_cause
+from cluster.failures import Failure, classify, described, exit_failure, root_cause, unwrapped
 from cluster.leftovers import FOLDER_VARIABLE
 from cluster.zygote import ZYGOTE_LOST
 
@@ -323,7 +323,7 @@ def failure_of(error: BaseException) -> Failure:
     if by_rank:
         traces = _traces(str(error))
         return root_cause([_failure_of_one(one, rank, traces.get(rank, "")) for rank, one in sorted(by_rank.items())])
-    return _failure_of_one(getattr(error, "controller_failure", error), None, "")
+    return _failure_of_one(error, None, "")
 
 
 def _traces(text: str) -> dict[int, str]:
@@ -338,9 +338,5 @@ def _traces(text: str) -> dict[int, str]:
 
 
 def _failure_of_one(error: BaseException, rank: int | None, trace: str) -> Failure:
-    cause: BaseException = getattr(error, "_base_exc", error)
-    trace = trace or str(getattr(error, "_traceback_str", ""))
-    if isinstance(cause, ray.exceptions.RayTaskError):
-        trace = trace or str(cause)
-        cause = cause.cause or cause
-    return replace(classify(described(cause), rank), traceback=trace)
+    cause, quoted = unwrapped(error)
+    return replace(classify(described(cause), rank), traceback=trace or quoted)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
-from cluster.names import PREFIX
+from cluster.names import KINDS, PREFIX
 from cluster.text import shown
 
 LABELS = ("run", "rank", "attempt")
@@ -23,8 +23,7 @@ MOST_MEASURES = 64
 """Largest number of measures of a task."""
 OTHER = "other"
 """Label value for everything that a row does not list."""
-FAILURE_KINDS = ("infrastructure", "preempted", "hang", "numbers", "data", "user", OTHER)
-"""From cluster.failures.Kind."""
+FAILURE_KINDS = (*KINDS, OTHER)
 RESTART_KINDS = ("infrastructure", "preempted", "hang", "numbers", "grow", OTHER)
 """Reasons for ending an attempt that another one follows: a failure, a node's notice (preempted), room for more workers (grow)."""
 REASONS = (

@@ -25,10 +25,14 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cluster.failures import RankError, described
+from cluster.failures import Kind, RankError, classify, described, unwrapped
+from cluster.surroundings import GLOO, NCCL, check_interface, drop_foreign
 
 STACKS_SIGNAL = signal.SIGUSR1
 _SIOCGIFADDR = 0x8915
+COLLECTIVE_SECONDS = 86_400.0
+"""How long a collective waits for the slowest rank. The driver watches the ranks' beats and ends an attempt that hangs much earlier; it
+alone knows which ranks are at work, for instance at decoding their images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +109,18 @@ class AgentLost(RuntimeError):
 
 
 class CallFailed(RuntimeError):
-    """The coordinator could not be reached, or raised an exception that cannot travel."""
+    """The coordinator could not be reached, or raised an exception that cannot travel. Where its storage refuses, a retry does not help."""
+
+    failure_kind: Kind = "infrastructure"
+
+    def __init__(self, message: str, cause: BaseException | None = None) -> None:
+        super().__init__(message)
+        if cause is not None and classify(described(cause)).kind == "storage":
+            self.failure_kind = "storage"
+
+
+class GroupIncomplete(RuntimeError):
+    """Not all ranks of the attempt have come to form their group."""
 
     failure_kind = "infrastructure"
 
@@ -190,7 +205,7 @@ def _that_can_travel(error: Exception) -> Exception:
         with contextlib.suppress(Exception):
             pickle.loads(pickle.dumps(error))
             return error
-    return CallFailed(f"{type(error).__name__}: {error}")
+    return CallFailed(f"{type(error).__name__}: {error}", unwrapped(error)[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,35 +219,54 @@ class RankContext:
     files: Mapping[str, memoryview]
     call: Calls
 
-    def join_group(self, timeout_seconds: float, *, patience_seconds: float | None = None) -> None:
-        """Set up torch.distributed's default group of this attempt's ranks: NCCL if they have GPUs, else gloo. Rank 0 hosts the store, for
-        which the others wait `timeout_seconds`. `patience_seconds`: how long a rank waits for the others in a collective; None: as long."""
+    def join_group(self, join_seconds: float) -> None:
+        """Set up torch.distributed's default group of this attempt's ranks: NCCL if they have GPUs, else gloo. Rank 0 hosts the store.
+        GroupIncomplete if not all ranks have come within `join_seconds`, NoSuchInterface if a variable names a wrong network."""
         import torch
         import torch.distributed as dist
-        from torch._C._distributed_c10d import TCPStore
 
-        timeout = timedelta(seconds=timeout_seconds)
+        drop_foreign(os.environ)
+        variable = GLOO if self.place.device_index is None else NCCL
+        if named := os.environ.get(variable):
+            check_interface(variable, named)
         if self.place.device_index is not None:
             torch.cuda.set_device(self.place.device_index)
-        elif interface := interface_of(self.place.address):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        elif not named and (interface := interface_of(self.place.address)):
+            os.environ[GLOO] = interface
+        dist.init_process_group(
+            "gloo" if self.place.device_index is None else "nccl",
+            store=self._meet(join_seconds),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+        )
+
+    def _meet(self, join_seconds: float) -> Any:
+        """The group's store, once all ranks have come to it."""
+        from torch._C._distributed_c10d import TCPStore
+
+        end = time.monotonic() + join_seconds
+        timeout = timedelta(seconds=join_seconds)
         if self.rank == 0:
             store = TCPStore(self.place.address, 0, self.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
             self.call("publish", self.attempt, "store", GroupStore(address=self.place.address, port=store.port))
         else:
-            end = time.monotonic() + timeout_seconds
             while (where := self.call("lookup", self.attempt, "store")) is None:
                 if time.monotonic() > end:
-                    raise TimeoutError(f"timed out waiting {timeout_seconds:g} s for rank 0 to open the group's store")
+                    raise GroupIncomplete(f"rank 0 has not opened the group's store within {join_seconds:g} s")
                 time.sleep(0.02)
             store = TCPStore(where.address, where.port, self.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
-        dist.init_process_group(
-            "gloo" if self.place.device_index is None else "nccl",
-            store=store,
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=timedelta(seconds=timeout_seconds if patience_seconds is None else patience_seconds),
-        )
+        here = {rank: f"here/{rank}" for rank in range(self.world_size)}
+        store.set(here[self.rank], "")
+        try:
+            store.wait(list(here.values()), timedelta(seconds=max(end - time.monotonic(), 0.001)))
+        except RuntimeError as error:
+            missing = [rank for rank, key in here.items() if not store.check([key])]
+            if not missing:
+                raise
+            who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+            raise GroupIncomplete(f"{who} of {self.world_size} did not come to the group within {join_seconds:g} s") from error
+        return store
 
 
 def interface_of(address: str) -> str | None:

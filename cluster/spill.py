@@ -27,7 +27,13 @@ _FIX = "free some space there or set --cluster.spill-dir to a larger disk"
 class SpillDamaged(OSError):
     """A spilled file whose content is not what was written."""
 
-    failure_kind = "user"
+    failure_kind = "infrastructure"
+
+
+class ForeignSpillFolder(PermissionError):
+    """The folder for spilled checkpoints is another user's, or a link."""
+
+    failure_kind = "storage"
 
 
 class Spilled:
@@ -111,7 +117,7 @@ class Spill:
         os.makedirs(self._base, mode=0o700, exist_ok=True)
         found = os.lstat(self._base)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise PermissionError(f"{self._base} is not this user's own folder; remove it or give another with --cluster.spill-dir")
+            raise ForeignSpillFolder(f"{self._base} is not this user's own folder; remove it or give another with --cluster.spill-dir")
 
 
 def spill_base(setting: str) -> str:

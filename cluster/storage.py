@@ -55,13 +55,13 @@ T = TypeVar("T")
 class StorageOutage(OSError):
     """A remote storage that gave no usable answer during all retries. It may recover later."""
 
-    failure_kind = "user"
+    failure_kind = "infrastructure"
 
 
 class StorageRefused(OSError):
     """A remote storage that answered with a refusal. Retrying does not help."""
 
-    failure_kind = "user"
+    failure_kind = "storage"
 
 
 # These answer a question and are no failures: callers handle them.

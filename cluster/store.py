@@ -60,7 +60,7 @@ _FIX = "free some space, lower --cluster.keep-checkpoints or move --storage"
 class StorageFull(OSError):
     """No room for a checkpoint; existing ones are intact."""
 
-    failure_kind = "user"
+    failure_kind = "storage"
 
 
 class Fenced(RuntimeError):
@@ -72,7 +72,7 @@ class Fenced(RuntimeError):
 class CorruptCheckpoint(ValueError):
     """A committed checkpoint whose bytes differ from those committed."""
 
-    failure_kind = "user"
+    failure_kind = "infrastructure"
 
 
 class OtherFormat(ValueError):
@@ -85,6 +85,12 @@ class NoValidCheckpoint(RuntimeError):
     """The run has checkpoints but none can be trusted. Starting from zero instead would lose them silently."""
 
     failure_kind = "user"
+
+
+class StagedFileLost(OSError):
+    """A file that a rank staged is not where the commit looks for it."""
+
+    failure_kind = "infrastructure"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -608,12 +614,12 @@ def _check_name(name: str) -> None:
 
 
 def _check_staged(entries: Iterable[Entry], receipts: Sequence[Receipt], where: str) -> list[str]:
-    """Check that every file with a receipt exists in its size (OSError); returns the other files, left by attempts that died."""
+    """Check that every file with a receipt exists in its size (StagedFileLost); returns the other files, left by attempts that died."""
     sizes = {entry.name: entry.size_bytes for entry in entries if not entry.is_dir}
     for receipt in receipts:
         if sizes.get(receipt.name) != receipt.size_bytes:
             found = f"{sizes[receipt.name]} bytes" if receipt.name in sizes else "nothing"
-            raise OSError(
+            raise StagedFileLost(
                 f"{where}/{receipt.name}: {receipt.size_bytes} bytes were staged and {found} is there; is the storage shared by all nodes?"
             )
     return sorted(set(sizes) - {receipt.name for receipt in receipts})

@@ -38,6 +38,12 @@ ZYGOTE_LOST = -1000
 """Exit status of a process that ended because its zygote died."""
 
 
+class ForeignZygote(PermissionError):
+    """Another user's process listens where this user's zygote should."""
+
+    failure_kind = "user"
+
+
 class Forked:
     """A process that a zygote forked."""
 
@@ -88,7 +94,7 @@ class Zygote:
                 ours.connect(address)
                 if _uid_of_peer(ours) != os.getuid():
                     ours.close()
-                    raise PermissionError(f"the zygote at @{address[1:]} is another user's")
+                    raise ForeignZygote(f"the zygote at @{address[1:]} is another user's")
                 return ours
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
                 try:

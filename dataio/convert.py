@@ -50,7 +50,7 @@ _FORMAT = 1  # part of a conversion's identity; raise it when the stored form of
 class DiskFull(OSError):
     """No space is left for the shards; complete shards are kept."""
 
-    failure_kind = "user"
+    failure_kind = "storage"
 
     def __str__(self) -> str:
         return self.strerror or ""

@@ -74,7 +74,7 @@ class DataOutage(OSError):
 class DataRefused(ValueError):
     """Data storage that answered with a refusal, or has no such file. Retrying does not help."""
 
-    failure_kind = "user"
+    failure_kind = "storage"
 
 
 def is_uri(location: object) -> bool:

@@ -555,7 +555,7 @@ CLUSTER = Dashboard(
                 ),
                 Panel(
                     title="Failures by kind",
-                    description="Of attempts: infrastructure, preempted, hang, numbers, data, user.",
+                    description="Of attempts: infrastructure, preempted, hang, numbers, storage, data, user.",
                     queries=(Query(expr=f"sum by (kind) ({{failures_total}}{R}) > 0", legend="{{kind}}", needs="failure"),),
                     unit="none",
                     stacked=True,

@@ -51,6 +51,12 @@ class Refused:
         return {"value": ValueError, "os": OSError, "bug": RuntimeError}[self.kind](self.message)
 
 
+class ModelCheckDied(OSError):
+    """The process that checks the model ended without an answer. Like a rank's death it says nothing against the model."""
+
+    failure_kind = "infrastructure"
+
+
 class ModelCheck:
     """A check in progress."""
 
@@ -66,7 +72,11 @@ class ModelCheck:
         try:
             found: Checked | Refused = self._connection.recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"the process that builds the model once ended with status {self._forked.wait(10.0)}") from None
+            status = self._forked.wait(10.0)
+            raise ModelCheckDied(
+                f"the process that builds the model once, to check it, ended with status {status}; mostly the node has too little memory. "
+                "Give the same command again"
+            ) from None
         finally:
             self._connection.close()
         if isinstance(found, Refused):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cluster.beat import CHECKPOINT, STORAGE
 from cluster.checkpointer import Buffers, Checkpointer, Files
+from cluster.failures import CheckpointNotSaved
 from cluster.interval import AUTO, IntervalChooser, SharedInterval
 from cluster.spill import Spill, is_another_disk
 from cluster.store import Receipt, Store
@@ -41,12 +42,6 @@ class Memory:
     start_step: int = 0
     history: History = field(default_factory=History)
     curves: Curves = field(default_factory=Curves)
-
-
-class CheckpointNotSaved(OSError):
-    """The run's last checkpoint was not committed, so its last steps have to be done again."""
-
-    failure_kind = "infrastructure"
 
 
 def restore(store: Store, resume: ResumePoint | None, state: TrainState, waits: StorageWaits) -> Memory:
@@ -201,6 +196,10 @@ class Saver:
 
     def _on_failed(self, step: int, error: OSError) -> None:
         self._failed[step] = error
+        self._me.call("fail_checkpoint", self._me.spec.attempt, self._me.rank, step, str(error))
+
+    def _failed(self, step: int, error: OSError) -> None:
+        self._refusals = {step: error}
         self._me.call("fail_checkpoint", self._me.spec.attempt, self._me.rank, step, str(error))
 
     def _staged(self, step: int, seconds: float, size_bytes: int) -> None:

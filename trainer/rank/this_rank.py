@@ -16,15 +16,12 @@ from cluster.heartbeat import Heartbeat
 from cluster.metrics import Metrics
 from cluster.rank import Placement, RankContext
 from cluster.roster import RankInfo
-from cluster.waiting import OUTAGE_PATIENCE_SECONDS, StorageWaits
+from cluster.waiting import StorageWaits
 from trainer.settings.spec import WorkerSpec
 from trainer.settings.tree import RunConfig
 
 JOIN_MARGIN_SECONDS = 60.0
 """A rank waits this much longer for the others to start than the driver, which can name those that do not (cluster.hang)."""
-GROUP_PATIENCE_SECONDS = 2 * OUTAGE_PATIENCE_SECONDS
-"""How long a rank waits for the others in a collective: longer than any of them may wait for a storage. Only a last resort: an agent tells
-of a rank that died, and the driver finds one that is stuck."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -75,7 +72,7 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
     )
     if context.world_size > 1:
         with heartbeat.during(JOINING):
-            context.join_group(config.cluster.start_seconds + JOIN_MARGIN_SECONDS, patience_seconds=GROUP_PATIENCE_SECONDS)
+            context.join_group(config.cluster.start_seconds + JOIN_MARGIN_SECONDS)
     return ThisRank(
         spec=spec,
         rank=rank,
