@@ -270,6 +270,12 @@ class Store:
 
     def _commit_local(self, path: str, generation: int, receipts: Sequence[Receipt], manifest: bytes) -> None:
         parent, final, staging = (self.storage.at(p) for p in (self._checkpoints, path, f"{path}.tmp"))
+        if not os.path.lexists(staging) and os.path.lexists(f"{final}/{MANIFEST}") and self.storage.read(f"{path}/{MANIFEST}") == manifest:
+            # The process that made this commit died on the way, or before it could say so; another one goes on.
+            if self._is_sealed(path, _check_staged(self.storage.list(path), receipts, final), manifest):
+                return self._check_fence(generation)
+            os.rename(final, staging)
+            sync_dir(parent)
         for stray in _check_staged(self.storage.list(f"{path}.tmp"), receipts, staging):
             os.unlink(f"{staging}/{stray}")
         try:
@@ -288,6 +294,7 @@ class Store:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageFull(error.errno, _no_room(len(manifest), "the disk filled up on the way", _FIX), final) from error
             raise
+        return None
 
     def _commit_objects(self, path: str, generation: int, receipts: Sequence[Receipt], manifest: bytes) -> None:
         strays = _check_staged(self.storage.list(path), receipts, path)

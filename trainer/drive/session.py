@@ -1,5 +1,6 @@
 """One driver's session of a run: what the driver's parts share, and their access to coordinator and store. start.py opens it once."""
 
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ class Session:
     def tell(self, event: str, **fields: Any) -> None:
         """Write an event into the journal through the coordinator, which counts failures, or directly if the coordinator is gone."""
         try:
-            ray.get(self.coordinator.event.remote(event, **fields), timeout=CALL_SECONDS)
+            ray.get(self.coordinator.event.remote(event, call_id=secrets.token_hex(8), **fields), timeout=CALL_SECONDS)
         except ray.exceptions.RayError:
             self.journal.write(event, **fields)
 
@@ -105,7 +106,7 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
         journal=begun.journal,
         generation=generation,
         coordinator=start_coordinator(
-            storage_uri=storage.uri,
+            storage_uri=storage,  # as it is open here: opening an S3 URI may ask the storage where its bucket is
             run=config.run,
             generation=generation,
             keep=cluster.keep_checkpoints,

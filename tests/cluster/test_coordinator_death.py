@@ -1,0 +1,382 @@
+"""A coordinator may die anywhere, and its calls may come twice: what it was told, and what it did, is the same as without.
+
+Its process is an object here. It dies at a call to the outside, before or after it: a record of the log, a line of the journal, a
+commit, a clean-up. From then on nothing of it does anything. Its heir finds the log, and whoever got no answer asks again, as Ray and the
+agents do."""
+
+import inspect
+import itertools
+import json
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import fs as pafs
+
+from cluster.agent import AgentReport, Payload, RankEnd
+from cluster.beat import Beat
+from cluster.coordinator import Coordinator
+from cluster.journal import Journal, read_journal
+from cluster.names import QUARANTINE
+from cluster.roster import RankInfo
+from cluster.storage import Storage, open_storage
+from cluster.store import Receipt, Store
+from cluster.wal import Log
+
+PAYLOAD = Payload(target="m:f", spec=b"")
+REPORT = AgentReport(attempt=0, pid=0, state="", cpu_seconds=0.0, notice="", node_id="n", placement_group="")
+WELL, KILLED = RankEnd(status=0, error=None, killed_by_order=False), RankEnd(status=-9, error=None, killed_by_order=False)
+NEVER = 10**9
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a committer dies here too
+READS = {
+    *("adopt", "beat", "news", "status", "account", "result", "ends", "discovery_address", "targets", "last_commit", "wait_committed"),
+    *("drain", "finish", "close", "order", "lookup"),
+}
+"""Methods that change nothing that is to be kept, or that the driver repeats by itself (adopt, account, beat)."""
+
+
+class Died(SystemExit):
+    """A thread that ends with it ends silently."""
+
+
+class Life:
+    """A process that dies at its `dies_at`-th point: before its first call to the outside is point 1, after it point 2, and so on."""
+
+    def __init__(self, dies_at: int = NEVER) -> None:
+        self.dies_at, self.points, self.is_dead = dies_at, 0, False
+        self._lock = threading.RLock()
+
+    def point(self) -> None:
+        with self._lock:
+            self.points += 1
+            self.is_dead = self.is_dead or self.points >= self.dies_at
+            if self.is_dead:
+                raise Died
+
+    def of(self, thing: Any, *methods: str) -> Any:
+        """`thing`, as this life reaches it."""
+
+        def mortal(name: str) -> Callable[..., Any]:
+            def call(*arguments: Any, **named: Any) -> Any:
+                self.point()
+                result = getattr(thing, name)(*arguments, **named)
+                self.point()
+                return result
+
+            return call
+
+        calls = {name: mortal(name) for name in methods}
+
+        class Reached:
+            def __getattr__(self, name: str) -> Any:
+                return calls.get(name) or getattr(thing, name)
+
+        return Reached()
+
+
+class Unlisted:
+    """In place of the server for Prometheus, which takes its time to end and is not in question here."""
+
+    address = "localhost:1"
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def write(self) -> None:
+        pass
+
+    close = write
+
+
+class World:
+    """A run whose coordinator dies at the given points of its lives, and everybody who calls it."""
+
+    def __init__(
+        self, storage: Storage, log: Path, patch: pytest.MonkeyPatch, *, dies_at: list[int] | None = None, twice: bool = False
+    ) -> None:
+        self.storage, self.log, self.patch, self.twice = storage, log, patch, twice
+        self.store = Store.open(storage, "run")
+        self.generation = self.store.claim_generation()
+        self._lives = iter([Life(each) for each in dies_at or []])
+        self.deaths = 0
+        self.coordinator = self._born()
+
+    def call(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """The answer, of whichever coordinator gives it."""
+        answer = self._answer(method, *arguments, **named)
+        if self.twice:
+            assert self._answer(method, *arguments, **named) == answer, method
+        return answer
+
+    def until(self, method: str, *arguments: Any, **named: Any) -> None:
+        """Ask until the answer is yes. Whoever waits goes on when the coordinator has died unseen, in one of its threads."""
+        for _ in range(400):
+            if self._answer(method, *arguments, **named):
+                return
+        raise AssertionError(f"{method}{arguments} is never true")
+
+    def stage(self, attempt: int, rank: int, step: int) -> Receipt:
+        return self.store.stage(step, self.generation, f"rank-{rank}.json", f"{attempt}/{rank}/{step}".encode())
+
+    def end(self) -> None:
+        self.until("drain", 0.1)
+        self._answer("finish", 5.0)
+
+    def seen(self) -> dict[str, Any]:
+        """What remains, and what the coordinator says of it, without what is a matter of time."""
+        status = self._answer("status")
+        events = [{key: value for key, value in event.items() if key not in ("time", "seconds", "path")} for event in self.journal()]
+        registry = self.coordinator._metrics.registry.collect()
+        counters = {
+            (sample.name, *sample.labels.values()): sample.value for each in registry if each.type == "counter" for sample in each.samples
+        }
+        return {
+            "commits": [commit.step for commit in self.store.commits()][:2],  # a death may cost a clean-up, which the next one does
+            "news": (status.checkpoints.last and status.checkpoints.last.step, status.checkpoints.failures, status.checkpoints.problem),
+            "failed": status.checkpoints.failed_steps,
+            "ends": {attempt: self._answer("ends", attempt) for attempt in range(1, 5)},
+            "results": {attempt: self._answer("result", attempt) for attempt in range(1, 5)},
+            "stop": status.stop,
+            "attempt": (status.attempt, status.world_size, status.start_step),
+            "up": {rank: known.info for rank, known in status.ranks.items()},
+            "stacks": status.stacks,
+            "bad": (status.quarantined, self.storage.read(f"run/{QUARANTINE}") if status.quarantined else b""),
+            "board": self._answer("lookup", status.attempt, "store"),
+            "counters": counters,
+            "events": sorted(json.dumps(event, sort_keys=True) for event in events),
+        }
+
+    def journal(self) -> list[dict[str, Any]]:
+        return read_journal(self.storage, "run")
+
+    def _answer(self, method: str, *arguments: Any, **named: Any) -> Any:
+        while True:
+            with suppress(Died):
+                answer = getattr(self.coordinator, method)(*arguments, **named)
+                if not self.life.is_dead:
+                    return answer
+            self._end_of_life()
+            self.coordinator = self._born()
+
+    def _end_of_life(self) -> None:
+        self.deaths += 1
+        with suppress(Died):
+            self.coordinator.close()  # its threads and its port; its log, its journal and its commits it can no longer reach
+
+    def _born(self) -> Coordinator:
+        while True:
+            self.life = life = next(self._lives, Life())
+            self.patch.setattr("cluster.memory.Log", lambda path, life=life: life.of(Log(path), "begin", "append"))
+            journal = SimpleNamespace(open=lambda *each, life=life: life.of(Journal.open(*each), "write"))
+            self.patch.setattr("cluster.outbox.Journal", journal)
+            store = SimpleNamespace(open=lambda *each, life=life: life.of(Store.open(*each), "commit", "prune"))
+            self.patch.setattr("cluster.coordinator.Store", store)
+            self.patch.setattr("cluster.coordinator.Discovery", Unlisted)
+            with suppress(Died):
+                return Coordinator(self.storage, "run", self.generation, 2, log=self.log)
+            self.deaths += 1
+
+
+def info(rank: int) -> RankInfo:
+    return RankInfo(host="h", pid=100 + rank, node_id="n", metrics_address=f"h:{rank}")
+
+
+def bad(sample_id: int) -> dict[str, Any]:
+    return {"key": f"k{sample_id}", "reason": "truncated", "split": "train", "sample_id": sample_id}
+
+
+def agree(world: World, attempt: int, begun: int, ranks: int) -> None:
+    """The ranks beat until the stop is confirmed to each, as their heartbeats do."""
+    promised: dict[int, int | None] = dict.fromkeys(range(ranks))
+    confirmed: set[int] = set()
+    for _ in range(50):
+        for rank in range(ranks):
+            beat = Beat(attempt=attempt, rank=rank, steps_done=begun - 1, steps_begun=begun, promised_stop=promised[rank])
+            reply = world.call("beat", beat) if not world.twice else world._answer("beat", beat)
+            promised[rank] = reply.stop_at or promised[rank]
+            confirmed |= {rank} if reply.confirmed else set()
+        if len(confirmed) == ranks:
+            return
+    raise AssertionError("the ranks wait for ever")
+
+
+def a_run(world: World) -> None:
+    """Three attempts, with all that a coordinator is ever told: a pause, a failure, a stop."""
+    call = world.call
+    call("start_attempt", 1, 2, 0, 1, PAYLOAD)
+    for rank in range(2):
+        call("register", 1, rank, info(rank))
+    call("publish", 1, "store", 5)
+    call("event", "first_step", call_id="a", attempt=1, step=1)
+    for step in (2, 4):
+        for rank in range(2):
+            call("ack", 1, rank, step, [world.stage(1, rank, step)], {"ranks": 2})
+        world.until("wait_committed", step, 0.05)
+    call("fail_checkpoint", 1, 0, 6, "no room")
+    call("ack", 1, 1, 6, [world.stage(1, 1, 6)], {})
+    assert call("quarantine", [bad(1)]) == 1
+    assert call("quarantine", [bad(1), bad(2)]) == 2
+    call("request_pause", 1, "there is room")
+    agree(world, 1, 6, 2)
+    call("put_result", 1, {"stopped": True})
+    for rank in range(2):
+        call("rank_ended", 1, rank, WELL)
+    call("event", "attempt_paused", call_id="b", attempt=1, kind="grow")
+    call("start_attempt", 2, 2, 4, 1, PAYLOAD)
+    call("register", 2, 0, info(7))
+    call("ask_stacks", 2)
+    call("stacks", 2, 1, "most recent call first")
+    call("kill_attempt", 2)
+    call("rank_ended", 2, 0, KILLED)
+    call("event", "attempt_failed", call_id="c", attempt=2, kind="hang", message="stuck")
+    call("event", "attempt_failed", call_id="d", attempt=2, kind="hang", message="stuck")  # the same again, and another one
+    call("end_fleet", 1)
+    assert call("order", 1, 0, REPORT).command == "end"
+    call("start_attempt", 3, 1, 4, 2, PAYLOAD)
+    call("register", 3, 0, info(0))
+    call("request_stop", "SIGTERM")
+    agree(world, 3, 5, 1)
+    call("ack", 3, 0, 7, [world.stage(3, 0, 7)], {})
+    world.until("wait_committed", 7, 0.05)
+    call("put_result", 3, {"stopped": True, "steps_done": 7})
+    call("rank_ended", 3, 0, WELL)
+    world.end()
+
+
+def storage_of(kind: str, folder: Path) -> Storage:
+    if kind == "local":
+        return open_storage(folder / "runs")
+    return Storage(fs=pafs.SubTreeFileSystem("bucket", pafs._MockFileSystem()), root="runs", is_local=False, uri="mock://bucket/runs")
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    numbers = itertools.count()
+
+    def world(kind: str = "objects", **how: Any) -> World:
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        return World(storage_of(kind, folder), folder / "log", monkeypatch, **how)
+
+    return world
+
+
+UNDISTURBED: dict[str, tuple[dict[str, Any], int]] = {}
+
+
+def undisturbed(make: Callable[..., World], kind: str = "objects") -> tuple[dict[str, Any], int]:
+    """What is seen of a run in which nothing dies, and how many points it has."""
+    if kind not in UNDISTURBED:
+        world = make(kind)
+        a_run(world)
+        points = world.life.points
+        UNDISTURBED[kind] = world.seen(), points
+    return UNDISTURBED[kind]
+
+
+@pytest.mark.parametrize("kind", ["local", "objects"])
+def test_a_call_that_comes_twice_does_what_it_did_the_first_time(make: Callable[..., World], kind: str) -> None:
+    expected, _ = undisturbed(make, kind)
+    world = make(kind, twice=True)
+    a_run(world)
+    assert world.seen() == expected
+    public = {name for name, _ in inspect.getmembers(Coordinator, inspect.isfunction) if not name.startswith("_")}
+    said = {name for name in public if f'"{name}"' in inspect.getsource(a_run)}
+    assert public - READS <= said, "a new method is to be in a_run, and to bear coming twice"
+
+
+@pytest.mark.parametrize(("kind", "every", "first"), [("local", 5, 1), ("objects", 1, 1)])
+def test_it_may_die_before_and_after_each_thing_it_does(make: Callable[..., World], kind: str, every: int, first: int) -> None:
+    expected, points = undisturbed(make, kind)
+    assert points > 100
+    for point in range(first, points + 1, every):
+        world = make(kind, dies_at=[point])
+        a_run(world)
+        assert world.seen() == expected, f"dead at point {point}"
+        assert world.deaths == 1
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(dies_at=st.lists(st.integers(1, 60), min_size=1, max_size=6), twice=st.booleans())
+def test_it_may_die_again_and_again(make: Callable[..., World], dies_at: list[int], twice: bool) -> None:
+    expected, _ = undisturbed(make)
+    world = make(dies_at=dies_at, twice=twice)
+    a_run(world)
+    assert world.seen() == expected
+
+
+Message = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+@st.composite
+def attempts(draw: st.DrawFn) -> list[Message]:
+    """Two attempts of one to three ranks: each rank's messages in its own order, everybody's in any."""
+    told: list[Message] = []
+    for attempt in (1, 2):
+        ranks = draw(st.integers(1, 3))
+        lines: list[list[Message]] = []
+        for rank in range(ranks):
+            steps = draw(st.lists(st.sampled_from(["ack", "ack", "fail"]), max_size=2))
+            lines.append([("register", (attempt, rank, info(rank)), {})])
+            lines[-1] += [
+                ("ack", (attempt, rank, 10 * attempt + step), {})
+                if what == "ack"
+                else ("fail_checkpoint", (attempt, rank, 10 * attempt + step, "full"), {})
+                for step, what in enumerate(steps)
+            ]
+            lines[-1] += [("quarantine", ([bad(draw(st.integers(0, 3)))],), {})] if draw(st.booleans()) else []
+            lines[-1] += [("publish", (attempt, "store", rank), {})] if draw(st.booleans()) else []
+            lines[-1] += [("put_result", (attempt, {"rank": rank}), {})] if draw(st.booleans()) else []
+            lines[-1] += [("rank_ended", (attempt, rank, draw(st.sampled_from([WELL, KILLED]))), {})] if draw(st.booleans()) else []
+        driver: list[Message] = [
+            ("request_pause", (attempt, "room"), {}),
+            ("request_stop", ("SIGTERM",), {}),
+            ("ask_stacks", (attempt,), {}),
+            ("kill_attempt", (attempt,), {}),
+            ("event", ("attempt_failed",), {"attempt": attempt, "kind": "hang", "call_id": f"id-{attempt}"}),
+        ]
+        lines.append([each for each in driver if draw(st.booleans())])
+        told.append(("start_attempt", (attempt, ranks, 0, attempt, PAYLOAD), {}))
+        while any(lines):
+            told.append(draw(st.sampled_from([line for line in lines if line])).pop(0))
+    return told
+
+
+def tell(world: World, messages: list[Message], again: dict[int, list[int]]) -> None:
+    """Send the messages; `again`: after which of them which earlier ones come once more, as late as that."""
+    receipts: dict[tuple[Any, ...], Any] = {}
+    for number, (method, arguments, named) in enumerate(messages):
+        if method == "ack":
+            receipts[arguments] = [world.stage(*arguments)]
+        if method == "start_attempt":
+            world.until("drain", 0.1)
+        for which in (number, *(each for each in again.get(number, ()) if each < number)):
+            method, arguments, named = messages[which]
+            if method != "start_attempt":
+                world.call(method, *arguments, *([receipts[arguments]] if method == "ack" else []), **named)
+            elif which == number or all(other != "start_attempt" for other, _, _ in messages[which + 1 : number + 1]):
+                world.call(method, *arguments)
+        world.until("drain", 0.1)
+    world.end()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    messages=attempts(),
+    dies_at=st.lists(st.integers(1, 30), max_size=5),
+    again=st.dictionaries(st.integers(0, 30), st.lists(st.integers(0, 30), max_size=4), max_size=8),
+)
+def test_whatever_is_told_in_whatever_order_deaths_and_repetitions_change_nothing(
+    make: Callable[..., World], messages: list[Message], dies_at: list[int], again: dict[int, list[int]]
+) -> None:
+    calm = make()
+    tell(calm, messages, {})
+    wild = make(dies_at=dies_at)
+    tell(wild, messages, again)
+    assert wild.seen() == calm.seen()
