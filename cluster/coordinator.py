@@ -452,9 +452,9 @@ class Coordinator:
 
     # What the parts ask
 
-    def _untold(self) -> Sequence[Event]:
+    def _untold(self, serial: int) -> Sequence[Event]:
         with self._changed:
-            return tuple(self._state.untold)
+            return self._state.untold_after(serial)
 
     def _told(self, serial: int) -> None:
         with self._changed:

@@ -20,8 +20,8 @@ OPEN_PAUSE_SECONDS = 2.0
 class Outbox:
     """See the module. Safe to use from several threads.
 
-    `untold()` returns the events that the journal may lack, in order; `told(serial)` is called when it has all up to this one. Neither is
-    called under a lock that `write` needs."""
+    `untold(serial)` returns the events after this one that the journal may lack, in order; `told(serial)` is called when it has all up to
+    this one. The caller of `write` holds no lock that they need."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Outbox:
         run: str,
         writer: str,
         *,
-        untold: Callable[[], Sequence[Event]],
+        untold: Callable[[int], Sequence[Event]],
         told: Callable[[int], None],
         now: Callable[[], float],
     ) -> None:
@@ -39,7 +39,7 @@ class Outbox:
         self._handed = self._confirmed = 0
         self._journal: Journal | None = None
         self._opened, self._closed = threading.Event(), threading.Event()
-        self._inherited = tuple(untold())
+        self._inherited = untold(0)
         if not self._open():
             threading.Thread(target=self._open_later, name="journal-open", daemon=True).start()
 
@@ -48,10 +48,9 @@ class Outbox:
         with self._writing:
             if self._journal is None:
                 return
-            for event in self._untold():
-                if event.serial > self._handed:
-                    self._journal.write(event.event, **{**event.fields, "time": event.time})
-                    self._handed = event.serial
+            for event in self._untold(self._handed):
+                self._journal.write(event.event, **{**event.fields, "time": event.time})
+                self._handed = event.serial
             if self._handed > self._confirmed and self._journal.flush(0.0):
                 self._confirmed = self._handed
                 self._told(self._handed)

@@ -7,6 +7,7 @@ Ray, an agent that got no answer, or the driver.
 
 What is to be written into the journal waits in `untold`, until the coordinator says that the journal has it."""
 
+import itertools
 import pickle
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -235,6 +236,10 @@ class State:
 
     # Questions
 
+    def untold_after(self, serial: int) -> list[Event]:
+        """Events after this one that the journal may lack, in order."""
+        return list(itertools.takewhile(lambda event: event.serial > serial, reversed(self.untold)))[::-1]
+
     def result(self, attempt: int) -> dict[str, Any] | None:
         return self._results.get(attempt)
 
@@ -313,11 +318,11 @@ def rebuilt(
 
 
 def in_order(journal: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A run's events by attempt, and by time within one: a clock that was set back does not put an attempt before an earlier one. An event
-    that names no attempt belongs to the one before it."""
+    """A run's events by attempt, its beginning first, the others by time: a clock that was set back does not put an attempt before an
+    earlier one. An event that names no attempt belongs to the one before it."""
     found, newest = [], 0
     for event in journal:
         number = event.get("attempt")
         newest = number if isinstance(number, int) else newest
-        found.append((newest, event))
-    return [event for _, event in sorted(found, key=lambda each: each[0])]
+        found.append((newest, event["event"] != "attempt_started", event))
+    return [event for _, _, event in sorted(found, key=lambda each: each[:2])]

@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,13 @@ from pyarrow import fs as pafs
 
 from cluster.agent import AgentReport, Payload, RankEnd
 from cluster.beat import Beat
-from cluster.coordinator import Coordinator
+from cluster.coordinator import MOST_RESTARTS, Coordinator, CoordinatorKeepsDying
 from cluster.journal import Journal, read_journal
+from cluster.memory import LOG_LOST
 from cluster.names import QUARANTINE
+from cluster.quarantined import append_local
 from cluster.roster import RankInfo
-from cluster.storage import Storage, open_storage
+from cluster.storage import Storage, StorageOutage, StorageRefused, open_storage
 from cluster.store import Receipt, Store
 from cluster.wal import Log
 
@@ -143,6 +146,7 @@ class World:
             "ends": {attempt: self._answer("ends", attempt) for attempt in range(1, 5)},
             "results": {attempt: self._answer("result", attempt) for attempt in range(1, 5)},
             "stop": status.stop,
+            "orders": [self._answer("order", fleet, 0, replace(REPORT, attempt=status.attempt)).command for fleet in range(4)],
             "attempt": (status.attempt, status.world_size, status.start_step),
             "up": {rank: known.info for rank, known in status.ranks.items()},
             "stacks": status.stacks,
@@ -291,7 +295,7 @@ def test_a_call_that_comes_twice_does_what_it_did_the_first_time(make: Callable[
     assert public - READS <= said, "a new method is to be in a_run, and to bear coming twice"
 
 
-@pytest.mark.parametrize(("kind", "every", "first"), [("local", 5, 1), ("objects", 1, 1)])
+@pytest.mark.parametrize(("kind", "every", "first"), [("local", 13, 3), ("objects", 2, 1)])
 def test_it_may_die_before_and_after_each_thing_it_does(make: Callable[..., World], kind: str, every: int, first: int) -> None:
     expected, points = undisturbed(make, kind)
     assert points > 100
@@ -366,7 +370,7 @@ def tell(world: World, messages: list[Message], again: dict[int, list[int]]) -> 
     world.end()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     messages=attempts(),
     dies_at=st.lists(st.integers(1, 30), max_size=5),
@@ -380,3 +384,233 @@ def test_whatever_is_told_in_whatever_order_deaths_and_repetitions_change_nothin
     wild = make(dies_at=dies_at)
     tell(wild, messages, again)
     assert wild.seen() == calm.seen()
+
+
+# Without the log, and without the storage
+
+
+def bare(storage: Storage, log: Path | None, generation: int = 1, **how: Any) -> Coordinator:
+    return Coordinator(storage, "run", generation, 2, log=log, **how)
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Storage, Path]:
+    monkeypatch.setattr("cluster.coordinator.Discovery", Unlisted)
+    storage = open_storage(tmp_path / "runs")
+    Store.open(storage, "run").claim_generation()
+    return storage, tmp_path / "log"
+
+
+def named(storage: Storage, name: str) -> list[dict[str, Any]]:
+    return [event for event in read_journal(storage, "run") if event["event"] == name]
+
+
+def half_a_run(coordinator: Coordinator) -> None:
+    coordinator.start_attempt(1, 2, 0, 1, PAYLOAD)
+    coordinator.register(1, 0, info(0))
+    coordinator.quarantine([bad(1)])
+    coordinator.request_pause(1, "there is room")
+    coordinator.rank_ended(1, 1, WELL)
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+def test_without_its_log_it_knows_what_the_folder_tells_and_says_so(local: tuple[Storage, Path], damage: str) -> None:
+    storage, log = local
+    dead = bare(storage, log)
+    half_a_run(dead)
+    dead.close()
+    if damage == "gone":
+        log.unlink()
+    else:
+        log.write_bytes(log.read_bytes()[:6] + b"x" + log.read_bytes()[7:])
+    heir = bare(storage, log)
+    status = heir.status()
+    assert (status.attempt, status.world_size, status.quarantined, status.is_orphan) == (1, 2, 1, True)
+    assert heir.beat(Beat(attempt=1, rank=0, steps_done=4, steps_begun=5)).again_seconds is not None  # a pause is being agreed on
+    assert status.ended_ranks == frozenset()  # this is lost
+    (said,) = named(storage, LOG_LOST)
+    assert said["message"].startswith("rebuilt from the run's folder")
+    heir.start_attempt(1, 2, 0, 1, PAYLOAD)  # the driver's call, delivered again
+    assert not heir.status().is_orphan
+    heir.close()
+    third = bare(storage, log)  # and the heir has a log again
+    assert len(named(storage, LOG_LOST)) == 1
+    third.close()
+
+
+def test_without_its_log_it_believes_the_highest_attempt_whatever_the_clock_says(local: tuple[Storage, Path]) -> None:
+    storage, _ = local
+    times = iter(range(1000, 0, -1))  # an hour that is put back all the time
+    dead = bare(storage, None, now=lambda: float(next(times)))
+    for attempt in (1, 2, 3):
+        dead.start_attempt(attempt, 1 + attempt, 0)
+        dead.event("attempt_failed", attempt=attempt, kind="hang", message="x")
+    dead.start_attempt(4, 5, 0)
+    dead.register(4, 0, info(0))
+    dead.close()
+    heir = bare(storage, None)
+    status = heir.status()
+    assert (status.attempt, status.world_size) == (4, 5)
+    assert set(status.ranks) == {0}
+    heir.close()
+
+
+class Away:
+    """A storage that answers nothing, or refuses everything, as long as `error` is set."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.error: OSError | None = None
+        self.tried = 0
+        for name in ("read", "exists", "list", "write_stream"):
+            real = getattr(Storage, name)
+
+            def tried(storage: Storage, *rest: Any, real: Any = real, **named: Any) -> Any:
+                if self.error is not None:
+                    self.tried += 1
+                    raise self.error
+                return real(storage, *rest, **named)
+
+            patch.setattr(Storage, name, tried)
+
+
+def test_with_its_log_it_comes_back_while_the_storage_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, log = storage_of("objects", tmp_path), tmp_path / "log"
+    monkeypatch.setattr("cluster.outbox.OPEN_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("cluster.committer.COMMIT_PAUSE_SECONDS", 0.01)
+    store, away = Store.open(storage, "run"), Away(monkeypatch)
+    store.claim_generation()
+    dead = bare(storage, log)
+    half_a_run(dead)
+    away.error = StorageOutage("nobody answers")
+    dead.event("written_in_the_outage", call_id="a")
+    for rank in range(2):
+        dead.ack(1, rank, 4, [Receipt(name=f"r{rank}", size_bytes=1, sha256="0" * 64)])
+    assert not dead.drain(0.05)
+    dead._memory.close()  # nothing that it does from now on is in its log
+    dead.close()
+    assert dead.drain(10.0)
+    heir = bare(storage, log)
+    status = heir.status()
+    assert (status.attempt, status.quarantined, status.ended_ranks) == (1, 1, frozenset({1}))
+    heir.adopt(1, 1, PAYLOAD)
+    heir.event("written_by_the_heir", call_id="b")
+    assert not heir.wait_committed(4, 0.05)
+    assert "nobody answers" in heir.status().checkpoints.waiting
+    away.error = None
+    heir.finish(10.0)
+    names = [event["event"] for event in read_journal(storage, "run")]
+    for name in ("attempt_started", "written_in_the_outage", "written_by_the_heir", "pause_requested"):
+        assert names.count(name) == 1, name
+    # Nothing is there to be committed here; that the storage says so, and not the outage, is the point.
+    (failed,) = named(storage, "checkpoint_failed")
+    assert failed["kind"] == "OSError"
+
+
+def test_without_its_log_it_waits_for_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = storage_of("objects", tmp_path)
+    Store.open(storage, "run").claim_generation()
+    away, slept = Away(monkeypatch), []
+    away.error = StorageOutage("nobody answers")
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 5:
+            away.error = None
+
+    bare(storage, tmp_path / "log", sleep=sleep).close()
+    assert len(slept) == 5
+    away.error = StorageRefused("no such bucket")
+    with pytest.raises(StorageRefused):  # waiting would not help, and the user is there
+        bare(storage, tmp_path / "other", sleep=sleep)
+
+
+def test_a_commit_that_the_storage_refuses_waits_for_new_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = storage_of("objects", tmp_path)
+    monkeypatch.setattr("cluster.committer.COMMIT_PAUSE_SECONDS", 0.01)
+    store, away = Store.open(storage, "run"), Away(monkeypatch)
+    generation = store.claim_generation()
+    coordinator = bare(storage, None)
+    coordinator.start_attempt(1, 1, 0)
+    receipt = store.stage(4, generation, "r", b"x")
+    away.error = StorageRefused("the token has expired")
+    coordinator.ack(1, 0, 4, [receipt])
+    while away.tried < 10:
+        assert not coordinator.wait_committed(4, 0.02)
+    assert coordinator.status().checkpoints.waiting == "the token has expired"
+    assert coordinator.status().checkpoints.failures == 0
+    away.error = None
+    assert coordinator.wait_committed(4, 10.0)
+    assert coordinator.status().checkpoints.waiting == ""
+    coordinator.finish(5.0)
+    assert [each["message"] for each in named(storage, "storage_outage")] == ["the token has expired"]
+    assert len(named(storage, "storage_recovered")) == 1
+
+
+def test_it_gives_up_when_it_dies_again_at_once_and_not_when_it_dies_once_a_day(local: tuple[Storage, Path]) -> None:
+    storage, log = local
+    clock = [1000.0]
+
+    def live(seconds: float) -> None:
+        """A life that ends after so many seconds."""
+        coordinator = bare(storage, log, now=lambda: clock[0])
+        if coordinator.status().attempt == 0:
+            coordinator.start_attempt(1, 1, 0)
+        coordinator.close()
+        clock[0] += seconds
+
+    for _ in range(3 * MOST_RESTARTS):
+        live(86_400.0)
+    for _ in range(MOST_RESTARTS):
+        live(1.0)
+    with pytest.raises(CoordinatorKeepsDying, match=f"again {MOST_RESTARTS + 1} times within 10 minutes"):
+        live(1.0)
+
+
+# Bad samples
+
+
+@pytest.mark.parametrize("kind", ["local", "objects"])
+def test_ten_thousand_bad_samples_cost_a_few_times_their_bytes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, written = storage_of(kind, tmp_path), [0, 0]
+    Store.open(storage, "run").claim_generation()
+    coordinator = bare(storage, tmp_path / "log", clock=lambda: 0.0)
+
+    def counted(real: Any) -> Any:
+        def write(path: Any, data: Any, *rest: Any) -> Any:
+            if QUARANTINE in str(path) or QUARANTINE in str(data):
+                written[0] += 1
+                written[1] += max(len(each) for each in (path, data, *rest) if isinstance(each, bytes))
+            return real(path, data, *rest)
+
+        return write
+
+    monkeypatch.setattr(Storage, "write_atomic", counted(Storage.write_atomic))
+    monkeypatch.setattr("cluster.quarantined.append_local", counted(append_local))
+    coordinator._outbox.write = lambda: None  # type: ignore[method-assign]  # the journal is not in question
+    count = 10_000
+    assert [coordinator.quarantine([bad(number)]) for number in range(count)] == list(range(1, count + 1))
+    assert coordinator.quarantine([bad(0)]) == count
+    coordinator.drain(0.0)
+    content = storage.read(f"run/{QUARANTINE}")
+    assert [json.loads(line) for line in content.splitlines()] == [bad(number) for number in range(count)]
+    writes, size = written
+    assert size <= (1.01 if kind == "local" else 3.0) * len(content)
+    assert writes <= (count if kind == "local" else 16)
+    assert (tmp_path / "log").stat().st_size < 8_000_000
+    coordinator.close()
+
+
+def test_an_heir_completes_the_list_of_bad_samples(local: tuple[Storage, Path]) -> None:
+    storage, log = local
+    dead = bare(storage, log)
+    dead.start_attempt(1, 1, 0)
+    dead.quarantine([bad(1)])
+    dead.quarantine([bad(2)])
+    dead.close()
+    path = Path(storage.at(f"run/{QUARANTINE}"))
+    path.write_bytes(path.read_bytes()[:-20])  # it died in the middle of the line
+    heir = bare(storage, log)
+    assert heir.quarantine([bad(2)]) == 2
+    heir.drain(1.0)
+    assert [json.loads(line)["sample_id"] for line in path.read_text().splitlines()] == [1, 2]
+    heir.close()

@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,60 @@ def test_a_thousand_attempts_leave_no_more_than_a_few(tmp_path: Path) -> None:
     for number in range(2 * CALLS_KEPT):
         memory.state.event(f"more-{number}", "x", {})
     assert len(memory.state._calls) == CALLS_KEPT
+
+
+OF_ATTEMPT_1: list[tuple[Any, ...]] = [
+    ("adopt", 1, 1),
+    ("request_pause", 1, "room"),
+    ("ask_stacks", 1),
+    ("kill", 1),
+    ("end_fleet", 1),
+    ("event", "id", "attempt_failed", {"kind": "hang"}),
+    ("rank_ended", 1, 0, WELL),
+    ("told_stacks", 1, 0, "text"),
+    ("publish", 1, "key", 5),
+    ("register", 1, 0, RankInfo(host="h", pid=1, node_id="n", metrics_address="a"), 0.0),
+    ("ack", 1, 0, 4, [Receipt(name="r", size_bytes=1, sha256="0")], {}),
+    ("fail_checkpoint", 1, 0, 5, "full"),
+    ("quarantine", [{"key": "k", "reason": "r", "split": "train", "sample_id": 1}]),
+    ("put_result", 1, {"stopped": True}),
+]
+
+
+@pytest.mark.parametrize("message", OF_ATTEMPT_1, ids=lambda message: message[0])
+def test_a_message_that_comes_again_in_the_next_attempt_changes_nothing(message: tuple[Any, ...]) -> None:
+    memory = begun(None)
+    memory.do(*message)
+    memory.do("begin", Attempt(number=2, world_size=2, start_step=0, fleet=1))
+    before = memory.state.dumped()
+    memory.do(*message)
+    if message[0] == "end_fleet":  # the fleet goes on to the next attempt here, and to its end
+        assert memory.state.roster.order(1, 0, REPORT, 0.0).command == "end"
+    else:
+        assert memory.state.dumped() == before
+
+
+@pytest.mark.parametrize(
+    ("message", "then"),
+    [
+        (("ask_stacks", 1), ("kill", 1)),
+        (("register", 1, 0, RankInfo(host="h", pid=1, node_id="n", metrics_address="a"), 0.0), ("rank_ended", 1, 0, WELL)),
+        (("publish", 1, "key", 5), ("publish", 1, "key", 6)),
+        (("request_stop", "SIGTERM"), ("request_stop", "SIGINT")),
+        (("request_stop", "SIGTERM"), ("request_pause", 1, "room")),
+        (("ack", 1, 0, 4, [Receipt(name="r", size_bytes=1, sha256="0")], {}), ("ack", 1, 1, 4, [], {})),
+        (("fail_checkpoint", 1, 0, 4, "full"), ("fail_checkpoint", 1, 1, 4, "full here too")),
+        (("put_result", 1, {"rank": 0}), ("put_result", 1, {"rank": 1})),
+    ],
+    ids=lambda message: message[0],
+)
+def test_a_message_that_comes_again_does_not_undo_a_later_one(message: tuple[Any, ...], then: tuple[Any, ...]) -> None:
+    memory = begun(None)
+    memory.do(*message)
+    memory.do(*then)
+    before = memory.state.dumped()
+    memory.do(*message)
+    assert memory.state.dumped() == before
 
 
 def test_checkpoints_that_fail_without_end_are_not_all_remembered() -> None:
