@@ -9,11 +9,15 @@ ended, and it ends with its worker.
     coordinator.order(fleet, rank, report, beat) -> AgentOrder   "run" an attempt | "stacks" | "kill" | "wait" | "end", and the beat's reply
     coordinator.rank_ended(attempt, rank, end)
 
+An answer may get lost with a coordinator that dies. Then the agent asks again (Asking), so that a rank's call fails only if nobody answers
+for ten minutes.
+
 cluster/launch.py starts it through `agent_main`. It imports no torch, so it starts as fast as Ray's worker does."""
 
 import contextlib
 import os
 import platform
+import secrets
 import signal
 import socket
 import threading
@@ -32,6 +36,11 @@ from cluster.zygote import Forked, Zygote
 
 POLL_IDLE_SECONDS = 0.05
 PATIENCE_SECONDS = 60.0
+"""How long an agent goes on without orders, and how long one call waits for its answer. Ray starts a coordinator that died again within
+seconds."""
+CALL_PATIENCE_SECONDS = 600.0
+"""How long a rank's call is repeated until it is answered."""
+ASK_PAUSE_SECONDS = 1.0
 STACKS_SECONDS = 2.0
 MOST_STACK_BYTES = 64_000
 
@@ -295,6 +304,39 @@ class _Running:
         self._error = error
 
 
+class Asking:
+    """Calls the coordinator, and repeats a call whose answer was lost until it is answered: the coordinator does nothing twice.
+
+    `send(method, args, kwargs)` makes one call. It raises one of `lost` if there was no answer; any other exception is the answer. An order
+    is not repeated, because the agent's next question replaces it."""
+
+    def __init__(
+        self,
+        send: Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any],
+        lost: tuple[type[Exception], ...],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._send, self._lost, self._clock, self._sleep = send, lost, clock, sleep
+
+    def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """The answer. CallFailed if there is none for CALL_PATIENCE_SECONDS."""
+        if method == "event":
+            kwargs = {**kwargs, "call_id": secrets.token_hex(8)}  # two events may be alike
+        began = self._clock()
+        while True:
+            try:
+                return self._send(method, args, kwargs)
+            except self._lost as error:
+                if method == "order":
+                    raise
+                spent = self._clock() - began
+                if spent > CALL_PATIENCE_SECONDS:
+                    raise CallFailed(f"the coordinator did not answer {method!r} for {spent:.0f} s ({error})") from error
+            self._sleep(ASK_PAUSE_SECONDS)
+
+
 def poll_seconds(world_size: int, heartbeat_seconds: float) -> float:
     """Time between two questions of an agent whose rank is working; 2.5 s with 1,000 ranks."""
     return max(heartbeat_seconds, world_size / CALLS_PER_SECOND)
@@ -311,6 +353,7 @@ def process_state(pid: int) -> tuple[str, float]:
 def agent_main(settings: Mapping[str, Any]) -> None:
     """The train function of a fleet. `settings`: coordinator, fleet, modules, zygote (a name), notice (a path), heartbeat_seconds."""
     import ray
+    import ray.exceptions
     import ray.train
 
     coordinator = settings["coordinator"]
@@ -318,7 +361,7 @@ def agent_main(settings: Mapping[str, Any]) -> None:
     runtime = ray.get_runtime_context()
     notice_path = settings["notice"]
 
-    def ask(method: str, *args: Any, **kwargs: Any) -> Any:
+    def send(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return ray.get(getattr(coordinator, method).remote(*args, **kwargs), timeout=PATIENCE_SECONDS)
 
     def notice() -> str:
@@ -336,7 +379,7 @@ def agent_main(settings: Mapping[str, Any]) -> None:
     )
     group = ray.util.get_current_placement_group()
     Agent(
-        ask,
+        Asking(send, (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError)),
         fleet=settings["fleet"],
         rank=context.get_world_rank(),
         place=place,

@@ -6,25 +6,27 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from cluster.commits import Staged
-from cluster.journal import Journal
 from cluster.metrics import Metrics
-from cluster.storage import StorageOutage
+from cluster.state import FENCED
+from cluster.storage import StorageOutage, StorageRefused
 from cluster.store import Commit, Fenced, StorageFull, Store
 
 COMMIT_PAUSE_SECONDS = 1.0
 """Time between two tries to commit in an outage; each try also waits by itself (storage.RetryPolicy)."""
 COMMITS_WAITING = 2
 """Number of checkpoints that may wait behind the one being committed; if more wait, that one is given up."""
-FENCED = "fenced"
 
 
 class Committer:
     """See the module. `keep`: how many checkpoints remain after a newer one is committed.
 
-    For each checkpoint its thread calls on_committed(staged, unix time) or on_failed(staged, kind, message), then on_settled(). The kind
-    FENCED means that a newer driver has claimed the run."""
+    For each checkpoint its thread calls on_committed(staged, unix time, fields of the journal's event) or on_failed(staged, kind,
+    message), then on_settled(staged). The kind FENCED means that a newer driver has claimed the run. `on_waiting(message)`: a checkpoint
+    waits for the storage. `tell(event, **fields)` writes other events. A checkpoint that a committer which died had in hand may be put
+    again, whatever that one had done of it."""
 
     def __init__(
         self,
@@ -32,17 +34,19 @@ class Committer:
         generation: int,
         keep: int,
         *,
-        on_committed: Callable[[Staged, float], None],
+        on_committed: Callable[[Staged, float, dict[str, Any]], None],
         on_failed: Callable[[Staged, str, str], None],
-        on_settled: Callable[[], None],
-        journal: Journal,
+        on_settled: Callable[[Staged], None],
+        on_waiting: Callable[[str], None],
+        tell: Callable[..., None],
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._store, self._generation, self._keep = store, generation, keep
         self._on_committed, self._on_failed, self._on_settled = on_committed, on_failed, on_settled
-        self._journal, self._metrics, self._clock, self._now = journal, metrics, clock, now
+        self._on_waiting, self._tell = on_waiting, tell
+        self._metrics, self._clock, self._now = metrics, clock, now
         self._closed = threading.Event()
         self._waiting: queue.Queue[Staged | None] = queue.Queue()
         threading.Thread(target=self._commit_all, name="committer", daemon=True).start()
@@ -68,7 +72,7 @@ class Committer:
                 kind = "storage_full" if isinstance(error, StorageFull) else type(error).__name__
                 self._on_failed(staged, kind, str(error))
             finally:
-                self._on_settled()
+                self._on_settled(staged)
 
     def _commit(self, staged: Staged) -> None:
         began = self._clock()
@@ -78,34 +82,28 @@ class Committer:
         self._metrics.set("checkpoint_commit_time_seconds", now)
         self._metrics.set("checkpoint_bytes", commit.size_bytes)
         self._metrics.observe("checkpoint_commit_seconds", seconds)
-        self._journal.write(
-            "checkpoint_committed",
-            attempt=staged.attempt,
-            step=staged.step,
-            seconds=seconds,
-            size_bytes=commit.size_bytes,
-            path=commit.path,
-        )
-        self._on_committed(staged, now)
+        self._on_committed(staged, now, {"seconds": seconds, "size_bytes": commit.size_bytes, "path": commit.path})
         try:
             self._store.prune(self._keep, self._generation, attempt=staged.attempt, staged_below=staged.step)
         except (OSError, Fenced) as error:
-            self._journal.write("prune_failed", attempt=staged.attempt, step=staged.step, message=str(error))
+            self._tell("prune_failed", attempt=staged.attempt, step=staged.step, message=str(error))
 
     def _commit_through_outages(self, staged: Staged) -> Commit:
-        """Commit in step order: the checkpoints behind this one wait for it. Gives up when the committer is closed. It also gives up
-        when too many wait: if the ranks reach the storage and this process does not, they would fill it."""
+        """Commit in step order: the checkpoints behind this one wait for it. A refusal is waited out like an outage, because credentials
+        can be renewed while a run goes on. Gives up when the committer is closed. It also gives up when too many wait: if the ranks reach
+        the storage and this process does not, they would fill it."""
         began: float | None = None
         while True:
             try:
                 commit = self._store.commit(staged.step, self._generation, staged.receipts, staged.meta, attempt=staged.attempt)
-            except StorageOutage as error:
+            except (StorageOutage, StorageRefused) as error:
                 if began is None:
                     began = self._clock()
-                    self._journal.write("storage_outage", attempt=staged.attempt, step=staged.step, message=str(error))
+                    self._tell("storage_outage", attempt=staged.attempt, step=staged.step, message=str(error))
+                self._on_waiting(str(error))
                 if self._waiting.qsize() > COMMITS_WAITING or self._closed.wait(COMMIT_PAUSE_SECONDS):
                     raise
             else:
                 if began is not None:
-                    self._journal.write("storage_recovered", attempt=staged.attempt, step=staged.step, seconds=self._clock() - began)
+                    self._tell("storage_recovered", attempt=staged.attempt, step=staged.step, seconds=self._clock() - began)
                 return commit

@@ -7,6 +7,7 @@ places one worker per rank, assigns its GPU, and reports which workers died. A f
 the agents die most often, and a `fit` takes several seconds to start.
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -191,11 +192,16 @@ def remove_placement_group(group: str) -> None:
 
 
 def start_coordinator(**kwargs: Any) -> Any:
-    """Start the coordinator as an actor on this node; `kwargs` are Coordinator's. Returns its handle."""
+    """Start the coordinator as an actor on this node; `kwargs` are Coordinator's, without its log. Returns its handle.
+
+    If it dies, Ray restarts it here, and it goes on from its log, in a folder that ends with this process. Ray repeats the calls made
+    meanwhile, so each call may run twice. It counts its restarts itself, and gives up after too many in a short time: a number over the
+    whole run would end a long one."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # If it dies, Ray restarts it and it recovers from the journal. Ray repeats the calls made meanwhile, so each call may run twice.
-    actor = ray.remote(num_cpus=0, max_concurrency=64, max_restarts=5, max_task_retries=-1, scheduling_strategy=here)(CoordinatorActor)
-    return actor.remote(**kwargs)
+    folder = tempfile.mkdtemp(prefix="coordinator-", dir=os.environ.get(FOLDER_VARIABLE))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    actor = ray.remote(num_cpus=0, max_concurrency=64, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(CoordinatorActor)
+    return actor.remote(**kwargs, log=f"{folder}/coordinator.log")
 
 
 # Ray Train starts an actor, a process with two seconds of imports, for each of these. Agents read no Ray Data, and a placement group ends

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -136,13 +136,17 @@ class Calls:
 
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The coordinator's answer. Raises what its method raised, CallFailed if it does not answer, or AgentLost."""
+        return self.begin(method, *args, **kwargs).result()
+
+    def begin(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Make a call, and let the caller wait for the answer."""
         answer: Future[Any] = Future()
         with self._lock:
             self._number += 1
             number = self._number
             self._waiting[number] = answer
         self._send(_Call(number=number, method=method, args=args, kwargs=kwargs))
-        return answer.result()
+        return answer
 
     def failed(self, error: RankError) -> None:
         with contextlib.suppress(AgentLost):
@@ -173,6 +177,20 @@ class Calls:
                 future.set_exception(answer.error)
 
 
+def ticking(calls: Calls, tick: Callable[[], None], *, every_seconds: float = 1.0) -> Callable[..., Any]:
+    """`calls`, which calls `tick` every second while this thread waits for an answer: a coordinator that is being started again is no hang
+    of the rank. Other threads wait without ticking, because they would hide that this one hangs."""
+    owner = threading.get_ident()
+
+    def call(method: str, *args: Any, **kwargs: Any) -> Any:
+        answer = calls.begin(method, *args, **kwargs)
+        while threading.get_ident() == owner and not wait([answer], every_seconds).done:
+            tick()
+        return answer.result()
+
+    return call
+
+
 def serve_calls(connection: Connection, ask: Callable[..., Any], on_failed: Callable[[RankError], None]) -> None:
     """The agent's end: answer calls with `ask(method, *args, **kwargs)` until the process has ended. Runs several at a time, because
     some block."""
@@ -201,6 +219,8 @@ def serve_calls(connection: Connection, ask: Callable[..., Any], on_failed: Call
 
 def _that_can_travel(error: Exception) -> Exception:
     """`error`, or its text in a CallFailed if the other side could not unpickle it without Ray."""
+    if isinstance(error, CallFailed):
+        return error
     if isinstance(error, OSError | ValueError) and type(error).__module__ == "builtins":
         with contextlib.suppress(Exception):
             pickle.loads(pickle.dumps(error))

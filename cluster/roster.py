@@ -1,8 +1,12 @@
 """The members of a run: the agents of its fleets, and the ranks of the current attempt. Pure: no thread, no clock, no storage.
 
-The coordinator holds one instance, behind its lock, and passes in the time. What an agent should do (`order`) follows from the attempt
-that the driver began and from the ranks' reports. Messages about an attempt other than the current one are ignored: a method that takes
-an attempt's number then returns False or None."""
+The coordinator's State holds one instance and passes in the time. What an agent should do (`order`) follows from the attempt that the
+driver began and from the ranks' reports. Messages about an attempt other than the current one are ignored: a method that takes an
+attempt's number then returns False or None. Every message may come twice: a second one changes nothing, and the method says so in the
+same way.
+
+It can be pickled for the coordinator's log. What a new coordinator is told again stays behind: the agents' reports, and the payload, which
+may refer to Ray's object store."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -51,7 +55,8 @@ class Attempt:
     fleet: int = 0
     """The fleet whose agents run it."""
     payload: Payload | None = None
-    """What its ranks run. None if the attempt was read from the journal, which does not hold it; the driver must then adopt the attempt."""
+    """What its ranks run. None after a restart of the coordinator: neither its log nor the journal holds it. The driver must then adopt the
+    attempt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +107,20 @@ class Roster:
         self._current: _Current | None = None
         self._agents: dict[tuple[int, int], _AgentSaid] = {}  # by (fleet, rank)
         self._over: set[int] = set()  # fleets that are to end
+        self._ended_before: dict[int, RankEnd] = {}
+        self._attempt_before = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        current = self._current
+        if current is not None:
+            current = replace(current, attempt=replace(current.attempt, payload=None))
+        return {**self.__dict__, "_current": current, "_agents": {}}
+
+    def taken_over(self, now: float) -> None:
+        """A new coordinator holds this roster: silence counts from now on, because nobody was there to be told."""
+        for rank in self._current.ranks.values() if self._current is not None else ():
+            if rank.heard_at is not None:
+                rank.heard_at = now
 
     # The driver's side
 
@@ -114,18 +133,23 @@ class Roster:
         return self._of(attempt) is not None
 
     def begin(self, attempt: Attempt) -> None:
-        """Begin a new group of ranks, about which nothing is known yet. Agents of older fleets are forgotten."""
+        """Begin a new group of ranks, about which nothing is known yet. Agents of older fleets are forgotten, and how ranks ended before
+        the attempt before."""
+        if self._current is not None:
+            self._attempt_before, self._ended_before = self._current.attempt.number, self.ends()
         stragglers = StragglerWatch(attempt.world_size, ratio=self._limits.ratio, steps=self._limits.steps)
         self._current = _Current(attempt=attempt, stragglers=stragglers)
         self._agents = {key: said for key, said in self._agents.items() if key[0] >= attempt.fleet}
+        self._over = {fleet for fleet in self._over if fleet >= attempt.fleet}  # order() ends the older ones anyway
 
-    def adopt(self, attempt: int, fleet: int, payload: Payload) -> None:
+    def adopt(self, attempt: int, fleet: int, payload: Payload | None) -> None:
+        """Complete an attempt that was taken over."""
         if (current := self._of(attempt)) is not None:
             current.attempt = replace(current.attempt, fleet=fleet, payload=payload)
 
     def ask_stacks(self, attempt: int) -> None:
         """Have every agent of the attempt send its rank's stacks."""
-        if (current := self._of(attempt)) is not None:
+        if (current := self._of(attempt)) is not None and current.command == "run":
             current.command = "stacks"
             for rank in current.ranks.values():
                 rank.has_told_stacks = False
@@ -147,10 +171,12 @@ class Roster:
         current = self.attempt
         if fleet in self._over or (current is not None and fleet < current.fleet):
             return AgentOrder(command="end")
-        if self._current is None or current is None or current.fleet != fleet or current.payload is None:
+        if self._current is None or current is None or current.fleet != fleet:
             return AgentOrder(command="wait")
         command = self._current.command
         is_new = report.attempt != current.number and command == "run"
+        if is_new and current.payload is None:
+            return AgentOrder(command="wait")
         return AgentOrder(
             command=command,
             attempt=current.number,
@@ -160,7 +186,7 @@ class Roster:
 
     def ended(self, attempt: int, rank: int, end: RankEnd) -> bool:
         """A rank's process has ended. If it failed, the others cannot continue and are to be killed."""
-        if (current := self._of(attempt)) is None:
+        if (current := self._of(attempt)) is None or current.rank(rank).end is not None:
             return False
         known = current.rank(rank)
         known.end, known.info = end, None
@@ -168,9 +194,12 @@ class Roster:
             current.command = "kill"
         return True
 
-    def told_stacks(self, attempt: int, rank: int) -> None:
-        if (current := self._of(attempt)) is not None:
-            current.rank(rank).has_told_stacks = True
+    def told_stacks(self, attempt: int, rank: int) -> bool:
+        """A rank's stacks have arrived."""
+        if (current := self._of(attempt)) is None or current.rank(rank).has_told_stacks:
+            return False
+        current.rank(rank).has_told_stacks = True
+        return True
 
     # The ranks' side
 
@@ -179,6 +208,8 @@ class Roster:
         if (current := self._of(attempt)) is None:
             return False
         known = current.rank(rank)
+        if known.end is not None or known.info == info:
+            return False
         known.info, known.heard_at = info, now
         return True
 
@@ -200,9 +231,9 @@ class Roster:
         return Heard(straggler=straggler, skew=current.stragglers.skew)
 
     def publish(self, attempt: int, key: str, value: Any) -> None:
-        """Publish a value for the other ranks of the attempt."""
+        """Publish a value for the other ranks of the attempt. The first one for a key counts."""
         if (current := self._of(attempt)) is not None:
-            current.board[key] = value
+            current.board.setdefault(key, value)
 
     def lookup(self, attempt: int, key: str) -> Any:
         """The value that a rank of the attempt published; None if nothing yet."""
@@ -217,7 +248,9 @@ class Roster:
         return {number: rank.info for number, rank in sorted(ranks.items()) if rank.info is not None}
 
     def ends(self, attempt: int | None = None) -> dict[int, RankEnd]:
-        """How the ranks of the attempt (None: the current one) ended, for those that have."""
+        """How the ranks of the attempt (None: the current one) ended, for those that have. Known of this attempt and of the one before."""
+        if attempt == self._attempt_before:
+            return dict(self._ended_before)
         current = self._current if attempt is None else self._of(attempt)
         ranks = current.ranks if current is not None else {}
         return {number: rank.end for number, rank in ranks.items() if rank.end is not None}

@@ -4,9 +4,23 @@ The coordinator holds a StopVote, each rank a Gate (inside its Heartbeat); they 
 after P steps binds a rank only if it arrives before the rank has begun step P: after that, the rank is inside a collective that the
 others must join. So ranks report the steps they have *begun*, not only those they have done."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from cluster.beat import CALLS_PER_SECOND, BeatReply
 
 AGAIN_SECONDS = 0.02  # between two beats while the ranks agree on a stop
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """How far a vote is. What a new coordinator needs to know of it."""
+
+    margin: int
+    stop_at: int | None
+    confirmed: bool
+    promised: Mapping[int, int]
+    """By rank; only those above 0."""
 
 
 class StopVote:
@@ -38,10 +52,22 @@ class StopVote:
         """Every rank has promised the newest proposal."""
         return self._confirmed
 
+    @property
+    def agreement(self) -> Agreement:
+        promised = {rank: promise for rank, promise in self._promised.items() if promise}
+        return Agreement(margin=self._margin, stop_at=self._stop_at, confirmed=self._confirmed, promised=promised)
+
+    def take_up(self, agreement: Agreement) -> None:
+        """Go on from what another coordinator's vote has reached. What the ranks have begun since, their next beats say."""
+        self._margin, self._stop_at, self._confirmed = agreement.margin, agreement.stop_at, agreement.confirmed
+        self._promised = dict(agreement.promised)
+
     def request(self) -> None:
         self._requested = True
 
     def hear(self, rank: int, steps_begun: int, promised_stop: int | None) -> BeatReply:
+        # Nobody promises what nobody asked for: the coordinator that was asked is dead, and so is what it knew.
+        self._requested = self._requested or promised_stop is not None
         stride = steps_begun - self._begun.get(rank, steps_begun)
         self._begun[rank] = max(steps_begun, self._begun.get(rank, 0))
         self._promised[rank] = max(promised_stop or 0, self._promised.get(rank, 0))

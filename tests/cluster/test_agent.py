@@ -133,7 +133,9 @@ def test_beats_travel_with_the_question_for_orders_and_an_urgent_one_does_not_wa
     began = time.monotonic()
     assert fleet.ends(1)[0].status == 0
     assert time.monotonic() - began < 20
-    assert fleet.reports == [((BeatReply(stop_at=None, confirmed=False),) * 3,)]
+    # Nobody asked this coordinator for a stop, but a rank that has promised one was asked by the coordinator before.
+    agreed = BeatReply(stop_at=9, confirmed=True)
+    assert fleet.reports == [((BeatReply(stop_at=None, confirmed=False), agreed, agreed),)]
     status = fleet.coordinator.status().ranks[0]
     assert (status.steps_done, status.stats, status.ticks) == (9, {"loss": 0.5}, 3)
     assert not any(method == "beat" for method in fleet.asked)  # no call of their own

@@ -12,8 +12,8 @@ def receipt(step: int, rank: int) -> Receipt:
 
 
 def begun(world_size: int, last: Committed | None = None, attempt: int = 1) -> Commits:
-    commits = Commits(last)
-    commits.begin(attempt, world_size, last)
+    commits = Commits([last] if last is not None else [])
+    commits.begin(attempt, world_size, last.step if last is not None else 0)
     return commits
 
 
@@ -28,7 +28,7 @@ def test_ranks_in_any_order_have_each_step_handed_out_once_in_the_order_of_steps
         step = left[rank]
         left[rank] += 1
         if failing.get(step) == rank:
-            assert commits.withdraw(1, step)
+            assert commits.withdraw(1, rank, step)
             assert commits.failed(1, step, "full")
             assert not commits.failed(1, step, "full here too")
         elif (staged := commits.ack(1, rank, step, [receipt(step, rank)], {f"rank{rank}": rank})) is not None:
@@ -53,10 +53,10 @@ def test_a_step_that_some_ranks_left_out_is_forgotten_when_a_later_one_is_whole(
 
 
 def test_an_older_attempt_has_no_say() -> None:
-    commits = begun(1)
-    commits.begin(2, 1, Committed(step=3, time=1.0))
+    commits = begun(1, Committed(step=3, time=1.0))
+    commits.begin(2, 1, 3)
     assert commits.ack(1, 0, 9, [], {}) is None
-    assert not commits.withdraw(1, 9)
+    assert not commits.withdraw(1, 0, 9)
     commits.committed(1, 9, 2.0)
     assert commits.last == Committed(step=3, time=1.0)
     assert commits.failed(1, 9, "late")  # counted, and no answer to those who wait now
@@ -69,6 +69,6 @@ def test_a_later_commit_answers_those_who_wait_for_an_earlier_step() -> None:
     assert not commits.is_committed(0)
     assert commits.ack(1, 0, 6, [], {}) is not None
     commits.committed(1, 6, 5.0)
-    commits.settled()
+    commits.settled(1, 6)
     assert [commits.is_committed(step) for step in (4, 6, 7)] == [True, True, False]
     assert (commits.news().last, commits.in_hand) == (Committed(step=6, time=5.0), 0)

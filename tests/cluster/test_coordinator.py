@@ -23,6 +23,7 @@ from cluster.heartbeat import CoordinatorLost, Heartbeat
 from cluster.journal import read_journal
 from cluster.names import FILE_SD
 from cluster.roster import RankInfo
+from cluster.state import AttemptOver
 from cluster.storage import Storage, StorageOutage, open_storage
 from cluster.store import Receipt, StorageFull, Store
 from cluster.targets import Discovery
@@ -106,8 +107,11 @@ def test_acks_of_an_older_attempt_are_ignored(coordinator: Coordinator, store: S
     commit = store.newest_valid(print)
     assert commit is not None
     assert [commit.read(name) for name in sorted(commit.files)] == [b"new", b"new"]
-    with pytest.raises(ValueError, match="attempt=2"):
-        coordinator.start_attempt(2, 2, 0)
+    coordinator.start_attempt(2, 2, 0)  # the same again
+    with pytest.raises(AttemptOver, match="attempt=2 of 3 ranks"):
+        coordinator.start_attempt(2, 3, 0)
+    with pytest.raises(AttemptOver, match=r"attempt=1 .* is not above the attempt before, 2"):
+        coordinator.start_attempt(1, 2, 0)
 
 
 @pytest.mark.parametrize(

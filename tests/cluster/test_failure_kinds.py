@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from cluster.agent import RankEnd
+from cluster.coordinator import CoordinatorKeepsDying
 from cluster.failures import KINDS, BadNumbers, RankError, WeightsDiffer, described
 from cluster.heartbeat import CoordinatorLost
 from cluster.launch import failure_of_ranks
 from cluster.rank import AgentLost, CallFailed, Calls, serve_calls
 from cluster.spill import SpillDamaged
+from cluster.state import AttemptOver
 from cluster.storage import StorageOutage, StorageRefused
 from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, OtherFormat, StorageFull
 from dataio.convert import DiskFull
@@ -33,6 +35,8 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (WeightsDiffer(7, (1,), (5, 6, 5)), "numbers"),
     (CoordinatorLost("x"), "infrastructure"),
     (CallFailed("x"), "infrastructure"),
+    (AttemptOver("x"), "infrastructure"),
+    (CoordinatorKeepsDying("x"), "infrastructure"),
     (AgentLost("x"), "infrastructure"),
     (DataOutage("x"), "infrastructure"),
     (TooManyBadSamples("x"), "data"),

@@ -4,6 +4,7 @@ Every question to the storage goes through its Patience (cluster/patience.py), e
 neither an outage nor a coordinator that is being restarted ends a run."""
 
 import math
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -126,7 +127,7 @@ class Session:
     def tell(self, event: str, **fields: Any) -> None:
         """Write an event into the journal through the coordinator, which counts failures, or directly if the coordinator is gone."""
         try:
-            ray.get(self.coordinator.event.remote(event, **fields), timeout=CALL_SECONDS)
+            ray.get(self.coordinator.event.remote(event, call_id=secrets.token_hex(8), **fields), timeout=CALL_SECONDS)
         except ray.exceptions.GetTimeoutError:
             pass  # it gets the call when it is back
         except ray.exceptions.RayError:
@@ -197,7 +198,7 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
     data = decided.location if decided.is_shared else ship(decided.dataset, config)
     steps_per_epoch = make_order(config, decided.dataset).steps_per_epoch
     coordinator = start_coordinator(
-        storage_uri=storage.uri,
+        storage_uri=storage,  # as it is open here: opening an S3 URI may ask the storage where its bucket is
         run=config.run,
         generation=begun.generation,
         keep=cluster.keep_checkpoints,

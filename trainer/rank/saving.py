@@ -198,10 +198,6 @@ class Saver:
         self._failed[step] = error
         self._me.call("fail_checkpoint", self._me.spec.attempt, self._me.rank, step, str(error))
 
-    def _failed(self, step: int, error: OSError) -> None:
-        self._refusals = {step: error}
-        self._me.call("fail_checkpoint", self._me.spec.attempt, self._me.rank, step, str(error))
-
     def _staged(self, step: int, seconds: float, size_bytes: int) -> None:
         self._me.metrics.observe("checkpoint_stage_seconds", seconds)
         if self._chooser is not None:

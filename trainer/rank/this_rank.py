@@ -14,7 +14,7 @@ from cluster.beat import JOINING
 from cluster.exporter import Server, serve_metrics
 from cluster.heartbeat import Heartbeat
 from cluster.metrics import Metrics
-from cluster.rank import Placement, RankContext
+from cluster.rank import Placement, RankContext, ticking
 from cluster.roster import RankInfo
 from cluster.waiting import StorageWaits
 from trainer.settings.spec import WorkerSpec
@@ -80,7 +80,7 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
         place=place,
         device=device,
         files=context.files,
-        call=call,
+        call=ticking(context.call, heartbeat.tick),
         metrics=metrics,
         server=server,
         heartbeat=heartbeat,
