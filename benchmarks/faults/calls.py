@@ -1,9 +1,9 @@
 """Lets one process stand for several and makes any of their storage calls fail, without a hook in the product's code.
 
 A thread belongs to a `Life`: the driver, the coordinator, an agent or a rank. A thread that it starts belongs to the same one. `Storages`
-replaces the functions of `os` and pyarrow's file systems. It counts the calls of one kind of life below the run's root, and a `Strike` says
-which of them fail. A life that was killed gets `Dead` from each of its calls, so it changes nothing any more. Patches stay until the process
-ends: only for a process of its own. benchmarks/faults/control.py forks one for each trial.
+replaces the functions of `os` and pyarrow's file systems. It counts the calls of one kind of life below the run's root, and a `Strike`
+says which of them fail. A life that was killed gets `Dead` from each of its calls, so it changes nothing any more. Patches stay until the
+process ends: only for a process of its own. benchmarks/faults/control.py forks one for each trial.
 """
 
 import builtins
@@ -84,7 +84,7 @@ def inherit_lives() -> None:
         if not isinstance(told.exc_value, Dead) and not this_life().is_dead:
             usual(told)
 
-    threading.Thread.start = start  # type: ignore[method-assign]
+    setattr(threading.Thread, "start", start)  # noqa: B010
     threading.excepthook = hook
 
 
@@ -203,8 +203,8 @@ class Storages:
                 return real_file(path, *args, **kwargs)
             return self.around("open file", str(text), lambda: real_file(path, *args, **kwargs), is_local=True)
 
-        os.open, os.close = os_open, os_close
-        io.open = builtins.open = file_open
+        vars(os).update(open=os_open, close=os_close)
+        vars(io)["open"] = vars(builtins)["open"] = file_open
 
     def _by_path(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

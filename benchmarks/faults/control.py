@@ -13,14 +13,15 @@ eight short steps, one of which dies on the way (scenario `death`), or that is s
     killed before, inside, after    the coordinator dies when the message comes, while it is handled, or before its answer
     twice          every message of the run is delivered twice
 
-Promised: the run ends with the bits of the undisturbed one. Only what the storage refuses for good, or a disk that fails, may end it, with
-one line that says so and without a traceback; then the same command goes on to the same bits. Seconds pass `SCALE` times faster.
+Promised: the run ends with the bits of the undisturbed one. Only what the storage refuses for good may end it, with one line that says so
+and without a traceback; then the same command goes on to the same bits. Seconds pass `SCALE` times faster.
 """
 
 import argparse
 import contextlib
 import faulthandler
 import importlib
+import io
 import json
 import os
 import signal
@@ -35,8 +36,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.faults import local_ray, s3, small_rank
-from benchmarks.faults.calls import DRIVER, HOWS, Life, Storages, Strike, inherit_lives, start_as, this_life
-from benchmarks.faults.local_ray import MESSAGE_HOWS, Actor, Message, MessageStrike
+from benchmarks.faults.calls import DRIVER, HOWS, Storages, Strike, inherit_lives, this_life
+from benchmarks.faults.local_ray import MESSAGE_HOWS, Actor, MessageStrike
+from cluster import storage
 
 Row = dict[str, Any]
 Place = Literal["local", "s3"]
@@ -54,7 +56,7 @@ SETTINGS = (
     *("--data.path", str(PROJECT / "dataio" / "samples" / "fashion_mnist"), "--data.batch-size", "40"),
     *("--model.name", "shufflenet_v2_x0_5", "--model.weights", "none", "--model.stem", "native", "--train.precision", "fp32"),
     *("--train.epochs", "1", "--train.max-steps", str(STEPS), "--train.checkpoint-every", "2", "--train.virtual-ranks", "2"),
-    *("--cluster.threads-per-worker", "1", "--cluster.cpus-per-worker", "1", "--cluster.heartbeat-seconds", "0.2"),
+    *("--cluster.threads-per-worker", "1", "--cluster.cpus-per-worker", "1", "--cluster.heartbeat-seconds", "0.1"),
     *("--cluster.storage-retry-seconds", f"{20 / SCALE:.3f}", "--cluster.faults.backoff-seconds", "0.1"),
     *("--cluster.grow-after-seconds", "0.1"),
 )
@@ -76,13 +78,15 @@ class Trial:
     scenario: Scenario = "death"
     storage: Strike = field(default_factory=lambda: Strike(kind="driver"))
     message: MessageStrike = field(default_factory=MessageStrike)
+    call: str = ""
+    """What the struck call was in the undisturbed run."""
 
     def describe(self) -> str:
         what = f"{self.place}, {self.scenario}"
         if self.storage.how != "record":
-            what += f", storage call {self.storage.first} of the {self.storage.kind} {self.storage.how}"
+            what += f", storage call {self.storage.first} of the {self.storage.kind} ({self.call}) {self.storage.how}"
         if self.message.how != "record":
-            what += f", {self.message.method or 'message'} {self.message.number or ''} {self.message.how}"
+            what += f", {f'{self.message.method} {self.message.number}' if self.message.method else 'each message'} {self.message.how}"
         return what
 
 
@@ -125,6 +129,7 @@ def scale_times() -> None:
                 if isinstance(getattr(module, key, None), float):
                     setattr(module, key, SHORTER.get(key) or getattr(module, key) / SCALE)
                     found.add(key)
+    storage.open_storage.__defaults__ = (20 / SCALE,)  # the report's
     if missing := {*SCALED, *SHORTER} - found:
         raise RuntimeError(f"no module has {', '.join(sorted(missing))} any more: correct SCALED in {__file__}")
 
@@ -133,6 +138,8 @@ def run_once(trial: Trial, uri: str, root: str, out: Path, *, is_second: bool) -
     """The body of a forked process: the run, then what is left of it, as JSON in `out`."""
     faulthandler.enable()  # SIGABRT shows where it hangs
     inherit_lives()
+    others = open(out.with_suffix(".others.log"), "w", buffering=1)  # noqa: SIM115  # lives as long as the process
+    sys.stdout, sys.stderr = DriversOutput(sys.stdout, others), DriversOutput(sys.stderr, others)
     storages = Storages(root, trial.storage)
     actors: list[Actor] = []
     local_ray.install(trial.message, on_actor=actors.append)
@@ -143,7 +150,9 @@ def run_once(trial: Trial, uri: str, root: str, out: Path, *, is_second: bool) -
         script.quarantines_at = 3
         script.deaths = {(1, 5)} if trial.scenario == "death" else set()
         if trial.scenario == "stop":
-            script.on_step = lambda done: os.kill(os.getpid(), signal.SIGTERM) if done == 5 else None
+            script.on_step = lambda done: os.kill(os.getpid(), signal.SIGTERM) if done == 3 else None
+    if trial.scenario != "death":
+        script.step_seconds = 0.15  # so that there are steps left when the ranks have agreed
     if trial.scenario == "grow":
         workers = "1:2"
         local_ray.give_room(after_first_fleet=1)
@@ -168,6 +177,25 @@ def run_once(trial: Trial, uri: str, root: str, out: Path, *, is_second: bool) -
     out.write_text(json.dumps(asdict(outcome)))
 
 
+class DriversOutput(io.TextIOBase):
+    """Standard output, or what takes its place in the processes that Ray would start: their output is not the command's."""
+
+    def __init__(self, own: Any, others: Any) -> None:
+        self._own, self._others = own, others
+
+    def write(self, text: str) -> int:
+        return int((self._own if this_life() is DRIVER else self._others).write(text))
+
+    def flush(self) -> None:
+        self._own.flush()
+
+    def fileno(self) -> int:
+        return int(self._own.fileno())
+
+    def isatty(self) -> bool:
+        return False
+
+
 def _status_of(argv: Sequence[str]) -> int:
     from trainer import run
 
@@ -185,17 +213,17 @@ def _look_at_what_is_left(outcome: Outcome, uri: str) -> None:
     from cluster.storage import open_storage
     from cluster.store import Store
 
-    storage = open_storage(uri)
-    events = read_journal(storage, "run")
+    place = open_storage(uri)
+    events = read_journal(place, "run")
     outcome.events = dict(Counter(event["event"] for event in events))
     outcome.failed = [
         {key: event.get(key) for key in ("event", "kind", "rank", "message", "reason")}
         for event in events
         if event["event"] in ("attempt_failed", "run_failed")
     ]
-    if storage.exists("run/summary.json"):
-        outcome.sha256 = json.loads(storage.read("run/summary.json")).get("weights_sha256") or ""
-    commit = Store.open(storage, "run").newest_valid(lambda path, reason: None, mark=False)
+    if place.exists("run/summary.json"):
+        outcome.sha256 = json.loads(place.read("run/summary.json")).get("weights_sha256") or ""
+    commit = Store.open(place, "run").newest_valid(lambda path, reason: None, mark=False)
     outcome.step = commit.step if commit else 0
 
 
@@ -256,8 +284,13 @@ class Verdict:
 
 
 def may_end(trial: Trial) -> bool:
-    """Whether this fault may end a run: the storage refuses for good, or a local disk fails."""
-    return trial.storage.how == "refused" or (trial.place == "local" and trial.storage.how != "record")
+    """Whether this fault may end a run: the storage refuses for good. What may pass is waited for, on a disk as on an object store."""
+    return trial.storage.how == "refused"
+
+
+def is_done(outcome: Outcome) -> bool:
+    """Whether the run finished and its summary is written."""
+    return outcome.status == 0 and outcome.sha256 != ""
 
 
 def judge_first(trial: Trial, outcome: Outcome, sha256: str) -> str:
@@ -266,17 +299,19 @@ def judge_first(trial: Trial, outcome: Outcome, sha256: str) -> str:
         return f"did not end in {TRIAL_SECONDS:g} s: {_stacks(outcome.output)}"
     if "Traceback (most recent call last)" in outcome.output:
         return f"traceback: {_last_words(outcome.output)}"
-    expected = 128 + signal.SIGTERM if trial.scenario == "stop" else 0
-    if outcome.status == expected:
+    # A stop that is agreed on after the last step finds a finished run.
+    if outcome.status == 0 or (trial.scenario == "stop" and outcome.status == 128 + signal.SIGTERM):
         if outcome.problem:
             return outcome.problem
-        if expected == 0 and (outcome.sha256, outcome.step) != (sha256, STEPS):
+        if outcome.status == 0 and not outcome.sha256 and may_end(trial) and "warning: summary.json" in outcome.output:
+            return ""
+        if outcome.status == 0 and (outcome.sha256, outcome.step) != (sha256, STEPS):
             return f"other bits: step {outcome.step}, weights {outcome.sha256[:12]} and not {sha256[:12]}"
         return ""
     if may_end(trial) and outcome.status in (1, 2) and "error: " in outcome.output:
         return ""
-    kinds = "; ".join(f"{one['kind']}: {str(one['message'])[:120]}" for one in outcome.failed)
-    return f"exit status {outcome.status} ({kinds or _last_words(outcome.output)})"
+    kinds = [f"{one['kind']}: {str(one['message'])[:200]}" for one in outcome.failed if one["event"] == "run_failed"]
+    return f"exit status {outcome.status} ({kinds[-1] if kinds else 'no run_failed'}; {_last_words(outcome.output)})"
 
 
 def judge_second(outcome: Outcome, sha256: str) -> str:
@@ -303,8 +338,8 @@ def _stacks(output: str) -> str:
 class Campaign:
     """Runs trials, several at a time, and compares each with the undisturbed run of its scenario and place."""
 
-    def __init__(self, scratch: Path, *, jobs: int, server: s3.Server | None, say: Callable[[str], None]) -> None:
-        self._scratch, self._jobs, self._server, self._say = scratch, jobs, server, say
+    def __init__(self, scratch: Path, *, jobs: int, say: Callable[[str], None]) -> None:
+        self._scratch, self._jobs, self._say = scratch, jobs, say
         self._count = 0
         self._base: dict[tuple[Place, Scenario, str], Outcome] = {}
 
@@ -333,7 +368,7 @@ class Campaign:
             elif not first.struck:
                 yield Verdict(trial=trial, kind="not reached")
             else:
-                yield Verdict(trial=trial, kind="ended, then same bits" if first.status in (1, 2) else "same bits")
+                yield Verdict(trial=trial, kind="same bits" if second is None or trial.scenario == "stop" else "ended, then same bits")
 
     def _run(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Outcome, Outcome | None]]:
         """(trial, its first run, and the second one that followed if the first did not finish)"""
@@ -350,7 +385,7 @@ class Campaign:
                 if outcome is None:
                     continue
                 running.remove(entry)
-                if first is None and outcome.status not in (0, None):
+                if first is None and outcome.status is not None and not is_done(outcome):
                     calm = replace(trial, storage=Strike(kind="driver"), message=MessageStrike())
                     running.append((trial, fork_run(calm, *where, is_second=True), outcome, where))
                 elif first is None:
@@ -366,8 +401,7 @@ class Campaign:
         folder.mkdir(parents=True)
         if trial.place == "local":
             return str(folder / "runs"), str(folder / "runs"), folder
-        assert self._server is not None
-        return self._server.uri(folder.name), f"{s3.BUCKET}/{folder.name}", folder
+        return f"s3://{s3.BUCKET}/{folder.name}", f"{s3.BUCKET}/{folder.name}", folder
 
 
 def driver_storage(campaign: Campaign, place: Place, kind: str, hows: Sequence[Any], every: int) -> Iterator[Trial]:
@@ -375,7 +409,8 @@ def driver_storage(campaign: Campaign, place: Place, kind: str, hows: Sequence[A
     base = campaign.undisturbed(place, "death", kind)
     for how in hows:
         for number in range(1, len(base.calls) + 1, every):
-            yield Trial(place=place, storage=Strike(kind=kind, how=how, first=number, seconds=OUTAGE_SECONDS / SCALE))
+            strike = Strike(kind=kind, how=how, first=number, seconds=OUTAGE_SECONDS / SCALE)
+            yield Trial(place=place, storage=strike, call=" ".join(base.calls[number - 1]))
 
 
 def coordinator_messages(campaign: Campaign, place: Place, scenario: Scenario, hows: Sequence[Any], every: int) -> Iterator[Trial]:
@@ -419,7 +454,9 @@ def row_of(fault: str, verdicts: Iterable[Verdict], say: Callable[[str], None]) 
     }
 
 
-def rows(campaign: Campaign, chosen: Callable[[str], bool], *, places: Sequence[Place], every: int, say: Callable[[str], None]) -> Iterator[Row]:
+def rows(
+    campaign: Campaign, chosen: Callable[[str], bool], *, places: Sequence[Place], every: int, say: Callable[[str], None]
+) -> Iterator[Row]:
     """The control plane's rows."""
     for place in places:
         for kind in ("driver", "coordinator"):
@@ -444,8 +481,9 @@ def opened(*, jobs: int, places: Sequence[Place], say: Callable[[str], None]) ->
     import_all()
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="finetune-control-"))
-        server = stack.enter_context(s3.Server()) if "s3" in places else None
-        yield Campaign(Path(scratch), jobs=jobs, server=server, say=say)
+        if "s3" in places:
+            os.environ |= stack.enter_context(s3.Server()).environment
+        yield Campaign(Path(scratch), jobs=jobs, say=say)
 
 
 def main() -> int:
@@ -472,7 +510,8 @@ def main() -> int:
         print(json.dumps(found, indent=1))
     else:
         for row in found:
-            print(f"{row['fault']:70} {row['trials']:>5} trials {row['violations']:>4} violations {row['seconds']:7.1f} s  {row['detail'][:200]}")
+            counts = f"{row['trials']:>5} trials {row['violations']:>4} violations {row['seconds']:7.1f} s"
+            print(f"{row['fault']:70} {counts}  {row['detail'][:200]}")
     return int(any(row["violations"] for row in found))
 
 

@@ -33,6 +33,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 from benchmarks.faults import small_rank
 from benchmarks.faults.calls import Dead, Life, start_as, this_life
 from cluster import launch, rank
+from cluster.agent import agent_main
 from cluster.coordinator import CoordinatorActor
 from cluster.failures import Failure
 from cluster.launch import ClusterHardware
@@ -124,8 +125,9 @@ class Actor:
             raise AttributeError(method)
         return SimpleNamespace(remote=lambda *args, **kwargs: self._send(method, args, kwargs))
 
-    def kill(self) -> None:
+    def kill(self, *, after_seconds: float = 0.0) -> None:
         """Kill the actor as SIGKILL would; Ray builds a new one."""
+        time.sleep(after_seconds)
         with self._changed:
             self._life.kill()
             self._instance = None
@@ -199,7 +201,7 @@ class Actor:
             self._changed.wait_for(lambda: life.is_dead or self._instance is not None or self._failure is not None)
             instance, failure = self._instance, self._failure
         if life.is_dead:
-            return
+            return None
         if failure is not None or instance is None:
             return self._answered(ref, ActorDiedError(), failed=True)
         while (left := self._silent_until - time.monotonic()) > 0:
@@ -207,7 +209,7 @@ class Actor:
         first[0] = False
         args, kwargs = pickle.loads(packed)
         if how == "killed inside":
-            start_as(self._life, lambda: (time.sleep(0.002), self.kill()))
+            start_as(self._life, lambda: self.kill(after_seconds=0.002))
         try:
             result = getattr(instance, method)(*args, **kwargs)
             if self._strike.how == "twice":
@@ -366,7 +368,7 @@ class ThreadFleet:
     def _agent(self, index: int, settings: Mapping[str, Any]) -> None:
         threading.current_thread().agent = SimpleNamespace(index=index, workers=self.workers)  # type: ignore[attr-defined]
         try:
-            launch.agent_main(settings)
+            agent_main(settings)
         except Exception as error:
             self._failure = self._failure or launch.failure_of(error)
 
@@ -466,7 +468,7 @@ def install(strike: MessageStrike, *, on_actor: Callable[[Actor], None]) -> None
     ray.util.get_node_ip_address = lambda: "127.0.0.1"
     ray.util.get_current_placement_group = lambda: None
     ray.train.get_context = _context
-    rank.os = _Os()  # type: ignore[assignment]
+    vars(rank)["os"] = _Os()
     rank.RankContext.join_group = lambda self, timeout_seconds: None  # type: ignore[method-assign]
     worker.train_rank = small_rank.train_rank
 

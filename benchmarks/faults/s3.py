@@ -1,6 +1,6 @@
 """S3 for the campaign: moto's server in a process of its own, and a TCP proxy before it that refuses, hangs or drops connections.
 
-Called by control.py and the outage rows. A run reaches the service through `Proxy.uri`, a check through `Server.uri`.
+Called by control.py and the outage rows. A process finds the service, or the proxy, by its `environment`.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ import sys
 import threading
 import time
 from typing import Any, Literal
-from urllib.parse import quote
 
 REGION, USER, SECRET, BUCKET = "us-east-1", "user", "secret", "bucket"
 Weather = Literal["open", "refuse", "hang", "drop"]
 START_SECONDS = 30.0
 
 
-def uri_of(port: int, path: str) -> str:
-    endpoint = quote(f"127.0.0.1:{port}", safe="")
-    return f"s3://{USER}:{SECRET}@{BUCKET}/{path}?endpoint_override={endpoint}&scheme=http&region={REGION}"
+def environment_of(port: int) -> dict[str, str]:
+    """What leads a process to the service that gets a URI without any of it."""
+    keys = {"AWS_ACCESS_KEY_ID": USER, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": REGION}
+    return {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_EC2_METADATA_DISABLED": "true"}
 
 
 def client(port: int) -> Any:
@@ -41,12 +41,14 @@ class Server:
             self.port = int(probe.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
 
-    def uri(self, path: str) -> str:
-        return uri_of(self.port, path)
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment_of(self.port)
 
     def __enter__(self) -> "Server":
         os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
-        self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.faults.s3", str(self.port)], stdin=subprocess.PIPE)
+        command = [sys.executable, "-m", "benchmarks.faults.s3", str(self.port)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
         end = time.monotonic() + START_SECONDS
         while True:
             try:
@@ -82,8 +84,9 @@ class Proxy:
         """Connections that came in bad weather."""
         self._listen()
 
-    def uri(self, path: str) -> str:
-        return uri_of(self.port, path)
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment_of(self.port)
 
     @property
     def weather(self) -> Weather:

@@ -1,8 +1,8 @@
 """A rank without images: a few weights that each step changes, and everything else as in trainer/rank/worker.py.
 
-It stands in for `train_rank` in the processes of benchmarks/faults/control.py. It joins, restores, saves, waits, stops, exports and hands in
-its result through the product's own code (join, restore, Saver, finish). What it leaves out is the data, the model and the collectives: the
-ranks of an attempt, threads of one process, meet at a barrier after each step.
+It stands in for `train_rank` in the processes of benchmarks/faults/control.py. It joins, restores, saves, waits, stops, exports and hands
+in its result through the product's own code (join, restore, Saver, finish). What it leaves out is the data, the model and the collectives:
+the ranks of an attempt, threads of one process, meet at a barrier after each step.
 """
 
 import threading
@@ -125,8 +125,11 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     guard.load(memory.history.guard)
     saver = Saver(me, data, plan, store=store, state=state, memory=memory, guard=guard, weights=None)
     speed, totals = Speed(), RankTotals(share=data.share)
-    observers = [FirstStep(me, plan.start_step), guard, totals, memory.history, speed]
-    observers += [CurveLog(memory.curves, speed, plan, attempt=spec.attempt), BeatStats(me.heartbeat, memory.history, speed, CLASSIFICATION)]
+    observers: list[Any] = [FirstStep(me, plan.start_step), guard, totals, memory.history, speed]
+    observers += [
+        CurveLog(memory.curves, speed, plan, attempt=spec.attempt),
+        BeatStats(me.heartbeat, memory.history, speed, CLASSIFICATION),
+    ]
     me.heartbeat.tick("step")
     me.tell("training_started", step=plan.start_step, cache="off", backend="none")
     learner: Any = SimpleNamespace(model=model, ema=None, device=torch.device("cpu"), task=SimpleNamespace(info=CLASSIFICATION))
@@ -143,9 +146,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         me.server.close()
 
 
-def _steps(
-    me: ThisRank, plan: StepPlan, saver: Saver, observers: list[Any], step_once: Callable[[int], float]
-) -> tuple[bool, int]:
+def _steps(me: ThisRank, plan: StepPlan, saver: Saver, observers: list[Any], step_once: Callable[[int], float]) -> tuple[bool, int]:
     """(whether all ranks were asked to stop before the last step, steps done)"""
     together = meeting(me.spec.attempt, me.world_size)
     together.join()
@@ -194,4 +195,4 @@ def export_model(*, storage: Any, run: str, tensors: Any, **_: Any) -> None:
     storage.write_atomic(f"{run}/model/model.safetensors", b"weights")
 
 
-finishing.export_model = export_model
+vars(finishing)["export_model"] = export_model
