@@ -48,6 +48,9 @@ class Life:
     def kill(self) -> None:
         self._is_dead = True
 
+    def rename(self, kind: str) -> None:
+        self.kind = kind
+
     def check(self) -> None:
         """Dead if it was killed."""
         if self._is_dead:
@@ -68,6 +71,11 @@ def start_as(life: Life, work: Callable[[], object], name: str = "") -> threadin
     thread.life = life  # type: ignore[attr-defined]
     _start_thread(thread)
     return thread
+
+
+def all_threads_are(kind: str) -> None:
+    """In a real process every thread belongs to one life, of this kind."""
+    DRIVER.rename(kind)
 
 
 def inherit_lives() -> None:

@@ -39,7 +39,7 @@ from typing import Any, Literal
 from benchmarks.faults import local_ray, s3, small_rank
 from benchmarks.faults.calls import DRIVER, HOWS, Storages, Strike, inherit_lives, this_life
 from benchmarks.faults.local_ray import MESSAGE_HOWS, Actor, MessageStrike
-from cluster import storage
+from benchmarks.faults.times import RETRY_SECONDS, SHORTER, scale_times
 from trainer import run as command
 from trainer.report import plots
 from trainer.settings import cli
@@ -62,19 +62,11 @@ SETTINGS = (
     *("--model.name", "shufflenet_v2_x0_5", "--model.weights", "none", "--model.stem", "native", "--train.precision", "fp32"),
     *("--train.epochs", "1", "--train.max-steps", str(STEPS), "--train.checkpoint-every", "2", "--train.virtual-ranks", "2"),
     *("--cluster.threads-per-worker", "1", "--cluster.cpus-per-worker", "1", "--cluster.heartbeat-seconds", "0.1"),
-    *("--cluster.storage-retry-seconds", f"{20 / SCALE:.3f}", "--cluster.faults.backoff-seconds", "0.1"),
+    *("--cluster.storage-retry-seconds", f"{RETRY_SECONDS / SCALE:.3f}", "--cluster.faults.backoff-seconds", "0.1"),
     *("--cluster.grow-after-seconds", "0.1", "--cluster.hang-seconds", "5", "--cluster.start-seconds", "20"),
-)
-# Times that a trial shortens, by the names of the constants in cluster and trainer. A call's own time limit is shortened less: under load a
-# healthy call takes a second.
-SCALED = (
-    *("_FIRST_WAIT_SECONDS", "_LONGEST_WAIT_SECONDS", "COMMIT_PAUSE_SECONDS", "FIRST_PAUSE_SECONDS", "LONGEST_PAUSE_SECONDS"),
-    *("EXIT_SECONDS", "JOURNAL_SECONDS", "UPLOAD_PAUSE_SECONDS", "TAKEN_OVER_POLL_SECONDS", "CLUSTER_POLL_SECONDS", "SETTLE_SECONDS"),
-    *("DRAIN_SECONDS", "FLEET_END_SECONDS", "ACCOUNT_SECONDS", "REMOTE_ACCOUNT_SECONDS"),
 )
 CALL_TIMEOUT_SECONDS = 0.5
 """After how long a trial's lost call fails for its caller."""
-SHORTER = {"CALL_SECONDS": 4.0, "PATIENCE_SECONDS": 4.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,20 +135,6 @@ def save_time(uri: str, workers: str) -> None:
     vars(plots)["svg"] = lambda figure, ident: plots.Html("<svg></svg>")
 
 
-def scale_times() -> None:
-    """Shorten the waits of the product's modules."""
-    found = set()
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in ("cluster", "trainer"):
-            for key in (*SCALED, *SHORTER):
-                if isinstance(getattr(module, key, None), float):
-                    setattr(module, key, SHORTER.get(key) or getattr(module, key) / SCALE)
-                    found.add(key)
-    storage.open_storage.__defaults__ = (20 / SCALE,)  # the report's
-    if missing := {*SCALED, *SHORTER} - found:
-        raise RuntimeError(f"no module has {', '.join(sorted(missing))} any more: correct SCALED in {__file__}")
-
-
 def run_once(trial: Trial, uri: str, root: str, out: Path, *, is_second: bool) -> None:
     """The body of a forked process: the run, then what is left of it, as JSON in `out`."""
     faulthandler.enable()  # SIGABRT shows where it hangs
@@ -166,7 +144,7 @@ def run_once(trial: Trial, uri: str, root: str, out: Path, *, is_second: bool) -
     storages = Storages(root, trial.storage)
     actors: list[Actor] = []
     local_ray.install(trial.message, on_actor=actors.append)
-    scale_times()
+    scale_times(SCALE)
     script = small_rank.SCRIPT
     workers = "2"
     if not is_second:

@@ -80,8 +80,8 @@ class Proxy:
             self.port = int(probe.getsockname()[1])
         self._pairs: set[socket.socket] = set()
         self._lock = threading.Lock()
-        self.refused = 0
-        """Connections that came in bad weather."""
+        self._forecast: tuple[bytes, Weather, float] | None = None
+        self._turned = threading.Event()
         self._listen()
 
     @property
@@ -92,7 +92,31 @@ class Proxy:
     def weather(self) -> Weather:
         return self._weather
 
+    def turn_at(self, request: str, weather: Weather, seconds: float) -> threading.Event:
+        """Turn to `weather` for `seconds` at the first request whose line contains `request`; the request itself meets it. Returns what is
+        set then."""
+        self._turned = threading.Event()
+        self._forecast = (request.encode(), weather, seconds)
+        return self._turned
+
+    def turn_for(self, weather: Weather, seconds: float) -> None:
+        """Turn to `weather` now, and back after `seconds`."""
+        self.turn(weather)
+        timer = threading.Timer(seconds, self.turn, ("open",))
+        timer.daemon = True
+        timer.start()
+
+    def _reads(self, data: bytes) -> None:
+        with self._lock:
+            forecast = self._forecast
+            if forecast is None or forecast[0] not in data.partition(b"\r\n")[0]:
+                return
+            self._forecast = None
+        self.turn_for(forecast[1], forecast[2])
+        self._turned.set()
+
     def turn(self, weather: Weather) -> None:
+        """Change the weather until the next turn."""
         self._weather = weather
         if weather == "refuse":
             self._unlisten()
@@ -138,8 +162,6 @@ class Proxy:
                 return
             with self._lock:
                 self._pairs.add(near)
-            if self._weather != "open":
-                self.refused += 1
             if self._weather == "drop":
                 near.close()
             elif self._weather == "open":
@@ -163,6 +185,8 @@ class Proxy:
                     data = one.recv(1 << 16)
                     if not data:
                         return
+                    if one is near:
+                        self._reads(data)
                     (far if one is near else near).sendall(data)
         except (OSError, ValueError):
             return
