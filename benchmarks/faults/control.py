@@ -37,11 +37,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.faults import local_ray, s3, small_rank
-from benchmarks.faults.calls import DRIVER, HOWS, Storages, Strike, inherit_lives, this_life
-from benchmarks.faults.local_ray import MESSAGE_HOWS, Actor, MessageStrike
+from benchmarks.faults.calls import DRIVER, HOWS, How, Storages, Strike, inherit_lives, this_life
+from benchmarks.faults.local_ray import MESSAGE_HOWS, Actor, MessageHow, MessageStrike
 from benchmarks.faults.times import RETRY_SECONDS, SHORTER, scale_times
 from trainer import run as command
-from trainer.report import plots
+from trainer.report import page, plots
 from trainer.settings import cli
 from trainer.settings.cli import Invocation
 
@@ -85,8 +85,11 @@ class Trial:
         if self.storage.how != "record":
             what += f", storage call {self.storage.first} of the {self.storage.kind} ({self.call}) {self.storage.how}"
         if self.message.how != "record":
-            what += f", {f'{self.message.method} {self.message.number}' if self.message.method else 'each message'} {self.message.how}"
+            what += f", {self.message.method or 'each message'} {self.message.number or ''} {self.message.how}"
         return what
+
+
+COUNTED = ("restarts", "resized", "quarantined", "batches_skipped", "hangs")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,6 +100,8 @@ class Outcome:
     sha256: str = ""
     step: int = -1
     """Of the newest valid checkpoint."""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """What the summary counts (COUNTED)."""
     failed: list[dict[str, Any]] = field(default_factory=list)
     """The journal's events attempt_failed and run_failed."""
     events: dict[str, int] = field(default_factory=dict)
@@ -132,7 +137,7 @@ def save_time(uri: str, workers: str) -> None:
     invocation = parsed(workers)
     config = replace(invocation.config, storage=uri)
     vars(command)["parse"] = lambda argv: replace(invocation, config=config)
-    vars(plots)["svg"] = lambda figure, ident: plots.Html("<svg></svg>")
+    vars(plots)["svg"] = lambda figure, ident: page.Html("<svg></svg>")
 
 
 def run_once(trial: Trial, uri: str, root: str, out: Path, *, is_second: bool) -> None:
@@ -140,7 +145,8 @@ def run_once(trial: Trial, uri: str, root: str, out: Path, *, is_second: bool) -
     faulthandler.enable()  # SIGABRT shows where it hangs
     inherit_lives()
     others = open(out.with_suffix(".others.log"), "w", buffering=1)  # noqa: SIM115  # lives as long as the process
-    sys.stdout, sys.stderr = DriversOutput(sys.stdout, others), DriversOutput(sys.stderr, others)
+    sys.stdout = DriversOutput(sys.stdout, others)
+    sys.stderr = DriversOutput(sys.stderr, others)
     storages = Storages(root, trial.storage)
     actors: list[Actor] = []
     local_ray.install(trial.message, on_actor=actors.append)
@@ -222,7 +228,9 @@ def _look_at_what_is_left(outcome: Outcome, uri: str) -> None:
         if event["event"] in ("attempt_failed", "run_failed")
     ]
     if place.exists("run/summary.json"):
-        outcome.sha256 = json.loads(place.read("run/summary.json")).get("weights_sha256") or ""
+        summary = json.loads(place.read("run/summary.json"))
+        outcome.sha256 = summary.get("weights_sha256") or ""
+        outcome.numbers = {key: summary.get(key) for key in COUNTED}
     commit = Store.open(place, "run").newest_valid(lambda path, reason: None, mark=False)
     outcome.step = commit.step if commit else 0
 
@@ -239,6 +247,7 @@ def fork_run(trial: Trial, uri: str, root: str, folder: Path, *, is_second: bool
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = (open(one, "w", buffering=1, closefd=False) for one in (1, 2))  # noqa: SIM115
             run_once(trial, uri, root, out, is_second=is_second)
         except BaseException:
             traceback.print_exc()
@@ -291,6 +300,13 @@ def may_end(trial: Trial) -> bool:
 def is_done(outcome: Outcome) -> bool:
     """Whether the run finished and its summary is written."""
     return outcome.status == 0 and outcome.sha256 != ""
+
+
+def judge_numbers(trial: Trial, outcome: Outcome, base: Outcome) -> str:
+    """A message that comes twice counts once."""
+    if trial.message.how == "twice" and is_done(outcome) and outcome.numbers != base.numbers:
+        return f"the summary counts {outcome.numbers}, the undisturbed one {base.numbers}"
+    return ""
 
 
 def judge_first(trial: Trial, outcome: Outcome, sha256: str) -> str:
@@ -359,8 +375,9 @@ class Campaign:
 
     def judge(self, trials: Iterable[Trial]) -> Iterator[Verdict]:
         for trial, first, second in self._run(trials):
-            sha256 = self._base[trial.place, trial.scenario, trial.storage.kind].sha256
-            why = judge_first(trial, first, sha256)
+            base = self._base[trial.place, trial.scenario, trial.storage.kind]
+            sha256 = base.sha256
+            why = judge_first(trial, first, sha256) or judge_numbers(trial, first, base)
             if not why and second is not None:
                 why = judge_second(second, sha256)
             if why:
@@ -404,22 +421,26 @@ class Campaign:
         return f"s3://{s3.BUCKET}/{folder.name}", f"{s3.BUCKET}/{folder.name}", folder
 
 
-def driver_storage(campaign: Campaign, place: Place, kind: str, hows: Sequence[Any], every: int) -> Iterator[Trial]:
+def storage_trials(campaign: Campaign, place: Place, kind: str, how: How, every: int) -> Iterator[Trial]:
     """A trial for each storage call of the undisturbed run, or for each `every`-th."""
     base = campaign.undisturbed(place, "death", kind)
-    for how in hows:
-        for number in range(1, len(base.calls) + 1, every):
-            strike = Strike(kind=kind, how=how, first=number, seconds=OUTAGE_SECONDS / SCALE)
-            yield Trial(place=place, storage=strike, call=" ".join(base.calls[number - 1]))
+    for number in range(1, len(base.calls) + 1, every):
+        strike = Strike(kind=kind, how=how, first=number, seconds=OUTAGE_SECONDS / SCALE)
+        yield Trial(place=place, storage=strike, call=" ".join(base.calls[number - 1]))
 
 
-def coordinator_messages(campaign: Campaign, place: Place, scenario: Scenario, hows: Sequence[Any], every: int) -> Iterator[Trial]:
+def message_trials(campaign: Campaign, place: Place, scenario: Scenario, how: MessageHow, every: int) -> Iterator[Trial]:
+    """A trial for each message of the undisturbed run, or for each `every`-th. `twice`: a trial for each method, and one
+    with all of them."""
     base = campaign.undisturbed(place, scenario)
-    for how in hows:
-        for method, number, _ in thinned(base.messages)[::every]:
-            silence = 1.5 * SHORTER["CALL_SECONDS"]  # 90 s where a call may take 60
-            strike = MessageStrike(how=how, method=method, number=number, seconds=silence, timeout_seconds=CALL_TIMEOUT_SECONDS)
-            yield Trial(place=place, scenario=scenario, message=strike)
+    if how == "twice":
+        for method in ["", *sorted({method for method, _, _ in base.messages})]:
+            yield Trial(place=place, scenario=scenario, message=MessageStrike(how=how, method=method))
+        return
+    silence = 1.5 * SHORTER["CALL_SECONDS"]  # 90 s where a call may take 60
+    for method, number, _ in thinned(base.messages)[::every]:
+        strike = MessageStrike(how=how, method=method, number=number, seconds=silence, timeout_seconds=CALL_TIMEOUT_SECONDS)
+        yield Trial(place=place, scenario=scenario, message=strike)
 
 
 MOST_POLLS = 24
@@ -453,25 +474,42 @@ def row_of(fault: str, verdicts: Iterable[Verdict], say: Callable[[str], None]) 
     }
 
 
-def rows(
-    campaign: Campaign, chosen: Callable[[str], bool], *, places: Sequence[Place], every: int, say: Callable[[str], None]
-) -> Iterator[Row]:
+STORAGE_ROWS: list[tuple[Place, str, How]] = [(place, kind, how) for place in PLACES for kind in ("driver", "coordinator") for how in HOWS]
+MESSAGE_ROWS = [(place, scenario, how) for place in PLACES for scenario in SCENARIOS for how in MESSAGE_HOWS]
+
+
+def name_of_storage(place: Place, kind: str, how: str) -> str:
+    return f"{SAID[how]} at every storage call of the {kind} ({place})"
+
+
+def name_of_message(place: Place, scenario: Scenario, how: str) -> str:
+    return f"{SAID[how]}{'' if how == 'twice' else ' at every message of the coordinator'}, {STORIES[scenario]} ({place})"
+
+
+SAID = {
+    "once": "one failure",
+    "answer lost": "a lost answer",
+    "lasting": "90 s without an answer",
+    "refused": "a refusal",
+    "killed before": "death before it is handled",
+    "killed inside": "death while it is handled",
+    "killed after": "death before its answer",
+    "twice": "every message of the coordinator delivered twice",
+}
+STORIES: dict[Scenario, str] = {"death": "a rank dies", "stop": "stopped and gone on", "grow": "a second worker comes"}
+NAMES = [name_of_storage(*row) for row in STORAGE_ROWS] + [name_of_message(*row) for row in MESSAGE_ROWS]
+
+
+def rows(campaign: Campaign, chosen: Callable[[str], bool], *, every: int, say: Callable[[str], None]) -> Iterator[Row]:
     """The control plane's rows."""
-    for place in places:
-        for kind in ("driver", "coordinator"):
-            for how in HOWS:
-                name = f"storage call of the {kind}, {how} ({place})"
-                if chosen(name):
-                    yield row_of(name, campaign.judge(driver_storage(campaign, place, kind, (how,), every)), say)
-        for scenario in SCENARIOS:
-            for message_how in MESSAGE_HOWS:
-                name = f"message of the coordinator, {message_how}, {scenario} ({place})"
-                if chosen(name):
-                    yield row_of(name, campaign.judge(coordinator_messages(campaign, place, scenario, (message_how,), every)), say)
-            name = f"each message twice, {scenario} ({place})"
-            if chosen(name):
-                campaign.undisturbed(place, scenario)
-                yield row_of(name, campaign.judge([Trial(place=place, scenario=scenario, message=MessageStrike(how="twice"))]), say)
+    for place, kind, how in STORAGE_ROWS:
+        name = name_of_storage(place, kind, how)
+        if chosen(name):
+            yield row_of(name, campaign.judge(storage_trials(campaign, place, kind, how, every)), say)
+    for place, scenario, message_how in MESSAGE_ROWS:
+        name = name_of_message(place, scenario, message_how)
+        if chosen(name):
+            yield row_of(name, campaign.judge(message_trials(campaign, place, scenario, message_how, every)), say)
 
 
 @contextlib.contextmanager
@@ -498,11 +536,12 @@ def main() -> int:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
     def chosen(name: str) -> bool:
-        return not options.names or any(part.lower() in name.lower() for part in options.names)
+        is_named = not options.names or any(part.lower() in name.lower() for part in options.names)
+        return is_named and any(name.endswith(f"({place})") for place in options.place)
 
     found = []
     with opened(jobs=options.jobs, places=options.place, say=say) as campaign:
-        for row in rows(campaign, chosen, places=options.place, every=options.every, say=say):
+        for row in rows(campaign, chosen, every=options.every, say=say):
             found.append(row)
             say(f"{row['fault']}: {row['trials']} trials, {row['violations']} violations in {row['seconds']:.0f} s")
     if options.json:

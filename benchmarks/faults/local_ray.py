@@ -47,7 +47,7 @@ RESTART_SECONDS = 0.05
 MOST_RESTARTS = 5
 
 MessageHow = Literal["record", "once", "answer lost", "lasting", "killed before", "killed after", "killed inside", "twice"]
-MESSAGE_HOWS: tuple[MessageHow, ...] = ("once", "answer lost", "lasting", "killed before", "killed after", "killed inside")
+MESSAGE_HOWS: tuple[MessageHow, ...] = ("once", "answer lost", "lasting", "killed before", "killed after", "killed inside", "twice")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,7 +212,7 @@ class Actor:
             start_as(self._life, lambda: self.kill(after_seconds=0.002))
         try:
             result = getattr(instance, method)(*args, **kwargs)
-            if self._strike.how == "twice":
+            if self._strike.how == "twice" and self._strike.method in ("", method):
                 args, kwargs = pickle.loads(packed)
                 result = getattr(instance, method)(*args, **kwargs)
             result = pickle.loads(pickle.dumps(result))
