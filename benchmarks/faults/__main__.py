@@ -2,9 +2,9 @@
 
     python -m benchmarks.faults [ROW ...] [--trials N] [--json] [--out FILE]
 
-ROW is a part of a row's name. The rows: runs and nodes (benchmarks/faults/runs.py), storage (storage.py), number of workers, and plain Ray
-Train as the peer for the faults that it can handle. The whole campaign takes about an hour on two idle cores. Exit status 1 means that a
-promise did not hold.
+ROW is a part of a row's name. The rows: storage (benchmarks/faults/storage.py), the control plane (control.py), whole runs on S3 without
+their service (outages.py), runs and nodes (runs.py), number of workers, and plain Ray Train as the peer for the faults that it can handle.
+The whole campaign takes some hours on two idle cores. Exit status 1 means that a promise did not hold.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import ray_train, storage
+from benchmarks.faults import control, outages, ray_train, storage
 from benchmarks.faults.harness import Nodes
 from benchmarks.faults.runs import ROWS, Campaign
 from cluster.versions import versions
@@ -31,6 +31,8 @@ RESNET = (
     *("--model.name", "resnet18", "--model.stem", "native", "--train.max-steps", "60", "--train.ema", "0.99", "--train.virtual-ranks", "4"),
     *("--data.batch-size", "20", "--cluster.threads-per-worker", "1", "--train.eval-every-epochs", "10"),
 )
+JOBS = 4
+"""Trials of the control plane at a time. They sleep most of the time."""
 PEER = {
     "plain Ray Train: kill, as it comes": ("kill", ""),
     "plain Ray Train: kill, health check 0.5 s": ("kill", "0.5"),
@@ -42,7 +44,7 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def rows(wanted: list[str], trials: int) -> Iterator[dict[str, Any]]:
+def rows(wanted: list[str], trials: int, every: int) -> Iterator[dict[str, Any]]:
     def chosen(name: str) -> bool:
         return not wanted or any(part.lower() in name.lower() for part in wanted)
 
@@ -50,6 +52,11 @@ def rows(wanted: list[str], trials: int) -> Iterator[dict[str, Any]]:
         if chosen(f"storage {name}"):
             say(name)
             yield from function(trials)
+    if any(chosen(name) for name in control.NAMES):
+        with control.opened(jobs=JOBS, places=control.PLACES, say=say) as trials_of:
+            yield from control.rows(trials_of, chosen, every=every, say=say)
+    with tempfile.TemporaryDirectory(prefix="finetune-outages-") as scratch:
+        yield from outages.rows(Path(scratch), chosen, say)
     runs = [name for name in ROWS if chosen(name)]
     workers = [name for name in WORKERS if chosen(name)]
     peers = [name for name in PEER if chosen(name)]
@@ -101,6 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("rows", nargs="*", help="parts of the names of the rows; all of them if none is given")
     parser.add_argument("--trials", type=int, default=0, help="of each row; 0 takes the campaign's own numbers")
+    parser.add_argument("--every", type=int, default=1, help="of the control plane, try each N-th call alone")
     parser.add_argument(
         "--hardware", default=f"{os.cpu_count()} CPUs, {platform.machine()}", help="what to call this machine (%(default)s)"
     )
@@ -111,7 +119,7 @@ def main() -> int:
     if options.show:
         print(markdown(json.loads(options.show.read_text())["rows"]))
         return 0
-    known = [*(f"storage {name}" for name in storage.CAMPAIGN), *ROWS, *WORKERS, *PEER]
+    known = [*(f"storage {name}" for name in storage.CAMPAIGN), *control.NAMES, *outages.NAMES, *ROWS, *WORKERS, *PEER]
     for part in options.rows:
         if not any(part.lower() in name.lower() for name in known):
             parser.error(f"no row is called {part!r}; give a part of one of these names: {'; '.join(known)}")
@@ -121,7 +129,7 @@ def main() -> int:
         "versions": versions(),
         "rows": [],
     }
-    for row in rows(options.rows, options.trials):
+    for row in rows(options.rows, options.trials, options.every):
         result["rows"].append(row)
         say(f"{row['fault']}: {row['trials']} trials, {row['violations']} violations in {row['seconds']:.0f} s {row['detail'][:200]}")
         if options.out:
