@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from cluster.launch import ClusterHardware
 from cluster.machine import shared_memory_problem
-from cluster.storage import Storage, open_storage
+from cluster.storage import Storage, StorageOutage, is_outage, open_storage
 from cluster.text import printable
 from cluster.versions import versions
 
@@ -27,6 +27,8 @@ class NodeReport:
     node: str
     storage_error: str
     data: str | None
+    is_outage: bool
+    """The storage does not answer there for the moment."""
     versions: dict[str, str]
     limits: str = ""
     """What the node has too little of for several GPUs; "" if nothing."""
@@ -34,19 +36,21 @@ class NodeReport:
 
 def check_node(uri: str, run: str, token: str, data_probe: Callable[[], str]) -> NodeReport:
     """Read the driver's token from the storage, write our own, look for the data. Runs on the node being checked."""
-    node, storage_error = platform.node(), ""
+    node, storage_error, is_away = platform.node(), "", False
     try:
         storage = open_storage(uri)
         seen = storage.read(f"{run}/.preflight-{token}")
         storage_error = "" if seen == token.encode() else "reads another file than the driver wrote"
         storage.write_atomic(f"{run}/.preflight-{token}-{uuid.uuid4().hex}", node.encode())
     except (OSError, ValueError) as error:
-        storage_error = printable(error)
+        storage_error, is_away = printable(error), isinstance(error, OSError) and is_outage(error)
     try:
         data: str | None = data_probe()
     except (OSError, ValueError):
         data = None
-    return NodeReport(node=node, storage_error=storage_error, data=data, versions=versions(), limits=shared_memory_problem())
+    return NodeReport(
+        node=node, storage_error=storage_error, is_outage=is_away, data=data, versions=versions(), limits=shared_memory_problem()
+    )
 
 
 def preflight(
@@ -57,13 +61,16 @@ def preflight(
     *,
     tell: Callable[[str], None] = lambda line: None,
 ) -> bool:
-    """True if every node can read the data. ValueError for storage that is not shared or versions that differ. `tell` gets a line for what
+    """True if every node can read the data. ValueError for storage that is not shared or versions that differ; an OSError that is an outage
+    (storage.is_outage) while the storage does not answer. `tell` gets a line for what
     may go wrong on a node."""
     token = uuid.uuid4().hex
     try:
         storage.write_atomic(f"{run}/.preflight-{token}", token.encode())
         reports = _reports(storage, run, hardware, token, data_probe)
     except OSError as error:
+        if is_outage(error):
+            raise
         raise ValueError(
             f"storage {storage.address!r} cannot be written ({printable(error)}); give a folder or URI that can with --storage, "
             "and check its permissions and free space"
@@ -74,6 +81,8 @@ def preflight(
                 if entry.name.startswith(f".preflight-{token}"):
                     storage.delete_file(f"{run}/{entry.name}")
     for report in reports:
+        if report.is_outage:
+            raise StorageOutage(f"storage {storage.address!r} does not answer on node {report.node} ({report.storage_error})")
         if report.storage_error:
             raise ValueError(
                 f"storage {storage.address!r} is not shared: node {report.node} cannot use it ({report.storage_error}); "

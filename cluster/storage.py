@@ -97,6 +97,10 @@ _GOOGLE = re.compile(r"google::cloud::Status\(([A-Z_]+)")
 _GOOGLE_REFUSALS = frozenset(
     {"PERMISSION_DENIED", "UNAUTHENTICATED", "NOT_FOUND", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "OUT_OF_RANGE", "UNIMPLEMENTED"}
 )
+# What the clients say of a service that cannot be reached.
+_NETWORK = re.compile(
+    r"NETWORK_CONNECTION|curlCode|REQUEST_TIMEOUT|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|[Cc]ould not connect|[Tt]imed out"
+)
 _AZURE = re.compile(r"Azure Error: \[\w*\] (\d{3})")
 
 
@@ -342,6 +346,8 @@ def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Stora
     try:
         filesystem, root = pafs.FileSystem.from_uri(_strict(text))
     except (ValueError, OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and _NETWORK.search(str(error)):  # opening may ask the storage where its bucket is
+            raise StorageOutage(f"storage {address(text)} does not answer: {redact(str(error))}") from None
         raise ValueError(f"storage={address(text)!r} cannot be opened: {redact(str(error))}") from None
     return Storage(
         fs=_impatient(filesystem),

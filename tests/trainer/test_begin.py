@@ -25,6 +25,7 @@ from trainer.drive.data import open_data
 from trainer.drive.identity import find
 from trainer.drive.record import Identity, bit_changes, changes, identity_of, record_of, told_bit_changes, told_changes
 from trainer.drive.stages import Begun, Decided, Environment
+from trainer.drive.set_up import SetUp
 from trainer.drive.start import begin
 from trainer.settings.spec import ResumePoint, WorkerSpec
 from trainer.settings.toml import from_toml
@@ -76,7 +77,7 @@ def deciding(storage: Storage, dataset: Dataset) -> Callable[..., Decided]:
 
 def start(decided: Decided) -> tuple[Begun, str]:
     console = Console(width=400, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    return begin(decided, HERE, console), console.export_text()
+    return begin(decided, HERE, console, SetUp(console)), console.export_text()
 
 
 def with_lr(lr: float) -> RunConfig:

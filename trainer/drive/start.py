@@ -23,7 +23,7 @@ from cluster.belongings import belongings
 from cluster.exporter import serve_discovery
 from cluster.journal import Journal
 from cluster.redact import redact
-from cluster.storage import open_storage
+from cluster.storage import is_outage, open_storage
 from cluster.store import Commit, Store
 from cluster.zygote import Zygote
 from dataio.manifest import image_size_of
@@ -42,6 +42,7 @@ from trainer.drive.identity import (
     resolved,
 )
 from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes
+from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Phase, Signals, tell
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
 from trainer.runs.folder import RunFolder
@@ -68,14 +69,15 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
         from trainer.drive.session import open_session
 
         signals.enter(Phase.PREPARING_DATA)
-        data = with_data(asked, console)
+        set_up = SetUp(console)
+        data = with_data(asked, console, set_up)
         signals.enter(Phase.SETTING_UP)
         placed, checked = None, None
         if (workers := workers_known(asked)) is not None:
-            placed = place(data, workers)
+            placed = set_up.call("the run's folder", partial(place, data, workers))
             if placed.found.has_finished:
                 return show_finished(placed, console, signals)
-            checked = check_before_cluster(placed, zygote)
+            checked = check_before_cluster(placed, zygote, set_up)
         console.print(f"joining the Ray cluster at {asked.address}" if asked.address else "starting a local Ray")
 
         def end_without_ray(name: str) -> None:
@@ -95,14 +97,14 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             workers_asked, cluster = asked.config.workers, asked.config.cluster
             hardware = wait_for_hardware(workers_asked, cluster, hardware, lambda line: console.print(line, soft_wrap=True))
             resources = plan_resources(workers_asked, cluster, hardware)
-            if placed is None or placed.is_outdated(resources.most):
-                placed = place(data, resources.most)
+            if placed is None or set_up.call("the run's folder", partial(placed.is_outdated, resources.most)):
+                placed = set_up.call("the run's folder", partial(place, data, resources.most))
                 if placed.found.has_finished:
                     return show_finished(placed, console, signals)
             if placed.found.saved is not None:
                 signals.enter(Phase.RESUMING)
-            decided = decide(placed, hardware, resources, zygote, checked, console)
-            begun = begin(decided, asked.environment, console)
+            decided = decide(placed, hardware, resources, zygote, checked, console, set_up)
+            begun = begin(decided, asked.environment, console, set_up)
             return Drive(open_session(decided, begun, zygote=zygote_name, console=console), begun.start, signals).go()
 
 
@@ -124,12 +126,12 @@ def _zygote(name: str) -> Iterator[Zygote]:
 # Before a cluster
 
 
-def with_data(asked: Asked, console: Console) -> WithData:
+def with_data(asked: Asked, console: Console, set_up: SetUp) -> WithData:
     """Open the storage and the data, converting the data first if necessary."""
     config = asked.config
     if asked.environment.in_job:
         check_storage_outlives_job(config.storage)
-    storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
+    storage = set_up.call("the storage", partial(open_storage, config.storage, config.cluster.storage_retry_seconds))
     location, dataset = open_data(config, console)
     if "test" not in dataset.manifest.splits:  # found now instead of after the first epoch
         raise ValueError(
@@ -181,23 +183,31 @@ def place(data: WithData, workers: int) -> Placed:
     return Placed(data=data, config=named.config, workers=workers, found=named.found)
 
 
-def check_before_cluster(placed: Placed, zygote: Zygote) -> Checked:
+def check_before_cluster(placed: Placed, zygote: Zygote, set_up: SetUp) -> Checked:
     """Find in a second, before a cluster is started, what would fail on the workers. ValueError or OSError."""
     check = ModelCheck(zygote, placed.question)
-    check_folder_and_ports(placed)
+    set_up.call("the run's folder", partial(check_folder, placed))
+    check_ports(placed)
     return check.wait()
 
 
-def check_folder_and_ports(placed: Placed) -> None:
-    """ValueError if the storage cannot be made, --resume forbids the checkpoint, or the discovery port is taken."""
+def check_folder(placed: Placed) -> None:
+    """ValueError if the storage cannot be made, or --resume forbids the checkpoint."""
     config, storage = placed.config, placed.data.storage
     if storage.is_local:
         try:
             storage.make_dir("")
         except OSError as error:
+            if is_outage(error):
+                raise
             raise ValueError(f"storage {storage.uri!r} cannot be made ({error.strerror}); give a folder that can with --storage") from None
     check_resume(config, has_checkpoint=bool(Store.open(storage, config.run).commits()))
-    serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()  # the coordinator will serve on this node
+
+
+def check_ports(placed: Placed) -> None:
+    """ValueError if the discovery port is taken. The coordinator will serve on this node."""
+    config = placed.config
+    serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()
 
 
 def show_finished(placed: Placed, console: Console, signals: Signals) -> int:
@@ -221,7 +231,13 @@ def show_finished(placed: Placed, console: Console, signals: Signals) -> int:
 
 
 def decide(
-    placed: Placed, hardware: "ClusterHardware", resources: "Resources", zygote: Zygote, checked: Checked | None, console: Console
+    placed: Placed,
+    hardware: "ClusterHardware",
+    resources: "Resources",
+    zygote: Zygote,
+    checked: Checked | None,
+    console: Console,
+    set_up: SetUp,
 ) -> Decided:
     """Check the nodes, and decide what is left at auto. `checked` is None if the model was not built yet. ValueError if the nodes do not
     fit together."""
@@ -229,7 +245,11 @@ def decide(
 
     data, location = placed.data, placed.data.location
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-    is_shared = preflight(data.storage, placed.config.run, hardware, lambda: open_dataset(location).manifest.fingerprint, tell=tell)
+
+    def probe() -> str:
+        return open_dataset(location).manifest.fingerprint
+
+    is_shared = set_up.call("the check of all nodes", lambda: preflight(data.storage, placed.config.run, hardware, probe, tell=tell))
     use_gpus = resources.gpus_per_worker > 0
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
@@ -255,17 +275,18 @@ def decide(
     )
 
 
-def begin(decided: Decided, environment: Environment, console: Console) -> Begun:
+def begin(decided: Decided, environment: Environment, console: Console, set_up: SetUp) -> Begun:
     """Claim the run, then record its settings and its start, and find the commit to go on from. ValueError if the run may not go on; then
     a new run's folder has nothing of it."""
     from cluster.versions import versions
 
     config, storage, resources = decided.config, decided.storage, decided.resources
     store = Store.open(storage, config.run)
-    generation = claim(decided, store)
+    generation = set_up.call("a claim on the run", partial(claim, decided, store))
     journal = Journal.open(storage, config.run, writer=f"driver-{os.getpid()}-{int(time.time())}")
-    start = start_of_claimed(decided, store, journal, console)
-    storage.write_atomic(f"{config.run}/config.toml", redact(to_toml(config)).encode())
+    start = set_up.call("the run's checkpoints", partial(start_of_claimed, decided, store, journal, console))
+    settings = redact(to_toml(config)).encode()
+    set_up.call("config.toml", partial(storage.write_atomic, f"{config.run}/config.toml", settings))
     journal.write(
         "run_started",
         command=decided.command,
@@ -275,6 +296,7 @@ def begin(decided: Decided, environment: Environment, console: Console) -> Begun
         resources=dataclasses.asdict(resources),
         task=decided.task.to_json(),
     )
+    set_up.tell(journal)
     console.print(f"run {config.run} in {redact(storage.uri)}: {described(resources.workers, decided.hardware)}", soft_wrap=True)
     if start is not None and (differs := bit_changes(start.meta, decided.identity, workers=resources.workers)):
         journal.write("versions_differ", step=start.step, differs={name: list(pair) for name, pair in differs.items()})
