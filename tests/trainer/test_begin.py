@@ -24,8 +24,8 @@ from tests.cluster.test_store import objects
 from trainer.drive.data import open_data
 from trainer.drive.identity import find
 from trainer.drive.record import Identity, bit_changes, changes, identity_of, record_of, told_bit_changes, told_changes
-from trainer.drive.stages import Begun, Decided, Environment
 from trainer.drive.set_up import SetUp
+from trainer.drive.stages import Begun, Decided, Environment
 from trainer.drive.start import begin
 from trainer.settings.spec import ResumePoint, WorkerSpec
 from trainer.settings.toml import from_toml
