@@ -273,7 +273,10 @@ def test_a_commit_of_an_older_release_is_compared_by_what_it_says(deciding: Call
     (event,) = (event for event in read_journal(storage, "r") if event["event"] == "versions_differ")
     assert event["differs"]["threads"] == [3, 1]
     assert set(event["differs"]) == {"threads", "torch"}
-    commit(decided, went_on, 20, dataset_fingerprint="b" * 64)
+    commit(decided, went_on, 20, identity=None, virtual_ranks=3)
+    with pytest.raises(ValueError, match=r"train\.virtual_ranks: 3 then, 2 now"):
+        start(decided)
+    commit(decided, went_on, 30, dataset_fingerprint="b" * 64)
     with pytest.raises(ValueError, match="was trained on the data set bbbbbbbbbbbb"):
         start(decided)
 
