@@ -1,5 +1,6 @@
 """Two processes that drive the same run: the newer one goes on, the older one says so and ends."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,5 +30,10 @@ def test_a_second_driver_takes_the_run_over_and_the_first_ends_with_a_message(tm
     assert late == []
     resumed = second.wait_for("resumed")["step"]
     assert 0 < resumed < STEPS
+    claims = [json.loads((tmp_path / "twice" / "generations" / f"g{number:04d}").read_text()) for number in (1, 2)]
+    commits = [json.loads(path.read_text()) for path in (tmp_path / "twice" / "checkpoints").glob("*/MANIFEST.json")]
+    assert len(commits) == 3
+    said = [*(claim["note"]["identity"] for claim in claims), *(commit["meta"]["identity"] for commit in commits)]
+    assert all(identity == said[0] for identity in said)  # what the run is, claimed and in each commit
     summary = second.summary()
     assert (summary["status"], summary["steps"]) == ("finished", STEPS)

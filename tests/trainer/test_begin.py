@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from PIL import Image
 from rich.console import Console
 
@@ -21,12 +22,14 @@ from cluster.storage import Storage, open_storage
 from cluster.store import Store
 from dataio.parquet import Dataset
 from tests.cluster.test_store import objects
+from tests.trainer.configs import configs
 from trainer.drive.data import open_data
 from trainer.drive.identity import find
 from trainer.drive.record import Identity, bit_changes, changes, identity_of, record_of, told_bit_changes, told_changes
 from trainer.drive.set_up import SetUp
 from trainer.drive.stages import Begun, Decided, Environment
 from trainer.drive.start import begin
+from trainer.settings.identity import deciding_changes, deciding_settings
 from trainer.settings.spec import ResumePoint, WorkerSpec
 from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig, TrainConfig
@@ -271,7 +274,10 @@ def test_a_commit_of_an_older_release_is_compared_by_what_it_says(deciding: Call
     (event,) = (event for event in read_journal(storage, "r") if event["event"] == "versions_differ")
     assert event["differs"]["threads"] == [3, 1]
     assert set(event["differs"]) == {"threads", "torch"}
-    commit(decided, went_on, 20, dataset_fingerprint="b" * 64)
+    commit(decided, went_on, 20, identity=None, virtual_ranks=3)
+    with pytest.raises(ValueError, match=r"train\.virtual_ranks: 3 then, 2 now"):
+        start(decided)
+    commit(decided, went_on, 30, dataset_fingerprint="b" * 64)
     with pytest.raises(ValueError, match="was trained on the data set bbbbbbbbbbbb"):
         start(decided)
 
@@ -332,6 +338,25 @@ def test_a_setting_at_its_default_is_the_same_whether_a_record_names_it_or_not(i
 def test_a_record_is_the_same_after_a_journey_through_json(identity: Identity) -> None:
     assert json.loads(json.dumps(identity.record())) == identity.record()
     assert len(identity.digest) == 64
+
+
+@given(before=configs(), now=configs())
+@settings(max_examples=20)
+def test_two_records_agree_just_when_the_settings_that_decide_do(before: RunConfig, now: RunConfig) -> None:
+    def record(config: RunConfig) -> Identity:
+        return Identity(
+            settings=json.loads(json.dumps(deciding_settings(config))),
+            weights="",
+            dataset="a" * 64,
+            decoder={},
+            device="cpu",
+            threads=1,
+            versions={},
+        )
+
+    found = changes(json.loads(json.dumps(record(before).record())), record(now))
+    assert found.keys() == deciding_changes(before, now).keys()
+    assert (record(before).digest == record(now).digest) == (not found)
 
 
 # --- the file on the nodes --------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cluster.storage import open_storage
 from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
 from dataio.convert import convert
@@ -99,6 +100,18 @@ def test_the_runs_own_test_split_gives_the_numbers_of_its_summary(run: Path, cap
     shown = capsys.readouterr().out
     assert f"{100 * summary['test_accuracy']:.2f} % (as in summary.json)" in shown
     assert all(name in shown for name in CLASSES)
+
+
+def test_a_run_that_was_copied_to_an_object_store_gives_the_same_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    s3 = pytest.importorskip("tests.s3")
+    with s3.serving(s3.Server()) as server:
+        server.client().create_bucket(Bucket="bucket")
+        copied = open_storage(server.uri("bucket/runs"))
+        for file in (path for path in run.rglob("*") if path.is_file()):
+            copied.write_atomic(f"{run.name}/{file.relative_to(run).as_posix()}", file.read_bytes())
+        there = asked(capsys, run.name, "--storage", copied.uri)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (there["accuracy"], there["loss"], there["confusion"]) == (summary["test_accuracy"], summary["test_loss"], summary["confusion"])
 
 
 def test_the_answer_to_each_image_can_be_had_and_they_add_up(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

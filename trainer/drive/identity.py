@@ -204,6 +204,9 @@ def check_same_commit(config: RunConfig, meta: Mapping[str, Any], now: Identity)
     check_same_data(config, meta["dataset_fingerprint"], now.dataset)
     check_same_decoder(config, meta, now)
     check_same_identity(config.run, record_of(meta), now)
+    then, virtual_ranks = meta.get("virtual_ranks"), config.train.virtual_ranks
+    if then not in (None, virtual_ranks):  # the one setting that a commit without a record names
+        _refuse(config.run, {"train.virtual_ranks": (then, virtual_ranks)}, [])
 
 
 def check_same_data(config: RunConfig, saved: str, fingerprint: str) -> None:

@@ -132,6 +132,7 @@ def with_data(asked: Asked, console: Console, set_up: SetUp) -> WithData:
     if asked.environment.in_job:
         check_storage_outlives_job(config.storage)
     storage = set_up.call("the storage", partial(open_storage, config.storage, config.cluster.storage_retry_seconds))
+    weights = weights_sha256(config.model.weights)  # a file that is not there is said before anything is converted
     location, dataset = open_data(config, console)
     if "test" not in dataset.manifest.splits:  # found now instead of after the first epoch
         raise ValueError(
@@ -144,7 +145,7 @@ def with_data(asked: Asked, console: Console, set_up: SetUp) -> WithData:
         location=location,
         image_size=image_size_of(dataset.manifest, config.data),
         storage=storage,
-        weights=weights_sha256(config.model.weights),
+        weights=weights,
     )
 
 
@@ -326,7 +327,9 @@ def start_of_claimed(decided: Decided, store: Store, journal: Journal, console: 
     """The commit to go on from; None starts at step 0. Journals and sets aside the damaged ones, as only the driver that has claimed the
     run may. ValueError if none is intact, or if it is of another run."""
     start = newest_start(
-        store, lambda path, reason: journal.write("checkpoint_corrupt", path=path, reason=reason), lambda line: console.print(line)
+        store,
+        lambda path, reason: journal.write("checkpoint_corrupt", path=path, reason=reason),
+        lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False),
     )
     check_resume(decided.config, has_checkpoint=start is not None)
     if start is not None:
