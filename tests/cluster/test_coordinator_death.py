@@ -280,6 +280,7 @@ def undisturbed(make: Callable[..., World], kind: str = "objects") -> tuple[dict
         world = make(kind)
         a_run(world)
         points = world.life.points
+        assert not world.coordinator._state.untold  # the journal has everything, and the coordinator keeps none of it
         UNDISTURBED[kind] = world.seen(), points
     return UNDISTURBED[kind]
 
