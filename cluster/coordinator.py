@@ -124,7 +124,7 @@ class Coordinator:
         self._outbox = Outbox(storage, run, f"coordinator-g{generation:04d}", untold=self._untold, told=self._told, now=now)
         self._quarantine = QuarantineFile(storage, run, content=self._bad_lines, on_problem=self._quarantine_problem, clock=clock)
         self._export_all()
-        self._discovery = Discovery(storage, run, metrics_host, discovery_port, self.targets, self._metrics.registry)
+        self._discovery = Discovery(storage, run, metrics_host, discovery_port, self.targets, self._metrics.registry, may_move=took_over)
         self._committer = Committer(
             store,
             generation,
@@ -372,7 +372,6 @@ class Coordinator:
             staged = self._do("ack", attempt, rank, step, list(receipts), dict(meta or {}))
             if staged is not None:
                 self._committer.put(staged)  # under the lock, to keep the order in which they became complete
-        self._outbox.write()
 
     def fail_checkpoint(self, attempt: int, rank: int, step: int, message: str) -> None:
         """A rank could not stage its part (disk full): this checkpoint fails; training continues with the previous one."""
@@ -442,6 +441,8 @@ class Coordinator:
         with self._changed:
             self._state.roster.taken_over(self._clock())
             self._do("restarted")
+            if self._discovery.problem:  # somebody took the port of the dead one; that must not end the run
+                self._do("say", "discovery_moved", {"address": self._discovery.address, "message": self._discovery.problem})
             restarts = len(self._state.restarts)
             for staged in self._state.commits.left_over():
                 self._committer.put(staged)

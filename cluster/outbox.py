@@ -45,6 +45,8 @@ class Outbox:
 
     def write(self) -> None:
         """Write the new events. A failing storage blocks the caller for one try at most: see journal.py."""
+        if self._handed == self._confirmed and not self._untold(self._handed):
+            return
         with self._writing:
             if self._journal is None:
                 return

@@ -33,14 +33,30 @@ class Discovery:
     """Publishes a run's targets: the current ones over HTTP, and those of the last write() in the run's folder, if it is local."""
 
     def __init__(
-        self, storage: Storage, run: str, host: str, port: int, listed: Callable[[], list[ScrapeTarget]], registry: CollectorRegistry
+        self,
+        storage: Storage,
+        run: str,
+        host: str,
+        port: int,
+        listed: Callable[[], list[ScrapeTarget]],
+        registry: CollectorRegistry,
+        *,
+        may_move: bool = False,
     ) -> None:
-        """`listed` returns the current targets; `registry` is served too, at /metrics. ValueError if the port stays taken."""
+        """`listed` returns the current targets; `registry` is served too, at /metrics. ValueError if the port stays taken, unless it
+        `may_move` to a free one: `problem` then says why."""
         self._path = storage.at(f"{run}/{FILE_SD}") if storage.is_local else None
         self._listed = listed
         self._writing = threading.Lock()
         self._closed = threading.Event()
-        self._server = serve_discovery(host, port, listed, registry)
+        self.problem = ""
+        try:
+            self._server = serve_discovery(host, port, listed, registry)
+        except ValueError as error:
+            if not may_move or port == 0:
+                raise
+            self.problem = str(error)
+            self._server = serve_discovery(host, 0, listed, registry)
 
     @property
     def address(self) -> str:

@@ -86,9 +86,9 @@ class Life:
 class Unlisted:
     """In place of the server for Prometheus, which takes its time to end and is not in question here."""
 
-    address = "localhost:1"
+    address, problem = "localhost:1", ""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, **named: Any) -> None:
         pass
 
     def write(self) -> None:
@@ -280,6 +280,7 @@ def undisturbed(make: Callable[..., World], kind: str = "objects") -> tuple[dict
         world = make(kind)
         a_run(world)
         points = world.life.points
+        assert not world.coordinator._state.untold  # the journal has everything, and the coordinator keeps none of it
         UNDISTURBED[kind] = world.seen(), points
     return UNDISTURBED[kind]
 
@@ -564,6 +565,23 @@ def test_it_gives_up_when_it_dies_again_at_once_and_not_when_it_dies_once_a_day(
         live(1.0)
     with pytest.raises(CoordinatorKeepsDying, match=f"again {MOST_RESTARTS + 1} times within 10 minutes"):
         live(1.0)
+
+
+def test_a_port_that_somebody_else_took_meanwhile_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.exporter.serve_discovery.__defaults__", (None, 0.0))  # a port that is taken is not waited for
+    storage, log = open_storage(tmp_path / "runs"), tmp_path / "log"
+    Store.open(storage, "run").claim_generation()
+    dead = bare(storage, log)
+    dead.start_attempt(1, 1, 0)
+    port = int(dead.discovery_address().rpartition(":")[2])
+    dead._memory.close()
+    heir = bare(storage, log, discovery_port=port)  # which is still taken
+    assert heir.discovery_address() != dead.discovery_address()
+    (said,) = named(storage, "discovery_moved")
+    assert said["address"] == heir.discovery_address()
+    assert f"127.0.0.1:{port}" in said["message"]
+    for each in (dead, heir):
+        each.close()
 
 
 # Bad samples

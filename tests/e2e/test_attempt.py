@@ -1,4 +1,5 @@
-"""A fleet of the real Ray Train: what the driver learns of a rank that raised, and that the fleet is there for the next attempt."""
+"""A fleet of the real Ray Train: what the driver learns of a rank that raised, that the fleet is there for the next attempt,
+and that a coordinator which is killed has forgotten nothing."""
 
 import json
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 from tests.e2e.running import PROJECT
 
 SCRIPT = """
-import dataclasses, json, pickle, sys, time
+import dataclasses, json, os, pickle, signal, sys, time
 from pathlib import Path
 import ray
 from cluster.agent import Payload
@@ -17,6 +18,7 @@ from cluster.belongings import belongings
 from cluster.config import ClusterConfig
 from cluster.launch import Fleet, Resources, failure_of_ranks, start_coordinator
 from cluster.ray_cluster import ray_cluster
+from tests.e2e.running import processes_of_session
 
 def ask(method, *arguments):
     return ray.get(getattr(coordinator, method).remote(*arguments))
@@ -40,6 +42,12 @@ with belongings() as ours, ray_cluster(
     print(json.dumps(dataclasses.asdict(failure_of_ranks(ends(1)))))
     ask("start_attempt", 2, 2, 0, 1, Payload(target="tests.cluster.ranks:join_and_publish", spec=NOTHING, files={"a": ray.put(b"travels")}))
     print(json.dumps([end.status for end in ends(2).values()]))
+    ask("put_result", 2, {"stopped": False})
+    (pid,) = [pid for pid in processes_of_session(os.getsid(0)) if b"CoordinatorActor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    print(json.dumps([ask("result", 2), [end.status for end in ask("ends", 2).values()], len(ask("ends", 1))]))
+    print(f"the coordinator was back after {time.monotonic() - began:.1f} s", file=sys.stderr)
     print(json.dumps(ask("lookup", 2, "total")))
     ask("end_fleet", 1)
     print(json.dumps([fleet.wait(60), fleet.failure()]))
@@ -50,13 +58,14 @@ with belongings() as ours, ray_cluster(
 @pytest.mark.timeout(300)
 def test_an_exception_on_a_rank_reaches_the_driver_and_the_next_attempt_runs_on_the_same_fleet(tmp_path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(PROJECT), str(tmp_path)]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=280, start_new_session=True)
     assert done.returncode == 0, done.stderr
-    failure, statuses, total, end = (json.loads(line) for line in done.stdout.splitlines()[-4:])
+    failure, statuses, known, total, end = (json.loads(line) for line in done.stdout.splitlines()[-5:])
     assert (failure["kind"], failure["message"]) == ("user", "KeyError: 'learning rate'")
     assert failure["rank"] in (0, 1)
     assert failure["traceback"].startswith("Traceback (most recent call last):")
     assert "in look_up" in failure["traceback"]
     assert statuses == [0, 0]
+    assert known == [{"stopped": False}, [0, 0], 2]  # by the coordinator that was started in place of the killed one
     assert total == [3.0, "travels"]
     assert end == [True, None]
