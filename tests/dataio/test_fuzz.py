@@ -4,7 +4,7 @@ import pytest
 
 from tests.fuzz import READERS, fuzz
 
-CASES = 30
+CASES = 15
 """Of each reader. `python -m tests.fuzz --seconds 600` reads tens of thousands."""
 
 
