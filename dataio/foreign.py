@@ -6,11 +6,12 @@ read at most; docs/security.md shows it. What the bytes mean is for the readers.
 """
 
 import errno
+import io
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_IMAGE_BYTES = 256 << 20
 MAX_MANIFEST_BYTES = 256 << 20
@@ -24,7 +25,7 @@ MAX_ARCHIVE_BYTES = 1 << 30
 """All that an archive unpacks to."""
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """Opens a regular file, through links too. OSError for anything else, without waiting for it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)  # opening a pipe would wait for its writer
     try:

@@ -23,7 +23,7 @@ from dataio.sources.targets import FLAG, Asked, checked_classes, is_finite_float
 MAX_COLUMN_BYTES = 2 << 30
 """Of a column in a row group, unpacked."""
 MAX_COLUMN_VALUES = 1 << 26
-BATCH_BYTES = 256 << 20
+BATCH_BYTES = 64 << 20
 MAX_EXPANSION = 1000
 
 _KINDS: Mapping[str, tuple[Kind, ...]] = {

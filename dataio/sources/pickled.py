@@ -86,7 +86,7 @@ class _Machine:
         self._steps: dict[str, Callable[[], None]] = {
             "MARK": lambda: self._marks.append(len(self._stack)),
             "POP": self._pop_or_unmark,
-            "POP_MARK": lambda: self._since_mark() and None,
+            "POP_MARK": self._drop_since_mark,
             "DUP": lambda: self._stack.append(self._top()),
             "EMPTY_LIST": lambda: self._stack.append([]),
             "EMPTY_TUPLE": lambda: self._stack.append(()),
@@ -123,7 +123,7 @@ class _Machine:
             elif name in _PUTS:
                 self._put(argument)
             elif name in _GETS:
-                self._stack.append(self._memo[argument])
+                self._stack.append(self._memo[int(argument or 0)])
             elif name == "GLOBAL":
                 self._global(*str(argument).split(" ", 1))
             elif name in self._steps:
@@ -157,6 +157,9 @@ class _Machine:
         values = self._stack[at:]
         del self._stack[at:]
         return values
+
+    def _drop_since_mark(self) -> None:
+        self._since_mark()
 
     def _tuple(self, size: int) -> None:
         self._stack.append(tuple([self._pop() for _ in range(size)][::-1]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataio.text
@@ -88,6 +88,7 @@ FORMS = (
 )
 
 
+@settings(max_examples=40)
 @given(secret=SECRETS)
 @pytest.mark.parametrize("form", FORMS)
 def test_no_secret_survives_whatever_its_characters(form: str, secret: str) -> None:

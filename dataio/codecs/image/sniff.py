@@ -42,8 +42,7 @@ import numpy as np
 from dataio.codecs.codec import Refusal
 
 MAX_PARTS = 1 << 18
-"""Chunks of a PNG, segments of a JPEG's header."""
-MAX_JPEG_HEADER_BYTES = 64 << 20
+"""Chunks of a PNG, segments of a JPEG's header, or fill bytes between them."""
 MAX_SCANS = 200
 """Of a progressive JPEG; encoders write some 10."""
 MAX_STRIPS = 1 << 18
@@ -184,11 +183,12 @@ _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xC
 def _jpeg(raw: bytes | memoryview) -> Header:
     at, orientation = 2, 1
     frame: tuple[int, int, int, int] | None = None
-    is_progressive = False
+    is_progressive, fill = False, 0
     for _ in range(MAX_PARTS):
         while raw[at] == 0xFF and raw[at + 1] == 0xFF:  # fill bytes
             at += 1
-            if at > MAX_JPEG_HEADER_BYTES:
+            fill += 1
+            if fill > MAX_PARTS:
                 raise _Refused("damaged: a JPEG whose header has no end")
         if raw[at] != 0xFF:
             raise _Refused(f"damaged: no JPEG marker at byte {at}")
