@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.beat import CHECKPOINT, STEP, STORAGE, BeatReply
+from cluster.beat import CHECKPOINT, EVALUATION, STEP, STORAGE, BeatReply
 from cluster.config import ClusterConfig
 from cluster.hang import HangWatch, Sign
 from cluster.heartbeat import Heartbeat
 from cluster.storage import open_storage
 from cluster.store import Receipt, StorageFull
+from trainer.rank.data import read_wait
 from trainer.rank.saving import CheckpointNotSaved, Memory, Saver
 from trainer.settings.tree import RunConfig, TrainConfig
 
@@ -126,3 +127,15 @@ def test_a_last_checkpoint_that_the_storage_refused_ends_in_the_storages_own_err
     rank.saver.save(5, ())
     with pytest.raises(StorageFull, match="no room for a file"):
         rank.saver.wait_until_saved(5)
+
+
+def test_a_batch_that_waits_for_a_read_is_a_wait_for_a_storage_and_then_the_phase_is_what_it_was(rank: Rank) -> None:
+    on_read_wait = read_wait(rank.heartbeat)
+    for phase in (STEP, EVALUATION):
+        rank.heartbeat.tick(phase)
+        for _ in range(3):
+            before = rank.sign().ticks
+            on_read_wait(True)
+            assert (rank.heartbeat.phase, rank.sign().ticks) == (STORAGE, before + 1)
+        on_read_wait(False)
+        assert rank.heartbeat.phase == phase
