@@ -121,6 +121,61 @@ class _Outage:
         return seconds
 
 
+class _Staging:
+    """The way of one checkpoint's files to the storage, where `stage` may hang in a mount."""
+
+    def __init__(
+        self,
+        stage: Callable[[int, str, Buffers], Receipt],
+        *,
+        is_hurried: Callable[[], bool] | None,
+        clock: Callable[[], float],
+        look_seconds: float,
+    ) -> None:
+        """`is_hurried()`: the next checkpoint waits for this one. None: there is no other place to put it, so `stage` may take its time."""
+        self._stage, self._is_hurried, self._clock, self._look_seconds = stage, is_hurried, clock, look_seconds
+        self._stalled: threading.Thread | None = None
+        self.is_at_work = False
+        """The checkpoint's thread waits for the storage, and not for the proof of its numbers."""
+
+    def begin(self) -> None:
+        self.is_at_work = True
+
+    def end(self) -> None:
+        self.is_at_work = False
+
+    def stage(self, step: int, name: str, buffers: Buffers) -> Receipt:
+        """Write a file. StorageOutage once that has taken STALL_SECONDS and the next checkpoint waits: then the thread that hangs in it is
+        left behind."""
+        if self._is_hurried is None:
+            return self._stage(step, name, buffers)
+        outcome: Future[Receipt] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(self._stage(step, name, buffers))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        began = self._clock()
+        thread = threading.Thread(target=run, name=f"stage-{step}-{name}", daemon=True)
+        thread.start()
+        while not outcome.done():
+            thread.join(self._look_seconds)
+            seconds = self._clock() - began
+            if not outcome.done() and seconds > STALL_SECONDS and self._is_hurried():
+                self._stalled = thread
+                raise StorageOutage(f"{name} of step {step} is not written after {seconds:.0f} s: the disk or mount stalls")
+        return outcome.result()
+
+    def stage_again(self, step: int, name: str, buffers: Buffers) -> Receipt:
+        """Write a file that was kept elsewhere meanwhile. StorageOutage while a thread that was left behind may still write it."""
+        if self._stalled is not None and self._stalled.is_alive():
+            raise StorageOutage(f"{self._stalled.name} is still not written: the disk or mount stalls")
+        self._stalled = None
+        return self._stage(step, name, buffers)
+
+
 class Checkpointer:
     """Stages what `snapshot()` returns and acknowledges it.
 
@@ -147,12 +202,12 @@ class Checkpointer:
         look_seconds: float = LOOK_SECONDS,
         pause: Callable[[float], object] | None = None,
     ) -> None:
-        self._stage, self._ack, self._on_staged, self._on_failed, self._on_event = stage, ack, on_staged, on_failed, on_event
+        self._ack, self._on_staged, self._on_failed, self._on_event = ack, on_staged, on_failed, on_event
         self._on_wait, self._clock, self._look_seconds = on_wait, clock, look_seconds
         self._spill = spill
-        self._may_stall = may_stall and spill is not None
-        self._stalled: threading.Thread | None = None
-        self._is_storing = False  # the checkpoint's thread waits for the storage, and not for its proof
+        self._staging = _Staging(
+            stage, is_hurried=self.hurried if may_stall and spill is not None else None, clock=clock, look_seconds=look_seconds
+        )
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._hurry = threading.Event()
@@ -224,8 +279,9 @@ class Checkpointer:
             began = self._clock()
             self._thread.join(self._look_seconds)
             while self._thread.is_alive():
-                self._on_wait(STORAGE if self._is_storing else EXCHANGE)
-                if self._is_storing and self._clock() - began > OUTAGE_PATIENCE_SECONDS:
+                is_storing = self._staging.is_at_work
+                self._on_wait(STORAGE if is_storing else EXCHANGE)
+                if is_storing and self._clock() - began > OUTAGE_PATIENCE_SECONDS:
                     raise StorageOutage(
                         f"the storage has not taken {self._thread.name} for {OUTAGE_PATIENCE_SECONDS:.0f} s; see that it is up"
                     )
@@ -248,7 +304,7 @@ class Checkpointer:
             try:
                 for name, buffers in files():
                     parts = list(buffers)
-                    self._is_storing = True
+                    self._staging.begin()
                     if spilled is None:
                         receipt = self._stage_unless_out(step, name, parts)
                         if receipt is not None:
@@ -264,7 +320,7 @@ class Checkpointer:
                     spilled.remove()
                 return self._on_failed(step, error)
             finally:
-                self._is_storing = False
+                self._staging.end()
             if spilled is not None:
                 self._on_event("checkpoint_spilled", {"step": step, "size_bytes": spilled.size_bytes})
                 return self._queue(spilled)
@@ -278,33 +334,12 @@ class Checkpointer:
             if self._spilled:
                 return None
         try:
-            return self._stage_in_time(step, name, buffers) if self._may_stall else self._stage(step, name, buffers)
+            return self._staging.stage(step, name, buffers)
         except OSError as error:
             if self._spill is None:
                 raise
             self._note_outage(step, error)
             return None
-
-    def _stage_in_time(self, step: int, name: str, buffers: Buffers) -> Receipt:
-        """`stage`, until it has taken STALL_SECONDS and the next checkpoint waits: then StorageOutage, and its thread is left behind."""
-        outcome: Future[Receipt] = Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(self._stage(step, name, buffers))
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        began = self._clock()
-        thread = threading.Thread(target=run, name=f"stage-{step}-{name}", daemon=True)
-        thread.start()
-        while not outcome.done():
-            thread.join(self._look_seconds)
-            seconds = self._clock() - began
-            if not outcome.done() and seconds > STALL_SECONDS and self.hurried():
-                self._stalled = thread
-                raise StorageOutage(f"{name} of step {step} is not written after {seconds:.0f} s: the disk or mount stalls")
-        return outcome.result()
 
     def _queue(self, spilled: Spilled) -> None:
         with self._changed:
@@ -359,12 +394,8 @@ class Checkpointer:
             self._fail(error)
 
     def _upload(self, spilled: Spilled) -> None:
-        if self._stalled is not None:
-            if self._stalled.is_alive():  # it may still write the file that would be uploaded
-                raise StorageOutage(f"{self._stalled.name} is still not written: the disk or mount stalls")
-            self._stalled = None
         for receipt in spilled.waiting:
-            if self._stage(spilled.step, receipt.name, [spilled.read(receipt)]) != receipt:
+            if self._staging.stage_again(spilled.step, receipt.name, [spilled.read(receipt)]) != receipt:
                 raise SpillDamaged(f"{receipt.name} of step {spilled.step} changed on its way from the node's disk")
             spilled.uploaded(receipt)
 

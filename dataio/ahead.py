@@ -20,6 +20,8 @@ Block = Sequence[tuple[Batch, ...]]
 
 STEPS_AHEAD = 2
 """Steps, or blocks of steps, made in advance."""
+IDLE_SECONDS = 1.0
+"""How often a consumer that waits says so."""
 
 
 def run_ahead(
@@ -28,13 +30,15 @@ def run_ahead(
     depth: int,
     name: str,
     on_wait: Callable[[float], None],
+    on_idle: Callable[[], None] = lambda: None,
     on_close: Callable[[], None] = lambda: None,
     on_end: Callable[[], None] = lambda: None,
 ) -> Generator[T, None, None]:
     """Yields the same items, made by a thread that keeps at most `depth` of them ready.
 
-    An exception from `items` is raised here, after the items before it; `on_wait` gets the seconds waited for each item. The thread ends
-    with the items, or when this generator is closed: then `on_close` wakes whatever the thread waits for, and `on_end` runs after it ended.
+    An exception from `items` is raised here, after the items before it; `on_wait` gets the seconds waited for each item, and `on_idle` is
+    called every IDLE_SECONDS of a longer wait. The thread ends with the items, or when this generator is closed: then `on_close` wakes
+    whatever the thread waits for, and `on_end` runs after it ended.
     """
     ready: deque[T] = deque()
     changed = threading.Condition()
@@ -69,7 +73,8 @@ def run_ahead(
         while True:
             asked = time.perf_counter()
             with changed:
-                changed.wait_for(lambda: ready or ended)
+                while not changed.wait_for(lambda: ready or ended, IDLE_SECONDS):
+                    on_idle()
                 item = ready.popleft() if ready else None
                 changed.notify_all()
             on_wait(time.perf_counter() - asked)
@@ -93,19 +98,21 @@ def batches_ahead(
     side: torch.cuda.Stream | None,
     name: str,
     on_wait: Callable[[float], None],
+    on_idle: Callable[[], None],
     on_close: Callable[[], None],
     on_end: Callable[[], None],
 ) -> Generator[tuple[Batch, ...], None, None]:
     """Yields the steps of `blocks`, made STEPS_AHEAD blocks ahead. On a GPU they are made on the stream `side`, and the consumer's stream
     waits for its events."""
     if side is None:
-        made = run_ahead(blocks, depth=STEPS_AHEAD, name=name, on_wait=on_wait, on_close=on_close, on_end=on_end)
+        made = run_ahead(blocks, depth=STEPS_AHEAD, name=name, on_wait=on_wait, on_idle=on_idle, on_close=on_close, on_end=on_end)
         with closing(made) as ready:
             for block in ready:
                 yield from block
         return
     side.wait_stream(torch.cuda.current_stream(side.device))  # for what is on its way to the device already: decoded samples
-    made_aside = run_ahead(_on_stream(blocks, side), depth=STEPS_AHEAD, name=name, on_wait=on_wait, on_close=on_close, on_end=on_end)
+    aside = _on_stream(blocks, side)
+    made_aside = run_ahead(aside, depth=STEPS_AHEAD, name=name, on_wait=on_wait, on_idle=on_idle, on_close=on_close, on_end=on_end)
     with closing(made_aside) as ready_aside:
         for block, event in ready_aside:
             stream = torch.cuda.current_stream(side.device)

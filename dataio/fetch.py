@@ -52,6 +52,10 @@ class Supply(Protocol):
     def bytes_read(self) -> int: ...
     @property
     def read_wait_seconds(self) -> float: ...
+    @property
+    def waits_for_read(self) -> bool:
+        """The making of batches waits for a read of the data at this moment, and for nothing else."""
+        ...
 
     def fetch(self, plan: Iterable[tuple[T, Ids]], *, horizon: int) -> Fetches[T]:
         """Begins to fetch the samples of `plan`, which yields (tag, ids) for each step; requests at most `horizon` steps in advance."""

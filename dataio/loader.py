@@ -56,6 +56,8 @@ class Loader:
 
     `on_bad` is called once for each bad sample, from whatever thread meets it; its exceptions surface where batches are consumed.
     `memory_bytes` is the host memory that this worker may use. The default suits small data sets; who knows the machine says how much.
+    `on_read_wait(True)` is called in the consumer's thread about every second in which the next batch waits for a read of the data, and
+    `on_read_wait(False)` when that wait is over.
     Only one thread may ask for batches.
     """
 
@@ -71,6 +73,7 @@ class Loader:
         threads: int = 1,
         on_bad: Callable[[BadSample], None],
         memory_bytes: int = 1 << 30,
+        on_read_wait: Callable[[bool], None] = lambda waits: None,
     ) -> None:
         assert order.count == dataset.split("train").count, (order.count, dataset.split("train").count)
         assert 0 <= virtual_ranks.start < virtual_ranks.stop <= order.virtual_ranks, virtual_ranks
@@ -78,7 +81,7 @@ class Loader:
         self.row = row_of(dataset.manifest, config)
         self.device = exact_device(device)
         self._dataset, self._order, self._virtual_ranks, self._seed = dataset, order, virtual_ranks, seed
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._on_read_wait = memory_bytes, on_read_wait
 
         samples = sum(split.count for split in dataset.manifest.splits.values())
         values_bytes = sum(target.blank(1).nbytes for target in self.targets)
@@ -184,7 +187,7 @@ class Loader:
 
         window_steps = -(-self._order.window // self._order.batch_per_virtual_rank)
         fetches = supply.fetch(plan(), horizon=2 * window_steps + STEPS_PLANNED)
-        with closing(self._ahead((self._block(supply.codec, fetched) for fetched in fetches), wait, "train", fetches)) as ahead:
+        with closing(self._ahead((self._block(supply.codec, fetched) for fetched in fetches), wait, "train", fetches, supply)) as ahead:
             yield from ahead
 
     def evaluate(self, split: str, ids: range | Ids, batch_size: int) -> Generator[Batch, None, None]:
@@ -214,7 +217,7 @@ class Loader:
                 )
                 yield [(batch,)]
 
-        with closing(self._ahead(batches(), wait, "evaluate", fetches)) as ahead:
+        with closing(self._ahead(batches(), wait, "evaluate", fetches, supply)) as ahead:
             for (batch,) in ahead:
                 yield batch
 
@@ -256,10 +259,36 @@ class Loader:
         return self._supplies[key]
 
     def _ahead(
-        self, blocks: Iterator[list[tuple[Batch, ...]]], wait: Callable[[float], None], name: str, fetches: Fetches[Any]
+        self,
+        blocks: Iterator[list[tuple[Batch, ...]]],
+        wait: Callable[[float], None],
+        name: str,
+        fetches: Fetches[Any],
+        supply: Supply,
     ) -> Generator[tuple[Batch, ...], None, None]:
+        told = False
+
+        def on_idle() -> None:
+            nonlocal told
+            if supply.waits_for_read:
+                told = True
+                self._on_read_wait(True)
+
+        def on_wait(seconds: float) -> None:
+            nonlocal told
+            if told:
+                told = False
+                self._on_read_wait(False)
+            wait(seconds)
+
         return batches_ahead(
-            blocks, side=self._side_stream, name=f"loader-{name}", on_wait=wait, on_close=fetches.stop, on_end=fetches.close
+            blocks,
+            side=self._side_stream,
+            name=f"loader-{name}",
+            on_wait=on_wait,
+            on_idle=on_idle,
+            on_close=fetches.stop,
+            on_end=fetches.close,
         )
 
 

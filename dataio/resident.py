@@ -43,6 +43,7 @@ class Resident:
         self.held_bytes = decoded.nbytes
         self.groups_read = split.groups
         self.bytes_read = sum(split.group_bytes(group) for group in range(split.groups))
+        self.waits_for_read = False
         self.read_wait_seconds = 0.0  # decode_seconds includes all reading
         self._store: Store = decoded
         if device.type == "cuda":

@@ -63,6 +63,8 @@ class Shelf:
         self.bytes_read = 0
         self.wait_seconds = 0.0
         """Time that consumers waited for reads."""
+        self.waits_for_read = False
+        """A consumer waits for a read at this moment."""
         self._groups: dict[int, RowGroup] = {}  # least recently used first
         self._charges: dict[int, int] = {}  # of the groups held or being read
         self._busy = False
@@ -212,7 +214,9 @@ class Reading(Generic[T]):
         """The group, pinned; None if the pinned groups leave no room for it."""
         shelf, began = self._shelf, time.perf_counter()
         with self._changed:
+            shelf.waits_for_read = True
             self._changed.wait_for(lambda: group in shelf._groups or group in self._failed or self._crowded or self._stop.is_set())
+            shelf.waits_for_read = False
             shelf.wait_seconds += time.perf_counter() - began
             if self._crowded:
                 return None

@@ -47,6 +47,10 @@ class Streamed:
         return self.shelf.bytes_read
 
     @property
+    def waits_for_read(self) -> bool:
+        return self.shelf.waits_for_read
+
+    @property
     def read_wait_seconds(self) -> float:
         return self.shelf.wait_seconds
 

@@ -30,6 +30,7 @@ class Recorder:
         self.error: Exception | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.tries = 0
+        self.stage_now = self.stage
 
     def stage(self, step: int, name: str, buffers: Buffers) -> Receipt:
         self.tries += 1
@@ -45,7 +46,7 @@ class Recorder:
 
     def checkpointer(self, spill: Spill | None = None, **more: Any) -> Checkpointer:
         return Checkpointer(
-            stage=self.stage,
+            stage=lambda step, name, buffers: self.stage_now(step, name, buffers),
             ack=self.ack,
             on_failed=lambda step, error: self.failed.append((step, str(error))),
             on_event=lambda event, fields: self.events.append((event, fields)),
@@ -232,13 +233,13 @@ def test_the_next_save_sends_a_checkpoint_that_waits_for_the_storage_to_the_disk
             time.sleep(0.001)
         raise StorageOutage("gave up")
 
-    checkpointer._stage = stage
+    recorder.stage_now = stage
     checkpointer.save(1, lambda: parts(1), {})
     assert waited.wait(10)
     assert not checkpointer.hurried()
     checkpointer.save(2, lambda: parts(2), {})
     until(lambda: [name for name, _ in recorder.events].count("checkpoint_spilled") == 2)
-    checkpointer._stage = recorder.stage
+    recorder.stage_now = recorder.stage
     checkpointer.close()
 
 

@@ -25,6 +25,7 @@ from dataio.remote import DataOutage, DataRefused
 from dataio.sources import SourceError
 from trainer.learn.state import StateError
 from trainer.models.vision import WeightsError
+from trainer.rank.saving import CheckpointNotSaved
 
 PROJECT = Path(__file__).resolve().parents[2]
 INSIDE = {"cluster.controller.RunFailed", "dataio.stream.Stopped"}
@@ -55,6 +56,7 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (OtherFormat("x"), "user"),
     (StateError("x"), "user"),
     (WeightsError("x"), "user"),
+    (CheckpointNotSaved("x"), "infrastructure"),
 ]
 
 

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataio import ahead
 from dataio.batch import Batch
 from dataio.config import DataConfig
 from dataio.convert import is_converted, open_prepared, prepare
@@ -248,7 +249,13 @@ def no_bad_sample(bad: BadSample) -> None:
 
 
 def make(
-    dataset: Dataset, *, cache: str = "none", ranks: range = range(VIRTUAL_RANKS), window: int = 24, memory_bytes: int = 1 << 30
+    dataset: Dataset,
+    *,
+    cache: str = "none",
+    ranks: range = range(VIRTUAL_RANKS),
+    window: int = 24,
+    memory_bytes: int = 1 << 30,
+    **more: Any,
 ) -> Loader:
     config = DataConfig(cache=cache, batch_size=12, pad=1, shuffle_window=window)  # type: ignore[arg-type]
     order = Order(
@@ -269,6 +276,7 @@ def make(
         seed=5,
         on_bad=no_bad_sample,
         memory_bytes=memory_bytes,
+        **more,
     )
 
 
@@ -349,6 +357,46 @@ def test_reading_begins_with_the_first_steps_groups(folder: Path, monkeypatch: p
         first = needed(loader, 7, 8)
         assert set(read[: len(first)]) == first
     assert not threads()
+
+
+def test_a_batch_that_waits_for_a_read_says_so_until_that_is_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "IDLE_SECONDS", 0.01)
+    gate, told = threading.Event(), list[bool]()
+    reads_of(monkeypatch, before=lambda group: gate.wait(20) and None)
+    with closing(make(open_dataset(folder), on_read_wait=told.append).train(0, 2)) as steps:
+        taking = threading.Thread(target=next, args=(steps,))
+        taking.start()
+        until(lambda: len(told) > 3)
+        assert set(told) == {True}
+        gate.set()
+        taking.join(20)
+        assert told.count(False) == 1
+        assert told[-1] is False
+
+
+def test_a_batch_that_is_being_made_says_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would hide a decoder that hangs."""
+    monkeypatch.setattr(ahead, "IDLE_SECONDS", 0.01)
+    begun, gate, told = threading.Event(), threading.Event(), list[bool]()
+    loader = make(open_dataset(folder), on_read_wait=told.append)
+    codec_class = type(loader._new_codec())
+    decode = codec_class.decode
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert gate.wait(20)
+        return decode(*arguments)
+
+    monkeypatch.setattr(codec_class, "decode", slow)
+    with closing(loader.train(0, 2)) as steps:
+        taking = threading.Thread(target=next, args=(steps,))
+        taking.start()
+        assert begun.wait(20)
+        said = len(told)  # of the read before
+        time.sleep(0.1)
+        assert len(told) == said
+        gate.set()
+        taking.join(20)
 
 
 def test_a_loader_that_is_left_or_forgotten_ends_its_threads(folder: Path) -> None:

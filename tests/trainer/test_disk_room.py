@@ -52,13 +52,13 @@ def test_the_numbers_and_the_way_out_are_in_the_message(tmp_path: Path, free_byt
     config = RunConfig(run="run", optim=OptimConfig(name="sgd", momentum=0.9), cluster=ClusterConfig(keep_checkpoints=3))
     storage, told = open_storage(tmp_path), list[str]()
     free_bytes["free"] = 80 * MIB
-    with pytest.raises(ValueError, match=r"has 83\.9 MB free, and a checkpoint of this run takes 104\.9 MB; .*--storage"):
+    with pytest.raises(ValueError, match=r"has 83\.9 MB free, and a checkpoint of this run takes 105 MB; .*--storage"):
         check_room(storage, config, 50 * MIB, told.append)
     assert told == []
     free_bytes["free"] = 300 * MIB
     check_room(storage, config, 50 * MIB, told.append)
     (line,) = told
-    assert "has 314.6 MB free, and 3 checkpoints of 104.9 MB with one more being written may need 524.3 MB" in line
+    assert "has 315 MB free, and 3 checkpoints of 105 MB with one more being written may need 524 MB" in line
     assert "--cluster.keep-checkpoints" in line
     free_bytes["free"] = 600 * MIB
     check_room(storage, config, 50 * MIB, told.append)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from cluster.beat import STEP, STORAGE
+from cluster.heartbeat import Heartbeat
 from cluster.ledger import LedgerWriter
 from cluster.machine import available_memory_bytes
 from cluster.storage import Storage
@@ -52,8 +54,23 @@ def open_data(me: ThisRank) -> RankData:
         threads=spec.threads,
         on_bad=quarantine(me, dataset),
         memory_bytes=available_memory_bytes() // (2 * me.place.local_world_size),
+        on_read_wait=read_wait(me.heartbeat),
     )
     return RankData(dataset=dataset, order=order, virtual_ranks=virtual_ranks, loader=loader)
+
+
+def read_wait(heartbeat: Heartbeat) -> Callable[[bool], None]:
+    """The loader's callback for a batch that waits for a read: the rank waits for a storage meanwhile, for as long as the loader has
+    patience (dataio.remote)."""
+    before = STEP
+
+    def on_read_wait(waits: bool) -> None:
+        nonlocal before
+        if heartbeat.phase != STORAGE:
+            before = heartbeat.phase
+        heartbeat.tick(STORAGE if waits else before)
+
+    return on_read_wait
 
 
 def quarantine(me: ThisRank, dataset: Dataset) -> Callable[[BadSample], None]:

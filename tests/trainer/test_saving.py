@@ -1,0 +1,141 @@
+"""A rank that waits for its checkpoints is seen to wait for what it really waits for. Real heartbeat, checkpointer and hang watch."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.beat import CHECKPOINT, EVALUATION, STEP, STORAGE, BeatReply
+from cluster.config import ClusterConfig
+from cluster.hang import HangWatch, Sign
+from cluster.heartbeat import Heartbeat
+from cluster.storage import open_storage
+from cluster.store import Receipt, StorageFull
+from trainer.rank.data import read_wait
+from trainer.rank.saving import CheckpointNotSaved, Memory, Saver
+from trainer.settings.tree import RunConfig, TrainConfig
+
+
+class Rank:
+    """Rank 1 of two: its part of a checkpoint is a small file. `gate` holds up the storage, `error` makes it refuse."""
+
+    def __init__(self, folder: Path) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: OSError | None = None
+        self.committed, self.failed = False, frozenset[int]()
+        self.heartbeat = Heartbeat(lambda beat: BeatReply(stop_at=None, confirmed=False), 1, 1, 60.0, start_step=0)
+        self.heartbeat.tick(STEP)
+        me: Any = SimpleNamespace(
+            config=RunConfig(run="run", train=TrainConfig(checkpoint_every=5), cluster=ClusterConfig(spill_dir=str(folder))),
+            spec=SimpleNamespace(generation=1, attempt=1, threads=1),
+            rank=1,
+            world_size=2,
+            device=torch.device("cpu"),
+            metrics=SimpleNamespace(add=lambda *_: None, observe=lambda *_: None),
+            heartbeat=self.heartbeat,
+            call=self.call,
+        )
+        self.saver = Saver(
+            me,
+            SimpleNamespace(virtual_ranks=range(1)),  # type: ignore[arg-type]
+            SimpleNamespace(steps_per_epoch=10),  # type: ignore[arg-type]
+            store=SimpleNamespace(storage=open_storage(folder), stage=self.stage),  # type: ignore[arg-type]
+            state=None,  # type: ignore[arg-type]
+            memory=Memory(),
+            guard=SimpleNamespace(proof=lambda late: lambda: None),  # type: ignore[arg-type]
+            weights=None,
+        )
+
+    def stage(self, step: int, generation: int, name: str, buffers: Any, **_: Any) -> Receipt:
+        assert self.gate.wait(20)
+        if self.error is not None:
+            raise self.error
+        return Receipt(name=name, size_bytes=1, sha256="")
+
+    def call(self, method: str, *args: Any, **_: Any) -> Any:
+        match method:
+            case "wait_committed":
+                return self.committed
+            case "status":
+                return SimpleNamespace(checkpoints=SimpleNamespace(failed_steps=self.failed, problem="no room at the coordinator's"))
+            case _:
+                return None
+
+    def sign(self) -> Sign:
+        return Sign(state="S", age_seconds=0.1, ticks=self.heartbeat._ticks, phase=self.heartbeat.phase)
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Any:
+    rank = Rank(tmp_path)
+    yield rank
+    rank.gate.set()
+    rank.saver.close()
+    rank.heartbeat.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_save_that_waits_for_a_stalled_disk_is_no_hang_however_long(rank: Rank) -> None:
+    """Each tick of the rank stands for a minute here, the budget of a hang."""
+    rank.gate.clear()
+    rank.saver.save(5, ())
+    watch, now = HangWatch(hang_seconds=60.0, start_seconds=600.0, now=0.0), 0.0
+    saving = threading.Thread(target=lambda: rank.saver.save(10, ()))
+    saving.start()
+    until(lambda: rank.heartbeat.phase == STORAGE)
+    for _ in range(2):
+        ticks = rank.sign().ticks
+        until(lambda ticks=ticks: rank.sign().ticks > ticks)  # type: ignore[misc]
+        for _ in range(59):
+            now += 1.0
+            assert watch.look(now, {0: Sign(state="S", age_seconds=0.1, ticks=7, phase="exchange"), 1: rank.sign()}) is None
+    rank.gate.set()
+    saving.join(20)
+    assert rank.heartbeat.phase == STEP
+    rank.committed = True
+    rank.saver.wait_until_saved(10)
+
+
+def test_the_end_waits_for_the_commit_and_says_what_became_of_the_last_checkpoint(rank: Rank) -> None:
+    rank.saver.save(5, ())
+    waiting = threading.Thread(target=lambda: rank.saver.wait_until_saved(5))
+    waiting.start()
+    until(lambda: rank.heartbeat.phase == CHECKPOINT)
+    rank.committed = True
+    waiting.join(20)
+    assert rank.heartbeat.phase == STEP
+    rank.committed, rank.failed = False, frozenset({5})
+    with pytest.raises(CheckpointNotSaved, match=r"of step 5, could not be saved: no room at the coordinator's"):
+        rank.saver.wait_until_saved(5)
+
+
+def test_a_last_checkpoint_that_the_storage_refused_ends_in_the_storages_own_error(rank: Rank) -> None:
+    """Its kind decides whether another attempt is worth it."""
+    rank.error = StorageFull(28, "no room for a file of 45.0 MB")
+    rank.saver.save(5, ())
+    with pytest.raises(StorageFull, match="no room for a file"):
+        rank.saver.wait_until_saved(5)
+
+
+def test_a_batch_that_waits_for_a_read_is_a_wait_for_a_storage_and_then_the_phase_is_what_it_was(rank: Rank) -> None:
+    on_read_wait = read_wait(rank.heartbeat)
+    for phase in (STEP, EVALUATION):
+        rank.heartbeat.tick(phase)
+        for _ in range(3):
+            before = rank.sign().ticks
+            on_read_wait(True)
+            assert (rank.heartbeat.phase, rank.sign().ticks) == (STORAGE, before + 1)
+        on_read_wait(False)
+        assert rank.heartbeat.phase == phase
