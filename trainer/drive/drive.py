@@ -51,12 +51,13 @@ class Drive:
 
     def go(self) -> int:
         """Drive the whole run. Returns the exit status."""
-        try:
-            if self._session.resources.fewest == self._session.resources.most:
-                self._fleets.start(0, show=self._show_waiting)  # Ray Train places the agents while the coordinator starts
-            return self._attempts()
-        finally:
-            self._fleets.end()
+        with self._session.patience.watched(show=self._show_storage, is_stopping=self._is_stopping):
+            try:
+                if self._session.resources.fewest == self._session.resources.most:
+                    self._fleets.start(0, show=self._show_waiting)  # Ray Train places the agents while the coordinator starts
+                return self._attempts()
+            finally:
+                self._fleets.end()
 
     def _take_up(self) -> FailureCounts:
         """Find the run's position and the failures under its earlier drivers."""
@@ -74,7 +75,7 @@ class Drive:
     def _attempts(self) -> int:
         session = self._session
         try:
-            with self._screen, self._signals.heard(), session.patience.watched(show=self._show_storage, is_stopping=self._is_stopping):
+            with self._screen, self._signals.heard():
                 counts = self._take_up()
                 if not self._is_stopping():
                     self._run_attempts(counts)
@@ -94,7 +95,7 @@ class Drive:
         finally:
             self._fleets.end()  # before Ray shuts down: a thread still inside Ray would take the process down
         is_over = self._result is not None and not self._result["stopped"]
-        if not is_over and (session.seems_taken_over() if self._is_stopping() else session.is_taken_over()):
+        if not is_over and session.is_taken_over():
             return self._ending().taken_over()
         return self._ending().finished() if is_over else self._ending().stopped()
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -185,6 +186,11 @@ def patience_of(console: Console, journal: Journal, measure: Callable[[float], N
     return Patience(say=lambda line: console.print(Text(line), soft_wrap=True), record=journal.write, measure=measure)
 
 
+def _measure(coordinator: Any, seconds: float) -> None:
+    with suppress(ray.exceptions.RayError):  # a coordinator that is gone has no metrics either
+        coordinator.waiting_for_storage.remote(seconds)
+
+
 def _in_brief(error: Exception) -> str:
     """What Ray says, without the traceback in its middle."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
@@ -215,7 +221,7 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
         store=begun.store,
         journal=begun.journal,
         reader=JournalReader(storage, config.run),
-        patience=patience_of(console, begun.journal, measure=coordinator.waiting_for_storage.remote),
+        patience=patience_of(console, begun.journal, measure=partial(_measure, coordinator)),
         generation=generation,
         coordinator=coordinator,
         zygote=zygote,
