@@ -125,6 +125,8 @@ class Drive:
             self._result = None
             outcome = self._one_attempt()
             self._result = outcome.result
+            if outcome.failure is not None:
+                self._tell_failure(outcome.failure)
             if outcome.pause is None:
                 return outcome.failure
             self._change_workers(outcome.pause)
@@ -151,9 +153,10 @@ class Drive:
         self._fleets.end()
         self._go_back()
 
-    def _on_failure(self, number: int, failure: Failure, counts: FailureCounts) -> None:
-        self._position = replace(self._position, restarts=self._position.restarts + 1)
-        last_step = reached(self._session.status(), Position())
+    def _tell_failure(self, failure: Failure) -> None:
+        """At once, and so without a question to the storage: a wait for it would count as training."""
+        status = self._session.status()
+        last_step, commit = reached(status, Position()), status.checkpoints.last
         self._session.tell(
             "attempt_failed",
             attempt=self._position.attempt,
@@ -161,8 +164,12 @@ class Drive:
             rank=failure.rank,
             message=failure.message,
             last_step=last_step,
-            lost_steps=max(0, last_step - max(0, self._session.committed_step())),
+            lost_steps=max(0, last_step - (commit.step if commit is not None else 0)),
         )
+
+    def _on_failure(self, number: int, failure: Failure, counts: FailureCounts) -> None:
+        self._position = replace(self._position, restarts=self._position.restarts + 1)
+        last_step = reached(self._session.status(), Position())
         self._go_back()
         assert failure.step is None or self._position.start_step <= failure.step, "a commit was acknowledged after a bad step"
         if failure.kind not in ("user", "data"):  # these end the run, which then prints the whole message
