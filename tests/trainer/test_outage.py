@@ -245,6 +245,26 @@ def test_expired_credentials_end_nothing_that_can_do_without() -> None:
     assert play.told().count("credentials are not valid") == 2  # once for the journal, once for the claims
 
 
+@pytest.mark.parametrize("error", [EXPIRED, AWAY], ids=["refused", "away"])
+def test_the_end_of_a_run_has_what_is_known_where_the_storage_does_not_say(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(lambda number: "")
+    session = play.session()
+    with play.group:
+        assert session.saved_step() == -1
+        assert play.group.settle(play.group.save())
+        assert session.saved_step() == 1
+        known = session.last_events()
+        assert "checkpoint_committed" in [event["event"] for event in known]
+        assert play.group.settle(play.group.save())
+        play.faults.fails = lambda number: error
+        with session.patience.watched(show=lambda waiting: None, is_stopping=lambda: error == AWAY):
+            assert session.last_events() == known
+            assert session.saved_step() == 2  # the coordinator knows
+            monkeypatch.setattr(ray, "get", Wire(*[ray.exceptions.ActorDiedError()] * 2))
+            assert session.saved_step() == 1  # the journal, as far as it was read
+        play.mend(session)
+
+
 def test_the_driver_goes_on_when_a_real_service_is_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(patience_module, "LONGEST_PAUSE_SECONDS", 0.2)
     with serving(Server()) as server:

@@ -43,13 +43,13 @@ class Ending:
 
     def stopped(self) -> int:
         session = self.session
-        commit = session.store.newest_valid(lambda path, reason: None)
+        step = session.saved_step()
         name = signal.Signals(self.signal).name if self.signal else ""
-        session.journal.write("run_stopped", step=commit.step if commit else 0, signal=name)
+        session.journal.write("run_stopped", step=max(0, step), signal=name)
         summary, report = self.write_summary("stopped")
         session.console.print(final_table(summary, report=report), soft_wrap=True)
-        if commit:
-            done = f"step {commit.step:,} of {session.total_steps:,} is saved. The same command goes on from there"
+        if step >= 0:
+            done = f"step {step:,} of {session.total_steps:,} is saved. The same command goes on from there"
         else:
             done = "nothing was saved yet. The same command starts again"
         session.console.print(f"stopped: {done}:\n  {redact(session.decided.command)}", soft_wrap=True, markup=False, highlight=False)
@@ -75,7 +75,7 @@ class Ending:
         if failure.kind == "user" and not failure.message.startswith(SAYS_IT_ALL):
             print(failure.traceback, file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
-        if (step := self.session.committed_step()) >= 0:
+        if (step := self.session.saved_step()) >= 0:
             print(f"step {step} is saved; once the cause is mended the same command goes on from there", file=sys.stderr)
         return 1
 
@@ -84,7 +84,7 @@ class Ending:
         from trainer.report.sections import write_report  # imports take half a second; training should not wait for them
 
         session, dataset = self.session, self.session.decided.dataset
-        summary = summarise(config=session.config, status=status, events=session.events(), result=self.result, facts=self._facts())
+        summary = summarise(config=session.config, status=status, events=session.last_events(), result=self.result, facts=self._facts())
         if summary["accounting"]:
             session.journal.write("account", seconds=summary["accounting"], goodput=summary["goodput"])
         try:
