@@ -44,7 +44,7 @@ class Faults:
     """A pyarrow file system whose calls fail as told: `fails(number of the call)` gives the error's text, or ""."""
 
     def __init__(self, fs: Any, fails: Callable[[int], str]) -> None:
-        self._fs, self._fails, self._counter, self.calls = fs, fails, itertools.count(), 0
+        self._fs, self.fails, self._counter, self.calls = fs, fails, itertools.count(), 0
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._fs, name)
@@ -54,7 +54,7 @@ class Faults:
         def call(*args: Any, **kwargs: Any) -> Any:
             number = next(self._counter)
             self.calls = number + 1
-            if text := self._fails(number):
+            if text := self.fails(number):
                 raise OSError(text)
             return found(*args, **kwargs)
 
@@ -154,8 +154,16 @@ class Play:
         monkeypatch.setattr(drive_module, "Fleets", lambda *_: fleets)
         monkeypatch.setattr(drive_module, "Attempt", self.attempt)
         monkeypatch.setattr(drive_module, "Ending", self.ending)
+        session = session or self.session()
         with self.group:
-            return Drive(session or self.session(), None).go()
+            status = Drive(session, None).go()
+        self.mend(session)
+        return status
+
+    def mend(self, session: Session) -> None:
+        """From now on nothing fails. Else the journal's thread would try for ever."""
+        self.faults.fails = lambda number: ""
+        assert session.journal.flush(20)
 
     def told(self) -> str:
         return self.console.export_text(clear=False)
@@ -185,7 +193,7 @@ def test_each_call_to_the_storage_may_fail_once_and_the_run_is_the_same(monkeypa
 def test_an_outage_that_begins_at_any_call_is_waited_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     clean = Play(lambda number: "")
     assert clean.go(monkeypatch) == 0
-    for first in range(clean.faults.calls):
+    for first in range(0, clean.faults.calls, 2):
         play = Play(lambda number, first=first: AWAY if first <= number < first + 25 else "")  # type: ignore[misc]
         session = play.session()
         assert play.go(monkeypatch, session) == 0, first
@@ -233,7 +241,28 @@ def test_expired_credentials_end_nothing_that_can_do_without() -> None:
         assert not session.seems_taken_over()
         assert not session.is_taken_over()
         assert session.newest_events() == []
+        play.mend(session)
     assert play.told().count("credentials are not valid") == 2  # once for the journal, once for the claims
+
+
+@pytest.mark.parametrize("error", [EXPIRED, AWAY], ids=["refused", "away"])
+def test_the_end_of_a_run_has_what_is_known_where_the_storage_does_not_say(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(lambda number: "")
+    session = play.session()
+    with play.group:
+        assert session.saved_step() == -1
+        assert play.group.settle(play.group.save())
+        assert session.saved_step() == 1
+        known = session.last_events()
+        assert "checkpoint_committed" in [event["event"] for event in known]
+        assert play.group.settle(play.group.save())
+        play.faults.fails = lambda number: error
+        with session.patience.watched(show=lambda waiting: None, is_stopping=lambda: error == AWAY):
+            assert session.last_events() == known
+            assert session.saved_step() == 2  # the coordinator knows
+            monkeypatch.setattr(ray, "get", Wire(*[ray.exceptions.ActorDiedError()] * 2))
+            assert session.saved_step() == 1  # the journal, as far as it was read
+        play.mend(session)
 
 
 def test_the_driver_goes_on_when_a_real_service_is_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -260,8 +289,9 @@ def test_the_driver_goes_on_when_a_real_service_is_back(monkeypatch: pytest.Monk
         back.join()
         assert play.starts == [0, 1]
         assert session.journal.flush(20)
-        names = [event["event"] for event in read_journal(storage, "run")]
-        assert names.index("storage_outage") < names.index("storage_recovered") < names.index("resumed")
+        events = {event["event"]: event for event in read_journal(storage, "run")}
+        told = [events[name]["time"] for name in ("attempt_failed", "storage_outage", "storage_recovered", "resumed")]
+        assert told == sorted(told)  # the wait is after the failure, where it does not count as training
 
 
 # The way to the coordinator
@@ -318,10 +348,11 @@ def test_a_coordinator_that_never_comes_back_is_given_up_in_a_sentence(session: 
 def test_a_coordinator_that_waits_for_the_storage_is_waited_for(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "COORDINATOR_SECONDS", 0.0)
     faults: Any = session.storage.fs
-    faults._fails = lambda number: AWAY if number % 2 or number < 40 else ""
+    faults.fails = lambda number: AWAY if number % 2 or number < 40 else ""
     wire = Wire(*[ray.exceptions.GetTimeoutError("slow")] * 10)
     monkeypatch.setattr(ray, "get", wire)
     assert session.ask("status") == "done"
+    faults.fails = lambda number: ""
 
 
 def test_what_the_coordinator_raises_is_raised_here_in_its_own_words(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,12 +53,13 @@ class Drive:
 
     def go(self) -> int:
         """Drive the whole run. Returns the exit status."""
-        try:
-            if self._session.resources.fewest == self._session.resources.most:
-                self._fleets.start(0, show=self._show_waiting)  # Ray Train places the agents while the coordinator starts
-            return self._attempts()
-        finally:
-            self._fleets.end()
+        with self._session.patience.watched(show=self._show_storage, is_stopping=self._is_stopping):
+            try:
+                if self._session.resources.fewest == self._session.resources.most:
+                    self._fleets.start(0, show=self._show_waiting)  # Ray Train places the agents while the coordinator starts
+                return self._attempts()
+            finally:
+                self._fleets.end()
 
     def _take_up(self) -> FailureCounts:
         """Find the run's position and the failures under its earlier drivers."""
@@ -98,7 +99,7 @@ class Drive:
             self._signals.enter(Phase.ENDING)
             self._fleets.end()  # before Ray shuts down: a thread still inside Ray would take the process down
         is_over = self._result is not None and not self._result["stopped"]
-        if not is_over and (session.seems_taken_over() if self._is_stopping() else session.is_taken_over()):
+        if not is_over and session.is_taken_over():
             return self._ending().taken_over()
         return self._ending().finished() if is_over else self._ending().stopped()
 
@@ -128,6 +129,8 @@ class Drive:
             self._result = None
             outcome = self._one_attempt()
             self._result = outcome.result
+            if outcome.failure is not None:
+                self._tell_failure(outcome.failure)
             if outcome.pause is None:
                 return outcome.failure
             self._change_workers(outcome.pause)
@@ -154,9 +157,10 @@ class Drive:
         self._fleets.end()
         self._go_back()
 
-    def _on_failure(self, number: int, failure: Failure, counts: FailureCounts) -> None:
-        self._position = replace(self._position, restarts=self._position.restarts + 1)
-        last_step = reached(self._session.status(), Position())
+    def _tell_failure(self, failure: Failure) -> None:
+        """At once, and so without a question to the storage: a wait for it would count as training."""
+        status = self._session.status()
+        last_step, commit = reached(status, Position()), status.checkpoints.last
         self._session.tell(
             "attempt_failed",
             attempt=self._position.attempt,
@@ -164,8 +168,12 @@ class Drive:
             rank=failure.rank,
             message=failure.message,
             last_step=last_step,
-            lost_steps=max(0, last_step - max(0, self._session.committed_step())),
+            lost_steps=max(0, last_step - (commit.step if commit is not None else 0)),
         )
+
+    def _on_failure(self, number: int, failure: Failure, counts: FailureCounts) -> None:
+        self._position = replace(self._position, restarts=self._position.restarts + 1)
+        last_step = reached(self._session.status(), Position())
         self._go_back()
         assert failure.step is None or self._position.start_step <= failure.step, "a commit was acknowledged after a bad step"
         if failure.kind not in ("user", "data"):  # these end the run, which then prints the whole message

@@ -53,12 +53,12 @@ class Ending:
 
     def stopped(self) -> int:
         session, number = self.session, self.signals.number
-        commit = session.store.newest_valid(lambda path, reason: None)
+        step = session.saved_step()
         name = signal.Signals(number).name if number else ""
-        summary = self._record("stopped", "run_stopped", step=commit.step if commit else 0, signal=name)
+        summary = self._record("stopped", "run_stopped", step=max(0, step), signal=name)
         session.console.print(final_table(summary, report=self._report()), soft_wrap=True)
-        if commit:
-            done = f"step {commit.step:,} of {session.total_steps:,} is saved. The same command goes on from there"
+        if step >= 0:
+            done = f"step {step:,} of {session.total_steps:,} is saved. The same command goes on from there"
         else:
             done = "nothing was saved yet. The same command starts again"
         session.console.print(f"stopped: {done}:\n  {pasteable(session.decided.command)}", soft_wrap=True, markup=False, highlight=False)
@@ -83,7 +83,7 @@ class Ending:
         if failure.kind == "user" and not failure.message.startswith(SAYS_IT_ALL):
             complain(failure.traceback)
         complain(f"error: {error}")
-        if (step := self.session.committed_step()) >= 0:
+        if (step := self.session.saved_step()) >= 0:
             complain(f"step {step} is saved; once the cause is mended the same command goes on from there")
         return 1
 
@@ -91,11 +91,11 @@ class Ending:
         """Write summary.json, then the run's last event. Returns the summary."""
         session = self.session
         ended = {"time": time.time(), "event": event, **fields}
-        events = [*session.events(), ended]
+        events = [*session.last_events(), ended]
         summary = summarise(config=session.config, status=status, events=events, result=self.result, facts=self._facts(events))
         try:
             encoded = json.dumps(redacted(finite(summary)), indent=1, allow_nan=False).encode()
-            session.storage.write_atomic(f"{session.config.run}/summary.json", encoded)
+            session.patiently("summary.json", lambda: session.storage.write_atomic(f"{session.config.run}/summary.json", encoded))
         except OSError as error:  # most likely a full disk: the result is still printed, and the checkpoints are untouched
             complain(f"warning: summary.json could not be written: {error}")
         session.journal.write(event, **fields)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -21,7 +22,7 @@ from cluster.journal import Event, Journal, JournalReader
 from cluster.launch import Resources, start_coordinator
 from cluster.patience import Patience
 from cluster.storage import Storage
-from cluster.store import Commit, Store
+from cluster.store import Commit, NoValidCheckpoint, Store
 from cluster.straggler import StragglerLimits
 from trainer.drive.data import ship
 from trainer.drive.identity import find_start
@@ -154,6 +155,30 @@ class Session:
         events = self.patience.once("the run's journal", self.reader.read, None)
         return self.reader.known if events is None else events
 
+    # For the end of a run, which nothing holds up for ever: what is known if the storage refuses, or if a signal came in an outage.
+
+    def last_events(self) -> list[Event]:
+        """The journal's events, waited for as `events` does; those that are known if that is in vain."""
+        try:
+            return self.events()
+        except OSError:
+            return self.reader.known
+
+    def saved_step(self) -> int:
+        """Step of the newest intact commit, -1 if there is none; as far as the coordinator knows if the storage does not say."""
+        try:
+            commit = self.patiently("the newest checkpoint", lambda: self.store.newest_valid(lambda path, reason: None))
+        except (OSError, NoValidCheckpoint):
+            return self._told_step()
+        return commit.step if commit is not None else -1
+
+    def _told_step(self) -> int:
+        try:
+            last = self.status().checkpoints.last
+        except CoordinatorLost:
+            return max((event["step"] for event in self.reader.known if event["event"] == "checkpoint_committed"), default=-1)
+        return last.step if last is not None else -1
+
     def is_taken_over(self) -> bool:
         """Whether another process drives this run now. False if the storage refuses to say, or if the run is to stop in an outage."""
         try:
@@ -186,6 +211,11 @@ def patience_of(console: Console, journal: Journal, measure: Callable[[float], N
     return Patience(say=lambda line: console.print(Text(line), soft_wrap=True), record=journal.write, measure=measure)
 
 
+def _measure(coordinator: Any, seconds: float) -> None:
+    with suppress(ray.exceptions.RayError):  # a coordinator that is gone has no metrics either
+        coordinator.waiting_for_storage.remote(seconds)
+
+
 def _in_brief(error: Exception) -> str:
     """What Ray says, without the traceback in its middle."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
@@ -215,7 +245,7 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
         store=begun.store,
         journal=begun.journal,
         reader=JournalReader(storage, config.run),
-        patience=patience_of(console, begun.journal, measure=coordinator.waiting_for_storage.remote),
+        patience=patience_of(console, begun.journal, measure=partial(_measure, coordinator)),
         generation=begun.generation,
         coordinator=coordinator,
         zygote=zygote,
