@@ -419,6 +419,20 @@ _MISTAKES = (
 )
 _SYSTEM = (
     Row(
+        name="a certificate that is not trusted",
+        kind="user",
+        classes=_of("ssl", "SSLCertVerificationError"),
+        reason="the same certificate is refused again",
+        fix="give every node the certificate of who signed it (SSL_CERT_FILE), and the right time",
+        is_explained=True,
+    ),
+    Row(
+        name="an encrypted connection or a name's address",
+        kind="infrastructure",
+        classes=frozenset({"ssl.SSLError", "socket.gaierror", "socket.herror"}),
+        reason="the network failed; their numbers are not the system's, so this stands before the rows with numbers",
+    ),
+    Row(
         name="a disk is full",
         kind="storage",
         classes=_OS,

@@ -34,26 +34,28 @@ KINDS: tuple[Any, ...] = get_args(Kind)
 
 
 def foreign(name: str, message: str, *bases: str) -> RankError:
-    """An exception of a class that is not ours."""
-    return RankError(name=name, bases=bases, message=message, traceback="")
+    """An exception of a class that is not ours; `name` begins with its package unless it is Python's."""
+    package, _, own = name.rpartition(".")
+    return RankError(name=own, bases=bases, message=message, traceback="", package=package)
 
 
 @pytest.mark.parametrize(
     ("name", "message", "kind"),
     [
-        ("ActorDiedError", "The actor died unexpectedly", "infrastructure"),
-        ("WorkerHealthCheckFailedError", "worker gone", "infrastructure"),
+        ("ray.ActorDiedError", "The actor died unexpectedly", "infrastructure"),
+        ("ray.WorkerHealthCheckFailedError", "worker gone", "infrastructure"),
         ("RuntimeError", "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242", "infrastructure"),
-        ("DistBackendError", "NCCL communicator was aborted on rank 1", "infrastructure"),
+        ("torch.DistBackendError", "NCCL communicator was aborted on rank 1", "infrastructure"),
         ("RuntimeError", "shape '[3]' is invalid for input of size 4", "user"),
         ("ZeroDivisionError", "division by zero", "user"),
-        ("PreemptionError", "node is drained", "preempted"),
+        ("ray.PreemptionError", "node is drained", "preempted"),
+        ("mine.ActorDiedError", "of somebody else's, called like Ray's", "user"),
         ("DataOutage", "of somebody else's, who says nothing", "user"),
     ],
 )
 def test_a_foreign_exception_is_told_by_its_name_and_text(name: str, message: str, kind: str) -> None:
     assert classify(foreign(name, message)).kind == kind
-    assert classify(foreign("Mine", message, name, "Exception")).kind == kind  # a subclass counts as its base
+    assert classify(foreign("mine.Mine", message, name, "Exception")).kind == kind  # a subclass counts as its base
 
 
 def test_what_a_foreign_class_calls_failure_kind_is_nothing_to_us() -> None:
@@ -65,17 +67,32 @@ def test_what_a_foreign_class_calls_failure_kind_is_nothing_to_us() -> None:
 
 def test_the_cause_is_the_user_error_not_the_broken_connection_it_left_behind() -> None:
     echo = classify(foreign("RuntimeError", "Connection closed by peer"), 0)
-    dead = classify(foreign("ActorDiedError", "killed"), 1)
+    dead = classify(foreign("ray.ActorDiedError", "killed"), 1)
     user = classify(foreign("ZeroDivisionError", "division by zero"), 2)
     assert root_cause([echo, dead]) == dead
     assert root_cause([echo, dead, user]) == user
     assert root_cause([echo]) == echo
 
 
-@given(st.sampled_from(["user", "data"]), st.integers(0, 100), st.integers(0, 100))
-def test_user_and_data_errors_are_never_retried(kind: str, failures: int, without_progress: int) -> None:
+@given(st.sampled_from(["user", "data", "storage"]), st.integers(0, 100), st.integers(0, 100))
+def test_user_and_data_errors_and_refusals_are_never_retried(kind: str, failures: int, without_progress: int) -> None:
     failure = Failure(kind=kind, rank=0, message="m")  # type: ignore[arg-type]
     assert isinstance(decide(failure, FailureCounts(failures=failures, without_progress=without_progress), FaultPolicy()), Raise)
+
+
+def test_a_reason_says_what_to_do_about_what_is_known_and_blames_the_code_for_the_rest() -> None:
+    def reason(**facts: Any) -> str:
+        decision = decide(Failure(rank=0, message="m", **facts), FailureCounts(failures=1, without_progress=3), FaultPolicy())
+        assert isinstance(decision, Raise)
+        return decision.reason
+
+    again = "then give the same command again: the run goes on from its newest checkpoint"
+    assert reason(kind="storage") == f"the storage refuses, and would refuse a retry too; mend it, {again}"
+    assert reason(kind="storage", fix="free some space") == f"the storage refuses, and would refuse a retry too; free some space, {again}"
+    assert reason(kind="user") == "the training code raised an exception, which a retry would meet again"
+    assert reason(kind="user", is_explained=True, fix="lower it") == "a retry would meet it again; lower it"
+    assert "see the first failure above, take it out, or checkpoint" in reason(kind="infrastructure", fix="take it out")
+    assert "see the first failure above, or checkpoint" in reason(kind="infrastructure")
 
 
 def travelled(error: Exception) -> Failure:
