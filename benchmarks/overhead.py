@@ -188,17 +188,6 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
         turns.evaluations += 1
         return evaluate(*args, **kwargs)
 
-    class Direct(Calls):
-        """Calls without a connection."""
-
-        def __init__(self) -> None:
-            pass
-
-        def begin(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
-            answer: Future[Any] = Future()
-            answer.set_result(None if method == "put_result" else getattr(coordinator, method)(*args, **kwargs))
-            return answer
-
     place = Placement(
         host="localhost",
         address="127.0.0.1",
@@ -208,7 +197,7 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
         device_index=device.index if device.type == "cuda" else None,
     )
     spec = WorkerSpec(config=config, dataset=config.data.path, generation=generation, attempt=1, resume=None, threads=threads)
-    context = RankContext(rank=0, world_size=1, attempt=1, place=place, files={}, call=Direct())
+    context = RankContext(rank=0, world_size=1, attempt=1, place=place, files={}, call=Direct(coordinator))
     patches = [
         patch.object(worker, "train_steps", turns),
         patch.object(saving, "Checkpointer", Watched),
@@ -237,6 +226,18 @@ def stepper_alone(config: RunConfig, dataset: Any, image_size: tuple[int, int], 
         return stepper.step([batch], global_count=len(batch.ids), step=number)
 
     return step
+
+
+class Direct(Calls):
+    """A rank's calls to a coordinator in the same process."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def begin(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+        answer.set_result(None if method == "put_result" else getattr(self._coordinator, method)(*args, **kwargs))
+        return answer
 
 
 def settle(watched: Sequence[saving.Checkpointer], coordinator: Coordinator) -> bool:

@@ -43,7 +43,8 @@ with belongings() as ours, ray_cluster(
     ask("start_attempt", 2, 2, 0, 1, Payload(target="tests.cluster.ranks:join_and_publish", spec=NOTHING, files={"a": ray.put(b"travels")}))
     print(json.dumps([end.status for end in ends(2).values()]))
     ask("put_result", 2, {"stopped": False})
-    (pid,) = [pid for pid in processes_of_session(os.getsid(0)) if b"CoordinatorActor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes_of_session(os.getsid(0))}
+    (pid,) = [pid for pid, name in names.items() if name.startswith(b"ray::CoordinatorActor")]
     os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     print(json.dumps([ask("result", 2), [end.status for end in ask("ends", 2).values()], len(ask("ends", 1))]))
