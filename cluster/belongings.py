@@ -6,6 +6,7 @@ leftovers.py says which processes are meant.
 """
 
 import contextlib
+import getpass
 import glob
 import json
 import os
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -54,14 +55,12 @@ def belongings(candidates: Sequence[str] | None = None) -> Iterator[Belongings]:
     started inside inherit FOLDER_VARIABLE. ValueError if no folder can be used; `candidates` are the places to try."""
     raise_open_files()
     folder = temp_folder(temp_places() if candidates is None else candidates)
-    before = os.environ.get(FOLDER_VARIABLE)
     reaper = None
     try:
         reaper = _start_reaper(folder.path)
-        os.environ[FOLDER_VARIABLE] = folder.path
-        yield Belongings(folder=folder.path, reaper=reaper)
+        with _environment({FOLDER_VARIABLE: folder.path, **stand_ins(folder.path)}):
+            yield Belongings(folder=folder.path, reaper=reaper)
     finally:
-        _restore(before)
         end_all(folder.path, apart_from=() if reaper is None else (reaper.pid,))
         folder.remove()
         if reaper is not None:
@@ -88,11 +87,32 @@ def _start_reaper(folder: str) -> "subprocess.Popen[bytes]":
     return reaper
 
 
-def _restore(before: str | None) -> None:
-    if before is None:
-        os.environ.pop(FOLDER_VARIABLE, None)
-    else:
-        os.environ[FOLDER_VARIABLE] = before
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def stand_ins(folder: str) -> dict[str, str]:
+    """Environment variables for an account without a name or without a home folder that can be written to, as a container has that was
+    started with `--user 12345`. Libraries ask for both: for their caches, and for names of folders."""
+    found = {}
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home) or not os.access(home, os.W_OK | os.X_OK):
+        found["HOME"] = folder
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        found["USER"] = f"uid{os.getuid()}"
+    return found
 
 
 # Limits of this machine that would end a run later, in worse words

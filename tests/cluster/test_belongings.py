@@ -1,5 +1,6 @@
 """Whatever ends a driver, nothing of it stays on the machine: no process and no folder. Real processes, no Ray."""
 
+import getpass
 import os
 import resource
 import shutil
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster import belongings as module
-from cluster.belongings import PREFIX, belongings, longest_place, raise_open_files, temp_folder
+from cluster.belongings import PREFIX, belongings, longest_place, raise_open_files, stand_ins, temp_folder
 from cluster.leftovers import FOLDER_VARIABLE, end_all, kill, processes_of
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -174,3 +175,27 @@ def test_as_many_files_may_be_open_as_the_machine_allows_and_too_few_are_refused
         ValueError, match=r"may open 512 files \(ulimit -Hn\), and Ray needs at least 1024; raise it with `ulimit -n 65536`"
     ):
         raise_open_files()
+
+
+def test_an_account_without_name_and_home_gets_both_for_the_time_of_the_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that was started with `--user 12345`: no entry in /etc/passwd, HOME=/."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    assert stand_ins("/folder") == {}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "HOME" not in stand_ins("/folder")
+    monkeypatch.setattr(os, "access", lambda path, how: str(path).startswith(str(place)))
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    with belongings([str(place)]) as ours:
+        assert os.path.expanduser("~/.cache") == f"{ours.folder}/.cache"
+        assert getpass.getuser() == f"uid{os.getuid()}"
+    assert os.environ["HOME"] == str(tmp_path)
+    assert "USER" not in os.environ
+    monkeypatch.delenv("HOME")  # and Path.home() is an error then
+    assert stand_ins("/folder")["HOME"] == "/folder"

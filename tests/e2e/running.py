@@ -22,7 +22,16 @@ Event = Mapping[str, Any]
 class Run:
     """One `trainer.run` process. `args` come after those of `SMALL`."""
 
-    def __init__(self, *args: str, storage: Path, name: str, data: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *args: str,
+        storage: Path,
+        name: str,
+        data: Path,
+        environment: Mapping[str, str] | None = None,
+        output: int | None = None,
+    ) -> None:
+        """`output`: a descriptor that the run prints to, in place of its log."""
         self.folder = storage / name
         self.args = [
             *SMALL,
@@ -43,7 +52,7 @@ class Run:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "trainer.run", *self.args],
                 cwd=PROJECT,
-                stdout=log,
+                stdout=log if output is None else output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,

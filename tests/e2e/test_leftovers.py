@@ -2,10 +2,14 @@
 
 import contextlib
 import os
+import pty
+import select
 import signal
 import tempfile
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,4 +77,55 @@ def test_sigterm_to_the_whole_process_group_while_ray_starts_ends_at_once(tmp_pa
     os.killpg(run.process.pid, signal.SIGTERM)
     assert run.finish(timeout=40) == 128 + signal.SIGTERM, run.output()
     assert not run.events()
+    assert_nothing_left(run)
+
+
+def test_a_driver_and_its_zygote_killed_together_leave_nothing(tmp_path: Path, images: Path) -> None:
+    """Ray's agents lose their parents and have written over their names; nobody but the reaper could find them."""
+    run = Run(*COMMON, storage=tmp_path, name="killed", data=images)
+    run.wait_for("checkpoint_committed", step=5)
+    shared = set(os.listdir("/dev/shm"))
+    zygotes = [pid for pid in processes_of_session(run.process.pid) if b"cluster.zygote" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for pid in (*zygotes, run.process.pid):
+        with contextlib.suppress(ProcessLookupError):  # ranks die with their zygote
+            os.kill(pid, signal.SIGKILL)
+    assert run.finish() == -signal.SIGKILL
+    end = time.monotonic() + 20
+    while processes_of_session(run.process.pid):
+        assert time.monotonic() < end, commands_of(run.process.pid)
+        time.sleep(0.05)
+    assert_nothing_left(run)
+    assert set(os.listdir("/dev/shm")) <= shared
+    assert f"the driver (process {run.process.pid}) was killed; what it had started is ended" in run.output()
+
+
+def read_along(terminal: int, is_closed: threading.Event) -> str:
+    """What is shown until the terminal is closed."""
+    shown = b""
+    while not is_closed.is_set():
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 1 << 16)
+    return shown.decode(errors="replace")
+
+
+def test_a_run_whose_terminal_is_closed_saves_a_checkpoint_and_leaves_nothing(tmp_path: Path, images: Path) -> None:
+    """The terminal takes no output any more, and SIGHUP goes to the whole group."""
+    ours, theirs = pty.openpty()
+    run = Run(*COMMON, storage=tmp_path, name="closed", data=images, output=theirs)
+    os.close(theirs)
+    with ThreadPoolExecutor(1) as reader:
+        is_closed = threading.Event()
+        reading = reader.submit(read_along, ours, is_closed)
+        try:
+            run.wait_for("checkpoint_committed", step=5)
+        finally:
+            is_closed.set()
+        assert "loading data and model" in reading.result()
+    os.close(ours)
+    os.killpg(run.process.pid, signal.SIGHUP)
+    assert run.finish() == 128 + signal.SIGHUP
+    stopped = run.wait_for("run_stopped", signal="SIGHUP")
+    assert run.checkpoints()[-1].name.startswith(f"step-{stopped['step']:08d}")
+    assert run.summary()["status"] == "stopped"
+    assert (run.folder / "report.html").exists()
     assert_nothing_left(run)

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import struct
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import cast
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import trainer.report.thumbnails
@@ -165,6 +168,47 @@ def test_a_thumbnail_is_small_upright_and_never_the_files_own_bytes() -> None:
     assert thumbnail(b"no image") is None
     assert thumbnail(sink.getvalue()[:200]) is None
     assert thumbnail(b"<svg xmlns='http://www.w3.org/2000/svg'/>") is None
+
+
+def jpeg_with(exif: bytes) -> bytes:
+    """A JPEG file with this EXIF block."""
+    sink = io.BytesIO()
+    Image.fromarray(np.full((40, 60, 3), 90, dtype=np.uint8)).save(sink, "JPEG", exif=b"Exif\0\0" + exif)
+    return sink.getvalue()
+
+
+def entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    """An EXIF block with one entry."""
+    return b"MM\0*\0\0\0\x08" + struct.pack(">HHHL4sL", 1, tag, kind, count, value.ljust(4, b"\0"), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exif=st.binary(max_size=60).map(lambda noise: b"MM\0*\0\0\0\x08" + noise)
+    | st.builds(
+        entry,
+        st.sampled_from([0x0112, 0x0112, 0x8769, 0x8825, 0x010E, 0x011A]),
+        st.integers(0, 14),
+        st.sampled_from([0, 1, 2, 5, 1000, 2**31, 2**32 - 1]),
+        st.binary(max_size=4),
+    )
+)
+@example(entry(0x0112, 2, 2, b"6\0"))  # the orientation as text
+@example(entry(0x0112, 5, 1, b"\0\0\0\x1a"))  # as a fraction beyond the end
+@example(entry(0x0112, 3, 2, b"\0\6\0\6"))  # two of them
+@example(entry(0x8769, 4, 1, b"\xff\xff\xff\xff"))  # tags that are nowhere
+def test_an_image_whose_tags_are_malformed_is_shown_as_it_lies_and_ends_nothing(exif: bytes) -> None:
+    source = thumbnail(jpeg_with(exif))
+    assert source is not None
+    assert sorted(pixels(source).shape) == [3, 40, 60]
+
+
+@given(cut=st.integers(0, 800))
+@settings(max_examples=20, deadline=None)
+def test_a_cut_image_ends_nothing(cut: int) -> None:
+    whole = jpeg_with(entry(0x0112, 3, 1, b"\0\6"))
+    shown = thumbnail(whole[:cut])
+    assert shown is None or cut >= len(whole) - 2
 
 
 def test_predictions_of_another_evaluation_are_not_used(tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ class Signals:
         if self._number:
             tell(farewell(self._phase, signal.Signals(number).name, at_once=True))
             self._leave(128 + number)
+            return
         self._number, self._at, self._came_in = number, now, self._phase
         self.wake()
         if self._phase in INTERRUPTIBLE:

@@ -68,6 +68,12 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
         from trainer.drive.drive import Drive
         from trainer.drive.session import open_session
 
+        if os.environ.get("HOME") == ours.folder:
+            console.print(
+                "the home folder cannot be written to: caches, and data that are converted into it, last as long as this command; "
+                "set HOME or --data.root to keep them",
+                soft_wrap=True,
+            )
         signals.enter(Phase.PREPARING_DATA)
         set_up = SetUp(console)
         data = with_data(asked, console, set_up)
