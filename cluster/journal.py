@@ -35,6 +35,9 @@ EXIT_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
+LATEST = 1e12
+"""No event has a later time, in unix seconds; neither infinity nor a number that is none has."""
+
 
 class Journal:
     """One writer's handle. Safe to use from several threads."""
@@ -163,9 +166,10 @@ def last_attempt(events: list[dict[str, Any]]) -> int:
 def _event(text: str) -> dict[str, Any] | None:
     try:
         event = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and "event" in event and isinstance(event.get("time"), int | float) else None
+    is_event = isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("time"), int | float)
+    return event if is_event and abs(event["time"]) < LATEST else None
 
 
 def _jsonable(value: Any) -> Any:

@@ -24,8 +24,7 @@ class RunFolder:
     @property
     def location(self) -> str:
         """The path or URI that the commands take."""
-        base, question, query = self.storage.uri.partition("?")
-        return f"{base.rstrip('/')}/{self.name}{question}{query}"
+        return _below(self.storage.uri, self.name)
 
     def is_run(self) -> bool:
         return any(entry.name in RUN_MARKS for entry in self.storage.list(self.name))
@@ -47,8 +46,13 @@ class RunFolder:
     def write(self, path: str, data: bytes) -> str:
         """Creates or replaces a file of the run; returns its location."""
         self.storage.write_atomic(f"{self.name}/{path}", data)
-        base, question, query = self.location.partition("?")
-        return f"{base}/{path}{question}{query}"
+        return _below(self.location, path)
+
+
+def _below(location: str, path: str) -> str:
+    """A URI's query stays at its end; in a path, `?` is a character like others."""
+    base, question, query = location.partition("?") if "://" in location else (location, "", "")
+    return f"{base.rstrip('/')}/{path}{question}{query}"
 
 
 def find_run(run: str, storage: str = RunConfig().storage) -> RunFolder:
