@@ -48,6 +48,9 @@ READ_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
+LATEST = 1e12
+"""No event has a later time, in unix seconds; neither infinity nor a number that is none has."""
+
 
 class Journal:
     """One writer's handle. Safe to use from several threads."""
@@ -375,11 +378,10 @@ def _event(line: bytes) -> Event | None:
     """None for what a killed writer left half written."""
     try:
         event = json.loads(line.decode(errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str) or not isinstance(event.get("time"), int | float):
-        return None
-    return event if math.isfinite(event["time"]) else None
+    is_event = isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("time"), int | float)
+    return event if is_event and abs(event["time"]) < LATEST else None
 
 
 def _jsonable(value: Any) -> Any:

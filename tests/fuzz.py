@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,13 @@ from dataio.parquet import open_dataset
 from dataio.sources import SourceError, open_source
 from dataio.sources.pickled import load_cifar_pickle
 from trainer.report.files import read_files
+from trainer.runs.__main__ import table
 from trainer.runs.folder import RunFolder
-from trainer.runs.status import look
+from trainer.runs.journal_tail import JournalTail
+from trainer.runs.progress import final_table
+from trainer.runs.status import look, read_summary
+from trainer.runs.watch import RunTracker
+from trainer.settings.say import Terminal
 from trainer.settings.toml import load, to_toml
 from trainer.settings.tree import RunConfig
 
@@ -149,6 +155,12 @@ def _read_run(name: str) -> Callable[[Path, bytes], object]:
         status = look(run, is_live=False)
         assert status is not None
         json.dumps(status.to_json())
+        table([status], width=100, now=1e9)
+        with suppress(OSError, ValueError):
+            Terminal(file=io.StringIO(), width=100).print(final_table(read_summary(run)))
+        tracker = RunTracker("run")
+        for event in JournalTail(run.storage, "run").follow():
+            tracker.take(event)
         read_files(run, pictures=False)
 
     return read
@@ -299,7 +311,28 @@ def changed(seeds: Sequence[bytes], number: int) -> bytes:
     return gzip.compress(data, 1) if is_packed else data
 
 
+_VALUES: tuple[Any, ...] = (None, True, "", "x", "\x1b[2J", [], {}, [[]], {"a": {}}, -1, 0, 0.5, 1e308, 10**400, float("inf"), float("nan"))
+
+
+def _retyped(draw: random.Random, data: bytes) -> bytes:
+    """One value of a line of JSON becomes one of another type."""
+    lines = data.split(b"\n")
+    at = draw.randrange(len(lines))
+    try:
+        whole = json.loads(lines[at])
+    except (ValueError, RecursionError):
+        return data
+    place, key = {"": whole}, ""
+    while isinstance(inner := place[key], dict | list) and inner and draw.random() < 0.8:  # type: ignore[index]
+        place, key = inner, draw.choice(list(inner) if isinstance(inner, dict) else list(range(len(inner))))  # type: ignore[assignment]
+    place[key] = draw.choice(_VALUES)
+    lines[at] = json.dumps(whole).encode()
+    return b"\n".join(lines)
+
+
 def _change(draw: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
+    if data[:1] == b"{" and draw.random() < 0.5:
+        return _retyped(draw, data)
     at = draw.randrange(len(data) + 1)
     if draw.random() < 0.3:  # headers and footers decide
         at = draw.choice((min(at, 64), max(0, len(data) - draw.randrange(1, 600))))

@@ -2,7 +2,6 @@
 
 import getpass
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster import belongings as module
-from cluster.belongings import PREFIX, belongings, longest_place, raise_open_files, stand_ins, temp_folder
+from cluster.belongings import PREFIX, belongings, longest_place, stand_ins, temp_folder
 from cluster.leftovers import FOLDER_VARIABLE, end_all, kill, processes_of
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -158,23 +157,6 @@ def test_the_folder_of_a_dead_driver_is_removed_by_the_next_one_though_its_reape
     assert Path(folder).exists()
     temp_folder([str(place)]).remove()
     assert list(place.glob(f"{PREFIX}*")) == []
-
-
-def test_as_many_files_may_be_open_as_the_machine_allows_and_too_few_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits, set_to = (256, 4096), []
-    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
-    monkeypatch.setattr(resource, "setrlimit", lambda which, to: set_to.append(to))
-    raise_open_files()
-    limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    raise_open_files()
-    limits = (256, resource.RLIM_INFINITY)
-    raise_open_files()
-    assert set_to == [(4096, 4096), (65536, resource.RLIM_INFINITY)]
-    limits = (256, 512)
-    with pytest.raises(
-        ValueError, match=r"may open 512 files \(ulimit -Hn\), and Ray needs at least 1024; raise it with `ulimit -n 65536`"
-    ):
-        raise_open_files()
 
 
 def test_an_account_without_name_and_home_gets_both_for_the_time_of_the_run(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from trainer.evaluate import main as evaluate
 from trainer.predict import main as predict
 from trainer.report.__main__ import main as report
 from trainer.runs.__main__ import main as runs
+from trainer.runs.folder import find_run
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.cli import parse
 from trainer.settings.say import Terminal, complain, say, say_json
@@ -188,6 +190,14 @@ def test_no_command_passes_on_what_steers_a_terminal(
     page = (run / "report.html").read_text()
     assert hidden(page, allowed="\n\t") == set()
     assert "def@ghi" not in page
+
+
+def test_a_path_of_any_characters_is_told_as_it_is(world: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    *_, trained = world
+    assert {"#", "%", "?", "é", " "} < set(str(trained))
+    assert report([str(trained)]) == 0
+    assert Path(capsys.readouterr().out.strip()) == trained / "report.html"
+    assert shlex.split(predict_command(find_run(str(trained)).location))[3] == str(trained)
 
 
 def test_names_that_are_no_utf8_are_keys_that_name_their_files(world: tuple[Path, Path, Path]) -> None:

@@ -13,6 +13,8 @@ from trainer.tasks.info import CLASSIFICATION, TaskInfo
 
 Event = Mapping[str, Any]
 
+STRANGE = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError)
+"""What making sense of an event or a summary may raise: an older or newer program wrote it, or anyone."""
 LONGEST = 300
 """Characters of a message on one line; for an event that is shown plainly, of all its fields."""
 _OF_EVERY_EVENT = frozenset({"time", "event", "writer"})
@@ -38,7 +40,7 @@ def words_of(event: Event, info: TaskInfo = CLASSIFICATION) -> str:
             return _evaluation(event, info)
         words = KINDS.get(name, Kind()).words
         return words(event) if words else ""
-    except (KeyError, TypeError, ValueError):  # from an older or newer program
+    except STRANGE:
         return ""
 
 

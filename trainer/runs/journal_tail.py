@@ -2,14 +2,13 @@
 long time (watch). cluster.journal.read_journal reads every event, and describes how a journal is written.
 """
 
-import math
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.journal import in_order
+from cluster.journal import LATEST, in_order
 from cluster.storage import Entry, Storage, open_regular
 from dataio.foreign import json_of
 
@@ -118,4 +117,4 @@ def _event(line: bytes) -> Event | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str) or not isinstance(event.get("time"), int | float):
         return None
-    return event if math.isfinite(event["time"]) else None
+    return event if abs(event["time"]) < LATEST else None

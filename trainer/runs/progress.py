@@ -207,8 +207,12 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     samples = capital(info.unit)
 
     def add(name: str, key: str, show: Callable[[Any], str]) -> None:
-        if summary.get(key) is not None:
+        if summary.get(key) is None:
+            return
+        try:
             rows.append((name, show(summary[key])))
+        except (LookupError, TypeError, ArithmeticError, ValueError):  # anyone may have written the summary
+            rows.append((name, "?"))
 
     for measure, value in measured(info, summary):
         rows.append((heading(measure), shown(measure.unit, value, 2)))
@@ -242,7 +246,9 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def time_split(summary: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     """(cause, seconds, share) of a summary's `accounting`, the largest first, zeros left out."""
-    accounting = {str(cause): float(seconds) for cause, seconds in (summary.get("accounting") or {}).items() if seconds and seconds > 0}
+    said = summary.get("accounting")
+    known = said.items() if isinstance(said, Mapping) else ()
+    accounting = {str(cause): float(seconds) for cause, seconds in known if isinstance(seconds, int | float) and 0 < seconds < 1e12}
     total = sum(accounting.values())
     return [(cause.replace("_", " "), seconds, seconds / total) for cause, seconds in sorted(accounting.items(), key=lambda item: -item[1])]
 

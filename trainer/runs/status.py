@@ -43,6 +43,10 @@ SUMMARY_LATE_SECONDS = 60.0  # between a run's last event and its summary
 
 SAME_PROCESS_SECONDS = 60.0  # a clock that was set meanwhile moves a process's start by as much as this
 
+_NUMBERS = ("step", "headline", "images_per_second", "goodput", "restarts", "workers", "started", "last_sign", "seconds")
+_TIMES = ("started", "last_sign", "seconds")
+MOST, MOST_TIME = 1e18, 1e11
+
 _ENDS: dict[str, Status] = {"run_finished": "finished", "run_stopped": "stopped", "run_failed": "failed"}
 _STATUSES: dict[str, Status] = {status: status for status in _ENDS.values()}
 
@@ -157,8 +161,9 @@ def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] 
     except OSError as error:
         problems.append(f"its journal cannot be read: {_reason(error)}")
     try:
-        return _status(folder, excerpt, known, problems, is_live=is_live, now=clock())
-    except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:  # events and summaries of any age, by any author
+        return _checked(_status(folder, excerpt, known, problems, is_live=is_live, now=clock()))
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, OSError, RecursionError) as error:
+        # Events and summaries are of any age, and by any author.
         return RunStatus(run=folder.name, status="unknown", problems=(*problems, f"it cannot be made sense of: {_reason(error)}"))
 
 
@@ -225,6 +230,16 @@ def _status(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], probl
         checkpoint_bytes=checkpoint.size_bytes,
         problems=tuple(problems),
     )
+
+
+def _checked(status: RunStatus) -> RunStatus:
+    """ValueError if what should be a number is none, or is none that can be shown."""
+    numbers: dict[str, Any] = {**asdict(status.plan), **{name: getattr(status, name) for name in _NUMBERS}}
+    for name, value in numbers.items():
+        is_number = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST)
+        if value is not None and not (is_number and (name not in _TIMES or 0 <= value < MOST_TIME)):
+            raise ValueError(f"{name} is {value!r:.40}")
+    return status
 
 
 # --- alive or not ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from cluster.config import FaultPolicy
 from cluster.storage import open_storage
 from cluster.text import shown
 from trainer.runs import live
-from trainer.runs.events import is_followed, plainly, words_of
+from trainer.runs.events import STRANGE, is_followed, plainly, words_of
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.journal_tail import Event, JournalTail
 from trainer.runs.measures import headline_title, known_info
@@ -253,7 +253,7 @@ class RunTracker:
 
     def take(self, event: Event) -> str:
         """Returns the line to show for an event; "" if the progress line says enough. An event of an unknown kind is shown as it is."""
-        with suppress(KeyError, TypeError, ValueError):  # from an older or newer program
+        with suppress(*STRANGE):
             self._learn(event)
         line = (words_of(event, self._info) or f"{event['event']}: {plainly(event)}") if is_followed(event) else ""
         return f"{time.strftime('%m-%d %H:%M:%S', time.localtime(event['time']))}  {shown(line, LONGEST_LINE)}" if line else ""
