@@ -30,6 +30,8 @@ CHECKPOINT = "checkpoint"
 """Waiting for the coordinator to commit the last checkpoint; ticks with each of its answers."""
 STORAGE = "storage"
 """Waiting for a storage: the checkpoint before, or a file, is not written yet. Ticks while it waits, with a patience of its own."""
+COORDINATOR = "coordinator"
+"""Waiting for an answer of the coordinator, which may have died and be on its way back. Ticks while it waits, with a patience."""
 EXPORTING = "exporting"
 """Rank 0 writes what the run leaves: curves, model."""
 
@@ -43,6 +45,7 @@ _IN_WORDS = {
     DECODING: "decoding samples into the cache",
     COMPILING: "compiling",
     STORAGE: "waiting for the storage",
+    COORDINATOR: "waiting for the coordinator",
     CHECKPOINT: "waiting for the last checkpoint",
     EXPORTING: "writing the model",
 }

@@ -15,7 +15,7 @@ What may take how long without a tick follows from the phase (beat):
     joining                                     start_seconds, and only if no other rank is awaited
     step, evaluation, checkpoint, exporting     hang_seconds, and ten times the longest step so far
     exchange                                    the same, and only if no other rank is awaited
-    storage                                     the same, but the rank ticks as long as it has patience: waiting for a storage is no hang
+    storage, coordinator                        the same, but the rank ticks as long as it has patience: waiting for these is no hang
 
 Each rank is judged by itself, so one that ticks hides nobody. A rank that waits for others (joining, exchange) is to blame only if all
 wait. One in a step may be waiting for others unseen (a GPU, or an all-reduce inside the backward pass), so it is not to blame while another
@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.beat import ABSENT, BEFORE_STEPS, EVALUATION, EXCHANGE, JOINING, MEASURING, PLACING, STEP, STORAGE
+from cluster.beat import ABSENT, BEFORE_STEPS, COORDINATOR, EVALUATION, EXCHANGE, JOINING, MEASURING, PLACING, STEP, STORAGE
 
 STOPPED_SECONDS = 5.0
 SLOWEST_STEPS = 10.0
@@ -35,7 +35,7 @@ LONGEST_LOOK_SECONDS = 1.0
 
 _WAITS_FOR_OTHERS = frozenset({JOINING, EXCHANGE})
 _MAY_WAIT_UNSEEN = frozenset({STEP})
-_MAY_BE_AWAITED = BEFORE_STEPS | {STORAGE}
+_MAY_BE_AWAITED = BEFORE_STEPS | {STORAGE, COORDINATOR}
 _OWN_WORK = frozenset({STEP, EVALUATION})
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from cluster.beat import STARTING, Beat, BeatReply
+from cluster.beat import EXCHANGE, STARTING, Beat, BeatReply
 from cluster.stop import AGAIN_SECONDS, Gate
 
 
@@ -100,22 +100,28 @@ class Heartbeat:
         """Call after `steps_done` steps are done, before the next one begins. Returns True on all ranks after the same number of steps.
 
         Blocks only at an unconfirmed stop."""
-        waiting_since: float | None = None
         with self._changed:
-            while (stop := self._gate.arrive(steps_done)) is None:
-                now = self._clock()
-                waiting_since = now if waiting_since is None else waiting_since
-                if now - max(self._answered_at, waiting_since) > self._patience_seconds:
-                    raise CoordinatorLost(
-                        f"rank {self._rank} waits after {steps_done} steps for a stop to be confirmed; no answer from the coordinator for "
-                        f"{self._patience_seconds:g} s; last error: {self.last_error!r}"
-                    )
-                if not self._waits:
-                    self._waits = True
-                    self._changed.notify_all()
-                self._changed.wait(min(self._interval, 1.0))
+            stop = self._gate.arrive(steps_done)
+            if stop is None:
+                with self.during(EXCHANGE):
+                    stop = self._wait_for_stop(steps_done)
             self._waits = False
             return stop
+
+    def _wait_for_stop(self, steps_done: int) -> bool:
+        """Whether to stop, once the others have promised too or the stop is off. The caller holds the lock."""
+        waiting_since = self._clock()
+        while (stop := self._gate.arrive(steps_done)) is None:
+            if self._clock() - max(self._answered_at, waiting_since) > self._patience_seconds:
+                raise CoordinatorLost(
+                    f"rank {self._rank} waits after {steps_done} steps for a stop to be confirmed; no answer from the coordinator for "
+                    f"{self._patience_seconds:g} s; last error: {self.last_error!r}"
+                )
+            if not self._waits:
+                self._waits = True
+                self._changed.notify_all()
+            self._changed.wait(min(self._interval, 1.0))
+        return stop
 
     def close(self) -> None:
         """Send a last beat, then end the thread."""

@@ -1,6 +1,7 @@
 """Waits for things outside of a rank's process, so that the rank is seen to wait and the wait has an end.
 
-Used by trainer/rank wherever the main thread needs the storage; checkpointer.py waits in its own way. hang.py reads what the rank says."""
+Used by trainer/rank wherever the main thread needs the storage or the coordinator; checkpointer.py waits in its own way. hang.py reads what
+the rank says."""
 
 import threading
 import time
@@ -30,23 +31,30 @@ class Ticking(Protocol):
     def during(self, phase: str) -> AbstractContextManager[None]: ...
 
 
-class StorageWaits:
-    """Calls a storage for a rank's main thread."""
+class Waits:
+    """Calls the storage, or the coordinator, for a rank's main thread. `phase` says for whom it waits, `error` is raised after the
+    patience."""
 
     def __init__(
         self,
         heartbeat: Ticking,
         *,
+        phase: str = STORAGE,
+        error: Callable[[str], Exception] = StorageOutage,
         patience_seconds: float = OUTAGE_PATIENCE_SECONDS,
         look_seconds: float = LOOK_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._heartbeat, self._patience_seconds, self._look_seconds, self._clock = heartbeat, patience_seconds, look_seconds, clock
+        self._heartbeat, self._phase, self._error = heartbeat, phase, error
+        self._patience_seconds, self._look_seconds, self._clock = patience_seconds, look_seconds, clock
 
     def call(self, work: Callable[[], T], what: str) -> T:
-        """The result of `work()`, which may do nothing but wait for a storage. StorageOutage, which names `what`, after the patience.
+        """The result of `work()`, which may do nothing but wait for the other side. After the patience an error that names `what`.
 
-        It runs in a thread of its own: a call that hangs in a mount cannot be interrupted. The main thread looks every second and ticks."""
+        It runs in a thread of its own: a call that hangs in a mount cannot be interrupted. The main thread looks every second and ticks.
+        Another thread of the rank just calls: the phase is the main thread's."""
+        if threading.current_thread() is not threading.main_thread():
+            return work()
         outcome: Future[T] = Future()
 
         def run() -> None:
@@ -56,13 +64,15 @@ class StorageWaits:
                 outcome.set_exception(error)
 
         began = self._clock()
-        threading.Thread(target=run, name="storage-call", daemon=True).start()
+        threading.Thread(target=run, name=f"{self._phase}-call", daemon=True).start()
         wait([outcome], self._look_seconds)
         if not outcome.done():
-            with self._heartbeat.during(STORAGE):
+            with self._heartbeat.during(self._phase):
                 while not outcome.done():
                     if self._clock() - began > self._patience_seconds:
-                        raise StorageOutage(f"{what}: the storage has not answered for {self._clock() - began:.0f} s; see that it is up")
+                        raise self._error(
+                            f"{what}: the {self._phase} has not answered for {self._clock() - began:.0f} s; see that it is up"
+                        )
                     self._heartbeat.tick()
                     wait([outcome], self._look_seconds)
         return outcome.result()

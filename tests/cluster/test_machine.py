@@ -168,3 +168,14 @@ def test_small_shared_memory_is_said_with_its_remedy() -> None:
     assert shared_memory_problem(SHARED_MEMORY_BYTES) == ""
     assert "/dev/shm has 17 MB free" in shared_memory_problem(16 << 20)
     assert "--shm-size" in shared_memory_problem(0)
+
+
+def test_a_run_that_may_use_one_cpu_takes_one_thread() -> None:
+    """`taskset -c 0`: it took as many as the machine has cores, and they shared one."""
+    code = (
+        "from cluster.config import ClusterConfig; from cluster.launch import ClusterHardware, plan_resources\n"
+        "from trainer.run import environment\n"
+        "here = ClusterHardware(local=True, nodes=1, cpus=environment().cpus, gpus=0)\n"
+        "print(here.cpus, plan_resources('1', ClusterConfig(), here).threads_per_worker)"
+    )
+    assert in_a_process(code, cpus={min(os.sched_getaffinity(0))}) == "1 1"

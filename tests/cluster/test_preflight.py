@@ -172,3 +172,12 @@ def test_a_relative_storage_dies_with_its_job(storage: str) -> None:
 @pytest.mark.parametrize("storage", ["/mnt/runs", "~/finetune-runs", "s3://bucket/runs", "file:///mnt/runs"])
 def test_an_absolute_storage_outlives_its_job(storage: str) -> None:
     check_storage_outlives_job(storage)
+
+
+def test_a_node_with_little_shared_memory_is_named_where_several_gpus_will_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "shared_memory_problem", lambda: "/dev/shm has 17 MB free")
+    storage, told = open_storage(tmp_path), list[str]()
+    assert preflight(storage, "run", replace(ALONE, gpus=1), lambda: "x", tell=told.append)
+    assert told == []
+    assert preflight(storage, "run", replace(ALONE, gpus=2), lambda: "x", tell=told.append)
+    assert told == [f"warning: on node {platform.node()} /dev/shm has 17 MB free"]

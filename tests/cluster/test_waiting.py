@@ -10,6 +10,7 @@ from cluster.beat import (
     ABSENT,
     BEFORE_STEPS,
     COMPILING,
+    COORDINATOR,
     DECODING,
     EVALUATION,
     EXCHANGE,
@@ -22,7 +23,7 @@ from cluster.beat import (
 )
 from cluster.heartbeat import Heartbeat
 from cluster.storage import StorageOutage
-from cluster.waiting import StorageWaits
+from cluster.waiting import Waits
 
 
 def heartbeat_of_nobody() -> Heartbeat:
@@ -71,8 +72,8 @@ class Ticks:
     def phase(self) -> str:
         return self._heartbeat.phase
 
-    def waits(self, patience_seconds: float = 3600.0) -> StorageWaits:
-        return StorageWaits(self, patience_seconds=patience_seconds, look_seconds=0.005, clock=lambda: self.now)
+    def waits(self, phase: str = STORAGE) -> Waits:
+        return Waits(self, phase=phase, patience_seconds=3600.0, look_seconds=0.005, clock=lambda: self.now)
 
 
 def test_a_storage_that_answers_leaves_no_trace() -> None:
@@ -95,17 +96,24 @@ def test_what_the_storage_raises_comes_back_as_it_is() -> None:
         Ticks().waits().call(late, "a file")
 
 
-def test_a_storage_that_stalls_is_said_to_be_waited_for_until_it_answers() -> None:
+@pytest.mark.parametrize("phase", [STORAGE, COORDINATOR])
+def test_a_call_that_is_not_answered_is_said_to_be_waited_for_until_it_is(phase: str) -> None:
     ticks, answered = Ticks(), threading.Event()
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(ticks.waits().call(lambda: 5 if answered.wait(10) else 0, "a file")))
-    thread.start()
-    until(lambda: len(ticks.phases) > 5)
-    assert set(ticks.phases) == {STORAGE}
-    answered.set()
-    thread.join(10)
-    assert found == [5]
+    release = threading.Thread(target=lambda: (until(lambda: len(ticks.phases) > 5), answered.set()))
+    release.start()
+    assert ticks.waits(phase=phase).call(lambda: 5 if answered.wait(10) else 0, "a file") == 5
+    assert set(ticks.phases) == {phase}
     assert ticks.phase == STEP
+    release.join()
+
+
+def test_another_threads_wait_says_nothing_of_the_main_threads() -> None:
+    """A checkpoint's thread acknowledges while the main thread does steps, and may be stuck in one."""
+    ticks, found = Ticks(), list[int]()
+    thread = threading.Thread(target=lambda: found.append(ticks.waits().call(lambda: time.sleep(0.1) or 5, "a file")))
+    thread.start()
+    thread.join()
+    assert (found, ticks.phases, ticks.phase) == ([5], [], STEP)
 
 
 def test_the_wait_for_a_storage_that_stalls_for_good_ends_and_names_what_is_not_there() -> None:

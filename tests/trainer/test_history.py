@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from trainer.learn.step import Arriving, StepStats
 from trainer.rank.guard import Guard
 from trainer.rank.history import CURVE_SCHEMA, Curves, History, Speed
+from trainer.runs.summary import summarise
+from trainer.settings.tree import RunConfig
 
 
 def step(
@@ -92,6 +94,10 @@ def test_a_checkpoint_of_many_classes_grows_by_a_line_an_evaluation() -> None:
     assert sizes[1] < 5e6
     assert sizes[1] - sizes[0] < 300 * EVALUATIONS
     assert history.evaluations[-1] == evaluation_of_many_classes(EVALUATIONS)
+    result = {"evaluation": history.evaluations[-1], "history": {}}
+    summary = summarise(config=RunConfig(), status="finished", events=[], result=result, facts={})
+    assert summary["confusion"] == history.evaluations[-1]["confusion"]
+    assert len(json.dumps(summary, indent=1)) < 8e6  # as the driver writes it
     assert [entry["test_accuracy"] for entry in history.evaluations] == [0.73184] * EVALUATIONS
 
 

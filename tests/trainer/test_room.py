@@ -15,7 +15,7 @@ from cluster.coordinator import Status
 from cluster.launch import ClusterHardware, plan_resources
 from trainer.drive import fleets
 from trainer.drive.fleets import SETTLE_SECONDS, Fleets, Pause, Room
-from trainer.drive.notices import MOST_PAUSES, Notices
+from trainer.drive.notices import MOST_PAUSES, Answer, Notices
 from trainer.drive.signals import Signals
 
 GROW_AFTER = 30.0
@@ -294,6 +294,7 @@ def test_a_notice_that_stays_moves_the_run_to_another_node_once_and_for_good(clu
     assert pause == Pause(kind="preempted", reason="notice of preemption: notice on zero")
     assert driver.wait_for_room() == 1
     assert driver.room.avoided == {"0"}
+    driver.room.taken()
     cluster.free[1] = 0.0  # taken by this run, and node 0 is free
     for _ in range(100):
         cluster.sleep(3)
@@ -318,6 +319,7 @@ def test_a_run_with_nowhere_else_to_go_saves_once_and_trains_on_with_one_warning
         driver.room.choose_nodes(1)
     else:
         assert driver.wait_for_room() == 1
+    driver.room.taken()
     assert driver.room.avoided == frozenset()
     for _ in range(100):
         cluster.sleep(3)
@@ -340,20 +342,35 @@ def test_a_fixed_number_of_workers_moves_too_where_all_of_them_fit(cluster: Clus
     assert driver.room.avoided == {"0"}
 
 
+def test_to_leave_is_said_until_the_fleet_has_ended() -> None:
+    """Something graver may come between: a hang, a dead rank."""
+    notices = Notices()
+    first = notices.hear({"a": "going", "b": ""})
+    assert first == Answer(act="leave", nodes=("a",), reason="going")
+    assert notices.hear({"a": "going", "b": ""}) == first
+    notices.moved()
+    assert notices.hear({"b": ""}) is None
+    assert notices.nodes == {"a"}
+    assert notices.hear({"a": "going"}) == Answer(act="stay", nodes=("a",), reason="going")
+    assert notices.hear({"a": "going"}) is None
+    notices.keep([])
+    assert notices.nodes == frozenset()
+
+
 def test_a_hook_that_flaps_pauses_a_run_a_few_times_and_no_more() -> None:
     notices = Notices()
-    answers = []
+    acts = []
     for _ in range(10):
-        answers.append(notices.hear({"a": "going"}))
-        assert notices.hear({"a": "going"}) is None or answers[-1] is not None
+        answer = notices.hear({"a": "going"})
+        acts.append(answer.act if answer is not None else None)
+        notices.moved()
         notices.hear({"a": ""})
         assert notices.nodes == frozenset()
-    assert [answer.act for answer in answers if answer is not None][:MOST_PAUSES] == ["leave"] * MOST_PAUSES
-    assert {answer.act for answer in answers[MOST_PAUSES:] if answer is not None} == {"stay"}
+    assert acts == ["leave"] * MOST_PAUSES + ["stay"] * (10 - MOST_PAUSES)
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), st.sampled_from(["", "going", "gone"])), max_size=40))
-def test_whatever_nodes_say_the_pauses_are_bounded_and_each_standing_notice_is_answered(said: list[dict[str, str]]) -> None:
+def test_whatever_nodes_say_the_pauses_are_bounded_and_no_standing_notice_is_forgotten(said: list[dict[str, str]]) -> None:
     notices = Notices()
     pauses = 0
     for now in said:
@@ -362,6 +379,8 @@ def test_whatever_nodes_say_the_pauses_are_bounded_and_each_standing_notice_is_a
         assert standing <= notices.nodes
         if answer is not None:
             assert set(answer.nodes) <= standing
-            pauses += answer.act == "leave"
-        assert notices.hear(now) is None or answer is not None  # nobody is told the same twice in a row, but that it stays
+            if answer.act == "leave":
+                pauses += 1
+                notices.moved()
+        assert (again := notices.hear(now)) is None or again.act == "stay"
     assert pauses <= 3 * MOST_PAUSES

@@ -124,6 +124,7 @@ class Room:
     def taken(self) -> None:
         """A new fleet takes its room: reset the counts."""
         self._room_since, self._asked_for = None, 0
+        self._notices.moved()
 
     def reason_to_pause(self, status: Status, *, workers: int, attempt: int) -> Pause | None:
         """A Pause if a node of this run is about to go, or there is room for more than `workers`. Also asks for lacking workers."""

@@ -30,7 +30,8 @@ class Notices:
 
     def __init__(self) -> None:
         self._noticed: dict[str, str] = {}  # node -> its notice, as long as it stands as far as is known
-        self._answered: set[str] = set()
+        self._leaving: set[str] = set()  # told to leave, and the fleet is still the same
+        self._answered: set[str] = set()  # a fleet began since
         self._warned: set[str] = set()
         self._pauses: Counter[str] = Counter()
 
@@ -44,18 +45,24 @@ class Notices:
         for node in self.nodes - set(nodes):
             self._forget(node)
 
+    def moved(self) -> None:
+        """A new fleet begins: what was told to leave has been left, or could not be."""
+        self._answered |= self._leaving
+        self._leaving.clear()
+
     def hear(self, said: Mapping[str, str]) -> Answer | None:
-        """`said`: the notice of each node where the run has agents, "" for none. None if there is nothing new."""
+        """`said`: the notice of each node where the run has agents, "" for none. None if there is nothing new. To leave is said until the
+        run has `moved`."""
         for node, text in said.items():
             if text:
                 self._noticed[node] = text
             else:
                 self._forget(node)
         standing = {node: text for node, text in said.items() if text}
-        new = [node for node in standing if node not in self._answered]
-        if any(self._pauses[node] < MOST_PAUSES for node in new):
-            self._answered |= set(standing)
-            self._pauses.update(new)
+        new = [node for node in standing if node not in self._answered | self._leaving and self._pauses[node] < MOST_PAUSES]
+        self._pauses.update(new)
+        self._leaving |= set(new)
+        if self._leaving & set(standing):
             return Answer(act="leave", nodes=tuple(sorted(standing)), reason="; ".join(sorted(set(standing.values()))))
         # Answered, and there are agents of ours on it all the same: no other place had room.
         unsaid = sorted(node for node in standing if node not in self._warned)
@@ -66,5 +73,5 @@ class Notices:
 
     def _forget(self, node: str) -> None:
         self._noticed.pop(node, None)
-        self._answered.discard(node)
-        self._warned.discard(node)
+        for known in (self._leaving, self._answered, self._warned):
+            known.discard(node)

@@ -19,7 +19,7 @@ from cluster.spill import Spill, is_another_disk
 from cluster.store import Receipt, Store
 from cluster.verify import WeightsCheck
 from cluster.versions import versions
-from cluster.waiting import OUTAGE_PATIENCE_SECONDS, StorageWaits
+from cluster.waiting import OUTAGE_PATIENCE_SECONDS, Waits
 from dataio.codecs.image.decode import DECODER_VERSIONS
 from trainer.learn.build import Learner
 from trainer.learn.state import TrainState
@@ -44,7 +44,7 @@ class Memory:
     curves: Curves = field(default_factory=Curves)
 
 
-def restore(store: Store, resume: ResumePoint | None, state: TrainState, waits: StorageWaits) -> Memory:
+def restore(store: Store, resume: ResumePoint | None, state: TrainState, waits: Waits) -> Memory:
     """Load the commit to go on from into `state`. Returns its memory; without a commit, an empty one."""
     if resume is None:
         return Memory()

@@ -6,17 +6,18 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from cluster.beat import JOINING
+from cluster.beat import COORDINATOR, JOINING
 from cluster.exporter import Server, serve_metrics
-from cluster.heartbeat import Heartbeat
+from cluster.heartbeat import CoordinatorLost, Heartbeat
 from cluster.metrics import Metrics
-from cluster.rank import Placement, RankContext, ticking
+from cluster.rank import Placement, RankContext
 from cluster.roster import RankInfo
-from cluster.waiting import StorageWaits
+from cluster.waiting import Waits
 from trainer.settings.spec import WorkerSpec
 from trainer.settings.tree import RunConfig
 
@@ -40,7 +41,7 @@ class ThisRank:
     metrics: Metrics
     server: Server
     heartbeat: Heartbeat
-    waits: StorageWaits
+    waits: Waits
     """Calls the storage for the main thread, so that a storage that stalls does not look like a rank that hangs."""
 
     @property
@@ -73,6 +74,7 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
     if context.world_size > 1:
         with heartbeat.during(JOINING):
             context.join_group(config.cluster.start_seconds + JOIN_MARGIN_SECONDS)
+    coordinator = Waits(heartbeat, phase=COORDINATOR, error=CoordinatorLost)
     return ThisRank(
         spec=spec,
         rank=rank,
@@ -80,9 +82,9 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
         place=place,
         device=device,
         files=context.files,
-        call=ticking(context.call, heartbeat.tick),
+        call=lambda method, *args, **kwargs: coordinator.call(partial(call, method, *args, **kwargs), method),
         metrics=metrics,
         server=server,
         heartbeat=heartbeat,
-        waits=StorageWaits(heartbeat),
+        waits=Waits(heartbeat),
     )
