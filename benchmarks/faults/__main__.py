@@ -3,8 +3,9 @@
     python -m benchmarks.faults [ROW ...] [--trials N] [--json] [--out FILE]
 
 ROW is a part of a row's name. The rows: storage (benchmarks/faults/storage.py), the control plane (control.py), whole runs on S3 without
-their service (outages.py), signals (stops.py), runs and nodes (runs.py), number of workers, and plain Ray Train as the peer for the faults
-that it can handle. The whole campaign takes some hours on two idle cores. Exit status 1 means that a promise did not hold.
+their service (outages.py), signals (stops.py), a soak (soak.py), runs and nodes (runs.py), number of workers, and plain Ray Train as the
+peer for the faults that it can handle. The whole campaign takes some hours on two idle cores. Exit status 1 means that a promise did not
+hold.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import control, outages, ray_train, stops, storage
+from benchmarks.faults import control, outages, ray_train, soak, stops, storage
 from benchmarks.faults.harness import Nodes
 from benchmarks.faults.runs import ROWS, Campaign
 from cluster.versions import versions
@@ -59,6 +60,8 @@ def rows(wanted: list[str], trials: int, every: int) -> Iterator[dict[str, Any]]
         yield from outages.rows(Path(scratch), chosen, say)
     with tempfile.TemporaryDirectory(prefix="finetune-stops-") as scratch:
         yield from stops.rows(Path(scratch), trials, chosen, say)
+    with tempfile.TemporaryDirectory(prefix="finetune-soak-") as scratch:
+        yield from soak.rows(Path(scratch), chosen, say)
     runs = [name for name in ROWS if chosen(name)]
     workers = [name for name in WORKERS if chosen(name)]
     peers = [name for name in PEER if chosen(name)]
@@ -121,7 +124,16 @@ def main() -> int:
     if options.show:
         print(markdown(json.loads(options.show.read_text())["rows"]))
         return 0
-    known = [*(f"storage {name}" for name in storage.CAMPAIGN), *control.NAMES, *outages.NAMES, stops.NAME, *ROWS, *WORKERS, *PEER]
+    known = [
+        *(f"storage {name}" for name in storage.CAMPAIGN),
+        *control.NAMES,
+        *outages.NAMES,
+        stops.NAME,
+        soak.NAME,
+        *ROWS,
+        *WORKERS,
+        *PEER,
+    ]
     for part in options.rows:
         if not any(part.lower() in name.lower() for name in known):
             parser.error(f"no row is called {part!r}; give a part of one of these names: {'; '.join(known)}")

@@ -119,8 +119,10 @@ class Seen:
 class Storages:
     """Counts and strikes; see the module. `root`: a local folder, or a bucket with a prefix."""
 
-    def __init__(self, root: str, strike: Strike) -> None:
-        self._root, self._strike = root.rstrip("/"), strike
+    def __init__(self, root: str, strike: Strike, *, keeps: bool = True) -> None:
+        """`keeps`: remember each call, not only their number."""
+        self._root, self._strike, self._keeps = root.rstrip("/"), strike, keeps
+        self._count = 0
         self._lock = threading.Lock()
         self._seen: list[Seen] = []
         self._struck_at: float | None = None
@@ -131,6 +133,11 @@ class Storages:
     @property
     def seen(self) -> list[Seen]:
         return list(self._seen)
+
+    @property
+    def count(self) -> int:
+        """Number of calls so far."""
+        return self._count
 
     @property
     def has_struck(self) -> bool:
@@ -159,8 +166,10 @@ class Storages:
         if life.kind != self._strike.kind:
             return act()
         with self._lock:
-            self._seen.append(Seen(call=call, path=path[len(self._root) + 1 :]))
-            number = len(self._seen)
+            self._count += 1
+            number = self._count
+            if self._keeps:
+                self._seen.append(Seen(call=call, path=path[len(self._root) + 1 :]))
             fails = self._fails(number)
         if not fails:
             return act()
@@ -271,8 +280,9 @@ class _Stream:
         if not self._is_output:
             self._stream.close()
             return
-        self._storages.keep_open(self._stream)
         self._storages.around("upload", self._path, self._stream.close, is_local=False)
+        if not self._stream.closed:
+            self._storages.keep_open(self._stream)
 
     def read(self, *args: Any) -> Any:
         return self._storages.around("read", self._path, lambda: self._stream.read(*args), is_local=False)

@@ -132,11 +132,9 @@ def import_all() -> None:
         parsed(workers)
 
 
-def save_time(uri: str, workers: str) -> None:
+def save_time(invocation: Invocation) -> None:
     """Leave out what costs a trial a second and is not its subject: parsing its arguments, and drawing the report's curves."""
-    invocation = parsed(workers)
-    config = replace(invocation.config, storage=uri)
-    vars(command)["parse"] = lambda argv: replace(invocation, config=config)
+    vars(command)["parse"] = lambda argv: invocation
     vars(plots)["svg"] = lambda figure, ident: page.Html("<svg></svg>")
 
 
@@ -163,10 +161,11 @@ def run_once(trial: Trial, uri: str, root: str, out: Path, *, is_second: bool) -
     if trial.scenario == "grow":
         workers = "1:2"
         local_ray.give_room(after_first_fleet=1)
-    save_time(uri, workers)
+    invocation = parsed(workers)
+    save_time(replace(invocation, config=replace(invocation.config, storage=uri)))
     storages.install()
     began = time.monotonic()
-    status = _status_of(["--storage", uri, "--run", "run", "--workers", workers, *SETTINGS])
+    status = status_of(["--storage", uri, "--run", "run", "--workers", workers, *SETTINGS])
     seconds = time.monotonic() - began
     storages.stop()
     for actor in actors:
@@ -204,7 +203,7 @@ class DriversOutput(io.TextIOBase):
         return False
 
 
-def _status_of(argv: Sequence[str]) -> int:
+def status_of(argv: Sequence[str]) -> int:
     try:
         return command.main(list(argv))
     except SystemExit as error:

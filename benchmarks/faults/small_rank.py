@@ -25,7 +25,7 @@ from trainer.learn.state import TrainState
 from trainer.learn.step import StepStats
 from trainer.rank import finishing
 from trainer.rank.guard import Guard
-from trainer.rank.history import RankTotals, Speed
+from trainer.rank.history import History, RankTotals, Speed
 from trainer.rank.observers import BeatStats, CurveLog, FirstStep
 from trainer.rank.saving import Saver, restore
 from trainer.rank.step_plan import StepPlan
@@ -46,6 +46,11 @@ class Script:
     """Step at which rank 0 reports a sample that it cannot read; 0: never."""
     on_step: Callable[[int], None] = lambda steps_done: None
     """Called by rank 0 after each step."""
+    event_every: int = 0
+    """Rank 0 writes an event after so many steps; 0: never."""
+    evaluation_every: int = 0
+    evaluation: Callable[[int], dict[str, Any]] = lambda steps_done: {}
+    """What an evaluation after so many steps adds to the run's history."""
 
 
 SCRIPT = Script()
@@ -134,7 +139,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     me.tell("training_started", step=plan.start_step, cache="off", backend="none")
     learner: Any = SimpleNamespace(model=model, ema=None, device=torch.device("cpu"), task=SimpleNamespace(info=CLASSIFICATION))
     try:
-        stopped, steps_done = _steps(me, plan, saver, observers, lambda step: update(model, optimizer, step))
+        stopped, steps_done = _steps(me, plan, saver, observers, memory.history, lambda step: update(model, optimizer, step))
         totals.stalled(saver.stall_seconds)
         saver.wait_until_saved(steps_done)
         if me.rank == 0:
@@ -146,7 +151,14 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         me.server.close()
 
 
-def _steps(me: ThisRank, plan: StepPlan, saver: Saver, observers: list[Any], step_once: Callable[[int], float]) -> tuple[bool, int]:
+def _steps(
+    me: ThisRank,
+    plan: StepPlan,
+    saver: Saver,
+    observers: list[Any],
+    history: History,
+    step_once: Callable[[int], float],
+) -> tuple[bool, int]:
     """(whether all ranks were asked to stop before the last step, steps done)"""
     together = meeting(me.spec.attempt, me.world_size)
     together.join()
@@ -169,6 +181,8 @@ def _steps(me: ThisRank, plan: StepPlan, saver: Saver, observers: list[Any], ste
         for observer in observers:
             observer.stepped(stats)
         _events(me, done)
+        if SCRIPT.evaluation_every and done % SCRIPT.evaluation_every == 0:
+            history.evaluated(SCRIPT.evaluation(done), 0.001)
         stopped = not plan.is_last(done) and me.heartbeat.should_stop(done)
         if saver.is_due(done) or stopped:
             saver.save(done, stats.late)
@@ -180,6 +194,8 @@ def _steps(me: ThisRank, plan: StepPlan, saver: Saver, observers: list[Any], ste
 def _events(me: ThisRank, done: int) -> None:
     if me.rank == 0:
         SCRIPT.on_step(done)
+        if SCRIPT.event_every and done % SCRIPT.event_every == 0:
+            me.tell("note", step=done)
         if done == SCRIPT.quarantines_at:
             record = {"key": "train/00007", "reason": "truncated: no IEND", "split": "train", "sample_id": 7, "kind": "truncated"}
             me.call("quarantine", [record])

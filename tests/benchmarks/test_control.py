@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.faults import soak
 from benchmarks.faults.calls import Strike
 from benchmarks.faults.control import STEPS, Campaign, Outcome, Trial, judge_first, judge_second, may_end, opened, row_of, thinned
 from benchmarks.faults.local_ray import MessageStrike
@@ -60,6 +61,22 @@ def test_what_counts_as_a_violation() -> None:
     assert "traceback" in judge_first(refused, bare, SHA)
     assert judge_second(Outcome(**GOOD), SHA) == ""
     assert "the same command" in judge_second(Outcome(**{**GOOD, "status": 1}), SHA)
+
+
+def test_a_soak_sees_what_grows_and_what_stands_still() -> None:
+    def samples(*, growth: float, requests: float) -> list[soak.Sample]:
+        return [
+            soak.Sample(at=n, rss_bytes=int(1e8 * (1 + growth * n)), loops=10 * n, requests=int(requests * n * n)) for n in range(1, 101)
+        ]
+
+    gaps = [0.1] * 1010
+    steady = soak.figures(gaps, samples(growth=0.0, requests=0.0), [100, 100, 100])
+    assert soak.problems_of(steady) == []
+    assert steady["loop_seconds_p99"] == 0.1
+    assert "memory grew" in soak.problems_of(soak.figures(gaps, samples(growth=0.02, requests=0.0), [100]))[0]
+    assert "requests per loop grew" in soak.problems_of(soak.figures(gaps, samples(growth=0.0, requests=1.0), [100]))[0]
+    assert "checkpoints grew" in soak.problems_of(soak.figures(gaps, samples(growth=0.0, requests=0.0), [100, 200, 300]))[0]
+    assert "stood still" in soak.problems_of(soak.figures([*gaps, 9.0], samples(growth=0.0, requests=0.0), [100]))[0]
 
 
 def test_polls_are_thinned_and_nothing_else() -> None:
