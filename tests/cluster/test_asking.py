@@ -1,7 +1,6 @@
 """Claims about calls whose answer gets lost: they are repeated until they are answered, and who waits shows that it lives."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.agent import CALL_PATIENCE_SECONDS, Asking
-from cluster.rank import CallFailed, Calls, serve_calls, ticking
+from cluster.rank import CallFailed, Calls, serve_calls
 
 
 class Lost(Exception):
@@ -101,27 +100,3 @@ def _receive(calls: Calls, rank: Any) -> None:
             future.set_result(answer.result)
         else:
             future.set_exception(answer.error)
-
-
-def test_who_waits_for_an_answer_shows_that_it_lives_and_only_its_own_thread_does(connected: tuple[Calls, Callable[[], None]]) -> None:
-    calls, release = connected
-    ticks: list[int] = []
-
-    def tick() -> None:
-        ticks.append(threading.get_ident())
-        if len(ticks) == 5:
-            release()
-
-    call = ticking(calls, tick, every_seconds=0.005)
-    other: list[Any] = []
-    thread = threading.Thread(target=lambda: other.append(call("slow", "in the background")))
-    thread.start()
-    time.sleep(0.05)
-    assert ticks == []
-    assert call("slow", 1, 2) == (1, 2)
-    thread.join(10)
-    assert other == [("in the background",)]
-    assert len(ticks) >= 5
-    assert set(ticks) == {threading.get_ident()}
-    with pytest.raises(CallFailed, match=r"^the coordinator did not answer$"):
-        call("fail")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.journal import Journal
-from cluster.launch import check_guarded
+from cluster.ray_cluster import check_guarded
 from cluster.redact import redact, redacted
 from cluster.storage import open_storage
 

@@ -20,9 +20,10 @@ from dataio.schema import Target
 from trainer.drive.check import Checked, ModelCheck, Question
 from trainer.drive.data import open_data
 from trainer.drive.dry_run import dry_run
+from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Signals
 from trainer.drive.stages import Asked, Environment, WithData
-from trainer.drive.start import PROJECT, check_folder_and_ports, described, place, show_finished, with_data, workers_known
+from trainer.drive.start import PROJECT, check_folder, check_ports, described, place, show_finished, with_data, workers_known
 from trainer.run import main
 from trainer.settings.spec import RANK_MODULES
 from trainer.settings.toml import to_toml
@@ -69,7 +70,7 @@ def asked(config: RunConfig, **environment: Any) -> Asked:
 
 
 def of(config: RunConfig) -> WithData:
-    return with_data(asked(config), QUIET)
+    return with_data(asked(config), QUIET, SetUp(QUIET))
 
 
 def test_an_unconverted_folder_is_converted_in_words_and_what_is_left_out_is_said_each_time(config: RunConfig) -> None:
@@ -90,7 +91,9 @@ def test_an_unconverted_folder_is_converted_in_words_and_what_is_left_out_is_sai
 
 def test_what_would_fail_on_the_workers_is_found_before_a_cluster_is_started(config: RunConfig, tmp_path: Path) -> None:
     def check(changed: RunConfig) -> None:
-        check_folder_and_ports(place(of(changed), 1))
+        placed = place(of(changed), 1)
+        check_folder(placed)
+        check_ports(placed)
 
     check(config)
     with pytest.raises(ValueError, match=r"--resume must, but run 'pets-.*' .* has no checkpoint; give --run NAME"):
@@ -139,7 +142,7 @@ def test_how_many_workers_there_may_be_is_known_without_a_cluster_unless_that_ha
 
 def test_in_a_job_a_storage_that_goes_with_it_is_refused_before_anything_is_converted(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--storage runs is relative"):
-        with_data(asked(replace(config, storage="runs"), in_job=True), QUIET)
+        with_data(asked(replace(config, storage="runs"), in_job=True), QUIET, SetUp(QUIET))
     assert not (tmp_path / "root").exists()
 
 
