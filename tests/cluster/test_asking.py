@@ -1,14 +1,11 @@
 """Claims about calls whose answer gets lost: they are repeated until they are answered, and who waits shows that it lives."""
 
-import threading
-from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
 from typing import Any
 
 import pytest
 
 from cluster.agent import CALL_PATIENCE_SECONDS, Asking
-from cluster.rank import CallFailed, Calls, serve_calls
+from cluster.rank import CallFailed
 
 
 class Lost(Exception):
@@ -65,38 +62,3 @@ def test_an_order_is_not_repeated_because_the_next_one_says_more() -> None:
     with pytest.raises(Lost):
         far.asking()("order", 1, 0, None)
     assert len(far.got) == 1
-
-
-@pytest.fixture
-def connected() -> Iterator[tuple[Calls, Callable[[], None]]]:
-    rank, agent = Pipe()
-    release = threading.Event()
-
-    def ask(method: str, *arguments: Any) -> Any:
-        if method == "slow":
-            assert release.wait(30)
-        if method == "fail":
-            raise CallFailed("the coordinator did not answer")
-        return arguments
-
-    thread = threading.Thread(target=serve_calls, args=(agent, ask, lambda error: None), daemon=True)
-    thread.start()
-    calls = Calls(rank)
-    listening = threading.Thread(target=_receive, args=(calls, rank), daemon=True)
-    listening.start()
-    yield calls, release.set
-    rank.close()
-
-
-def _receive(calls: Calls, rank: Any) -> None:
-    """As Calls.listen, which would end this process with the connection."""
-    while True:
-        try:
-            answer = rank.recv()
-        except (EOFError, OSError):
-            return
-        future = calls._waiting.pop(answer.number)
-        if answer.error is None:
-            future.set_result(answer.result)
-        else:
-            future.set_exception(answer.error)
