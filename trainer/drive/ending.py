@@ -17,9 +17,6 @@ from trainer.drive.session import Session
 from trainer.runs.progress import final_table, predict_command
 from trainer.runs.summary import summarise
 
-# Errors of a rank whose message is enough: a traceback would not help.
-SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:", "StorageOutage:", "StorageRefused:")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
@@ -71,7 +68,7 @@ class Ending:
         failure = error.failure
         self.session.journal.write("run_failed", kind=failure.kind, rank=failure.rank, message=failure.message, reason=error.reason)
         self.write_summary("failed")
-        if failure.kind == "user" and not failure.message.startswith(SAYS_IT_ALL):
+        if failure.kind == "user" and not failure.is_explained:
             print(failure.traceback, file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
         if (step := self.session.committed_step()) >= 0:
