@@ -18,6 +18,9 @@ from cluster.roster import RankInfo
 from trainer.settings.spec import WorkerSpec
 from trainer.settings.tree import RunConfig
 
+JOIN_GRACE_SECONDS = 30.0
+"""The driver, which sees all ranks, ends an attempt that takes too long to start. A rank gives up by itself only if the driver does not."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ThisRank:
@@ -64,7 +67,7 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
         start_step=spec.resume.step if spec.resume else 0,
     )
     if context.world_size > 1:
-        context.join_group(config.cluster.start_seconds)  # the driver ends an attempt that takes longer to start
+        context.join_group(config.cluster.start_seconds + JOIN_GRACE_SECONDS)
     return ThisRank(
         spec=spec,
         rank=rank,
