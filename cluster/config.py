@@ -13,7 +13,8 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FaultPolicy:
-    """Failure budgets of one run, one for each kind. A user's exception and data outside their limit are never retried."""
+    """Failure budgets of one run, one for each kind. A user's exception, data outside their limit and a storage that refuses are never
+    retried."""
 
     max_failures: Annotated[int, Ge(0), "0 gives up at the first failure"] = 8
     """Attempts lost to infrastructure (a killed worker, a lost node) before the run gives up."""

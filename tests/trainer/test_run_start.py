@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cluster.zygote import Zygote
 from dataio.schema import Target
-from trainer.drive.check import Checked, ModelCheck, Question
+from trainer.drive.check import Checked, ModelCheck, ModelCheckDied, Question
 from trainer.drive.data import open_data
 from trainer.drive.dry_run import dry_run
 from trainer.drive.set_up import SetUp
@@ -174,7 +174,7 @@ def test_the_model_is_built_once_in_another_process_and_what_is_wrong_with_it_co
             ModelCheck(zygote, replace(question, task=TaskConfig(name="classfication"))).wait()
         under_way = ModelCheck(zygote, question)
         zygote.close(kill=True)
-        with pytest.raises(RuntimeError, match="ended with status"):
+        with pytest.raises(ModelCheckDied, match=r"ended with status .* the same command again"):
             under_way.wait()
     finally:
         zygote.close(kill=True)

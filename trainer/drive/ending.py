@@ -29,9 +29,6 @@ from trainer.runs.progress import final_table, pasteable, predict_command
 from trainer.runs.summary import summarise
 from trainer.settings.say import complain
 
-# Errors of a rank whose message is enough: a traceback would not help.
-SAYS_IT_ALL = ("WeightsError:", "OSError:", "StorageFull:", "StorageOutage:", "StorageRefused:")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
@@ -80,7 +77,7 @@ class Ending:
         failure = error.failure
         self._record("failed", "run_failed", kind=failure.kind, rank=failure.rank, message=failure.message, reason=error.reason)
         self._report()
-        if failure.kind == "user" and not failure.message.startswith(SAYS_IT_ALL):
+        if failure.kind == "user" and not failure.is_explained:
             complain(failure.traceback)
         complain(f"error: {error}")
         if (step := self.session.saved_step()) >= 0:
