@@ -60,6 +60,9 @@ class StorageRefused(OSError):
 # These answer a question and are no failures: callers handle them.
 _ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
+# A file system that checks what it reads says so if that is not what was written.
+_DAMAGES = frozenset({errno.EBADMSG, errno.EUCLEAN})
+
 _REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG})
 # HTTP statuses after which the same request may succeed a moment later; no other status below 500 is like that.
 _PASSING_STATUSES = frozenset({408, 425, 429})
@@ -96,6 +99,12 @@ def is_transient(error: OSError) -> bool:
     if azure := _AZURE.search(text):
         return _passes(int(azure[1]))
     return True
+
+
+def is_unreadable_now(error: OSError) -> bool:
+    """Whether an error on reading says nothing about the bytes that are stored: an outage, or a refusal. Then they may be as they were, and
+    nothing may be taken for damaged, nor for missing. False for what is not there, and for what the file system itself found damaged."""
+    return not isinstance(error, _ANSWERS) and error.errno not in _DAMAGES
 
 
 def _passes(status: int) -> bool:
@@ -239,7 +248,11 @@ class Storage:
 
     def exists(self, path: str) -> bool:
         if self.is_local:
-            return os.path.lexists(self.at(path))
+            try:
+                os.lstat(self.at(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True  # os.path.lexists would take a file that cannot be looked at now for a missing one
         return self._try(lambda: bool(self.fs.get_file_info(self.at(path)).type != pafs.FileType.NotFound), path)
 
     def list(self, path: str) -> list[Entry]:

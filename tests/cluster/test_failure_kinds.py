@@ -14,7 +14,7 @@ from cluster.launch import failure_of_ranks
 from cluster.rank import AgentLost, CallFailed, Calls, serve_calls
 from cluster.spill import SpillDamaged
 from cluster.storage import StorageOutage, StorageRefused
-from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, OtherFormat, StorageFull
+from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, StagedFileLost, StorageFull, UnknownFormat
 from dataio.convert import DiskFull
 from dataio.manifest import ManifestError
 from dataio.parquet import CorruptShard
@@ -48,7 +48,8 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (Fenced("x"), "user"),
     (CorruptCheckpoint("x"), "user"),
     (NoValidCheckpoint("x"), "user"),
-    (OtherFormat("x"), "user"),
+    (UnknownFormat("x"), "user"),
+    (StagedFileLost("x"), "infrastructure"),
     (StateError("x"), "user"),
     (WeightsError("x"), "user"),
 ]
