@@ -26,9 +26,9 @@ between its check and COMMIT leaves a complete checkpoint under its own name, an
 All of this may be repeated after a failure, in part or in whole, with the same result.
 
 Reading trusts no pointer: newest first, COMMIT -> manifest -> every hash, before anything is parsed. A checkpoint is bad only if bytes were
-read that differ from those committed, or if a file is not there. It is reported and set aside. What cannot be read at the moment is an
-OSError, and nothing is known of it. The names are the same wherever a run lies: its folder may be copied between a disk and an object
-store."""
+read that differ from those committed, if a file is not there, or if a file system that checks what it reads says so. It is reported and set
+aside. What cannot be read at the moment is an OSError, and nothing is known of it. The names are the same wherever a run lies: its folder
+may be copied between a disk and an object store."""
 
 import contextlib
 import errno
@@ -41,7 +41,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.claims import Claim, Claims
-from cluster.storage import CHUNK_BYTES, Entry, Storage, make_dirs, sync_dir, write_all, write_new
+from cluster.storage import CHUNK_BYTES, Entry, Storage, is_unreadable_now, make_dirs, sync_dir, write_all, write_new
 
 Chunks = bytes | bytearray | memoryview | Iterable[bytes | bytearray | memoryview]
 
@@ -75,14 +75,14 @@ class CorruptCheckpoint(ValueError):
     failure_kind = "infrastructure"
 
 
-class OtherFormat(ValueError):
-    """A committed checkpoint of a format that this program does not read."""
+class NoValidCheckpoint(RuntimeError):
+    """The run has checkpoints but none can be trusted. Starting from zero instead would lose them silently."""
 
     failure_kind = "user"
 
 
-class NoValidCheckpoint(RuntimeError):
-    """The run has checkpoints but none can be trusted. Starting from zero instead would lose them silently."""
+class UnknownFormat(ValueError):
+    """A committed checkpoint of a format that this version cannot read."""
 
     failure_kind = "user"
 
@@ -289,7 +289,7 @@ class Store:
                 sync_dir(self.storage.at(self._checkpoints))
             final = self.storage.at(path)
             self._check_fence(generation)
-            if not os.path.lexists(f"{final}/{COMMIT}"):
+            if not self.storage.exists(f"{path}/{COMMIT}"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{final}/{COMMIT}.tmp")
                 write_new(f"{final}/{COMMIT}.tmp", _seal(manifest))
@@ -379,7 +379,7 @@ class Store:
             return True
         try:
             return self._verify(folder) is not None
-        except (CorruptCheckpoint, OtherFormat):
+        except (CorruptCheckpoint, UnknownFormat):
             return False  # newest_valid() reports it and sets it aside when needed
 
     def _delete(self, path: str) -> None:
@@ -423,7 +423,7 @@ class Store:
         """The newest checkpoint whose every byte is as committed; None if the run never committed one.
 
         Each bad one found on the way is reported to `on_corrupt(path, reason)` and set aside unless `mark` is off: only a driver that has
-        claimed the run may do that. NoValidCheckpoint if there are commits but none verifies. OtherFormat if the newest was written by
+        claimed the run may do that. NoValidCheckpoint if there are commits but none verifies. UnknownFormat if the newest was written by
         another version of this program. A storage that does not answer, or a file that cannot be read, raises an OSError: nothing is
         known then."""
         found: dict[str, str] = {}  # the bad ones
@@ -460,7 +460,7 @@ class Store:
         )
 
     def _verify(self, folder: _Folder) -> Commit | None:
-        """The checkpoint, if every byte is as committed; None if it was deleted meanwhile. CorruptCheckpoint, OtherFormat, or OSError."""
+        """The checkpoint, if every byte is as committed; None if it was deleted meanwhile. CorruptCheckpoint, UnknownFormat, or OSError."""
         path = f"{self._checkpoints}/{folder.name}"
         for is_last_look in (False, True):
             try:
@@ -471,6 +471,8 @@ class Store:
                 if is_last_look:
                     raise CorruptCheckpoint(f"a file is missing: {error}") from error
             except OSError as error:
+                if not is_unreadable_now(error):
+                    raise CorruptCheckpoint(f"the disk cannot read it: {error}") from error
                 if not self.storage.is_local or error.errno is None:
                     raise
                 raise OSError(
@@ -500,7 +502,7 @@ class Store:
             raise CorruptCheckpoint(f"{COMMIT} does not hold the SHA-256 of {MANIFEST}")
         manifest = _parsed(encoded)
         if manifest.get("version") != VERSION:
-            raise OtherFormat(
+            raise UnknownFormat(
                 f"checkpoint {path} has format {manifest.get('version')}, and this program reads format {VERSION}; go on with the "
                 "release that wrote it, or start a new run under another name (--run NAME)"
             )

@@ -14,7 +14,7 @@ from cluster.rank import AgentLost, CallFailed, GroupIncomplete
 from cluster.spill import ForeignSpillFolder, SpillDamaged
 from cluster.state import AttemptOver
 from cluster.storage import StorageOutage, StorageRefused
-from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, OtherFormat, StagedFileLost, StorageFull
+from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, StagedFileLost, StorageFull, UnknownFormat
 from cluster.surroundings import NoSuchInterface
 from cluster.zygote import ForeignZygote
 from dataio.convert import DiskFull
@@ -61,7 +61,7 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (NoSuchInterface("x"), "user"),
     (ForeignZygote("x"), "user"),
     (NoValidCheckpoint("x"), "user"),
-    (OtherFormat("x"), "user"),
+    (UnknownFormat("x"), "user"),
     (StateError("x"), "user"),
     (WeightsError("x"), "user"),
 ]

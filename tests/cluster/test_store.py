@@ -15,7 +15,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from cluster.storage import Storage, open_storage
-from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, OtherFormat, Receipt, StorageFull, Store
+from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, Receipt, StorageFull, Store, UnknownFormat
 
 Report = list[tuple[str, str]]
 
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_format_is_refused_not_set_aside(tmp_path: Path,
     with monkeypatch.context() as patch:
         patch.setattr("cluster.store.VERSION", 2)
         save(store, 1, store.claim_generation())
-    with pytest.raises(OtherFormat, match=r"format 2, and this program reads format 1; go on with the release that wrote it.*--run NAME"):
+    with pytest.raises(UnknownFormat, match=r"format 2, and this program reads format 1; go on with the release that wrote it.*--run NAME"):
         newest_step(store)
     assert [commit.step for commit in store.commits()] == [1]
 

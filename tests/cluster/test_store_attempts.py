@@ -13,7 +13,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from cluster.storage import Storage, open_storage
-from cluster.store import Commit, CorruptCheckpoint, OtherFormat, Receipt, Store
+from cluster.store import Commit, CorruptCheckpoint, Receipt, Store, UnknownFormat
 from tests.cluster.test_store import Died, Interrupted, Report, damage, newest_step, objects, save
 
 READS = 4  # of a checkpoint that save() made: COMMIT, MANIFEST.json and two files
@@ -242,6 +242,38 @@ def test_what_cannot_be_read_is_no_damage_and_no_reason_to_go_back(store: Store,
     assert newest_step(store) == 2
 
 
+@pytest.mark.parametrize("code", READ_FAILURES, ids=errno.errorcode.get)
+def test_what_cannot_be_looked_at_is_not_taken_for_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """A file that is not there, in a folder that cannot be looked at the moment after."""
+    store = Store.open(open_storage(tmp_path), "run")
+    generation = store.claim_generation()
+    for step in (1, 2):
+        save(store, step, generation)
+    with monkeypatch.context() as patch:
+        failing(3, FileNotFoundError(errno.ENOENT, "not yet"), patch)
+
+        def lstat(path: str) -> os.stat_result:
+            raise OSError(code, os.strerror(code), path)
+
+        patch.setattr(os, "lstat", lstat)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            store.newest_valid(never)
+    assert newest_step(store) == 2
+
+
+@pytest.mark.parametrize("code", [errno.EUCLEAN, errno.EBADMSG])
+def test_what_a_file_system_itself_found_damaged_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    store = Store.open(open_storage(tmp_path), "run")
+    generation = store.claim_generation()
+    for step in (1, 2):
+        save(store, step, generation)
+    report: Report = []
+    with monkeypatch.context() as patch:
+        failing(3, OSError(code, os.strerror(code)), patch)
+        assert newest_step(store, report) == 1
+    assert len(report) == 1
+
+
 def test_a_reader_meets_a_run_that_goes_on_and_takes_nothing_for_damaged(store: Store) -> None:
     """At every call of the reader the driver commits newer checkpoints and deletes all that were there."""
     for number in itertools.count(1):
@@ -305,7 +337,7 @@ def test_prune_leaves_a_checkpoint_of_another_format_and_does_not_fail_for_it(st
     fresh.prune(2, generation)
     assert [commit.step for commit in store.commits()] == [5, 3, 2]
     for read in (fresh.peek, lambda: fresh.load(5, generation), lambda: fresh.newest_valid(never)):
-        with pytest.raises(OtherFormat, match=r"step-00000005.* has format 2, and this program reads format 1"):
+        with pytest.raises(UnknownFormat, match=r"step-00000005.* has format 2, and this program reads format 1"):
             read()
 
 

@@ -29,8 +29,8 @@ DATA = open_dataset(ROOT / "dataio" / "samples" / "fashion_mnist")
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Storage]:
     with serving(Server()) as server:
-        server.client().create_bucket(Bucket="bucket")
-        yield open_storage(server.uri("bucket/runs"))
+        server.client().create_bucket(Bucket="copies")
+        yield open_storage(server.uri("copies/runs"))
 
 
 def copy(source: Storage, target: Storage) -> None:

@@ -105,8 +105,8 @@ def test_the_runs_own_test_split_gives_the_numbers_of_its_summary(run: Path, cap
 def test_a_run_that_was_copied_to_an_object_store_gives_the_same_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     s3 = pytest.importorskip("tests.s3")
     with s3.serving(s3.Server()) as server:
-        server.client().create_bucket(Bucket="bucket")
-        copied = open_storage(server.uri("bucket/runs"))
+        server.client().create_bucket(Bucket="evaluated")
+        copied = open_storage(server.uri("evaluated/runs"))
         for file in (path for path in run.rglob("*") if path.is_file()):
             copied.write_atomic(f"{run.name}/{file.relative_to(run).as_posix()}", file.read_bytes())
         there = asked(capsys, run.name, "--storage", copied.uri)

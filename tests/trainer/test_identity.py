@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pytest
 from hypothesis import given
 
-from dataio.config import FREE, LATER, Mark
+from dataio.config import FREE, LATER, PATH, Mark
 from tests.trainer.configs import configs
 from trainer.settings.fields import declared, settings
 from trainer.settings.identity import deciding_changes, deciding_settings, weights_sha256
@@ -232,6 +232,12 @@ def test_every_setting_decides_the_weights_or_has_a_reason_why_it_does_not() -> 
     assert {key for key, setting in known.items() if FREE not in setting.notes} == DECIDES
     assert DECIDES.isdisjoint(DOES_NOT_DECIDE)
     assert all(DOES_NOT_DECIDE.values())
+
+
+def test_no_other_file_decides_by_its_name() -> None:
+    """A file that decides needs a hash of its content, as the weights have."""
+    known = declared(RunConfig)
+    assert {key for key in DECIDES if PATH in known[key].notes} == {"model.weights"}
 
 
 def test_every_mark_is_used() -> None:

@@ -179,6 +179,13 @@ def test_weights_are_known_by_their_content_not_by_their_name_or_where_they_lie(
         check_same_run(with_weights(config, renamed), find(storage, "r"), sha256)
 
 
+def test_a_claim_that_is_withdrawn_while_it_is_looked_up_says_nothing(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    started(storage, RunConfig(run="r"))
+    Store(storage, "r").claim_generation({"identity": of(RunConfig()).record()})
+    monkeypatch.setattr(Store, "newest_generation", lambda self: 2)
+    assert find(storage, "r").record is None
+
+
 def test_what_a_claim_says_of_the_weights_outlives_their_file(storage: Storage, tmp_path: Path) -> None:
     mine, sha256 = weights_in(tmp_path / "a", b"mine")
     config = started(storage, with_weights(RunConfig(run="r"), mine))

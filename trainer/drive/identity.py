@@ -106,7 +106,10 @@ def find(storage: Storage, run: str) -> Found:
 
 def _claimed(store: Store) -> Mapping[str, Any] | None:
     newest = store.newest_generation()
-    return record_of(store.claim(newest).note) if newest else None
+    try:
+        return record_of(store.claim(newest).note) if newest else None
+    except FileNotFoundError:  # its driver was refused, and has withdrawn it
+        return None
 
 
 def _saved_config(storage: Storage, run: str) -> RunConfig:
