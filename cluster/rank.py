@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -121,17 +121,13 @@ class Calls:
 
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The coordinator's answer. Raises what its method raised, CallFailed if it does not answer, or AgentLost."""
-        return self.begin(method, *args, **kwargs).result()
-
-    def begin(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Make a call, and let the caller wait for the answer."""
         answer: Future[Any] = Future()
         with self._lock:
             self._number += 1
             number = self._number
             self._waiting[number] = answer
         self._send(_Call(number=number, method=method, args=args, kwargs=kwargs))
-        return answer
+        return answer.result()
 
     def failed(self, error: RankError) -> None:
         with contextlib.suppress(AgentLost):
@@ -160,20 +156,6 @@ class Calls:
                 future.set_result(answer.result)
             else:
                 future.set_exception(answer.error)
-
-
-def ticking(calls: Calls, tick: Callable[[], None], *, every_seconds: float = 1.0) -> Callable[..., Any]:
-    """`calls`, which calls `tick` every second while this thread waits for an answer: a coordinator that is being started again is no hang
-    of the rank. Other threads wait without ticking, because they would hide that this one hangs."""
-    owner = threading.get_ident()
-
-    def call(method: str, *args: Any, **kwargs: Any) -> Any:
-        answer = calls.begin(method, *args, **kwargs)
-        while threading.get_ident() == owner and not wait([answer], every_seconds).done:
-            tick()
-        return answer.result()
-
-    return call
 
 
 def serve_calls(connection: Connection, ask: Callable[..., Any], on_failed: Callable[[RankError], None]) -> None:

@@ -13,7 +13,7 @@ import torch
 from cluster.exporter import Server, serve_metrics
 from cluster.heartbeat import Heartbeat
 from cluster.metrics import Metrics
-from cluster.rank import Placement, RankContext, ticking
+from cluster.rank import Placement, RankContext
 from cluster.roster import RankInfo
 from trainer.settings.spec import WorkerSpec
 from trainer.settings.tree import RunConfig
@@ -74,7 +74,7 @@ def join(spec: WorkerSpec, context: RankContext) -> ThisRank:
         place=place,
         device=device,
         files=context.files,
-        call=ticking(context.call, heartbeat.tick),
+        call=call,
         metrics=metrics,
         server=server,
         heartbeat=heartbeat,
