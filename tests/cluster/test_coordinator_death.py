@@ -39,9 +39,9 @@ NEVER = 10**9
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a committer dies here too
 READS = {
     *("adopt", "beat", "news", "status", "account", "result", "ends", "discovery_address", "targets", "last_commit", "wait_committed"),
-    *("drain", "finish", "close", "order", "lookup"),
+    *("drain", "finish", "close", "order", "lookup", "waiting_for_storage"),
 }
-"""Methods that change nothing that is to be kept, or that the driver repeats by itself (adopt, account, beat)."""
+"""Methods that change nothing that is to be kept, or that the driver or the rank repeats by itself (adopt, account, beat)."""
 
 
 class Died(SystemExit):
