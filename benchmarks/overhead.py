@@ -26,7 +26,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -54,7 +53,7 @@ from benchmarks.common import (
 )
 from cluster.coordinator import Coordinator
 from cluster.interval import steps_between
-from cluster.rank import Calls, Placement, RankContext
+from cluster.rank import Placement, RankContext
 from cluster.storage import open_storage
 from cluster.store import Store
 from cluster.zygote import MEMORY_KEPT
@@ -188,6 +187,9 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
         turns.evaluations += 1
         return evaluate(*args, **kwargs)
 
+    def call(method: str, *args: Any, **kwargs: Any) -> Any:
+        return None if method == "put_result" else getattr(coordinator, method)(*args, **kwargs)
+
     place = Placement(
         host="localhost",
         address="127.0.0.1",
@@ -197,7 +199,7 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
         device_index=device.index if device.type == "cuda" else None,
     )
     spec = WorkerSpec(config=config, dataset=config.data.path, generation=generation, attempt=1, resume=None, threads=threads)
-    context = RankContext(rank=0, world_size=1, attempt=1, place=place, files={}, call=Direct(coordinator))
+    context = RankContext(rank=0, world_size=1, attempt=1, place=place, files={}, call=call)  # type: ignore[arg-type]
     patches = [
         patch.object(worker, "train_steps", turns),
         patch.object(saving, "Checkpointer", Watched),
@@ -226,18 +228,6 @@ def stepper_alone(config: RunConfig, dataset: Any, image_size: tuple[int, int], 
         return stepper.step([batch], global_count=len(batch.ids), step=number)
 
     return step
-
-
-class Direct(Calls):
-    """A rank's calls to a coordinator in the same process."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-
-    def begin(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
-        answer: Future[Any] = Future()
-        answer.set_result(None if method == "put_result" else getattr(self._coordinator, method)(*args, **kwargs))
-        return answer
 
 
 def settle(watched: Sequence[saving.Checkpointer], coordinator: Coordinator) -> bool:

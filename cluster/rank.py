@@ -136,17 +136,13 @@ class Calls:
 
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The coordinator's answer. Raises what its method raised, CallFailed if it does not answer, or AgentLost."""
-        return self.begin(method, *args, **kwargs).result()
-
-    def begin(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Make a call, and let the caller wait for the answer."""
         answer: Future[Any] = Future()
         with self._lock:
             self._number += 1
             number = self._number
             self._waiting[number] = answer
         self._send(_Call(number=number, method=method, args=args, kwargs=kwargs))
-        return answer
+        return answer.result()
 
     def failed(self, error: RankError) -> None:
         with contextlib.suppress(AgentLost):

@@ -1,11 +1,13 @@
-"""Claims about calls whose answer gets lost: they are repeated until they are answered, and who waits shows that it lives."""
+"""Claims about calls whose answer gets lost: they are repeated until they are answered."""
 
+import threading
+from multiprocessing import Pipe
 from typing import Any
 
 import pytest
 
 from cluster.agent import CALL_PATIENCE_SECONDS, Asking
-from cluster.rank import CallFailed
+from cluster.rank import CallFailed, Calls, serve_calls
 
 
 class Lost(Exception):
@@ -62,3 +64,17 @@ def test_an_order_is_not_repeated_because_the_next_one_says_more() -> None:
     with pytest.raises(Lost):
         far.asking()("order", 1, 0, None)
     assert len(far.got) == 1
+
+
+def test_a_call_that_failed_so_says_it_in_the_rank_as_it_was_said() -> None:
+    rank, agent = Pipe()
+    calls = Calls(rank)
+
+    def ask(method: str) -> None:
+        raise CallFailed("the coordinator did not answer 'ack' for 660 s (timed out)")
+
+    threading.Thread(target=serve_calls, args=(agent, ask, lambda error: None), daemon=True).start()
+    threading.Thread(target=lambda: calls("ack"), daemon=True).start()
+    answer = rank.recv()  # not by Calls.listen, which ends the process with its connection
+    assert type(answer.error) is CallFailed
+    assert str(answer.error) == "the coordinator did not answer 'ack' for 660 s (timed out)"
