@@ -104,9 +104,18 @@ def checkpoint(folder: Path) -> dict[str, Any]:
         "files": sorted(path.name for path in folder.iterdir()),
         "manifest": shape(manifest),
         "curves": columns(pq.read_table(folder / "curves.parquet")),
-        **{path.name: shape(json.loads(path.read_text())) for path in sorted(folder.glob("*.json")) if path.name != "MANIFEST.json"},
+        **{
+            path.name: shape(newest_first(json.loads(path.read_text())))
+            for path in sorted(folder.glob("*.json"))
+            if path.name != "MANIFEST.json"
+        },
         **{path.name: tensors(path) for path in sorted(folder.glob("*.safetensors"))},
     }
+
+
+def newest_first(value: dict[str, Any]) -> dict[str, Any]:
+    """A history whose newest evaluation speaks for all: only that one keeps its tables."""
+    return value | {"evaluations": value["evaluations"][::-1]} if "evaluations" in value else value
 
 
 def tensors(path: Path) -> dict[str, Any]:
