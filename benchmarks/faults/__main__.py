@@ -129,6 +129,7 @@ def main() -> int:
     known = [
         *(f"storage {name}" for name in storage.CAMPAIGN),
         *control.NAMES,
+        *sampled.NAMES,
         *outages.NAMES,
         stops.NAME,
         soak.NAME,
