@@ -2,10 +2,10 @@
 
     python -m benchmarks.faults [ROW ...] [--trials N] [--json] [--out FILE]
 
-ROW is a part of a row's name. The rows: storage (benchmarks/faults/storage.py), the control plane (control.py), whole runs on S3 without
-their service (outages.py), signals (stops.py), a soak (soak.py), runs and nodes (runs.py), number of workers, and plain Ray Train as the
-peer for the faults that it can handle. The whole campaign takes some hours on two idle cores. Exit status 1 means that a promise did not
-hold.
+ROW is a part of a row's name. The rows: storage (benchmarks/faults/storage.py), the control plane (control.py, and sampled.py with Ray),
+whole runs on S3 without their service (outages.py), signals (stops.py), a soak (soak.py), runs and nodes (runs.py), number of workers, and
+plain Ray Train as the peer for the faults that it can handle. The whole campaign takes some hours on two idle cores. Exit status 1 means
+that a promise did not hold.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import control, outages, ray_train, soak, stops, storage
+from benchmarks.faults import control, outages, ray_train, sampled, soak, stops, storage
 from benchmarks.faults.harness import Nodes
 from benchmarks.faults.runs import ROWS, Campaign
 from cluster.versions import versions
@@ -56,6 +56,8 @@ def rows(wanted: list[str], trials: int, every: int) -> Iterator[dict[str, Any]]
     if any(chosen(name) for name in control.NAMES):
         with control.opened(jobs=JOBS, places=control.PLACES, say=say) as trials_of:
             yield from control.rows(trials_of, chosen, every=every, say=say)
+    with tempfile.TemporaryDirectory(prefix="finetune-sampled-") as scratch:
+        yield from sampled.rows(Path(scratch), chosen, say)
     with tempfile.TemporaryDirectory(prefix="finetune-outages-") as scratch:
         yield from outages.rows(Path(scratch), chosen, say)
     with tempfile.TemporaryDirectory(prefix="finetune-stops-") as scratch:
@@ -127,6 +129,7 @@ def main() -> int:
     known = [
         *(f"storage {name}" for name in storage.CAMPAIGN),
         *control.NAMES,
+        *sampled.NAMES,
         *outages.NAMES,
         stops.NAME,
         soak.NAME,
