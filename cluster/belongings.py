@@ -8,7 +8,6 @@ leftovers.py says which processes are meant.
 import contextlib
 import getpass
 import glob
-import json
 import os
 import shutil
 import signal
@@ -61,7 +60,7 @@ def belongings(candidates: Sequence[str] | None = None) -> Iterator[Belongings]:
         with _environment({FOLDER_VARIABLE: folder.path, **stand_ins(folder.path)}):
             yield Belongings(folder=folder.path, reaper=reaper)
     finally:
-        end_all(folder.path, apart_from=() if reaper is None else (reaper.pid,))
+        end_all(folder.path)
         folder.remove()
         if reaper is not None:
             reaper.kill()
@@ -69,11 +68,11 @@ def belongings(candidates: Sequence[str] | None = None) -> Iterator[Belongings]:
 
 
 def _start_reaper(folder: str) -> "subprocess.Popen[bytes]":
-    """Its environment does not name the folder, so it does not belong to the run. A group of its own: it outlives a killed group."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # which it inherits
+    """In a group of its own, with the signals that end a run blocked: it outlives a killed group."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
-        reaper = subprocess.Popen(
-            [sys.executable, "-S", "-m", "cluster.reaper"],
+        return subprocess.Popen(
+            [sys.executable, "-S", "-m", "cluster.reaper", str(os.getpid()), folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env={"PYTHONPATH": _PROJECT, "PYTHONDONTWRITEBYTECODE": "1"},
@@ -81,10 +80,6 @@ def _start_reaper(folder: str) -> "subprocess.Popen[bytes]":
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    assert reaper.stdin is not None
-    reaper.stdin.write(json.dumps({"driver": os.getpid(), "folder": folder}).encode() + b"\n")
-    reaper.stdin.flush()
-    return reaper
 
 
 @contextlib.contextmanager
@@ -121,10 +116,11 @@ def stand_ins(folder: str) -> dict[str, str]:
 def temp_places() -> list[str]:
     """Where the folder may be, the preferred place first."""
     private = os.environ.get("XDG_RUNTIME_DIR", "")
-    return list(dict.fromkeys([_preferred(), *filter(os.path.isabs, [private]), "/tmp", "/dev/shm", "/var/tmp"]))
+    return list(dict.fromkeys([preferred_place(), *filter(os.path.isabs, [private]), "/tmp", "/dev/shm", "/var/tmp"]))
 
 
-def _preferred() -> str:
+def preferred_place() -> str:
+    """Where TMPDIR says."""
     try:
         return tempfile.gettempdir()
     except FileNotFoundError:  # none that can be written to, or full
@@ -135,7 +131,7 @@ def temp_folder(places: Sequence[str]) -> OwnedFolder:
     """A new folder in the first of `places` that can be used. Removes what dead drivers left there. ValueError if there is none."""
     problems = []
     for place in places:
-        if problem := _problem_of(place):
+        if problem := problem_of(place):
             problems.append(problem)
             continue
         remove_abandoned(f"{glob.escape(place)}/{PREFIX}*")
@@ -149,7 +145,8 @@ def temp_folder(places: Sequence[str]) -> OwnedFolder:
     )
 
 
-def _problem_of(place: str) -> str:
+def problem_of(place: str) -> str:
+    """Why the folder cannot be in `place`; "" if it can."""
     most = longest_place()
     if len(os.fsencode(place)) > most:
         return f"{place} is too long (Ray's sockets below it may have {_SOCKET_BYTES} bytes, which leaves {most} for it)"

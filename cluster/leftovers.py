@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cluster.process import ProcessStat, process_stat
@@ -30,10 +30,9 @@ class RunProcess:
     parent: int
 
 
-def processes_of(folder: str, *, apart_from: Collection[int] = ()) -> set[RunProcess]:
-    """The living processes of the run with this folder, without this process and those in `apart_from`."""
-    left_out = {os.getpid(), *apart_from}
-    seen = {stat.pid: stat for stat in _living() if stat.pid not in left_out}
+def processes_of(folder: str) -> set[RunProcess]:
+    """The living processes of the run with this folder, without this process and the reaper."""
+    seen = {stat.pid: stat for stat in _living() if stat.pid != os.getpid()}
     found: set[int] = set()
     added = {pid for pid in seen if _names(pid, os.fsencode(folder))}
     while added:
@@ -51,11 +50,11 @@ def kill(processes: Iterable[RunProcess]) -> None:
                 os.kill(process.pid, signal.SIGKILL)
 
 
-def end_all(folder: str, *, apart_from: Collection[int] = (), seconds: float = 5.0) -> set[RunProcess]:
+def end_all(folder: str, *, seconds: float = 5.0) -> set[RunProcess]:
     """Kill the processes of the run until there are none, at most for `seconds`: some may be about to start others. Returns those that
     are left, in an uninterruptible wait."""
     end = time.monotonic() + seconds
-    while left := processes_of(folder, apart_from=apart_from):
+    while left := processes_of(folder):
         kill(left)
         if time.monotonic() > end:
             break
@@ -82,7 +81,7 @@ def _names(pid: int, folder: bytes) -> bool:
             return False  # perhaps somebody reads a log there
         command = _read(f"/proc/{pid}/cmdline")
         if folder + b"/" in command.replace(b"\0", b"/"):
-            return True
+            return b"\0cluster.reaper\0" not in command
         # Others need not be searched: there may be thousands of files.
         return command.startswith(_TITLE) and any(_opened_in(f"/proc/{pid}/fd", os.fsdecode(folder)))
     return False

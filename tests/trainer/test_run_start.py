@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,17 @@ from trainer.drive.dry_run import dry_run
 from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Signals
 from trainer.drive.stages import Asked, Environment, WithData
-from trainer.drive.start import PROJECT, check_folder, check_ports, described, place, show_finished, with_data, workers_known
+from trainer.drive.start import (
+    PROJECT,
+    check_folder,
+    check_ports,
+    described,
+    place,
+    show_finished,
+    unusual,
+    with_data,
+    workers_known,
+)
 from trainer.run import main
 from trainer.settings.spec import RANK_MODULES
 from trainer.settings.toml import to_toml
@@ -271,6 +282,49 @@ def test_ctrl_c_during_the_imports_is_quiet() -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert "Traceback" not in output
+
+
+def test_a_folder_elsewhere_and_a_home_for_the_time_of_the_run_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    assert list(unusual("/tmp/finetune-ray-1-a")) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of pytest, and as long as a batch job's
+    monkeypatch.setenv("HOME", "/tmp/finetune-ray-1-a")
+    elsewhere, home = unusual("/tmp/finetune-ray-1-a")
+    assert elsewhere.startswith(f"{tmp_path} is too long (Ray's sockets below it may have 107 bytes")
+    assert elsewhere.endswith("; Ray's files are in /tmp/finetune-ray-1-a")
+    assert "set HOME or --data.root to keep them" in home
+
+
+@pytest.mark.parametrize(
+    ("number", "before"), [(signal.SIGINT, ""), (signal.SIGTERM, ""), (signal.SIGHUP, ""), (signal.SIGKILL, "trap '' HUP; kill -HUP $$; ")]
+)
+def test_a_signal_while_a_run_is_set_up_says_the_truth_and_leaves_nothing(config: RunConfig, number: signal.Signals, before: str) -> None:
+    """The last one is under nohup, where the SIGHUP is ignored."""
+    flags = [*SMALL, "--storage", config.storage, "--data.path", config.data.path, "--data.root", config.data.root]
+    process = subprocess.Popen(
+        ["sh", "-c", f'{before}exec "$@"', "sh", sys.executable, "-m", "trainer.run", *flags],
+        cwd=PROJECT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (folders := list(Path(tempfile.gettempdir()).glob(f"finetune-ray-{process.pid}-*"))):
+        assert process.poll() is None
+        time.sleep(0.005)
+    if before:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)  # the zygote and the reaper hold this end too
+    if number == signal.SIGKILL:
+        assert f"error: the driver (process {process.pid}) was killed; what it had started is ended, and the same command goes on" in said
+    else:
+        assert process.returncode == 128 + number
+        assert said.splitlines()[-1] == f"{number.name}: stopped before training began; the same command starts again"
+    assert "Traceback" not in said
+    assert not folders[0].exists()
 
 
 def test_a_cluster_is_described_in_words() -> None:

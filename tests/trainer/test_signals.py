@@ -11,6 +11,7 @@ from trainer.drive.signals import INTERRUPTIBLE, Phase, Signals, farewell
 NEWEST = "the same command goes on from the newest saved checkpoint"
 # phase -> what is said after "SIGINT: stopped"
 SAID = {
+    Phase.BEGINNING: " before training began; the same command starts again",
     Phase.DRY_RUN: "; a dry run changes nothing",
     Phase.SETTING_UP: " before training began; the same command starts again",
     Phase.PREPARING_DATA: " while the data were opened or converted; the same command goes on after the last complete shard",
@@ -34,7 +35,7 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> Signals:
 def test_each_phase_has_a_sentence_and_only_before_training_it_says_so(phase: Phase) -> None:
     assert farewell(phase, "SIGINT") == f"SIGINT: stopped{SAID[phase]}"
     assert farewell(phase, "SIGHUP", at_once=True) == f"SIGHUP: stopped at once{SAID[phase]}"
-    assert ("before training" in SAID[phase]) == (phase in (Phase.SETTING_UP, Phase.RESUMING))
+    assert ("before training" in SAID[phase]) == (phase in (Phase.BEGINNING, Phase.SETTING_UP, Phase.RESUMING))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -50,7 +51,7 @@ def test_the_first_signal_interrupts_what_can_be_done_again_and_lets_the_rest_be
         else:
             signal.raise_signal(number)
     assert (signals.number, signals.name, signals.phase) == (number, number.name, phase)
-    assert {Phase.TRAINING, Phase.ENDING, Phase.OVER}.isdisjoint(INTERRUPTIBLE)
+    assert {Phase.BEGINNING, Phase.TRAINING, Phase.ENDING, Phase.OVER}.isdisjoint(INTERRUPTIBLE)
 
 
 @pytest.mark.parametrize("phase", Phase)
@@ -88,10 +89,18 @@ def test_outside_a_run_a_second_signal_leaves_by_an_exception_and_the_same_one_t
 
 def test_an_interrupt_that_something_swallowed_is_raised_again_before_anything_else_begins(signals: Signals) -> None:
     with signals.heard():
+        signals.enter(Phase.SETTING_UP)
         with suppress(BaseException):  # as a library's destructor does
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signals.enter(Phase.TRAINING)
+
+
+def test_a_signal_at_the_very_beginning_waits_until_the_command_is_armed(signals: Signals) -> None:
+    with signals.heard():
+        signal.raise_signal(signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            signals.enter(Phase.SETTING_UP)
 
 
 def test_a_signal_while_the_end_is_written_leaves_out_what_is_not_needed_for_it(signals: Signals) -> None:

@@ -21,6 +21,8 @@ SAME_SIGNAL_SECONDS = 0.3
 class Phase(Enum):
     """What a command is doing, as far as a signal makes a difference."""
 
+    BEGINNING = auto()
+    """A moment only, in which the command arms itself against being killed. A signal waits for the next phase."""
     DRY_RUN = auto()
     SETTING_UP = auto()
     PREPARING_DATA = auto()
@@ -45,7 +47,7 @@ def farewell(phase: Phase, name: str, *, at_once: bool = False) -> str:
     match phase:
         case Phase.DRY_RUN:
             return f"{how}; a dry run changes nothing"
-        case Phase.SETTING_UP:
+        case Phase.BEGINNING | Phase.SETTING_UP:
             return f"{how} before training began; the same command starts again"
         case Phase.PREPARING_DATA:
             return f"{how} while the data were opened or converted; the same command goes on after the last complete shard"
@@ -70,7 +72,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._number, self._at = 0, 0.0
-        self._phase, self._came_in = Phase.SETTING_UP, Phase.SETTING_UP
+        self._phase, self._came_in = Phase.BEGINNING, Phase.BEGINNING
         self._leave: Callable[[int], None] = _leave
         self._alarm: SimpleQueue[None] = SimpleQueue()  # not a threading.Event: a signal handler may find its lock taken
 
@@ -91,11 +93,11 @@ class Signals:
     @property
     def cuts_short(self) -> bool:
         """Whether a signal came that ends the command before all is done; one that came in training asks for less."""
-        return bool(self._number) and (self._came_in in INTERRUPTIBLE or self._came_in is Phase.ENDING)
+        return bool(self._number) and self._came_in in INTERRUPTIBLE | {Phase.BEGINNING, Phase.ENDING}
 
     def enter(self, phase: Phase) -> None:
-        """The command is in this phase from now on. KeyboardInterrupt if a signal came while the end was written down and what follows can
-        be left out, or if one raised it before and something swallowed it."""
+        """The command is in this phase from now on. KeyboardInterrupt if a signal waits: it came at the beginning, or while the end was
+        written down and what follows can be left out, or it raised one before that something swallowed."""
         self._phase = phase
         if self.cuts_short and phase is not Phase.OVER:
             raise KeyboardInterrupt

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cluster.belongings import belongings
+from cluster.belongings import belongings, preferred_place, problem_of
 from cluster.exporter import serve_discovery
 from cluster.journal import Journal
 from cluster.redact import redact
@@ -62,18 +62,15 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
     """Do one run from its data to its report. Returns the exit status."""
     zygote_name = uuid.uuid4().hex
     with belongings() as ours, signals.leaving_by(ours.end_at_once), _zygote(zygote_name) as zygote:
+        signals.enter(Phase.SETTING_UP)
         from cluster.demand import wait_for_hardware
         from cluster.launch import plan_resources
         from cluster.ray_cluster import ray_cluster
         from trainer.drive.drive import Drive
         from trainer.drive.session import open_session
 
-        if os.environ.get("HOME") == ours.folder:
-            console.print(
-                "the home folder cannot be written to: caches, and data that are converted into it, last as long as this command; "
-                "set HOME or --data.root to keep them",
-                soft_wrap=True,
-            )
+        for line in unusual(ours.folder):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
         signals.enter(Phase.PREPARING_DATA)
         set_up = SetUp(console)
         data = with_data(asked, console, set_up)
@@ -112,6 +109,17 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             decided = decide(placed, hardware, resources, zygote, checked, console, set_up)
             begun = begin(decided, asked.environment, console, set_up)
             return Drive(open_session(decided, begun, zygote=zygote_name, console=console), begun.start, signals).go()
+
+
+def unusual(folder: str) -> Iterator[str]:
+    """What the user should know of the driver's temporary folder."""
+    if problem := problem_of(preferred_place()):
+        yield f"{problem}; Ray's files are in {folder}"
+    if os.environ.get("HOME") == folder:
+        yield (
+            "the home folder cannot be written to: caches, and data that are converted into it, last as long as this command; "
+            "set HOME or --data.root to keep them"
+        )
 
 
 @contextmanager
