@@ -22,7 +22,7 @@ POLL_SECONDS = 0.2
 SLOW_SECONDS = 2.0
 """An answer that takes longer is shown as a wait for the storage."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10.0
-STOP_SECONDS = 5.0
+STOP_SECONDS = 30.0
 """How long a run that is to stop waits for an answer that is under way, if there is no outage."""
 MEASURE_SECONDS = 5.0
 

@@ -19,20 +19,26 @@ from rich.console import Console
 from benchmarks.faults.storage import Group
 from cluster import journal as journal_module
 from cluster import patience as patience_module
+from cluster.agent import RankEnd
 from cluster.controller import RunFailed
 from cluster.failures import Failure
 from cluster.heartbeat import CoordinatorLost
 from cluster.journal import Journal, JournalReader, read_journal
 from cluster.launch import Resources
+from cluster.roster import RankInfo
 from cluster.storage import RetryPolicy, Storage, open_storage
 from cluster.store import Store
 from tests.s3 import Server, serving
+from trainer.drive import account as account_module
+from trainer.drive import attempt as attempt_module
 from trainer.drive import drive as drive_module
 from trainer.drive import session as session_module
-from trainer.drive.attempt import Outcome
+from trainer.drive.account import Account
+from trainer.drive.attempt import Attempt, Outcome
 from trainer.drive.drive import Drive
 from trainer.drive.screen import Position
 from trainer.drive.session import Session, patience_of
+from trainer.drive.signals import Signals
 from trainer.settings.tree import RunConfig
 from trainer.tasks.info import CLASSIFICATION
 
@@ -61,19 +67,32 @@ class Faults:
         return call
 
 
+class Reference:
+    """Ray's reference to the answer of a call, which is made when that is asked for."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+
+    def __call__(self) -> Any:
+        return self._call()
+
+    def future(self) -> Any:
+        return SimpleNamespace(add_done_callback=lambda tell: tell(None))
+
+
 class Handle:
-    """Ray's handle of a coordinator that lives in this process. A reference is the call itself, made when its answer is asked for."""
+    """Ray's handle of a coordinator that lives in this process."""
 
     def __init__(self, coordinator: Any) -> None:
         self._coordinator = coordinator
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._coordinator, name)
+        method = getattr(self._coordinator, name, lambda *_: None)  # the actor also keeps the ranks' results: none here
 
-        def remote(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        def remote(*args: Any, **kwargs: Any) -> Reference:
             if name in ("waiting_for_storage", "account"):  # nobody asks for their answers
                 method(*args, **kwargs)
-            return lambda: method(*args, **kwargs)
+            return Reference(lambda: method(*args, **kwargs))
 
         return SimpleNamespace(remote=remote)
 
@@ -292,6 +311,52 @@ def test_the_driver_goes_on_when_a_real_service_is_back(monkeypatch: pytest.Monk
         events = {event["event"]: event for event in read_journal(storage, "run")}
         told = [events[name]["time"] for name in ("attempt_failed", "storage_outage", "storage_recovered", "resumed")]
         assert told == sorted(told)  # the wait is after the failure, where it does not count as training
+
+
+def test_a_storage_that_is_silent_holds_up_no_look_at_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's loop goes on: it sees the ranks, and their end. Nobody is told to have taken the run over."""
+    monkeypatch.setattr(attempt_module, "TAKEN_OVER_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(account_module, "REMOTE_ACCOUNT_SECONDS", 0.0)
+    monkeypatch.setattr(attempt_module, "poll_seconds", lambda *_: 0.001)
+    monkeypatch.setattr(attempt_module, "living_nodes", set)
+    answers, asked = threading.Event(), threading.Semaphore(0)
+
+    def silent(number: int) -> str:
+        asked.release()
+        assert answers.wait(60)
+        return ""
+
+    play = Play(lambda number: "")
+    with play.group:
+        session, coordinator = play.session(), play.group._coordinator
+        looks = 0
+
+        def show(*_: Any, **__: Any) -> None:
+            nonlocal looks
+            looks += 1
+            if looks == 1:
+                coordinator.register(2, 0, RankInfo(host="here", pid=1, node_id="node", metrics_address=""))
+                play.faults.fails = silent
+            if looks == 300:
+                coordinator.rank_ended(2, 0, RankEnd(status=0, error=None, killed_by_order=False))
+
+        fleet: Any = SimpleNamespace(workers=1, number=1, wait=lambda seconds: False)
+        parts: Any = {
+            "fleets": SimpleNamespace(seen=lambda status: None),
+            "room": SimpleNamespace(reason_to_pause=lambda *_, **__: None),
+            "signals": Signals(),
+            "screen": SimpleNamespace(show=show, message=lambda text: None),
+            "account": Account(session),
+        }
+        began = time.monotonic()
+        outcome = Attempt(session, position=Position(attempt=2), fleet=fleet, **parts).run()
+        assert time.monotonic() - began < 60
+        assert looks == 300
+        assert asked.acquire(timeout=30)
+        assert asked.acquire(timeout=30)  # both questions were put: who drives the run, and what the account is made of
+        assert outcome == Outcome(result=None)
+        answers.set()
+        play.mend(session)
 
 
 # The way to the coordinator
