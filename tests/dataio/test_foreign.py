@@ -2,6 +2,8 @@
 to fill time or memory fills neither."""
 
 import contextlib
+import io
+import json
 import os
 import time
 import zlib
@@ -17,14 +19,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from made import read, write_folder, write_idx, write_table
 
+from cluster.journal import read_journal
 from cluster.storage import open_storage
 from dataio.codecs.codec import Refusal
 from dataio.codecs.image.sniff import MAX_SCANS, sniff
 from dataio.foreign import json_of, open_regular, read_regular
 from dataio.sources import SourceError, load_cifar_pickle
 from dataio.sources.source import key_of, name_of
+from trainer.runs.__main__ import table
 from trainer.runs.folder import RunFolder
+from trainer.runs.progress import final_table
 from trainer.runs.status import look
+from trainer.settings.say import Terminal
 from trainer.settings.toml import load
 from trainer.settings.tree import RunConfig
 
@@ -87,6 +93,21 @@ def test_a_foreign_runs_folder_is_listed_with_what_is_wrong(make: Callable[[Path
     status = look(RunFolder(storage=open_storage(tmp_path), name="run"), is_live=False)
     assert status is not None
     assert any("not a regular file" in problem for problem in status.problems), status.problems
+
+
+@pytest.mark.parametrize("value", ["x", [], {}, True, 10**400, 1e308])
+def test_a_foreign_runs_folder_is_listed_whatever_its_values_are(value: object, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    said = {"run": "run", "status": "finished", "steps": value, "seconds": value, "accounting": value, "test_loss": value}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(said))
+    deep = '{"time": 1e9, "event": "x", "a": ' + "[" * 100_000
+    (tmp_path / "run" / "journal.jsonl").write_text(f'{deep}\n{{"time": {10**400}, "event": "run_started"}}\n')
+    assert read_journal(open_storage(tmp_path), "run") == []
+    status = look(RunFolder(storage=open_storage(tmp_path), name="run"), is_live=False)
+    assert status is not None
+    assert status.problems
+    assert len(table([status], width=80, now=1e9)) > 1
+    Terminal(file=io.StringIO()).print(final_table(said))
 
 
 def test_a_runs_file_that_is_too_large_is_refused_by_name(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from cluster.text import MASK, redact
 from cluster.text import shown as on_one_line
+from trainer.runs.events import STRANGE
 from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
 from trainer.settings.say import Terminal
 from trainer.settings.units import duration, loss, number, percent, size
@@ -211,7 +212,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             return
         try:
             rows.append((name, show(summary[key])))
-        except (LookupError, TypeError, ArithmeticError, ValueError):  # anyone may have written the summary
+        except STRANGE:
             rows.append((name, "?"))
 
     for measure, value in measured(info, summary):

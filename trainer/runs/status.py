@@ -24,6 +24,7 @@ from cluster.storage import Storage, open_regular
 from cluster.store import COMMIT, CORRUPT, MANIFEST, Store
 from dataio.foreign import json_of
 from trainer.runs import live, summary
+from trainer.runs.events import STRANGE
 from trainer.runs.folder import RUN_MARKS, RunFolder
 from trainer.runs.journal_tail import Event, Excerpt, JournalTail
 from trainer.runs.measures import known_info
@@ -144,7 +145,7 @@ def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] 
         written = entries["summary.json"].modified
         try:
             said = read_summary(folder)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, *STRANGE) as error:
             problems.append(f"summary.json cannot be read: {_reason(error)}")
     excerpt, known = Excerpt(events=[], is_whole=False), said
     try:
@@ -162,8 +163,7 @@ def look(folder: RunFolder, *, is_live: bool = True, clock: Callable[[], float] 
         problems.append(f"its journal cannot be read: {_reason(error)}")
     try:
         return _checked(_status(folder, excerpt, known, problems, is_live=is_live, now=clock()))
-    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, OSError, RecursionError) as error:
-        # Events and summaries are of any age, and by any author.
+    except (*STRANGE, OSError) as error:
         return RunStatus(run=folder.name, status="unknown", problems=(*problems, f"it cannot be made sense of: {_reason(error)}"))
 
 
@@ -274,7 +274,7 @@ def find_driver(folder: RunFolder, events: Sequence[Event]) -> Driver | None:
     try:
         claim = json.loads(folder.storage.read(f"{folder.name}/generations/g{generation:04d}"))
         host, pid = str(claim["host"]), int(claim["pid"])
-    except (OSError, ValueError, LookupError, TypeError):  # cut off by a power failure: it says nothing
+    except (OSError, *STRANGE):  # cut off by a power failure: it says nothing
         return None
     if pid != started.get("pid"):
         return None
@@ -435,7 +435,7 @@ class Checkpoint:
             return None
         try:
             return int(json.loads(self.folder.read(f"{self.path}/{MANIFEST}") or b"")["meta"]["steps_per_epoch"])
-        except (OSError, ValueError, LookupError, TypeError):  # damaged: whoever reads it for its weights reports that
+        except (OSError, *STRANGE):  # damaged: whoever reads it for its weights reports that
             return None
 
 
