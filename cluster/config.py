@@ -64,7 +64,7 @@ class ClusterConfig:
     """Ranks that live but make no progress for this long (and for ten times their longest step) are killed, their stacks go into the
     journal, and the run continues from its newest checkpoint. Stopped processes (SIGSTOP) are detected after 5 s."""
     start_seconds: Annotated[float, Gt(0), "600 is the default"] = 600.0
-    """The same limit for the time until the first step: data, weights, process group."""
+    """The same limit for each part of the way to the first step: data, weights, process group, compiling. Decoding counts as progress."""
     placement_seconds: Annotated[float, Gt(0), "300 is the default"] = 300.0
     """How long the cluster may take to find room for the workers; with `--workers N:M`, for N of them."""
     grow_after_seconds: Annotated[float, Ge(0), "0 grows at once"] = 30.0
@@ -78,8 +78,8 @@ class ClusterConfig:
     storage_retry_seconds: Annotated[float, Ge(0), "0 tries once"] = 20.0
     """How long a failing operation on a remote storage is retried before it counts as an outage."""
     spill_dir: str = ""
-    """Folder on each node for checkpoints that wait out a storage outage, the newest two of each rank; empty uses a folder in the
-    system's temporary directory."""
+    """Folder on each node for checkpoints that the storage does not take now (an outage, expired keys, and, if the folder is on another
+    disk, a full or stalled local storage), the newest two of each rank; empty uses a folder in the system's temporary directory."""
     stop_grace_seconds: Annotated[float, Ge(0)] = 60.0
     """Time that a stopped run has to commit; after it, the run stops anyway."""
     faults: FaultPolicy = field(default_factory=FaultPolicy)

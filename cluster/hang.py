@@ -19,8 +19,8 @@ What may take how long without a tick follows from the phase (beat):
 
 Each rank is judged by itself, so one that ticks hides nobody. A rank that waits for others (joining, exchange) is to blame only if all
 wait. One in a step may be waiting for others unseen (a GPU, or an all-reduce inside the backward pass), so it is not to blame while another
-rank starts or waits for a storage within its limits. Time in which the driver itself did not run (a suspended or starved machine) does
-not count."""
+rank starts, evaluates or waits for a storage: that one goes on or exceeds its own limit. Time in which the driver itself did not run (a
+suspended or starved machine) does not count."""
 
 import math
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ LONGEST_LOOK_SECONDS = 1.0
 
 _WAITS_FOR_OTHERS = frozenset({JOINING, EXCHANGE})
 _MAY_WAIT_UNSEEN = frozenset({STEP})
-_MAY_BE_AWAITED = BEFORE_STEPS | {STORAGE, COORDINATOR}
+_MAY_BE_AWAITED = BEFORE_STEPS | {EVALUATION, MEASURING, STORAGE, COORDINATOR}
 _OWN_WORK = frozenset({STEP, EVALUATION})
 
 
@@ -119,20 +119,19 @@ class HangWatch:
 
     def _stuck(self, signs: Mapping[int, Sign]) -> Hang | None:
         self._note_progress(signs)
-        overdue = {rank: self._still(rank) for rank, sign in signs.items() if self._still(rank) >= self._limit(sign.phase)}
+        overdue = {rank for rank, sign in signs.items() if self._still(rank) >= self._limit(sign.phase)}
         if not overdue:
             return None
-        in_time = [signs[rank].phase for rank in signs if rank not in overdue]
         # Waiting for others is nobody's fault, unless all wait, and all for too long.
         excused = set(_WAITS_FOR_OTHERS)
-        if any(phase in _MAY_BE_AWAITED for phase in in_time):
+        if any(sign.phase in _MAY_BE_AWAITED for sign in signs.values()):  # in time, or guilty themselves
             excused |= _MAY_WAIT_UNSEEN
         guilty = {rank for rank in overdue if signs[rank].phase not in excused}
         if any(signs[rank].phase in _MAY_WAIT_UNSEEN for rank in guilty):
             # Which of them waits for which does not show, nor does whose last tick came a moment before the other's.
             guilty |= {rank for rank, sign in signs.items() if sign.phase in _MAY_WAIT_UNSEEN and self._is_late(rank, sign)}
-        if not guilty and not in_time and all(signs[rank].phase in _WAITS_FOR_OTHERS for rank in overdue):
-            guilty = set(overdue)
+        if len(overdue) == len(signs) and all(sign.phase in _WAITS_FOR_OTHERS for sign in signs.values()):
+            guilty = overdue
         return self._blamed(guilty, signs) if guilty else None
 
     def _blamed(self, guilty: set[int], signs: Mapping[int, Sign]) -> Hang:

@@ -98,6 +98,16 @@ def test_who_waits_for_a_storage_is_no_hang_and_neither_are_those_that_wait_for_
         assert clock.advance(1, {0: sign(second, phase="storage", state="D"), 1: sign(5, phase=others)})[0] is None
 
 
+def test_a_rank_that_ranks_many_scores_is_awaited_and_nobody_is_blamed_meanwhile():
+    """In ddp mode the other is in its next step's all-reduce by then."""
+    signs = {0: sign(5, phase="measuring"), 1: sign(5)}
+    clock = Clock()
+    assert clock.advance(START - 1, signs)[0] is None
+    hang, _ = clock.advance(2, signs)
+    assert hang is not None
+    assert (hang.kind, hang.ranks, hang.phase) == ("stuck", (0,), "measuring")
+
+
 def test_a_rank_that_says_it_waits_for_the_storage_and_no_longer_looks_is_stuck():
     clock = Clock()
     assert clock.advance(5, {0: sign(1, phase="storage"), 1: sign(5, phase="exchange")})[0] is None
