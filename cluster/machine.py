@@ -101,7 +101,7 @@ def parse_available(meminfo: str) -> int:
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
             return int(rest.split()[0]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable; is this Linux 3.14 or later?")
+    raise ValueError("/proc/meminfo has no MemAvailable, which Linux has since 3.14")
 
 
 def parse_limit(text: str) -> int | None:

@@ -87,6 +87,12 @@ class UnknownFormat(ValueError):
     failure_kind = "user"
 
 
+class AlreadyCommitted(OSError):
+    """Another attempt has committed the step, or the same one other content."""
+
+    failure_kind = "infrastructure"
+
+
 class StagedFileLost(OSError):
     """A file that a rank staged is not where the commit looks for it."""
 
@@ -320,8 +326,8 @@ class Store:
                 self._delete(path)
                 return path, False
             if (other := _attempt_of(found)) > attempt:
-                raise OSError(f"attempt {other} has committed {path} already: what attempt {attempt} staged comes too late")
-        raise OSError(f"attempt {attempt} has committed {own} already, with other content")
+                raise AlreadyCommitted(f"attempt {other} has committed {path} already: what attempt {attempt} staged comes too late")
+        raise AlreadyCommitted(f"attempt {attempt} has committed {own} already, with other content")
 
     def _commit_objects(self, path: str, generation: int, receipts: Sequence[Receipt], manifest: bytes) -> None:
         strays = _check_staged(self.storage.list(path), receipts, path)

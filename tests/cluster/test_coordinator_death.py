@@ -125,7 +125,7 @@ class World:
         raise AssertionError(f"{method}{arguments} is never true")
 
     def stage(self, attempt: int, rank: int, step: int) -> Receipt:
-        return self.store.stage(step, self.generation, f"rank-{rank}.json", f"{attempt}/{rank}/{step}".encode())
+        return self.store.stage(step, self.generation, f"rank-{rank}.json", f"{attempt}/{rank}/{step}".encode(), attempt=attempt)
 
     def end(self) -> None:
         self.until("drain", 0.1)
@@ -535,7 +535,7 @@ def test_a_commit_that_the_storage_refuses_waits_for_new_credentials(tmp_path: P
     generation = store.claim_generation()
     coordinator = bare(storage, None)
     coordinator.start_attempt(1, 1, 0)
-    receipt = store.stage(4, generation, "r", b"x")
+    receipt = store.stage(4, generation, "r", b"x", attempt=1)
     away.error = StorageRefused("the token has expired")
     coordinator.ack(1, 0, 4, [receipt])
     while away.tried < 10:

@@ -14,7 +14,7 @@ from cluster.rank import AgentLost, CallFailed, GroupIncomplete
 from cluster.spill import ForeignSpillFolder, SpillDamaged
 from cluster.state import AttemptOver
 from cluster.storage import StorageOutage, StorageRefused
-from cluster.store import CorruptCheckpoint, Fenced, NoValidCheckpoint, StagedFileLost, StorageFull, UnknownFormat
+from cluster.store import AlreadyCommitted, CorruptCheckpoint, Fenced, NoValidCheckpoint, StagedFileLost, StorageFull, UnknownFormat
 from cluster.surroundings import NoSuchInterface
 from cluster.zygote import ForeignZygote
 from dataio.convert import DiskFull
@@ -52,6 +52,7 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (StorageFull(28, "x"), "storage"),
     (ForeignSpillFolder("x"), "storage"),
     (SpillDamaged("x"), "infrastructure"),
+    (AlreadyCommitted("x"), "infrastructure"),
     (StagedFileLost("x"), "infrastructure"),
     (CheckpointNotSaved("x"), "infrastructure"),
     (GroupIncomplete("x"), "infrastructure"),
@@ -128,6 +129,10 @@ BARE = {
     "PermissionError",
 }
 MAY_BE_BARE = {
+    ("dataio/foreign.py", "open_regular"): "an errno says why a file is not read; the readers turn it into a bad sample or a SourceError",
+    ("dataio/foreign.py", "read_regular"): "likewise",
+    ("cluster/storage.py", "open_regular"): "likewise, for files of a run that somebody else may have made",
+    ("cluster/store.py", "_verify"): "the system's own errno, whose kind it keeps, with what to do",
     ("dataio/sources/hostile.py", "read_below"): "an errno says why a sample cannot be read; the source turns it into a bad sample",
     ("dataio/convert.py", "convert"): "as the system would raise it; caught five lines below and put into words",
 }
