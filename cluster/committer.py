@@ -11,7 +11,7 @@ from typing import Any
 from cluster.commits import Staged
 from cluster.metrics import Metrics
 from cluster.state import FENCED
-from cluster.storage import StorageOutage, StorageRefused
+from cluster.storage import StorageRefused, is_outage
 from cluster.store import Commit, Fenced, StorageFull, Store
 
 COMMIT_PAUSE_SECONDS = 1.0
@@ -96,7 +96,9 @@ class Committer:
         while True:
             try:
                 commit = self._store.commit(staged.step, self._generation, staged.receipts, staged.meta, attempt=staged.attempt)
-            except (StorageOutage, StorageRefused) as error:
+            except OSError as error:
+                if not (is_outage(error) or isinstance(error, StorageRefused)):
+                    raise
                 if began is None:
                     began = self._clock()
                     self._tell("storage_outage", attempt=staged.attempt, step=staged.step, message=str(error))
