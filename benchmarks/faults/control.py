@@ -66,7 +66,7 @@ SETTINGS = (
     *("--cluster.grow-after-seconds", "0.1", "--cluster.hang-seconds", "5", "--cluster.start-seconds", "20"),
 )
 CALL_TIMEOUT_SECONDS = 0.5
-"""After how long a trial's lost call fails for its caller."""
+"""After how long Ray tells the caller of a lost call that the actor cannot be reached."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import ray
 import ray.train
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 
 from benchmarks.faults import small_rank
 from benchmarks.faults.calls import Dead, Life, start_as, this_life
@@ -60,7 +60,7 @@ class MessageStrike:
     seconds: float = 0.0
     """For `lasting`: how long the coordinator answers nobody, from that message on."""
     timeout_seconds: float = 0.0
-    """After how long a caller gives up a message that gets no answer."""
+    """For `once` and `answer lost`: after how long Ray tells the caller that the actor cannot be reached."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +192,7 @@ class Actor:
 
     def _lose(self, ref: Ref) -> None:
         time.sleep(self._strike.timeout_seconds)
-        ref.fail(GetTimeoutError("Get timed out: some object(s) not ready."))
+        ref.fail(ActorUnavailableError("The actor is temporarily unavailable", None))
 
     def _run(self, ref: Ref, method: str, packed: bytes, how: str, first: list[bool]) -> None:
         """Deliver a message to the present instance, unless it dies first: then kill() delivers it again."""
