@@ -44,6 +44,20 @@ def test_a_trial_in_which_the_storage_refuses_ends_with_one_line_and_goes_on_to_
     assert (row["trials"], row["violations"]) == (1, 0), row["problems"]
 
 
+def test_a_slice_of_the_trials_whose_runs_all_end_in_the_same_bits(campaign: Campaign) -> None:
+    """Fails where a second delivery, a coordinator's death, or one failure or 90 s of a disk cost the run."""
+    base = campaign.undisturbed("local", "death")
+    journal = [number for number, (call, path) in enumerate(base.calls, start=1) if call == "open file" and path.endswith("journal.jsonl")]
+    trials = [
+        Trial(message=MessageStrike(how="twice")),
+        Trial(message=MessageStrike(how="killed after", method="start_attempt", number=2)),
+        Trial(storage=Strike(kind="driver", how="once", first=journal[1])),
+        Trial(storage=Strike(kind="driver", how="lasting", first=journal[1], seconds=3.0)),
+    ]
+    row = row_of("slice", campaign.judge(trials), print)
+    assert (row["trials"], row["violations"]) == (len(trials), 0), row["problems"]
+
+
 def test_what_counts_as_a_violation() -> None:
     once = Trial(storage=Strike(kind="driver", how="once", first=3))
     refused = Trial(storage=Strike(kind="driver", how="refused", first=3))
