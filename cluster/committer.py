@@ -2,6 +2,7 @@
 
 store.py defines what a commit is; commits.py decides which checkpoints are complete."""
 
+import errno
 import queue
 import threading
 import time
@@ -11,13 +12,29 @@ from typing import Any
 from cluster.commits import Staged
 from cluster.metrics import Metrics
 from cluster.state import FENCED
-from cluster.storage import StorageRefused, is_outage
+from cluster.storage import StorageRefused
 from cluster.store import Commit, Fenced, StorageFull, Store
 
 COMMIT_PAUSE_SECONDS = 1.0
 """Time between two tries to commit in an outage; each try also waits by itself (storage.RetryPolicy)."""
 COMMITS_WAITING = 2
 """Number of checkpoints that may wait behind the one being committed; if more wait, that one is given up."""
+
+
+# What a mount says while its server is away, or its credentials are.
+_PASSING = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EAGAIN, errno.EREMOTEIO),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED),
+        *(errno.EACCES, errno.EPERM, errno.EROFS),
+    }
+)
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the same commit may succeed later. A full disk fails it at once: the checkpoints before are there, and the next one is as
+    large."""
+    return isinstance(error, StorageOutage | StorageRefused) or error.errno in _PASSING
 
 
 class Committer:
@@ -97,7 +114,7 @@ class Committer:
             try:
                 commit = self._store.commit(staged.step, self._generation, staged.receipts, staged.meta, attempt=staged.attempt)
             except OSError as error:
-                if not (is_outage(error) or isinstance(error, StorageRefused)):
+                if not may_pass(error):
                     raise
                 if began is None:
                     began = self._clock()

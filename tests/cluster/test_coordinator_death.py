@@ -4,9 +4,11 @@ Its process is an object here. It dies at a call to the outside, before or after
 commit, a clean-up. From then on nothing of it does anything. Its heir finds the log, and whoever got no answer asks again, as Ray and the
 agents do."""
 
+import errno
 import inspect
 import itertools
 import json
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -548,6 +550,36 @@ def test_a_commit_that_the_storage_refuses_waits_for_new_credentials(tmp_path: P
     coordinator.finish(5.0)
     assert [each["message"] for each in named(storage, "storage_outage")] == ["the token has expired"]
     assert len(named(storage, "storage_recovered")) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("name", ["rename", "open", "fsync"])
+def test_a_mount_that_fails_once_in_a_commit_costs_no_checkpoint(
+    local: tuple[Storage, Path], monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    storage, _ = local
+    monkeypatch.setattr("cluster.committer.COMMIT_PAUSE_SECONDS", 0.001)
+    store = Store.open(storage, "run")
+    for failing in range(1, 8):
+        coordinator = bare(storage, None)
+        coordinator.start_attempt(failing, 1, 0)
+        receipt = store.stage(failing, 1, "r", b"x")
+        calls, real = itertools.count(1), getattr(os, name)
+
+        def fails_once(path: Any, *rest: Any, calls: Any = calls, real: Any = real, failing: int = failing, **named: Any) -> Any:
+            if threading.current_thread().name == "committer" and next(calls) == failing:
+                raise OSError(code, os.strerror(code), str(path))
+            return real(path, *rest, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fails_once)
+            coordinator.ack(failing, 0, failing, [receipt])
+            assert coordinator.wait_committed(failing, 20.0), (name, failing)
+        assert coordinator.finish(10.0)
+        commit = store.newest_valid(print)
+        assert commit is not None
+        assert commit.step == failing
+        assert coordinator.status().checkpoints.failures == 0
 
 
 def test_it_gives_up_when_it_dies_again_at_once_and_not_when_it_dies_once_a_day(local: tuple[Storage, Path]) -> None:
