@@ -33,7 +33,7 @@ LOSSLESS_SIDE = 64
 PAGE_BYTES = 2_000_000  # for all images, in their form in the page
 READ_BYTES = 256_000_000  # of the data set; row groups are read whole
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # those that a data set may hold (dataio.codecs.image.sniff)
-_TURNS = {  # by the orientation in an image's EXIF
+_TURNS: Mapping[object, Image.Transpose] = {  # by the orientation in an image's EXIF
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
