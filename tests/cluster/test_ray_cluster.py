@@ -1,10 +1,15 @@
-"""Joining and starting Ray, without Ray: which signals its processes hear."""
+"""Joining and starting Ray, without Ray: which signals its processes hear, and whose death ends a run."""
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,3 +51,49 @@ def test_the_programs_own_sigterm_handler_has_the_last_word_though_ray_sets_anot
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=PROJECT, timeout=60, check=False)
     assert done.returncode == 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def vital(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
+    """What stands for the raylet and the GCS of a local Ray."""
+    processes = {name: subprocess.Popen(["sleep", "60"]) for name in ("raylet", "gcs_server")}
+    known = {name: [SimpleNamespace(process=process)] for name, process in processes.items()}
+    monkeypatch.setattr(ray_cluster.worker_module, "_global_node", SimpleNamespace(all_processes=known))
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_the_death_of_a_vital_process_is_told_at_once(vital: dict[str, "subprocess.Popen[bytes]"], name: str) -> None:
+    lost: SimpleQueue[str] = SimpleQueue()
+    with ray_cluster._watched(lost.put):
+        assert lost.empty()
+        vital[name].kill()
+        assert lost.get(timeout=20) == name
+    assert lost.empty()
+
+
+def test_an_orderly_end_is_no_death(vital: dict[str, "subprocess.Popen[bytes]"]) -> None:
+    lost: SimpleQueue[str] = SimpleQueue()
+    before = set(os.listdir("/proc/self/fd"))
+    with ray_cluster._watched(lost.put):
+        pass
+    for process in vital.values():
+        process.kill()
+        process.wait()
+    assert lost.empty()
+    assert len(set(os.listdir("/proc/self/fd")) - before) == 0
+    assert "ray-watch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_local_ray_has_a_token_of_its_own_and_writes_none_into_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("ray.init", lambda **_: seen.append(os.environ.get("RAY_AUTH_TOKEN", "")))
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    for more in ({}, {}, {"RAY_AUTH_TOKEN_PATH": "/mine"}):
+        monkeypatch.setattr(os, "environ", {**bare, **more})
+        ray_cluster._start("/folder", project=PROJECT, cpus=1, verbose=False)
+    assert [len(token) for token in seen] == [64, 64, 0]
+    assert seen[0] != seen[1]

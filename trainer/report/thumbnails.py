@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from dataio.config import DataConfig
 from dataio.manifest import MANIFEST_NAME, Manifest, ManifestError
@@ -33,6 +33,15 @@ LOSSLESS_SIDE = 64
 PAGE_BYTES = 2_000_000  # for all images, in their form in the page
 READ_BYTES = 256_000_000  # of the data set; row groups are read whole
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # those that a data set may hold (dataio.codecs.image.sniff)
+_TURNS: Mapping[object, Image.Transpose] = {  # by the orientation in an image's EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Cell = tuple[int, int]
 """(true class, answer)."""
@@ -176,11 +185,12 @@ def thumbnail(encoded: bytes) -> str | None:
 def _small(encoded: bytes) -> Image.Image:
     with Image.open(io.BytesIO(encoded), formats=_FORMATS) as opened:
         opened.draft("RGB", (2 * SIDE, 2 * SIDE))
+        # Not ImageOps.exif_transpose, which also encodes all tags again, and raises where one of them is malformed.
         try:
-            upright = ImageOps.exif_transpose(opened)
+            turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
         except Exception:  # the tags are broken, the pixels need not be
-            upright = opened
-        small = upright.convert("RGB")
+            turn = None
+        small = (opened if turn is None else opened.transpose(turn)).convert("RGB")
         small.thumbnail((SIDE, SIDE))
         return small
 
