@@ -12,7 +12,7 @@ from typing import Any
 from cluster.commits import Staged
 from cluster.metrics import Metrics
 from cluster.state import FENCED
-from cluster.storage import StorageRefused
+from cluster.storage import StorageRefused, is_outage
 from cluster.store import Commit, Fenced, StorageFull, Store
 
 COMMIT_PAUSE_SECONDS = 1.0
@@ -21,20 +21,10 @@ COMMITS_WAITING = 2
 """Number of checkpoints that may wait behind the one being committed; if more wait, that one is given up."""
 
 
-# What a mount says while its server is away, or its credentials are.
-_PASSING = frozenset(
-    {
-        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EAGAIN, errno.EREMOTEIO),
-        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED),
-        *(errno.EACCES, errno.EPERM, errno.EROFS),
-    }
-)
-
-
 def may_pass(error: OSError) -> bool:
     """Whether the same commit may succeed later. A full disk fails it at once: the checkpoints before are there, and the next one is as
     large."""
-    return isinstance(error, StorageOutage | StorageRefused) or error.errno in _PASSING
+    return isinstance(error, StorageRefused) or is_outage(error) or error.errno == errno.EACCES  # which NFS says while it is being mounted
 
 
 class Committer:
