@@ -24,7 +24,7 @@ COMMITS_WAITING = 2
 def may_pass(error: OSError) -> bool:
     """Whether the same commit may succeed later. A full disk fails it at once: the checkpoints before are there, and the next one is as
     large."""
-    return isinstance(error, StorageRefused) or is_outage(error) or error.errno == errno.EACCES  # which NFS says while it is being mounted
+    return isinstance(error, StorageRefused) or is_outage(error) or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Committer:
