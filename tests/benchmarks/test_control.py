@@ -47,12 +47,13 @@ def test_a_trial_in_which_the_storage_refuses_ends_with_one_line_and_goes_on_to_
 def test_a_slice_of_the_trials_whose_runs_all_end_in_the_same_bits(campaign: Campaign) -> None:
     """Fails where a second delivery, a coordinator's death, or one failure or 90 s of a disk cost the run."""
     base = campaign.undisturbed("local", "death")
-    journal = [number for number, (call, path) in enumerate(base.calls, start=1) if call == "open file" and path.endswith("journal.jsonl")]
+    looks = [number for number, (call, path) in enumerate(base.calls, start=1) if call == "scandir" and path == "run/checkpoints"]
+    going_back = looks[-1]  # after the rank's death
     trials = [
         Trial(message=MessageStrike(how="twice")),
         Trial(message=MessageStrike(how="killed after", method="start_attempt", number=2)),
-        Trial(storage=Strike(kind="driver", how="once", first=journal[1])),
-        Trial(storage=Strike(kind="driver", how="lasting", first=journal[1], seconds=3.0)),
+        Trial(storage=Strike(kind="driver", how="once", first=going_back)),
+        Trial(storage=Strike(kind="driver", how="lasting", first=going_back, seconds=3.0)),
     ]
     row = row_of("slice", campaign.judge(trials), print)
     assert (row["trials"], row["violations"]) == (len(trials), 0), row["problems"]
