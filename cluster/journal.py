@@ -360,14 +360,23 @@ def _generations(told: Mapping[str, Sequence[Event]]) -> dict[str, int]:
 
 
 def _joined(lines: list[Event], segments: list[Event]) -> list[Event]:
-    """Both parts of a journal, if its run was copied from one kind of storage to another: the older part first."""
-    parts = [part for part in (lines, segments) if part]
-    drivers = [[event["generation"] for event in part if isinstance(event.get("generation"), int)] for part in parts]
-    if all(drivers):
-        parts = [part for _, part in sorted(zip(drivers, parts, strict=True), key=lambda one: min(one[0]))]
+    """Both parts of a journal, if its run was copied from one kind of storage to another, perhaps there and back: the segments come where
+    the file goes on without them. The generations of the drivers say where that is, or else the time."""
+    if not lines or not segments:
+        return lines or segments
+
+    def generations(events: list[Event]) -> list[int]:
+        return [event["generation"] for event in events if isinstance(event.get("generation"), int)]
+
+    if generations(lines) and generations(segments):
+        newest = max(generations(segments))
+        later = [index for index, event in enumerate(lines) if isinstance(event.get("generation"), int) and event["generation"] > newest]
     else:
-        parts.sort(key=lambda part: float(part[0]["time"]))
-    return [event for part in parts for event in part]
+        later = [index for index, event in enumerate(lines) if float(event["time"]) > float(segments[-1]["time"])]
+    at = min(later, default=len(lines))
+    begins = [index for index in range(at, -1, -1) if index < len(lines) and lines[index]["event"] == "run_started"]
+    at = begins[0] if later and begins and not generations(lines[begins[0] : at]) else at  # a driver begins before it names its generation
+    return [*lines[:at], *segments, *lines[at:]]
 
 
 def _events(lines: Iterable[bytes]) -> list[Event]:

@@ -52,15 +52,15 @@ class Run:
             config=RunConfig(run="pets", storage=self.storage.uri),
             storage=self.storage,
             journal=self.journal,
-            events=lambda: read_journal(self.storage, "pets"),
+            last_events=lambda: read_journal(self.storage, "pets"),
             status=lambda: self.status(),
             total_steps=STEPS,
             steps_per_epoch=40,
             resources=SimpleNamespace(threads_per_worker=1),
             decided=SimpleNamespace(dataset=DATASET, command="python -m trainer.run", task=CLASSIFICATION),
             console=self.quiet,
-            store=SimpleNamespace(newest_valid=lambda tell: SimpleNamespace(step=100)),
-            committed_step=lambda: 100,
+            patiently=lambda what, operation: operation(),
+            saved_step=lambda: 100,
         )
         self.signals.enter(Phase.ENDING)
         return Ending(session=session, result={"stopped": False, "steps_done": STEPS}, workers=2, signals=self.signals)

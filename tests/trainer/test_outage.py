@@ -36,6 +36,7 @@ from trainer.drive import session as session_module
 from trainer.drive.account import Account
 from trainer.drive.attempt import Attempt, Outcome
 from trainer.drive.drive import Drive
+from trainer.drive.record import Identity
 from trainer.drive.screen import Position
 from trainer.drive.session import Session, patience_of
 from trainer.drive.signals import Signals
@@ -122,6 +123,7 @@ class Play:
             hardware=SimpleNamespace(local=True),
             fingerprint="f",
             task=CLASSIFICATION,
+            identity=Identity(settings={}, weights="", dataset="f", decoder={}, device="cpu", threads=1, versions={}),
         )
         given: dict[str, Any] = {
             "decided": decided,
@@ -175,7 +177,9 @@ class Play:
         monkeypatch.setattr(drive_module, "Ending", self.ending)
         session = session or self.session()
         with self.group:
-            status = Drive(session, None).go()
+            signals = Signals()
+            with signals.heard():
+                status = Drive(session, None, signals).go()
         self.mend(session)
         return status
 
