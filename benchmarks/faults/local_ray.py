@@ -15,6 +15,7 @@ import pickle
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -32,11 +33,12 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from benchmarks.faults import small_rank
 from benchmarks.faults.calls import Dead, Life, start_as, this_life
-from cluster import launch, rank
+from cluster import launch, rank, ray_cluster
 from cluster.agent import agent_main
 from cluster.coordinator import CoordinatorActor
 from cluster.failures import Failure
 from cluster.launch import ClusterHardware
+from cluster.leftovers import FOLDER_VARIABLE
 from cluster.zygote import Forked, Zygote
 from trainer.drive.check import Checked
 from trainer.rank import worker
@@ -268,7 +270,7 @@ class ThreadZygote:
 def _answer_check(descriptor: int) -> None:
     connection = Connection(descriptor)
     connection.recv()
-    connection.send(Checked(has_depthwise=True, task=CLASSIFICATION))
+    connection.send(Checked(has_depthwise=True, task=CLASSIFICATION, weights_bytes=1000))
 
 
 class ThreadRank(Forked):
@@ -404,7 +406,7 @@ def give_room(*, after_first_fleet: int) -> None:
     _room["small"] = after_first_fleet
 
 
-def _free() -> list[dict[str, float]]:
+def _free(avoided: Any = ()) -> list[dict[str, float]]:
     return [{"CPU": 1.0 if _room.get("small", 0) > 0 else 64.0}]
 
 
@@ -449,12 +451,13 @@ def install(strike: MessageStrike, *, on_actor: Callable[[Actor], None]) -> None
 
     def start_coordinator(**kwargs: Any) -> Actor:
         packed = pickle.dumps(kwargs)
-        actor = Actor(lambda: CoordinatorActor(**pickle.loads(packed)), strike)
+        log = f"{tempfile.mkdtemp(prefix='coordinator-', dir=os.environ.get(FOLDER_VARIABLE))}/coordinator.log"
+        actor = Actor(lambda: CoordinatorActor(**pickle.loads(packed), log=log), strike)
         on_actor(actor)
         return actor
 
     everywhere(launch.start_coordinator, start_coordinator)
-    everywhere(launch.ray_cluster, _cluster)
+    everywhere(ray_cluster.ray_cluster, _cluster)
     everywhere(launch.Fleet, ThreadFleet)
     everywhere(launch.free_resources, _free)
     everywhere(launch.total_resources, _free)
@@ -469,7 +472,7 @@ def install(strike: MessageStrike, *, on_actor: Callable[[Actor], None]) -> None
     ray.util.get_current_placement_group = lambda: None
     ray.train.get_context = _context
     vars(rank)["os"] = _Os()
-    rank.RankContext.join_group = lambda self, timeout_seconds: None  # type: ignore[method-assign]
+    rank.RankContext.join_group = lambda self, join_seconds: None  # type: ignore[method-assign]
     worker.train_rank = small_rank.train_rank
 
 

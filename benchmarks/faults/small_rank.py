@@ -124,7 +124,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     storage = open_storage(spec.config.storage, spec.config.cluster.storage_retry_seconds)
     store = Store.open(storage, spec.config.run)
     state = TrainState(model, optimizer)
-    memory = restore(store, spec.resume, state)
+    memory = restore(store, spec.resume, state, me.waits)
     plan = StepPlan.of(spec.config, order.steps_per_epoch, start_step=memory.start_step)
     guard = Guard(spike_factor=0.0, batch_size=order.batch_size, samples_of=lambda step: order.batch_size)
     guard.load(memory.history.guard)

@@ -21,7 +21,7 @@ from cluster.failures import Failure
 from cluster.hang import Hang
 from cluster.roster import RankInfo
 from cluster.store import Commit
-from trainer.drive.attempt import Act, Look, decide, has_begun, lost_agents, signs, silent_agents, wait_for_news
+from trainer.drive.attempt import Act, Look, decide, has_begun, lost_agents, may_begin, signs, silent_agents, wait_for_news
 from trainer.drive.drive import told_failure
 from trainer.drive.fleets import Pause
 from trainer.drive.screen import Position, phase_of
@@ -53,6 +53,7 @@ LOOKS = st.builds(
     hang=st.sampled_from([None, HANG]),
     is_taken_over=st.booleans(),
     signal=st.sampled_from([0, signal.SIGINT, signal.SIGTERM]),
+    may_begin=st.booleans(),
     has_begun=st.booleans(),
     stop_asked_seconds=st.none() | MINUTES,
     stop_grace_seconds=MINUTES,
@@ -87,7 +88,7 @@ def test_what_is_wrong_with_an_attempt_comes_before_what_is_wanted_of_it_the_gra
 @given(look=LOOKS.map(at_peace))
 def test_the_ranks_are_asked_to_stop_once_and_only_after_a_signal(look: Look) -> None:
     act = decide(look)
-    is_new = look.signal != 0 and look.stop_asked_seconds is None
+    is_new = look.signal != 0 and look.stop_asked_seconds is None and (look.has_begun or not look.may_begin)
     assert (act in (Act.ASK_TO_STOP, Act.STOP_AT_ONCE)) == is_new
     if is_new:
         assert act is (Act.ASK_TO_STOP if look.has_begun else Act.STOP_AT_ONCE)
@@ -130,6 +131,25 @@ def test_an_attempt_has_begun_once_a_rank_may_have_steps_that_are_not_saved(coor
     assert not has_begun(coordinator.status())
     beat(coordinator, 1, 10, "step")  # it may have done many since
     assert has_begun(coordinator.status())
+
+
+@pytest.mark.parametrize(
+    ("beat_seconds", "signal_seconds", "unknown"),
+    [
+        (0.5, 0.1, True),  # the beat came before the signal
+        (0.5, 1.0, True),  # it came after it, and may tell of a time before
+        (0.5, 1.6, False),
+        (30.0, 2.0, True),
+        (30.0, 5.0, False),  # nobody waits for a rank that says nothing
+    ],
+)
+def test_a_signal_waits_for_beats_that_are_newer_to_know_whether_a_step_was_done(
+    beat_seconds: float, signal_seconds: float, unknown: bool
+) -> None:
+    status: Any = SimpleNamespace(ranks={0: SimpleNamespace(age_seconds=0.0), 1: SimpleNamespace(age_seconds=beat_seconds)})
+    assert may_begin(status, signal_seconds, heartbeat_seconds=1.0) is unknown
+    nobody: Any = SimpleNamespace(ranks={})
+    assert not may_begin(nobody, signal_seconds, heartbeat_seconds=1.0)
 
 
 def test_a_rank_that_compiles_again_after_its_first_steps_has_begun(coordinator: Coordinator) -> None:

@@ -34,6 +34,8 @@ from trainer.settings.spec import TARGET, ResumePoint, WorkerSpec
 TAKEN_OVER_POLL_SECONDS = 5.0
 AGENT_SILENT_SECONDS = 5.0
 STACKS_SECONDS = 5.0
+MOST_HEARTBEATS_WAITED = 4
+"""A signal while the ranks start waits at most this many heartbeats to know whether they have begun."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +65,8 @@ class Look:
     """Another process drives this run now."""
     signal: int = 0
     """Number of the signal that the driver got; 0: none."""
+    may_begin: bool = False
+    """The newest beats are older than the signal: nobody knows yet whether a step was done meanwhile."""
     has_begun: bool = False
     """There may be steps that are not saved."""
     stop_asked_seconds: float | None = None
@@ -105,7 +109,9 @@ def decide(look: Look) -> Act:
     if look.is_taken_over:
         return Act.GIVE_WAY
     if look.signal and look.stop_asked_seconds is None:
-        return Act.ASK_TO_STOP if look.has_begun else Act.STOP_AT_ONCE
+        if look.has_begun:
+            return Act.ASK_TO_STOP
+        return Act.GO_ON if look.may_begin else Act.STOP_AT_ONCE
     if look.stop_asked_seconds is not None and look.stop_asked_seconds > look.stop_grace_seconds:
         return Act.END_GRACE
     if look.pause is not None and not look.pause_asked and not look.signal:
@@ -135,6 +141,7 @@ class Attempt:
         self._stop_asked_at: float | None = None
         self._pause: Pause | None = None  # the ranks were asked for it
         self._ended = 0  # number of ended ranks in the last status
+        self._saw_signal = False
 
     def run(self) -> Outcome:
         """Run the attempt from its first order to its end."""
@@ -151,7 +158,7 @@ class Attempt:
         return outcome
 
     def _news(self) -> Status:
-        status = wait_for_news(self._session, self._signals, self._fleet, self._ended, is_told=self._stop_asked_at is not None)
+        status = wait_for_news(self._session, self._signals, self._fleet, self._ended, is_told=self._saw_signal)
         self._ended = len(status.ended_ranks)
         self._fleets.seen(status)
         return status
@@ -160,6 +167,8 @@ class Attempt:
         ranks_ended = len(status.ended_ranks) == self._fleet.workers
         silent = silent_agents(status)
         signal, pause = self._signals.number, None
+        self._saw_signal = signal != 0
+        heartbeat_seconds = self._session.config.cluster.heartbeat_seconds
         if not fleet_ended and self._pause is None and not signal and status.steps_done > status.start_step:
             pause = self._room.reason_to_pause(status, workers=self._fleet.workers, attempt=self._position.attempt)
         return Look(
@@ -171,6 +180,7 @@ class Attempt:
             hang=None if ranks_ended or status.is_orphan else watch.look(time.monotonic(), signs(status)),
             is_taken_over=is_taken_over,
             signal=signal,
+            may_begin=signal != 0 and may_begin(status, self._signals.seconds, heartbeat_seconds),
             has_begun=has_begun(status),
             stop_asked_seconds=None if self._stop_asked_at is None else time.monotonic() - self._stop_asked_at,
             stop_grace_seconds=self._session.config.cluster.stop_grace_seconds,
@@ -326,6 +336,13 @@ def has_begun(status: Status) -> bool:
     at_work = any(rank.phase not in BEFORE_STEPS for rank in status.ranks.values())
     last = status.checkpoints.last
     return at_work or status.steps_done > status.start_step or (last is not None and last.step > status.start_step)
+
+
+def may_begin(status: Status, signal_seconds: float, heartbeat_seconds: float) -> bool:
+    """Whether a rank may have left its start by now, although no beat says so: a beat tells of a time up to a heartbeat before it came. It
+    is not waited for longer than a few heartbeats. `signal_seconds`: time since the signal."""
+    oldest_seconds = max((rank.age_seconds for rank in status.ranks.values()), default=-heartbeat_seconds)
+    return oldest_seconds + heartbeat_seconds > signal_seconds and signal_seconds < MOST_HEARTBEATS_WAITED * heartbeat_seconds
 
 
 def signs(status: Status) -> dict[int, Sign]:

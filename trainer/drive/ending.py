@@ -64,8 +64,11 @@ class Ending:
     def taken_over(self) -> int:
         """Write only to the journal: the summary and the report now belong to the other process."""
         session, run = self.session, self.session.config.run
-        claim = json.loads(session.storage.read(f"{run}/generations/g{session.store.newest_generation():04d}"))
-        other = f"process {claim['pid']} on {claim['host']}"
+        try:
+            claim = session.patiently("the newer claim", lambda: session.store.claim(session.store.newest_generation()))
+            other = f"process {claim.pid} on {claim.host}" if claim.host else "another process"  # its note was cut short
+        except OSError:
+            other = "another process"
         session.journal.write("run_taken_over", by=other, generation=session.generation)
         complain(
             f"error: run {run} was taken over by {other}, which goes on from the newest checkpoint; this process ends. "

@@ -6,6 +6,7 @@ KeyboardInterrupt in the main thread. While the ranks train they only ask for a 
 A second signal ends the command at once. `nohup` works: a SIGHUP that was ignored at the start stays ignored.
 """
 
+import math
 import os
 import signal
 import time
@@ -101,6 +102,11 @@ class Signals:
         self._phase = phase
         if self.cuts_short and phase is not Phase.OVER:
             raise KeyboardInterrupt
+
+    @property
+    def seconds(self) -> float:
+        """Time since the signal; infinite if none came."""
+        return time.monotonic() - self._at if self._number else math.inf
 
     def new_alarm(self) -> "SimpleQueue[None]":
         """A new queue that signals and `wake` put an item into from now on. Make it before checking what may have happened already."""

@@ -304,6 +304,7 @@ def begin(decided: Decided, environment: Environment, console: Console, set_up: 
     set_up.call("config.toml", partial(storage.write_atomic, f"{config.run}/config.toml", settings))
     journal.write(
         "run_started",
+        generation=generation,
         command=decided.command,
         versions=versions(),
         pid=os.getpid(),
