@@ -563,7 +563,7 @@ def test_a_mount_that_fails_once_in_a_commit_costs_no_checkpoint(
     for failing in range(1, 8):
         coordinator = bare(storage, None)
         coordinator.start_attempt(failing, 1, 0)
-        receipt = store.stage(failing, 1, "r", b"x", attempt=1)
+        receipt = store.stage(failing, 1, "r", b"x", attempt=failing)
         calls, real = itertools.count(1), getattr(os, name)
 
         def fails_once(path: Any, *rest: Any, calls: Any = calls, real: Any = real, failing: int = failing, **named: Any) -> Any:
