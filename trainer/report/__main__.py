@@ -14,7 +14,7 @@ from trainer.report.files import read_files
 from trainer.report.sections import Report, make_report
 from trainer.runs.folder import find_run
 from trainer.settings.cli import fail
-from trainer.settings.say import say
+from trainer.settings.say import complain, say
 from trainer.settings.tree import RunConfig
 
 PROG = "python -m trainer.report"
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _tell(report: Report) -> str:
     for problem in report.problems:
-        print(f"warning: not shown: {problem}", file=sys.stderr)
+        complain(f"warning: not shown: {problem}")
     return report.location
 
 
