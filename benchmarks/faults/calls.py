@@ -197,7 +197,7 @@ class Storages:
 
     def _install_local(self) -> None:
         shutil._use_fd_functions = False  # type: ignore[attr-defined]  # so that rmtree calls os.unlink with whole paths
-        for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "scandir", "stat", "lstat"):
+        for name in ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "scandir", "stat", "lstat"):
             setattr(os, name, self._by_path(name, getattr(os, name)))
         for name in ("write", "fsync"):
             setattr(os, name, self._by_descriptor(name, getattr(os, name)))

@@ -24,7 +24,7 @@ def test_a_whole_run_in_one_process_shows_every_call_and_gives_the_same_bits_how
     assert death.events["attempt_failed"] == 1
     assert death.events["checkpoint_committed"] >= STEPS / 2
     paths = " ".join(path for _, path in death.calls)
-    for part in ("journal.jsonl", "config.toml", "generations/g0001", "checkpoints", "summary.json", "report.html"):
+    for part in ("journal.jsonl", "config.toml", "generations/.g0001", "checkpoints", "summary.json", "report.html"):
         assert part in paths, part
     methods = {method for method, _, _ in death.messages}
     assert methods >= {"start_attempt", "order", "register", "ack", "wait_committed", "put_result", "rank_ended", "result", "news", "drain"}
