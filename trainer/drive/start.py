@@ -268,7 +268,8 @@ def decide(
     use_gpus = resources.gpus_per_worker > 0
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
-    check_room(data.storage, placed.config, checked.weights_bytes, tell)
+    weights_bytes = checked.weights_bytes
+    set_up.call("the room for checkpoints", lambda: check_room(data.storage, placed.config, weights_bytes, tell))
     config = settled(placed.config, capability, has_depthwise=checked.has_depthwise, tell=tell)
     return Decided(
         config=config,
