@@ -14,6 +14,7 @@ from cluster.metrics import Metrics
 from cluster.state import FENCED
 from cluster.storage import StorageRefused, is_outage
 from cluster.store import Commit, Fenced, StorageFull, Store
+from cluster.waiting import REFUSAL_PATIENCE_SECONDS
 
 COMMIT_PAUSE_SECONDS = 1.0
 """Time between two tries to commit in an outage; each try also waits by itself (storage.RetryPolicy)."""
@@ -97,8 +98,8 @@ class Committer:
 
     def _commit_through_outages(self, staged: Staged) -> Commit:
         """Commit in step order: the checkpoints behind this one wait for it. A refusal is waited out like an outage, because credentials
-        can be renewed while a run goes on. Gives up when the committer is closed. It also gives up when too many wait: if the ranks reach
-        the storage and this process does not, they would fill it."""
+        can be renewed while a run goes on, but only for REFUSAL_PATIENCE_SECONDS. Gives up when the committer is closed. It also gives up
+        when too many wait: if the ranks reach the storage and this process does not, they would fill it."""
         began: float | None = None
         while True:
             try:
@@ -110,7 +111,8 @@ class Committer:
                     began = self._clock()
                     self._tell("storage_outage", attempt=staged.attempt, step=staged.step, message=str(error))
                 self._on_waiting(str(error))
-                if self._waiting.qsize() > COMMITS_WAITING or self._closed.wait(COMMIT_PAUSE_SECONDS):
+                is_given_up = not is_outage(error) and self._clock() - began > REFUSAL_PATIENCE_SECONDS
+                if is_given_up or self._waiting.qsize() > COMMITS_WAITING or self._closed.wait(COMMIT_PAUSE_SECONDS):
                     raise
             else:
                 if began is not None:

@@ -15,14 +15,14 @@ from cluster.patience import Patience
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 3600.0
+WAIT_SECONDS = 3600.0
 """How long a command waits for its storage before it has begun anything."""
 
 
 class SetUp:
     """See the module."""
 
-    def __init__(self, console: Console, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, console: Console, *, patience_seconds: float = WAIT_SECONDS) -> None:
         self._patience_seconds = patience_seconds
         self._noted: list[tuple[str, dict[str, Any]]] = []
         self._patience = Patience(say=lambda line: console.print(Text(line), soft_wrap=True), record=self._note)
