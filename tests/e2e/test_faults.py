@@ -146,7 +146,8 @@ def test_what_only_the_workers_can_find_ends_the_run_at_once(storage: Path, imag
     run.wait_for("run_started")
     weights.write_bytes(b"not a safetensors file")
     assert run.finish() == 1, run.output()
-    assert f"rank 0: WeightsError: model.weights={weights} cannot be read" in run.output()
+    assert f"rank 0: WeightsError: model.weights={weights} holds on " in run.output()
+    assert "another file" in run.output()
     assert "Traceback" not in run.output()
     assert sum(event["event"] == "attempt_started" for event in run.events()) == 1
 
