@@ -144,3 +144,15 @@ def processes_of_session(leader: int) -> list[int]:
             if int(session) == leader and state != "Z":
                 found.append(int(folder.name))
     return found
+
+
+def once_agents_answer(
+    command: Callable[[], "subprocess.CompletedProcess[str]"], timeout: float = 60
+) -> "subprocess.CompletedProcess[str]":
+    """Run a `ray job` command. A head answers 500 to it in its first seconds, until the agent of a node has started."""
+    end = time.monotonic() + timeout
+    while True:
+        done = command()
+        if done.returncode == 0 or "No available agent" not in done.stdout + done.stderr or time.monotonic() > end:
+            return done
+        time.sleep(0.5)

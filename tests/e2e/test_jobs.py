@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.running import PROJECT, SMALL, processes_of_session
+from tests.e2e.running import PROJECT, SMALL, once_agents_answer, processes_of_session
 from tests.ports import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -59,14 +59,16 @@ class RayCluster:
         raise AssertionError(f"no cluster in {timeout} s:\n{self.log.read_text()}")
 
     def cli(self, *args: str, check: bool = True, **environment: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "ray.scripts.scripts", *args],
-            cwd=PROJECT,
-            env=self.environment | environment,
-            text=True,
-            capture_output=True,
-            timeout=120,
-            check=False,
+        done = once_agents_answer(
+            lambda: subprocess.run(
+                [sys.executable, "-m", "ray.scripts.scripts", *args],
+                cwd=PROJECT,
+                env=self.environment | environment,
+                text=True,
+                capture_output=True,
+                timeout=120,
+                check=False,
+            )
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout if check else done.stdout + done.stderr

@@ -16,7 +16,7 @@ import pytest
 from cluster.ledger import read_ledger
 from tests.e2e import test_elastic
 from tests.e2e.conftest import TRAIN_IMAGES
-from tests.e2e.running import PROJECT, SMALL
+from tests.e2e.running import PROJECT, SMALL, once_agents_answer
 from tests.e2e.test_jobs import events
 from tests.ports import free_ports
 
@@ -29,9 +29,11 @@ class Cluster(test_elastic.Nodes):
     """Its nodes, three of one CPU beside a head of none, and a job API on the head."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        [port] = free_ports(1)
+        port, agent = free_ports(2)
         self.api = f"http://127.0.0.1:{port}"
-        with_api = f'"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": {port}'
+        with_api = (
+            f'"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": {port}, "dashboard_agent_listen_port": {agent}'
+        )
         assert '"include_dashboard": False' in test_elastic.NODES
         patch.setattr(test_elastic, "NODES", test_elastic.NODES.replace('"include_dashboard": False', with_api))
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # a job's `python` is this one
@@ -40,7 +42,7 @@ class Cluster(test_elastic.Nodes):
 
     def cli(self, *args: str) -> str:
         command = [sys.executable, "-m", "ray.scripts.scripts", *args]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False)
+        done = once_agents_answer(lambda: subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False))
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
