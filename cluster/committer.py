@@ -79,8 +79,7 @@ class Committer:
             except Exception as error:  # the thread must survive any storage error: the old checkpoint is intact and training continues
                 kind = "storage_full" if isinstance(error, StorageFull) else type(error).__name__
                 self._on_failed(staged, kind, str(error))
-            finally:
-                self._on_settled(staged)
+            self._on_settled(staged)  # not if this process is dying: its successor then commits it
 
     def _commit(self, staged: Staged) -> None:
         began = self._clock()
