@@ -44,7 +44,6 @@ class Run:
         self.signals = Signals()
         self.signals.enter(Phase.TRAINING)
         self.journal = Journal.open(self.storage, "pets", writer="driver")
-        self.status: Callable[[], Any] = lambda: SimpleNamespace(quarantined=2)
         self.quiet = Console(file=open(os.devnull, "w"), width=200, record=True)  # noqa: SIM115
 
     def ending(self) -> Ending:
@@ -53,7 +52,7 @@ class Run:
             storage=self.storage,
             journal=self.journal,
             last_events=lambda: read_journal(self.storage, "pets"),
-            status=lambda: self.status(),
+            quarantined=lambda: 2,
             total_steps=STEPS,
             steps_per_epoch=40,
             resources=SimpleNamespace(threads_per_worker=1),
@@ -170,15 +169,6 @@ def test_a_part_of_the_report_that_fails_is_said_there_and_in_the_journal(run: R
     assert run.events("report_incomplete")[0]["problems"] == ["Timeline: ZeroDivisionError: by zero"]
     assert "This could not be shown (Timeline: ZeroDivisionError: by zero)." in (run.folder / "report.html").read_text()
     run.assert_complete()
-
-
-def test_the_coordinators_death_after_the_last_step_matters_no_more(run: Run) -> None:
-    for key in ("a", "b", "a"):
-        run.journal.write("sample_quarantined", split="train", key=key, reason="broken")
-    run.status = fails(RuntimeError("the actor died"))
-    assert run.ending().finished() == 0
-    summary = json.loads((run.folder / "summary.json").read_text())
-    assert summary["quarantined"] == DATASET.manifest.quarantined + 2
 
 
 @pytest.mark.parametrize(("number", "point"), [(signal.SIGINT, "rendered"), (signal.SIGTERM, "read_files"), (signal.SIGHUP, "rendered")])

@@ -442,5 +442,8 @@ def test_an_event_is_told_by_the_driver_where_the_coordinator_is_gone(session: S
     assert [event["written"] for event in session.events() if event["event"] == "hang"] == [True]
     monkeypatch.setattr(ray, "get", Wire(unavailable()))
     session.order("end_fleet", 1)
+    for key in ("a", "b", "a"):
+        session.journal.write("sample_quarantined", split="train", key=key, reason="broken")
+    session.events()
     monkeypatch.setattr(ray, "get", Wire(ray.exceptions.ActorDiedError()))
-    assert session.quarantined() == 0
+    assert session.quarantined() == 2, "what the journal knows, each sample once"

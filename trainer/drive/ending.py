@@ -92,7 +92,7 @@ class Ending:
         session = self.session
         ended = {"time": time.time(), "event": event, **fields}
         events = [*session.last_events(), ended]
-        summary = summarise(config=session.config, status=status, events=events, result=self.result, facts=self._facts(events))
+        summary = summarise(config=session.config, status=status, events=events, result=self.result, facts=self._facts())
         try:
             encoded = json.dumps(redacted(finite(summary)), indent=1, allow_nan=False).encode()
             session.patiently("summary.json", lambda: session.storage.write_atomic(f"{session.config.run}/summary.json", encoded))
@@ -119,7 +119,7 @@ class Ending:
     def _folder(self) -> RunFolder:
         return RunFolder(storage=self.session.storage, name=self.session.config.run)
 
-    def _facts(self, events: list[dict[str, Any]]) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         """Facts for the summary that only the driver knows."""
         session, manifest = self.session, self.session.decided.dataset.manifest
         return {
@@ -128,17 +128,11 @@ class Ending:
             "steps_per_epoch": session.steps_per_epoch,
             "classes": list(manifest.classes),
             "dataset_fingerprint": manifest.fingerprint,
-            "quarantined": manifest.quarantined + self._quarantined(events),
+            "quarantined": manifest.quarantined + session.quarantined(),
             "versions": versions(),
             "command": session.decided.command,
             "task": session.decided.task.to_json(),
         }
-
-    def _quarantined(self, events: list[dict[str, Any]]) -> int:
-        try:
-            return self.session.status().quarantined
-        except Exception:  # the coordinator is gone, which no longer matters: the journal has what it knew
-            return len({(event.get("split"), event.get("key")) for event in events if event["event"] == "sample_quarantined"})
 
 
 def written_report(folder: RunFolder, dataset: Dataset, journal: Journal | None = None) -> str | None:

@@ -139,7 +139,7 @@ class Session:
         try:
             return self.status().quarantined
         except CoordinatorLost:
-            return sum(event["event"] == "sample_quarantined" for event in self.reader.known)
+            return len({(event.get("split"), event.get("key")) for event in self.reader.known if event["event"] == "sample_quarantined"})
 
     # The run's folder
 
