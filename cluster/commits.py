@@ -44,6 +44,8 @@ class CheckpointNews:
     """Checkpoints that could not be saved, over all attempts of this driver."""
     problem: str
     """Why the latest of them failed; "" if none did."""
+    is_refused: bool
+    """The storage refused that one, and would refuse it again."""
     failed_steps: frozenset[int]
     """Steps of the current attempt whose checkpoints failed for good: the newest ones, above the newest commit."""
     waiting: str = ""
@@ -69,7 +71,7 @@ class Commits:
         self._handed_step = -1  # the newest step of this attempt that ack() returned
         self._failed_steps: set[int] = set()
         self._withdrawn: set[tuple[int, int]] = set()  # (step, rank), of failed steps
-        self._failures, self._problem, self._waiting = 0, "", ""
+        self._failures, self._problem, self._is_refused, self._waiting = 0, "", False, ""
         self._in_hand: dict[tuple[int, int], Staged] = {}  # by attempt and step
         self._made: set[tuple[int, int]] = set()  # those in hand whose commit is made, and which are still being cleaned up after
 
@@ -114,11 +116,12 @@ class Commits:
         self._withdrawn.add((step, rank))
         return True
 
-    def failed(self, attempt: int, step: int, problem: str) -> bool:
-        """The checkpoint failed. Returns False if another rank has already reported it."""
+    def failed(self, attempt: int, step: int, problem: str, *, is_refused: bool = False) -> bool:
+        """The checkpoint failed. `is_refused`: the storage would refuse it again. Returns False if another rank has already reported
+        it."""
         is_new = attempt != self._attempt or step not in self._failed_steps
         self._failures += is_new
-        self._problem = problem
+        self._problem, self._is_refused = problem, is_refused
         if attempt == self._attempt:
             self._failed_steps.add(step)
             self._failed_steps = set(sorted(self._failed_steps)[-STEPS_KEPT:])
@@ -165,6 +168,7 @@ class Commits:
             last=self._last,
             failures=self._failures,
             problem=self._problem,
+            is_refused=self._is_refused,
             failed_steps=frozenset(self._failed_steps),
             waiting=self._waiting,
         )

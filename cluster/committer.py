@@ -32,7 +32,7 @@ class Committer:
     """See the module. `keep`: how many checkpoints remain after a newer one is committed.
 
     For each checkpoint its thread calls on_committed(staged, unix time, fields of the journal's event) or on_failed(staged, kind,
-    message), then on_settled(staged). The kind FENCED means that a newer driver has claimed the run. `on_waiting(message)`: a checkpoint
+    error), then on_settled(staged). The kind FENCED means that a newer driver has claimed the run. `on_waiting(message)`: a checkpoint
     waits for the storage. `tell(event, **fields)` writes other events. A checkpoint that a committer which died had in hand may be put
     again, whatever that one had done of it."""
 
@@ -43,7 +43,7 @@ class Committer:
         keep: int,
         *,
         on_committed: Callable[[Staged, float, dict[str, Any]], None],
-        on_failed: Callable[[Staged, str, str], None],
+        on_failed: Callable[[Staged, str, Exception], None],
         on_settled: Callable[[Staged], None],
         on_waiting: Callable[[str], None],
         tell: Callable[..., None],
@@ -75,10 +75,10 @@ class Committer:
             try:
                 self._commit(staged)
             except Fenced as error:
-                self._on_failed(staged, FENCED, str(error))
+                self._on_failed(staged, FENCED, error)
             except Exception as error:  # the thread must survive any storage error: the old checkpoint is intact and training continues
                 kind = "storage_full" if isinstance(error, StorageFull) else type(error).__name__
-                self._on_failed(staged, kind, str(error))
+                self._on_failed(staged, kind, error)
             self._on_settled(staged)  # not if this process is dying: its successor then commits it
 
     def _commit(self, staged: Staged) -> None:

@@ -24,6 +24,7 @@ from cluster.agent import AgentOrder, AgentReport, Payload, RankEnd
 from cluster.beat import Beat, BeatReply
 from cluster.commits import CheckpointNews, Committed, Staged
 from cluster.committer import Committer
+from cluster.failures import is_refusal
 from cluster.journal import read_journal
 from cluster.memory import LOG_LOST, Memory
 from cluster.metrics import Metrics
@@ -373,9 +374,10 @@ class Coordinator:
             if staged is not None:
                 self._committer.put(staged)  # under the lock, to keep the order in which they became complete
 
-    def fail_checkpoint(self, attempt: int, rank: int, step: int, message: str) -> None:
-        """A rank could not stage its part (disk full): this checkpoint fails; training continues with the previous one."""
-        self._message("fail_checkpoint", attempt, rank, step, message)
+    def fail_checkpoint(self, attempt: int, rank: int, step: int, message: str, is_refused: bool = False) -> None:
+        """A rank could not stage its part (disk full): this checkpoint fails; training continues with the previous one. `is_refused`: the
+        storage would refuse it again."""
+        self._message("fail_checkpoint", attempt, rank, step, message, is_refused)
 
     def quarantine(self, records: list[dict[str, Any]]) -> int:
         """Record samples that could not be read: {"key", "reason", "split", "sample_id"}. New ones go into quarantine.jsonl and the
@@ -394,8 +396,8 @@ class Coordinator:
     def _committed(self, staged: Staged, time: float, fields: dict[str, Any]) -> None:
         self._message("committed", (staged.attempt, staged.step), time, fields)
 
-    def _commit_failed(self, staged: Staged, kind: str, message: str) -> None:
-        self._message("commit_failed", (staged.attempt, staged.step), kind, message)
+    def _commit_failed(self, staged: Staged, kind: str, error: Exception) -> None:
+        self._message("commit_failed", (staged.attempt, staged.step), kind, str(error), is_refusal(error))
 
     def _settled(self, staged: Staged) -> None:
         self._message("settled", (staged.attempt, staged.step))

@@ -65,13 +65,13 @@ class WeightsDiffer(ArithmeticError):
 
 class CheckpointNotSaved(OSError):
     """The last checkpoint of an attempt could not be saved, so that its last steps would be lost. It is infrastructure, and those steps
-    are done again, unless `because` says that the storage would refuse them again."""
+    are done again, unless the storage has refused it and would refuse it again (`is_refused`)."""
 
     failure_kind: Kind = "infrastructure"
 
-    def __init__(self, message: str, because: BaseException | None = None) -> None:
+    def __init__(self, message: str, *, is_refused: bool = False) -> None:
         super().__init__(message)
-        if because is not None and classify(described(because)).kind == "storage":
+        if is_refused:
             self.failure_kind = "storage"
 
 
@@ -164,6 +164,11 @@ def described(error: BaseException, *, _depth: int = 0) -> RankError:
         step=error.step if isinstance(error, BadNumbers) else None,
         cause=described(cause, _depth=_depth + 1) if cause is not None else None,
     )
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the storage, a disk or credentials refuse for good what `error` reports: a retry would meet it again."""
+    return classify(described(error)).kind == "storage"
 
 
 def _package(kind: type) -> str:

@@ -25,7 +25,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cluster.failures import Kind, RankError, classify, described, unwrapped
+from cluster.failures import Kind, RankError, described, is_refusal, unwrapped
 from cluster.surroundings import GLOO, NCCL, check_interface, drop_foreign
 
 STACKS_SIGNAL = signal.SIGUSR1
@@ -115,7 +115,7 @@ class CallFailed(RuntimeError):
 
     def __init__(self, message: str, cause: BaseException | None = None) -> None:
         super().__init__(message)
-        if cause is not None and classify(described(cause)).kind == "storage":
+        if cause is not None and is_refusal(cause):
             self.failure_kind = "storage"
 
 

@@ -186,9 +186,9 @@ class State:
     def ack(self, attempt: int, rank: int, step: int, receipts: list[Receipt], meta: Mapping[str, Any]) -> Staged | None:
         return self.commits.ack(attempt, rank, step, receipts, meta)
 
-    def fail_checkpoint(self, attempt: int, rank: int, step: int, message: str) -> None:
+    def fail_checkpoint(self, attempt: int, rank: int, step: int, message: str, is_refused: bool = False) -> None:
         if self.commits.withdraw(attempt, rank, step):
-            self._checkpoint_failed(attempt, step, message, rank=rank)
+            self._checkpoint_failed(attempt, step, message, is_refused=is_refused, rank=rank)
 
     def quarantine(self, records: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Returns the new ones."""
@@ -211,9 +211,9 @@ class State:
         self.commits.committed(attempt, step, time)
         self._say("checkpoint_committed", attempt=attempt, step=step, **fields)
 
-    def commit_failed(self, staged: tuple[int, int], kind: str, message: str) -> None:
+    def commit_failed(self, staged: tuple[int, int], kind: str, message: str, is_refused: bool) -> None:
         attempt, step = staged
-        self._checkpoint_failed(attempt, step, message, kind=kind)
+        self._checkpoint_failed(attempt, step, message, is_refused=is_refused, kind=kind)
         if kind == FENCED:
             self.request_stop(message)
 
@@ -261,9 +261,9 @@ class State:
                 del self._calls[next(iter(self._calls))]
         return True
 
-    def _checkpoint_failed(self, attempt: int, step: int, message: str, **fields: Any) -> None:
+    def _checkpoint_failed(self, attempt: int, step: int, message: str, *, is_refused: bool, **fields: Any) -> None:
         self._say("checkpoint_failed", attempt=attempt, step=step, message=message, **fields)
-        if self.commits.failed(attempt, step, message):
+        if self.commits.failed(attempt, step, message, is_refused=is_refused):
             self._count("checkpoint_failures_total")
 
     def _count(self, name: str, label: str = "") -> None:

@@ -31,6 +31,7 @@ from cluster import journal as journal_module
 from cluster import store as store_module
 from cluster.checkpointer import Checkpointer, Files
 from cluster.coordinator import Coordinator
+from cluster.failures import is_refusal
 from cluster.journal import read_journal
 from cluster.spill import Spill
 from cluster.storage import RetryPolicy, Storage, open_storage
@@ -531,7 +532,7 @@ class Group:
                 step, self._generation, name, buffers, attempt=1, give_up=lambda: checkpointer.hurried()
             ),
             ack=lambda step, receipts, meta: self._coordinator.ack(1, rank, step, receipts, meta),
-            on_failed=lambda step, error: self._coordinator.fail_checkpoint(1, rank, step, str(error)),
+            on_failed=lambda step, error: self._coordinator.fail_checkpoint(1, rank, step, str(error), is_refusal(error)),
             on_event=lambda event, fields: self._coordinator.event(event, rank=rank, **fields),
             spill=None if self._storage.is_local else Spill(self.spill_dir, "run", self._generation, rank, self._storage),
             clock=clock,

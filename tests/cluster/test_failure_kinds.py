@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.coordinator import CoordinatorKeepsDying
-from cluster.failures import KINDS, BadNumbers, CheckpointNotSaved, WeightsDiffer
+from cluster.failures import KINDS, BadNumbers, CheckpointNotSaved, WeightsDiffer, is_refusal
 from cluster.heartbeat import CoordinatorLost
 from cluster.rank import AgentLost, CallFailed, GroupIncomplete
 from cluster.spill import ForeignSpillFolder, SpillDamaged
@@ -109,12 +109,17 @@ def test_every_exception_class_of_ours_that_may_end_a_rank_says_its_kind() -> No
 
 
 def test_a_checkpoint_or_a_call_that_the_storage_refuses_is_a_refusal_and_any_other_is_tried_again() -> None:
-    for make in (CheckpointNotSaved, CallFailed):
-        for because in (StorageFull(28, "x"), StorageRefused("x"), OSError(28, "x")):
-            assert failure_on_a_rank(make("x", because)).kind == "storage"
-            assert pickle.loads(pickle.dumps(make("x", because))).failure_kind == "storage"
-        for other in (None, StorageOutage("x"), OSError(5, "x"), KeyError("x")):
-            assert failure_on_a_rank(make("x", other)).kind == "infrastructure"
+    def errors(because: Exception) -> list[BaseException]:
+        return [CheckpointNotSaved("x", is_refused=is_refusal(because)), CallFailed("x", because)]
+
+    for because in (StorageFull(28, "x"), StorageRefused("x"), OSError(28, "x"), PermissionError(13, "x")):
+        for error in errors(because):
+            assert failure_on_a_rank(error).kind == "storage"
+            assert pickle.loads(pickle.dumps(error)).failure_kind == "storage"
+    for other in (StorageOutage("x"), OSError(5, "x"), KeyError("x")):
+        for error in errors(other):
+            assert failure_on_a_rank(error).kind == "infrastructure"
+    assert failure_on_a_rank(CallFailed("x")).kind == "infrastructure"
 
 
 BARE = {

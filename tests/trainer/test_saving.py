@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from cluster.beat import CHECKPOINT, EVALUATION, STEP, STORAGE, BeatReply
+from cluster.commits import CheckpointNews
 from cluster.config import ClusterConfig
 from cluster.hang import HangWatch, Sign
 from cluster.heartbeat import Heartbeat
@@ -28,7 +30,8 @@ class Rank:
         self.gate = threading.Event()
         self.gate.set()
         self.error: OSError | None = None
-        self.committed, self.failed = False, frozenset[int]()
+        self.committed = False
+        self.news = CheckpointNews(last=None, failures=0, problem="", is_refused=False, failed_steps=frozenset())
         self.heartbeat = Heartbeat(lambda beat: BeatReply(stop_at=None, confirmed=False), 1, 1, 60.0, start_step=0)
         self.heartbeat.tick(STEP)
         me: Any = SimpleNamespace(
@@ -63,7 +66,7 @@ class Rank:
             case "wait_committed":
                 return self.committed
             case "status":
-                return SimpleNamespace(checkpoints=SimpleNamespace(failed_steps=self.failed, problem="no room at the coordinator's"))
+                return SimpleNamespace(checkpoints=self.news)
             case _:
                 return None
 
@@ -116,9 +119,12 @@ def test_the_end_waits_for_the_commit_and_says_what_became_of_the_last_checkpoin
     rank.committed = True
     waiting.join(20)
     assert rank.heartbeat.phase == STEP
-    rank.committed, rank.failed = False, frozenset({5})
-    with pytest.raises(CheckpointNotSaved, match=r"of step 5, could not be saved: no room at the coordinator's"):
-        rank.saver.wait_until_saved(5)
+    rank.committed = False
+    for is_refused, kind in ((False, "infrastructure"), (True, "storage")):
+        rank.news = replace(rank.news, failed_steps=frozenset({5}), problem="no room at the coordinator's", is_refused=is_refused)
+        with pytest.raises(CheckpointNotSaved, match=r"of step 5, could not be saved: no room at the coordinator's") as raised:
+            rank.saver.wait_until_saved(5)
+        assert raised.value.failure_kind == kind
 
 
 def test_a_last_checkpoint_that_the_storage_refused_ends_in_the_storages_own_error(rank: Rank) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cluster.beat import CHECKPOINT, STORAGE
 from cluster.checkpointer import Buffers, Checkpointer, Files
-from cluster.failures import CheckpointNotSaved
+from cluster.commits import CheckpointNews
+from cluster.failures import CheckpointNotSaved, is_refusal
 from cluster.interval import AUTO, IntervalChooser, SharedInterval
 from cluster.spill import Spill, is_another_disk
 from cluster.store import Receipt, Store
@@ -177,10 +178,11 @@ class Saver:
             end = time.monotonic() + OUTAGE_PATIENCE_SECONDS
             while not call("wait_committed", steps_done, timeout=2.0):
                 heartbeat.tick()
-                status = call("status")
-                if steps_done in status.checkpoints.failed_steps or time.monotonic() > end:
-                    why = status.checkpoints.problem or "no answer"
-                    raise CheckpointNotSaved(f"the last checkpoint, of step {steps_done}, could not be saved: {why}")
+                news: CheckpointNews = call("status").checkpoints
+                has_failed = steps_done in news.failed_steps
+                if has_failed or time.monotonic() > end:
+                    message = f"the last checkpoint, of step {steps_done}, could not be saved: {news.problem or 'no answer'}"
+                    raise CheckpointNotSaved(message, is_refused=has_failed and news.is_refused)
 
     def close(self) -> None:
         self._checkpointer.close()
@@ -196,7 +198,7 @@ class Saver:
 
     def _on_failed(self, step: int, error: OSError) -> None:
         self._failed[step] = error
-        self._me.call("fail_checkpoint", self._me.spec.attempt, self._me.rank, step, str(error))
+        self._me.call("fail_checkpoint", self._me.spec.attempt, self._me.rank, step, str(error), is_refusal(error))
 
     def _staged(self, step: int, seconds: float, size_bytes: int) -> None:
         self._me.metrics.observe("checkpoint_stage_seconds", seconds)
