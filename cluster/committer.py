@@ -55,6 +55,7 @@ class Committer:
         self._on_committed, self._on_failed, self._on_settled = on_committed, on_failed, on_settled
         self._on_waiting, self._tell = on_waiting, tell
         self._metrics, self._clock, self._now = metrics, clock, now
+        self._refused_since: float | None = None  # the storage refuses every commit since
         self._closed = threading.Event()
         self._waiting: queue.Queue[Staged | None] = queue.Queue()
         threading.Thread(target=self._commit_all, name="committer", daemon=True).start()
@@ -97,23 +98,34 @@ class Committer:
 
     def _commit_through_outages(self, staged: Staged) -> Commit:
         """Commit in step order: the checkpoints behind this one wait for it. A refusal is waited out like an outage, because credentials
-        can be renewed while a run goes on, but only for REFUSAL_PATIENCE_SECONDS. Gives up when the committer is closed. It also gives up
-        when too many wait: if the ranks reach the storage and this process does not, they would fill it."""
+        can be renewed while a run goes on, but only for REFUSAL_PATIENCE_SECONDS: counted from its own first refusal if it is the newest,
+        from the first refusal of all if a newer one waits behind it, which will hold all that it holds. Gives up when the committer is
+        closed. It also gives up when too many wait: if the ranks reach the storage and this process does not, they would fill it."""
         began: float | None = None
+        refused_since: float | None = None
         while True:
             try:
                 commit = self._store.commit(staged.step, self._generation, staged.receipts, staged.meta, attempt=staged.attempt)
             except OSError as error:
                 if not may_pass(error):
                     raise
+                now = self._clock()
                 if began is None:
-                    began = self._clock()
+                    began = now
                     self._tell("storage_outage", attempt=staged.attempt, step=staged.step, message=str(error))
                 self._on_waiting(str(error))
-                is_given_up = not is_outage(error) and self._clock() - began > REFUSAL_PATIENCE_SECONDS
-                if is_given_up or self._waiting.qsize() > COMMITS_WAITING or self._closed.wait(COMMIT_PAUSE_SECONDS):
+                behind = self._waiting.qsize()
+                if is_outage(error):
+                    refused_since = self._refused_since = None
+                else:
+                    refused_since = now if refused_since is None else refused_since
+                    self._refused_since = now if self._refused_since is None else self._refused_since
+                since = self._refused_since if behind else refused_since
+                is_refused_too_long = since is not None and now - since > REFUSAL_PATIENCE_SECONDS
+                if behind > COMMITS_WAITING or is_refused_too_long or self._closed.wait(COMMIT_PAUSE_SECONDS):
                     raise
             else:
+                self._refused_since = None
                 if began is not None:
                     self._tell("storage_recovered", attempt=staged.attempt, step=staged.step, seconds=self._clock() - began)
                 return commit
