@@ -152,6 +152,7 @@ class Storages:
 
     def install(self) -> None:
         self._install_local()
+        INSTALLED.append(self)
         known = storage_module._impatient
         storage_module._impatient = lambda filesystem: FailingFs(known(filesystem), self)
 
@@ -246,10 +247,13 @@ class Storages:
 
 
 class FailingFs:
-    """A pyarrow file system whose calls go through `Storages`."""
+    """A pyarrow file system whose calls go through `Storages`, also those of a copy that a message carried to another actor."""
 
     def __init__(self, fs: Any, storages: Storages) -> None:
         self._fs, self._storages = fs, storages
+
+    def __reduce__(self) -> Any:
+        return failing_again, (self._fs,)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._fs, name)
@@ -262,6 +266,15 @@ class FailingFs:
             return _Stream(result, path, self._storages, is_output=name == "open_output_stream") if name.startswith("open_") else result
 
         return call
+
+
+INSTALLED: list[Storages] = []
+"""Those whose `install()` was called in this process, the newest last."""
+
+
+def failing_again(fs: Any) -> Any:
+    """The file system of a FailingFs that was pickled; in a process without Storages as it is."""
+    return FailingFs(fs, INSTALLED[-1]) if INSTALLED else fs
 
 
 class _Stream:
