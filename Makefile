@@ -26,7 +26,7 @@ check: .venv/.dev
 	$(BIN)/python -m deploy.picture --check
 
 unit: .venv/.dev
-	$(BIN)/python -m pytest --ignore=tests/e2e --ignore=tests/golden
+	$(BIN)/python -m pytest --ignore=tests/e2e --ignore=tests/golden --numprocesses 2 --dist loadfile
 
 e2e: .venv/.dev
 	$(BIN)/python -m pytest tests/e2e tests/golden
