@@ -130,6 +130,19 @@ def shared_memory() -> set[str]:
     return {entry.name for entry in os.scandir("/dev/shm") if entry.stat(follow_symlinks=False).st_uid == os.getuid()}
 
 
+def held_memory() -> set[str]:
+    """Names in /dev/shm that a living process has mapped or open: other runs on this machine have theirs."""
+    held = set[str]()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                held |= set(re.findall(r"/dev/shm/(\S+)", (folder / "maps").read_text(errors="replace")))
+            with contextlib.suppress(OSError):
+                links = [os.readlink(link) for link in (folder / "fd").iterdir()]
+                held |= {link.removeprefix("/dev/shm/") for link in links if link.startswith("/dev/shm/")}
+    return held
+
+
 def what_is_untrue(command: Command, status: int, number: signal.Signals) -> str:
     """What is wrong with how the command ended; "" if nothing is."""
     output, saved, summary = command.output(), command.saved_step(), command.summary()
@@ -184,7 +197,7 @@ class Stops:
             wrong = what_is_untrue(first, status, which)
             if left := first.leftovers():
                 wrong = wrong or f"left behind: {', '.join(left)}"
-            if left_memory := shared_memory() - memory:
+            if left_memory := shared_memory() - memory - held_memory():
                 wrong = wrong or f"left in /dev/shm: {', '.join(sorted(left_memory))}"
         finally:
             first.end()
