@@ -21,7 +21,18 @@ from cluster.failures import Failure
 from cluster.hang import Hang
 from cluster.roster import RankInfo
 from cluster.store import Commit
-from trainer.drive.attempt import Act, Look, decide, has_begun, lost_agents, may_begin, signs, silent_agents, wait_for_news
+from trainer.drive.attempt import (
+    Act,
+    Look,
+    decide,
+    has_begun,
+    lost_agents,
+    may_begin,
+    outcome_of,
+    signs,
+    silent_agents,
+    wait_for_news,
+)
 from trainer.drive.drive import told_failure
 from trainer.drive.fleets import Pause
 from trainer.drive.screen import Position, phase_of
@@ -269,3 +280,17 @@ def test_a_wait_before_the_next_attempt_ends_with_a_signal() -> None:
         signals.sleep(60)  # nor is there another
     assert time.monotonic() - began < 30
     assert signals.number == signal.SIGTERM
+
+
+@pytest.mark.parametrize("pause", [None, Pause(kind="grow", reason="a node has come")])
+@pytest.mark.parametrize("failure", [None, Failure(kind="infrastructure", rank=1, message="the agents ended before their ranks had")])
+@pytest.mark.parametrize("is_taken_over", [False, True])
+@pytest.mark.parametrize("result", [None, {"stopped": True}, {"stopped": False}])
+def test_an_attempt_that_paused_is_followed_by_another_whatever_died_after_it(
+    pause: Pause | None, failure: Failure | None, is_taken_over: bool, result: dict[str, Any] | None
+) -> None:
+    """Else the run ends as stopped, which nobody asked for: seen where a rank or the fleet died between the pause and its outcome."""
+    outcome = outcome_of(failure, result, pause=pause, is_taken_over=is_taken_over)
+    assert outcome.pause == (pause if result is not None and result["stopped"] else None)
+    assert outcome.result == result
+    assert outcome.failure == (failure if result is None and not is_taken_over else None)

@@ -250,23 +250,22 @@ class Attempt:
     def _take_result(self) -> Outcome:
         """All ranks have ended, by themselves or on request."""
         attempt = self._position.attempt
-        failure = failure_of_ranks(self._session.ask("ends", attempt))
-        result = self._session.ask("result", attempt)
-        if failure is None and result is not None and result["stopped"] and self._pause is not None and not self._signals.number:
-            return Outcome(result=result, pause=self._pause)
-        # An attempt that handed in its result had nothing left to do, so a later death does not matter.
-        if failure is None or result is not None or self._session.is_taken_over():
-            return Outcome(result=result)
-        return Outcome(failure=failure)
+        return self._outcome(failure_of_ranks(self._session.ask("ends", attempt)))
 
     def _take_fleets_failure(self) -> Outcome:
         """Ray Train gave up on a worker, and the ranks ended with it."""
         self._fleets.died()
-        result = self._session.ask("result", self._position.attempt)
-        if result is not None or self._session.is_taken_over():
-            return Outcome(result=result)
         failure = self._fleet.failure()
-        return Outcome(failure=failure or Failure(kind="infrastructure", rank=None, message="the agents ended before their ranks had"))
+        return self._outcome(failure or Failure(kind="infrastructure", rank=None, message="the agents ended before their ranks had"))
+
+    def _outcome(self, failure: Failure | None) -> Outcome:
+        result = self._session.ask("result", self._position.attempt)
+        return outcome_of(
+            failure,
+            result,
+            pause=None if self._signals.number else self._pause,
+            is_taken_over=failure is not None and result is None and self._session.is_taken_over(),
+        )
 
     def _give_up_agents(self, lost: Sequence[int], status: Status) -> Outcome:
         """The agents of these ranks do not answer: their nodes or workers are gone. End the rest of the fleet too."""
@@ -295,6 +294,15 @@ class Attempt:
         while not (done := condition(self._session.status())) and time.monotonic() < end:
             time.sleep(0.05)
         return done
+
+
+def outcome_of(failure: Failure | None, result: dict[str, Any] | None, *, pause: Pause | None, is_taken_over: bool) -> Outcome:
+    """What an attempt came to whose ranks have ended, or whose fleet has. `pause`: the ranks were asked for it, and no signal came since.
+
+    An attempt that handed in its result had nothing left to do, so what died afterwards does not matter, however it died."""
+    if result is not None:
+        return Outcome(result=result, pause=pause if result["stopped"] else None)
+    return Outcome() if is_taken_over else Outcome(failure=failure)
 
 
 def payload_of(session: Session, position: Position) -> Payload:
