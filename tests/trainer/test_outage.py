@@ -25,6 +25,7 @@ from cluster.failures import Failure
 from cluster.heartbeat import CoordinatorLost
 from cluster.journal import Journal, JournalReader, read_journal
 from cluster.launch import Resources
+from cluster.overseer import Overseer
 from cluster.roster import RankInfo
 from cluster.storage import RetryPolicy, Storage, open_storage
 from cluster.store import Store
@@ -136,6 +137,7 @@ class Play:
             "patience": patience_of(self.console, journal, coordinator.waiting_for_storage.remote),
             "generation": 1,
             "coordinator": coordinator,
+            "overseer": Overseer(lambda: None, lambda: pytest.fail("it was asked")),
             "zygote": "",
             "console": self.console,
         }
