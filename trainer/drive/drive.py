@@ -75,7 +75,8 @@ class Drive:
         return replace(counts, skipped=skip, rollbacks=max(counts.rollbacks, len(skip)))
 
     def _attempts(self) -> int:
-        session, failed = self._session, None
+        session = self._session
+        failed: RunFailed | None = None
         try:
             self._signals.enter(Phase.TRAINING)
             with self._screen, session.patience.watched(show=self._show_storage, is_stopping=self._is_stopping):
