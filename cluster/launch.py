@@ -28,6 +28,7 @@ from cluster.config import ClusterConfig
 from cluster.coordinator import CoordinatorActor
 from cluster.failures import Failure, classify, described, exit_failure, root_cause, unwrapped
 from cluster.leftovers import FOLDER_VARIABLE
+from cluster.overseer import Actor, Overseer
 from cluster.zygote import ZYGOTE_LOST
 
 NODE_ID_LABEL = "ray.io/node-id"
@@ -200,8 +201,44 @@ def start_coordinator(**kwargs: Any) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     folder = tempfile.mkdtemp(prefix="coordinator-", dir=os.environ.get(FOLDER_VARIABLE))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    actor = ray.remote(num_cpus=0, max_concurrency=64, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(CoordinatorActor)
+    actor = ray.remote(
+        num_cpus=0,
+        max_concurrency=64,
+        concurrency_groups={_OVERSEER: 1},
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy=here,
+    )(CoordinatorActor)
     return actor.remote(**kwargs, log=f"{folder}/coordinator.log")
+
+
+_OVERSEER = "overseer"
+"""A thread of the coordinator's own for the overseer's questions: the others may all have calls that wait."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RayAnswer:
+    """See overseer.Answer."""
+
+    reference: Any
+
+    def is_there(self) -> bool:
+        return bool(ray.wait([self.reference], timeout=0)[0])
+
+
+def overseer_of(coordinator: Any) -> Overseer:
+    """An Overseer of the coordinator with this handle."""
+
+    def find() -> Actor | None:
+        known = {}
+        with contextlib.suppress(ray.exceptions.RayError):
+            known = ray._private.state.actors(coordinator._actor_id.hex())
+        return Actor(pid=known["Pid"], is_ready=known["State"] == "ALIVE") if known else None
+
+    def ask() -> RayAnswer:
+        return RayAnswer(reference=coordinator.last_commit.options(concurrency_group=_OVERSEER).remote())
+
+    return Overseer(find, ask)
 
 
 # Ray Train starts an actor, a process with two seconds of imports, for each of these. Agents read no Ray Data, and a placement group ends

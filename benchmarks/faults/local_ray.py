@@ -39,6 +39,7 @@ from cluster.coordinator import CoordinatorActor
 from cluster.failures import Failure
 from cluster.launch import ClusterHardware
 from cluster.leftovers import FOLDER_VARIABLE
+from cluster.overseer import Overseer
 from cluster.zygote import Forked, Zygote
 from trainer.drive.check import Checked
 from trainer.rank import worker
@@ -457,6 +458,7 @@ def install(strike: MessageStrike, *, on_actor: Callable[[Actor], None]) -> None
         return actor
 
     everywhere(launch.start_coordinator, start_coordinator)
+    everywhere(launch.overseer_of, lambda coordinator: Overseer(lambda: None, lambda: None))  # type: ignore[arg-type, return-value]
     everywhere(ray_cluster.ray_cluster, _cluster)
     everywhere(launch.Fleet, ThreadFleet)
     everywhere(launch.free_resources, _free)

@@ -92,9 +92,11 @@ def test_a_run_whose_worker_dies_whose_rank_stops_and_whose_coordinator_dies_end
     assert sorted(event["rank"] for event in stacks) == [0, 1]
     assert all("train_rank" in event["text"] for event in stacks)
 
-    # Of this session's processes: the coordinator, while the ranks train on.
+    # Of this session's processes: the coordinator, while the ranks train on. It is stopped, so the driver kills it.
     (coordinator,) = [pid for pid in processes_of_session(run.process.pid) if "CoordinatorActor" in command_of(pid)]
-    os.kill(coordinator, signal.SIGKILL)
+    os.kill(coordinator, signal.SIGSTOP)
+    hung = run.wait_for("coordinator_hung")
+    assert (hung["kind"], hung["pid"]) == ("stopped", coordinator)
     run.wait_for("coordinator_restarted")
     assert run.finish() == 0, run.output()
     summary = run.summary()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.process import process_stat
 from tests.e2e.running import Run, processes_of_session
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
@@ -97,6 +98,29 @@ def test_a_driver_and_its_zygote_killed_together_leave_nothing(tmp_path: Path, i
     assert_nothing_left(run)
     assert set(os.listdir("/dev/shm")) <= shared
     assert f"the driver (process {run.process.pid}) was killed; what it had started is ended" in run.output()
+
+
+def test_a_command_whose_raylet_dies_says_so_in_a_sentence_and_in_the_journal(tmp_path: Path, images: Path) -> None:
+    run = Run(*COMMON, storage=tmp_path, name="lost", data=images)
+    run.wait_for("checkpoint_committed", step=5)
+    (raylet,) = [pid for pid in processes_of_session(run.process.pid) if process_name(pid) == "raylet"]
+    os.kill(raylet, signal.SIGKILL)
+    assert run.finish() == 1
+    assert run.output().count("error: ") == 1, run.output()
+    assert "error: the raylet of this run's Ray died" in run.output()
+    assert "Traceback" not in run.output()
+    end = run.events()[-1]
+    assert (end["event"], end["kind"]) == ("run_failed", "infrastructure")
+    end_of_cleaning = time.monotonic() + 20
+    while processes_of_session(run.process.pid):
+        assert time.monotonic() < end_of_cleaning, commands_of(run.process.pid)
+        time.sleep(0.05)
+    assert_nothing_left(run)
+
+
+def process_name(pid: int) -> str:
+    stat = process_stat(pid)
+    return stat.name if stat is not None else ""
 
 
 def read_along(terminal: int, is_closed: threading.Event) -> str:

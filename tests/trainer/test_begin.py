@@ -260,6 +260,18 @@ def test_a_commit_of_another_run_under_this_name_is_refused(deciding: Callable[.
         start(decided)
 
 
+def test_a_commit_of_another_run_below_a_damaged_one_is_refused_too(deciding: Callable[..., Decided], storage: Storage) -> None:
+    decided = deciding()
+    begun, _ = start(decided)
+    commit(deciding(with_lr(0.5)), begun, 10)
+    commit(decided, begun, 20)
+    (newest, _) = begun.store.commits()
+    storage.write_atomic(f"{newest.path}/model.safetensors", b"WEIGHTS")
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.5 then, 0\.02 now"):
+        start(decided)
+    assert "run_started" not in events(storage)[1:]
+
+
 def test_a_commit_of_an_older_release_is_compared_by_what_it_says(deciding: Callable[..., Decided], storage: Storage) -> None:
     decided = deciding()
     store = Store.open(storage, "r")

@@ -25,6 +25,7 @@ from cluster.failures import Failure
 from cluster.heartbeat import CoordinatorLost
 from cluster.journal import Journal, JournalReader, read_journal
 from cluster.launch import Resources
+from cluster.overseer import Overseer
 from cluster.roster import RankInfo
 from cluster.storage import RetryPolicy, Storage, open_storage
 from cluster.store import Store
@@ -34,12 +35,12 @@ from trainer.drive import attempt as attempt_module
 from trainer.drive import drive as drive_module
 from trainer.drive import session as session_module
 from trainer.drive.account import Account
-from trainer.drive.attempt import Attempt, Outcome
+from trainer.drive.attempt import Attempt, Outcome, payload_of
 from trainer.drive.drive import Drive
 from trainer.drive.record import Identity
 from trainer.drive.screen import Position
 from trainer.drive.session import Session, patience_of
-from trainer.drive.signals import Signals
+from trainer.drive.signals import Phase, Signals
 from trainer.settings.tree import RunConfig
 from trainer.tasks.info import CLASSIFICATION
 
@@ -136,6 +137,7 @@ class Play:
             "patience": patience_of(self.console, journal, coordinator.waiting_for_storage.remote),
             "generation": 1,
             "coordinator": coordinator,
+            "overseer": Overseer(lambda: None, lambda: pytest.fail("it was asked")),
             "zygote": "",
             "console": self.console,
         }
@@ -155,8 +157,9 @@ class Play:
 
         return SimpleNamespace(run=run)
 
-    def ending(self, **known: Any) -> Any:
+    def ending(self, *, signals: Signals, **known: Any) -> Any:
         """In place of an Ending, which has tests of its own."""
+        assert signals.phase is Phase.ENDING, "a signal from now on interrupts nothing that is being written down"
 
         def end(how: str, status: int) -> Callable[..., int]:
             def ended(error: RunFailed | None = None) -> int:
@@ -360,6 +363,28 @@ def test_a_storage_that_is_silent_holds_up_no_look_at_the_ranks(monkeypatch: pyt
         assert asked.acquire(timeout=30)  # both questions were put: who drives the run, and what the account is made of
         assert outcome == Outcome(result=None)
         answers.set()
+        play.mend(session)
+
+
+def test_a_look_into_a_long_journal_costs_the_driver_no_more_than_into_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(lambda number: "")
+    with play.group:
+        session = play.session()
+
+        def requests(events: int) -> int:
+            for number in range(events):
+                session.journal.write("tick", number=number)
+            session.events()
+            before = play.faults.calls
+            for ask in (session.newest_events, session.events, session.last_events):
+                assert ask()[-1]["event"] == "tick"
+            Account(session)._tell({})
+            payload_of(session, Position(attempt=1))
+            return play.faults.calls - before
+
+        few, many = requests(10), requests(400)
+        assert many <= few + 2
+        assert few < 12
         play.mend(session)
 
 

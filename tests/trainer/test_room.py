@@ -17,6 +17,7 @@ from trainer.drive import fleets
 from trainer.drive.fleets import SETTLE_SECONDS, Fleets, Pause, Room
 from trainer.drive.notices import MOST_PAUSES, Answer, Notices
 from trainer.drive.signals import Signals
+from trainer.settings.tree import RunConfig
 
 GROW_AFTER = 30.0
 
@@ -340,6 +341,27 @@ def test_a_fixed_number_of_workers_moves_too_where_all_of_them_fit(cluster: Clus
     assert driver.room.reason_to_pause(agents(n0="notice"), workers=2, attempt=1) is not None
     driver.room.choose_nodes(2)
     assert driver.room.avoided == {"0"}
+
+
+@pytest.mark.parametrize("workers", ["1", "1:2"])
+def test_a_fleet_is_started_away_from_the_nodes_that_the_run_leaves(
+    cluster: Cluster, workers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(workers, at_work=1)
+    for _ in range(2):
+        cluster.add_node(1)
+    cluster.notices = {"0"}
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(fleets, "Fleet", lambda *_, **settings: started.append(settings))
+    session: Any = SimpleNamespace(
+        resources=driver.room._resources, config=RunConfig(run="run"), coordinator=None, zygote="", order=lambda *_: None
+    )
+    runs = Fleets(session, driver.room, Signals())
+    assert runs.start(1, show=driver.shown.append) is None
+    assert driver.room.reason_to_pause(agents(n0="notice"), workers=1, attempt=1) is not None
+    runs.end()
+    assert runs.start(2, show=driver.shown.append) is None
+    assert [settings["avoid"] for settings in started] == [frozenset(), {"0"}]
 
 
 def test_to_leave_is_said_until_the_fleet_has_ended() -> None:

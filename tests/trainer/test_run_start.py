@@ -16,14 +16,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from cluster.store import Store
 from cluster.zygote import Zygote
 from dataio.schema import Target
 from trainer.drive.check import Checked, ModelCheck, ModelCheckDied, Question
 from trainer.drive.data import open_data
 from trainer.drive.dry_run import dry_run
+from trainer.drive.record import identity_of
 from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Signals
-from trainer.drive.stages import Asked, Environment, WithData
+from trainer.drive.stages import Asked, Environment, Placed, WithData
 from trainer.drive.start import (
     PROJECT,
     check_folder,
@@ -138,6 +140,26 @@ def test_a_run_that_has_finished_is_found_by_its_name_and_its_settings(config: R
         place(of(replace(named, optim=replace(named.optim, lr=9.0))), 1)
     with pytest.raises(ValueError, match=r"--resume never, but run 'mine' in .* has finished"):
         show_finished(place(of(replace(named, resume="never")), 1), QUIET, Signals())
+
+
+def test_another_weights_file_of_the_same_name_is_another_run_and_does_not_go_on_with_this_one(config: RunConfig, tmp_path: Path) -> None:
+    def placed(content: bytes, run: str = "") -> Placed:
+        (tmp_path / "model.safetensors").write_bytes(content)
+        weights = str(tmp_path / "model.safetensors")
+        return place(of(replace(config, run=run, model=replace(config.model, weights=weights))), 1)
+
+    first = placed(b"a")
+    storage, run = first.data.storage, first.config.run
+    storage.write_atomic(f"{run}/config.toml", to_toml(first.config).encode())
+    known = identity_of(first.config, first.data.dataset.manifest, weights=first.data.weights, device="cpu", threads=1)
+    Store.open(storage, run).claim_generation({"identity": known.record()})
+    storage.write_atomic(f"{run}/summary.json", json.dumps({"status": "finished", "dataset_fingerprint": first.data.fingerprint}).encode())
+    again, other = placed(b"a"), placed(b"b")
+    assert (again.config.run, again.found.has_finished) == (run, True)
+    assert other.config.run != run
+    assert not other.found.has_finished
+    with pytest.raises(ValueError, match=r"model\.weights: 'sha256:ca978112ca1b' then, 'sha256:3e23e8160039' now"):
+        placed(b"b", run=run)
 
 
 def test_how_many_workers_there_may_be_is_known_without_a_cluster_unless_that_has_to_say(config: RunConfig) -> None:

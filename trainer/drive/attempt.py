@@ -27,7 +27,7 @@ from cluster.patience import Lately
 from trainer.drive.account import Account
 from trainer.drive.fleets import Fleets, Pause, Room
 from trainer.drive.screen import Position, Screen
-from trainer.drive.session import CALL_SECONDS, Session
+from trainer.drive.session import NEWS_SECONDS, Session
 from trainer.drive.signals import Signals
 from trainer.settings.spec import TARGET, ResumePoint, WorkerSpec
 
@@ -328,11 +328,12 @@ def wait_for_news(session: Session, signals: Signals, fleet: Fleet, ended: int, 
     the status. Signals do not end the wait if `is_told`: the ranks already know."""
     alarm = signals.new_alarm()
     if is_told or not signals.number:
-        ask = partial(session.call, "news", ended, poll_seconds(fleet.workers, session.config.cluster.heartbeat_seconds))
+        poll = poll_seconds(fleet.workers, session.config.cluster.heartbeat_seconds)
+        ask = partial(session.call, "news", ended, poll)
         news = ask()
         news.future().add_done_callback(lambda _: alarm.put(None))
         with suppress(Empty):
-            alarm.get(timeout=CALL_SECONDS)
+            alarm.get(timeout=poll + NEWS_SECONDS)
         if not fleet.wait(0) and (is_told or not signals.number):
             status: Status = session.answer(news, again=ask)
             return status

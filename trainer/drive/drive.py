@@ -76,6 +76,7 @@ class Drive:
 
     def _attempts(self) -> int:
         session = self._session
+        failed: RunFailed | None = None
         try:
             self._signals.enter(Phase.TRAINING)
             with self._screen, session.patience.watched(show=self._show_storage, is_stopping=self._is_stopping):
@@ -83,13 +84,13 @@ class Drive:
                 if not self._is_stopping():
                     self._run_attempts(counts)
         except RunFailed as error:
-            return self._ending().taken_over() if session.is_taken_over() else self._ending().failed(error)
+            failed = error
         except CoordinatorLost as error:
             if not self._is_stopping():
-                return self._ending().failed(given_up(error, "Ray has given it up; the same command starts another one and goes on"))
+                failed = given_up(error, "Ray has given it up; the same command starts another one and goes on")
         except OSError as error:
             if not (self._is_stopping() and is_outage(error)):
-                return self._ending().failed(given_up(error, "the run cannot go on without it; once it is mended the same command goes on"))
+                failed = given_up(error, "the run cannot go on without it; once it is mended the same command goes on")
         except ValueError:
             raise
         except Exception:
@@ -98,6 +99,10 @@ class Drive:
         finally:
             self._signals.enter(Phase.ENDING)
             self._fleets.end()  # before Ray shuts down: a thread still inside Ray would take the process down
+        if failed is not None:
+            # Another driver may be why attempts fail; it takes away neither coordinator nor storage.
+            is_taken_over = failed.attempts > 0 and session.is_taken_over()
+            return self._ending().taken_over() if is_taken_over else self._ending().failed(failed)
         is_over = self._result is not None and not self._result["stopped"]
         if not is_over and session.is_taken_over():
             return self._ending().taken_over()

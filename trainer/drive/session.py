@@ -19,7 +19,8 @@ from rich.text import Text
 from cluster.coordinator import Status
 from cluster.heartbeat import CoordinatorLost
 from cluster.journal import Event, Journal, JournalReader
-from cluster.launch import Resources, start_coordinator
+from cluster.launch import Resources, overseer_of, start_coordinator
+from cluster.overseer import Overseer
 from cluster.patience import Patience
 from cluster.storage import Storage
 from cluster.store import Commit, NoValidCheckpoint, Store
@@ -31,7 +32,11 @@ from trainer.settings.spec import make_order, total_steps_of
 from trainer.settings.tree import RunConfig
 
 CALL_SECONDS = 60.0
+NEWS_SECONDS = 5.0
+"""News are answered within a heartbeat or two. Later than this the coordinator is asked as `Session.ask` does."""
 POLL_SECONDS = 1.0
+OVERSEEN_SECONDS = 2.0
+"""While a call takes longer, the coordinator's process is looked at."""
 SLOW_SECONDS = 5.0
 """A call that takes longer is shown as a wait for the coordinator."""
 ORDER_SECONDS = 10.0
@@ -58,6 +63,8 @@ class Session:
     """Number of this driver's claim on the run. A driver with a newer claim has taken the run over."""
     coordinator: Any
     """The actor's handle."""
+    overseer: Overseer
+    """Ends a coordinator that lives and answers nobody."""
     zygote: str
     """Name under which each node's zygote is found."""
     console: Console
@@ -97,6 +104,7 @@ class Session:
                 reference = again()
             except ray.exceptions.GetTimeoutError:
                 problem = f"no answer for {time.monotonic() - began:.0f} s"
+                self._oversee(time.monotonic() - began)
             except ray.exceptions.ActorDiedError as error:
                 raise CoordinatorLost(f"the run's coordinator is gone: {_in_brief(error)}") from error
             except ray.exceptions.RayTaskError as error:
@@ -111,6 +119,14 @@ class Session:
             is_late = now - began > COORDINATOR_SECONDS and self.storage_answers()
             if is_late or now - stopping_since > self.config.cluster.stop_grace_seconds:
                 raise CoordinatorLost(f"the run's coordinator does not answer: {problem}")
+
+    def _oversee(self, unanswered_seconds: float) -> None:
+        """End the coordinator if it hangs. Ray starts it again and repeats its calls."""
+        if unanswered_seconds < OVERSEEN_SECONDS:
+            return
+        if (hung := self.overseer.look(time.monotonic())) is not None:
+            self.journal.write("coordinator_hung", kind=hung.kind, seconds=hung.seconds, pid=hung.pid)
+            self.console.print(Text(hung.describe()), soft_wrap=True)
 
     def order(self, method: str, *args: Any) -> None:
         """Call the coordinator's method for what can do without: agents end by themselves where it is gone."""
@@ -127,12 +143,16 @@ class Session:
 
     def tell(self, event: str, **fields: Any) -> None:
         """Write an event into the journal through the coordinator, which counts failures, or directly if the coordinator is gone."""
-        try:
-            ray.get(self.coordinator.event.remote(event, call_id=secrets.token_hex(8), **fields), timeout=CALL_SECONDS)
-        except ray.exceptions.GetTimeoutError:
-            pass  # it gets the call when it is back
-        except ray.exceptions.RayError:
-            self.journal.write(event, **fields)
+        told, began = self.coordinator.event.remote(event, call_id=secrets.token_hex(8), **fields), time.monotonic()
+        while time.monotonic() - began < CALL_SECONDS:  # after that it gets the call when it is back
+            try:
+                ray.get(told, timeout=POLL_SECONDS)
+                return
+            except ray.exceptions.GetTimeoutError:
+                self._oversee(time.monotonic() - began)
+            except ray.exceptions.RayError:
+                self.journal.write(event, **fields)
+                return
 
     def quarantined(self) -> int:
         """Number of samples that the run has set aside so far."""
@@ -248,6 +268,7 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
         patience=patience_of(console, begun.journal, measure=partial(_measure, coordinator)),
         generation=begun.generation,
         coordinator=coordinator,
+        overseer=overseer_of(coordinator),
         zygote=zygote,
         console=console,
     )

@@ -43,8 +43,9 @@ from trainer.drive.identity import (
 )
 from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes
 from trainer.drive.set_up import SetUp
-from trainer.drive.signals import Phase, Signals, tell
+from trainer.drive.signals import Phase, Signals
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
+from trainer.drive.without_ray import WithoutRay
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.identity import weights_sha256
@@ -83,10 +84,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             checked = check_before_cluster(placed, zygote, set_up)
         console.print(f"joining the Ray cluster at {asked.address}" if asked.address else "starting a local Ray")
 
-        def end_without_ray(name: str) -> None:
-            tell(f"error: the {name} of this run's Ray died, and its workers with it; the same command goes on from the newest checkpoint")
-            ours.end_at_once(1)
-
+        without_ray = WithoutRay(signals, ours.end_at_once)
         with ray_cluster(
             asked.config.cluster,
             project=PROJECT,
@@ -94,7 +92,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             in_job=asked.environment.in_job,
             cpus=asked.environment.cpus,
             folder=ours.folder,
-            on_lost=end_without_ray,
+            on_lost=without_ray.end,
             verbose=asked.environment.is_verbose,
         ) as hardware:
             workers_asked, cluster = asked.config.workers, asked.config.cluster
@@ -107,7 +105,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             if placed.found.saved is not None:
                 signals.enter(Phase.RESUMING)
             decided = decide(placed, hardware, resources, zygote, checked, console, set_up)
-            begun = begin(decided, asked.environment, console, set_up)
+            begun = without_ray.begun(begin(decided, asked.environment, console, set_up))
             return Drive(open_session(decided, begun, zygote=zygote_name, console=console), begun.start, signals).go()
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from cluster.beat import STEP, STORAGE
+from cluster.beat import DECODING, STEP, STORAGE
 from cluster.heartbeat import Heartbeat
 from cluster.ledger import LedgerWriter
 from cluster.machine import available_memory_bytes
@@ -57,6 +57,12 @@ def open_data(me: ThisRank) -> RankData:
         on_read_wait=read_wait(me.heartbeat),
     )
     return RankData(dataset=dataset, order=order, virtual_ranks=virtual_ranks, loader=loader)
+
+
+def fill_cache(heartbeat: Heartbeat, loader: Loader) -> None:
+    """If samples are cached, decode them now, so that no step has to. It may take hours; each row group is a sign of life."""
+    heartbeat.tick(DECODING)
+    loader.load("train", "test", on_group=heartbeat.tick)
 
 
 def read_wait(heartbeat: Heartbeat) -> Callable[[bool], None]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.beat import COMPILING, DECODING, EXCHANGE, JOINING, STEP
+from cluster.beat import COMPILING, EXCHANGE, JOINING, STEP
 from cluster.ledger import LedgerWriter
 from cluster.rank import RankContext
 from cluster.storage import open_storage
@@ -21,7 +21,7 @@ from trainer.learn.build import Learner, build_learner, task_of
 from trainer.learn.state import TrainState
 from trainer.learn.step import Stepper, StepStats, train_steps
 from trainer.models.vision import WeightsError
-from trainer.rank.data import Batches, RankData, open_data, open_ledger, recorded
+from trainer.rank.data import Batches, RankData, fill_cache, open_data, open_ledger, recorded
 from trainer.rank.device_metrics import GpuWatch, gpu_address
 from trainer.rank.evaluation import Evaluator
 from trainer.rank.finishing import finish
@@ -75,8 +75,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     ledger = open_ledger(me, storage, start_step=plan.start_step)
     gpu = GpuWatch(me.metrics, gpu_address(me.device))
 
-    me.heartbeat.tick(DECODING)
-    data.loader.load("train", "test", on_group=me.heartbeat.tick)  # if images are cached, decode them now, so that no step has to
+    fill_cache(me.heartbeat, data.loader)
     me.heartbeat.tick(STEP)
     me.tell("training_started", step=plan.start_step, cache=data.loader.cache, backend=data.loader.backend_name)
     steps = Steps(me=me, data=data, learner=learner, plan=plan, meter=meter, profile=profile, ledger=ledger)

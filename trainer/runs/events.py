@@ -155,6 +155,9 @@ KINDS: Mapping[str, Kind] = {
     "versions_differ": Kind(words=_versions_differ),
     "resumed": Kind(words=lambda event: f"going on from the checkpoint of step {_step(event)}"),
     "hang": Kind(words=_hang),
+    "coordinator_hung": Kind(
+        words=lambda event: f"the coordinator answered nobody for {duration(event.get('seconds'))} ({event.get('kind')})"
+    ),
     "stacks": Kind(words=lambda event: f"what rank {event.get('rank', '?')} was doing", is_followed=False),
     "straggler": Kind(words=_straggler),
     "straggler_recovered": Kind(words=lambda event: f"step {_step(event)}: rank {event.get('rank')} is as fast as the others again"),
