@@ -85,12 +85,12 @@ def test_a_soak_sees_what_grows_and_what_stands_still() -> None:
         ]
 
     gaps = [0.1] * 1010
-    steady = soak.figures(gaps, samples(growth=0.0, requests=0.0), [100, 100, 100])
+    steady = soak.figures(gaps, samples(growth=0.0, requests=0.0), [100, 90_000, 140_000])
     assert soak.problems_of(steady) == []
     assert steady["loop_seconds_p99"] == 0.1
     assert "memory grew" in soak.problems_of(soak.figures(gaps, samples(growth=0.02, requests=0.0), [100]))[0]
     assert "requests per loop grew" in soak.problems_of(soak.figures(gaps, samples(growth=0.0, requests=1.0), [100]))[0]
-    assert "checkpoints grew" in soak.problems_of(soak.figures(gaps, samples(growth=0.0, requests=0.0), [100, 200, 300]))[0]
+    assert "checkpoints grew" in soak.problems_of(soak.figures(gaps, samples(growth=0.0, requests=0.0), [100, 200, 300_000]))[0]
     assert "stood still" in soak.problems_of(soak.figures([*gaps, 9.0], samples(growth=0.0, requests=0.0), [100]))[0]
 
 
