@@ -5,7 +5,8 @@
 The run is one process (local_ray.py): driver, coordinator, agents and two ranks together, so its memory is that of all of them. Every few
 steps rank 0 writes an event, as evaluations, bad samples and outages do, and each evaluation has the confusion matrix of `CLASSES` classes.
 Promised: the driver's loop never waits long, its requests per loop and the memory do not grow from the first quarter to the last, and
-no checkpoint is larger than its curves (4,000 rows at most), one confusion matrix and a line for each evaluation. Called by benchmarks.faults.
+no checkpoint is larger than its curves (4,000 rows at most), one confusion matrix and a line for each evaluation. Called by
+benchmarks.faults.
 """
 
 import contextlib
