@@ -182,7 +182,7 @@ def test_a_saved_history_holds_the_losses_that_arrived_after_its_step() -> None:
     saved, proof = history.copy(), guard.proof((Arriving(1, torch.tensor(0.1)),))
     history.stepped(step(3, losses=((1, 0.1), (2, 9.0))))
     history.evaluations.append({"step": 3})
-    again = History.from_json(saved.settled(proof()))
+    again = History.from_json(saved.settled(proof(), (), lambda step: 100))
     assert again.steps_done == 2
     assert again.train_loss == torch.tensor(0.1).item()
     assert again.evaluations == []

@@ -73,8 +73,9 @@ def record_of(note: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def changes(then: Mapping[str, Any], now: Identity) -> dict[str, tuple[Any, Any]]:
     """By which settings, weights or data a run of the record `then` would not be that of `now`, each with its value then and now. A
-    setting that one of the two does not name has its default there. The decoder is compared on `now`'s device only."""
-    defaults = {key: setting.default for key, setting in declared(RunConfig).items()}
+    setting that one of the two does not name has its default there, or what runs did before there was it. The decoder is compared on
+    `now`'s device only."""
+    defaults = {key: setting.before for key, setting in declared(RunConfig).items()}
     before, after = then["settings"], now.settings
     found = {
         key: (_value(before, key, defaults), _value(after, key, defaults))

@@ -48,6 +48,7 @@ from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, Wit
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.identity import weights_sha256
+from trainer.settings.length import length_of
 from trainer.settings.rules import worker_count
 from trainer.settings.spec import RANK_MODULES, make_order
 from trainer.settings.toml import to_toml
@@ -195,7 +196,14 @@ def place(data: WithData, workers: int) -> Placed:
         image_size=data.image_size,
     )
     check_same_run(named.config, named.found, data.weights)
-    return Placed(data=data, config=named.config, workers=workers, found=named.found)
+    length = length_of(
+        named.config,
+        data.dataset.manifest,
+        workers=workers,
+        from_recipes=data.asked.from_recipes,
+        is_new=named.found.is_new,
+    )
+    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=length.said)
 
 
 def check_before_cluster(placed: Placed, zygote: Zygote, set_up: SetUp) -> Checked:
@@ -260,6 +268,8 @@ def decide(
 
     data, location = placed.data, placed.data.location
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    for line in placed.said:
+        tell(line)
 
     def probe() -> str:
         return open_dataset(location).manifest.fingerprint
