@@ -100,8 +100,8 @@ class DataConfig:
     shuffle_window: Annotated[int, Ge(0), "0 shuffles the whole data set"] = 0
     """Samples shuffled together; 0 shuffles the whole data set, a smaller number keeps the reads of a large one local."""
     max_bad_fraction: Annotated[float, FREE, Interval(ge=0, le=1), "it is a fraction of the samples, 0.01 being one in a hundred"] = 0.001
-    """Fraction of the samples that may be quarantined; above it the run fails. Up to 10 bad samples are left out in any case, where they are
-    no more than a tenth of all; 0 allows none."""
+    """Fraction of the samples that may be quarantined; above it the run fails. Up to 10 bad samples are left out in any case, as long as
+    they are no more than a tenth of all; 0 allows none."""
     test_fraction: Annotated[float, FREE, Interval(gt=0, lt=1), "it is a fraction of the samples, 0.1 being one in ten"] = 0.1
     """Fraction of each class held out for testing, by a hash of the key, where the source has no test split."""
     validation_fraction: Annotated[float, FREE, Interval(ge=0, lt=1), "it is a fraction of the training samples, 0 holds out none"] = 0.0

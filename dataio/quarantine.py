@@ -14,8 +14,8 @@ from dataio.text import json_line, shown
 
 SHOWN = 5
 FEW = 10
-"""So many samples may be bad in any case, as long as they are no more than MOST_OF_FEW of all: a thousandth of a hundred photographs is none,
-and some of a hundred usually cannot be read."""
+"""So many samples may be bad in any case, as long as they are no more than MOST_OF_FEW of all: a thousandth of a hundred photographs is
+none, and some of a hundred usually cannot be read."""
 MOST_OF_FEW = 0.1
 MOST_TO_LEAVE_OUT = 0.5
 """No error advises to leave out more than this fraction of the samples."""
@@ -78,8 +78,8 @@ class TooManyBadSamples(ValueError):
 class Quarantine:
     """The bad samples met so far; thread-safe.
 
-    The limit is a fraction of `total`, or a few of a small one (`allowed`). While `total` is None it is not known yet, and nothing raises before `finish`. A sample counts
-    once however often it is met.
+    The limit is a fraction of `total`, or a few of a small one (`allowed`). While `total` is None it is not known yet, and nothing raises
+    before `finish`. A sample counts once however often it is met.
     """
 
     def __init__(self, limit_fraction: float, total: int | None, on_record: Callable[[BadSample], None] | None = None) -> None:

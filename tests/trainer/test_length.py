@@ -16,7 +16,7 @@ from dataio.parquet import open_dataset
 from tests.trainer.test_step import SAMPLE
 from trainer.drive.identity import check_same_run, find, resolved
 from trainer.drive.plan import Devices, ModelFacts, describe
-from trainer.drive.record import changes, identity_of
+from trainer.drive.record import changes, identity_of, told_threads
 from trainer.settings.cli import parse
 from trainer.settings.fields import as_begun, declared, settings, with_autos_of
 from trainer.settings.identity import deciding_settings
@@ -127,6 +127,27 @@ def test_the_run_that_86cc2bf_stopped_is_read_as_it_was_begun() -> None:
     saved = find(storage, run).saved
     assert saved is not None
     assert (saved.data.remainder, saved.optim.warmup_fraction) == ("last", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "virtual_ranks", "threads", "reduction", "device", "is_told"),
+    [
+        ("1", 2, 0, "tree", "cpu", True),
+        ("1", 2, 4, "tree", "cpu", False),  # they are held already
+        ("1:2", 2, 0, "tree", "cpu", False),  # a worker has one CPU, however many there are
+        ("2", 0, 0, "tree", "cpu", False),  # nobody asked for it
+        ("2", 2, 0, "ddp", "cpu", False),
+        ("2", 2, 0, "tree", "cuda", False),
+    ],
+)
+def test_who_fixes_the_virtual_ranks_is_told_what_else_the_bits_depend_on(
+    workers: str, virtual_ranks: int, threads: int, reduction: Any, device: str, is_told: bool
+) -> None:
+    config = RunConfig(workers=workers, train=TrainConfig(virtual_ranks=virtual_ranks, reduction=reduction))
+    config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, threads_per_worker=threads))
+    lines = told_threads(config, device=device, threads=3)
+    assert len(lines) == is_told
+    assert all("--cluster.threads-per-worker 3" in line for line in lines)
 
 
 # --- warm-up and batches ------------------------------------------------------------------------------------------------------------------

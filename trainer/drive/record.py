@@ -125,6 +125,19 @@ def told_bit_changes(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return lines
 
 
+def told_threads(asked: RunConfig, *, device: str, threads: int) -> list[str]:
+    """What to tell a user who fixes the virtual ranks, so that the weights are the same for any number of workers: on CPUs they also depend
+    on the threads of a worker, which are as many as it has CPUs, and so fewer for more workers. Holding them at what the virtual ranks
+    would get would cost one worker on two CPUs half of its speed."""
+    train, cluster = asked.train, asked.cluster
+    if device != "cpu" or not train.virtual_ranks or train.reduction != "tree" or cluster.threads_per_worker or ":" in asked.workers:
+        return []
+    return [
+        f"train.virtual_ranks={train.virtual_ranks} gives the same bits for any number of workers with equally many threads; "
+        f"--cluster.threads-per-worker {threads} holds them at what they are here"
+    ]
+
+
 def _versions(config: RunConfig) -> dict[str, str]:
     known = versions()
     found = {name: known[name] for name in _DECIDE_BITS}

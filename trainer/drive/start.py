@@ -41,7 +41,7 @@ from trainer.drive.identity import (
     newest_start,
     resolved,
 )
-from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes
+from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes, told_threads
 from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Phase, Signals, tell
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
@@ -268,14 +268,15 @@ def decide(
 
     data, location = placed.data, placed.data.location
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-    for line in placed.said:
+    use_gpus = resources.gpus_per_worker > 0
+    threads = told_threads(data.asked.config, device="cuda" if use_gpus else "cpu", threads=resources.threads_per_worker)
+    for line in (*placed.said, *threads):
         tell(line)
 
     def probe() -> str:
         return open_dataset(location).manifest.fingerprint
 
     is_shared = set_up.call("the check of all nodes", lambda: preflight(data.storage, placed.config.run, hardware, probe, tell=tell))
-    use_gpus = resources.gpus_per_worker > 0
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
     weights_bytes = checked.weights_bytes
