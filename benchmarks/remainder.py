@@ -1,6 +1,6 @@
 """What an epoch's last, short batch does to a model, and what five rules make of it: test loss and accuracy after fine-tuning few images.
 
-    python -m benchmarks.remainder [--seeds 0 1 2 3 4] [--json] [--out FILE]
+    python -m benchmarks.remainder [--seeds 0 1 2 3] [--json] [--out FILE]
 
 One process, no Ray. The quickstart's network and weights learn N images of Fashion-MNIST at 32 pixels in batches of 32 for 6 epochs,
 without augmentation, and are tested on 500 others. Each seed draws other images; the rules see the same ones. This chose
@@ -35,7 +35,7 @@ RULES = {
     "left out": "for comparison: the last batch's images are not seen (not a rule that we may use)",
 }
 BATCH = 32
-CASES = ((64, 1), (33, 1), (65, 1), (97, 1), (68, 1), (72, 1), (80, 1), (88, 1), (65, 4))
+CASES = ((64, 1), (33, 1), (65, 1), (68, 1), (80, 1), (65, 4))
 """(images, virtual ranks)."""
 TIMES_WORSE = 2.0
 """A run counts as ruined if its test loss is more than this many times that of the same images with the remainder left out."""
@@ -170,7 +170,7 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = parser_of("remainder", __doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(4)))
     parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
     add_arguments(parser)
     options = parser.parse_args()

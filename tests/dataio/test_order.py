@@ -106,7 +106,7 @@ def sizes_of(order: Order) -> np.ndarray:
     return np.array([[len(order.samples(0, step, rank)) for rank in ranks] for step in steps])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(orders(), st.data())
 def test_a_remainder_that_is_spread_makes_batches_that_differ_by_one_sample_at_most(order: Order, data: st.DataObject) -> None:
     sizes = sizes_of(dataclasses.replace(order, spread=True))

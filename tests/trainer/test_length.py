@@ -1,7 +1,6 @@
 """How long a run is on its data: the remainder, the warm-up, what is told, and that a run begun before keeps what it began with."""
 
 import dataclasses
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.storage import open_storage
+from cluster.store import Store
 from dataio.config import LATER, Before, DataConfig
 from dataio.parquet import open_dataset
 from tests.trainer.test_step import SAMPLE
@@ -114,7 +114,7 @@ def test_a_run_of_an_earlier_release_goes_on_under_its_name_with_a_short_last_ba
 
 def test_a_run_whose_driver_died_before_it_wrote_its_settings_keeps_what_its_claim_says(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
-    storage.write_atomic("r/generations/g0001", json.dumps({"identity": {"settings": {"data.batch_size": 32}, "weights": ""}}).encode())
+    Store.open(storage, "r").claim_generation({"identity": {"settings": {"data.batch_size": 32}, "weights": ""}})
     named: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "image_size": (28, 28)}
     config = dataclasses.replace(config_of(32), run="r")
     assert find(storage, "r").record is not None
