@@ -1102,6 +1102,28 @@ def test_full_batches_are_compiled_once_and_short_ones_are_not(
     assert seen == ([full] if full_only else [full, 8 // virtual_ranks])  # dynamic=False: a graph each, none for "any size"
 
 
+@pytest.mark.parametrize(
+    ("virtual_ranks", "accumulate", "sizes"),
+    [(1, 1, [16, 17]), (4, 1, [4, 5]), (1, 3, [5, 6]), (4, 4, [2])],  # 50 images in 3 steps, of up to 24
+)
+def test_both_sizes_of_a_spread_remainder_are_compiled_ahead_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, virtual_ranks: int, accumulate: int, sizes: list[int]
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", as_it_is(seen))
+    torch._dynamo.reset()
+    order = Order(seed=SEED, fingerprint="", count=50, batch_size=24, virtual_ranks=virtual_ranks, spread=True)
+    train = TrainConfig(virtual_ranks=virtual_ranks, accumulate=accumulate, compile=True, precision="fp32")
+    model = Net(dropout=0.0)
+    stepper = learner_of(RunConfig(data=DataConfig(batch_size=24), optim=OPTIM, train=train), model, sgd(model)).stepper(order=order)
+    assert stepper.compile_ahead((3, 28, 28)) > 0
+    assert seen == sizes
+    every = range(virtual_ranks)
+    parts = [range(rank, rank + 1) for rank in every] if virtual_ranks > 1 else [every]
+    taken = {size for part in parts for size in order.batch_sizes(part)}
+    assert {len(few) for size in taken for few in torch.zeros(size).tensor_split(accumulate)} - {1} == set(sizes)
+
+
 @pytest.mark.parametrize("virtual_ranks", [1, 4])
 def test_compiling_ahead_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, virtual_ranks: int) -> None:
     monkeypatch.setattr("trainer.learn.gradients.COMPILER", as_it_is([]))

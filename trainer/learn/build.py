@@ -86,7 +86,8 @@ class Learner:
         if order is None or not order.spread:
             return (len(together[0]) * self.config.data.batch_size // train.virtual_ranks // train.accumulate,)
         batches = {size for ranks in together for size in order.batch_sizes(ranks)}
-        sizes = sorted({part for size in batches for part in (size // train.accumulate, -(-size // train.accumulate)) if part})
+        parts = {part for size in batches for part in (size // train.accumulate, -(-size // train.accumulate))}
+        sizes = sorted(parts - {0, 1}) or [1]  # where others have more, a single sample has no statistics and is not compiled
         return (sizes[0], sizes[-1]) if train.reduction == "ddp" else tuple(sizes)
 
 
