@@ -129,7 +129,8 @@ class TrainConfig:
     chooses the interval that loses the least time (Young/Daly, with cluster.mtbf_hours). Every epoch ends with a checkpoint in any case."""
     spike_factor: Annotated[float, Ge(0), "0 looks for NaN and infinity only, 10 is the default"] = 10.0
     """A loss this many robust standard deviations above the last 100 losses' median, and more than twice that median, is a spike: the run
-    goes back to its last checkpoint and skips that batch, as it does for NaN. 0 looks for NaN and infinity only."""
+    goes back to its last checkpoint and skips that batch, as it does for NaN. Short batches may scatter more, and the first 50 losses may
+    rise to six times the largest before. 0 looks for NaN and infinity only."""
     verify_every: Annotated[int, FREE, Ge(0), "0 compares no weights, 100 is the default"] = 100
     """Steps between comparisons of all ranks' weights, bit by bit; each checkpoint is compared as well. 0 compares none."""
     eval_every_epochs: Annotated[int, FREE, Ge(1)] = 1
