@@ -28,6 +28,7 @@ from cluster.store import Receipt
 from dataio.batch import Batch, Targets
 from dataio.order import blocks_of_virtual_ranks
 from dataio.schema import LABEL
+from tests.trainer import loss_curves
 from tests.trainer.test_step import CPU, TASK, Net, batches_of, make, order_of, same_bits, sgd
 from trainer.learn.optim import OptimConfig, set_learning_rate
 from trainer.learn.state import TrainState, weights_sha256
@@ -354,6 +355,23 @@ def test_ordinary_training_over_warm_up_peak_and_small_last_batches_raises_no_al
     _, stats = trained(128, optim=OptimConfig(lr=lr, schedule="triangular", warmup_steps=60))  # 4 epochs, the last batch of each has 16
     assert stats[31].samples == 16
     assert judged(stats) == []
+
+
+def test_real_runs_that_learn_raise_no_alarm_and_those_that_are_ruined_do() -> None:
+    """36 networks' losses (tests/trainer/loss_curves.py), from their first step on, each epoch's last batch being a single image."""
+    learned = ruined = 0
+    for case in json.loads(loss_curves.CURVES.read_text()):
+        sizes = [1 if step % 11 == 10 else case["batch_size"] for step in range(loss_curves.STEPS)]
+        guard = Guard(spike_factor=10.0, batch_size=case["batch_size"], samples_of=sizes.__getitem__)
+        found = verdicts(guard, list(enumerate(case["losses"])))
+        whole = [loss for loss, size in zip(case["losses"], sizes, strict=True) if size > 1]
+        if sorted(whole[-20:])[10] < 1.0:
+            learned += 1
+            assert found == [], case
+        elif any(loss > 6 * max(1.0, *whole[:number]) for number, loss in enumerate(whole[1:50], start=1)):
+            ruined += 1
+            assert found != [], case
+    assert (learned, ruined) == (25, 6)
 
 
 def test_a_batch_of_wrong_labels_is_found() -> None:
