@@ -35,7 +35,7 @@ RULES = {
     "left out": "for comparison: the last batch's images are not seen (not a rule that we may use)",
 }
 BATCH = 32
-CASES = ((64, 1), (33, 1), (65, 1), (68, 1), (80, 1), (65, 4))
+CASES = ((64, 1), (33, 1), (65, 1), (97, 1), (68, 1), (72, 1), (80, 1), (88, 1), (65, 4))
 """(images, virtual ranks)."""
 TIMES_WORSE = 2.0
 """A run counts as ruined if its test loss is more than this many times that of the same images with the remainder left out."""
