@@ -5,13 +5,14 @@ A setting carries its rules in `Annotated`: docs/extending.md says how to write 
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
 Backend = Literal["auto", "dali", "torch", "numpy"]
 Cache = Literal["auto", "device", "host", "none"]
 Fit = Literal["refuse", "stretch", "crop"]
+Remainder = Literal["auto", "spread", "last"]
 
 
 class Mark(Enum):
@@ -33,6 +34,14 @@ class Mark(Enum):
 
 
 FREE, LATER, PATH, AUTO = Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What the runs do that were begun before there was this setting. Its default is an auto, which each new run decides once and writes
+    down: so a run that says nothing of the setting is an older one, and `value` is what it was started with."""
+
+    value: Any
 
 
 def targets_of(text: str) -> tuple[tuple[str, str], ...]:
@@ -67,6 +76,10 @@ class DataConfig:
     and `number`. Empty uses the source's own single label. Applied when a source is converted."""
     batch_size: Annotated[int, Ge(1), "100 is the default"] = 100
     """Images a step over all workers (global); a multiple of `train.virtual_ranks`."""
+    remainder: Annotated[Remainder, LATER, Before("last")] = "auto"
+    """The images of an epoch that make no whole batch: a short `last` batch, or `spread` over the epoch, whose batches then differ by one
+    image at most. `auto` spreads them if the last batch would be under half of the others: BatchNorm cannot normalise a few images, and
+    their step moves the weights as far as a full one."""
     backend: Annotated[Backend, FREE] = "auto"
     """Library that crops and flips. All give the same uint8 batch; auto uses the fastest measured one for the device."""
     cache: Annotated[Cache, FREE] = "auto"
@@ -87,7 +100,8 @@ class DataConfig:
     shuffle_window: Annotated[int, Ge(0), "0 shuffles the whole data set"] = 0
     """Samples shuffled together; 0 shuffles the whole data set, a smaller number keeps the reads of a large one local."""
     max_bad_fraction: Annotated[float, FREE, Interval(ge=0, le=1), "it is a fraction of the samples, 0.01 being one in a hundred"] = 0.001
-    """Fraction of the samples that may be quarantined; above it the run fails."""
+    """Fraction of the samples that may be quarantined; above it the run fails. Up to 10 bad samples are left out in any case, as long as
+    they are no more than a tenth of all; 0 allows none."""
     test_fraction: Annotated[float, FREE, Interval(gt=0, lt=1), "it is a fraction of the samples, 0.1 being one in ten"] = 0.1
     """Fraction of each class held out for testing, by a hash of the key, where the source has no test split."""
     validation_fraction: Annotated[float, FREE, Interval(ge=0, lt=1), "it is a fraction of the training samples, 0 holds out none"] = 0.0

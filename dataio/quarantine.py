@@ -6,13 +6,26 @@ record through a callback: a metric, a line in the journal or in quarantine.json
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dataio.text import json_line, shown
 
 SHOWN = 5
+FEW = 10
+"""So many samples may be bad in any case, as long as they are no more than MOST_OF_FEW of all: a thousandth of a hundred photographs is
+none, and some of a hundred usually cannot be read."""
+MOST_OF_FEW = 0.1
+MOST_TO_LEAVE_OUT = 0.5
+"""No error advises to leave out more than this fraction of the samples."""
+
+
+def allowed(fraction: float, total: int) -> int:
+    """How many of `total` samples may be bad under the limit `fraction` (`data.max_bad_fraction`); 0 allows none, however few there are."""
+    if fraction == 0.0:
+        return 0
+    return max(math.floor(fraction * total), min(FEW, math.floor(MOST_OF_FEW * total)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +56,30 @@ class TooManyBadSamples(ValueError):
 
     failure_kind = "data"
 
+    @classmethod
+    def of(cls, records: Sequence[BadSample], *, count: int, total: int, fraction: float, so_far: str = "") -> "TooManyBadSamples":
+        """The error that `count` of `total` samples are bad, of which `records` are known here."""
+        listed = "".join(f"\n  {record.split} {shown(record.key)}: {shown(record.reason)}" for record in records[:SHOWN])
+        more = f"\n  and {count - SHOWN} more" if len(records) > SHOWN else ""
+        needed = math.ceil(count / max(total, 1) * 10_000) / 10_000
+        fix = (
+            f"Repair or remove them, or let them be left out: --data.max-bad-fraction {needed:g} or more "
+            "(of `dataio.convert`: --max-bad-fraction)"
+            if needed <= MOST_TO_LEAVE_OUT
+            else "These are most of the samples: the reasons say why they cannot be read. Convert them to a kind that can, or give another "
+            "source"
+        )
+        return cls(
+            f"{count} of {total} samples are bad{so_far}, more than the {allowed(fraction, total)} that "
+            f"data.max_bad_fraction={fraction:g} allows:{listed}{more}\n{fix}"
+        )
+
 
 class Quarantine:
     """The bad samples met so far; thread-safe.
 
-    The limit is a fraction of `total`. While `total` is None it is not known yet, and nothing raises before `finish`. A sample counts
-    once however often it is met.
+    The limit is a fraction of `total`, or a few of a small one (`allowed`). While `total` is None it is not known yet, and nothing raises
+    before `finish`. A sample counts once however often it is met.
     """
 
     def __init__(self, limit_fraction: float, total: int | None, on_record: Callable[[BadSample], None] | None = None) -> None:
@@ -97,15 +128,7 @@ class Quarantine:
         self._check(so_far="")
 
     def _check(self, so_far: str = " so far") -> None:
-        if self._total is None or self.count <= self._limit_fraction * self._total:
+        if self._total is None or self.count <= allowed(self._limit_fraction, self._total):
             return
         records = self.records
-        needed = math.ceil(len(records) / max(self._total, 1) * 10_000) / 10_000
-        listed = "".join(f"\n  {record.split} {shown(record.key)}: {shown(record.reason)}" for record in records[:SHOWN])
-        more = f"\n  and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
-        raise TooManyBadSamples(
-            f"{len(records)} of {self._total} samples are bad{so_far}, more than the {math.floor(self._limit_fraction * self._total)} that "
-            f"data.max_bad_fraction={self._limit_fraction:g} allows:{listed}{more}\n"
-            f"Repair or remove them, or let them be left out: --data.max-bad-fraction {needed:g} or more "
-            f"(of `dataio.convert`: --max-bad-fraction)"
-        )
+        raise TooManyBadSamples.of(records, count=len(records), total=self._total, fraction=self._limit_fraction, so_far=so_far)

@@ -55,12 +55,13 @@ def _carry_out(invocation: Invocation, argv: list[str], signals: Signals) -> int
         from trainer.drive.dry_run import dry_run  # imports torch
 
         signals.enter(Phase.DRY_RUN)
-        return dry_run(invocation.config, invocation.recipes, console)
+        return dry_run(invocation.config, invocation.recipes, console, from_recipes=invocation.from_recipes)
     asked = Asked(
         config=invocation.config,
         prefix=run_prefix(invocation.config, invocation.recipes),
         command=shlex.join(["python", "-m", "trainer.run", *argv]),
         environment=environment(),
+        from_recipes=invocation.from_recipes,
     )
     return run(asked, console, signals)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
+from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples, allowed
 
 
 def add(quarantine: Quarantine, number: int) -> bool:
@@ -21,7 +21,7 @@ def test_it_raises_as_soon_as_the_fraction_is_exceeded_and_never_before(total: i
     for number in met:
         new = number not in seen
         seen.add(number)
-        if new and len(seen) > fraction * total:
+        if new and len(seen) > allowed(fraction, total):
             with pytest.raises(TooManyBadSamples):
                 add(quarantine, number)
             return
@@ -30,22 +30,52 @@ def test_it_raises_as_soon_as_the_fraction_is_exceeded_and_never_before(total: i
 
 
 def test_the_error_names_count_limit_the_first_keys_with_reasons_and_the_fix():
-    quarantine = Quarantine(0.006, 1000)
-    for number in range(6):
+    quarantine = Quarantine(0.012, 1000)
+    for number in range(12):
         add(quarantine, number)
     with pytest.raises(TooManyBadSamples) as caught:
-        add(quarantine, 6)
+        add(quarantine, 12)
     text = str(caught.value)
     assert isinstance(caught.value, ValueError)
-    assert text.startswith("7 of 1000 samples are bad so far, more than the 6 that data.max_bad_fraction=0.006 allows")
+    assert text.startswith("13 of 1000 samples are bad so far, more than the 12 that data.max_bad_fraction=0.012 allows")
     assert all(f"train key{number}: truncated: half of it" in text for number in range(5))
     assert "key5" not in text
-    assert "and 2 more" in text
-    assert "--data.max-bad-fraction 0.007 or more" in text
+    assert "and 8 more" in text
+    assert "--data.max-bad-fraction 0.013 or more" in text
+
+
+@given(st.integers(0, 100_000), st.floats(0, 1, allow_nan=False))
+def test_some_of_few_samples_may_be_bad_whatever_the_fraction_unless_it_is_0(total: int, fraction: float):
+    assert allowed(0.0, total) == 0
+    assert allowed(fraction, total) <= max(fraction, 0.1) * total
+    if fraction:
+        assert allowed(fraction, total) >= min(10, total // 10)
+        assert allowed(fraction, total) >= int(fraction * total)
+    if fraction * total >= 10:
+        assert allowed(fraction, total) == int(fraction * total)
+
+
+def test_four_bad_photographs_of_76_are_left_out_and_eight_are_too_many():
+    quarantine = Quarantine(0.001, 76)
+    for number in range(7):
+        add(quarantine, number)
+    with pytest.raises(TooManyBadSamples, match="8 of 76 samples are bad so far, more than the 7 that"):
+        add(quarantine, 7)
+
+
+@pytest.mark.parametrize(("bad", "is_advised"), [(5, True), (11, True), (12, False), (22, False)])
+def test_nobody_is_advised_to_leave_out_most_of_the_samples(bad: int, is_advised: bool):
+    quarantine = Quarantine(0.001, None)
+    for number in range(bad):
+        add(quarantine, number)
+    with pytest.raises(TooManyBadSamples) as caught:
+        quarantine.finish(22)
+    assert ("--data.max-bad-fraction" in str(caught.value)) == is_advised
+    assert ("most of the samples" in str(caught.value)) != is_advised
 
 
 def test_the_suggested_fraction_is_enough():
-    for bad, total in ((1, 3), (7, 1000), (13, 60_001), (1, 1)):
+    for bad, total in ((1, 3), (7, 1000), (13, 60_001), (1, 2)):
         quarantine = Quarantine(0.0, total)
         quarantine._records = {("train", n): BadSample(key="k", reason="r: r", split="train", sample_id=n) for n in range(bad)}
         with pytest.raises(TooManyBadSamples) as caught:

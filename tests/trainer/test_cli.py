@@ -177,6 +177,7 @@ def test_article_is_the_tutorial_to_the_letter() -> None:
         "optim.decay_all": False,
         "optim.schedule": "constant",
         "optim.warmup_steps": 0,
+        "optim.warmup_fraction": -1.0,
         "optim.final_lr_fraction": 0.0,
         "optim.head_lr_factor": 1.0,
         "optim.label_smoothing": 0.0,

@@ -213,3 +213,15 @@ def test_a_failed_run_has_its_reason_in_all_three_though_the_report_breaks(run: 
     assert run.ending().failed(RunFailed(failure, reason="too many", attempts=4)) == 1
     assert json.loads((run.folder / "summary.json").read_text())["status"] == "failed"
     assert [event["event"] for event in run.events("run_failed", "report_failed")] == ["run_failed", "report_failed"]
+
+
+@pytest.mark.parametrize(("step", "says"), [(104, "would diverge from there again"), (None, "the same command goes on from there")])
+def test_a_run_that_diverged_is_not_told_that_the_same_command_goes_on(
+    run: Run, capsys: pytest.CaptureFixture[str], step: int | None, says: str
+) -> None:
+    """`decide` has said what to try in a new run. A step is to blame for a divergence; none is for a rank whose memory is faulty."""
+    failure = Failure(kind="numbers", rank=0, message="the loss is nan", step=step, is_explained=True)
+    assert run.ending().failed(RunFailed(failure, reason="the run diverges, whatever the batch", attempts=4)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("step 100 is saved")
+    assert last.endswith(says)

@@ -201,7 +201,7 @@ def test_a_damaged_image_is_named_not_counted_and_above_the_limit_no_result(
         return held
 
     monkeypatch.setattr(Split, "read_group", spoilt)
-    message = refused(capsys, str(run))
+    message = refused(capsys, str(run), "--data.max-bad-fraction", "0")
     assert "1 of 500 samples are bad" in message
     assert "--data.max-bad-fraction 0.002" in message
     answer = asked(capsys, str(run), "--data.max-bad-fraction", "0.002")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trainer.learn.step import Arriving, StepStats
 from trainer.rank.guard import Guard
-from trainer.rank.history import CURVE_SCHEMA, Curves, History, Speed
+from trainer.rank.history import CURVE_SCHEMA, Curves, History, LossMean, Speed
 from trainer.runs.summary import summarise
 from trainer.settings.tree import RunConfig
 
@@ -61,7 +61,10 @@ def test_totals_are_sums_over_the_steps_and_survive_being_saved_at_any_of_them(t
 
 def test_evaluations_and_every_float_come_back_to_the_bit() -> None:
     history = History(
-        step_seconds=0.1 + 0.2, train_loss=1 / 3, evaluations=[{"step": 3, "test_accuracy": 2 / 3, "confusion": [[1, 2], [3, 4]]}]
+        step_seconds=0.1 + 0.2,
+        train_loss=1 / 3,
+        mean_train_loss=1 / 7,
+        evaluations=[{"step": 3, "test_accuracy": 2 / 3, "confusion": [[1, 2], [3, 4]]}],
     )
     assert History.from_json(history.to_json()) == history
 
@@ -179,14 +182,55 @@ def test_a_saved_history_holds_the_losses_that_arrived_after_its_step() -> None:
     history = History()
     history.stepped(step(2, losses=((0, 3.0),)))
     guard.check(0, 3.0)
-    saved, proof = history.copy(), guard.proof((Arriving(1, torch.tensor(0.1)),))
+    history.learned([(0, 3.0)], lambda step: 64 - step)
+    late = (Arriving(1, torch.tensor(0.1)),)
+    saved, proof = history.copy(), guard.proof(late)
     history.stepped(step(3, losses=((1, 0.1), (2, 9.0))))
     history.evaluations.append({"step": 3})
-    again = History.from_json(saved.settled(proof()))
+    again = History.from_json(saved.settled(proof(), late, lambda step: 64 - step))
     assert again.steps_done == 2
     assert again.train_loss == torch.tensor(0.1).item()
+    assert again.mean_train_loss == (3.0 * 64 + torch.tensor(0.1).item() * 63) / 127
     assert again.evaluations == []
-    assert again.guard == {"last_step": 1, "losses": [3.0, torch.tensor(0.1).item()]}
+    assert again.guard == {"last_step": 1, "losses": [3.0, torch.tensor(0.1).item()], "judges_all": True}
+
+
+@given(
+    losses=st.lists(st.tuples(st.integers(1, 64), st.floats(0.0, 10.0), st.integers(0, 3)), min_size=1, max_size=30),
+    evaluates=st.sets(st.integers(1, 30)),
+    saves=st.sets(st.integers(1, 30)),
+)
+def test_the_training_loss_is_the_mean_over_all_samples_since_the_evaluation_before(
+    losses: list[tuple[int, float, int]], evaluates: set[int], saves: set[int]
+) -> None:
+    """However late losses arrive, and wherever the run goes on from a checkpoint. A loss that an evaluation has waited for counts once."""
+    history, late = History(), list[Arriving]()
+    evaluated_at, means = 0, []
+
+    def samples_of(step: int) -> int:
+        return losses[step][0]
+
+    def mean(first: int, stop: int) -> float:
+        return sum(samples * loss for samples, loss, _ in losses[first:stop]) / sum(samples for samples, _, _ in losses[first:stop])
+
+    for number, (samples, loss, waits) in enumerate(losses, start=1):
+        late.append(Arriving(number - 1, torch.tensor(loss, dtype=torch.float64)))
+        arrived, late = (late, []) if waits == 0 else (late[:-waits], late[-waits:])
+        told = step(number, samples=samples, losses=tuple((each.step, each.wait()) for each in arrived))
+        history.stepped(told)
+        LossMean(history, samples_of).stepped(told)
+        if number in evaluates:
+            LossMean(history, samples_of).arrived(late)
+            means.append((history.mean_train_loss, mean(evaluated_at, number)))
+            history.evaluated({"step": number}, 0.0)
+            evaluated_at = number
+        if number in saves:  # and is killed, and goes on from there
+            guard = Guard(spike_factor=0.0, batch_size=1, samples_of=samples_of)
+            history, late = History.from_json(history.copy().settled(guard, late, samples_of)), []
+    LossMean(history, samples_of).arrived(late)
+    if evaluated_at < len(losses):
+        means.append((history.mean_train_loss, mean(evaluated_at, len(losses))))
+    assert [found for found, _ in means] == pytest.approx([wanted for _, wanted in means])
 
 
 def test_a_checkpoint_of_before_there_were_guards_is_still_read() -> None:

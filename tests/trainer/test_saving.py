@@ -46,7 +46,7 @@ class Rank:
         )
         self.saver = Saver(
             me,
-            SimpleNamespace(virtual_ranks=range(1)),  # type: ignore[arg-type]
+            SimpleNamespace(virtual_ranks=range(1), samples_of=lambda step: 1),  # type: ignore[arg-type]
             SimpleNamespace(steps_per_epoch=10),  # type: ignore[arg-type]
             store=SimpleNamespace(storage=open_storage(folder), stage=self.stage),  # type: ignore[arg-type]
             state=None,  # type: ignore[arg-type]

@@ -648,7 +648,7 @@ class TreeCase:
     worlds: tuple[int, ...] = (1, 2, 3, 4)
     accumulate: int = 1
     wire: torch.dtype = torch.float32
-    full_batch: int = 0
+    full_batches: tuple[int, ...] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -665,7 +665,7 @@ TREE_CASES = {
     "eight, bf16, lp-ft": TreeCase(shape=(8, 304), steps=(4, 10), net=Residual, precision="bf16", freeze="lp-ft", buckets=(2000, 500)),
     "four, compiled": TreeCase(shape=FOUR, steps=(4, 8), compile_model=True, buckets=(2000, 500), worlds=(1, 2)),
     "four, compiled, short batches not": TreeCase(
-        shape=FOUR, steps=(4, 8), compile_model=True, buckets=(2000, 500), worlds=(1, 3), full_batch=83
+        shape=FOUR, steps=(4, 8), compile_model=True, buckets=(2000, 500), worlds=(1, 3), full_batches=(83,)
     ),
     "seven, sums in bf16": TreeCase(shape=SEVEN, steps=(13, 16), net=Residual, buckets=(2000, 500), wire=torch.bfloat16),
     "four, micro-batches": TreeCase(shape=FOUR, steps=(5, 8), accumulate=3),
@@ -704,7 +704,7 @@ def tree_run(case: TreeCase, world: int, rank: int, group: Any) -> str:
             world_size=world,
             compile_model=case.compile_model,
             accumulate=case.accumulate,
-            full_batch=case.full_batch,
+            full_batches=case.full_batches,
         )
         batches = iter(batches_of(case.shape, first, last, carried=blocks_of_virtual_ranks(virtual_ranks, world, rank)))
         losses += [pair for stats in loop(stepper, batches, order, first, last) for pair in stats.losses]
@@ -1088,7 +1088,7 @@ def test_full_batches_are_compiled_once_and_short_ones_are_not(
     shape = (virtual_ranks, 332)  # step 6 of 7 is short
     full = 332 // virtual_ranks
     model, eager = Net(dropout=0.0), Net(dropout=0.0)
-    stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, compile_model=True, full_batch=full if full_only else 0)
+    stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, compile_model=True, full_batches=(full,) if full_only else ())
     order = order_of(shape)
     assert (stepper.compile_ahead((3, 28, 28)) > 0) == full_only
     assert seen == ([full] if full_only else [])
@@ -1102,6 +1102,28 @@ def test_full_batches_are_compiled_once_and_short_ones_are_not(
     assert seen == ([full] if full_only else [full, 8 // virtual_ranks])  # dynamic=False: a graph each, none for "any size"
 
 
+@pytest.mark.parametrize(
+    ("virtual_ranks", "accumulate", "sizes"),
+    [(1, 1, [16, 17]), (4, 1, [4, 5]), (1, 3, [5, 6]), (4, 4, [2])],  # 50 images in 3 steps, of up to 24
+)
+def test_both_sizes_of_a_spread_remainder_are_compiled_ahead_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, virtual_ranks: int, accumulate: int, sizes: list[int]
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", as_it_is(seen))
+    torch._dynamo.reset()
+    order = Order(seed=SEED, fingerprint="", count=50, batch_size=24, virtual_ranks=virtual_ranks, spread=True)
+    train = TrainConfig(virtual_ranks=virtual_ranks, accumulate=accumulate, compile=True, precision="fp32")
+    model = Net(dropout=0.0)
+    stepper = learner_of(RunConfig(data=DataConfig(batch_size=24), optim=OPTIM, train=train), model, sgd(model)).stepper(order=order)
+    assert stepper.compile_ahead((3, 28, 28)) > 0
+    assert seen == sizes
+    every = range(virtual_ranks)
+    parts = [range(rank, rank + 1) for rank in every] if virtual_ranks > 1 else [every]
+    taken = {size for part in parts for size in order.batch_sizes(part)}
+    assert {len(few) for size in taken for few in torch.zeros(size).tensor_split(accumulate)} - {1} == set(sizes)
+
+
 @pytest.mark.parametrize("virtual_ranks", [1, 4])
 def test_compiling_ahead_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, virtual_ranks: int) -> None:
     monkeypatch.setattr("trainer.learn.gradients.COMPILER", as_it_is([]))
@@ -1109,7 +1131,7 @@ def test_compiling_ahead_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, virtua
     shape = (virtual_ranks, 40)
     model, other = Net(), Net()
     optimizer = sgd(model)
-    stepper = make(model, optimizer, virtual_ranks=virtual_ranks, compile_model=True, full_batch=40 // virtual_ranks)
+    stepper = make(model, optimizer, virtual_ranks=virtual_ranks, compile_model=True, full_batches=(40 // virtual_ranks,))
     state = torch.get_rng_state()
     before = weights_sha256(model)
     assert stepper.compile_ahead((3, 28, 28)) > 0
@@ -1117,7 +1139,7 @@ def test_compiling_ahead_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, virtua
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not optimizer.state
-    late = make(other, sgd(other), virtual_ranks=virtual_ranks, compile_model=True, full_batch=40 // virtual_ranks)
+    late = make(other, sgd(other), virtual_ranks=virtual_ranks, compile_model=True, full_batches=(40 // virtual_ranks,))
     for one in (stepper, late):
         for _ in loop(one, iter(batches_of(shape, 0, 2)), order_of(shape), 0, 2):
             pass
@@ -1126,7 +1148,7 @@ def test_compiling_ahead_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, virtua
 
 def test_nothing_is_compiled_ahead_where_nothing_is_compiled() -> None:
     model = Net()
-    assert make(model, sgd(model), full_batch=40).compile_ahead((3, 28, 28)) == 0.0
+    assert make(model, sgd(model), full_batches=(40,)).compile_ahead((3, 28, 28)) == 0.0
 
 
 COMPILED_RUN = """
@@ -1138,7 +1160,7 @@ COMPILED_RUN = """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape, model = (1, 40), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 28 * 28, 10))
-    stepper = make(model, sgd(model), compile_model=True, full_batch=40)
+    stepper = make(model, sgd(model), compile_model=True, full_batches=(40,))
     seconds = stepper.compile_ahead((3, 28, 28))
     for _ in loop(stepper, iter(batches_of(shape, 0, 3)), order_of(shape), 0, 3):
         pass

@@ -13,15 +13,16 @@ from dataio.manifest import Manifest, image_size_of
 from dataio.parquet import open_dataset
 from dataio.schema import Target, single_label
 from trainer.drive.capability import here, settled
-from trainer.drive.identity import resolved, run_prefix
+from trainer.drive.identity import Resolved, resolved, run_prefix
 from trainer.drive.plan import Devices, describe, model_facts, table
 from trainer.settings.identity import weights_sha256
+from trainer.settings.length import length_of
 from trainer.settings.rules import worker_count
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
 
 
-def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> int:
+def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console, *, from_recipes: frozenset[str] = frozenset()) -> int:
     """Print what would run: steps, memory, cost."""
     manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
     targets = manifest.targets if manifest else _targets_of_source(config)
@@ -29,8 +30,14 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
     size = image_size_of(manifest, config.data) if manifest else (config.data.image_size or 32,) * 2
     gpus = torch.cuda.device_count()
     devices = _devices(worker_count(config) or max(1, gpus), gpus)
+    is_new = True
     if manifest is not None:
-        config = _named(config, recipes, manifest, workers=devices.workers, image_size=size)
+        named = _named(config, recipes, manifest, workers=devices.workers, image_size=size)
+        is_new = named.found.is_new
+        length = length_of(named.config, manifest, workers=devices.workers, from_recipes=from_recipes, is_new=is_new)
+        config = length.config
+        for line in length.said:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     facts = model_facts(task, config.model, image_size=size)
     config = settled(
         config,
@@ -38,7 +45,7 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
         has_depthwise=facts.has_depthwise,
         tell=lambda line: console.print(line, soft_wrap=True, markup=False),
     )
-    console.print(table(describe(config, manifest, devices, facts)))
+    console.print(table(describe(config, manifest, devices, facts, is_new=is_new)))
     if manifest is None:
         command = shlex.join(["python", "-m", "dataio.convert", config.data.path, "DEST"])
         console.print(f"For exact numbers convert the data first: {command}", soft_wrap=True, highlight=False)
@@ -61,8 +68,8 @@ def _devices(workers: int, gpus: int) -> Devices:
     )
 
 
-def _named(config: RunConfig, recipes: tuple[str, ...], manifest: Manifest, *, workers: int, image_size: tuple[int, int]) -> RunConfig:
-    """`config` with the name that the run will have."""
+def _named(config: RunConfig, recipes: tuple[str, ...], manifest: Manifest, *, workers: int, image_size: tuple[int, int]) -> Resolved:
+    """`config` with the name that the run will have, and what there is of that run."""
     return resolved(
         config,
         open_storage(config.storage, config.cluster.storage_retry_seconds),
@@ -71,4 +78,4 @@ def _named(config: RunConfig, recipes: tuple[str, ...], manifest: Manifest, *, w
         weights=weights_sha256(config.model.weights),
         prefix=run_prefix(config, recipes),
         image_size=image_size,
-    ).config
+    )

@@ -84,7 +84,10 @@ class Ending:
             complain(failure.traceback)
         complain(f"error: {error}")
         if (step := self.session.saved_step()) >= 0:
-            complain(f"step {step} is saved; once the cause is mended the same command goes on from there")
+            if failure.kind == "numbers" and failure.step is not None:
+                complain(f"step {step} is saved, but the same command would diverge from there again")
+            else:
+                complain(f"step {step} is saved; once the cause is mended the same command goes on from there")
         return 1
 
     def _record(self, status: str, event: str, **fields: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cluster.store import Commit, NoValidCheckpoint, Store
 from dataio.codecs.image.decode import FIRST_VERSIONS
 from trainer.drive.capability import as_started
 from trainer.drive.record import Identity, changes, record_of, told_changes
+from trainer.settings.fields import as_begun, settings, with_autos_of
 from trainer.settings.identity import deciding_changes, deciding_settings, first_deciding_settings, weights_sha256
 from trainer.settings.rules import validate
 from trainer.settings.toml import from_toml
@@ -114,10 +115,8 @@ def _claimed(store: Store) -> Mapping[str, Any] | None:
 
 def _saved_config(storage: Storage, run: str) -> RunConfig:
     name = f"{run}/config.toml"
-    config = from_toml(storage.read(name).decode(), origin=name)
-    # A release that had only convolutions did not write this setting.
-    small_maps = "convolution" if config.train.small_maps == "auto" else config.train.small_maps
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, small_maps=small_maps))
+    saved: RunConfig = as_begun(from_toml(storage.read(name).decode(), origin=name))
+    return saved
 
 
 def _summary(storage: Storage, run: str) -> Mapping[str, Any]:
@@ -139,7 +138,9 @@ def resolved(
         # Name the run before the autos are decided, so that the command means the same run on every machine.
         config, found = _named(config, storage, fingerprint=fingerprint, weights=weights, prefix=prefix)
     if found.saved is not None:
-        config = dataclasses.replace(config, train=as_started(config.train, found.saved.train))
+        config = as_it_began(config, found.saved)
+    elif found.record is not None:  # its driver died before it wrote its settings down
+        config = with_autos_of(config, found.record["settings"])
     return Resolved(config=config, found=found)
 
 
@@ -183,8 +184,14 @@ def check_same_run(config: RunConfig, found: Found, weights: str) -> None:
 
 def _changes(config: RunConfig, saved: RunConfig, weights: tuple[str, str]) -> dict[str, tuple[Any, Any]]:
     # The run decides what is left at auto, as in `resolved`.
-    now = dataclasses.replace(config, train=as_started(config.train, saved.train))
-    return deciding_changes(saved, now, weights)
+    return deciding_changes(saved, as_it_began(config, saved), weights)
+
+
+def as_it_began(config: RunConfig, saved: RunConfig) -> RunConfig:
+    """`config` with all that it leaves at auto as in `saved`, the run's first settings."""
+    config = dataclasses.replace(config, train=as_started(config.train, saved.train))
+    began: RunConfig = with_autos_of(config, settings(saved))
+    return began
 
 
 def check_same_identity(run: str, record: Mapping[str, Any] | None, now: Identity) -> None:

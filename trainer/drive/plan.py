@@ -13,11 +13,10 @@ from torch import nn
 
 from cluster.interval import AUTO, steps_between
 from dataio.manifest import Manifest, image_size_of
-from dataio.order import Order
 from trainer.models.vision import has_depthwise, head_of
 from trainer.rank.profile import count_work
+from trainer.settings.length import length_of
 from trainer.settings.rules import validate
-from trainer.settings.spec import total_steps_of
 from trainer.settings.tree import ModelConfig, RunConfig
 from trainer.settings.units import duration, flops, number, size
 from trainer.tasks.task import Task
@@ -94,8 +93,8 @@ def model_facts(task: Task, config: ModelConfig, *, image_size: tuple[int, int])
     )
 
 
-def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, model: ModelFacts) -> Plan:
-    """What `config` would do on `devices`. ValueError from `validate` if the run could not start.
+def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, model: ModelFacts, *, is_new: bool = True) -> Plan:
+    """What `config` would do on `devices`. ValueError if the run could not start. `is_new`: it was never started.
 
     Without a manifest (data not converted yet), everything that depends on the number of images is None.
     """
@@ -105,11 +104,11 @@ def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, mod
     test = manifest.splits["test"].count if manifest and "test" in manifest.splits else None
     image_size = image_size_of(manifest, config.data) if manifest else (config.data.image_size,) * 2 if config.data.image_size else None
     steps_per_epoch = total_steps = checkpoint_every = None
+    validate(config, workers=devices.workers, image_size=image_size)
     if manifest is not None:
-        steps_per_epoch = _steps_per_epoch(config, manifest, virtual_ranks)
-        total_steps = total_steps_of(config, steps_per_epoch)
+        length = length_of(config, manifest, workers=devices.workers, is_new=is_new)
+        steps_per_epoch, total_steps = length.steps_per_epoch, length.total_steps
         checkpoint_every = steps_between(config.train.checkpoint_every, steps_per_epoch)
-    validate(config, workers=devices.workers, image_size=image_size, total_steps=total_steps)
 
     weights = model.parameters * _FLOAT32_BYTES + model.buffer_bytes
     moments = 2 if config.optim.name == "adamw" else 1 if config.optim.momentum > 0 else 0
@@ -143,18 +142,6 @@ def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, mod
         seconds=work / (speed * devices.workers) if work and speed else None,
         destination=f"{config.storage.rstrip('/')}/{config.run or '<named after the recipe and the settings>'}",
     )
-
-
-def _steps_per_epoch(config: RunConfig, manifest: Manifest, virtual_ranks: int) -> int:
-    order = Order(
-        seed=config.train.seed,
-        fingerprint=manifest.fingerprint,
-        count=manifest.splits["train"].count,
-        batch_size=config.data.batch_size,
-        virtual_ranks=virtual_ranks,
-        window=config.data.shuffle_window,
-    )
-    return order.steps_per_epoch
 
 
 def table(plan: Plan) -> Table:

@@ -73,8 +73,9 @@ def record_of(note: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def changes(then: Mapping[str, Any], now: Identity) -> dict[str, tuple[Any, Any]]:
     """By which settings, weights or data a run of the record `then` would not be that of `now`, each with its value then and now. A
-    setting that one of the two does not name has its default there. The decoder is compared on `now`'s device only."""
-    defaults = {key: setting.default for key, setting in declared(RunConfig).items()}
+    setting that one of the two does not name has its default there, or what runs did before there was it. The decoder is compared on
+    `now`'s device only."""
+    defaults = {key: setting.before for key, setting in declared(RunConfig).items()}
     before, after = then["settings"], now.settings
     found = {
         key: (_value(before, key, defaults), _value(after, key, defaults))
@@ -122,6 +123,19 @@ def told_bit_changes(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
                 what, keeps = name, f"{name} {then} keeps them"
         lines.append(f"{what}: {then} before, {now} now; the weights may differ in their last bits from an uninterrupted run's ({keeps})")
     return lines
+
+
+def told_threads(asked: RunConfig, *, device: str, threads: int) -> list[str]:
+    """What to tell a user who fixes the virtual ranks, so that the weights are the same for any number of workers: on CPUs they also depend
+    on the threads of a worker, which are as many as it has CPUs, and so fewer for more workers. Holding them at what the virtual ranks
+    would get would cost one worker on two CPUs half of its speed."""
+    train, cluster = asked.train, asked.cluster
+    if device != "cpu" or not train.virtual_ranks or train.reduction != "tree" or cluster.threads_per_worker or ":" in asked.workers:
+        return []
+    return [
+        f"train.virtual_ranks={train.virtual_ranks} gives the same bits for any number of workers with equally many threads; "
+        f"--cluster.threads-per-worker {threads} holds them at what they are here"
+    ]
 
 
 def _versions(config: RunConfig) -> dict[str, str]:

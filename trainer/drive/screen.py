@@ -132,6 +132,6 @@ class Screen:
             unit=task.unit,
             checkpoint_step=last.step if last else None,
             checkpoint_age_seconds=time.time() - last.time if last and last.time else None,
-            remaining_seconds=(session.total_steps - steps) * session.config.data.batch_size / rate if rate else None,
+            remaining_seconds=(session.total_steps - steps) * session.samples_per_step / rate if rate else None,
             restarts=position.restarts,
         )

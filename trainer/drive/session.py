@@ -78,6 +78,11 @@ class Session:
         return self.decided.storage
 
     @property
+    def samples_per_step(self) -> float:
+        """On average: fewer than `data.batch_size` where the data are few, or an epoch's remainder is spread."""
+        return self.decided.dataset.split("train").count / self.steps_per_epoch
+
+    @property
     def resources(self) -> Resources:
         return self.decided.resources
 

@@ -49,6 +49,8 @@ class Asked:
     """How the run's automatic name begins."""
     command: str
     environment: Environment
+    from_recipes: frozenset[str] = frozenset()
+    """The settings that nobody but a shipped recipe has set."""
 
     @property
     def address(self) -> str:
@@ -83,6 +85,8 @@ class Placed:
     workers: int
     """Largest number of workers that there may be."""
     found: Found
+    said: tuple[str, ...] = ()
+    """What the user should know of the run's length."""
 
     @property
     def question(self) -> Question:

@@ -41,7 +41,7 @@ from trainer.drive.identity import (
     newest_start,
     resolved,
 )
-from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes
+from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes, told_threads
 from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Phase, Signals
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
@@ -49,6 +49,7 @@ from trainer.drive.without_ray import WithoutRay
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.identity import weights_sha256
+from trainer.settings.length import length_of
 from trainer.settings.rules import worker_count
 from trainer.settings.spec import RANK_MODULES, make_order
 from trainer.settings.toml import to_toml
@@ -193,7 +194,14 @@ def place(data: WithData, workers: int) -> Placed:
         image_size=data.image_size,
     )
     check_same_run(named.config, named.found, data.weights)
-    return Placed(data=data, config=named.config, workers=workers, found=named.found)
+    length = length_of(
+        named.config,
+        data.dataset.manifest,
+        workers=workers,
+        from_recipes=data.asked.from_recipes,
+        is_new=named.found.is_new,
+    )
+    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=length.said)
 
 
 def check_before_cluster(placed: Placed, zygote: Zygote, set_up: SetUp) -> Checked:
@@ -258,12 +266,15 @@ def decide(
 
     data, location = placed.data, placed.data.location
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    use_gpus = resources.gpus_per_worker > 0
+    threads = told_threads(data.asked.config, device="cuda" if use_gpus else "cpu", threads=resources.threads_per_worker)
+    for line in (*placed.said, *threads):
+        tell(line)
 
     def probe() -> str:
         return open_dataset(location).manifest.fingerprint
 
     is_shared = set_up.call("the check of all nodes", lambda: preflight(data.storage, placed.config.run, hardware, probe, tell=tell))
-    use_gpus = resources.gpus_per_worker > 0
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
     weights_bytes = checked.weights_bytes

@@ -2,6 +2,7 @@
 benchmarks that measure the same step without the rest.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from cluster.reduce import TreeReducer
 from dataio.manifest import Manifest
-from dataio.order import blocks_of_virtual_ranks
+from dataio.order import Order, blocks_of_virtual_ranks
 from trainer.learn.ema import Ema
 from trainer.learn.gradients import DdpGradients, Gradients, PassConfig, PlainGradients, StepObserver, TreeGradients
 from trainer.learn.objectives import autocast_for, supervised
@@ -47,25 +48,25 @@ class Learner:
         """Set every parameter group's learning rate for `step`. Returns the backbone's."""
         return set_learning_rate(self.optimizer, self.config.optim, step, total_steps)
 
-    def stepper(self, *, world_size: int = 1, rank: int = 0, observer: StepObserver = UNOBSERVED) -> Stepper:
-        """The step over the parameters that are trained now. In ddp mode this is a collective."""
+    def stepper(self, *, world_size: int = 1, rank: int = 0, observer: StepObserver = UNOBSERVED, order: Order | None = None) -> Stepper:
+        """The step over the parameters that are trained now. In ddp mode this is a collective. `order` says how large batches are; without
+        it they are as the settings say."""
         clip_norm = self.config.optim.clip_norm
         clip = partial(clip_gradients, max_norm=clip_norm) if clip_norm else None
         update = Update(self.model, self.optimizer, clip=clip, ema=self.ema)
-        return Stepper(self._gradients(update, world_size, rank), update, observer)
+        return Stepper(self._gradients(update, world_size, rank, order), update, observer)
 
-    def _gradients(self, update: Update, world_size: int, rank: int) -> Gradients:
+    def _gradients(self, update: Update, world_size: int, rank: int, order: Order | None) -> Gradients:
         train = self.config.train
         objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision))
         # A single virtual rank has nothing to add up; the plain step gives the same bits without the tree's flat vector.
         is_tree = train.reduction == "tree" and train.virtual_ranks > 1
         # In tree mode each virtual rank goes through the model by itself; otherwise all of this rank's go through together.
         blocks = [blocks_of_virtual_ranks(train.virtual_ranks, world_size, each) for each in range(world_size)]
-        together = 1 if is_tree else len(blocks[rank])
         passes = PassConfig(
             seed=train.seed,
             accumulate=train.accumulate,
-            full_batch=together * self.config.data.batch_size // train.virtual_ranks // train.accumulate,
+            full_batches=self._full_batches([range(v, v + 1) for v in blocks[rank]] if is_tree else [blocks[rank]], order),
             compile_model=train.compile,
             cuda_graphs=train.cuda_graphs,
         )
@@ -77,6 +78,17 @@ class Learner:
             compress = wire != torch.float32
             return DdpGradients(self.model, self.task, objective, passes, world_size=world_size, compress=compress)
         return PlainGradients(self.model, self.task, objective, passes)
+
+    def _full_batches(self, together: Sequence[range], order: Order | None) -> tuple[int, ...]:
+        """The sizes in which samples go through the model, but for those of a short last step. `together`: virtual ranks that do so as one
+        batch. In ddp mode all ranks have equally many, as compiling one is a collective there."""
+        train = self.config.train
+        if order is None or not order.spread:
+            return (len(together[0]) * self.config.data.batch_size // train.virtual_ranks // train.accumulate,)
+        batches = {size for ranks in together for size in order.batch_sizes(ranks)}
+        parts = {part for size in batches for part in (size // train.accumulate, -(-size // train.accumulate))}
+        sizes = sorted(parts - {0, 1}) or [1]  # where others have more, a single sample has no statistics and is not compiled
+        return (sizes[0], sizes[-1]) if train.reduction == "ddp" else tuple(sizes)
 
 
 def task_of(config: RunConfig, manifest: Manifest) -> Task:

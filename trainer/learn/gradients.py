@@ -100,10 +100,11 @@ class PassConfig:
     accumulate: int = 1
     """Number of micro-batches that each batch is cut into. Their gradients are added up before they are handed over, so the same batch
     needs less memory. BatchNorm normalises each micro-batch by itself and updates its running statistics after each one, in order."""
-    full_batch: int = 0
-    """Samples that the model sees at once in a full step. If the model is compiled, only batches of this size use the compiled step: the
-    last step of an epoch is short, and its own graph would cost more than it saves. 0 compiles every size, each by itself. A size's result
-    never depends on the sizes before it, so that a run that goes on from a checkpoint gets the same bits."""
+    full_batches: tuple[int, ...] = ()
+    """Samples that the model sees at once in a full step: one number, or two where an epoch's remainder is spread. If the model is
+    compiled, only batches of these sizes use the compiled step: a short last step's own graph would cost more than it saves. Empty: every
+    size is compiled, each by itself. A size's result never depends on the sizes before it, so that a run that goes on from a checkpoint
+    gets the same bits."""
     compile_model: bool = False
     cuda_graphs: bool = False
     """Record the compiled step's kernels in its first calls, and replay them from then on with one launch."""
@@ -168,7 +169,7 @@ class Passes:
     def loss(self, samples: Tensor, targets: Targets, divisor: float) -> Tensor:
         """The summed loss of n samples divided by `divisor`: () float32, with its graph."""
         n = len(samples)
-        if self._compiled is not None and n == (self._config.full_batch or n):
+        if self._compiled is not None and n in (self._config.full_batches or (n,)):
             if self._config.cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # the last replay's outputs are used up
             return self._compiled(samples, targets) / divisor
@@ -209,20 +210,20 @@ class Passes:
     def compile_ahead(self, image: Sequence[int]) -> float:
         """Compile now, outside of any step, for full batches of (3, H, W) uint8. Returns the seconds it took, 0 if nothing is compiled.
 
-        Forward and backward run once on a blank batch. Buffers, gradients and the random state are restored afterwards."""
-        full_batch = self._config.full_batch
-        if self._compiled is None or not full_batch:
+        Forward and backward run once on a blank batch of each size. Buffers, gradients and the random state are restored afterwards."""
+        if self._compiled is None or not self._config.full_batches:
             return 0.0
         begin = time.perf_counter()
         buffers = list(self._model.buffers())
         before = [buffer.clone() for buffer in buffers]
-        images = torch.zeros((full_batch, *image), dtype=torch.uint8, device=self.device)  # (n, 3, H, W)
-        images = images.contiguous(memory_format=torch.channels_last)  # the loader's layout
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            loss = self.loss(*self._task.prepare(images, self._task.blank(full_batch, self.device)), 1.0)
-            loss.backward()  # type: ignore[no-untyped-call]
-        float(loss.detach())  # wait until the device has finished; this is not in a step
-        self.clear_gradients()
+        for size in self._config.full_batches:
+            images = torch.zeros((size, *image), dtype=torch.uint8, device=self.device)  # (n, 3, H, W)
+            images = images.contiguous(memory_format=torch.channels_last)  # the loader's layout
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                loss = self.loss(*self._task.prepare(images, self._task.blank(size, self.device)), 1.0)
+                loss.backward()  # type: ignore[no-untyped-call]
+            float(loss.detach())  # wait until the device has finished; this is not in a step
+            self.clear_gradients()
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)

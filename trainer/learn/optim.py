@@ -18,11 +18,11 @@ from trainer.settings.tree import Freeze, OptimConfig
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """The backbone's learning rate at a step: linear warm-up to `config.lr`, then the schedule.
 
-    With w = `warmup_steps`, the rate at step s < w is lr (s + 1) / w, so that step w - 1 has the peak (step 0 if w = 0). From there to step
-    `total_steps` - 1 it falls to lr * `final_lr_fraction` along a half cosine (`cosine`) or a straight line (`triangular`), or stays at the
-    peak (`constant`).
+    With w = `warmup_of(total_steps)`, the rate at step s < w is lr (s + 1) / w, so that step w - 1 has the peak (step 0 if w = 0). From
+    there to step `total_steps` - 1 it falls to lr * `final_lr_fraction` along a half cosine (`cosine`) or a straight line (`triangular`),
+    or stays at the peak (`constant`).
     """
-    warmup, last = config.warmup_steps, total_steps - 1
+    warmup, last = config.warmup_of(total_steps), total_steps - 1
     if step < warmup:
         return config.lr * (step + 1) / warmup
     peak = max(warmup - 1, 0)

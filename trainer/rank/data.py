@@ -18,7 +18,7 @@ from dataio.batch import Batch
 from dataio.loader import Loader
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, open_dataset
-from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples
+from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples, allowed
 from trainer.rank.this_rank import ThisRank
 from trainer.settings.spec import make_order
 
@@ -37,6 +37,10 @@ class RankData:
     def share(self) -> float:
         """Fraction of a batch that this rank carries."""
         return len(self.virtual_ranks) / self.order.virtual_ranks
+
+    def samples_of(self, step: int) -> int:
+        """Samples of the run's step `step`, over all ranks."""
+        return self.order.batch_count(step % self.order.steps_per_epoch)
 
 
 def open_data(me: ThisRank) -> RankData:
@@ -87,12 +91,8 @@ def quarantine(me: ThisRank, dataset: Dataset) -> Callable[[BadSample], None]:
     def on_record(bad: BadSample) -> None:
         me.metrics.add("quarantined_samples_total", label=bad.kind)
         everywhere = me.call("quarantine", [asdict(bad)])
-        if everywhere > limit * total:
-            shown = "".join(f"\n  {record.split} {record.key}: {record.reason}" for record in own.records[:5])
-            raise TooManyBadSamples(
-                f"{everywhere} of {total} samples are bad, more than data.max_bad_fraction={limit:g} allows; the first met here:{shown}\n"
-                f"Repair or remove them, or let them be left out: --data.max-bad-fraction {everywhere / total:.2g} or more"
-            )
+        if everywhere > allowed(limit, total):
+            raise TooManyBadSamples.of(own.records, count=everywhere, total=total, fraction=limit, so_far=" so far")
 
     own = Quarantine(1.0, total, on_record)
 

@@ -3,7 +3,7 @@
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,8 +20,9 @@ from trainer.learn.build import Learner
 from trainer.learn.ema import Ema
 from trainer.learn.gradients import evaluating
 from trainer.learn.objectives import autocast_for
+from trainer.learn.step import Arriving
 from trainer.rank.data import RankData
-from trainer.rank.history import History
+from trainer.rank.history import History, LossMean
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank
 from trainer.tasks.prediction_log import PredictionLog
@@ -43,20 +44,23 @@ class Evaluator:
         plan: StepPlan,
         *,
         history: History,
+        mean: LossMean,
         storage: Storage,
         on_begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """`history` gets an entry for each evaluation. `on_begin` is called before each one."""
+        """`history` gets an entry for each evaluation, and `mean` the losses that were still late. `on_begin` is called before each."""
         self._me, self._data, self._learner, self._plan = me, data, learner, plan
-        self._history, self._storage, self._on_begin = history, storage, on_begin
+        self._history, self._mean, self._storage, self._on_begin = history, mean, storage, on_begin
         me.metrics.declare("test_measure", [measure.name for measure in learner.task.info.measures])
 
-    def run(self, steps_done: int) -> None:
-        """Evaluate the test split, and report to the history, Prometheus and the journal. All ranks call it after the same step."""
+    def run(self, steps_done: int, late: Sequence[Arriving] = ()) -> None:
+        """Evaluate the test split, and report to the history, Prometheus and the journal. All ranks call it after the same step. `late`:
+        losses of steps before (StepStats), which an evaluation outlasts."""
         self._on_begin()
         begin = time.perf_counter()
         with self._me.heartbeat.during(EVALUATION):
             result = self._evaluate(steps_done)
+        self._mean.arrived(late)
         self._tell(steps_done, result, time.perf_counter() - begin)
 
     def _evaluate(self, steps_done: int) -> Result:
@@ -106,7 +110,7 @@ class Evaluator:
         entry: dict[str, Any] = {"step": steps_done, "epoch": steps_done / self._plan.steps_per_epoch, **result.entry()}
         history.evaluated(entry, seconds)
         brief = {key: entry[key] for key in ("step", "epoch", "test_loss", *(measure.key for measure in info.measures))}
-        self._me.tell("evaluation", train_loss=history.train_loss, **brief)
+        self._me.tell("evaluation", train_loss=history.train_loss, mean_train_loss=history.mean_train_loss, **brief)
 
 
 def evaluate(

@@ -8,7 +8,7 @@ import io
 import json
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from trainer.learn.step import StepStats
+from trainer.learn.step import Arriving, StepStats
 from trainer.rank.guard import Guard
 
 CURVE_SCHEMA = pa.schema(
@@ -48,6 +48,10 @@ class History:
     evaluation_seconds: float = 0.0
     checkpoint_stall_seconds: float = 0.0
     train_loss: float = float("nan")  # of the newest step whose loss has arrived
+    mean_train_loss: float = float("nan")  # over the samples since the last evaluation; right after one, those before it
+    loss_sum: float = 0.0  # of the losses since the last evaluation, each times its samples
+    loss_samples: int = 0
+    losses_before: int = 0  # the step from which on losses are not in these sums yet
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     guard: dict[str, Any] = field(default_factory=dict)  # state of trainer.rank.guard.Guard; `settled` fills it in
 
@@ -63,11 +67,22 @@ class History:
         if stats.losses:
             self.train_loss = stats.losses[-1][1]
 
+    def learned(self, losses: Iterable[tuple[int, float]], samples_of: Callable[[int], int]) -> None:
+        """Add the (step, mean loss) that have arrived. A loss that was added already does not count again."""
+        for step, loss in losses:
+            if step >= self.losses_before:
+                samples = samples_of(step)
+                self.loss_sum += loss * samples
+                self.loss_samples += samples
+                self.losses_before = step + 1
+                self.mean_train_loss = self.loss_sum / self.loss_samples
+
     def evaluated(self, entry: dict[str, Any], seconds: float) -> None:
-        """Add an evaluation. The caller must not change `entry` afterwards. Of the ones before only the numbers stay: a confusion matrix of
-        1,000 classes is 3 MB of JSON, and nobody reads an old one."""
+        """Add an evaluation; the mean of the training loss starts anew. The caller must not change `entry` afterwards. Of the ones before
+        only the numbers stay: a confusion matrix of 1,000 classes is 3 MB of JSON, and nobody reads an old one."""
         self.evaluations = [*map(numbers_of, self.evaluations), entry]
         self.evaluation_seconds += seconds
+        self.loss_sum, self.loss_samples = 0.0, 0
 
     def stalled(self, seconds: float) -> None:
         """A checkpoint held up the steps for `seconds`."""
@@ -77,10 +92,12 @@ class History:
         """A copy for a checkpoint. It shares the entries of `evaluations`, which never change."""
         return replace(self, evaluations=list(self.evaluations))
 
-    def settled(self, guard: Guard) -> bytes:
-        """`to_json` with the state of `guard` (from Guard.proof), which has seen every loss up to this moment, late ones included."""
+    def settled(self, guard: Guard, late: Sequence[Arriving], samples_of: Callable[[int], int]) -> bytes:
+        """`to_json` with the state of `guard` (from Guard.proof), which has seen every loss up to this moment, the late ones included."""
         newest = guard.newest_loss
-        return replace(self, guard=guard.state(), train_loss=self.train_loss if newest is None else newest).to_json()
+        history = replace(self, guard=guard.state(), train_loss=self.train_loss if newest is None else newest)
+        history.learned([(loss.step, loss.wait()) for loss in late], samples_of)
+        return history.to_json()
 
     def to_json(self) -> bytes:
         return json.dumps({each.name: getattr(self, each.name) for each in fields(self)}).encode()  # asdict would copy every number
@@ -96,6 +113,20 @@ class History:
 def numbers_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation's entry without its details: step, epoch, loss, measures, count."""
     return {name: value for name, value in entry.items() if not isinstance(value, list | dict)}
+
+
+class LossMean:
+    """Adds the losses that arrive to the history's mean. `samples_of(step)` is a batch's size."""
+
+    def __init__(self, history: History, samples_of: Callable[[int], int]) -> None:
+        self._history, self.samples_of = history, samples_of
+
+    def stepped(self, stats: StepStats) -> None:
+        self._history.learned(stats.losses, self.samples_of)
+
+    def arrived(self, late: Sequence[Arriving]) -> None:
+        """Add losses that StepStats called late, once the device has done more work since: after an evaluation they are here."""
+        self._history.learned([(loss.step, loss.wait()) for loss in late], self.samples_of)
 
 
 @dataclass(kw_only=True, slots=True)

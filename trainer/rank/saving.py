@@ -147,6 +147,7 @@ class Saver:
         me, memory = self._me, self._memory
         verdict = self._weights.start(step) if self._weights is not None else None
         proof = self._guard.proof(late)
+        samples_of = self._data.samples_of
 
         def proven() -> Guard:
             """Runs in the checkpoint's thread: no checkpoint counts until every loss up to it and its weights are found good."""
@@ -157,7 +158,7 @@ class Saver:
         with me.heartbeat.during(me.heartbeat.phase):  # also when `_on_wait` has named others
             stall = self._checkpointer.save(
                 step,
-                lambda: self._files(step, proven),
+                lambda: self._files(step, proven, lambda history, guard: history.settled(guard, late, samples_of)),
                 commit_meta(me, self._data) if me.rank == 0 else {},
             )
         memory.history.stalled(stall)
@@ -205,10 +206,16 @@ class Saver:
         if self._chooser is not None:
             self._chooser.staged(seconds)
 
-    def _files(self, step: int, proven: Callable[[], Guard]) -> Files:
-        virtual_ranks, threads = self._data.virtual_ranks, self._me.spec.threads
+    def _files(self, step: int, proven: Callable[[], Guard], settle: Callable[[History, Guard], bytes]) -> Files:
         return snapshot_files(
-            self._state, self._memory, proven, rank=self._me.rank, step=step, virtual_ranks=virtual_ranks, threads=threads
+            self._state,
+            self._memory,
+            proven,
+            settle,
+            rank=self._me.rank,
+            step=step,
+            virtual_ranks=self._data.virtual_ranks,
+            threads=self._me.spec.threads,
         )
 
 
@@ -216,14 +223,15 @@ def snapshot_files(
     state: TrainState,
     memory: Memory,
     proven: Callable[[], Guard],
+    settle: Callable[[History, Guard], bytes],
     *,
     rank: int,
     step: int,
     virtual_ranks: range,
     threads: int,
 ) -> Files:
-    """Copy now what this rank saves. The returned function yields the files' contents later, after `proven` has found them good. Rank 0
-    saves the replicated state; every rank saves its cursor."""
+    """Copy now what this rank saves. The returned function yields the files' contents later, after `proven` has found them good. `settle`
+    writes the history down with the guard that has found them so. Rank 0 saves the replicated state; every rank saves its cursor."""
     cursor = {"rank": rank, "step": step, "virtual_ranks": [virtual_ranks.start, virtual_ranks.stop], "threads": threads}
     own: dict[str, Buffers] = {f"rank-{rank:05d}.json": [json.dumps(cursor).encode()]}
     if rank != 0:
@@ -239,7 +247,7 @@ def snapshot_files(
     def files() -> Iterator[tuple[str, Buffers]]:
         try:
             snapshot.wait()
-            own[HISTORY_FILE] = [past.settled(proven())]
+            own[HISTORY_FILE] = [settle(past, proven())]
             yield from snapshot.files().items()
             yield from own.items()
         finally:

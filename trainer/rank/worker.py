@@ -26,7 +26,7 @@ from trainer.rank.device_metrics import GpuWatch, gpu_address
 from trainer.rank.evaluation import Evaluator
 from trainer.rank.finishing import finish
 from trainer.rank.guard import Guard
-from trainer.rank.history import RankTotals, Speed
+from trainer.rank.history import LossMean, RankTotals, Speed
 from trainer.rank.meter import Meter
 from trainer.rank.observers import (
     BeatStats,
@@ -66,8 +66,9 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     meter = meter_of(me, data, plan, speed)
     profile = StepProfile(me, data, learner, meter)
     saver = Saver(me, data, plan, store=store, state=state, memory=memory, guard=guard, weights=weights, on_begin=profile.cut)
-    evaluator = Evaluator(me, data, learner, plan, history=memory.history, storage=storage, on_begin=profile.cut)
-    observers: list[Observer] = [FirstStep(me, plan.start_step), guard, totals, memory.history, profile, speed, saver, meter]
+    mean = LossMean(memory.history, data.samples_of)
+    evaluator = Evaluator(me, data, learner, plan, history=memory.history, mean=mean, storage=storage, on_begin=profile.cut)
+    observers: list[Observer] = [FirstStep(me, plan.start_step), guard, totals, memory.history, mean, profile, speed, saver, meter]
     observers.append(CurveLog(memory.curves, speed, plan, attempt=spec.attempt))
     observers.append(BeatStats(me.heartbeat, memory.history, speed, learner.task.info))
     if weights is not None:
@@ -122,7 +123,7 @@ def train(steps: "Steps", observers: Sequence[Observer], evaluator: Evaluator, s
                 observer.stepped(stats)
             done = stats.steps_done
             if plan.evaluates(done):
-                evaluator.run(done)
+                evaluator.run(done, stats.late)
             stopped = not plan.is_last(done) and steps.me.heartbeat.should_stop(done)
             if saver.is_due(done) or stopped:
                 saver.save(done, stats.late)
@@ -154,7 +155,7 @@ class Steps:
         self.meter.begin()
         watch = StepWatch(me.heartbeat, self.meter, self.profile if profiles else None)
         me.heartbeat.tick(JOINING)  # in ddp mode making the stepper is a collective, and ranks may take long to come here
-        stepper = self.learner.stepper(world_size=me.world_size, rank=me.rank, observer=watch)
+        stepper = self.learner.stepper(world_size=me.world_size, rank=me.rank, observer=watch, order=self.data.order)
         me.heartbeat.tick(COMPILING)
         seconds = stepper.compile_ahead((3, *self.data.loader.image_size))
         me.heartbeat.tick(STEP)
@@ -187,15 +188,15 @@ class Steps:
 
 def guard_of(data: RankData, learner: Learner, plan: StepPlan, memory: Memory) -> Guard:
     """The run's guard, with the state that the checkpoint holds."""
-    config, order = learner.config, data.order
+    config, saved = learner.config, memory.history.guard
     guard = Guard(
         spike_factor=config.train.spike_factor,
-        batch_size=config.data.batch_size,
-        samples_of=lambda step: order.batch_count(step % order.steps_per_epoch),
+        batch_size=data.order.batch_count(0) if not saved or "judges_all" in saved else config.data.batch_size,
+        samples_of=data.samples_of,
         fresh_at=plan.thaws,
         loss_floor=learner.task.info.loss_floor,
     )
-    guard.load(memory.history.guard)
+    guard.load(saved)
     return guard
 
 

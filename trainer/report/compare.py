@@ -174,10 +174,11 @@ def _measures(first: RunFiles, second: RunFiles) -> list[Measure]:
 def _compared(first: RunFiles, second: RunFiles) -> list[tuple[str, str, str]]:
     """(title, key of the summary, kind) of the numbers to show with a difference."""
     samples = first.info.unit
+    has_means = all(number_or_none(run.summary.get("mean_train_loss")) is not None for run in (first, second))  # not of older releases
     return [
         *((heading(measure), measure.key, "percent" if measure.unit == "ratio" else "number") for measure in _measures(first, second)),
         ("Test loss", "test_loss", "number"),
-        ("Training loss", "train_loss", "number"),
+        ("Training loss", "mean_train_loss" if has_means else "train_loss", "number"),
         (f"{capital(samples)} per second", "images_per_second", "number"),
         ("Time", "seconds", "duration"),
         ("Goodput", "goodput", "percent"),

@@ -218,7 +218,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for measure, value in measured(info, summary):
         rows.append((heading(measure), shown(measure.unit, value, 2)))
     add("Test loss", "test_loss", loss)
-    add("Training loss", "train_loss", loss)
+    # The last batch's loss says little; older releases know no other.
+    add("Training loss", "train_loss" if summary.get("mean_train_loss") is None else "mean_train_loss", loss)
     add("Steps", "steps", number)
     add("Epochs", "epochs", number)
     add(f"{samples} seen", "samples_seen", number)

@@ -211,7 +211,8 @@ def summarise(
         "batches_skipped": len({event["step"] for event in events if event["event"] == "batch_skipped"}),
         "samples_seen": history.get("samples"),
         "quarantined": facts.get("quarantined", 0),
-        "train_loss": history.get("train_loss"),
+        "train_loss": history.get("train_loss"),  # of the last batch
+        "mean_train_loss": history.get("mean_train_loss"),  # of all samples between the last two evaluations
         "test_accuracy": evaluation.get("test_accuracy"),
         "test_loss": evaluation.get("test_loss"),
         **measures,

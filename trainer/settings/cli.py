@@ -36,6 +36,8 @@ class Invocation:
     recipes: tuple[str, ...]
     """Names of the recipes, and stems of the files, given with `--config`, in order."""
     action: Action
+    from_recipes: frozenset[str] = frozenset()
+    """The settings, by dotted name, that nobody but a shipped recipe has set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +77,11 @@ def _parse(argv: Sequence[str], *, prog: str) -> Invocation:
         hint = f"did you mean --config {argv[0]}?" if argv[0] in recipe_names() or argv[0].endswith(".toml") else f"see {prog} --help"
         raise ValueError(f"{argv[0]}: settings are given as flags, such as --train.epochs 3; {hint}")
     names = _config_names(argv)
-    config = RunConfig()
+    config, from_recipes = RunConfig(), frozenset[str]()
     for name in names:
-        config = load(name, config)
+        before, config = config, load(name, config)
+        changed = {key for key, value in settings(config).items() if value != settings(before)[key]}
+        from_recipes = from_recipes | changed if name in recipe_names() else from_recipes - changed
     line = tyro.cli(_CommandLine, prog=prog, args=list(_in_tyros_words(argv)), default=_CommandLine(run=config), registry=_REGISTRY)
     if line.dry_run and line.print_config:
         raise ValueError("--dry-run and --print-config are two different questions; give one of them")
@@ -87,7 +91,12 @@ def _parse(argv: Sequence[str], *, prog: str) -> Invocation:
     _check_text(config)
     validate(config)
     action: Action = "dry_run" if line.dry_run else "print_config" if line.print_config else "run"
-    return Invocation(config=config, recipes=tuple(Path(name).stem for name in names), action=action)
+    return Invocation(
+        config=config,
+        recipes=tuple(Path(name).stem for name in names),
+        action=action,
+        from_recipes=from_recipes - {_key_of(word.partition("=")[0]) for word in argv},
+    )
 
 
 def _check_text(config: RunConfig) -> None:

@@ -6,10 +6,11 @@ A field has a type and a default. Its `Annotated` holds everything else about th
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from dataio.config import Mark
+from dataio.config import Before, Mark
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,11 @@ class Setting:
     default: Any
     notes: tuple[Any, ...]
     """The contents of `Annotated`, those of enclosing tables first."""
+
+    @property
+    def before(self) -> Any:
+        """What a run has that does not name the setting, because it was begun before there was one (dataio.config.Before)."""
+        return next((note.value for note in self.notes if isinstance(note, Before)), self.default)
 
 
 def declared(config: type) -> dict[str, Setting]:
@@ -51,6 +57,25 @@ def replaced(config: Any, key: str, value: Any) -> Any:
     """`config` with another value for the setting with this dotted name."""
     head, _, rest = key.partition(".")
     return dataclasses.replace(config, **{head: replaced(getattr(config, head), rest, value) if rest else value})
+
+
+def as_begun(saved: Any) -> Any:
+    """The settings that a run was started with, from those that its release wrote down."""
+    values = settings(saved)
+    for key, setting in declared(type(saved)).items():
+        if setting.before != setting.default == values[key]:
+            saved = replaced(saved, key, setting.before)
+    return saved
+
+
+def with_autos_of(config: Any, known: Mapping[str, Any]) -> Any:
+    """`config` with each setting that it leaves at auto as in `known`, by dotted name: the settings that the run was started with. A
+    setting that is not named there has what was done before there was it."""
+    values = settings(config)
+    for key, setting in declared(type(config)).items():
+        if setting.before != setting.default == values[key]:
+            config = replaced(config, key, known.get(key, setting.before))
+    return config
 
 
 def _declared(config: type, *, prefix: str, notes: tuple[Any, ...]) -> dict[str, Setting]:

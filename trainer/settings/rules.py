@@ -7,7 +7,7 @@ A rule about one setting is in the `Annotated` of its field (trainer.settings.tr
 - `MinLen(1)`: neither empty nor only spaces.
 - a text: the fix, shown when the range is broken.
 - a function: reads the value, and raises ValueError if it breaks the rule.
-- a `Mark`: not a rule, see dataio.config.
+- a `Mark` or a `Before`: not a rule, see dataio.config.
 - a `Literal` as the type: the choices.
 
 Rules about several settings are here.
@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MinLen
 
-from dataio.config import Mark
+from dataio.config import Before, Mark
 from trainer.settings.fields import Setting, declared, settings
 from trainer.settings.tree import RunConfig
 from trainer.settings.values import workers_of
@@ -79,7 +79,7 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
         yield f"data.pad={data.pad} is not below the images' side of {side} pixels: a crop could miss the image; use at most {side // 2}"
     # A run cut short by max_steps is a trial and may end during the warm-up.
     steps = 0 if train.max_steps else total_steps or 0
-    if steps > 0 and optim.warmup_steps >= steps:
+    if steps > 0 and optim.warmup_steps >= steps and optim.warmup_fraction <= 0:
         fix = f"use at most {steps - 1}, or train longer" if steps > 1 else "use 0"
         yield f"optim.warmup_steps={optim.warmup_steps} does not end before the run's {steps} steps do; {fix}"
     if optim.nesterov and optim.name != "sgd":
@@ -125,7 +125,7 @@ def field_problem(setting: Setting, value: Any) -> str | None:
                     return f"{key} is empty; give a value, or leave the setting out to get the default"
             case str():
                 fix = f"; {note}"
-            case Mark():
+            case Mark() | Before():
                 pass
             case _:
                 assert callable(note), f"{key}: {note!r} is no rule"

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.store import Commit
-from dataio.order import Order
+from dataio.manifest import Manifest
+from dataio.order import Order, spreads
 from dataio.parquet import Dataset
 from trainer.settings.tree import RunConfig
 
@@ -47,13 +48,24 @@ class WorkerSpec:
 
 def make_order(config: RunConfig, dataset: Dataset) -> Order:
     """The order of samples in training, from the run's settings and data."""
+    return order_of(config, dataset.manifest)
+
+
+def order_of(config: RunConfig, manifest: Manifest, virtual_ranks: int = 0) -> Order:
+    """The same, from the data's manifest. `virtual_ranks` stands for 0 in the settings."""
+    data, count = config.data, manifest.splits["train"].count
+    virtual_ranks = config.train.virtual_ranks or virtual_ranks
+    does_spread = data.remainder == "spread" or (
+        data.remainder == "auto" and spreads(count=count, batch_size=data.batch_size, virtual_ranks=virtual_ranks)
+    )
     return Order(
         seed=config.train.seed,
-        fingerprint=dataset.manifest.fingerprint,
-        count=dataset.split("train").count,
-        batch_size=config.data.batch_size,
-        virtual_ranks=config.train.virtual_ranks,
-        window=config.data.shuffle_window,
+        fingerprint=manifest.fingerprint,
+        count=count,
+        batch_size=data.batch_size,
+        virtual_ranks=virtual_ranks,
+        window=data.shuffle_window,
+        spread=does_spread,
     )
 
 

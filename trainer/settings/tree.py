@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Interval, MinLen
 
 from cluster.config import ClusterConfig
-from dataio.config import AUTO, FREE, LATER, PATH, DataConfig
+from dataio.config import AUTO, FREE, LATER, PATH, Before, DataConfig
 from trainer.settings.values import loss_weights, run_name, task_of, workers_of
 
 Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
@@ -76,6 +76,9 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "triangular"] = "cosine"
     warmup_steps: Annotated[int, Ge(0), "0 has no warm-up"] = 0
     """Steps of linear warm-up; for `triangular`, the position of the peak."""
+    warmup_fraction: Annotated[float, LATER, AUTO, Before(0.0), Interval(ge=-1, le=1), "0 counts warmup_steps, 0.1 is a tenth"] = -1.0
+    """Warm-up as a fraction of the run's steps; 0 takes `warmup_steps`. `auto` (or -1) takes them too, unless a recipe alone asks for more
+    than 0.3 of this run: then it is 0.3."""
     final_lr_fraction: Annotated[float, Interval(ge=0, le=1), "it is a fraction of optim.lr"] = 0.0
     """Learning rate at the last step as a fraction of `lr`."""
     head_lr_factor: Annotated[float, Gt(0), "1 trains the head as fast as the rest"] = 1.0
@@ -83,6 +86,10 @@ class OptimConfig:
     label_smoothing: Annotated[float, Interval(ge=0, lt=1), "0 turns it off, 0.1 is usual"] = 0.0
     clip_norm: Annotated[float, Ge(0), "0 does not clip"] = 0.0
     """Largest L2 norm of the gradient; 0 does not clip."""
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of `total_steps`."""
+        return round(self.warmup_fraction * total_steps) if self.warmup_fraction > 0 else self.warmup_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +105,7 @@ class TrainConfig:
     (trainer.drive.capability)."""
     channels_last: Switch = "auto"
     """Keep images and weights in the memory order that makes convolutions faster; `true` and `false` mean `on` and `off`."""
-    small_maps: Annotated[Literal["auto", "convolution", "product"], LATER] = "auto"
+    small_maps: Annotated[Literal["auto", "convolution", "product"], LATER, Before("convolution")] = "auto"
     """How a CPU computes convolutions on maps of few pixels in bf16: `product` lays out their windows and multiplies matrices where that is
     faster (trainer.models.im2col). `auto` uses it if the CPU has AVX512-bf16 and no AMX; decided once per run. It rounds differently."""
     compile: bool = False
@@ -122,7 +129,8 @@ class TrainConfig:
     chooses the interval that loses the least time (Young/Daly, with cluster.mtbf_hours). Every epoch ends with a checkpoint in any case."""
     spike_factor: Annotated[float, Ge(0), "0 looks for NaN and infinity only, 10 is the default"] = 10.0
     """A loss this many robust standard deviations above the last 100 losses' median, and more than twice that median, is a spike: the run
-    goes back to its last checkpoint and skips that batch, as it does for NaN. 0 looks for NaN and infinity only."""
+    goes back to its last checkpoint and skips that batch, as it does for NaN. Short batches may scatter more, and the first 50 losses may
+    rise to six times the largest before. 0 looks for NaN and infinity only."""
     verify_every: Annotated[int, FREE, Ge(0), "0 compares no weights, 100 is the default"] = 100
     """Steps between comparisons of all ranks' weights, bit by bit; each checkpoint is compared as well. 0 compares none."""
     eval_every_epochs: Annotated[int, FREE, Ge(1)] = 1
