@@ -3,6 +3,7 @@
 Called by trainer/rank/this_rank.py, cluster/targets.py and cluster/shared_port.py. Everything listens on loopback by default: metrics
 reveal hosts, names and losses, and have no authentication. metrics.py defines the metrics, readers.py keeps who has read what."""
 
+import contextlib
 import errno
 import json
 import socket
@@ -151,6 +152,10 @@ def _handler(routes: Mapping[str, Route], posts: Mapping[str, Post], heard: Hear
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a client that hangs up is no error of ours, and has read nothing
+                super().handle()
 
         def log_message(self, format: str, *args: Any) -> None:
             """Do not log scrapes."""
