@@ -15,7 +15,7 @@ from deploy.grafana import DASHBOARDS, queries
 from deploy.grafana.__main__ import main as write_dashboards
 from deploy.grafana.model import to_dict
 from deploy.grafana.panels import COLUMNS, places
-from deploy.prometheus import rules
+from deploy.prometheus import ALERTS, rules
 from deploy.prometheus.names import fill, metrics_in, name
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -142,7 +142,9 @@ def test_provisioning_reads_the_dashboards_that_compose_mounts() -> None:
                 assert source in compose["volumes"]
             if target == "/runs":
                 assert mode == ["ro"]
-    grafana, prometheus = services["grafana"], services["prometheus"]
+    grafana, prometheus, alertmanager = services["grafana"], services["prometheus"], services["alertmanager"]
+    assert "--web.listen-address=127.0.0.1:9093" in alertmanager["command"]
+    assert alertmanager["network_mode"] == "host"
     assert f"{grafana['environment']['GF_SERVER_HTTP_ADDR']}:" == "127.0.0.1:"
     assert "--web.listen-address=127.0.0.1:9090" in prometheus["command"]
     assert prometheus["network_mode"] == grafana["network_mode"] == "host"
@@ -159,7 +161,18 @@ def test_provisioning_reads_the_dashboards_that_compose_mounts() -> None:
     inside = yaml.safe_load((DEPLOY / "prometheus" / "compose.yml").read_text())
     prometheus_mounts = {volume.rsplit(":ro", 1)[0].rsplit(":", 1)[1] for volume in prometheus["volumes"]}
     assert set(inside["rule_files"]) <= prometheus_mounts
+    assert inside["alerting"]["alertmanagers"][0]["static_configs"] == [{"targets": ["127.0.0.1:9093"]}]
     assert inside["scrape_configs"][0]["file_sd_configs"][0]["files"] == ["/targets/*.json"]
+
+
+def test_alertmanager_sends_one_message_for_a_run_of_a_namespace() -> None:
+    settings = yaml.safe_load((DEPLOY / "prometheus" / "alertmanager.yml").read_text())
+    names = {receiver["name"] for receiver in settings["receivers"]}
+    routes = [settings["route"], *settings["route"]["routes"]]
+    assert {route["receiver"] for route in routes} <= names
+    assert settings["route"]["group_by"] == settings["inhibit_rules"][0]["equal"] == ["cluster", "namespace", "run"]
+    ended = settings["inhibit_rules"][0]["source_matchers"][0].partition("=~")[2].strip('"').split("|")
+    assert set(ended) <= {alert.name for alert in ALERTS}
 
 
 def test_compose_is_valid_to_docker(tmp_path: Path) -> None:
