@@ -27,13 +27,15 @@ def page() -> str:
     buckets = [f"- `{m.full_name}`: {', '.join(f'{bound:g}' for bound in m.buckets)} s" for m in METRICS if m.buckets]
     values = [f"- `{m.full_name}`, `{m.label}`: {_values(m)}" for m in METRICS if m.label]
     everywhere = ", ".join(f"`{label}`" for label in LABELS)
+    states = ", ".join(f"`{state}`" for state in (RUNNING, *ENDS))
     return f"""<!-- Written by python -m deploy.metrics_page; change cluster/metrics.py instead. -->
 # Metrics
 
 What a run tells Prometheus. Every series has the labels {everywhere} and no others, but for those in the column `label`; never
-a sample's name, a path or a host. Prometheus adds `namespace` (whose run it is) and the target's own `job` and `instance`. `rank` is a number, or `coordinator`, which outlives attempts and so has `attempt="0"`. Units are in
-the names: seconds, bytes, ratios of 0 to 1. A gauge is missing until there is a value; what does not apply (a GPU's power on a CPU)
-is missing, never 0. Counters begin at 0 with their process: `rate()` and `increase()` see through restarts.
+a sample's name, a path or a host. Prometheus adds `namespace` (whose run it is) and its own `job` and `instance`. `rank` is a number, or
+`coordinator`, which outlives attempts and so has `attempt="0"`. Units are in the names: seconds, bytes, ratios of 0 to 1. A gauge is missing
+until there is a value; what does not apply (a GPU's power on a CPU) is missing, never 0. Counters begin at 0 with their process: `rate()`
+and `increase()` see through restarts.
 
 ## Of each rank
 {_table("rank")}
@@ -42,9 +44,9 @@ is missing, never 0. Counters begin at 0 with their process: `rate()` and `incre
 {_table("coordinator")}
 
 ## How a run ends
-`finetune_run_state` is 1 for the state that the run is in: {", ".join(f"`{state}`" for state in (RUNNING, *ENDS))}. A driver that ends exports the last
-one and waits until Prometheus has read it and has seen that nothing is left to scrape: for a scrape and a refresh, {MOST_SECONDS:.0f} s each at most,
-and not at all where no Prometheus reads the run. A run that is killed cannot say so: what was read last is `running`, and then nothing.
+`finetune_run_state` is 1 for the state that the run is in: {states}. A driver that ends exports the last one and waits
+until Prometheus has read it and has seen that nothing is left to scrape: a scrape and a refresh, {MOST_SECONDS:.0f} s each at most, and not at
+all where no Prometheus reads the run. A run that is killed cannot say so: what was read last is `running`, and then nothing.
 `finetune_run_state_time_seconds` orders the states of a run that was resumed. [alerts.md](alerts.md) says what fires when.
 
 ## Values of labels
@@ -77,8 +79,8 @@ Each rank serves `/metrics` on a free port and tells the coordinator, which serv
 Both listen on loopback unless `--cluster.metrics-host` says otherwise. `deploy/prometheus/prometheus.yml` reads them, with
 `honor_labels: true`, as the labels are the exporter's own.
 
-Runs on one machine share a discovery port: the first one listens, the others ask it (`POST /join`, from the machine's own addresses only) to
-list them too, and when it ends another one takes the port. Each target has the label `namespace`: the pod's namespace in Kubernetes, the
+Runs on one machine share a discovery port: the first one listens, the others ask it (`POST /join`, from the machine's own addresses only)
+to list them too, and when it ends another one takes the port. Each target has the label `namespace`: the pod's namespace in Kubernetes, the
 user's name elsewhere, or what `--cluster.metrics-namespace` says. Two users' runs of one name are two runs on every dashboard and in every
 alert.
 
