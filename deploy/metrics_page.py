@@ -33,9 +33,9 @@ def page() -> str:
 
 What a run tells Prometheus. Every series has the labels {everywhere} and no others, but for those in the column `label`; never
 a sample's name, a path or a host. Prometheus adds `namespace` (whose run it is) and its own `job` and `instance`. `rank` is a number, or
-`coordinator`, which outlives attempts and so has `attempt="0"`. Units are in the names: seconds, bytes, ratios of 0 to 1. A gauge is missing
-until there is a value; what does not apply (a GPU's power on a CPU) is missing, never 0. Counters begin at 0 with their process: `rate()`
-and `increase()` see through restarts.
+`coordinator`, which outlives attempts and so has `attempt="0"`. Units are in the names: seconds, bytes, ratios of 0 to 1. A gauge is
+missing until there is a value; what does not apply (a GPU's power on a CPU) is missing, never 0. Counters begin at 0 with their process:
+`rate()` and `increase()` see through restarts.
 
 ## Of each rank
 {_table("rank")}
@@ -45,8 +45,8 @@ and `increase()` see through restarts.
 
 ## How a run ends
 `finetune_run_state` is 1 for the state that the run is in: {states}. A driver that ends exports the last one and waits
-until Prometheus has read it and has seen that nothing is left to scrape: a scrape and a refresh, {MOST_SECONDS:.0f} s each at most, and not at
-all where no Prometheus reads the run. A run that is killed cannot say so: what was read last is `running`, and then nothing.
+until Prometheus has read it and has seen that nothing is left to scrape: a scrape and a refresh, {MOST_SECONDS:.0f} s each at most, and
+not at all where no Prometheus reads the run. A run that is killed cannot say so: what was read last is `running`, and then nothing.
 `finetune_run_state_time_seconds` orders the states of a run that was resumed. [alerts.md](alerts.md) says what fires when.
 
 ## Values of labels
