@@ -23,6 +23,7 @@ from cluster.leftovers import FOLDER_VARIABLE, end_all
 from cluster.machine import raise_open_files
 from cluster.owned_folder import OwnedFolder, create, remove_abandoned
 from cluster.reaper import TOLD
+from cluster.target_list import take_back_noted
 
 PREFIX = "finetune-ray-"
 # Ray's sockets, <folder>/session_2026-11-28_17-33-33_123456_<pid>/sockets/plasma_store, may have 107 bytes.
@@ -61,6 +62,7 @@ def belongings(candidates: Sequence[str] | None = None) -> Iterator[Belongings]:
             yield Belongings(folder=folder.path, reaper=reaper)
     finally:
         end_all(folder.path)
+        take_back_noted(folder.path)
         folder.remove()
         if reaper is not None:
             reaper.kill()

@@ -52,7 +52,11 @@ class ClusterConfig:
     metrics_host: Annotated[str, MinLen(1)] = "127.0.0.1"
     """Address on which metrics and service discovery listen."""
     discovery_port: Annotated[int, Interval(ge=0, le=65535), "0 takes a free port"] = 0
-    """Port of Prometheus service discovery (http_sd); 0 takes a free one and prints it."""
+    """Port of Prometheus service discovery (http_sd), which the runs on a machine share; 0 takes a free one for this run alone and prints
+    it."""
+    metrics_namespace: str = ""
+    """Prometheus's label `namespace`, which tells the runs of several users apart; empty takes the pod's in Kubernetes, and the user's name
+    elsewhere."""
     keep_checkpoints: Annotated[int, Ge(2), "with one, a single damaged checkpoint would lose the run"] = 3
     """Committed checkpoints kept; at least 2, so that one bad checkpoint never loses the run."""
     heartbeat_seconds: Annotated[float, Interval(gt=0, le=2.0), "1 is the default; who is silent for 5 s is taken for lost"] = 1.0

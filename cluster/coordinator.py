@@ -27,7 +27,7 @@ from cluster.committer import Committer
 from cluster.failures import is_refusal
 from cluster.journal import read_journal
 from cluster.memory import LOG_LOST, Memory
-from cluster.metrics import Metrics
+from cluster.metrics import RUNNING, STATES, Metrics
 from cluster.names import QUARANTINE
 from cluster.outbox import Outbox
 from cluster.quarantined import Quarantined, QuarantineFile
@@ -36,6 +36,7 @@ from cluster.state import RESTART_WINDOW_SECONDS, AttemptOver, Event, State, reb
 from cluster.storage import RETRY_SECONDS, Storage, is_transient, open_storage
 from cluster.store import Receipt, Store
 from cluster.straggler import StragglerLimits
+from cluster.target_list import NOTE
 from cluster.targets import Discovery, ScrapeTarget, targets_of
 
 JOURNAL_SECONDS = 10.0
@@ -109,14 +110,17 @@ class Coordinator:
         storage_retry_seconds: float = RETRY_SECONDS,
         *,
         straggler: StragglerLimits | None = None,
+        namespace: str = "",
+        facts: Mapping[str, str] | None = None,
         log: str | Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`log`: a file in a private folder on this machine's disk, for this coordinator and its successors alone; None keeps none."""
+        """`namespace` and `facts` tell Prometheus whose run it is. `log`: a file in a private folder on this machine's disk, for this
+        coordinator and its successors alone; None keeps none."""
         storage = storage_uri if isinstance(storage_uri, Storage) else open_storage(storage_uri, storage_retry_seconds)
-        self._run, self._clock, self._now = run, clock, now
+        self._run, self._namespace, self._clock, self._now = run, namespace, clock, now
         self._metrics, self._exported = Metrics(run, "coordinator", 0, owner="coordinator"), dict[tuple[str, str], float]()
         self._changed = threading.Condition()  # the one lock: guards the memory
         self._memory = Memory(None if log is None else Path(log), clock=clock, now=now)
@@ -124,8 +128,17 @@ class Coordinator:
         took_over = self._begin(storage, store, generation, straggler or StragglerLimits(), sleep)
         self._outbox = Outbox(storage, run, f"coordinator-g{generation:04d}", untold=self._untold, told=self._told, now=now)
         self._quarantine = QuarantineFile(storage, run, content=self._bad_lines, on_problem=self._quarantine_problem, clock=clock)
-        self._export_all()
-        self._discovery = Discovery(storage, run, metrics_host, discovery_port, self.targets, self._metrics.registry, may_move=took_over)
+        self._export_all(facts or {})
+        self._discovery = Discovery(
+            storage,
+            run,
+            metrics_host,
+            discovery_port,
+            self._targets,
+            self._metrics.registry,
+            may_move=took_over,
+            note=None if log is None else Path(log).with_name(NOTE),
+        )
         self._committer = Committer(
             store,
             generation,
@@ -275,9 +288,12 @@ class Coordinator:
 
     def targets(self) -> list[ScrapeTarget]:
         """The http_sd targets: the ranks of the current attempt and the coordinator."""
+        return self._discovery.targets()
+
+    def _targets(self, address: str) -> list[ScrapeTarget]:
         with self._changed:
             attempt, infos = self._state.roster.attempt, self._state.roster.infos()
-        return targets_of(self._run, attempt.number if attempt else 0, infos, self._discovery.address)
+        return targets_of(self._run, attempt.number if attempt else 0, infos, address, self._namespace)
 
     def last_commit(self) -> Committed | None:
         """The newest commit, including those of earlier drivers."""
@@ -301,10 +317,18 @@ class Coordinator:
         self._outbox.write()
         return done
 
+    def ended(self, state: str) -> float:
+        """The run has come to its end, one of metrics.ENDS. Returns for how many seconds at most finish() will wait until Prometheus has
+        read that; 0 where none reads this run."""
+        self._enter(state)
+        return self._discovery.mark()
+
     def finish(self, timeout: float = 60.0) -> bool:
-        """drain(), then close(), with all events written to the journal."""
+        """drain(), then close(), with all events written to the journal, and all processes off the list that Prometheus reads. If one reads
+        this run, it is waited for: first until it has read the last values, then until it has read the empty list."""
         done = self.drain(timeout)
         self._outbox.flush(JOURNAL_SECONDS)
+        self._discovery.retire()
         self.close()
         return done
 
@@ -477,9 +501,17 @@ class Coordinator:
     def _quarantine_problem(self, message: str) -> None:
         self._tell("quarantine_not_written", message=message)
 
-    def _export_all(self) -> None:
+    def _enter(self, state: str) -> None:
+        """Export that the run is in this state now."""
+        for each in STATES:
+            self._metrics.set("run_state", float(each == state), label=each)
+        self._metrics.set("run_state_time_seconds", self._now(), label=state)
+
+    def _export_all(self, facts: Mapping[str, str]) -> None:
         """Metrics from what is known at the beginning; counters continue from those of a dead coordinator."""
         state, attempt, last = self._state, self._state.roster.attempt, self._state.commits.last
+        self._metrics.describe("run_info", facts)
+        self._enter(RUNNING)
         self._metrics.set("run_quarantined_samples", len(state.bad))
         if attempt is not None:
             self._metrics.set("workers", attempt.world_size)

@@ -2,10 +2,11 @@
 
 Ranks and the coordinator write metrics; exporter serves them. Dashboards, alerts, docs/metrics.md and tests import METRICS, so names
 cannot drift apart. Names follow Prometheus: prefix `finetune_`, base units, `_total` on counters. Labels are run, rank and attempt, plus
-one more where the table says so. The table lists that label's values, or limits how many a run may declare when it begins; values are
-never sample ids or paths. So the largest possible number of series is known before anything runs (`most_series`)."""
+one more where the table says so; the namespace is a label of the targets (targets.py). The table lists that label's values, or limits how
+many a run may declare when it begins; values are never sample ids or paths. So the largest possible number of series is known before
+anything runs (`most_series`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,6 +58,10 @@ CAUSES = (
     OTHER,
 )
 """From trainer.runs.summary.accounting."""
+RUNNING = "running"
+ENDS = ("finished", "failed", "stopped")
+"""How a run's command ends: all steps done, given up, stopped on request. A command that is killed says nothing."""
+STATES = (RUNNING, *ENDS, OTHER)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +79,8 @@ class Metric:
     """All values of that label; OTHER is one of them."""
     declared: int = 0
     """For a label whose values only the run knows: the most that it may declare (Metrics.declare). OTHER is extra."""
+    info: tuple[str, ...] = ()
+    """More labels of a gauge that is always 1 and has one series (Metrics.describe)."""
     buckets: tuple[float, ...] = ()
 
     @property
@@ -238,6 +245,29 @@ METRICS: tuple[Metric, ...] = (
         owner="coordinator",
     ),
     Metric(name="goodput_ratio", kind="gauge", help="Useful step time over wall time, 0 to 1.", owner="coordinator"),
+    Metric(
+        name="run_state",
+        kind="gauge",
+        help="1 for the state that the run is in, 0 for the others. A run that is killed stays `running` in what was read last.",
+        owner="coordinator",
+        label="state",
+        values=STATES,
+    ),
+    Metric(
+        name="run_state_time_seconds",
+        kind="gauge",
+        help="Unix time at which the run came into the state: the latest one tells which state was the last.",
+        owner="coordinator",
+        label="state",
+        values=STATES,
+    ),
+    Metric(
+        name="run_info",
+        kind="gauge",
+        help="Always 1; whose run it is, and what it trains.",
+        owner="coordinator",
+        info=("owner", "task", "device"),
+    ),
 )
 
 _TABLE = {metric.name: metric for metric in METRICS}
@@ -288,12 +318,18 @@ class Metrics:
         del self._children[name, "gauge", label]
         self._collectors[name].remove(*self._labels, *([shown(label)] if label else []))
 
+    def describe(self, name: str, labels: Mapping[str, str]) -> None:
+        """Set an info gauge, which is always 1, with these labels; those that are not given are empty."""
+        info = _TABLE[name].info
+        assert labels.keys() <= set(info), f"{name} takes the labels {info}, got {sorted(labels)}"
+        self._collectors[name].labels(*self._labels, *(shown(labels.get(label, "")) for label in info)).set(1)
+
     def observe(self, name: str, value: float) -> None:
         """Add a value to a histogram."""
         self._child(name, "histogram", "").observe(value)
 
     def _register(self, metric: Metric) -> Any:
-        names = (*LABELS, metric.label) if metric.label else LABELS
+        names = (*LABELS, *([metric.label] if metric.label else []), *metric.info)
         match metric.kind:
             case "counter":
                 collector: Any = Counter(metric.full_name, metric.help, names, registry=self.registry)
@@ -311,6 +347,7 @@ class Metrics:
         if known is not None:
             return known
         metric = _TABLE[name]
+        assert not metric.info, f"{name} is described, not set"
         assert metric.kind == kind, f"{name} is a {metric.kind}, not a {kind}"
         assert bool(metric.label) == bool(label), f"{name} takes the label {metric.label!r}, got the value {label!r}"
         if label and label != OTHER and shown(label) not in self._values[name]:

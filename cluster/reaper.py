@@ -1,5 +1,5 @@
-"""`python -m cluster.reaper DRIVER FOLDER`: outlives a killed driver and ends what it left, its processes and its folder. Started by
-belongings.py, and killed by it at an orderly end.
+"""`python -m cluster.reaper DRIVER FOLDER`: outlives a killed driver and ends what it left, its processes and its folder, and takes its
+processes off the list that Prometheus reads. Started by belongings.py, and killed by it at an orderly end.
 
 The driver's death is seen by a descriptor of its process, so that SIGKILL, an out-of-memory kill and a crash in native code count too. The
 signals that stop a run are blocked in it. It imports the standard library only.
@@ -14,6 +14,7 @@ import sys
 
 from cluster.leftovers import end_all
 from cluster.owned_folder import remove_content
+from cluster.target_list import take_back_noted
 
 TOLD = b"told\n"
 
@@ -21,7 +22,9 @@ TOLD = b"told\n"
 def main(driver: int, folder: str) -> int:
     last_words = _wait(driver)
     was_killed = os.path.exists(folder) and last_words != TOLD  # an orderly end removes it
-    if end_all(folder):
+    stays = end_all(folder)
+    take_back_noted(folder)
+    if stays:
         sys.stderr.write(f"some processes of this run do not end (see /proc/PID/stack); its folder {folder} stays\n")
         return 1
     remove_content(folder)

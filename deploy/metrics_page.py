@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cluster.metrics import LABELS, METRICS, OTHER, Metric, most_series
+from cluster.metrics import ENDS, LABELS, METRICS, OTHER, RUNNING, Metric, most_series
 from cluster.names import FILE_SD
+from cluster.readers import MOST_SECONDS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 NEWLINE = "\n"
@@ -26,19 +27,27 @@ def page() -> str:
     buckets = [f"- `{m.full_name}`: {', '.join(f'{bound:g}' for bound in m.buckets)} s" for m in METRICS if m.buckets]
     values = [f"- `{m.full_name}`, `{m.label}`: {_values(m)}" for m in METRICS if m.label]
     everywhere = ", ".join(f"`{label}`" for label in LABELS)
+    states = ", ".join(f"`{state}`" for state in (RUNNING, *ENDS))
     return f"""<!-- Written by python -m deploy.metrics_page; change cluster/metrics.py instead. -->
 # Metrics
 
 What a run tells Prometheus. Every series has the labels {everywhere} and no others, but for those in the column `label`; never
-a sample's name, a path or a host. `rank` is a number, or `coordinator`, which outlives attempts and so has `attempt="0"`. Units are in
-the names: seconds, bytes, ratios of 0 to 1. A gauge is missing until there is a value; what does not apply (a GPU's power on a CPU)
-is missing, never 0. Counters begin at 0 with their process: `rate()` and `increase()` see through restarts.
+a sample's name, a path or a host. Prometheus adds `namespace` (whose run it is) and its own `job` and `instance`. `rank` is a number, or
+`coordinator`, which outlives attempts and so has `attempt="0"`. Units are in the names: seconds, bytes, ratios of 0 to 1. A gauge is
+missing until there is a value; what does not apply (a GPU's power on a CPU) is missing, never 0. Counters begin at 0 with their process:
+`rate()` and `increase()` see through restarts.
 
 ## Of each rank
 {_table("rank")}
 
 ## Of the coordinator, once a run
 {_table("coordinator")}
+
+## How a run ends
+`finetune_run_state` is 1 for the state that the run is in: {states}. A driver that ends exports the last one and waits
+until Prometheus has read it and has seen that nothing is left to scrape: a scrape and a refresh, {MOST_SECONDS:.0f} s each at most, and
+not at all where no Prometheus reads the run. A run that is killed cannot say so: what was read last is `running`, and then nothing.
+`finetune_run_state_time_seconds` orders the states of a run that was resumed. [alerts.md](alerts.md) says what fires when.
 
 ## Values of labels
 What none of these fits counts as `{OTHER}`.
@@ -70,9 +79,15 @@ Each rank serves `/metrics` on a free port and tells the coordinator, which serv
 Both listen on loopback unless `--cluster.metrics-host` says otherwise. `deploy/prometheus/prometheus.yml` reads them, with
 `honor_labels: true`, as the labels are the exporter's own.
 
+Runs on one machine share a discovery port: the first one listens, the others ask it (`POST /join`, from the machine's own addresses only)
+to list them too, and when it ends another one takes the port. Each target has the label `namespace`: the pod's namespace in Kubernetes, the
+user's name elsewhere, or what `--cluster.metrics-namespace` says. Two users' runs of one name are two runs on every dashboard and in every
+alert.
+
 A rank that ends is taken off the list at once, and all ranks of an attempt when the next one begins. Prometheus marks a target's series
 stale when it leaves the list: they are gone from queries some seconds after its next refresh (`refresh_interval`), not after five
-minutes. No series of the coordinator's names a rank, so nothing outlives one.
+minutes. No series of the coordinator's names a rank, so nothing outlives one. At the run's end the list is emptied; where the driver is
+killed, the process that clears up after it empties the file.
 
 ## How many series
 Known before anything runs: every label's values are listed above, or how many there may be. A rank has at most {rank} series, the
@@ -96,7 +111,7 @@ def _table(owner: Literal["rank", "coordinator"]) -> str:
 
 
 def _row(metric: Metric) -> str:
-    label = f"`{metric.label}`" if metric.label else ""
+    label = ", ".join(f"`{name}`" for name in (*([metric.label] if metric.label else []), *metric.info))
     return f"| `{metric.full_name}` | {metric.kind} | {metric.unit} | {label} | {metric.help} |"
 
 

@@ -103,25 +103,51 @@ def _data(prometheus: str, path: str) -> Any:
         raise OSError(f"{address} does not answer as Prometheus does ({error}); is it up? python -m deploy.up starts one") from error
 
 
-def draw(*, prometheus: str, run: str, out: Path, dashboard: str = "run", minutes: float | None = None) -> None:
-    """Write the picture. Without `minutes` it begins with the run's metrics, at most a day back. OSError if Prometheus does not answer,
-    ValueError for an unknown run."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """The run that is drawn."""
+
+    run: str
+    namespace: str
+
+    def fill(self, promql: str, rate_interval: str = "1m") -> str:
+        """The query with its variables filled in."""
+        return substitute(promql, run=self.run, namespace=self.namespace, rate_interval=rate_interval)
+
+
+def subject(prometheus: str, run: str, namespace: str | None = None) -> Subject:
+    """The run of this name. ValueError if there is none, or one in each of several namespaces."""
     known = runs(prometheus)
     if run not in known:
         raise ValueError(f"Prometheus at {prometheus} knows no run {run!r}; it knows: {', '.join(known) or 'none'}")
+    match = urllib.parse.urlencode({"match[]": substitute('up{run="$run"}', run=run)})
+    found = sorted(_data(prometheus, f"label/namespace/values?{match}"))
+    if namespace is None and len(found) > 1:
+        raise ValueError(f"there is a run {run!r} in the namespaces {', '.join(found)}; choose one with --namespace")
+    if namespace is not None and namespace not in found:
+        raise ValueError(f"there is no run {run!r} in the namespace {namespace!r}; there is one in: {', '.join(found) or 'none'}")
+    return Subject(run=run, namespace=namespace if namespace is not None else "".join(found))
+
+
+def draw(
+    *, prometheus: str, run: str, out: Path, dashboard: str = "run", minutes: float | None = None, namespace: str | None = None
+) -> None:
+    """Write the picture. Without `minutes` it begins with the run's metrics, at most a day back. OSError if Prometheus does not answer,
+    ValueError for an unknown run, or for one in several namespaces if none is given."""
+    of = subject(prometheus, run, namespace)
     chosen = next(board for board in DASHBOARDS if board.name == dashboard)
-    start, end = _span(prometheus, run, minutes)
+    start, end = _span(prometheus, of, minutes)
     source = Source(prometheus, start, end)
-    _picture(chosen, source, run).savefig(out, dpi=100, facecolor=PAPER)
+    _picture(chosen, source, of).savefig(out, dpi=100, facecolor=PAPER)
 
 
-def _span(prometheus: str, run: str, minutes: float | None) -> tuple[float, float]:
+def _span(prometheus: str, of: Subject, minutes: float | None) -> tuple[float, float]:
     """The times of the run's first and last scrape."""
     now = time.time()
     if minutes is not None:
         return now - 60 * minutes, now
     last_day = Source(prometheus, now - 60 * MOST_MINUTES, now)
-    up = substitute('count(up{run="$run"})', run=run)
+    up = of.fill('count(up{namespace="$namespace",run="$run"})')
     rough = [at for series in last_day.range(up) for at in series.times]
     if not rough:
         return now - 60, now
@@ -131,7 +157,7 @@ def _span(prometheus: str, run: str, minutes: float | None) -> tuple[float, floa
     return (min(times), max(times)) if times and max(times) > min(times) else (now - 60, now)
 
 
-def _picture(dashboard: Dashboard, source: Source, run: str) -> Figure:
+def _picture(dashboard: Dashboard, source: Source, of: Subject) -> Figure:
     placed = places(dashboard)
     rows = max(place.y + place.height for _, _, inside in placed for _, place in inside)
     inches, head = rows * UNIT_INCHES, 0.75
@@ -143,7 +169,15 @@ def _picture(dashboard: Dashboard, source: Source, run: str) -> Figure:
         """Grid units from the top left -> matplotlib's fractions from the bottom left."""
         return x / COLUMNS, (top - (y + height) * UNIT_INCHES) / total, width / COLUMNS, height * UNIT_INCHES / total
 
-    figure.text(0.008, 1 - 0.26 / total, f"{dashboard.title}   ·   {run}", size=15, weight="bold", color=INK, va="center")
+    figure.text(
+        0.008,
+        1 - 0.26 / total,
+        f"{dashboard.title}   ·   {'/'.join(filter(None, [of.namespace, of.run]))}",
+        size=15,
+        weight="bold",
+        color=INK,
+        va="center",
+    )
     stamps = "  to  ".join(datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S") for at in (source.start, source.end))
     figure.text(0.008, 1 - 0.56 / total, f"{dashboard.description}  {stamps}", size=9, color=SOFT, va="center")
     figure.text(
@@ -160,7 +194,7 @@ def _picture(dashboard: Dashboard, source: Source, run: str) -> Figure:
     marks = [
         (at, COLORS[annotation.color])
         for annotation in dashboard.annotations
-        for series in source.range(substitute(annotation.promql, run=run, rate_interval=_interval(source)))
+        for series in source.range(of.fill(annotation.promql, _interval(source)))
         for at in _begins(series.times, source.step)
     ]
     for row, at, inside in placed:
@@ -171,7 +205,7 @@ def _picture(dashboard: Dashboard, source: Source, run: str) -> Figure:
             card.set(xticks=[], yticks=[], facecolor=CARD)
             for spine in card.spines.values():
                 spine.set_color(RULE)
-            found = [(query, _ask(query, panel, source, run)) for query in panel.queries]
+            found = [(query, _ask(query, panel, source, of)) for query in panel.queries]
             card.text(
                 0.5 * 0.18 / (place.width * 15 / COLUMNS) + 0.01,
                 1 - 0.17 / (place.height * UNIT_INCHES),
@@ -198,8 +232,8 @@ def _picture(dashboard: Dashboard, source: Source, run: str) -> Figure:
     return figure
 
 
-def _ask(query: Query, panel: Panel, source: Source, run: str) -> list[Series]:
-    promql = substitute(query.promql, run=run, rate_interval=_interval(source))
+def _ask(query: Query, panel: Panel, source: Source, of: Subject) -> list[Series]:
+    promql = of.fill(query.promql, _interval(source))
     found = source.instant(promql) if query.instant or panel.kind in ("bargauge", "table") else source.range(promql)
     return [series for series in found if any(math.isfinite(value) for value in series.values)]
 
@@ -225,8 +259,9 @@ def _inner(card: Axes, left: float, bottom: float, right: float, top: float) -> 
     return at.x0 + left * at.width, at.y0 + bottom * at.height, at.width * (1 - left - right), at.height * (1 - bottom - top)
 
 
-def _name(query: Query, series: Series) -> str:
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: series.labels.get(match[1], ""), query.legend) or "value"
+def _name(panel: Panel, query: Query, series: Series) -> str:
+    legend = re.sub(r"\{\{(\w+)\}\}", lambda match: series.labels.get(match[1], ""), query.legend) or "value"
+    return panel.names.get(legend, legend)
 
 
 def _color(panel: Panel, value: float) -> str:
@@ -237,11 +272,13 @@ def _color(panel: Panel, value: float) -> str:
 
 
 def _stat(card: Axes, panel: Panel, found: list[tuple[Query, list[Series]]]) -> None:
-    series = next(series for _, rows in found for series in rows)
+    query, series = next((query, series) for query, rows in found for series in rows)
+    name = _name(panel, query, series)
     finite = [value for value in series.values if math.isfinite(value)]
     value = finite[-1]
     text = f"{duration(max(0.0, time.time() - value / 1000))} ago" if panel.dates else written(value, panel.unit, panel.decimals)
-    color = _color(panel, value)
+    text = name if panel.shows_names else text
+    color = COLORS[panel.colors[name]] if name in panel.colors else _color(panel, value)
     card.text(
         0.5, 0.4, text, transform=card.transAxes, size=19 if len(text) < 11 else 14, weight="bold", color=color, ha="center", va="center"
     )
@@ -261,7 +298,7 @@ def _lines(
     marks: Sequence[tuple[float, str]],
     height: int,
 ) -> None:
-    lines = [(_name(query, series), series) for query, rows in found for series in rows]
+    lines = [(_name(panel, query, series), series) for query, rows in found for series in rows]
     axes = figure.add_axes(_inner(card, 0.13 if panel.width < 12 else 0.08, 0.24, 0.03, 0.13))
     axes.set_facecolor(CARD)
     if panel.stacked:
@@ -348,7 +385,9 @@ def _with_gaps(series: Series, step: float) -> tuple[list[float], list[float]]:
 
 
 def _bars(figure: Figure, card: Axes, panel: Panel, found: list[tuple[Query, list[Series]]], height: int) -> None:
-    rows = sorted(((series.values[-1], _name(query, series)) for query, group in found for series in group), reverse=True)[: height + 2]
+    rows = sorted(((series.values[-1], _name(panel, query, series)) for query, group in found for series in group), reverse=True)[
+        : height + 2
+    ]
     axes = figure.add_axes(_inner(card, 0.27 if panel.width < 12 else 0.18, 0.06, 0.17, 0.15))
     axes.barh([name for _, name in rows], [value for value, _ in rows], color=[_color(panel, value) for value, _ in rows], height=0.62)
     axes.invert_yaxis()
@@ -410,6 +449,8 @@ def written(value: float, unit: str, decimals: int | None) -> str:
             return size(value)
         case "Bps":
             return f"{size(value)}/s"
+        case "celsius":
+            return f"{value:.0f} °C"
         case "watt":
             return f"{_short(value)} W"
         case "images/s" | "steps/s":
@@ -433,6 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.preview", description="Draw a dashboard from Prometheus, without Grafana.")
     parser.add_argument("--prometheus", default="http://127.0.0.1:9090", metavar="URL", help="default: %(default)s")
     parser.add_argument("--run", required=True, help="name of the run")
+    parser.add_argument("--namespace", help="of the run; needed only where several have one of this name")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the PNG to write")
     parser.add_argument("--dashboard", choices=DASHBOARD_NAMES, default="run")
     parser.add_argument("--minutes", type=float, help="how far back; default: from the run's first scrape, a day at most")
@@ -440,7 +482,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.minutes is not None and options.minutes <= 0:
             raise ValueError(f"--minutes {options.minutes} must be above 0")
-        draw(prometheus=options.prometheus, run=options.run, dashboard=options.dashboard, out=options.out, minutes=options.minutes)
+        draw(
+            prometheus=options.prometheus,
+            run=options.run,
+            namespace=options.namespace,
+            dashboard=options.dashboard,
+            out=options.out,
+            minutes=options.minutes,
+        )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,9 +22,11 @@ from pathlib import Path
 
 from cluster.names import FILE_SD
 from deploy.preview import DASHBOARD_NAMES, draw
+from deploy.prometheus import rules
 from trainer.settings.tree import RunConfig
 
 HERE = Path(__file__).resolve().parent
+RUNBOOK = HERE.parent / "docs" / "alerts.md"
 HOST = "127.0.0.1"
 READY_SECONDS = 60.0
 PREVIEW_SECONDS = 30.0
@@ -178,8 +180,9 @@ def _serve(options: argparse.Namespace, storage: Path, folder: Path, stop: threa
     for link in targets.glob("*.json"):  # left by an earlier call, perhaps with another storage
         link.unlink()
     config, url = folder / "prometheus.yml", f"http://{HOST}:{port}"
-    rules = HERE / "prometheus" / "alerts.yml"
-    config.write_text(configuration(targets=targets, rules=rules, discovery=options.discovery, scrape_seconds=options.scrape_seconds))
+    alerts = folder / "alerts.yml"
+    alerts.write_text(rules(runbook=RUNBOOK.as_uri()))
+    config.write_text(configuration(targets=targets, rules=alerts, discovery=options.discovery, scrape_seconds=options.scrape_seconds))
     children = [
         Child(
             "link-targets.sh", ["/bin/sh", str(HERE / "prometheus" / "link-targets.sh"), str(storage), str(targets)], folder / "links.log"
@@ -240,7 +243,7 @@ def _draw(url: str, storage: Path, folder: Path) -> None:
     try:
         for name in DASHBOARD_NAMES:
             draw(prometheus=url, run=run, dashboard=name, out=folder / f"preview-{name}.png")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a run that was not scraped yet is not known
         print(f"the preview could not be drawn: {error}", file=sys.stderr)
         return
     pictures = "".join(f'<p><img src="preview-{name}.png" width="100%" alt="{name}"></p>' for name in DASHBOARD_NAMES)

@@ -6,9 +6,10 @@ A panel's number of series does not grow with the run: it shows quantiles over r
 
 from deploy.grafana.panels import Annotation, Dashboard, Needs, Panel, Query, Row, Unit, Variable
 
-R = '{run="$run"}'
-RANK = '{run="$run",rank=~"$rank"}'
-FIRST = '{run="$run",rank="0"}'
+OF_RUN = 'namespace="$namespace",run="$run"'
+R = f"{{{OF_RUN}}}"
+RANK = f'{{{OF_RUN},rank=~"$rank"}}'
+FIRST = f'{{{OF_RUN},rank="0"}}'
 """For metrics that are the same on all ranks."""
 I = "[$__rate_interval]"  # noqa: E741
 GREEN, ORANGE, RED = "green", "orange", "red"
@@ -72,11 +73,19 @@ def worst(title: str, description: str, expr: str, column: str, *, unit: Unit, s
     )
 
 
-RUN_VARIABLE = Variable(name="run", label="Run", values_of="{workers}", help="A run that Prometheus knows in the chosen time.")
+NAMESPACE_VARIABLE = Variable(
+    name="namespace",
+    label="Namespace",
+    values_of="{workers}",
+    help="Whose runs: a namespace of Kubernetes, or a user.",
+)
+RUN_VARIABLE = Variable(
+    name="run", label="Run", values_of='{workers}{namespace="$namespace"}', help="A run that Prometheus knows in the chosen time."
+)
 RANK_VARIABLE = Variable(
     name="rank",
     label="Ranks",
-    values_of='{start_time_seconds}{run="$run"}',
+    values_of=f"{{start_time_seconds}}{R}",
     help=f"Ranks of the panels that show single ones; the first {MANY} of them by value are drawn.",
     multiple=True,
 )
@@ -101,11 +110,92 @@ ANNOTATIONS = (
         color="blue",
         needs="resize",
     ),
+    Annotation(
+        name="Run ended",
+        expr=f'max by (state) (max_over_time({{run_state}}{{{OF_RUN},state!="running"}}{I})) > 0',
+        title="run {{state}}",
+        color=GREEN,
+        needs="end",
+    ),
+)
+
+STATES = {"running": "blue", "finished": GREEN, "stopped": ORANGE, "failed": RED, "vanished": RED}
+LAST_STATE = f"topk(1, max by (state) (max_over_time({{run_state_time_seconds}}{R}[1d])))"
+SILENT = f'(label_replace(vector(1), "state", "running", "", "") unless on () max({{run_state}}{R}))'
+"""There if nobody answers for the run."""
+STATE = Panel(
+    title="State",
+    description="The last one within a day. A run that was going on and does not answer any more has vanished: it was killed, or "
+    "Prometheus does not reach it.",
+    queries=(
+        Query(expr=f"{LAST_STATE} unless on (state) {SILENT}", legend="{{state}}", instant=True),
+        Query(expr=f"{LAST_STATE} and on (state) {SILENT}", legend="vanished", instant=True, needs="down target"),
+    ),
+    kind="stat",
+    unit="none",
+    width=4,
+    height=4,
+    colors=STATES,
+    shows_names=True,
+)
+IMAGES = number(
+    "Images a second",
+    "That all ranks together trained on, evaluations and restarts included.",
+    Query(expr=f"sum(rate({{samples_total}}{R}{I}))", legend="images/s"),
+    unit="images/s",
+    decimals=0,
+    base="blue",
+    width=4,
+)
+GOODPUT = Panel(
+    title="Goodput",
+    description="Useful step time over wall time since the run began. Under 90 % FinetuneGoodputLow fires, after the first hour.",
+    queries=(
+        Query(expr=f"min({{goodput_ratio}}{R}) and on () sum({{run_seconds}}{R}) < 3600", legend="first hour", instant=True),
+        Query(expr=f"min({{goodput_ratio}}{R}) and on () sum({{run_seconds}}{R}) >= 3600", legend="goodput", instant=True, needs="hour"),
+    ),
+    kind="stat",
+    unit="percentunit",
+    decimals=1,
+    base=RED,
+    thresholds=((0.8, ORANGE), (0.9, GREEN)),
+    colors={"first hour": "blue"},
+    width=4,
+    height=4,
+)
+CAUSES = {
+    "data_wait": "waiting for data",
+    "exchange_wait": "waiting for other ranks",
+    "checkpoint_stall": "waiting for checkpoints",
+    "start_up": "start",
+    "compile": "compilation",
+    "recovery": "recovery from failures",
+    "resize": "changes of the workers",
+    "hang": "hangs",
+    "lost_work": "steps done again",
+}
+"""Names on panels of the values of `cause`; the others are words already."""
+ALERTS = Panel(
+    title="Firing alerts",
+    description="Of this run; what to do is in docs/alerts.md.",
+    queries=(
+        Query(
+            expr=f'sum by (alertname, severity) (ALERTS{{{OF_RUN},alertstate="firing"}})',
+            legend="firing",
+            instant=True,
+            needs="alert",
+        ),
+    ),
+    kind="table",
+    unit="none",
+    width=12,
+    height=4,
 )
 
 SUMMARY = Row(
     title="Now",
     panels=(
+        STATE,
         number(
             "Progress",
             "Global step over the steps that the whole run does.",
@@ -113,6 +203,7 @@ SUMMARY = Row(
             unit="percentunit",
             decimals=1,
             base="blue",
+            width=4,
         ),
         number(
             "Time to go",
@@ -124,6 +215,7 @@ SUMMARY = Row(
             unit="s",
             decimals=0,
             base="blue",
+            width=4,
         ),
         number(
             "Test accuracy",
@@ -132,24 +224,10 @@ SUMMARY = Row(
             unit="percentunit",
             decimals=2,
             base="blue",
+            width=4,
         ),
-        number(
-            "Images/s",
-            "Images trained on a second, all ranks together.",
-            Query(expr=f"sum({{images_per_second}}{R})", legend="images/s"),
-            unit="images/s",
-            decimals=0,
-            base="blue",
-        ),
-        number(
-            "Goodput",
-            "Useful step time over wall time since the run began. Under 90 % FinetuneGoodputLow fires.",
-            Query(expr=f"min({{goodput_ratio}}{R})", legend="goodput"),
-            unit="percentunit",
-            decimals=1,
-            base=RED,
-            thresholds=((0.8, ORANGE), (0.9, GREEN)),
-        ),
+        IMAGES,
+        GOODPUT,
         number(
             "Workers",
             "Ranks of the current attempt.",
@@ -157,6 +235,7 @@ SUMMARY = Row(
             unit="none",
             decimals=0,
             base="blue",
+            width=4,
         ),
         number(
             "Restarts",
@@ -165,6 +244,7 @@ SUMMARY = Row(
             unit="none",
             decimals=0,
             thresholds=((1, ORANGE), (5, RED)),
+            width=4,
         ),
         number(
             "Since last checkpoint",
@@ -173,7 +253,9 @@ SUMMARY = Row(
             unit="s",
             decimals=0,
             thresholds=((900, ORANGE), (1800, RED)),
+            width=4,
         ),
+        ALERTS,
     ),
 )
 
@@ -181,7 +263,10 @@ RUN = Dashboard(
     name="run",
     title="Fine-tuning / Run",
     description="Is it learning, how fast, and what is lost?",
-    variables=(RUN_VARIABLE,),
+    variables=(
+        NAMESPACE_VARIABLE,
+        RUN_VARIABLE,
+    ),
     annotations=ANNOTATIONS,
     rows=(
         SUMMARY,
@@ -235,11 +320,10 @@ RUN = Dashboard(
             title="How fast?",
             panels=(
                 Panel(
-                    title="Images a second",
-                    description="All ranks together: as Prometheus counts (falls in evaluations and restarts), and as ranks measure it "
-                    "over their newest steps.",
+                    title="Images a second over time",
+                    description="All ranks together: evaluations and restarts included, and as ranks measure it over their newest steps.",
                     queries=(
-                        Query(expr=f"sum(rate({{samples_total}}{R}{I}))", legend="over all time"),
+                        Query(expr=f"sum(rate({{samples_total}}{R}{I}))", legend="all time counted"),
                         Query(expr=f"sum({{images_per_second}}{R})", legend="while stepping"),
                     ),
                     unit="images/s",
@@ -265,7 +349,7 @@ RUN = Dashboard(
                     description="Quantiles of the wall time of steps, over all ranks, from a histogram: exact to its buckets.",
                     queries=tuple(
                         Query(expr=f"histogram_quantile({q}, sum by (le) (rate({{step_seconds_bucket}}{R}{I})))", legend=legend)
-                        for q, legend in ((0.99, "99 %"), (0.9, "90 %"), (0.5, "median"))
+                        for q, legend in ((0.99, "p99"), (0.9, "p90"), (0.5, "median"))
                     ),
                     unit="s",
                     minimum=0,
@@ -303,6 +387,7 @@ RUN = Dashboard(
                     title="Where the run's time went",
                     description="Every second since the run began, by cause; `steps` are the useful ones.",
                     queries=(Query(expr=f"sort_desc(max by (cause) ({{run_seconds}}{R}) > 0)", legend="{{cause}}", instant=True),),
+                    names=CAUSES,
                     kind="bargauge",
                     unit="s",
                     minimum=0,
@@ -324,10 +409,11 @@ RUN = Dashboard(
                     description="Seconds lost since the run began, by cause; waits inside steps are above.",
                     queries=(
                         Query(
-                            expr='max by (cause) ({run_seconds}{run="$run",cause!~"steps|data_wait|exchange_wait"} > 0)',
+                            expr=f'max by (cause) ({{run_seconds}}{{{OF_RUN},cause!~"steps|data_wait|exchange_wait"}} > 0)',
                             legend="{{cause}}",
                         ),
                     ),
+                    names=CAUSES,
                     unit="s",
                     stacked=True,
                     minimum=0,
@@ -370,22 +456,6 @@ RUN = Dashboard(
                     unit="none",
                     units={"size": "bytes"},
                 ),
-                Panel(
-                    title="Firing alerts",
-                    description="Of this run; what to do is in docs/alerts.md.",
-                    queries=(
-                        Query(
-                            expr='sum by (alertname, severity) (ALERTS{run="$run",alertstate="firing"})',
-                            legend="firing",
-                            instant=True,
-                            needs="alert",
-                        ),
-                    ),
-                    kind="table",
-                    unit="none",
-                    width=24,
-                    height=6,
-                ),
             ),
         ),
         Row(
@@ -395,13 +465,17 @@ RUN = Dashboard(
                     title="All runs",
                     description="That are up now.",
                     queries=(
-                        Query(expr="max by (run) ({workers})", legend="workers", instant=True),
-                        Query(expr="max by (run) ({step}) / max by (run) ({planned_steps})", legend="progress", instant=True),
-                        Query(expr="max by (run) ({test_accuracy_ratio})", legend="accuracy", instant=True, needs="evaluation"),
-                        Query(expr='max by (run) ({loss}{rank="0"})', legend="loss", instant=True),
-                        Query(expr="sum by (run) ({images_per_second})", legend="images/s", instant=True),
-                        Query(expr="min by (run) ({goodput_ratio})", legend="goodput", instant=True),
-                        Query(expr="sum by (run) ({restarts_total})", legend="restarts", instant=True),
+                        Query(expr="max by (namespace, run) ({workers})", legend="workers", instant=True),
+                        Query(
+                            expr="max by (namespace, run) ({step}) / max by (namespace, run) ({planned_steps})",
+                            legend="progress",
+                            instant=True,
+                        ),
+                        Query(expr="max by (namespace, run) ({test_accuracy_ratio})", legend="accuracy", instant=True, needs="evaluation"),
+                        Query(expr='max by (namespace, run) ({loss}{rank="0"})', legend="loss", instant=True),
+                        Query(expr=f"sum by (namespace, run) (rate({{samples_total}}{I}))", legend="images/s", instant=True),
+                        Query(expr="min by (namespace, run) ({goodput_ratio})", legend="goodput", instant=True),
+                        Query(expr="sum by (namespace, run) ({restarts_total})", legend="restarts", instant=True),
                     ),
                     kind="table",
                     unit="none",
@@ -412,8 +486,16 @@ RUN = Dashboard(
                         "images/s": "images/s",
                         "loss": "short",
                     },
-                    width=24,
+                    width=16,
                     height=8,
+                ),
+                Panel(
+                    title="Whose they are",
+                    description="Who started each run, what it trains, and on what.",
+                    queries=(Query(expr="max by (namespace, run, owner, task, device) ({run_info})", legend="runs", instant=True),),
+                    kind="table",
+                    unit="none",
+                    width=8,
                 ),
             ),
         ),
@@ -424,7 +506,7 @@ CLUSTER = Dashboard(
     name="cluster",
     title="Fine-tuning / Cluster",
     description="Each rank, stragglers, hardware, failures.",
-    variables=(RUN_VARIABLE, RANK_VARIABLE),
+    variables=(NAMESPACE_VARIABLE, RUN_VARIABLE, RANK_VARIABLE),
     annotations=ANNOTATIONS,
     rows=(
         Row(
@@ -548,7 +630,7 @@ CLUSTER = Dashboard(
                     description="Ranks that the attempt has, and processes of it that answer (the coordinator is not counted).",
                     queries=(
                         Query(expr=f"max({{workers}}{R})", legend="wanted"),
-                        Query(expr='sum(up{run="$run",rank!="coordinator"})', legend="answer"),
+                        Query(expr=f'sum(up{{{OF_RUN},rank!="coordinator"}})', legend="answer"),
                     ),
                     unit="none",
                     minimum=0,
@@ -627,6 +709,104 @@ CLUSTER = Dashboard(
             ),
         ),
         Row(
+            title="Nodes, of all that Prometheus scrapes: Ray's own metrics, node exporter, DCGM exporter",
+            panels=(
+                Panel(
+                    title="CPU of a node (Ray)",
+                    description="Share of a node's CPUs that are busy.",
+                    queries=spread("ray_node_cpu_utilization / 100", needs="ray"),
+                    unit="percentunit",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Memory of a node (Ray)",
+                    description="Share that is in use. Ray kills a worker above 95 %.",
+                    queries=spread("ray_node_mem_used / ray_node_mem_total", needs="ray"),
+                    unit="percentunit",
+                    minimum=0,
+                    maximum=1,
+                ),
+                Panel(
+                    title="Object store (Ray)",
+                    description="Bytes in all nodes' object stores, by where they are; what is spilled is on the nodes' disks.",
+                    queries=(Query(expr="sum by (Location) (ray_object_store_memory)", legend="{{Location}}", needs="ray"),),
+                    unit="bytes",
+                    stacked=True,
+                    minimum=0,
+                ),
+                Panel(
+                    title="Fullest disks (node exporter)",
+                    description="The ten file systems with the least room, as share in use; temporary folders hold spilled checkpoints.",
+                    queries=(
+                        Query(
+                            expr="topk(10, max by (instance, mountpoint) "
+                            '(1 - node_filesystem_avail_bytes{fstype!~"tmpfs|overlay"} / node_filesystem_size_bytes))',
+                            legend="in use",
+                            instant=True,
+                            needs="node",
+                        ),
+                    ),
+                    kind="table",
+                    unit="percentunit",
+                    sort_by="in use",
+                ),
+                Panel(
+                    title="Processes killed for memory (node exporter)",
+                    description="By the kernel, in each window, by node: the ten nodes with the most.",
+                    queries=(
+                        Query(
+                            expr=f"topk(10, sum by (instance) (increase(node_vmstat_oom_kill{I})) > 0)",
+                            legend="{{instance}}",
+                            needs="node",
+                        ),
+                    ),
+                    unit="none",
+                    minimum=0,
+                ),
+                Panel(
+                    title="Waiting for memory or disk (node exporter)",
+                    description="Share of the time in which a process of the node waited (pressure), highest node.",
+                    queries=(
+                        Query(expr=f"max(rate(node_pressure_memory_waiting_seconds_total{I}))", legend="memory", needs="node"),
+                        Query(expr=f"max(rate(node_pressure_io_waiting_seconds_total{I}))", legend="disk", needs="node"),
+                    ),
+                    unit="percentunit",
+                    minimum=0,
+                ),
+                Panel(
+                    title="GPU temperature (DCGM)",
+                    description="Over all GPUs. Most slow down between 85 and 95 degrees.",
+                    queries=spread("DCGM_FI_DEV_GPU_TEMP", needs="dcgm"),
+                    unit="celsius",
+                ),
+                Panel(
+                    title="GPU errors (DCGM)",
+                    description="The number of the newest Xid of each GPU that had one: 48, 63, 64, 94, 95 are its memory, 79 is a GPU "
+                    "that has fallen off the bus, 74 is NVLink, 13 and 31 are mostly the program.",
+                    queries=(
+                        Query(
+                            expr="topk(10, max by (Hostname, gpu) (DCGM_FI_DEV_XID_ERRORS > 0))",
+                            legend="Xid",
+                            instant=True,
+                            needs="dcgm",
+                        ),
+                    ),
+                    kind="table",
+                    unit="none",
+                ),
+                Panel(
+                    title="GPU clock held down (DCGM)",
+                    description="Share of the time in which power or heat slowed a GPU, highest GPU.",
+                    queries=(
+                        Query(expr=f"max(rate(DCGM_FI_DEV_POWER_VIOLATION{I})) / 1e9", legend="power", needs="dcgm"),
+                        Query(expr=f"max(rate(DCGM_FI_DEV_THERMAL_VIOLATION{I})) / 1e9", legend="heat", needs="dcgm"),
+                    ),
+                    unit="percentunit",
+                    minimum=0,
+                ),
+            ),
+        ),
+        Row(
             title="Chosen ranks (variable Ranks)",
             panels=(
                 Panel(
@@ -662,7 +842,10 @@ DATA = Dashboard(
     name="data",
     title="Fine-tuning / Data",
     description="The input pipeline, streaming, and samples that were set aside.",
-    variables=(RUN_VARIABLE,),
+    variables=(
+        NAMESPACE_VARIABLE,
+        RUN_VARIABLE,
+    ),
     annotations=ANNOTATIONS,
     rows=(
         Row(
@@ -677,15 +860,7 @@ DATA = Dashboard(
                     decimals=1,
                     width=4,
                 ),
-                number(
-                    "Images a second",
-                    "All ranks together, over all time.",
-                    Query(expr=f"sum(rate({{samples_total}}{R}{I}))", legend="images/s"),
-                    unit="images/s",
-                    base="blue",
-                    decimals=0,
-                    width=4,
-                ),
+                IMAGES,
                 number(
                     "Images of this attempt",
                     "That its ranks trained on.",
@@ -761,9 +936,10 @@ DATA = Dashboard(
             panels=(
                 Panel(
                     title="Decoding",
-                    description="Seconds that the loader's threads spend a second, mean over ranks; near 0 once images are cached.",
+                    description="Share of the time in which a rank's loader reads and decodes, all its threads added up, mean over ranks: "
+                    "200 % are two threads at work. Near 0 once images are cached.",
                     queries=(Query(expr=f"avg(rate({{decode_seconds_total}}{R}{I}))", legend="decoding"),),
-                    unit="s",
+                    unit="percentunit",
                     minimum=0,
                 ),
                 Panel(
@@ -775,10 +951,10 @@ DATA = Dashboard(
                 ),
                 Panel(
                     title="Batches wait for reads",
-                    description="Seconds a second that the making of batches waits for a streamed data set; the steps wait only where "
+                    description="Share of the time in which the making of batches waits for a streamed data set; the steps wait only where "
                     "batches run out.",
                     queries=spread(by_rank("read_wait_seconds_total")),
-                    unit="s",
+                    unit="percentunit",
                     minimum=0,
                 ),
                 Panel(
@@ -790,9 +966,9 @@ DATA = Dashboard(
                 ),
                 Panel(
                     title="Evaluation",
-                    description="Seconds of evaluation since the attempt began, mean over ranks; it reads the test split.",
-                    queries=(Query(expr=f"avg({{evaluation_seconds_total}}{R})", legend="evaluation"),),
-                    unit="s",
+                    description="Share of the ranks' time in evaluations, which read the test split; counted when each ends.",
+                    queries=(Query(expr=f"avg(rate({{evaluation_seconds_total}}{R}{I}))", legend="evaluation"),),
+                    unit="percentunit",
                     minimum=0,
                 ),
                 Panel(

@@ -128,6 +128,11 @@ def _panel(panel: Panel) -> Any:
     )
     for number, query in enumerate(panel.queries):
         built = built.with_target(_query(query, panel, number))
+    for legend, color in panel.colors.items():
+        fixed = {"mode": "fixed", "fixedColor": color}
+        built = built.override_by_name(legend, [models.DynamicConfigValue(id_val="color", value=fixed)])
+    for legend, shown in panel.names.items():
+        built = built.override_by_name(legend, [models.DynamicConfigValue(id_val="displayName", value=shown)])
     if panel.decimals is not None:
         built = built.decimals(panel.decimals)
     if panel.minimum is not None:
@@ -161,9 +166,9 @@ def _lines(panel: Panel) -> timeseries.Panel:
 def _stat(panel: Panel) -> stat.Panel:
     return (
         stat.Panel()
-        .graph_mode(style.BigValueGraphMode.NONE if panel.dates else style.BigValueGraphMode.AREA)
+        .graph_mode(style.BigValueGraphMode.NONE if panel.dates or panel.shows_names else style.BigValueGraphMode.AREA)
         .color_mode(style.BigValueColorMode.VALUE)
-        .text_mode(style.BigValueTextMode.VALUE)
+        .text_mode(style.BigValueTextMode.NAME if panel.shows_names else style.BigValueTextMode.VALUE)
         .color_scheme(builders.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False))
     )

@@ -10,12 +10,14 @@ from typing import Literal
 
 from deploy.prometheus.names import fill
 
-Needs = Literal["", "gpu", "bad sample", "alert", "down target", "evaluation", "peak", "failure", "resize"]
+Needs = Literal[
+    "", "gpu", "bad sample", "alert", "down target", "evaluation", "peak", "failure", "resize", "end", "hour", "ray", "node", "dcgm"
+]
 """What a query needs besides a run's first steps and commit in order to have data: nothing, a GPU, a quarantined sample, a firing alert,
 a process that does not answer, a first evaluation, a device whose peak is known, a failure and the restart after it, a change of the
-number of workers."""
+number of workers, the run's end, its first hour to be over, the metrics of Ray itself, of a node exporter, of a DCGM exporter."""
 Kind = Literal["stat", "timeseries", "bargauge", "table"]
-Unit = Literal["short", "none", "percentunit", "s", "bytes", "Bps", "watt", "images/s", "steps/s"]
+Unit = Literal["short", "none", "percentunit", "s", "bytes", "Bps", "watt", "images/s", "steps/s", "celsius"]
 COLUMNS = 24
 
 
@@ -59,6 +61,12 @@ class Panel:
     smallest_first: bool = False
     dates: bool = False
     """The values are unix times."""
+    colors: Mapping[str, str] = field(default_factory=dict)
+    """Colours of series, by their legend, in place of those of the values."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Names of series, by their legend."""
+    shows_names: bool = False
+    """A stat shows a series' name in place of its value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,14 +160,24 @@ def places(dashboard: Dashboard) -> list[tuple[Row, Place, list[tuple[Panel, Pla
     return out
 
 
-def substitute(promql: str, *, run: str, rank: str = ".*", rate_interval: str = "1m") -> str:
+def substitute(promql: str, *, run: str, namespace: str = "", rank: str = ".*", rate_interval: str = "1m") -> str:
     """Fill in variables as Grafana does. A run's name is data, so it is escaped for the string that contains it."""
-    values = {"run": run.replace("\\", "\\\\").replace('"', '\\"'), "rank": rank, "__rate_interval": rate_interval}
+
+    def escaped(text: str) -> str:
+        return text.replace("\\", "\\\\").replace('"', '\\"')
+
+    values = {"run": escaped(run), "namespace": escaped(namespace), "rank": rank, "__rate_interval": rate_interval}
     return re.sub(r"\$(\w+)", lambda match: values[match[1]], promql)
 
 
-def panel_queries(dashboards: Iterable[Dashboard], *, run: str, rank: str = ".*", rate_interval: str = "1m") -> list[PanelQuery]:
+def panel_queries(
+    dashboards: Iterable[Dashboard], *, run: str, namespace: str = "", rank: str = ".*", rate_interval: str = "1m"
+) -> list[PanelQuery]:
     """Every query of every panel and annotation."""
+
+    def filled(promql: str) -> str:
+        return substitute(promql, run=run, namespace=namespace, rank=rank, rate_interval=rate_interval)
+
     out: list[PanelQuery] = []
     for dashboard in dashboards:
         for row in dashboard.rows:
@@ -168,7 +186,7 @@ def panel_queries(dashboards: Iterable[Dashboard], *, run: str, rank: str = ".*"
                     PanelQuery(
                         dashboard=dashboard.name,
                         panel=panel.title,
-                        query=substitute(query.promql, run=run, rank=rank, rate_interval=rate_interval),
+                        query=filled(query.promql),
                         legend=query.legend,
                         needs=query.needs,
                     )
@@ -178,7 +196,7 @@ def panel_queries(dashboards: Iterable[Dashboard], *, run: str, rank: str = ".*"
             PanelQuery(
                 dashboard=dashboard.name,
                 panel=annotation.name,
-                query=substitute(annotation.promql, run=run, rank=rank, rate_interval=rate_interval),
+                query=filled(annotation.promql),
                 legend=annotation.title,
                 needs=annotation.needs,
                 is_annotation=True,

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runbook", default=RUNBOOK, metavar="URL", help="where docs/alerts.md is to be read (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=FILE, metavar="FILE")
     options = parser.parse_args(arguments)
+    if urllib.parse.urlsplit(options.runbook).scheme not in ("http", "https", "file"):
+        print(f"error: --runbook {options.runbook!r} is no URL, and a pager could not open it; give https://...", file=sys.stderr)
+        return 2
     text = rules(runbook=options.runbook)
     if not options.check:
         options.out.write_text(text)

@@ -1,8 +1,10 @@
 """Alerts as code: when somebody should look at a run. `rules()` returns the text of alerts.yml; docs/alerts.md says what to do.
 
-Every expression yields one series per run, so a cluster of 1,000 ranks that fails as a whole raises one alert. Windows are long enough that
-a start, an evaluation, a compilation or a change of the number of workers raises none. Expressions sum over attempts, because each
-attempt's series have their own labels. What a run repairs by itself is at most a warning. Alertmanager decides who gets an alert.
+Every expression yields one series per run, so a cluster of 1,000 ranks that fails as a whole raises one alert. A run is known by its name,
+its namespace, and the cluster where a label says it: two users' runs of one name are two, and Alertmanager can route by any of them.
+Windows are long enough that a start, an evaluation, a compilation or a change of the number of workers raises none. Expressions sum over
+attempts, because each attempt's series have their own labels. What a run repairs by itself is at most a warning; that it ended badly is
+critical. Alertmanager decides who gets an alert.
 """
 
 import json
@@ -12,7 +14,13 @@ from typing import Literal
 
 from deploy.prometheus.names import fill
 
-RUNBOOK = "docs/alerts.md"
+RUNBOOK = "https://docs.example.com/ray-finetune/alerts.md"
+"""Where docs/alerts.md is to be read: a placeholder, as registry.example.com is one; `--runbook URL` puts yours in its place."""
+K = "cluster, namespace, run"
+"""What tells runs apart."""
+NAME = "{{ with $labels.namespace }}{{ . }}/{{ end }}{{ $labels.run }}"
+ENDED_SECONDS = 3600
+"""How long an end is told, unless the run goes on."""
 SCRAPE_SECONDS = 5.0
 """The scrape interval in prometheus.yml."""
 EVALUATION_SECONDS = 15.0
@@ -56,6 +64,11 @@ class Alert:
         return self.name.lower()
 
 
+def last_in(clock: Clock, states: str) -> str:
+    """When runs that were read lately came into one of these states last, by a matcher's second half."""
+    return f"max by ({K}) (max_over_time({{run_state_time_seconds}}{{state{states}}}[{clock.window(ENDED_SECONDS)}]))"
+
+
 ALERTS: tuple[Alert, ...] = (
     Alert(
         name="FinetuneStalled",
@@ -64,13 +77,13 @@ ALERTS: tuple[Alert, ...] = (
         # either.
         expr=lambda c: (
             f"""
-            sum by (run) (increase({{steps_total}}[{c.window(600)}])) == 0
-            and on (run) max by (run) ({{steps_total}}) > 0
-            unless on (run) max by (run) ({{epoch}}) % 1 == 0
-            unless on (run) max by (run) ({{step}}) >= max by (run) ({{planned_steps}})"""
+            sum by ({K}) (increase({{steps_total}}[{c.window(600)}])) == 0
+            and on ({K}) max by ({K}) ({{steps_total}}) > 0
+            unless on ({K}) max by ({K}) ({{epoch}}) % 1 == 0
+            unless on ({K}) max by ({K}) ({{step}}) >= max by ({K}) ({{planned_steps}})"""
         ),
         for_seconds=60,
-        summary="Run {{ $labels.run }} makes no steps",
+        summary="Run {run} makes no steps",
         description="Its ranks answer, but no rank has made a step for ten minutes in the middle of an epoch, {{ $value }} steps in all.",
     ),
     Alert(
@@ -78,37 +91,83 @@ ALERTS: tuple[Alert, ...] = (
         severity="critical",
         expr=lambda c: (
             f"""
-            (sum by (run) (increase({{steps_total}}[{c.window(1500)}])) or sum by (run) ({{workers}}) * 0) == 0
-            and on (run) max by (run) ({{workers}} offset {c.window(1500)})"""
+            (sum by ({K}) (increase({{steps_total}}[{c.window(1500)}])) or sum by ({K}) ({{workers}}) * 0) == 0
+            and on ({K}) max by ({K}) ({{workers}} offset {c.window(1500)})"""
         ),
         for_seconds=300,
-        summary="Run {{ $labels.run }} gets nowhere",
+        summary="Run {run} gets nowhere",
         description="Its coordinator lives, and in half an hour there were {{ $value }} steps: a start, a recovery or an evaluation "
         "hangs, or the cluster has no room for its workers.",
     ),
     Alert(
-        name="FinetuneTargetDown",
+        name="FinetuneRunFailed",
         severity="critical",
         expr=lambda c: (
             f"""
-            count by (run) (up{{run!=""}} == 0 and max_over_time(up{{run!=""}}[{c.window(3600)}]) > 0)"""
+            {last_in(c, '="failed"')} > {last_in(c, '!="failed"')}"""
         ),
-        for_seconds=60,
-        summary="{{ $value }} process(es) of run {{ $labels.run }} do not answer",
-        description='Prometheus cannot scrape {{ $value }} of them any more: rank{{ range query (printf "topk(5, up{run=%q} == 0)" '
-        "$labels.run) }} {{ .Labels.rank }}{{ end }}. A rank that the run itself has given up is no target any more.",
+        for_seconds=0,
+        summary="Run {run} has failed",
+        description="It was given up at {{ $value | humanizeTimestamp }}, and says why in its log and journal. Once the cause is mended, "
+        "the same command goes on from the newest checkpoint.",
+    ),
+    Alert(
+        name="FinetuneRunVanished",
+        severity="critical",
+        expr=lambda c: (
+            f"""
+            (
+              {last_in(c, '="running"')}
+              unless on ({K}) {last_in(c, '!="running"')} > {last_in(c, '="running"')}
+            )
+            unless on ({K}) max by ({K}) ({{run_state}})"""
+        ),
+        for_seconds=120,
+        summary="Run {run} has vanished",
+        description="It ran since {{ $value | humanizeTimestamp }} and has not said how it ended: its driver was killed, its node is "
+        "gone, or Prometheus does not reach it any more. The same command goes on from the newest checkpoint.",
+    ),
+    Alert(
+        name="FinetuneRunStopped",
+        severity="info",
+        expr=lambda c: (
+            f"""
+            {last_in(c, '="stopped"')} > {last_in(c, '!="stopped"')}"""
+        ),
+        for_seconds=0,
+        summary="Run {run} was stopped before its end",
+        description="On a signal, at {{ $value | humanizeTimestamp }}. The same command goes on.",
+    ),
+    Alert(
+        name="FinetuneTargetDown",
+        severity="warning",
+        # Of a run whose coordinator answers: it takes a lost rank off the list by itself. For the others there is FinetuneRunVanished.
+        expr=lambda c: (
+            f"""
+            count by ({K}) (up{{run!=""}} == 0 and max_over_time(up{{run!=""}}[{c.window(3600)}]) > 0)
+            / count by ({K}) (up{{run!=""}}) > 0.1
+            and on ({K}) max by ({K}) (up{{run!="",rank="coordinator"}}) == 1"""
+        ),
+        for_seconds=120,
+        summary="{{ $value | humanizePercentage }} of run {run}'s processes do not answer",
+        description='Prometheus cannot scrape them any more: rank{{ range query (printf "topk(5, up{namespace=%q,run=%q} == 0)" '
+        "$labels.namespace $labels.run) }} {{ .Labels.rank }}{{ end }}. A rank that the run itself has given up is no target any more.",
     ),
     Alert(
         name="FinetuneTargetUnreachable",
         severity="warning",
+        # Those of a run that answers otherwise; and those that are new. What was left by a killed run is neither.
         expr=lambda c: (
             f"""
-            count by (run) (up{{run!=""}} == 0 unless max_over_time(up{{run!=""}}[{c.window(3600)}]) > 0)"""
+            count by ({K}) (
+              (up{{run!=""}} == 0 unless max_over_time(up{{run!=""}}[{c.window(3600)}]) > 0)
+              and on ({K}) max by ({K}) (up{{run!="",rank="coordinator"}}) == 1
+              or (up{{run!=""}} == 0 unless max_over_time(up{{run!=""}}[{c.window(3600)}]) > 0 unless up{{run!=""}} offset {c.after(3600)})
+            )"""
         ),
         for_seconds=600,
-        summary="{{ $value }} process(es) of run {{ $labels.run }} were never reached",
-        description="Prometheus knows {{ $value }} addresses of this run that have not answered for an hour: they are out of its reach, or "
-        "the run was killed without a chance to say so.",
+        summary="{{ $value }} process(es) of run {run} were never reached",
+        description="Prometheus knows {{ $value }} addresses of this run of which none has answered: they are out of its reach.",
     ),
     Alert(
         name="FinetuneCrashLoop",
@@ -116,14 +175,14 @@ ALERTS: tuple[Alert, ...] = (
         # The run gives up after three attempts without a commit, so two are already late.
         expr=lambda c: (
             f"""
-            round(sum by (run) (increase({{restarts_total}}{{kind!~"{MENDED}"}}[{c.window(900)}]))) >= 3
+            round(sum by ({K}) (increase({{restarts_total}}{{kind!~"{MENDED}"}}[{c.window(900)}]))) >= 3
             or (
-              round(sum by (run) (increase({{restarts_total}}{{kind!~"{MENDED}"}}[{c.window(900)}]))) >= 2
-              unless on (run) sum by (run) (increase({{checkpoint_commit_seconds_count}}[{c.window(900)}])) > 0
+              round(sum by ({K}) (increase({{restarts_total}}{{kind!~"{MENDED}"}}[{c.window(900)}]))) >= 2
+              unless on ({K}) sum by ({K}) (increase({{checkpoint_commit_seconds_count}}[{c.window(900)}])) > 0
             )"""
         ),
         for_seconds=0,
-        summary="Run {{ $labels.run }} fails again and again",
+        summary="Run {run} fails again and again",
         description="{{ $value }} restarts after failures in 15 minutes. It gives up when its budget (cluster.faults) is spent.",
     ),
     Alert(
@@ -131,25 +190,25 @@ ALERTS: tuple[Alert, ...] = (
         severity="info",
         expr=lambda c: (
             f"""
-            round(sum by (run, kind) (increase({{restarts_total}}{{kind!="grow"}}[{c.window(600)}]))) > 0"""
+            round(sum by ({K}, kind) (increase({{restarts_total}}{{kind!="grow"}}[{c.window(600)}]))) > 0"""
         ),
         for_seconds=0,
-        summary="Run {{ $labels.run }} was restarted: {{ $labels.kind }}",
+        summary="Run {run} was restarted: {{ $labels.kind }}",
         description="{{ $value }} restart(s) in ten minutes because of {{ $labels.kind }}; the run goes on from its newest checkpoint.",
     ),
     Alert(
         name="FinetuneNonFiniteLoss",
         severity="critical",
         expr=lambda _: (
-            """
-            count by (run) (
-              {loss} != {loss} or abs({loss}) == Inf
-              or {test_loss} != {test_loss} or abs({test_loss}) == Inf
-              or {gradient_norm} != {gradient_norm} or abs({gradient_norm}) == Inf
+            f"""
+            count by ({K}) (
+              {{loss}} != {{loss}} or abs({{loss}}) == Inf
+              or {{test_loss}} != {{test_loss}} or abs({{test_loss}}) == Inf
+              or {{gradient_norm}} != {{gradient_norm}} or abs({{gradient_norm}}) == Inf
             )"""
         ),
         for_seconds=0,
-        summary="Loss or gradient of run {{ $labels.run }} is not a number",
+        summary="Loss or gradient of run {run} is not a number",
         description="NaN or infinity on {{ $value }} rank(s).",
     ),
     Alert(
@@ -157,10 +216,10 @@ ALERTS: tuple[Alert, ...] = (
         severity="warning",
         expr=lambda c: (
             f"""
-            round(sum by (run) (increase({{rollbacks_total}}[{c.window(1800)}]))) > 0"""
+            round(sum by ({K}) (increase({{rollbacks_total}}[{c.window(1800)}]))) > 0"""
         ),
         for_seconds=0,
-        summary="Run {{ $labels.run }} went back to an older checkpoint",
+        summary="Run {run} went back to an older checkpoint",
         description="{{ $value }} time(s) in half an hour, because of wrong numbers: NaN, a spike of the loss, or weights that differ.",
     ),
     Alert(
@@ -168,38 +227,40 @@ ALERTS: tuple[Alert, ...] = (
         severity="warning",
         expr=lambda c: (
             f"""
-            min by (run) ({{goodput_ratio}}) < 0.9
-            and on (run) sum by (run) ({{run_seconds}}) > {c.seconds(3600)}"""
+            min by ({K}) ({{goodput_ratio}}) < 0.9
+            and on ({K}) sum by ({K}) ({{run_seconds}}) > {c.seconds(3600)}"""
         ),
         for_seconds=600,
-        summary="Run {{ $labels.run }} wastes time",
+        summary="Run {run} wastes time",
         description="Only {{ $value | humanizePercentage }} of its time are useful steps. Most of the rest:"
-        '{{ range query (printf "topk(3, sum by (cause) (%s{run=%q,cause!=\\"steps\\"}))" "{run_seconds}" $labels.run) }} '
-        "{{ .Labels.cause }} {{ .Value | humanizeDuration }}{{ end }}.",
+        '{{ range query (printf "topk(3, sum by (cause) (%s{namespace=%q,run=%q,cause!=\\"steps\\"}))" "{run_seconds}" '
+        "$labels.namespace $labels.run) }} "
+        '{{ reReplaceAll "_" " " .Labels.cause }} {{ .Value | humanizeDuration }}{{ end }}.',
     ),
     Alert(
         name="FinetuneDataWait",
         severity="warning",
         expr=lambda c: (
             f"""
-            sum by (run) (rate({{data_wait_seconds_total}}[{c.window(300)}]))
-            / sum by (run) (rate({{step_seconds_sum}}[{c.window(300)}])) > 0.3"""
+            sum by ({K}) (rate({{data_wait_seconds_total}}[{c.window(300)}]))
+            / sum by ({K}) (rate({{step_seconds_sum}}[{c.window(300)}])) > 0.3"""
         ),
         for_seconds=600,
-        summary="Run {{ $labels.run }} waits for data",
+        summary="Run {run} waits for data",
         description="{{ $value | humanizePercentage }} of the steps' time is spent waiting for batches; 30 % is the limit.",
     ),
     Alert(
         name="FinetuneStraggler",
         severity="warning",
         expr=lambda _: (
-            """
-            max by (run) ({straggler_skew_ratio}) > 1.5"""
+            f"""
+            max by ({K}) ({{straggler_skew_ratio}}) > 1.5"""
         ),
         for_seconds=300,
-        summary="A rank holds up run {{ $labels.run }}",
+        summary="A rank holds up run {run}",
         description="The slowest rank takes {{ $value | humanize }} times the median's time for a step: rank"
-        '{{ range query (printf "topk(1, sum by (rank) (rate(%s{run=%q}[5m])))" "{compute_seconds_total}" $labels.run) }} '
+        '{{ range query (printf "topk(1, sum by (rank) (rate(%s{namespace=%q,run=%q}[5m])))" "{compute_seconds_total}" '
+        "$labels.namespace $labels.run) }} "
         "{{ .Labels.rank }}{{ end }}.",
     ),
     Alert(
@@ -208,12 +269,12 @@ ALERTS: tuple[Alert, ...] = (
         # Counted from the start of the ranks if the newest commit is older, and only if there are steps that it lacks.
         expr=lambda c: (
             f"""
-            time() - max by (run) ({{checkpoint_commit_time_seconds}} or {{start_time_seconds}}) > {c.seconds(1800)}
-            and on (run) max by (run) ({{step}})
-            unless on (run) max by (run) ({{step}}) <= max by (run) ({{checkpoint_commit_step}})"""
+            time() - max by ({K}) ({{checkpoint_commit_time_seconds}} or {{start_time_seconds}}) > {c.seconds(1800)}
+            and on ({K}) max by ({K}) ({{step}})
+            unless on ({K}) max by ({K}) ({{step}}) <= max by ({K}) ({{checkpoint_commit_step}})"""
         ),
         for_seconds=60,
-        summary="Run {{ $labels.run }} has not saved for long",
+        summary="Run {run} has not saved for long",
         description="{{ $value | humanizeDuration }} of work are in no checkpoint.",
     ),
     Alert(
@@ -221,10 +282,10 @@ ALERTS: tuple[Alert, ...] = (
         severity="warning",
         expr=lambda c: (
             f"""
-            round(sum by (run) (increase({{checkpoint_failures_total}}[{c.window(900)}]))) > 0"""
+            round(sum by ({K}) (increase({{checkpoint_failures_total}}[{c.window(900)}]))) > 0"""
         ),
         for_seconds=0,
-        summary="Checkpoints of run {{ $labels.run }} fail",
+        summary="Checkpoints of run {run} fail",
         description="{{ $value }} in 15 minutes. Training goes on; what it would lose grows.",
     ),
     Alert(
@@ -232,12 +293,12 @@ ALERTS: tuple[Alert, ...] = (
         severity="warning",
         expr=lambda c: (
             f"""
-            sum by (run) (rate({{checkpoint_stall_seconds_total}}[{c.window(900)}]))
-            / (sum by (run) (rate({{step_seconds_sum}}[{c.window(900)}]))
-            + sum by (run) (rate({{checkpoint_stall_seconds_total}}[{c.window(900)}]))) > 0.1"""
+            sum by ({K}) (rate({{checkpoint_stall_seconds_total}}[{c.window(900)}]))
+            / (sum by ({K}) (rate({{step_seconds_sum}}[{c.window(900)}]))
+            + sum by ({K}) (rate({{checkpoint_stall_seconds_total}}[{c.window(900)}]))) > 0.1"""
         ),
         for_seconds=900,
-        summary="Steps of run {{ $labels.run }} wait for checkpoints",
+        summary="Steps of run {run} wait for checkpoints",
         description="{{ $value | humanizePercentage }} of the time goes to waiting for checkpoints.",
     ),
     Alert(
@@ -245,10 +306,10 @@ ALERTS: tuple[Alert, ...] = (
         severity="warning",
         expr=lambda c: (
             f"""
-            max by (run) ({{storage_waiting_seconds}}) > {c.seconds(120)}"""
+            max by ({K}) ({{storage_waiting_seconds}}) > {c.seconds(120)}"""
         ),
         for_seconds=0,
-        summary="The storage of run {{ $labels.run }} does not answer",
+        summary="The storage of run {run} does not answer",
         description="It has not for {{ $value | humanizeDuration }}. The run waits for it: steps go on, and what would be saved waits on "
         "the nodes' disks.",
     ),
@@ -258,11 +319,11 @@ ALERTS: tuple[Alert, ...] = (
         # Taken over all coordinators of the run: a resumed run starts with the number that the previous one left.
         expr=lambda c: (
             f"""
-            max by (run) ({{run_quarantined_samples}})
-            - min_over_time(max by (run) ({{run_quarantined_samples}})[{c.window(3600)}:{c.window(60)}]) > 0"""
+            max by ({K}) ({{run_quarantined_samples}})
+            - min_over_time(max by ({K}) ({{run_quarantined_samples}})[{c.window(3600)}:{c.window(60)}]) > 0"""
         ),
         for_seconds=0,
-        summary="Run {{ $labels.run }} leaves samples out",
+        summary="Run {run} leaves samples out",
         description="{{ $value }} more sample(s) could not be read within the last hour.",
     ),
     Alert(
@@ -270,10 +331,10 @@ ALERTS: tuple[Alert, ...] = (
         severity="info",
         expr=lambda c: (
             f"""
-            max by (run) ({{workers}}) < max by (run) (max_over_time({{workers}}[{c.window(21600)}]))"""
+            max by ({K}) ({{workers}}) < max by ({K}) (max_over_time({{workers}}[{c.window(21600)}]))"""
         ),
         for_seconds=1800,
-        summary="Run {{ $labels.run }} has fewer workers than it had",
+        summary="Run {run} has fewer workers than it had",
         description="{{ $value }} workers for half an hour; it had more within six hours.",
     ),
     Alert(
@@ -281,11 +342,11 @@ ALERTS: tuple[Alert, ...] = (
         severity="warning",
         expr=lambda c: (
             f"""
-            avg by (run) (avg_over_time({{gpu_utilization_ratio}}[{c.window(900)}])) < 0.3
-            and on (run) sum by (run) (rate({{steps_total}}[{c.window(900)}])) > 0"""
+            avg by ({K}) (avg_over_time({{gpu_utilization_ratio}}[{c.window(900)}])) < 0.3
+            and on ({K}) sum by ({K}) (rate({{steps_total}}[{c.window(900)}])) > 0"""
         ),
         for_seconds=900,
-        summary="GPUs of run {{ $labels.run }} are mostly idle",
+        summary="GPUs of run {run} are mostly idle",
         description="A kernel ran on them in {{ $value | humanizePercentage }} of the time.",
     ),
 )
@@ -318,7 +379,7 @@ def _rule(alert: Alert, clock: Clock, runbook: str) -> list[str]:
         "        labels:",
         f"          severity: {alert.severity}",
         "        annotations:",
-        f"          summary: {json.dumps(alert.summary)}",
+        f"          summary: {json.dumps(alert.summary.replace('{run}', NAME))}",
         f"          description: {json.dumps(_named(alert.description))}",
         f"          runbook_url: {json.dumps(f'{runbook}#{alert.anchor}')}",
     ]

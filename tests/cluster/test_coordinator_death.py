@@ -32,6 +32,7 @@ from cluster.quarantined import append_local
 from cluster.roster import RankInfo
 from cluster.storage import Storage, StorageOutage, StorageRefused, open_storage
 from cluster.store import Receipt, Store
+from cluster.targets import Discovery
 from cluster.wal import Log
 
 PAYLOAD = Payload(target="m:f", spec=b"")
@@ -41,7 +42,7 @@ NEVER = 10**9
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a committer dies here too
 READS = {
     *("adopt", "beat", "news", "status", "account", "result", "ends", "discovery_address", "targets", "last_commit", "wait_committed"),
-    *("drain", "finish", "close", "order", "lookup", "waiting_for_storage"),
+    *("drain", "ended", "finish", "close", "order", "lookup", "waiting_for_storage"),
 }
 """Methods that change nothing that is to be kept, or that the driver or the rank repeats by itself (adopt, account, beat)."""
 
@@ -96,7 +97,7 @@ class Unlisted:
     def write(self) -> None:
         pass
 
-    close = write
+    close = retire = write
 
 
 class World:
@@ -603,7 +604,7 @@ def test_it_gives_up_when_it_dies_again_at_once_and_not_when_it_dies_once_a_day(
 
 
 def test_a_port_that_somebody_else_took_meanwhile_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.exporter.serve_discovery.__defaults__", (None, 0.0))  # a port that is taken is not waited for
+    monkeypatch.setattr("cluster.targets.Discovery.__init__.__kwdefaults__", {**Discovery.__init__.__kwdefaults__, "wait_seconds": 0.0})
     storage, log = open_storage(tmp_path / "runs"), tmp_path / "log"
     Store.open(storage, "run").claim_generation()
     dead = bare(storage, log)

@@ -19,7 +19,7 @@ from prometheus_client import generate_latest
 
 from cluster.exporter import Server, serve_discovery, serve_metrics, write_file_sd
 from cluster.failures import Kind
-from cluster.metrics import CAUSES, LABELS, METRICS, MOST_MEASURES, OTHER, Metrics, most_series
+from cluster.metrics import CAUSES, ENDS, LABELS, METRICS, MOST_MEASURES, OTHER, RUNNING, Metrics, most_series
 from cluster.names import PREFIX
 from cluster.text import shown
 from dataio.codecs.image.sniff import KINDS
@@ -33,7 +33,10 @@ def filled(owner: str, rank: int | str) -> Metrics:
     """All that there can be."""
     metrics = Metrics("run-1", rank, 2, owner=owner)  # type: ignore[arg-type]
     for number, metric in enumerate(METRICS):
-        if metric.owner == owner:
+        if metric.info:
+            if metric.owner == owner:
+                metrics.describe(metric.name, dict.fromkeys(metric.info, "x"))
+        elif metric.owner == owner:
             declared = tuple(f"value {n}" for n in range(metric.declared))
             if declared:
                 metrics.declare(metric.name, declared)
@@ -85,7 +88,7 @@ def test_every_row_of_the_table_is_exported_with_the_labels_and_no_others() -> N
             seen.add(row.name)
             assert family.documentation == row.help
             for sample in family.samples:
-                assert set(sample.labels) - {"le"} == {*LABELS} | ({row.label} if row.label else set())
+                assert set(sample.labels) - {"le"} == {*LABELS} | ({row.label} if row.label else set()) | set(row.info)
                 assert (sample.labels["run"], sample.labels["rank"], sample.labels["attempt"]) == ("run-1", "3", "2")
     assert seen == {metric.name for metric in METRICS}
 
@@ -130,6 +133,8 @@ def test_labels_have_the_values_that_their_sources_give() -> None:
         "failures_total": (*kinds, OTHER),
         "restarts_total": tuple(k for k in (*kinds, "grow", OTHER) if k not in ("storage", "data", "user")),  # these end the run
         "run_seconds": CAUSES,
+        "run_state": (RUNNING, *ENDS, OTHER),
+        "run_state_time_seconds": (RUNNING, *ENDS, OTHER),
     }
     assert set(CAUSES) == set(accounting([], {}))
     assert all(OTHER in each for each in values.values())
@@ -167,7 +172,7 @@ def test_units_are_in_the_names() -> None:
     assert (units["step_seconds"], units["data_wait_seconds_total"], units["goodput_ratio"]) == ("seconds", "seconds", "ratio")
     assert (units["images_per_second"], units["samples_total"], units["restarts_total"]) == ("images/second", "samples", "restarts")
     assert (units["gpu_power_watts"], units["checkpoint_bytes"], units["read_bytes_total"]) == ("watts", "bytes", "bytes")
-    assert {name for name, unit in units.items() if not unit} == {"learning_rate", "gradient_norm", "test_measure"}  # which have none
+    assert {name for name, unit in units.items() if not unit} == {"learning_rate", "gradient_norm", "test_measure", "run_state", "run_info"}
 
 
 def test_a_value_that_is_not_known_any_more_is_gone_and_may_come_back() -> None:
@@ -202,6 +207,11 @@ def test_a_wrong_name_kind_or_label_is_our_mistake_and_found_at_once() -> None:
         metrics.add("loss")
     with pytest.raises(AssertionError, match="'reason'"):
         metrics.add("quarantined_samples_total")
+    coordinator = Metrics("run", "coordinator", 0, owner="coordinator")
+    with pytest.raises(AssertionError, match="run_info is described"):
+        coordinator.set("run_info", 1)
+    with pytest.raises(AssertionError, match="run_info takes the labels"):
+        coordinator.describe("run_info", {"hostname": "gpu-17"})
 
 
 def test_listens_on_loopback_unless_told_otherwise(servers: list[Server]) -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from cluster.exporter import Server, serve_metrics
-from cluster.metrics import CAUSES, Metrics
+from cluster.metrics import CAUSES, STATES, Metrics
 from cluster.names import FILE_SD
 
 STEP_SECONDS = 0.1
@@ -24,6 +24,8 @@ class Exporters:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.coordinator = Metrics(run, "coordinator", 0, owner="coordinator")
         self.coordinator.set("run_quarantined_samples", 0)
+        self.coordinator.describe("run_info", {"owner": "ann", "task": "classification", "device": "cpu"})
+        self.enter("running")
         self._coordinator = serve_metrics(self.coordinator.registry)
         self.ranks: list[tuple[Metrics, Server]] = []
         self.attempt, self.step = 0, 0
@@ -42,8 +44,15 @@ class Exporters:
         self.coordinator.set("workers", self._count)
         addresses = [(server.address, str(rank), self.attempt) for rank, (_, server) in enumerate(self.ranks)]
         addresses.append((self._coordinator.address, "coordinator", 0))
-        targets = [{"targets": [a], "labels": {"run": self._run, "rank": r, "attempt": str(n)}} for a, r, n in addresses]
+        targets = [
+            {"targets": [a], "labels": {"namespace": "ann", "run": self._run, "rank": r, "attempt": str(n)}} for a, r, n in addresses
+        ]
         (self._folder / FILE_SD).write_text(json.dumps(targets))
+
+    def enter(self, state: str) -> None:
+        for each in STATES:
+            self.coordinator.set("run_state", float(each == state), label=each)
+        self.coordinator.set("run_state_time_seconds", time.time(), label=state)
 
     def fail(self, kind: str = "infrastructure") -> None:
         self.coordinator.add("failures_total", label=kind)

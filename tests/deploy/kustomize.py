@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 Object = dict[str, Any]
-CLUSTER_WIDE = {"Namespace"}
+CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 KNOWN = {
     "kustomization": {"apiVersion", "kind", "resources", "components", "namespace", "images", "patches", "replacements"},
     "image": {"name", "newName", "newTag"},

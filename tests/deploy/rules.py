@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import math
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 SCHEMAS = PROJECT.parent / "shared" / "schemas"
 KUBERNETES = "1.33"
 RAY_VERSION = next(line.partition("==")[2] for line in (PROJECT / "constraints.txt").read_text().splitlines() if line.startswith("ray=="))
+VERSION = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+IMAGE_TAG = rf"{re.escape(VERSION)}(-[0-9a-f]{{7,40}})?-ray{re.escape(RAY_VERSION)}-(cpu|gpu)(@sha256:[0-9a-f]{{64}})?"
+"""The code's version and, in a build of one's own, its commit; a rebuild of other code has another tag."""
 PART_OF = {"app.kubernetes.io/part-of": "finetune"}
 NOBODY_ELSE = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 # What the operators' custom resources may hold here; their CRDs are not at hand.
@@ -134,6 +139,11 @@ def cluster_problems(one: Object) -> Iterator[str]:
         yield from pod_problems(name, template)
 
 
+def gibibytes(quantity: str | None) -> float:
+    """`50Gi` -> 50; without a limit it is infinite."""
+    return float(quantity.removesuffix("Gi")) if quantity else math.inf
+
+
 def pod_problems(name: str, template: Object) -> Iterator[str]:
     pod = template["spec"]
     yield from (
@@ -146,15 +156,23 @@ def pod_problems(name: str, template: Object) -> Iterator[str]:
         yield f"{name}: runs as root, or without a seccomp profile"
     if name != "head" and pod.get("automountServiceAccountToken") is not False:  # the head's autoscaler speaks to Kubernetes
         yield f"{name}: a service account's token where nobody needs one"
+    if not pod.get("priorityClassName"):
+        yield f"{name}: without a priority class it is as urgent as what serves users"
     for container in pod["containers"]:
         if container.get("securityContext") != NOBODY_ELSE:
             yield f"{name}: securityContext of {container['name']}"
         tag = container["image"].partition(":")[2]
-        if not re.fullmatch(rf"{re.escape(RAY_VERSION)}-(cpu|gpu)", tag):
-            yield f"{name}: image {container['image']} has no tag that says version and variant"
+        if not re.fullmatch(IMAGE_TAG, tag):
+            yield f"{name}: image {container['image']} has no tag that says the code's version, Ray's and the variant"
         limits, requests = container["resources"].get("limits", {}), container["resources"].get("requests", {})
         if not {"cpu", "memory"} <= limits.keys() & requests.keys() or limits["memory"] != requests["memory"]:
             yield f"{name}: CPU and memory are to be requested and limited, memory alike"
+        if "ephemeral-storage" not in limits.keys() & requests.keys():
+            yield f"{name}: without a limit of ephemeral-storage one pod fills the node's disk, and Kubernetes evicts another"
+        elif sum(gibibytes(volume["emptyDir"].get("sizeLimit")) for volume in pod["volumes"] if "emptyDir" in volume) >= gibibytes(
+            limits["ephemeral-storage"]
+        ):
+            yield f"{name}: every emptyDir has a sizeLimit, all together below the limit of ephemeral-storage"
         writable = {mount["mountPath"] for mount in container["volumeMounts"]}
         home = [entry["value"] for entry in container["env"] if entry["name"] == "HOME"]
         if "/tmp" not in writable or home != ["/tmp"]:
@@ -169,6 +187,8 @@ def job_problems(job: Object) -> Iterator[str]:
     if not isinstance(environment, dict):
         yield "runtimeEnvYAML is a string of YAML that holds a map"
         return
+    if not spec.get("activeDeadlineSeconds", 0) > 0:
+        yield "activeDeadlineSeconds: a job that hangs holds its nodes for ever"
     if not spec.get("shutdownAfterJobFinishes") or spec.get("ttlSecondsAfterFinished", 0) <= 0:
         yield "shutdownAfterJobFinishes and a ttlSecondsAfterFinished: else the cluster stays, or goes with its logs"
     try:
@@ -215,6 +235,9 @@ def job_problems(job: Object) -> Iterator[str]:
         if name != "head" and command[command.index("--notice") + 1] != config.cluster.preemption_notice:
             yield f"{name}: the hook's file is not --cluster.preemption-notice"
     head_ports = {port["name"]: port["containerPort"] for port in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]}
+    head_env = {entry["name"]: entry for entry in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
+    if head_env.get("POD_NAMESPACE", {}).get("valueFrom") != {"fieldRef": {"fieldPath": "metadata.namespace"}}:
+        yield "POD_NAMESPACE: two teams' runs of one name are one run to Prometheus"
     if config.cluster.metrics_host != "0.0.0.0" or config.cluster.discovery_port != head_ports.get("discovery"):
         yield "metrics: Prometheus reaches neither ranks nor discovery"
 
@@ -251,9 +274,25 @@ def together_problems(objects: list[Object]) -> list[str]:
     return found
 
 
+def egress_problems(rules: list[Object]) -> Iterator[str]:
+    to_ours = {"to": [{"podSelector": {"matchLabels": PART_OF}}]}
+    if to_ours not in rules:
+        yield "NetworkPolicy: head and workers do not reach each other"
+    reached = {(port["protocol"], port["port"]) for rule in rules for port in rule.get("ports", ())}
+    if not {("UDP", 53), ("TCP", 53), ("TCP", 443)} <= reached:
+        yield "NetworkPolicy: no DNS, or no TLS to the object store and to Kubernetes"
+    for rule in rules:
+        if rule != to_ours and not (rule.get("to") and rule.get("ports")):
+            yield "NetworkPolicy: everything outside is reached"
+        blocks = [peer["ipBlock"] for peer in rule.get("to", ()) if "ipBlock" in peer]
+        if any(block["cidr"] == "0.0.0.0/0" and "169.254.0.0/16" not in block.get("except", ()) for block in blocks):
+            yield "NetworkPolicy: a pod reaches the metadata service, and with it the node's keys"
+
+
 def policy_problems(policy: Object, ray: Object) -> Iterator[str]:
-    if policy["podSelector"] != {"matchLabels": PART_OF} or policy["policyTypes"] != ["Ingress"]:
-        yield "NetworkPolicy: does not select our pods"
+    if policy["podSelector"] != {"matchLabels": PART_OF} or policy["policyTypes"] != ["Ingress", "Egress"]:
+        yield "NetworkPolicy: does not select our pods, or one direction is open"
+    yield from egress_problems(policy["egress"])
     opened: list[tuple[int, int]] = []
     for rule in policy["ingress"]:
         if not rule.get("from"):

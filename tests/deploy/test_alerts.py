@@ -2,8 +2,10 @@
 
 import shutil
 import subprocess
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -49,6 +51,46 @@ def labelled(short: str) -> str:
 STEPS = "0+60x90"
 STUCK = "0+60x10 600x80"
 FIRES, SILENT = True, False
+UP = {'up{run="r",rank="coordinator"}': "1x30", 'up{run="r",rank="0"}': "1x30"}
+UP90 = {'up{run="r",rank="coordinator"}': "1x90"}
+
+
+def since(state: str, namespace: str = "", instance: str = "c") -> str:
+    """When a run came into a state."""
+    return f'@run_state_time_seconds{{namespace="{namespace}",run="r",rank="coordinator",instance="{instance}",state="{state}"}}'
+
+
+def at(state: str, namespace: str = "", instance: str = "c") -> str:
+    """Whether it is in it."""
+    return f'@run_state{{namespace="{namespace}",run="r",rank="coordinator",instance="{instance}",state="{state}"}}'
+
+
+KILLED = {since("running"): "60x20 stale", at("running"): "1x20 stale"}
+
+
+def ended(state: str, namespace: str = "") -> dict[str, str]:
+    """A run of twenty minutes."""
+    return {
+        since("running", namespace): "60x21 stale",
+        at("running", namespace): "1x19 0x1 stale",
+        since(state, namespace): "_x19 1200x1 stale",
+        at(state, namespace): "0x19 1x1 stale",
+    }
+
+
+def resumed(state: str, before: str = "_x29", running: str = "1800x60") -> dict[str, str]:
+    """Half an hour after its beginning, by another coordinator; `finished` fifteen minutes later."""
+    then = {since("running", instance="d"): f"{before} {running}", at("running", instance="d"): f"{before} {running}"}
+    if state == "running":
+        return then
+    return {
+        since("running", instance="d"): "_x29 1800x15 stale",
+        at("running", instance="d"): "_x29 1x14 0x1 stale",
+        since(state, instance="d"): "_x43 2700x1 stale",
+        at(state, instance="d"): "_x29 0x14 1x1 stale",
+    }
+
+
 CASES = (
     Case("FinetuneStalled", "in the middle of an epoch", {"steps_total": STUCK, "epoch": "0+.03x10 2.5x80"}, "30m", FIRES),
     Case("FinetuneStalled", "steps go on", {"steps_total": STEPS, "epoch": "0+.03x90"}, "30m", SILENT),
@@ -67,12 +109,56 @@ CASES = (
     Case("FinetuneNoProgress", "a start of ten minutes", {"@workers": "2x90"}, "20m", SILENT),
     Case("FinetuneNoProgress", "steps go on", {"@workers": "2x90", "steps_total": STEPS}, "50m", SILENT),
     Case("FinetuneNoProgress", "finished", {"@workers": "2x40 stale", "steps_total": "0+60x10 stale"}, "60m", SILENT),
-    Case("FinetuneTargetDown", "a rank", {'up{run="r",rank="1"}': "1x10 0x20"}, "15m", FIRES),
-    Case("FinetuneTargetDown", "one scrape failed", {'up{run="r",rank="1"}': "1x10 0 1x20"}, "11m", SILENT),
-    Case("FinetuneTargetDown", "given up by the run", {'up{run="r",rank="1"}': "1x10 stale"}, "15m", SILENT),
-    Case("FinetuneTargetDown", "somebody else's", {'up{job="node"}': "1x10 0x20"}, "15m", SILENT),
-    Case("FinetuneTargetUnreachable", "never reached", {'up{run="r",rank="1"}': "0x30"}, "15m", FIRES),
+    # The end of a run: `since` is when it came into a state, in seconds of the test. The targets go a scrape or two after the last one.
+    Case("FinetuneRunFailed", "given up", ended("failed"), "25m", FIRES),
+    Case("FinetuneRunFailed", "finished", ended("finished"), "25m", SILENT),
+    Case("FinetuneRunFailed", "stopped", ended("stopped"), "25m", SILENT),
+    Case("FinetuneRunFailed", "killed", KILLED, "25m", SILENT),
+    Case("FinetuneRunFailed", "an hour ago", ended("failed"), "90m", SILENT),
+    Case("FinetuneRunFailed", "resumed", ended("failed") | resumed("running"), "35m", SILENT),
+    Case("FinetuneRunFailed", "resumed and finished", ended("failed") | resumed("finished"), "60m", SILENT),
+    Case("FinetuneRunFailed", "another user's of the same name", ended("failed") | ended("finished", "ann"), "25m", FIRES),
+    Case("FinetuneRunVanished", "killed", KILLED, "25m", FIRES),
+    Case("FinetuneRunVanished", "killed and still a target", KILLED | {'up{run="r",rank="coordinator"}': "1x20 0x70"}, "25m", FIRES),
+    Case("FinetuneRunVanished", "running", {since("running"): "60x90", at("running"): "1x90"}, "25m", SILENT),
+    Case("FinetuneRunVanished", "finished", ended("finished"), "25m", SILENT),
+    Case("FinetuneRunVanished", "failed", ended("failed"), "25m", SILENT),
+    Case("FinetuneRunVanished", "stopped", ended("stopped"), "25m", SILENT),
+    Case("FinetuneRunVanished", "resumed at once", KILLED | resumed("running", "_x20"), "24m", SILENT),
+    Case("FinetuneRunVanished", "resumed later", KILLED | resumed("running"), "35m", SILENT),
+    Case("FinetuneRunVanished", "resumed and finished", KILLED | resumed("finished"), "60m", SILENT),
+    Case(
+        "FinetuneRunVanished", "killed once more after a stop", ended("stopped") | resumed("running", "_x30", "1800x5 stale"), "40m", FIRES
+    ),
+    Case(
+        "FinetuneRunVanished",
+        "another user's of the same name goes on",
+        KILLED | {since("running", "ann"): "60x90", at("running", "ann"): "1x90"},
+        "25m",
+        FIRES,
+    ),
+    Case("FinetuneRunStopped", "on a signal", ended("stopped"), "25m", FIRES),
+    Case("FinetuneRunStopped", "finished", ended("finished"), "25m", SILENT),
+    Case("FinetuneRunStopped", "goes on", ended("stopped") | resumed("running"), "35m", SILENT),
+    Case("FinetuneTargetDown", "a rank of two", UP | {'up{run="r",rank="1"}': "1x10 0x20"}, "15m", FIRES),
+    Case("FinetuneTargetDown", "one scrape failed", UP | {'up{run="r",rank="1"}': "1x10 0 1x20"}, "11m", SILENT),
+    Case("FinetuneTargetDown", "given up by the run", UP | {'up{run="r",rank="1"}': "1x10 stale"}, "15m", SILENT),
+    Case("FinetuneTargetDown", "somebody else's", UP | {'up{job="node"}': "1x10 0x20"}, "15m", SILENT),
+    Case("FinetuneTargetDown", "finished", {'up{run="r",rank="coordinator"}': "1x10 0 stale"}, "13m", SILENT),
+    Case(
+        "FinetuneTargetDown", "killed", {'up{run="r",rank="coordinator"}': "1x10 0x20", 'up{run="r",rank="0"}': "1x10 0x20"}, "15m", SILENT
+    ),
+    Case(
+        "FinetuneTargetDown",
+        "one of many",
+        UP | {f'up{{run="r",rank="{n}"}}': "1x30" for n in range(1, 20)} | {'up{run="r",rank="20"}': "1x10 0x20"},
+        "15m",
+        SILENT,
+    ),
+    Case("FinetuneTargetUnreachable", "a new run", {'up{run="r",rank="coordinator"}': "0x30"}, "15m", FIRES),
+    Case("FinetuneTargetUnreachable", "a rank of a run that answers", UP90 | {'up{run="r",rank="1"}': "0x90"}, "85m", FIRES),
     Case("FinetuneTargetUnreachable", "reached before", {'up{run="r",rank="1"}': "1x10 0x20"}, "25m", SILENT),
+    Case("FinetuneTargetUnreachable", "killed long ago", {'up{run="r",rank="coordinator"}': "1x10 0x170"}, "150m", SILENT),
     Case("FinetuneCrashLoop", "three in 15 minutes", {'@restarts_total{kind="infrastructure"}': "0x10 1 2 3x80"}, "14m", FIRES),
     Case("FinetuneCrashLoop", "two and no commit", {'@restarts_total{kind="infrastructure"}': "0x10 1 2x80"}, "14m", FIRES),
     Case(
@@ -174,7 +260,18 @@ def test_every_alert_names_real_metrics_and_has_a_runbook_entry() -> None:
         assert rule["labels"]["severity"] in ("critical", "warning", "info")
         assert {"summary", "description", "runbook_url"} == set(rule["annotations"])
         assert "$value" in rule["annotations"]["description"] + rule["annotations"]["summary"]
-        assert rule["annotations"]["runbook_url"] == f"docs/alerts.md#{rule['alert'].lower()}"
+        page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+        assert (urllib.parse.urlsplit(page).scheme, anchor) == ("https", rule["alert"].lower())
+        assert rule["expr"].count("by (cluster, namespace, run") == rule["expr"].count(" by (") > 0  # who routes by them finds them
+        assert rule["expr"].count("on (cluster, namespace, run)") == rule["expr"].count(" on (")
+
+
+def test_a_runbook_is_at_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "alerts.yml"
+    assert write_rules(["--out", str(out), "--runbook", "docs/alerts.md"]) == 2
+    assert "'docs/alerts.md' is no URL" in capsys.readouterr().err
+    assert write_rules(["--out", str(out), "--runbook", "https://wiki.example.org/alerts"]) == 0
+    assert 'runbook_url: "https://wiki.example.org/alerts#finetunestalled"' in out.read_text()
 
 
 def test_every_alert_is_tried_firing_and_silent() -> None:
@@ -201,23 +298,29 @@ def test_scaled_rules_are_the_same_but_for_their_times() -> None:
 
 @needs_promtool
 def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
-    (tmp_path / "alerts.yml").write_text(rules())
-    tests = [
-        {
-            "name": str(case),
-            "interval": "1m",
-            "input_series": [{"series": labelled(name), "values": values} for name, values in case.series.items()],
-            "promql_expr_test": [
-                {
-                    "expr": f'count(ALERTS{{alertname="{case.alert}",alertstate="firing"}}) or vector(0)',
-                    "eval_time": case.at,
-                    "exp_samples": [{"labels": "{}", "value": int(case.fires)}],
-                }
-            ],
-        }
-        for case in CASES
-    ]
-    file = tmp_path / "tests.yml"
-    file.write_text(yaml.safe_dump({"rule_files": ["alerts.yml"], "evaluation_interval": "1m", "tests": tests}))
-    tried = subprocess.run([str(PROMTOOL), "test", "rules", str(file)], capture_output=True, text=True, timeout=120, check=False)
+    # Each alert by itself: a case that evaluates all the others too takes twenty times as long.
+    whole = yaml.safe_load(rules())
+    files = []
+    for rule in whole["groups"][0]["rules"]:
+        name = rule["alert"]
+        (tmp_path / f"{name}.yml").write_text(yaml.safe_dump({"groups": [{"name": "finetune", "interval": "1m", "rules": [rule]}]}))
+        tests = [tried_by_promtool(case) for case in CASES if case.alert == name]
+        files.append(tmp_path / f"tests-{name}.yml")
+        files[-1].write_text(yaml.safe_dump({"rule_files": [f"{name}.yml"], "evaluation_interval": "1m", "tests": tests}))
+    tried = subprocess.run([str(PROMTOOL), "test", "rules", *map(str, files)], capture_output=True, text=True, timeout=120, check=False)
     assert tried.returncode == 0, tried.stdout + tried.stderr
+
+
+def tried_by_promtool(case: Case) -> dict[str, Any]:
+    return {
+        "name": str(case),
+        "interval": "1m",
+        "input_series": [{"series": labelled(name), "values": values} for name, values in case.series.items()],
+        "promql_expr_test": [
+            {
+                "expr": f'count(ALERTS{{alertname="{case.alert}",alertstate="firing"}}) or vector(0)',
+                "eval_time": case.at,
+                "exp_samples": [{"labels": "{}", "value": int(case.fires)}],
+            }
+        ],
+    }

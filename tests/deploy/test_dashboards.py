@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.metrics import METRICS
+from cluster.metrics import CAUSES, METRICS
 from deploy.grafana import DASHBOARDS, queries
 from deploy.grafana.__main__ import main as write_dashboards
 from deploy.grafana.model import to_dict
 from deploy.grafana.panels import COLUMNS, places
-from deploy.prometheus import rules
+from deploy.prometheus import ALERTS, rules
 from deploy.prometheus.names import fill, metrics_in, name
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -68,7 +68,7 @@ def test_panels_have_ids_descriptions_units_and_places_that_do_not_overlap(dashb
         assert len(set(references)) == len(references)
     titles = [panel.title for _, _, inside in places(dashboard) for panel, _ in inside]
     assert len(set(titles)) == len(titles)
-    assert [variable["name"] for variable in board["templating"]["list"]][:2] == ["datasource", "run"]
+    assert [variable["name"] for variable in board["templating"]["list"]][:3] == ["datasource", "namespace", "run"]
     assert [link["tags"] for link in board["links"]] == [["finetune"]]
 
 
@@ -76,7 +76,49 @@ def test_variables_are_filled_in_and_a_run_s_name_stays_inside_its_string() -> N
     for query in queries(run='a"b', rate_interval="15s"):
         assert "$" not in query.query
         assert 'run="a"b"' not in query.query
-    assert any('{run="a\\"b"}[15s]' in query.query for query in queries(run='a"b', rate_interval="15s"))
+    assert any('{namespace="c\\"d",run="a\\"b"}[15s]' in query.query for query in queries(run='a"b', namespace='c"d', rate_interval="15s"))
+
+
+def test_every_query_is_of_one_run_of_one_namespace_or_keeps_both_apart() -> None:
+    """But for those of whole nodes, which have no run."""
+    for query in queries(run="r", namespace="n"):
+        if query.needs not in ("ray", "node", "dcgm"):
+            of_one = query.query.count('namespace="n",run="r"')
+            assert of_one == query.query.count('run="r"') > 0 or "by (namespace, run" in query.query, query.query
+
+
+def test_what_one_dashboard_says_another_one_does_not_contradict() -> None:
+    """A tile or panel of one title is one query, wherever it stands; seconds a second are shown as a share."""
+    queries_of: dict[str, set[tuple[str, ...]]] = {}
+    for dashboard in DASHBOARDS:
+        for _, _, inside in places(dashboard):
+            for panel, _ in inside:
+                if panel.kind == "stat":
+                    queries_of.setdefault(panel.title, set()).add(tuple(query.expr for query in panel.queries))
+                for query in panel.queries:
+                    if panel.unit == "s":
+                        assert not re.fullmatch(r"(avg|max)\(rate\(\{\w+_seconds_total\}.*\)\)", query.expr), panel.title
+                        assert not re.match(r"\w+\((0.5, )?sum by \(rank\) \(rate\(\{\w+_seconds_total\}\S+\)\)$", query.expr), panel.title
+    assert [title for title, found in queries_of.items() if len(found) > 1] == []
+
+
+def test_the_goodput_tile_has_no_warning_colour_before_its_alert_may_fire() -> None:
+    [tile] = [panel for _, _, inside in places(DASHBOARDS[0]) for panel, _ in inside if panel.title == "Goodput"]
+    first, later = tile.queries
+    assert (first.legend, tile.colors[first.legend]) == ("first hour", "blue")
+    assert first.expr.endswith("< 3600")
+    assert later.expr.endswith(">= 3600")
+
+
+def test_causes_are_shown_in_words() -> None:
+    for _, _, inside in places(DASHBOARDS[0]):
+        for panel, _ in inside:
+            if any(query.legend == "{{cause}}" for query in panel.queries):
+                assert not [cause for cause in CAUSES if "_" in panel.names.get(cause, cause)], panel.title
+                board = to_dict(DASHBOARDS[0])
+                [made] = [each for each in board["panels"] if each["title"] == panel.title]
+                shown = {each["matcher"]["options"]: each["properties"][0]["value"] for each in made["fieldConfig"]["overrides"]}
+                assert shown == dict(panel.names)
 
 
 def test_no_query_has_a_series_for_every_rank() -> None:
@@ -100,7 +142,9 @@ def test_provisioning_reads_the_dashboards_that_compose_mounts() -> None:
                 assert source in compose["volumes"]
             if target == "/runs":
                 assert mode == ["ro"]
-    grafana, prometheus = services["grafana"], services["prometheus"]
+    grafana, prometheus, alertmanager = services["grafana"], services["prometheus"], services["alertmanager"]
+    assert "--web.listen-address=127.0.0.1:9093" in alertmanager["command"]
+    assert alertmanager["network_mode"] == "host"
     assert f"{grafana['environment']['GF_SERVER_HTTP_ADDR']}:" == "127.0.0.1:"
     assert "--web.listen-address=127.0.0.1:9090" in prometheus["command"]
     assert prometheus["network_mode"] == grafana["network_mode"] == "host"
@@ -117,7 +161,18 @@ def test_provisioning_reads_the_dashboards_that_compose_mounts() -> None:
     inside = yaml.safe_load((DEPLOY / "prometheus" / "compose.yml").read_text())
     prometheus_mounts = {volume.rsplit(":ro", 1)[0].rsplit(":", 1)[1] for volume in prometheus["volumes"]}
     assert set(inside["rule_files"]) <= prometheus_mounts
+    assert inside["alerting"]["alertmanagers"][0]["static_configs"] == [{"targets": ["127.0.0.1:9093"]}]
     assert inside["scrape_configs"][0]["file_sd_configs"][0]["files"] == ["/targets/*.json"]
+
+
+def test_alertmanager_sends_one_message_for_a_run_of_a_namespace() -> None:
+    settings = yaml.safe_load((DEPLOY / "prometheus" / "alertmanager.yml").read_text())
+    names = {receiver["name"] for receiver in settings["receivers"]}
+    routes = [settings["route"], *settings["route"]["routes"]]
+    assert {route["receiver"] for route in routes} <= names
+    assert settings["route"]["group_by"] == settings["inhibit_rules"][0]["equal"] == ["cluster", "namespace", "run"]
+    ended = settings["inhibit_rules"][0]["source_matchers"][0].partition("=~")[2].strip('"').split("|")
+    assert set(ended) <= {alert.name for alert in ALERTS}
 
 
 def test_compose_is_valid_to_docker(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """deploy/kubernetes: what kustomize makes of it is valid by the CRDs, by Kubernetes, by KubeRay's own rules; planted errors are caught."""
 
 import copy
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,10 +14,10 @@ import yaml
 from deploy.kubernetes.__main__ import ALERTS, RULE, rendered
 from deploy.kubernetes.__main__ import main as kubernetes_main
 from tests.deploy.kustomize import render
-from tests.deploy.rules import PROJECT, SCHEMAS, Object, cluster_spec, problems, schema_problems
+from tests.deploy.rules import IMAGE_TAG, PROJECT, RAY_VERSION, SCHEMAS, VERSION, Object, cluster_spec, problems, schema_problems
 
 ROOT = PROJECT / "deploy" / "kubernetes"
-JOBS = ["overlays/cpu", "overlays/gpu", "overlays/spot"]
+JOBS = ["overlays/cpu", "overlays/gpu", "overlays/spot", "overlays/kueue"]
 CLUSTERS = ["clusters/cpu", "clusters/gpu", "clusters/spot"]
 HAS_CRDS = SCHEMAS.is_dir()
 NO_CRDS = "the CRDs of KubeRay are not beside the project (../shared/schemas)"
@@ -49,6 +50,23 @@ def test_monitoring_is_valid() -> None:
         )
         == []
     )
+
+
+def test_a_job_in_a_queue_asks_for_what_it_will_have_and_for_no_more() -> None:
+    """Kueue admits a whole cluster, and leaves one alone that scales."""
+    job = ray(render(ROOT / "overlays" / "kueue"))
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "finetune"}
+    assert job["spec"]["backoffLimit"] == 0
+    assert job["spec"]["shutdownAfterJobFinishes"] is True
+    spec = cluster_spec(job)
+    assert "enableInTreeAutoscaling" not in spec
+    [group] = spec["workerGroupSpecs"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
+
+
+def test_a_tag_may_name_the_commit_and_the_digest() -> None:
+    assert re.fullmatch(IMAGE_TAG, f"{VERSION}-0123456789ab-ray{RAY_VERSION}-gpu@sha256:{'0' * 64}")
+    assert not re.fullmatch(IMAGE_TAG, f"{RAY_VERSION}-gpu")
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "spot"])
@@ -153,6 +171,21 @@ PLANTED: dict[str, tuple[Change, str]] = {
     "a number in rayStartParams": (lambda o: workers(o)["rayStartParams"].update({"num-gpus": 1}), "are strings"),
     "latest": (lambda o: pod(o)["containers"][0].update(image="registry.example.com/ray-finetune:latest"), "no tag"),
     "no tag": (lambda o: pod(o)["containers"][0].update(image="registry.example.com/ray-finetune"), "no tag"),
+    "Ray's version for a tag": (lambda o: pod(o)["containers"][0].update(image="registry.example.com/ray-finetune:2.60.0-cpu"), "no tag"),
+    "no deadline": (lambda o: job(o).pop("activeDeadlineSeconds"), "activeDeadlineSeconds"),
+    "a disk without a limit": (lambda o: pod(o)["containers"][0]["resources"]["limits"].pop("ephemeral-storage"), "ephemeral-storage"),
+    "a temporary folder without a limit": (lambda o: pod(o)["volumes"][0].update(emptyDir={}), "sizeLimit"),
+    "a temporary folder above the limit": (lambda o: pod(o)["volumes"][0].update(emptyDir={"sizeLimit": "100Gi"}), "sizeLimit"),
+    "no priority": (lambda o: pod(o).pop("priorityClassName"), "priority class"),
+    "no namespace for Prometheus": (
+        lambda o: job(o)["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["env"].pop(2),
+        "POD_NAMESPACE",
+    ),
+    "the way out open": (lambda o: policy(o).update(policyTypes=["Ingress"]), "one direction"),
+    "everything outside": (lambda o: policy(o)["egress"].append({}), "everything outside"),
+    "no DNS": (lambda o: policy(o)["egress"].pop(1), "no DNS"),
+    "no way between pods": (lambda o: policy(o)["egress"].pop(0), "do not reach each other"),
+    "the node's keys": (lambda o: policy(o)["egress"][2]["to"][0]["ipBlock"].pop("except"), "metadata service"),
     "root": (lambda o: pod(o)["securityContext"].update(runAsUser=0), "root"),
     "may become root": (lambda o: pod(o)["containers"][0]["securityContext"].update(allowPrivilegeEscalation=True), "securityContext"),
     "no seccomp": (lambda o: pod(o)["securityContext"].pop("seccompProfile"), "seccomp"),

@@ -93,6 +93,8 @@ def test_a_run_that_starts_later_is_scraped_drawn_and_watched_and_ctrl_c_ends_ev
     capsys.readouterr()
     assert preview(["--prometheus", url, "--run", "another", "--out", str(tmp_path / "no.png")]) == 2
     assert "knows no run 'another'; it knows: made by hand" in capsys.readouterr().err
+    assert preview(["--prometheus", url, "--run", "made by hand", "--namespace", "bob", "--out", str(tmp_path / "no.png")]) == 2
+    assert "no run 'made by hand' in the namespace 'bob'; there is one in: ann" in capsys.readouterr().err
     assert not (tmp_path / "no.png").exists()
 
     under = children(process.pid)

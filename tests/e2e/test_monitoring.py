@@ -1,4 +1,4 @@
-"""While runs go on and fail, the shipped Prometheus configuration scrapes every rank, every panel has data, and alerts fire."""
+"""While runs go on, end and fail, the shipped Prometheus configuration scrapes every rank, every panel has data, and alerts fire."""
 
 import dataclasses
 import json
@@ -27,8 +27,9 @@ CONFIG = PROJECT / "deploy" / "prometheus" / "prometheus.yml"
 
 TIME_SCALE = 0.01
 """An alert that waits for ten minutes waits for 6 s."""
-NOT_HERE = {"gpu", "peak", "resize"}
-"""What panels need that these runs do not have: GPUs, and another number of workers (test_elastic.py)."""
+NOT_HERE = {"gpu", "peak", "resize", "hour", "ray", "node", "dcgm"}
+"""What panels need that these runs do not have: GPUs, another number of workers (test_elastic.py), an hour, other exporters."""
+ENDS = {"FinetuneRunFailed", "FinetuneRunVanished", "FinetuneRunStopped", "FinetuneTargetDown"}
 
 pytestmark = [
     pytest.mark.ray,
@@ -117,7 +118,11 @@ class Watch:
 
     def __init__(self, server: Prometheus, run: str) -> None:
         self._server = server
-        self._empty = {f"{q.dashboard}: {q.panel}: {q.query}": q for q in queries(run=run, rate_interval="5s") if q.needs not in NOT_HERE}
+        self._empty = {
+            f"{q.dashboard}: {q.panel}: {q.query}": q
+            for q in queries(run=run, namespace="ann", rate_interval="5s")
+            if q.needs not in NOT_HERE
+        }
         self.fired: set[str] = set()
 
     def look(self) -> None:
@@ -143,7 +148,7 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
 ) -> None:
     server, port = prometheus
     data = rotten(images, tmp_path / "data")
-    common = ("--data.max-bad-fraction", "0.01", "--cluster.discovery-port", str(port))
+    common = ("--data.max-bad-fraction", "0.01", "--cluster.discovery-port", str(port), "--cluster.metrics-namespace", "ann")
     watch = Watch(server, "watched")
     run = Run(
         *("--workers", "2", "--train.epochs", "1000", "--data.cache", "none", *common),
@@ -167,7 +172,8 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
             text = get(target["targets"][0], "/metrics")
             lint = subprocess.run([str(PROMTOOL), "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False)
             assert (lint.returncode, lint.stdout + lint.stderr) == (0, ""), target
-        watch.until(lambda: not watch.empty("alert", "down target", "failure"), 30)
+        watch.until(lambda: not watch.empty("alert", "down target", "failure", "end"), 30)
+        another_users_run_of_the_same_name_and_port_finishes(tmp_path, images, server, port)
 
         run.kill_worker(1)
         run.wait_for("training_started", attempt=2)
@@ -175,9 +181,9 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
         assert {"FinetuneRestarted", "FinetuneGoodputLow"} <= watch.fired, watch.fired
 
         run.kill()  # the whole machine, as it were: nobody is left to tell Prometheus
-        watch.until(lambda: "FinetuneTargetDown" in watch.fired and not watch.empty(), 40)
-        assert "FinetuneTargetDown" in watch.fired
-        assert watch.empty() == []
+        watch.until(lambda: "FinetuneRunVanished" in watch.fired and not watch.empty("end"), 40)
+        assert watch.fired & ENDS == {"FinetuneRunVanished"}
+        assert watch.empty("end") == []
     finally:
         run.kill()
 
@@ -194,3 +200,22 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
     finally:
         wrong.kill()
     assert {"FinetuneRollback", "FinetuneCrashLoop"} <= watch.fired, (watch.fired, wrong.output())
+
+
+def another_users_run_of_the_same_name_and_port_finishes(folder: Path, images: Path, server: Prometheus, port: int) -> None:
+    """It is found on the port that the first one has, is waited for at its end, and raises nothing for having ended."""
+    run = Run(
+        *("--workers", "1", "--train.max-steps", "40", "--cluster.discovery-port", str(port), "--cluster.metrics-namespace", "bob"),
+        storage=folder / "runs of bob",
+        name="watched",
+        data=images,
+    )
+    try:
+        assert run.finish() == 0, run.output()
+    finally:
+        run.kill()
+    assert "Prometheus reads this run: waiting until it knows of the end" in run.output()
+    assert [row["value"][1] for row in server.query('last_over_time(finetune_run_state{namespace="bob",state="finished"}[2m])')] == ["1"]
+    assert {row["metric"]["namespace"] for row in server.query("up")} == {"ann"}
+    for_bob = server.query('last_over_time(ALERTS{namespace="bob",alertstate="firing"}[5m])')
+    assert not {row["metric"]["alertname"] for row in for_bob} & ENDS

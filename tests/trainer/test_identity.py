@@ -210,7 +210,7 @@ DOES_NOT_DECIDE = {
             *("cluster.discovery_port", "cluster.keep_checkpoints", "cluster.heartbeat_seconds", "cluster.object_store_limit_bytes"),
             *("cluster.hang_seconds", "cluster.start_seconds", "cluster.placement_seconds", "cluster.grow_after_seconds"),
             *("cluster.preemption_notice", "cluster.mtbf_hours", "cluster.storage_retry_seconds", "cluster.spill_dir"),
-            *("cluster.stop_grace_seconds",),
+            *("cluster.stop_grace_seconds", "cluster.metrics_namespace"),
         ),
         "where processes run, how they are watched, when they are given up",
     ),

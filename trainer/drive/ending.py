@@ -1,8 +1,9 @@
 """The four ways in which a driver's session ends: finished, stopped, taken over, failed. Called by drive.py, which gets the exit status.
 
 Three of them write summary.json, then the end into the journal, then the report, in this order. A command that is killed in between, or
-whose report fails, has lost nothing: given again it completes what is missing (start.show_finished, by `complete`). trainer.runs.summary
-computes the summary, trainer.report the report, which is imported last: whatever is wrong with it, the end is written by then.
+whose report fails, has lost nothing: given again it completes what is missing (start.show_finished, by `complete`). farewell.py tells
+Prometheus. trainer.runs.summary computes the summary, trainer.report the report, which is imported last: whatever is wrong with it, the end
+is written by then.
 """
 
 import json
@@ -22,6 +23,7 @@ from cluster.redact import redacted
 from cluster.storage import join_uri
 from cluster.versions import versions
 from dataio.parquet import Dataset
+from trainer.drive.farewell import tell_state, wait_for_prometheus
 from trainer.drive.session import Session
 from trainer.drive.signals import Phase, Signals, farewell, tell
 from trainer.runs.folder import RunFolder
@@ -43,9 +45,11 @@ class Ending:
     def finished(self) -> int:
         session = self.session
         summary = self._record("finished", "run_finished", steps=session.total_steps)
+        told = tell_state(session, "finished")
         report = self._report()
         folder = self._folder.location
         session.console.print(final_table(summary, report=report, predict=predict_command(folder)), soft_wrap=True)
+        wait_for_prometheus(session, self.signals, told)
         return 128 + self.signals.number if self.signals.cuts_short else 0
 
     def stopped(self) -> int:
@@ -53,12 +57,14 @@ class Ending:
         step = session.saved_step()
         name = signal.Signals(number).name if number else ""
         summary = self._record("stopped", "run_stopped", step=max(0, step), signal=name)
+        told = tell_state(session, "stopped")
         session.console.print(final_table(summary, report=self._report()), soft_wrap=True)
         if step >= 0:
             done = f"step {step:,} of {session.total_steps:,} is saved. The same command goes on from there"
         else:
             done = "nothing was saved yet. The same command starts again"
         session.console.print(f"stopped: {done}:\n  {pasteable(session.decided.command)}", soft_wrap=True, markup=False, highlight=False)
+        wait_for_prometheus(session, self.signals, told)
         return 128 + number if number else 1
 
     def taken_over(self) -> int:
@@ -79,6 +85,7 @@ class Ending:
     def failed(self, error: RunFailed) -> int:
         failure = error.failure
         self._record("failed", "run_failed", kind=failure.kind, rank=failure.rank, message=failure.message, reason=error.reason)
+        told = tell_state(self.session, "failed")
         self._report()
         if failure.kind == "user" and not failure.is_explained:
             complain(failure.traceback)
@@ -88,6 +95,7 @@ class Ending:
                 complain(f"step {step} is saved, but the same command would diverge from there again")
             else:
                 complain(f"step {step} is saved; once the cause is mended the same command goes on from there")
+        wait_for_prometheus(self.session, self.signals, told)
         return 1
 
     def _record(self, status: str, event: str, **fields: Any) -> dict[str, Any]:

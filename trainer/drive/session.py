@@ -25,6 +25,7 @@ from cluster.patience import Patience
 from cluster.storage import Storage
 from cluster.store import Commit, NoValidCheckpoint, Store
 from cluster.straggler import StragglerLimits
+from cluster.whose import namespace_here, owner_here
 from trainer.drive.data import ship
 from trainer.drive.identity import find_start
 from trainer.drive.stages import Begun, Decided
@@ -133,10 +134,11 @@ class Session:
             self.journal.write("coordinator_hung", kind=hung.kind, seconds=hung.seconds, pid=hung.pid)
             self.console.print(Text(hung.describe()), soft_wrap=True)
 
-    def order(self, method: str, *args: Any) -> None:
-        """Call the coordinator's method for what can do without: agents end by themselves where it is gone."""
+    def order(self, method: str, *args: Any) -> Any:
+        """The answer of the coordinator's method, for what can do without: None where it is gone; agents end by themselves then."""
         with suppress(ray.exceptions.RayError):
-            ray.get(self.call(method, *args), timeout=ORDER_SECONDS)
+            return ray.get(self.call(method, *args), timeout=ORDER_SECONDS)
+        return None
 
     def storage_answers(self) -> bool:
         """Whether the storage is not to blame: a coordinator that is restarted reads it, and waits for it."""
@@ -261,6 +263,12 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
         discovery_port=cluster.discovery_port,
         storage_retry_seconds=cluster.storage_retry_seconds,
         straggler=StragglerLimits(ratio=cluster.faults.straggler_ratio, steps=cluster.faults.straggler_steps),
+        namespace=cluster.metrics_namespace or namespace_here(),
+        facts={
+            "owner": owner_here(),
+            "task": decided.task.name,
+            "device": "cuda" if decided.resources.gpus_per_worker > 0 else "cpu",
+        },
     )
     return Session(
         decided=decided,

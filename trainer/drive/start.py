@@ -23,6 +23,7 @@ from cluster.belongings import belongings, preferred_place, problem_of
 from cluster.exporter import serve_discovery
 from cluster.journal import Journal
 from cluster.redact import redact
+from cluster.shared_port import SharedPort
 from cluster.storage import is_outage, open_storage
 from cluster.store import Commit, Store
 from cluster.zygote import Zygote
@@ -226,9 +227,12 @@ def check_folder(placed: Placed) -> None:
 
 
 def check_ports(placed: Placed) -> None:
-    """ValueError if the discovery port is taken. The coordinator will serve on this node."""
-    config = placed.config
-    serve_discovery(config.cluster.metrics_host, config.cluster.discovery_port, list).close()
+    """ValueError if the coordinator, which will serve on this node, cannot listen, or if the discovery port is taken by anything but
+    another run."""
+    cluster = placed.config.cluster
+    serve_discovery(cluster.metrics_host, 0, list).close()
+    if cluster.discovery_port:
+        SharedPort(cluster.metrics_host, cluster.discovery_port, list).close()
 
 
 def show_finished(placed: Placed, console: Console, signals: Signals) -> int:

@@ -1,0 +1,172 @@
+"""How runs end, as a real Prometheus with the shipped rules sees it: two users on one machine, runs of one name, one discovery port. Real
+coordinators without Ray, one of them in a process that is killed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.agent import RankEnd
+from cluster.coordinator import Coordinator
+from cluster.exporter import Server, serve_metrics
+from cluster.metrics import Metrics
+from cluster.names import FILE_SD
+from cluster.roster import RankInfo
+from cluster.storage import open_storage
+from cluster.store import Store
+from deploy.prometheus import rules
+from tests.ports import free_ports
+
+PROMETHEUS = shutil.which("prometheus")
+PROJECT = Path(__file__).resolve().parents[2]
+CONFIG = PROJECT / "deploy" / "prometheus" / "prometheus.yml"
+SCRAPE_SECONDS = 0.5
+TIME_SCALE = 0.01
+"""What fires after two minutes fires after 1.2 s."""
+KILLED = """
+import sys, time
+from cluster.coordinator import Coordinator
+from cluster.storage import open_storage
+from cluster.store import Store
+storage = open_storage(sys.argv[1])
+generation = Store.open(storage, "other").claim_generation()
+coordinator = Coordinator(storage, "other", generation, 2, discovery_port=int(sys.argv[2]), namespace="ann")
+coordinator.start_attempt(1, 1, 0)
+time.sleep(600)
+"""
+
+
+class Run:
+    """A coordinator and its only rank, which makes steps as far as Prometheus can tell."""
+
+    def __init__(self, storage: Path, namespace: str, name: str, port: int) -> None:
+        opened = open_storage(str(storage))
+        self.targets = storage / name / FILE_SD
+        generation = Store.open(opened, name).claim_generation()
+        self.coordinator = Coordinator(opened, name, generation, 2, discovery_port=port, namespace=namespace, facts={"owner": namespace})
+        self.coordinator.start_attempt(1, 1, 0)
+        self.metrics = Metrics(name, 0, 1)
+        self.metrics.set("start_time_seconds", time.time())
+        self.server: Server = serve_metrics(self.metrics.registry)
+        self.coordinator.register(1, 0, RankInfo(host="h", pid=1, node_id="n", metrics_address=self.server.address))
+
+    def end(self, state: str) -> tuple[float, float]:
+        """As the driver does. Returns for how long it would have waited at most, and for how long it has."""
+        self.coordinator.rank_ended(1, 0, RankEnd(status=0, error=None, killed_by_order=False))
+        self.server.close()
+        most, began = self.coordinator.ended(state), time.monotonic()
+        assert self.coordinator.finish(5)
+        return most, time.monotonic() - began
+
+
+class Prometheus:
+    def __init__(self, folder: Path, port: int) -> None:
+        config = CONFIG.read_text().replace("127.0.0.1:9410", f"127.0.0.1:{port}").replace("5s", f"{round(1000 * SCRAPE_SECONDS)}ms")
+        (folder / "prometheus.yml").write_text(config)
+        (folder / "alerts.yml").write_text(rules(time_scale=TIME_SCALE, scrape_seconds=SCRAPE_SECONDS))
+        self.address = "127.0.0.1:{}".format(*free_ports(1))
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    str(PROMETHEUS),
+                    f"--config.file={folder / 'prometheus.yml'}",
+                    f"--storage.tsdb.path={folder / 'tsdb'}",
+                    f"--web.listen-address={self.address}",
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        url = f"http://{self.address}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return list(json.load(answer)["data"]["result"])
+        except OSError:  # not up yet
+            return []
+
+    def runs(self, expression: str) -> set[tuple[str, ...]]:
+        """Namespace, run and what else tells the results apart."""
+        found = [row["metric"] for row in self.query(expression)]
+        return {
+            (labels.get("namespace", ""), labels["run"], *filter(None, [labels.get("alertname") or labels.get("state")]))
+            for labels in found
+        }
+
+    def fired(self) -> set[tuple[str, ...]]:
+        """All alerts that have fired."""
+        return self.runs('count by (namespace, run, alertname) (last_over_time(ALERTS{alertstate="firing"}[10m]))')
+
+    def until(self, expression: str, want: set[tuple[str, ...]]) -> None:
+        end = time.monotonic() + 30
+        while (found := self.runs(expression)) != want and time.monotonic() < end:
+            time.sleep(0.1)
+        assert found == want, expression
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Prometheus, int]]:
+    [port] = free_ports(1)
+    server = Prometheus(tmp_path, port)
+    yield server, port
+    server.process.terminate()
+    server.process.wait(30)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed (Debian package prometheus)")
+def test_a_finished_a_failed_a_stopped_and_a_killed_run_of_two_users_raise_exactly_what_is_documented(
+    tmp_path: Path, served: tuple[Prometheus, int]
+) -> None:
+    prometheus, port = served
+    finished = Run(tmp_path / "ann", "ann", "quick", port)
+    failed, stopped = Run(tmp_path / "bob", "bob", "quick", port), Run(tmp_path / "bob", "bob", "other", port)
+    killed = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "ann"), str(port)], cwd=PROJECT)
+    try:
+        all_runs = {("ann", "quick"), ("bob", "quick"), ("bob", "other"), ("ann", "other")}
+        prometheus.until("count by (namespace, run) (up) == count by (namespace, run) (up == 1)", all_runs)
+        prometheus.until("finetune_run_state == 1", {(*run, "running") for run in all_runs})
+        assert {row["metric"].get("owner", "") for row in prometheus.query("finetune_run_info")} == {"ann", "bob", ""}
+        time.sleep(2 * SCRAPE_SECONDS)  # a second scrape tells the coordinators the interval
+
+        for run, state in ((finished, "finished"), (failed, "failed"), (stopped, "stopped")):
+            most, waited = run.end(state)
+            assert 0 < waited <= most + 1 < 10
+            assert json.loads(run.targets.read_text()) == []
+        ends = {("ann", "quick", "finished"), ("bob", "quick", "failed"), ("bob", "other", "stopped")}
+        assert prometheus.runs('last_over_time(finetune_run_state{state!="running"}[1m]) == 1') == ends  # it was waited for
+        prometheus.until("up", {("ann", "other")})  # the others are no targets any more
+
+        killed.send_signal(signal.SIGKILL)
+        killed.wait(30)
+        documented = {
+            ("bob", "quick", "FinetuneRunFailed"),
+            ("bob", "other", "FinetuneRunStopped"),
+            ("ann", "other", "FinetuneRunVanished"),
+        }
+        prometheus.until('last_over_time(ALERTS{alertstate="firing"}[10m])', documented)
+        time.sleep(3)  # twice the time that FinetuneTargetDown takes
+        assert prometheus.fired() == documented
+    finally:
+        killed.kill()
+        killed.wait(30)
+
+
+def test_where_no_prometheus_reads_a_run_its_end_waits_for_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, "ann", "quick", 0)
+    with urllib.request.urlopen(f"http://{run.coordinator.discovery_address()}/metrics", timeout=5) as answer:  # somebody with curl
+        text = answer.read().decode()
+    assert 'finetune_run_state{attempt="0",rank="coordinator",run="quick",state="running"} 1.0' in text
+    most, waited = run.end("finished")
+    assert most == 0
+    assert waited < 2
+    assert json.loads(run.targets.read_text()) == []
