@@ -82,6 +82,16 @@ class Manifest:
         with_classes = [target for target in self.targets if target.classes]
         return with_classes[0].classes if len(with_classes) == 1 else ()
 
+    def fingerprint_of(self, split: str) -> str:
+        """SHA-256 of the targets and one split, from its shards' hashes: without reading a sample. Equal ones have the same samples in the
+        same order under the same classes. The same samples in other shards, or written by another version of pyarrow, have another one.
+        "" if there is no such split."""
+        if split not in self.splits:
+            return ""
+        described = [[target.name, target.kind, list(target.classes)] for target in self.targets]
+        shards = [[shard.rows, shard.sha256] for shard in self.splits[split].shards]
+        return hashlib.sha256(json.dumps(["split", 1, described, shards]).encode()).hexdigest()
+
     def to_json(self) -> str:
         value: dict[str, Any] = {name: content for name, content in asdict(self).items() if name != "targets"}
         first = {"classes": self.classes} if self.version == 1 else {"targets": [asdict(target) for target in self.targets]}

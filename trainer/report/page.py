@@ -127,6 +127,7 @@ dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.
 dl div{padding:.5rem .7rem;background:var(--card);border-radius:6px}
 dt{color:var(--soft);font-size:.8rem}
 dd{margin:0;font-size:1.15rem;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.interval{display:block;color:var(--soft);font-size:.8rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem}
 figure{margin:0}
 figcaption{font-weight:600}

@@ -18,9 +18,10 @@ from trainer.report.page import NOTHING, Html, join, number_or_none, page, secti
 from trainer.report.panels import panels_of
 from trainer.report.timeline import colour, ranks_section, timeline_section
 from trainer.report.verdict import verdict
+from trainer.runs.certainty import class_warnings, interval_words
 from trainer.runs.events import is_told_whole, is_unusual, plainly, words_of
 from trainer.runs.folder import RunFolder, find_run
-from trainer.runs.measures import capital, one_of
+from trainer.runs.measures import capital, heading, one_of
 from trainer.runs.progress import CAUSES, summary_rows, time_split
 from trainer.settings.units import duration, flops, number, percent, size
 
@@ -97,20 +98,28 @@ def _headed(run: RunFiles) -> Html:
 
 
 def _notes(run: RunFiles) -> Html:
-    return tag("ul", *(tag("li", note) for note in run.missing), class_="notes") if run.missing else NOTHING
+    notes = [*run.missing, *class_warnings(run.summary, run.info.unit)]
+    return tag("ul", *(tag("li", short(note)) for note in notes), class_="notes") if notes else NOTHING
 
 
 def _numbers(run: RunFiles) -> Html:
-    rows = summary_rows(run.summary)
+    rows = summary_rows(run.summary, with_intervals=False)
     if not rows:
         return NOTHING
-    shown = {name for name, _ in rows}
+    intervals = {heading(measure): interval_words(run.summary, measure) for measure in run.info.measures}
+    shown = {name for name, _ in rows} | ({INTERVAL} if any(intervals.values()) else set())
     explained = [sentence for name, sentence in _EXPLAINED if name in shown]
-    cards = tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows))
+    cards = tag("dl", *(tag("div", tag("dt", name), tag("dd", value, _below(intervals.get(name)))) for name, value in rows))
     return section("Key numbers", cards, tag("p", " ".join(explained), class_="soft") if explained else NOTHING)
 
 
+def _below(interval: str | None) -> Html:
+    return tag("span", interval, class_="interval", title=INTERVAL) if interval else NOTHING
+
+
+INTERVAL = "95 % interval"
 _EXPLAINED = (
+    (INTERVAL, "Below a share: its 95 % interval, which is how far chance moves it with so many test samples (Wilson)."),
     ("Goodput", "Goodput: the share of all the time that went into steps that count."),
     ("Data wait", "Data wait: the share of the steps' time in which they waited for data."),
     ("Recovery", "Recovery: from a failure to the next step."),
