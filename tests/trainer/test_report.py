@@ -142,7 +142,10 @@ def test_a_finished_run_says_how_good_it_is_and_shows_everything(tmp_path: Path)
     folder = write_run(tmp_path / "pets", summary=summary_of())
     assert write_report(str(folder)) == str(folder / "report.html")
     page = page_of(folder)
-    assert "94.67 % of the 300 test images are classified correctly (95 % interval: 91.5 to 96.7 %) after 160 steps, 1:52 min. Nothing failed." in page.text
+    assert (
+        "94.67 % of the 300 test images are classified correctly (95 % interval: 91.5 to 96.7 %) after 160 steps, 1:52 min. Nothing failed."
+        in page.text
+    )
     for title in ("Key numbers", "Curves", "Where the time went", "Failures", "Classes", "Confusion", "Reproduce"):
         assert title in page.text
     assert page.elements.count("svg") == 4  # loss, accuracy, learning rate, throughput

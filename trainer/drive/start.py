@@ -30,7 +30,7 @@ from dataio.manifest import image_size_of
 from dataio.parquet import open_dataset
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck
-from trainer.drive.data import check_can_ship, open_data
+from trainer.drive.data import check_can_ship, open_data, record_left_out
 from trainer.drive.disk_room import check_room
 from trainer.drive.identity import (
     check_may_show,
@@ -303,6 +303,8 @@ def begin(decided: Decided, environment: Environment, console: Console, set_up: 
     start = set_up.call("the run's checkpoints", partial(start_of_claimed, decided, store, journal, console))
     settings = redact(to_toml(config)).encode()
     set_up.call("config.toml", partial(storage.write_atomic, f"{config.run}/config.toml", settings))
+    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    set_up.call("quarantine.jsonl", partial(record_left_out, storage, config.run, decided.dataset, tell))
     journal.write(
         "run_started",
         generation=generation,

@@ -222,9 +222,9 @@ def _results(first: RunFiles, second: RunFiles) -> Html:
         values = [number_or_none(run.summary.get(key)) for run in (first, second)]
         if values[0] is None and values[1] is None:
             continue
-        told = [_value(value, kind) for value in values]
+        told: list[object] = [_value(value, kind) for value in values]
         if key in intervals:
-            told = [_with_interval(text, words) for text, words in zip(told, intervals[key], strict=True)]
+            told = [_with_interval(str(text), words) for text, words in zip(told, intervals[key], strict=True)]
         is_tested = key == "test_loss" or key in intervals
         rows.append((name, *told, "other data" if is_tested and different else _difference(values[0], values[1], kind)))
     # The other rows of the summaries' tables, as text.

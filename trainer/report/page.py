@@ -179,6 +179,7 @@ background:var(--paper);color:var(--ink)}
 .thumbnails.wide{grid-template-columns:repeat(auto-fill,minmax(9.6rem,1fr))}
 .thumbnails.wide figcaption{gap:.15rem}
 .thumbnails img{display:block;width:6rem;height:6rem;max-width:100%;object-fit:contain;background:var(--card);border-radius:4px}
+td img.small{display:block;max-width:4rem;max-height:4rem;background:var(--card);border-radius:4px}
 .thumbnails .pixels{image-rendering:pixelated}
 .thumbnails figcaption{display:grid;font-weight:400;font-size:.8rem;line-height:1.3;margin-top:.25rem}
 .thumbnails figcaption *{overflow-wrap:anywhere}

@@ -8,20 +8,21 @@ curves, the task's panels the model's answers. page.py has the building blocks, 
 import datetime
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dataio.parquet import Dataset
 from trainer.report.curves import curves_section
 from trainer.report.files import Event, RunFiles, began, last, read_files
-from trainer.report.page import NOTHING, Html, join, number_or_none, page, section, short, table, tag
+from trainer.report.page import NOTHING, Html, image, join, number_or_none, page, section, short, table, tag
 from trainer.report.panels import panels_of
 from trainer.report.timeline import colour, ranks_section, timeline_section
 from trainer.report.verdict import verdict
 from trainer.runs.certainty import class_warnings, interval_words
 from trainer.runs.events import is_told_whole, is_unusual, plainly, words_of
 from trainer.runs.folder import RunFolder, find_run
-from trainer.runs.measures import capital, heading, one_of
+from trainer.runs.measures import capital, heading, one_of, samples
 from trainer.runs.progress import CAUSES, summary_rows, time_split
 from trainer.settings.units import duration, flops, number, percent, size
 
@@ -225,15 +226,30 @@ def _moment(when: object, begin: float | None) -> tuple[str, str]:
 
 
 def _quarantine(run: RunFiles) -> Html:
-    if not run.quarantined:
+    """Every sample that was left out, by the conversion of the data or by the run."""
+    records, unit = run.left_out.records, run.info.unit
+    counted = run.summary.get("quarantined")
+    known = max(len(records), int(counted) if isinstance(counted, int | float) else 0)
+    if not known:
         return NOTHING
-    shown = run.quarantined[:SHOWN_QUARANTINED]
-    rows = [
-        (record.get("split", ""), record.get("key", ""), tag("span", short(record.get("reason", "")), class_="wrap")) for record in shown
-    ]
-    rest = len(run.quarantined) - len(shown)
+    kinds = Counter(str(record.get("reason", "?")).partition(":")[0] for record in records)
+    by_kind = f": {', '.join(f'{number(count)} {short(kind, 40)}' for kind, count in kinds.most_common(8))}" if kinds else ""
+    told = [f"{samples(known, unit)} left out{by_kind}."]
+    if known > len(records):
+        told.append(f"Of {samples(known - len(records), unit)} it is not recorded any more which and why.")
+    pictured = sorted(range(len(records)), key=lambda index: index not in run.left_out.pictures)[:SHOWN_QUARANTINED]
+    rows = [_left_out_row(records[index], run.left_out.pictures.get(index)) for index in pictured]
+    rest = len(records) - len(rows)
     more = tag("p", f"and {number(rest)} more in quarantine.jsonl") if rest > 0 else NOTHING
-    return section(f"{capital(run.info.unit)} that could not be used", table(("split", "key", "reason"), rows), more)
+    listed = table(("", "key", "reason", "split", "found by"), rows) if rows else NOTHING
+    return section(f"{capital(unit)} that could not be used", tag("p", " ".join(told)), listed, more)
+
+
+def _left_out_row(record: Mapping[str, object], picture: str | None) -> tuple[object, ...]:
+    key = short(record.get("key", "?"), 300)
+    shown = image(src=picture, alt=f"{key}, left out", class_="small") if picture else ""
+    reason = tag("span", short(record.get("reason", "?")), class_="wrap")
+    return shown, tag("span", key, class_="wrap"), reason, short(record.get("split", ""), 40), short(record.get("stage", "the run"), 40)
 
 
 def _settings(run: RunFiles) -> Html:

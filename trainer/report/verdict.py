@@ -71,7 +71,7 @@ def _trouble(run: RunFiles) -> str:
     corrupt = sum(event.get("event") == "checkpoint_corrupt" for event in run.events)
     if corrupt:
         parts.append(f"{corrupt} damaged {'checkpoint was' if corrupt == 1 else 'checkpoints were'} found and not used.")
-    bad = run.summary.get("quarantined") or len(run.quarantined)
+    bad = run.summary.get("quarantined") or len(run.left_out.records)
     if bad:
         parts.append(f"{samples(bad, run.info.unit)} could not be used.")
     return " ".join(parts)
