@@ -2,7 +2,7 @@
 
 A left-out image is unusable by definition, and often made wrong on purpose, so it is read within limits: few files, few bytes, few pixels,
 never through a name that leads out of the source's folder. What cannot be decoded has no picture, only its key and reason. Of a truncated
-image the part that is there is shown.
+JPEG the part that is there is shown.
 """
 
 import io
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
 from dataio.config import DataConfig
 from dataio.manifest import MANIFEST_NAME
 from dataio.parquet import Dataset
 from dataio.quarantine import BadSample
 from dataio.remote import is_remote, is_uri, local_path
-from trainer.report.thumbnails import FORMATS, as_uri, thumbnail
+from trainer.report.thumbnails import FORMATS, thumbnail
 
 SHOWN_PICTURES = 24
 FILE_BYTES = 16_000_000
@@ -124,15 +124,5 @@ def _picture(encoded: bytes) -> str | None:
                 return None
     except Exception:  # Pillow meets broken files with exceptions of a dozen kinds
         return None
-    return thumbnail(encoded, formats=_FORMATS) or _part_of(encoded)
-
-
-def _part_of(encoded: bytes) -> str | None:
-    """What is there of a truncated image."""
-    try:
-        parser = ImageFile.Parser()
-        parser.feed(encoded)
-        part = parser.image
-        return None if part is None else as_uri(part)
-    except Exception:
-        return None
+    # Of a JPEG that ends too early, its end marker makes the decoder give what is there.
+    return thumbnail(encoded, formats=_FORMATS) or thumbnail(encoded + b"\xff\xd9", formats=("JPEG",))

@@ -121,6 +121,10 @@ def _below(interval: str | None) -> Html:
 INTERVAL = "95 % interval"
 _EXPLAINED = (
     (INTERVAL, "Below a share: its 95 % interval, which is how far chance moves it with so many test samples (Wilson)."),
+    (
+        "Virtual ranks",
+        "Virtual rank: one of the equal parts of each batch; their number decides the weights, the number of workers does not.",
+    ),
     ("Goodput", "Goodput: the share of all the time that went into steps that count."),
     ("Data wait", "Data wait: the share of the steps' time in which they waited for data."),
     ("Recovery", "Recovery: from a failure to the next step."),
@@ -273,8 +277,20 @@ def _settings(run: RunFiles) -> Html:
     if known:
         parts += [tag("h3", "Identity and versions"), table((), known)]
     if run.config_text:
-        parts += [tag("h3", "Settings"), tag("details", tag("summary", "config.toml"), tag("pre", run.config_text))]
+        parts += [
+            tag("h3", "Settings"),
+            tag("p", " ".join(sentence for word, sentence in _WORDS if word in run.config_text), class_="soft"),
+            tag("details", tag("summary", "config.toml"), tag("pre", run.config_text)),
+        ]
     return section("Reproduce", *parts) if parts else NOTHING
+
+
+_WORDS = (
+    ("stem", "Stem (model.stem): the model's first layers, which may be fitted to small images."),
+    ("virtual_ranks", "Virtual ranks (train.virtual_ranks): the equal parts into which each batch is cut, whatever the number of workers."),
+    ("ema", "EMA (train.ema): an average of the weights over the last steps."),
+)
+"""Words of the settings that not everybody knows."""
 
 
 def _a(noun: str) -> str:

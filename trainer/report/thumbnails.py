@@ -178,12 +178,12 @@ def thumbnail(encoded: bytes, *, formats: tuple[str, ...] = FORMATS) -> str | No
     data set gets into the page unchanged. Never raises: Pillow meets broken files with exceptions of a dozen kinds."""
     try:
         with Image.open(io.BytesIO(encoded), formats=formats) as opened:
-            return as_uri(opened)
+            return _as_uri(opened)
     except Exception:
         return None
 
 
-def as_uri(opened: Image.Image) -> str:
+def _as_uri(opened: Image.Image) -> str:
     """An opened image, scaled down, as a data: URI. Raises what Pillow raises."""
     opened.draft("RGB", (2 * SIDE, 2 * SIDE))
     # Not ImageOps.exif_transpose, which also encodes all tags again, and raises where one of them is malformed.
