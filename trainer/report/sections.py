@@ -245,15 +245,15 @@ def _quarantine(run: RunFiles) -> Html:
     rows = [_left_out_row(records[index], run.left_out.pictures.get(index)) for index in pictured]
     rest = len(records) - len(rows)
     more = tag("p", f"and {number(rest)} more in quarantine.jsonl") if rest > 0 else NOTHING
-    listed = table(("", "key", "reason", "split", "found by"), rows) if rows else NOTHING
+    listed = table(("", "which and why", "split", "found by"), rows) if rows else NOTHING
     return section(f"{capital(unit)} that could not be used", tag("p", " ".join(told)), listed, more)
 
 
 def _left_out_row(record: Mapping[str, object], picture: str | None) -> tuple[object, ...]:
     key = short(record.get("key", "?"), 300)
     shown = image(src=picture, alt=f"{key}, left out", class_="small") if picture else ""
-    reason = tag("span", short(record.get("reason", "?")), class_="wrap")
-    return shown, tag("span", key, class_="wrap"), reason, short(record.get("split", ""), 40), short(record.get("stage", "the run"), 40)
+    said = tag("div", tag("div", key, class_="wrap"), tag("div", short(record.get("reason", "?")), class_="soft wrap"))
+    return shown, said, short(record.get("split", ""), 40), short(record.get("stage", "the run"), 40)
 
 
 def _settings(run: RunFiles) -> Html:
