@@ -18,16 +18,31 @@ from dataio.sources.hostile import CIFAR_MEMBERS, read_archive, read_batches, re
 from dataio.sources.huggingface import HuggingFace, find_parquet
 from dataio.sources.idx import Idx, find_idx
 from dataio.sources.pickled import load_cifar_pickle
-from dataio.sources.source import ACCEPTED, Balanced, Options, Renamed, Sample, Source, SourceError, hashed, name_of, stat_hash
+from dataio.sources.source import (
+    ACCEPTED,
+    Balanced,
+    HasFiles,
+    Options,
+    Renamed,
+    Sample,
+    Source,
+    SourceError,
+    SourceFile,
+    hashed,
+    name_of,
+    stat_hash,
+)
 from dataio.sources.table import DELIMITERS, Table
 
 __all__ = [
     "ACCEPTED",
     "IMAGE_SUFFIXES",
     "Balanced",
+    "HasFiles",
     "Sample",
     "Source",
     "SourceError",
+    "SourceFile",
     "load_cifar_pickle",
     "name_of",
     "open_source",
