@@ -305,7 +305,7 @@ def image_size_of(manifest: Manifest, config: DataConfig) -> tuple[int, int]:
         height, _, width = next(iter(manifest.image_sizes)).partition("x")
         return int(height), int(width)
     common = sorted(manifest.image_sizes.items(), key=lambda item: (-item[1], item[0]))
-    seen = ", ".join(f"{size} ({count:,} images)" for size, count in common[:3])
+    seen = ", ".join(f"{size} ({count:,} image{'' if count == 1 else 's'})" for size, count in common[:3])
     raise ValueError(
         f"data.image_size=0 takes the size that all images share, but there are {len(common)} sizes (HxW): {seen}"
         f"{', ...' if len(common) > 3 else ''}; choose one and how to get there, e.g. --data.image-size 224 --data.fit crop"
