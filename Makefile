@@ -1,12 +1,13 @@
 # make run    sets up what the quickstart needs, then fine-tunes a pretrained model on real images (minutes on a laptop's CPU)
 # make test   sets up everything, then lints, type-checks and tests: unit (parts, with real Parquet, S3, Prometheus) and e2e (whole runs on real Ray)
 # make dashboards starts Prometheus (and Grafana where it is installed) for the runs on this machine
+# make site   builds the documentation's site with search into .build/site
 # make faults runs the fault campaign (an hour), and writes benchmarks/results/faults.json
 # Both work on a fresh machine with Python >= 3.11; a second call takes seconds.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check unit e2e dashboards faults debian clean
+.PHONY: run test check unit e2e dashboards site faults debian clean
 .DELETE_ON_ERROR:
 
 run: .venv/.quickstart
@@ -33,6 +34,9 @@ e2e: .venv/.dev
 
 dashboards: .venv/.quickstart debian
 	$(BIN)/python -m deploy.up
+
+site: .venv/.dev
+	$(BIN)/python -m deploy.site
 
 faults: .venv/.dev
 	$(BIN)/python -m benchmarks.faults --out benchmarks/results/faults.json

@@ -1,5 +1,6 @@
-"""The samples that a run could not read, over all its ranks and attempts; each counts once. `Quarantined` is pure, the coordinator's State
-holds one. `QuarantineFile` keeps quarantine.jsonl like it, at a price that grows with the samples and not with their square."""
+"""The samples that a run could not read, over all its ranks and attempts; each counts once. The file also has those that were left out
+before the run, marked by their `stage`: they are kept, and do not count. `Quarantined` is pure, the coordinator's State holds one.
+`QuarantineFile` keeps quarantine.jsonl like it, at a price that grows with the samples and not with their square."""
 
 import contextlib
 import json
@@ -17,12 +18,15 @@ REWRITE_SECONDS = 5.0
 
 Record = Mapping[str, Any]
 """{"key", "reason", "split", "sample_id"}"""
+STAGE = "stage"
+"""Key of a record that was made before the run; the value names what made it. Its sample_id counts in other data than the run's."""
 
 
 class Quarantined:
     """Records, identified by split and id."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
+        self._earlier: list[Record] = []
         self._records: list[Record] = []
         self._known: set[tuple[str, int]] = set()
         self.add(records)
@@ -33,7 +37,11 @@ class Quarantined:
         found = cls()
         for line in content.decode(errors="replace").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                found.add([json.loads(line)])
+                record = json.loads(line)
+                if isinstance(record, dict) and STAGE in record:
+                    found._earlier.append(record)
+                else:
+                    found.add([record])
         return found
 
     def __len__(self) -> int:
@@ -51,8 +59,10 @@ class Quarantined:
         return new
 
     def to_lines(self, since: int = 0) -> bytes:
-        """One JSON object per line, in the order in which they were added, without the first `since`."""
-        return "".join(json.dumps(record, sort_keys=True) + "\n" for record in self._records[since:]).encode()
+        """One JSON object per line, in the order in which they were added, without the first `since`. The whole file, since 0, begins with
+        those of an earlier stage."""
+        records = self._records[since:] if since else [*self._earlier, *self._records]
+        return "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
 
 
 class QuarantineFile:

@@ -82,6 +82,16 @@ class Manifest:
         with_classes = [target for target in self.targets if target.classes]
         return with_classes[0].classes if len(with_classes) == 1 else ()
 
+    def fingerprint_of(self, split: str) -> str:
+        """SHA-256 of the targets and one split, from its shards' hashes: without reading a sample. Equal ones have the same samples in the
+        same order under the same classes. The same samples in other shards, or written by another version of pyarrow, have another one.
+        "" if there is no such split."""
+        if split not in self.splits:
+            return ""
+        described = [[target.name, target.kind, list(target.classes)] for target in self.targets]
+        shards = [[shard.rows, shard.sha256] for shard in self.splits[split].shards]
+        return hashlib.sha256(json.dumps(["split", 1, described, shards]).encode()).hexdigest()
+
     def to_json(self) -> str:
         value: dict[str, Any] = {name: content for name, content in asdict(self).items() if name != "targets"}
         first = {"classes": self.classes} if self.version == 1 else {"targets": [asdict(target) for target in self.targets]}
@@ -295,7 +305,7 @@ def image_size_of(manifest: Manifest, config: DataConfig) -> tuple[int, int]:
         height, _, width = next(iter(manifest.image_sizes)).partition("x")
         return int(height), int(width)
     common = sorted(manifest.image_sizes.items(), key=lambda item: (-item[1], item[0]))
-    seen = ", ".join(f"{size} ({count:,} images)" for size, count in common[:3])
+    seen = ", ".join(f"{size} ({count:,} image{'' if count == 1 else 's'})" for size, count in common[:3])
     raise ValueError(
         f"data.image_size=0 takes the size that all images share, but there are {len(common)} sizes (HxW): {seen}"
         f"{', ...' if len(common) > 3 else ''}; choose one and how to get there, e.g. --data.image-size 224 --data.fit crop"

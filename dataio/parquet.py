@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from dataio.columns import Layout, arrow_array, packed, read_pages
 from dataio.foreign import MAX_MANIFEST_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from dataio.quarantine import BadSample
 from dataio.remote import RETRY_SECONDS, Remote, RemoteFile, is_remote, is_uri, local_path
 from dataio.schema import LABEL, Target, is_single_label, single_label
 
@@ -174,6 +175,11 @@ class Dataset:
         if name not in self._splits:
             raise ValueError(f"there is no split {name!r}; the data set has {', '.join(self._splits)}")
         return self._splits[name]
+
+    def left_out(self) -> tuple[BadSample, ...]:
+        """The samples that the conversion left out. Raises OSError or ValueError if the file with them cannot be read."""
+        file = self._files.get(QUARANTINE_NAME)
+        return BadSample.from_lines(_read_all(file)) if file is not None else ()
 
     @property
     def size_bytes(self) -> int:

@@ -4,12 +4,14 @@ Used by convert (samples that it drops) and by the trainer's ranks (samples that
 record through a callback: a metric, a line in the journal or in quarantine.jsonl.
 """
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dataio.foreign import json_of
 from dataio.text import json_line, shown
 
 SHOWN = 5
@@ -49,6 +51,15 @@ class BadSample:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "BadSample":
         return cls(key=str(value["key"]), reason=str(value["reason"]), split=str(value["split"]), sample_id=int(value["sample_id"]))
+
+    @classmethod
+    def from_lines(cls, content: bytes) -> "tuple[BadSample, ...]":
+        """The records of a quarantine.jsonl; a line that is none, for instance one that was cut short, is passed over."""
+        found = []
+        for line in content.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                found.append(cls.from_json(json_of(line)))
+        return tuple(found)
 
 
 class TooManyBadSamples(ValueError):

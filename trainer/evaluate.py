@@ -21,6 +21,7 @@ from rich.text import Text
 from cluster.text import shown
 from dataio.terminal import prepare_output
 from trainer.rank.finished import Evaluated, evaluate_finished
+from trainer.runs.certainty import NOT_MEASURED, given_of, interval_words, measured_scores
 from trainer.runs.folder import find_run
 from trainer.settings.cli import fail
 from trainer.settings.say import Terminal, say_json
@@ -115,7 +116,8 @@ def _lines(found: Evaluated) -> Iterator[tuple[str, str]]:
         note = ""
         if measure == info.headline and found.recorded is not None:
             note = " (as in summary.json)" if found.recorded == value else f" (summary.json: {_measured(measure, found.recorded)})"
-        yield measure.in_words, _measured(measure, value) + note
+        interval = interval_words({measure.key: value, "test_count": result.count, **result.details}, measure)
+        yield measure.in_words, _measured(measure, value) + (f" (95 % interval: {interval})" if interval else "") + note
     yield "loss", f"{result.loss:.4f}"
     yield info.unit, f"{number(result.count)}, {found.precision} on {found.device}, {found.seconds:.1f} s"
 
@@ -139,8 +141,10 @@ def _tables(details: Mapping[str, Any], classes: Sequence[str], unit: str) -> It
 def _class_table(details: Mapping[str, Any], classes: Sequence[str], unit: str) -> Table:
     table = _table("class", (unit, "recall", "precision", "f1"))
     table.add_column("most often taken for")
+    given = given_of(details["confusion"], len(classes))
     for index, (name, score) in enumerate(zip(classes, details["per_class"], strict=True)):
-        ratios = (percent(score[key]) for key in ("recall", "precision", "f1"))
+        measured = measured_scores(score, given[index] if given else None)
+        ratios = (NOT_MEASURED if (value := measured[key]) is None else percent(value) for key in ("recall", "precision", "f1"))
         table.add_row(Text(name), number(score["support"]), *ratios, Text(_confused_with(details["confusion"], classes, index)))
     return table
 
@@ -148,7 +152,7 @@ def _class_table(details: Mapping[str, Any], classes: Sequence[str], unit: str) 
 def _label_table(labels: Sequence[Mapping[str, Any]], unit: str) -> Table:
     table = _table("label", (unit, "given", "average precision", "recall", "precision", "f1"))
     for label in labels:
-        ratios = ("–" if label[key] is None else percent(label[key]) for key in ("average_precision", "recall", "precision", "f1"))
+        ratios = (NOT_MEASURED if label[key] is None else percent(label[key]) for key in ("average_precision", "recall", "precision", "f1"))
         table.add_row(Text(label["name"]), number(label["support"]), number(label["predicted"]), *ratios)
     return table
 
@@ -156,7 +160,7 @@ def _label_table(labels: Sequence[Mapping[str, Any]], unit: str) -> Table:
 def _head_table(heads: Mapping[str, Mapping[str, Any]], unit: str) -> Table:
     table = _table("target", ("kind", unit, "weight", "loss"))
     for name, head in heads.items():
-        loss = "–" if head["loss"] is None else f"{head['loss']:.4f}"
+        loss = NOT_MEASURED if head["loss"] is None else f"{head['loss']:.4f}"
         table.add_row(Text(name), head["kind"], number(head["count"]), f"{head['weight']:.4g}", loss)
     return table
 

@@ -55,7 +55,15 @@ def _carry_out(invocation: Invocation, argv: list[str], signals: Signals) -> int
         from trainer.drive.dry_run import dry_run  # imports torch
 
         signals.enter(Phase.DRY_RUN)
-        return dry_run(invocation.config, invocation.recipes, console, from_recipes=invocation.from_recipes)
+        here = environment()
+        return dry_run(
+            invocation.config,
+            invocation.recipes,
+            console,
+            from_recipes=invocation.from_recipes,
+            in_job=here.in_job,
+            ray_address=here.ray_address,
+        )
     asked = Asked(
         config=invocation.config,
         prefix=run_prefix(invocation.config, invocation.recipes),

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataio.codecs.codec import Checker, Codec, Row
+from dataio.codecs.codec import Checker, Codec, Encoded, Facts, Refusal, Row
 from dataio.config import DataConfig
 from dataio.manifest import Manifest, image_size_of
 
@@ -17,6 +17,14 @@ def make_checker(*, max_image_pixels: int, threads: int) -> Checker:
     from dataio.codecs.image import decode
 
     return decode.Checker(threads=threads, max_pixels=max_image_pixels)
+
+
+def looked_at(encoded: Encoded, *, max_image_pixels: int) -> Facts | Refusal:
+    """A sample's facts by its header alone, or the reason to refuse it; a checker may find more. Of a JPEG the first MB and the end are
+    enough."""
+    from dataio.codecs.image.sniff import sniff
+
+    return sniff(encoded, max_pixels=max_image_pixels)
 
 
 def row_of(manifest: Manifest, config: DataConfig) -> Row:

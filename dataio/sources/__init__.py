@@ -14,22 +14,39 @@ from dataio.foreign import open_regular
 from dataio.manifest import MANIFEST_NAME
 from dataio.sources.cifar import CIFAR10, Cifar, download, torchvision_cifar10
 from dataio.sources.folder import IMAGE_SUFFIXES, ImageFolder, find_folders
-from dataio.sources.hostile import CIFAR_MEMBERS, read_archive, read_batches
+from dataio.sources.hostile import CIFAR_MEMBERS, read_archive, read_batches, read_below
 from dataio.sources.huggingface import HuggingFace, find_parquet
 from dataio.sources.idx import Idx, find_idx
 from dataio.sources.pickled import load_cifar_pickle
-from dataio.sources.source import ACCEPTED, Balanced, Options, Renamed, Sample, Source, SourceError, hashed, stat_hash
+from dataio.sources.source import (
+    ACCEPTED,
+    Balanced,
+    HasFiles,
+    Options,
+    Renamed,
+    Sample,
+    Source,
+    SourceError,
+    SourceFile,
+    hashed,
+    name_of,
+    stat_hash,
+)
 from dataio.sources.table import DELIMITERS, Table
 
 __all__ = [
     "ACCEPTED",
     "IMAGE_SUFFIXES",
     "Balanced",
+    "HasFiles",
     "Sample",
     "Source",
     "SourceError",
+    "SourceFile",
     "load_cifar_pickle",
+    "name_of",
     "open_source",
+    "read_below",
 ]
 
 

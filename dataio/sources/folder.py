@@ -16,7 +16,7 @@ import numpy as np
 
 from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
 from dataio.schema import LABEL, Target
-from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, key_of, stat_hash
+from dataio.sources.source import Options, Sample, SourceError, SourceFile, former_identity, identities_of, key_of, stat_hash
 from dataio.sources.splits import ALIASES, divide, formerly_read, plan_splits, strata
 from dataio.sources.targets import Asked, parse_targets, unknown
 
@@ -78,6 +78,9 @@ class ImageFolder:
 
     def count(self, split: str) -> int | None:
         return len(self._images[split])
+
+    def files(self, split: str) -> list[SourceFile]:
+        return [SourceFile(key=image.key, path=image.path, values=image.values) for image in self._images[split]]
 
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
         for image in self._images[split][start:]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -47,6 +47,24 @@ class Sample:
     def label(self) -> int:
         """For a source whose first target is a label."""
         return int(self.values[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFile:
+    """A sample of a source whose samples are files of their own, which need not be read whole to look at them."""
+
+    key: str
+    path: Path
+    values: tuple[Any, ...]
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    """What sources of files have beside `Source`."""
+
+    def files(self, split: str) -> list[SourceFile]:
+        """The files of a split, in the order of its samples."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dataio.schema import Kind, Target
 from dataio.sources.hostile import read_below, table_rows
-from dataio.sources.source import Options, Sample, SourceError, identities_of
+from dataio.sources.source import Options, Sample, SourceError, SourceFile, identities_of
 from dataio.sources.splits import ALIASES, Rows, divide, plan_splits, split_named, strata
 from dataio.sources.targets import FLAG, Asked, checked_classes, is_finite_float32, ordered, parse_targets, values_at
 
@@ -65,6 +65,12 @@ class Table:
 
     def count(self, split: str) -> int | None:
         return len(self._rows[split])
+
+    def files(self, split: str) -> list[SourceFile]:
+        return [
+            SourceFile(key=self._files[row], path=self._folder / self._files[row], values=values_at(self.targets, self._columns, row))
+            for row in self._rows[split].tolist()
+        ]
 
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
         for row in self._rows[split][start:].tolist():

@@ -210,7 +210,7 @@ def test_a_panel_that_is_not_there_is_a_note_and_the_measures_are_shown(tmp_path
     assert "measure test BLEU 43.21 %" in text
     assert "Test BLEU 43.21 % on the 500 test texts after 160 steps" in text
     assert "3 texts could not be used" in text
-    assert "Texts per second" in text
+    assert "Texts/s" in text
     assert "images" not in text.replace("There are no images", "")
 
 

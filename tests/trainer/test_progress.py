@@ -62,7 +62,7 @@ def log_console() -> tuple[Console, io.StringIO]:
 
 def test_line_tells_everything_that_is_known() -> None:
     assert describe(STATE) == (
-        "pets: training  epoch 1/10  step 350/5,000  3:07 min left  loss 1.2346  test 87.4 %  lr 0.02  12,346 img/s  data wait 2.1 %  "
+        "pets: training  epoch 1/10  step 350/5,000  3:07 min left  loss 1.2346  test 87.4 %  lr 0.02  12,346 images/s  data wait 2.1 %  "
         "saved at 300 (12 s ago)  1 restart"
     )
 

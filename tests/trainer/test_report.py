@@ -25,9 +25,11 @@ from trainer.report.plots import CURVE_POINTS, by_attempt, spans_magnitudes, thi
 from trainer.report.sections import render, write_report
 from trainer.report.thumbnails import SHOWN_CLASSES
 from trainer.report.verdict import verdict
+from trainer.runs.certainty import in_percent, wilson
 from trainer.runs.folder import find_run
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
+from trainer.settings.units import percent
 
 CLASSES = ["cat", "dog", "bird"]
 CONFUSION = [[90, 8, 2], [5, 95, 0], [1, 0, 99]]
@@ -142,7 +144,10 @@ def test_a_finished_run_says_how_good_it_is_and_shows_everything(tmp_path: Path)
     folder = write_run(tmp_path / "pets", summary=summary_of())
     assert write_report(str(folder)) == str(folder / "report.html")
     page = page_of(folder)
-    assert "94.67 % of the 300 test images are classified correctly after 160 steps, 1:52 min. Nothing failed." in page.text
+    assert (
+        "94.67 % of the 300 test images are classified correctly (95 % interval: 91.5 to 96.7 %) after 160 steps, 1:52 min. Nothing failed."
+        in page.text
+    )
     for title in ("Key numbers", "Curves", "Where the time went", "Failures", "Classes", "Confusion", "Reproduce"):
         assert title in page.text
     assert page.elements.count("svg") == 4  # loss, accuracy, learning rate, throughput
@@ -367,8 +372,10 @@ def test_many_classes_become_a_picture_and_a_list(tmp_path: Path) -> None:
 
 def test_weakest_classes_come_first(tmp_path: Path) -> None:
     scores = [{"recall": value, "precision": value, "f1": value, "support": 100} for value in (0.9, 0.2, 0.5)]
+    order = (("dog", 0.2), ("bird", 0.5), ("cat", 0.9))
     text = re.sub(r"\s+", " ", page_of(write_run(tmp_path / "pets", summary=summary_of(per_class=scores))).text)
-    assert "dog 20.0 % 20.0 % 20.0 % 100 bird 50.0 % 50.0 % 50.0 % 100 cat 90.0 % 90.0 % 90.0 % 100" in text
+    told = (f"{name} {percent(share)} {in_percent(wilson(share, 100))} {percent(share)} {percent(share)} 100" for name, share in order)
+    assert " ".join(told) in text
 
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")), max_size=3000))

@@ -1,5 +1,6 @@
 """The report as a person meets it: in a real browser, wide and narrow, light and dark, with the keyboard, and on paper."""
 
+import io
 import json
 import re
 import subprocess
@@ -8,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
@@ -210,3 +213,21 @@ def test_the_picture_for_the_readme_is_made_by_a_command(report: Path, tmp_path:
     nothing = screenshot(tmp_path)
     assert nothing.returncode == 2
     assert "python -m trainer.report" in nothing.stderr
+
+
+def test_what_a_phone_cuts_off_has_a_shadow_until_it_is_scrolled_to(browser: Any, report: Path) -> None:
+    with opened(browser, report, scheme="light", width=390, height=800) as page:
+        matrix = page.locator(".scroll:has(.confusion)")
+        assert matrix.evaluate("box => box.scrollWidth > box.clientWidth + 20")
+        darkest = edge_of(page, matrix)
+        matrix.evaluate("box => box.scrollLeft = box.scrollWidth")
+        assert darkest < 215, "the right edge is shaded"
+        assert edge_of(page, matrix) > 245, "and no longer where the matrix ends"
+
+
+def edge_of(page: Any, box: Any) -> float:
+    """Mean brightness of the rightmost pixels of a box's top, above the numbers."""
+    place = box.bounding_box()
+    clip = {"x": place["x"] + place["width"] - 3, "y": place["y"] + 2, "width": 3, "height": 6}
+    with Image.open(io.BytesIO(page.screenshot(clip=clip, full_page=True))) as image:
+        return float(np.asarray(image.convert("L"), dtype=float).mean())

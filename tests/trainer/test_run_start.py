@@ -29,8 +29,8 @@ from trainer.drive.stages import Asked, Environment, Placed, WithData
 from trainer.drive.start import (
     PROJECT,
     check_folder,
-    check_ports,
     described,
+    look_first,
     place,
     show_finished,
     unusual,
@@ -104,9 +104,7 @@ def test_an_unconverted_folder_is_converted_in_words_and_what_is_left_out_is_sai
 
 def test_what_would_fail_on_the_workers_is_found_before_a_cluster_is_started(config: RunConfig, tmp_path: Path) -> None:
     def check(changed: RunConfig) -> None:
-        placed = place(of(changed), 1)
-        check_folder(placed)
-        check_ports(placed)
+        check_folder(place(of(changed), 1))
 
     check(config)
     with pytest.raises(ValueError, match=r"--resume must, but run 'pets-.*' .* has no checkpoint; give --run NAME"):
@@ -174,8 +172,12 @@ def test_how_many_workers_there_may_be_is_known_without_a_cluster_unless_that_ha
 
 
 def test_in_a_job_a_storage_that_goes_with_it_is_refused_before_anything_is_converted(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--storage runs is relative"):
-        with_data(asked(replace(config, storage="runs"), in_job=True), QUIET, SetUp(QUIET))
+    zygote = Zygote(RANK_MODULES)
+    try:
+        with pytest.raises(ValueError, match=r"--storage runs is relative"):
+            look_first(asked(replace(config, storage="runs"), in_job=True), zygote, SetUp(QUIET))
+    finally:
+        zygote.close(kill=True)
     assert not (tmp_path / "root").exists()
 
 

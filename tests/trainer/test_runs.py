@@ -449,13 +449,13 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
 
 def test_eighty_columns_hold_what_matters_most_and_a_file_everything() -> None:
     narrow = [line.plain for line in table(RUNS, width=80, now=NOW)]
-    assert narrow[0].split() == ["run", "status", "step", "accuracy", "img/s", "goodput", "restarts"]
+    assert narrow[0].split() == ["run", "status", "step", "accuracy", "images/s", "goodput", "restarts"]
     wide = [line.plain for line in table(RUNS, width=None, now=NOW)]
     assert wide[0].split() == [*narrow[0].split(), "workers", "started", "age", "took", "saved", "at", "step"]
     assert RUNS[1].note in wide[3]
     heading, first, second = wide[0], wide[1], wide[2]
     assert first.split()[:4] == ["a" * 30, "finished", "123,456/123,456", "90.0"]
-    ends = [heading.index(name) + len(name) for name in ("goodput", "restarts", "age")]
+    ends = [heading.index(f" {name}") + len(name) + 1 for name in ("goodput", "restarts", "age")]
     assert [first[:end].split()[-1] for end in ends[:1]] == ["%"]
     assert second[: ends[1]].endswith(" 2+")
     assert second[: ends[2]].endswith(" 1 min")
@@ -710,7 +710,7 @@ def test_watch_shows_the_ranks_where_they_answer(served: tuple[Maker, list[Metri
     assert "step 47/160" in said
     assert "step 48/160" in said
     assert "loss 1.5000" in said
-    assert "201 img/s" in said
+    assert "201 images/s" in said
     assert "rank 0: 100.0 ms of its own a step, waits 0 % for data, 67 % for others" in said
     assert "rank 1: 300.0 ms of its own a step, waits 0 % for data, 0 % for others  SLOW" in said
 

@@ -69,6 +69,13 @@ class ModelCheck:
 
     def wait(self) -> Checked:
         """Wait for the result. Raises the ValueError or OSError that says why the model cannot be built."""
+        found = self.answer()
+        if isinstance(found, Refused):
+            raise found.error()
+        return found
+
+    def answer(self) -> Checked | Refused:
+        """Wait for the result, whichever it is."""
         try:
             found: Checked | Refused = self._connection.recv()
         except (EOFError, OSError):
@@ -79,18 +86,17 @@ class ModelCheck:
             ) from None
         finally:
             self._connection.close()
-        if isinstance(found, Refused):
-            raise found.error()
         return found
 
 
 def answer(descriptors: list[int]) -> None:
     """Entry point of the forked process: reads one question and sends one answer."""
     connection = Connection(descriptors[0])
-    connection.send(_built(connection.recv()))
+    connection.send(built(connection.recv()))
 
 
-def _built(question: Question) -> Checked | Refused:
+def built(question: Question) -> Checked | Refused:
+    """Build the model in this process. It imports torch."""
     from trainer.models.vision import has_depthwise
     from trainer.tasks.make import make_task
 

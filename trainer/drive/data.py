@@ -1,13 +1,20 @@
 """Opens a run's data for the driver, converting them first if necessary, and ships them to nodes that cannot read their folder.
 
-start.py calls `open_data` and `check_can_ship`, session.py calls `ship`. dataio defines the format of a converted data set."""
+start.py calls `open_data`, `record_left_out` and `check_can_ship`, session.py calls `ship`. dataio defines the format of a converted data
+set."""
 
+import json
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cluster.names import QUARANTINE
+from cluster.quarantined import STAGE
+from cluster.storage import Storage
 from dataio.convert import Progress as ConvertProgress
 from dataio.convert import open_prepared
 from dataio.parquet import QUARANTINE_NAME, Dataset
@@ -34,6 +41,24 @@ def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
         left_out = f"{count} image{'' if count == 1 else 's'} that could not be used {'is' if count == 1 else 'are'} left out"
         console.print(f"{left_out}: {dataset.where}/{QUARANTINE_NAME}", soft_wrap=True, markup=False)
     return location, dataset
+
+
+def record_left_out(storage: Storage, run: str, dataset: Dataset, tell: Callable[[str], None]) -> None:
+    """Write the samples that the conversion left out into the run's quarantine.jsonl, once, above those that the run itself sets aside: so
+    nothing that was left out is lost when the converted folder is. Call it before the coordinator reads the file."""
+    if not dataset.manifest.quarantined:
+        return
+    path = f"{run}/{QUARANTINE}"
+    there = storage.read(path) if storage.exists(path) else b""
+    if f'"{STAGE}"'.encode() in there:
+        return
+    try:
+        records = dataset.left_out()
+    except (OSError, ValueError) as error:
+        tell(f"warning: what the conversion left out is not listed in the run's folder: {error}")
+        return
+    lines = "".join(json.dumps(asdict(record) | {STAGE: "conversion"}, sort_keys=True) + "\n" for record in records)
+    storage.write_atomic(path, lines.encode() + there)
 
 
 def check_can_ship(dataset: Dataset, config: RunConfig) -> None:

@@ -1,63 +1,130 @@
-"""`--dry-run`: finds the data and the devices and prints what would run. Called by trainer/run.py; plan.py does the arithmetic.
+"""`--dry-run`: finds the data and the devices and prints what would run, and everything that stands against it. Called by trainer/run.py.
 
-It starts no driver, so it may import torch."""
+survey.py looks, problems.py judges, both as for a run; plan.py does the arithmetic. Data that are not converted yet are looked at (their
+headers), not converted. It starts no driver, so it may import torch.
+"""
 
-import shlex
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from cluster.launch import ClusterHardware, plan_resources
+from cluster.machine import usable_cpus
 from cluster.storage import open_storage
-from dataio.convert import is_converted, source_of
-from dataio.manifest import Manifest, image_size_of
-from dataio.parquet import open_dataset
-from dataio.schema import Target, single_label
+from cluster.text import shown as on_one_line
+from dataio.scan import Looked
 from trainer.drive.capability import here, settled
-from trainer.drive.identity import Resolved, resolved, run_prefix
-from trainer.drive.plan import Devices, describe, model_facts, table
+from trainer.drive.check import Refused, built
+from trainer.drive.identity import check_same_run, resolved, run_prefix
+from trainer.drive.plan import Devices, ModelFacts, counted, describe, model_facts, table
+from trainer.drive.problems import Facts, problems_of, refuse_if_wrong, with_length
+from trainer.drive.stages import question_of_facts
+from trainer.drive.survey import survey
 from trainer.settings.identity import weights_sha256
-from trainer.settings.length import length_of
 from trainer.settings.rules import worker_count
 from trainer.settings.tree import RunConfig
+from trainer.settings.units import number
 from trainer.tasks.make import make_task
 
+SHOWN_SIZES = 5
+SHOWN_CLASSES = 20
+SHOWN_LEFT_OUT = 10
 
-def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console, *, from_recipes: frozenset[str] = frozenset()) -> int:
-    """Print what would run: steps, memory, cost."""
-    manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
-    targets = manifest.targets if manifest else _targets_of_source(config)
-    task = make_task(config.task, targets, label_smoothing=config.optim.label_smoothing)
-    size = image_size_of(manifest, config.data) if manifest else (config.data.image_size or 32,) * 2
+
+def dry_run(
+    config: RunConfig,
+    recipes: tuple[str, ...],
+    console: Console,
+    *,
+    from_recipes: frozenset[str] = frozenset(),
+    in_job: bool = False,
+    ray_address: str = "",
+) -> int:
+    """Print what would run: data, steps, memory, cost. ValueError that lists all that stands against it."""
     gpus = torch.cuda.device_count()
-    devices = _devices(worker_count(config) or max(1, gpus), gpus)
-    is_new = True
-    if manifest is not None:
-        named = _named(config, recipes, manifest, workers=devices.workers, image_size=size)
-        is_new = named.found.is_new
-        length = length_of(named.config, manifest, workers=devices.workers, from_recipes=from_recipes, is_new=is_new)
-        config = length.config
-        for line in length.said:
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
-    facts = model_facts(task, config.model, image_size=size)
-    config = settled(
-        config,
-        here(use_gpus=gpus > 0 and config.cluster.gpus_per_worker != 0),
-        has_depthwise=facts.has_depthwise,
-        tell=lambda line: console.print(line, soft_wrap=True, markup=False),
-    )
-    console.print(table(describe(config, manifest, devices, facts, is_new=is_new)))
-    if manifest is None:
-        command = shlex.join(["python", "-m", "dataio.convert", config.data.path, "DEST"])
-        console.print(f"For exact numbers convert the data first: {command}", soft_wrap=True, highlight=False)
+    facts = survey(config, workers=partial(_workers, config, gpus, config.cluster.address or ray_address), in_job=in_job)
+    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    if facts.looked is not None and not facts.looked.is_converted and facts.manifest is not None:
+        console.print(data_table(facts.looked, config))
+    facts = with_name(facts, recipes)
+    facts, said = with_length(facts, from_recipes)
+    for line in said:
+        tell(line)
+    facts, counts = with_model(facts)
+    if counts is not None:
+        facts = _with(facts, lambda: _decided(facts.config, counts, gpus, tell))
+        if not _cannot_be_planned(facts):
+            console.print(table(describe(facts.config, facts.manifest, _devices(facts.workers or 1, gpus), counts, is_new=facts.is_new)))
+    refuse_if_wrong(facts)
     return 0
 
 
-def _targets_of_source(config: RunConfig) -> tuple[Target, ...]:
-    """Targets of data that are not converted yet. ValueError if there is nothing to convert."""
-    source = source_of(config.data)
-    if source.kind.startswith("cifar"):  # counting CIFAR's classes would need a download
-        return single_label(tuple(map(str, range(10))))
-    return source.targets
+def with_name(facts: Facts, recipes: tuple[str, ...]) -> Facts:
+    """With the name that the run will have, and what is there of it. Data that are not converted yet have no fingerprint to name it by."""
+    if facts.looked is None or not facts.looked.is_converted or facts.image_size is None:
+        return facts
+    manifest, size, config = facts.looked.manifest, facts.image_size, facts.config
+    assert manifest is not None
+    try:
+        weights = weights_sha256(config.model.weights)
+        named = resolved(
+            config,
+            open_storage(config.storage, config.cluster.storage_retry_seconds),
+            workers=facts.workers or 1,
+            fingerprint=manifest.fingerprint,
+            weights=weights,
+            prefix=run_prefix(config, recipes),
+            image_size=size,
+        )
+        check_same_run(named.config, named.found, weights)
+    except ValueError as error:
+        return dataclasses.replace(facts, found_wrong=(*facts.found_wrong, str(error)))
+    return dataclasses.replace(facts, config=named.config, is_new=named.found.is_new)
+
+
+def with_model(facts: Facts) -> tuple[Facts, ModelFacts | None]:
+    """With what building the model says, and the model's numbers. ImageNet weights are not downloaded: that is left to the run."""
+    question = question_of_facts(facts)
+    if question.model.weights == "imagenet":
+        question = dataclasses.replace(question, model=dataclasses.replace(question.model, weights="none"))
+    answer = built(question)
+    if isinstance(answer, Refused):
+        if answer.kind != "value":
+            raise answer.error()
+        return dataclasses.replace(facts, model=answer), None
+    task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing)
+    return dataclasses.replace(facts, model=answer), model_facts(task, question.model, image_size=question.image_size)
+
+
+def _with(facts: Facts, decided: Callable[[], RunConfig]) -> Facts:
+    """`facts` with the settings that `decided()` returns, or with the problem that it raises."""
+    try:
+        return dataclasses.replace(facts, config=decided())
+    except ValueError as error:
+        return dataclasses.replace(facts, found_wrong=(*facts.found_wrong, str(error)))
+
+
+def _decided(config: RunConfig, counts: ModelFacts, gpus: int, tell: Callable[[str], None]) -> RunConfig:
+    capability = here(use_gpus=gpus > 0 and config.cluster.gpus_per_worker != 0)
+    return settled(config, capability, has_depthwise=counts.has_depthwise, tell=tell)
+
+
+def _cannot_be_planned(facts: Facts) -> bool:
+    """Whether the data or the settings do not allow to say what would run."""
+    return bool(facts.looked is None or (facts.manifest is not None and facts.image_size is None) or problems_of(facts))
+
+
+def _workers(config: RunConfig, gpus: int, address: str) -> int:
+    """The largest number of workers. ValueError if they do not fit this machine; what a cluster has is not asked."""
+    wanted = worker_count(config)
+    if address:
+        return wanted or max(1, gpus)
+    return plan_resources(config.workers, config.cluster, ClusterHardware(local=True, nodes=1, cpus=usable_cpus(), gpus=gpus)).most
 
 
 def _devices(workers: int, gpus: int) -> Devices:
@@ -68,14 +135,41 @@ def _devices(workers: int, gpus: int) -> Devices:
     )
 
 
-def _named(config: RunConfig, recipes: tuple[str, ...], manifest: Manifest, *, workers: int, image_size: tuple[int, int]) -> Resolved:
-    """`config` with the name that the run will have, and what there is of that run."""
-    return resolved(
-        config,
-        open_storage(config.storage, config.cluster.storage_retry_seconds),
-        workers=workers,
-        fingerprint=manifest.fingerprint,
-        weights=weights_sha256(config.model.weights),
-        prefix=run_prefix(config, recipes),
-        image_size=image_size,
-    )
+# --- data that are not converted yet --------------------------------------------------------------------------------------------------
+
+
+def data_table(looked: Looked, config: RunConfig) -> Table:
+    """What a conversion of the source would hold, by the headers of its files."""
+    manifest = looked.manifest
+    assert manifest is not None
+    shown = Table(title="What the source holds (looked at, not converted yet)", title_justify="left", show_header=False)
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column(overflow="fold")
+
+    def add(name: str, lines: Sequence[str]) -> None:
+        if lines:
+            shown.add_row(name, Text("\n".join(on_one_line(line, 300) for line in lines)))
+
+    add("Source", [f"{config.data.path} ({manifest.source})"])
+    add("Images", [", ".join(f"{name} {number(split.count)}" for name, split in manifest.splits.items())])
+    add("Classes", _classes(looked))
+    common = sorted(manifest.image_sizes.items(), key=lambda item: (-item[1], item[0]))
+    sizes = [f"{each} ({counted(count, 'image')})" for each, count in common[:SHOWN_SIZES]]
+    more = [f"and {number(len(common) - SHOWN_SIZES)} more"] if len(common) > SHOWN_SIZES else []
+    add("Sizes", [f"{counted(len(common), 'size')} (height x width): {', '.join([*sizes, *more])}"])
+    left_out = [f"{bad.split} {bad.key}: {bad.reason}" for bad in looked.bad[:SHOWN_LEFT_OUT]]
+    rest = [f"and {number(len(looked.bad) - SHOWN_LEFT_OUT)} more"] if len(looked.bad) > SHOWN_LEFT_OUT else []
+    add("Left out", [counted(len(looked.bad), "image"), *left_out, *rest] if looked.bad else [])
+    add("Not read", list(looked.not_read[:SHOWN_LEFT_OUT]))
+    return shown
+
+
+def _classes(looked: Looked) -> list[str]:
+    target = looked.targets[0]
+    if len(looked.targets) > 1 or not target.classes or looked.class_counts is None:
+        return [f"{each.name}: {counted(len(each.classes), 'class', 'classes') if each.classes else each.kind}" for each in looked.targets]
+    totals = [sum(counts) for counts in zip(*looked.class_counts.values(), strict=True)]
+    tested = looked.class_counts.get("test") or [0] * len(totals)
+    each = [f"{name} {number(all_of)} ({number(test)} to test)" for name, all_of, test in zip(target.classes, totals, tested, strict=True)]
+    more = [f"and {number(len(each) - SHOWN_CLASSES)} more"] if len(each) > SHOWN_CLASSES else []
+    return [f"{counted(len(each), 'class', 'classes')}: {', '.join([*each[:SHOWN_CLASSES], *more])}"]

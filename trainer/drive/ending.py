@@ -139,6 +139,7 @@ class Ending:
             "steps_per_epoch": session.steps_per_epoch,
             "classes": list(manifest.classes),
             "dataset_fingerprint": manifest.fingerprint,
+            "test_fingerprint": manifest.fingerprint_of("test"),
             "quarantined": manifest.quarantined + session.quarantined(),
             "versions": versions(),
             "command": session.decided.command,

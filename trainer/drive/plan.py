@@ -153,7 +153,8 @@ def table(plan: Plan) -> Table:
     else:
         side = f", {plan.image_size[0]}x{plan.image_size[1]} pixels" if plan.image_size else ""
         test = f", {number(plan.test_images)} to test" if plan.test_images is not None else ""
-        rows.append(("Data", f"{config.data.path}: {number(plan.train_images)} images to train{test}, {plan.classes} classes{side}"))
+        classes = counted(plan.classes or 0, "class", "classes")
+        rows.append(("Data", f"{config.data.path}: {number(plan.train_images)} images to train{test}, {classes}{side}"))
     resized = f", images resized to {config.model.image_size} pixels" if config.model.image_size else ""
     share = "" if plan.model.trainable == plan.model.parameters else f" ({number(plan.model.trainable)} trained)"
     rows.append(("Model", f"{config.model.name}, {number(plan.model.parameters)} parameters{share}{resized}"))
@@ -187,6 +188,11 @@ def table(plan: Plan) -> Table:
     for name, value in rows:
         shown.add_row(name, Text(value))
     return shown
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """`1 class`, `3 classes`; several are the word with an s, if no other is given."""
+    return f"{number(count)} {one if count == 1 else several or f'{one}s'}"
 
 
 def _flops_per_image(model: nn.Module, *, height: int, width: int, is_head_only: bool) -> float | None:

@@ -15,14 +15,20 @@ from cluster.storage import Storage
 from cluster.store import Commit, Store
 from dataio.manifest import Manifest
 from dataio.parquet import Dataset
+from dataio.schema import single_label
 from trainer.drive.check import Question
 from trainer.drive.identity import Found, find
+from trainer.drive.problems import Facts
 from trainer.drive.record import Identity
-from trainer.settings.tree import RunConfig
+from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.info import TaskInfo
 
 if TYPE_CHECKING:
     from cluster.launch import ClusterHardware, Resources
+
+
+COMMON_SIDE = 224
+"""Of images whose size is not known yet; every model takes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +134,19 @@ class Begun:
     """Number of this driver's claim on the run. A driver with a newer claim has taken the run over."""
     start: Commit | None
     """The commit to go on from; None starts at step 0."""
+
+
+def question_of_facts(facts: Facts) -> Question:
+    """The same question before the data are converted, or of data that cannot be read: then it is about the model alone."""
+    config, looked = facts.config, facts.looked
+    return Question(
+        task=config.task if looked is not None else TaskConfig(),
+        targets=looked.targets if looked is not None else single_label(("a", "b")),
+        label_smoothing=config.optim.label_smoothing,
+        model=config.model,
+        image_size=facts.image_size or (config.data.image_size or COMMON_SIDE,) * 2,
+        seed=config.train.seed,
+    )
 
 
 def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, int]) -> Question:

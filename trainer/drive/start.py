@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,18 +21,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cluster.belongings import belongings, preferred_place, problem_of
-from cluster.exporter import serve_discovery
 from cluster.journal import Journal
 from cluster.redact import redact
-from cluster.shared_port import SharedPort
 from cluster.storage import is_outage, open_storage
 from cluster.store import Commit, Store
 from cluster.zygote import Zygote
 from dataio.manifest import image_size_of
 from dataio.parquet import open_dataset
 from trainer.drive.capability import here, settled, weakest
-from trainer.drive.check import Checked, ModelCheck
-from trainer.drive.data import check_can_ship, open_data
+from trainer.drive.check import Checked, ModelCheck, Question, Refused
+from trainer.drive.data import check_can_ship, open_data, record_left_out
 from trainer.drive.disk_room import check_room
 from trainer.drive.identity import (
     check_may_show,
@@ -42,10 +41,12 @@ from trainer.drive.identity import (
     newest_start,
     resolved,
 )
+from trainer.drive.problems import Facts, problems_of, refuse_if_wrong, with_length
 from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes, told_threads
 from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Phase, Signals
-from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
+from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData, question_of_facts
+from trainer.drive.survey import survey
 from trainer.drive.without_ray import WithoutRay
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
@@ -76,6 +77,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         signals.enter(Phase.PREPARING_DATA)
         set_up = SetUp(console)
+        seen = look_first(asked, zygote, set_up)
         data = with_data(asked, console, set_up)
         signals.enter(Phase.SETTING_UP)
         placed, checked = None, None
@@ -83,7 +85,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             placed = set_up.call("the run's folder", partial(place, data, workers))
             if placed.found.has_finished:
                 return show_finished(placed, console, signals)
-            checked = check_before_cluster(placed, zygote, set_up)
+            checked = check_before_cluster(placed, seen, zygote, set_up)
         console.print(f"joining the Ray cluster at {asked.address}" if asked.address else "starting a local Ray")
 
         without_ray = WithoutRay(signals, ours.end_at_once)
@@ -140,11 +142,35 @@ def _zygote(name: str) -> Iterator[Zygote]:
 # Before a cluster
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What was found before anything was made."""
+
+    facts: Facts
+    question: Question | None = None
+    """The model that was built already, to see that it can be."""
+
+
+def look_first(asked: Asked, zygote: Zygote, set_up: SetUp) -> Seen:
+    """Find what stands against the run, of all kinds, before anything is converted or made. ValueError that lists it.
+
+    If the data are converted and nothing is wrong, the model is left to `check_before_cluster`: the run may have finished long ago."""
+    environment = asked.environment
+    facts = survey(asked.config, workers=partial(workers_known, asked), in_job=environment.in_job, call=set_up.call)
+    facts, _ = with_length(facts, asked.from_recipes)  # which is said once the run is known
+    if facts.looked is not None and facts.looked.is_converted and not problems_of(facts):
+        return Seen(facts=facts)
+    question = question_of_facts(facts)
+    facts = dataclasses.replace(facts, model=ModelCheck(zygote, question).answer())
+    if isinstance(facts.model, Refused) and facts.model.kind != "value":
+        raise facts.model.error()
+    refuse_if_wrong(facts)
+    return Seen(facts=facts, question=question)
+
+
 def with_data(asked: Asked, console: Console, set_up: SetUp) -> WithData:
     """Open the storage and the data, converting the data first if necessary."""
     config = asked.config
-    if asked.environment.in_job:
-        check_storage_outlives_job(config.storage)
     storage = set_up.call("the storage", partial(open_storage, config.storage, config.cluster.storage_retry_seconds))
     weights = weights_sha256(config.model.weights)  # a file that is not there is said before anything is converted
     location, dataset = open_data(config, console)
@@ -161,15 +187,6 @@ def with_data(asked: Asked, console: Console, set_up: SetUp) -> WithData:
         storage=storage,
         weights=weights,
     )
-
-
-def check_storage_outlives_job(storage: str) -> None:
-    """ValueError for a relative folder: a job's working directory is a copy that Ray deletes."""
-    if "://" not in storage and not Path(storage).expanduser().is_absolute():
-        raise ValueError(
-            f"--storage {storage} is relative, and a job's working directory is a copy that Ray deletes after it; "
-            "give an absolute path that every node mounts, or s3://..., gs://..."
-        )
 
 
 def workers_known(asked: Asked) -> int | None:
@@ -205,12 +222,25 @@ def place(data: WithData, workers: int) -> Placed:
     return Placed(data=data, config=length.config, workers=workers, found=named.found, said=length.said)
 
 
-def check_before_cluster(placed: Placed, zygote: Zygote, set_up: SetUp) -> Checked:
-    """Find in a second, before a cluster is started, what would fail on the workers. ValueError or OSError."""
-    check = ModelCheck(zygote, placed.question)
-    set_up.call("the run's folder", partial(check_folder, placed))
-    check_ports(placed)
-    return check.wait()
+def check_before_cluster(placed: Placed, seen: Seen, zygote: Zygote, set_up: SetUp) -> Checked:
+    """Find in a second, before a cluster is started, what would fail on the workers. ValueError that lists it, or OSError."""
+    is_built = seen.question == placed.question
+    check = None if is_built else ModelCheck(zygote, placed.question)
+    wrong = []
+    try:
+        set_up.call("the run's folder", partial(check_folder, placed))
+    except ValueError as error:
+        wrong.append(str(error))
+    model = check.answer() if check is not None else seen.facts.model
+    if isinstance(model, Refused) and model.kind != "value":
+        raise model.error()
+    refuse_if_wrong(
+        dataclasses.replace(
+            seen.facts, config=placed.config, workers=placed.workers, is_new=placed.found.is_new, found_wrong=tuple(wrong), model=model
+        )
+    )
+    assert isinstance(model, Checked)
+    return model
 
 
 def check_folder(placed: Placed) -> None:
@@ -224,15 +254,6 @@ def check_folder(placed: Placed) -> None:
                 raise
             raise ValueError(f"storage {storage.uri!r} cannot be made ({error.strerror}); give a folder that can with --storage") from None
     check_resume(config, has_checkpoint=bool(Store.open(storage, config.run).commits()))
-
-
-def check_ports(placed: Placed) -> None:
-    """ValueError if the coordinator, which will serve on this node, cannot listen, or if the discovery port is taken by anything but
-    another run."""
-    cluster = placed.config.cluster
-    serve_discovery(cluster.metrics_host, 0, list).close()
-    if cluster.discovery_port:
-        SharedPort(cluster.metrics_host, cluster.discovery_port, list).close()
 
 
 def show_finished(placed: Placed, console: Console, signals: Signals) -> int:
@@ -316,6 +337,8 @@ def begin(decided: Decided, environment: Environment, console: Console, set_up: 
     start = set_up.call("the run's checkpoints", partial(start_of_claimed, decided, store, journal, console))
     settings = redact(to_toml(config)).encode()
     set_up.call("config.toml", partial(storage.write_atomic, f"{config.run}/config.toml", settings))
+    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    set_up.call("quarantine.jsonl", partial(record_left_out, storage, config.run, decided.dataset, tell))
     journal.write(
         "run_started",
         generation=generation,

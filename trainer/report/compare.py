@@ -2,8 +2,8 @@
 
 The runs are compared by their task's headline measure. Runs of different tasks are shown next to each other, and called different. If both
 models gave one class to each of the same test images, McNemar's test says whether one model is better: among the images that only one of
-them got right, how likely is so uneven a split by chance? (McNemar 1947; exact binomial, two-sided.) If the images differ, or some answers
-are not recorded, the page claims nothing.
+them got right, how likely is so uneven a split by chance? (McNemar 1947; exact binomial, two-sided.) If some answers are not recorded, the
+page claims no more than the difference; if the test images differ, or may differ, it names no winner at all.
 """
 
 import math
@@ -18,7 +18,8 @@ from trainer.report.page import NOTHING, Html, number_or_none, page, section, ta
 from trainer.report.panels.classes import entries_of
 from trainer.report.plots import Line, plot, spans_magnitudes, thinned
 from trainer.report.verdict import Mood, verdict
-from trainer.runs.measures import capital, heading, in_words, one_of, shown
+from trainer.runs.certainty import NOT_MEASURED, class_warnings, interval_words
+from trainer.runs.measures import capital, heading, in_words, one_of, rate_unit, shown
 from trainer.runs.progress import summary_rows, time_split
 from trainer.settings.fields import settings
 from trainer.settings.toml import from_toml
@@ -70,8 +71,8 @@ def disagreement(first: RunFiles, second: RunFiles) -> tuple[Disagreement | None
     if one is None or other is None:
         name, run = ("A", first) if one is None else ("B", second)
         return None, f"Of {name}: {run.no_thumbnails or 'there are no predictions.'}"
-    if one.about.dataset_fingerprint != other.about.dataset_fingerprint or one.about.split != other.about.split:
-        return None, "The two were tested on different data, so that their accuracies do not compare."
+    if different := different_tests(first, second):
+        return None, different
     if not (one.is_complete and other.is_complete):
         return None, "Not every answer is recorded, as there are so many."
     if not np.array_equal(one.ids, other.ids):
@@ -90,6 +91,28 @@ def disagreement(first: RunFiles, second: RunFiles) -> tuple[Disagreement | None
         ),
         "",
     )
+
+
+def different_tests(first: RunFiles, second: RunFiles) -> str:
+    """Why numbers of the two do not compare: they were, or may have been, tested on different data. "" if the data are the same. Two data
+    sets with one test split and different training data compare."""
+    if len({run.predictions.about.split for run in (first, second) if run.predictions is not None}) > 1:
+        return "The two were tested on different splits."
+    sets, tests = ([run.summary.get(key) for run in (first, second)] for key in ("dataset_fingerprint", "test_fingerprint"))
+    if (all(sets) and sets[0] == sets[1]) or (all(tests) and tests[0] == tests[1]):
+        return ""
+    if all(tests):
+        return f"The two were tested on different data ({_short_hash(tests[0])} and {_short_hash(tests[1])})."
+    if all(sets):
+        return (
+            f"The two were tested on different data, or may have been: their data sets differ ({_short_hash(sets[0])} and "
+            f"{_short_hash(sets[1])}), and not both recorded what their test split is."
+        )
+    return "It is not recorded what data the two were tested on: they may be different."
+
+
+def _short_hash(value: object) -> str:
+    return str(value)[:12]
 
 
 def render_comparison(first: RunFiles, second: RunFiles) -> str:
@@ -127,6 +150,8 @@ def conclusion(first: RunFiles, second: RunFiles, found: Disagreement | None, un
     if values[0] is None or values[1] is None:
         lacking = " and ".join(name for name, value in zip(NAMES, values, strict=True) if value is None)
         return "warn", f"There is no {in_words(measure)} of {lacking}, and so nothing to compare by."
+    if different := different_tests(first, second):
+        return "warn", f"{different} No number says which is better."
     said = _which_is_better(one, values[0], values[1])
     if found is None:
         return "warn", f"{said}. {unknown}"
@@ -179,7 +204,7 @@ def _compared(first: RunFiles, second: RunFiles) -> list[tuple[str, str, str]]:
         *((heading(measure), measure.key, "percent" if measure.unit == "ratio" else "number") for measure in _measures(first, second)),
         ("Test loss", "test_loss", "number"),
         ("Training loss", "mean_train_loss" if has_means else "train_loss", "number"),
-        (f"{capital(samples)} per second", "images_per_second", "number"),
+        (capital(rate_unit(samples)), "images_per_second", "number"),
         ("Time", "seconds", "duration"),
         ("Goodput", "goodput", "percent"),
         ("Data wait", "data_wait_ratio", "percent"),
@@ -192,30 +217,54 @@ def _compared(first: RunFiles, second: RunFiles) -> list[tuple[str, str, str]]:
 
 def _results(first: RunFiles, second: RunFiles) -> Html:
     rows = []
-    compared = _compared(first, second)
+    compared, different = _compared(first, second), different_tests(first, second)
+    intervals = {each.key: [interval_words(run.summary, each) for run in (first, second)] for each in _measures(first, second)}
     for name, key, kind in compared:
         values = [number_or_none(run.summary.get(key)) for run in (first, second)]
         if values[0] is None and values[1] is None:
             continue
-        rows.append((name, *(_value(value, kind) for value in values), _difference(values[0], values[1], kind)))
+        told: list[object] = [_value(value, kind) for value in values]
+        if key in intervals:
+            told = [_with_interval(str(text), words) for text, words in zip(told, intervals[key], strict=True)]
+        is_tested = key == "test_loss" or key in intervals
+        rows.append((name, *told, "other data" if is_tested and different else _difference(values[0], values[1], kind)))
     # The other rows of the summaries' tables, as text.
-    told = [dict(summary_rows(run.summary)) for run in (first, second)]
+    others = [dict(summary_rows(run.summary)) for run in (first, second)]
     known = {name for name, _, _ in compared}
     rows += [
-        (name, *(words.get(name, "") for words in told), "" if told[0].get(name) == told[1].get(name) else "differs")
-        for name in dict.fromkeys([*told[0], *told[1]])
+        (name, *(words.get(name, "") for words in others), "" if others[0].get(name) == others[1].get(name) else "differs")
+        for name in dict.fromkeys([*others[0], *others[1]])
         if name not in known
     ]
     same = {
         "Weights": [run.summary.get("weights_sha256") for run in (first, second)],
         "Data set": [run.summary.get("dataset_fingerprint") for run in (first, second)],
+        "Test data": [run.summary.get("test_fingerprint") for run in (first, second)],
     }
     rows += [
-        (name, *(tag("code", str(value)[:12]) if value else "" for value in values), "equal" if values[0] == values[1] else "differs")
+        (name, *(tag("code", _short_hash(value)) if value else "" for value in values), "equal" if values[0] == values[1] else "differs")
         for name, values in same.items()
         if any(values)
     ]
-    return section("Results", table(("", "A", "B", "B − A"), rows, numeric=(1, 2, 3))) if rows else NOTHING
+    if not rows:
+        return NOTHING
+    explained = "Below a share: its 95 % interval, which is how far chance moves it with so many test samples (Wilson)."
+    told_of = tag("p", explained, class_="soft") if any(any(words) for words in intervals.values()) else NOTHING
+    return section("Results", table(("", "A", "B", "B − A"), rows, numeric=(1, 2, 3)), told_of, *_warnings(first, second))
+
+
+def _with_interval(text: str, interval: str) -> object:
+    return tag("span", text, tag("span", interval, class_="interval")) if text and interval else text
+
+
+def _warnings(first: RunFiles, second: RunFiles) -> list[Html]:
+    """On classes with no or few test images; once where they are the same of both."""
+    said = [class_warnings(run.summary, run.info.unit) for run in (first, second)]
+    if said[0] == said[1]:
+        notes = said[0]
+    else:
+        notes = [f"{name}: {words}" for name, sentences in zip(NAMES, said, strict=True) for words in sentences]
+    return [tag("ul", *(tag("li", note) for note in notes), class_="notes")] if notes else []
 
 
 def _value(value: float | None, kind: str) -> str:
@@ -289,7 +338,7 @@ def _curves(first: RunFiles, second: RunFiles) -> Html:
     for measure in _measures(first, second)[:MEASURE_PLOTS]:
         is_ratio = measure.unit == "ratio"
         add(f"{heading(measure)}, %" if is_ratio else heading(measure), tested(measure.key, 100.0 if is_ratio else 1.0))
-    add(f"{capital(first.info.unit)} per second", trained("images_per_second"))
+    add(capital(rate_unit(first.info.unit)), trained("images_per_second"))
     return section("Curves", tag("div", *figures, class_="figures")) if figures else NOTHING
 
 
@@ -319,6 +368,8 @@ def _setting(value: Any) -> str:
 def _classes(first: RunFiles, second: RunFiles) -> Html:
     """Classes by recall, or labels by average precision: those that both runs have, the largest difference first."""
     unit = first.info.unit
+    if different_tests(first, second):
+        return NOTHING
     recalls = [_per_class(run) for run in (first, second)]
     if all(recalls):
         about = f"the recall: how many {unit} of the class are found"
@@ -337,20 +388,23 @@ def _per_class(run: RunFiles) -> dict[str, Mapping[str, Any]]:
 
 
 def _side_by_side(title: str, head: tuple[str, str], scores: Sequence[Mapping[str, Mapping[str, Any]]], key: str, about: str) -> Html:
-    rows = []
+    rows: list[tuple[str, float | None, float | None]] = []
     for name in [name for name in scores[0] if name in scores[1]]:
-        values = [number_or_none(of[name].get(key)) for of in scores]
-        if values[0] is not None and values[1] is not None:
-            rows.append((name, values[0], values[1]))
-    if not rows:
+        one, other = (number_or_none(of[name].get(key)) if of[name].get("support") != 0 else None for of in scores)
+        rows.append((name, one, other))
+    if not any(one is not None and other is not None for _, one, other in rows):
         return NOTHING
-    rows.sort(key=lambda row: (-abs(row[2] - row[1]), row[0]))
+    rows.sort(key=lambda row: (1.0 if row[1] is None or row[2] is None else -abs(row[2] - row[1]), row[0]))
     told = [
-        (name, percent(one), percent(other), _difference(one, other, "percent"), number(scores[0][name].get("support")))
+        (name, _measured(one), _measured(other), _difference(one, other, "percent"), number(scores[0][name].get("support")))
         for name, one, other in rows
     ]
     explained = tag("p", f"The largest difference first. What is compared is {about}.", class_="soft")
     return section(title, explained, table((head[0], "A", "B", "B − A", head[1]), told, numeric=(1, 2, 3, 4)))
+
+
+def _measured(value: float | None) -> str:
+    return NOT_MEASURED if value is None else percent(value)
 
 
 def _times(first: RunFiles, second: RunFiles) -> Html:

@@ -7,7 +7,7 @@ import numpy as np
 from trainer.report.files import RunFiles, began, evaluations
 from trainer.report.page import NOTHING, Html, number_or_none, section, tag
 from trainer.report.plots import MOST_LINES, Line, Values, by_attempt, plot, spans_magnitudes, thinned
-from trainer.runs.measures import capital, heading
+from trainer.runs.measures import capital, heading, rate_unit
 from trainer.tasks.info import Measure
 
 NUMBER_PLOTS = 4  # measures that are not ratios; each has a plot of its own, because their scales differ
@@ -71,7 +71,7 @@ def _add_speed(figures: _Figures, run: RunFiles, times: Values, speed: Values, a
     failed = [event for event in run.events if event.get("event") in ("worker_failed", "attempt_failed", "resumed")]
     scale, name = (60.0, "minutes") if np.nanmax(times) - begin > 300 else (1.0, "seconds")
     marks = [(float(event["time"]) - begin) / scale for event in failed if number_or_none(event.get("time")) is not None]
-    rate = f"{run.info.unit} per second"
+    rate = rate_unit(run.info.unit)
     figures.add(
         capital(rate) + (" (dashed: failures and restarts)" if marks else ""),
         (rate, *by_attempt((times - begin) / scale, speed, attempt), "-"),

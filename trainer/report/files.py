@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from cluster.journal import read_journal
 from dataio.foreign import json_of
 from dataio.parquet import Dataset
+from trainer.report.left_out import LeftOut, with_pictures
 from trainer.report.page import number_or_none
 from trainer.report.plots import Values
 from trainer.report.thumbnails import NO_THUMBNAILS, Thumbnails, find_dataset, look_up
@@ -38,7 +39,8 @@ class RunFiles:
     info: TaskInfo = CLASSIFICATION
     curves: Mapping[str, Values]
     """Columns of curves.parquet, each (rows,) float64."""
-    quarantined: Sequence[Mapping[str, Any]]
+    left_out: LeftOut
+    """The samples that the run, or the conversion of its data, left out."""
     config_text: str
     missing: Sequence[str]
     """Sentences that name what is missing."""
@@ -65,14 +67,19 @@ def read_files(folder: RunFolder, dataset: Dataset | None = None, *, pictures: b
     if not text:
         missing.append("There is no config.toml.")
     predictions, no_thumbnails = _predictions(folder, summary)
-    thumbnails = NO_THUMBNAILS
-    if predictions is not None and pictures:
+    quarantined = _quarantined(folder, events)
+    thumbnails, left_out = NO_THUMBNAILS, LeftOut(records=quarantined)
+    if pictures and (predictions is not None or quarantined or summary.get("quarantined")):
         try:
+            data = from_toml(text, origin=f"{folder.location}/config.toml").data
             if dataset is None:
-                dataset = find_dataset(from_toml(text, origin=f"{folder.location}/config.toml").data, predictions.about.dataset_fingerprint)
-            thumbnails = look_up(predictions, dataset, len(confusion_of(summary)))
+                fingerprint = predictions.about.dataset_fingerprint if predictions else summary.get("dataset_fingerprint")
+                dataset = find_dataset(data, str(fingerprint))
+            left_out = with_pictures(quarantined, dataset, data)
+            if predictions is not None:
+                thumbnails = look_up(predictions, dataset, len(confusion_of(summary)))
         except Exception as error:  # the data set may be gone, or hold what no library expects
-            no_thumbnails = f"There are no images here: {error}."
+            no_thumbnails = no_thumbnails or f"There are no images here: {error}."
     return RunFiles(
         location=folder.location,
         name=folder.name,
@@ -80,7 +87,7 @@ def read_files(folder: RunFolder, dataset: Dataset | None = None, *, pictures: b
         events=events,
         info=info,
         curves=curves,
-        quarantined=_quarantined(folder, events),
+        left_out=left_out,
         config_text=text,
         missing=missing,
         predictions=predictions,

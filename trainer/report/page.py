@@ -46,7 +46,8 @@ def join(parts: Iterable[Html]) -> Html:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, numeric: Sequence[int] = ()) -> Html:
-    """A table that scrolls inside itself, by keyboard too, where it is wider than the page."""
+    """A table that scrolls inside itself, by keyboard too, where it is wider than the page. A shadow marks the side on which there is more,
+    and the bar does not hide as phones' bars do."""
 
     def cell(kind: str, index: int, value: object) -> Html:
         return tag(kind, value, class_="n") if index in numeric else tag(kind, value)
@@ -100,8 +101,10 @@ def number_or_none(value: object) -> float | None:
 
 
 _LIGHT = """--paper:#fff;--ink:#1f2328;--soft:#59636e;--line:#d1d9e0;--card:#f6f8fa;--good:#1a7f37;--warn:#9a6700;--bad:#cf222e;
+--shadow:rgba(31,35,40,.28);
 --s0:#0969da;--s1:#bc4c00;--s2:#8250df;--s3:#1a7f37;--s4:#bf8700;--s5:#8b949e;--s6:#1b7c83;--s7:#bf3989"""
 _DARK = """--paper:#0d1117;--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--card:#151b23;--good:#3fb950;--warn:#d29922;--bad:#f85149;
+--shadow:rgba(230,237,243,.3);
 --s0:#58a6ff;--s1:#f0883e;--s2:#bc8cff;--s3:#3fb950;--s4:#e3b341;--s5:#6e7681;--s6:#39c5cf;--s7:#f778ba"""
 
 STYLE = (
@@ -127,6 +130,7 @@ dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.
 dl div{padding:.5rem .7rem;background:var(--card);border-radius:6px}
 dt{color:var(--soft);font-size:.8rem}
 dd{margin:0;font-size:1.15rem;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.interval{display:block;color:var(--soft);font-size:.8rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem}
 figure{margin:0}
 figcaption{font-weight:600}
@@ -143,7 +147,11 @@ text-decoration:none}
 .marks .left{border-left:2px solid}.marks .right{border-right:2px solid}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.4rem 0;font-size:.85rem}
 .key{display:inline-block;width:.8em;height:.8em;margin-right:.5em;border-radius:2px}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;background:linear-gradient(to right,var(--paper) 40%,transparent) left/3rem 100% no-repeat local,
+linear-gradient(to left,var(--paper) 40%,transparent) right/3rem 100% no-repeat local,
+linear-gradient(to right,var(--shadow),transparent) left/.9rem 100% no-repeat scroll,
+linear-gradient(to left,var(--shadow),transparent) right/.9rem 100% no-repeat scroll}
+.scroll::-webkit-scrollbar{height:.5rem}.scroll::-webkit-scrollbar-thumb{background:var(--s5);border-radius:.25rem}
 .meter{display:inline-block;min-width:6rem}
 .meter i{display:block;height:.3rem;margin:.1rem 0 0;border-radius:2px;background:var(--s0)}
 table{border-collapse:collapse;font-size:.9rem}
@@ -178,6 +186,7 @@ background:var(--paper);color:var(--ink)}
 .thumbnails.wide{grid-template-columns:repeat(auto-fill,minmax(9.6rem,1fr))}
 .thumbnails.wide figcaption{gap:.15rem}
 .thumbnails img{display:block;width:6rem;height:6rem;max-width:100%;object-fit:contain;background:var(--card);border-radius:4px}
+td img.small{display:block;max-width:4rem;max-height:4rem;background:var(--card);border-radius:4px}
 .thumbnails .pixels{image-rendering:pixelated}
 .thumbnails figcaption{display:grid;font-weight:400;font-size:.8rem;line-height:1.3;margin-top:.25rem}
 .thumbnails figcaption *{overflow-wrap:anywhere}

@@ -8,19 +8,21 @@ curves, the task's panels the model's answers. page.py has the building blocks, 
 import datetime
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dataio.parquet import Dataset
 from trainer.report.curves import curves_section
 from trainer.report.files import Event, RunFiles, began, last, read_files
-from trainer.report.page import NOTHING, Html, join, number_or_none, page, section, short, table, tag
+from trainer.report.page import NOTHING, Html, image, join, number_or_none, page, section, short, table, tag
 from trainer.report.panels import panels_of
 from trainer.report.timeline import colour, ranks_section, timeline_section
 from trainer.report.verdict import verdict
+from trainer.runs.certainty import class_warnings, interval_words
 from trainer.runs.events import is_told_whole, is_unusual, plainly, words_of
 from trainer.runs.folder import RunFolder, find_run
-from trainer.runs.measures import capital, one_of
+from trainer.runs.measures import capital, heading, one_of, samples
 from trainer.runs.progress import CAUSES, summary_rows, time_split
 from trainer.settings.units import duration, flops, number, percent, size
 
@@ -97,20 +99,32 @@ def _headed(run: RunFiles) -> Html:
 
 
 def _notes(run: RunFiles) -> Html:
-    return tag("ul", *(tag("li", note) for note in run.missing), class_="notes") if run.missing else NOTHING
+    notes = [*run.missing, *class_warnings(run.summary, run.info.unit)]
+    return tag("ul", *(tag("li", short(note)) for note in notes), class_="notes") if notes else NOTHING
 
 
 def _numbers(run: RunFiles) -> Html:
-    rows = summary_rows(run.summary)
+    rows = summary_rows(run.summary, with_intervals=False)
     if not rows:
         return NOTHING
-    shown = {name for name, _ in rows}
+    intervals = {heading(measure): interval_words(run.summary, measure) for measure in run.info.measures}
+    shown = {name for name, _ in rows} | ({INTERVAL} if any(intervals.values()) else set())
     explained = [sentence for name, sentence in _EXPLAINED if name in shown]
-    cards = tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows))
+    cards = tag("dl", *(tag("div", tag("dt", name), tag("dd", value, _below(intervals.get(name)))) for name, value in rows))
     return section("Key numbers", cards, tag("p", " ".join(explained), class_="soft") if explained else NOTHING)
 
 
+def _below(interval: str | None) -> Html:
+    return tag("span", interval, class_="interval", title=INTERVAL) if interval else NOTHING
+
+
+INTERVAL = "95 % interval"
 _EXPLAINED = (
+    (INTERVAL, "Below a share: its 95 % interval, which is how far chance moves it with so many test samples (Wilson)."),
+    (
+        "Virtual ranks",
+        "Virtual rank: one of the equal parts of each batch; their number decides the weights, the number of workers does not.",
+    ),
     ("Goodput", "Goodput: the share of all the time that went into steps that count."),
     ("Data wait", "Data wait: the share of the steps' time in which they waited for data."),
     ("Recovery", "Recovery: from a failure to the next step."),
@@ -216,15 +230,30 @@ def _moment(when: object, begin: float | None) -> tuple[str, str]:
 
 
 def _quarantine(run: RunFiles) -> Html:
-    if not run.quarantined:
+    """Every sample that was left out, by the conversion of the data or by the run."""
+    records, unit = run.left_out.records, run.info.unit
+    counted = run.summary.get("quarantined")
+    known = max(len(records), int(counted) if isinstance(counted, int | float) else 0)
+    if not known:
         return NOTHING
-    shown = run.quarantined[:SHOWN_QUARANTINED]
-    rows = [
-        (record.get("split", ""), record.get("key", ""), tag("span", short(record.get("reason", "")), class_="wrap")) for record in shown
-    ]
-    rest = len(run.quarantined) - len(shown)
+    kinds = Counter(str(record.get("reason", "?")).partition(":")[0] for record in records)
+    by_kind = f": {', '.join(f'{number(count)} {short(kind, 40)}' for kind, count in kinds.most_common(8))}" if kinds else ""
+    told = [f"{samples(known, unit)} left out{by_kind}."]
+    if known > len(records):
+        told.append(f"Of {samples(known - len(records), unit)} it is not recorded any more which and why.")
+    pictured = sorted(range(len(records)), key=lambda index: index not in run.left_out.pictures)[:SHOWN_QUARANTINED]
+    rows = [_left_out_row(records[index], run.left_out.pictures.get(index)) for index in pictured]
+    rest = len(records) - len(rows)
     more = tag("p", f"and {number(rest)} more in quarantine.jsonl") if rest > 0 else NOTHING
-    return section(f"{capital(run.info.unit)} that could not be used", table(("split", "key", "reason"), rows), more)
+    listed = table(("", "which and why", "split", "found by"), rows) if rows else NOTHING
+    return section(f"{capital(unit)} that could not be used", tag("p", " ".join(told)), listed, more)
+
+
+def _left_out_row(record: Mapping[str, object], picture: str | None) -> tuple[object, ...]:
+    key = short(record.get("key", "?"), 300)
+    shown = image(src=picture, alt=f"{key}, left out", class_="small") if picture else ""
+    said = tag("div", tag("div", key, class_="wrap"), tag("div", short(record.get("reason", "?")), class_="soft wrap"))
+    return shown, said, short(record.get("split", ""), 40), short(record.get("stage", "the run"), 40)
 
 
 def _settings(run: RunFiles) -> Html:
@@ -248,8 +277,20 @@ def _settings(run: RunFiles) -> Html:
     if known:
         parts += [tag("h3", "Identity and versions"), table((), known)]
     if run.config_text:
-        parts += [tag("h3", "Settings"), tag("details", tag("summary", "config.toml"), tag("pre", run.config_text))]
+        parts += [
+            tag("h3", "Settings"),
+            tag("p", " ".join(sentence for word, sentence in _WORDS if word in run.config_text), class_="soft"),
+            tag("details", tag("summary", "config.toml"), tag("pre", run.config_text)),
+        ]
     return section("Reproduce", *parts) if parts else NOTHING
+
+
+_WORDS = (
+    ("stem", "Stem (model.stem): the model's first layers, which may be fitted to small images."),
+    ("virtual_ranks", "Virtual ranks (train.virtual_ranks): the equal parts into which each batch is cut, whatever the number of workers."),
+    ("ema", "EMA (train.ema): an average of the weights over the last steps."),
+)
+"""Words of the settings that not everybody knows."""
 
 
 def _a(noun: str) -> str:

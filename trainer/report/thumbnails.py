@@ -32,7 +32,7 @@ SIDE = 96  # pixels; smaller images stay as they are
 LOSSLESS_SIDE = 64
 PAGE_BYTES = 2_000_000  # for all images, in their form in the page
 READ_BYTES = 256_000_000  # of the data set; row groups are read whole
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # those that a data set may hold (dataio.codecs.image.sniff)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # those that a data set may hold (dataio.codecs.image.sniff)
 _TURNS: Mapping[object, Image.Transpose] = {  # by the orientation in an image's EXIF
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -173,29 +173,30 @@ def _read(split: Split, found: Predictions, rows: Sequence[int]) -> tuple[dict[i
     return encoded, unread
 
 
-def thumbnail(encoded: bytes) -> str | None:
+def thumbnail(encoded: bytes, *, formats: tuple[str, ...] = FORMATS) -> str | None:
     """An image of at most SIDE pixels a side, as a data: URI; None if it cannot be decoded. It is always encoded again, so no byte of the
     data set gets into the page unchanged. Never raises: Pillow meets broken files with exceptions of a dozen kinds."""
     try:
-        return _as_uri(_small(encoded))
+        with Image.open(io.BytesIO(encoded), formats=formats) as opened:
+            return _as_uri(opened)
     except Exception:
         return None
 
 
-def _small(encoded: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as opened:
-        opened.draft("RGB", (2 * SIDE, 2 * SIDE))
-        # Not ImageOps.exif_transpose, which also encodes all tags again, and raises where one of them is malformed.
-        try:
-            turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
-        except Exception:  # the tags are broken, the pixels need not be
-            turn = None
-        small = (opened if turn is None else opened.transpose(turn)).convert("RGB")
-        small.thumbnail((SIDE, SIDE))
-        return small
+def _as_uri(opened: Image.Image) -> str:
+    """An opened image, scaled down, as a data: URI. Raises what Pillow raises."""
+    opened.draft("RGB", (2 * SIDE, 2 * SIDE))
+    # Not ImageOps.exif_transpose, which also encodes all tags again, and raises where one of them is malformed.
+    try:
+        turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # the tags are broken, the pixels need not be
+        turn = None
+    small = (opened if turn is None else opened.transpose(turn)).convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    return _encoded(small)
 
 
-def _as_uri(small: Image.Image) -> str:
+def _encoded(small: Image.Image) -> str:
     pixels = np.asarray(small)
     # From the pixels alone, because Pillow copies a file's comments and tags.
     small = Image.fromarray(pixels[..., 0] if (pixels == pixels[..., :1]).all() else pixels)

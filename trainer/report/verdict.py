@@ -7,6 +7,7 @@ import numpy as np
 
 from trainer.report.files import RunFiles, confusion_of, last
 from trainer.report.page import number_or_none
+from trainer.runs.certainty import interval_words
 from trainer.runs.measures import heading, samples, shown
 from trainer.settings.units import duration, number
 
@@ -52,10 +53,12 @@ def _result(run: RunFiles) -> str:
     if value is None:
         return "Finished, without an evaluation"
     of = f"the {number(count)} test {unit}" if count else f"the test {unit}"
+    interval = interval_words(run.summary, measure)
     said = shown(measure.unit, value, 2)
+    sure = f" (95 % interval: {interval})" if interval else ""
     if run.info.name == "classification":
-        return f"{said} of {of} are classified correctly"
-    return f"{heading(measure)} {said} on {of}"
+        return f"{said} of {of} are classified correctly{sure}"
+    return f"{heading(measure)} {said} on {of}{sure}"
 
 
 def _trouble(run: RunFiles) -> str:
@@ -68,7 +71,7 @@ def _trouble(run: RunFiles) -> str:
     corrupt = sum(event.get("event") == "checkpoint_corrupt" for event in run.events)
     if corrupt:
         parts.append(f"{corrupt} damaged {'checkpoint was' if corrupt == 1 else 'checkpoints were'} found and not used.")
-    bad = run.summary.get("quarantined") or len(run.quarantined)
+    bad = run.summary.get("quarantined") or len(run.left_out.records)
     if bad:
         parts.append(f"{samples(bad, run.info.unit)} could not be used.")
     return " ".join(parts)

@@ -31,7 +31,7 @@ __all__ = ["Arguments", "RunFolder", "find_run", "main", "table"]
 PROG = "python -m trainer.runs"
 RETRY_SECONDS = 5.0  # for each file of a remote storage; the user of a list can run it again
 INTERRUPTED = 130  # 128 + SIGINT
-NAME_WIDTH = 16  # minimum width of a run's name before columns are left out
+NAME_WIDTH = 13  # minimum width of a run's name before columns are left out
 GAP = "  "
 LONGEST_REMARK = 2000
 
@@ -166,7 +166,7 @@ _COLUMNS = (
     _Column(heading="status", show=lambda run, now: run.status, rank=0, is_text=True),
     _Column(heading="step", show=_steps, rank=0),
     _Column(heading="accuracy", show=lambda run, now: _or_dash(run.headline, percent), rank=1),
-    _Column(heading="img/s", show=lambda run, now: _or_dash(run.images_per_second, lambda value: f"{value:,.0f}"), rank=2),
+    _Column(heading="images/s", show=lambda run, now: _or_dash(run.images_per_second, lambda value: f"{value:,.0f}"), rank=2),
     _Column(heading="goodput", show=lambda run, now: _or_dash(run.goodput, percent), rank=3),
     _Column(heading="restarts", show=_restarts, rank=4),
     _Column(heading="workers", show=lambda run, now: _or_dash(run.workers, number), rank=7),
@@ -209,7 +209,7 @@ def _columns(runs: Sequence[RunStatus]) -> list[_Column]:
     if any(task.headline.name != "accuracy" for task in known):
         columns[_named(columns, "accuracy")] = _HEADLINE
     if any(run.task.unit != "images" for run in runs):
-        speed = columns[index := _named(columns, "img/s")]
+        speed = columns[index := _named(columns, "images/s")]
         columns[index] = replace(speed, heading="samples/s")
     return columns
 

@@ -55,8 +55,8 @@ def samples(count: float | None, unit: str) -> str:
 
 
 def rate_unit(unit: str) -> str:
-    """Samples a second as a unit: `img/s`, `texts/s`."""
-    return "img/s" if unit == "images" else f"{unit}/s"
+    """Samples a second as a unit: `images/s`, `texts/s`."""
+    return f"{unit}/s"
 
 
 def capital(text: str) -> str:

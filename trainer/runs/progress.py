@@ -20,6 +20,7 @@ from rich.text import Text
 
 from cluster.text import MASK, redact
 from cluster.text import shown as on_one_line
+from trainer.runs.certainty import class_warnings, interval_words
 from trainer.runs.events import STRANGE
 from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
 from trainer.settings.say import Terminal
@@ -194,6 +195,7 @@ def final_table(
         for cause, seconds, share in split:
             times.add_row(Text(on_one_line(cause)), duration(seconds), percent(share), CAUSES.get(cause, ""))
         parts.append(times)
+    parts += [Text(on_one_line(f"warning: {words}")) for words in class_warnings(summary, known_info(summary)[0].unit)]
     # Outside the tables: without a frame, a path or a command can be copied. soft_wrap keeps each in one piece.
     for what, line in (("Report", report), ("Predict", predict), ("Go on", go_on)):
         if line:
@@ -201,8 +203,9 @@ def final_table(
     return Group(*parts)
 
 
-def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of the key numbers in `summary`. Also used by the report."""
+def summary_rows(summary: Mapping[str, Any], *, with_intervals: bool = True) -> list[tuple[str, str]]:
+    """(name, value) of the key numbers in `summary`. Also used by the report. `with_intervals`: a share of samples has its 95 % interval
+    behind it."""
     rows: list[tuple[str, str]] = []
     info, _ = known_info(summary)
     samples = capital(info.unit)
@@ -216,14 +219,15 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append((name, "?"))
 
     for measure, value in measured(info, summary):
-        rows.append((heading(measure), shown(measure.unit, value, 2)))
+        interval = interval_words(summary, measure) if with_intervals else ""
+        rows.append((heading(measure), shown(measure.unit, value, 2) + (f" (95 % interval: {interval})" if interval else "")))
     add("Test loss", "test_loss", loss)
     # The last batch's loss says little; older releases know no other.
     add("Training loss", "train_loss" if summary.get("mean_train_loss") is None else "mean_train_loss", loss)
     add("Steps", "steps", number)
     add("Epochs", "epochs", number)
     add(f"{samples} seen", "samples_seen", number)
-    add(f"{samples} per second", "images_per_second", lambda value: f"{value:,.0f}")
+    add(capital(rate_unit(info.unit)), "images_per_second", lambda value: f"{value:,.0f}")
     add("Workers", "workers", number)
     if summary.get("virtual_ranks") != summary.get("workers"):
         add("Virtual ranks", "virtual_ranks", number)

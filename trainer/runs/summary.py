@@ -224,6 +224,7 @@ def summarise(
         "recovery_seconds": parts["recovery"],
         "weights_sha256": result.get("weights_sha256"),
         "dataset_fingerprint": facts.get("dataset_fingerprint"),
+        "test_fingerprint": facts.get("test_fingerprint"),
         "seconds": wall,
         "compile_seconds": float(sum(event.get("seconds", 0.0) for event in events if event["event"] == "compiled")),
         "profile": next((event["profile"] for event in reversed(events) if event["event"] == "profiled"), None),

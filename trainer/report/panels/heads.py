@@ -12,6 +12,7 @@ from trainer.report.panels.classes import classes_table, entries_of
 from trainer.report.panels.confusion import grid
 from trainer.report.panels.labels import labels_parts
 from trainer.report.panels.numbers import number_figures
+from trainer.runs.certainty import given_of
 from trainer.runs.measures import samples, shown
 from trainer.settings.units import number
 
@@ -60,7 +61,8 @@ def _details(details: Mapping[str, Any], unit: str) -> Html:
         names = class_names(details.get("classes"), len(matrix))
         parts.append(grid(matrix, names, lambda cell: number(int(matrix[cell])) if matrix[cell] else ""))
     if scores := entries_of(details.get("per_class")):
-        parts.append(_folded("Classes", classes_table(scores, class_names(details.get("classes"), len(scores)), unit)))
+        names = class_names(details.get("classes"), len(scores))
+        parts.append(_folded("Classes", classes_table(scores, names, unit, given_of(details.get("confusion"), len(scores)))))
     if labels := entries_of(details.get("labels")):
         parts.append(labels_parts(labels, unit))
     return join(parts)

@@ -9,6 +9,7 @@ from typing import Any
 from trainer.report.files import RunFiles
 from trainer.report.page import NOTHING, Html, join, meter, number_or_none, section, short, table, tag
 from trainer.report.panels.classes import entries_of
+from trainer.runs.certainty import NOT_MEASURED
 from trainer.settings.units import number, percent
 
 SHOWN_LABELS = 100
@@ -58,7 +59,7 @@ def _quality(entry: Entry) -> float:
 
 def _share(entry: Entry, key: str, *, is_bar: bool = False) -> Html | str:
     value = number_or_none(entry.get(key))
-    text = "–" if value is None else percent(value)
+    text = NOT_MEASURED if value is None else percent(value)
     return meter(value, text) if is_bar else text
 
 

@@ -1,0 +1,261 @@
+"""A run and its dry run refuse the same things, all at once, before anything is made. A look at a folder sees what its conversion sees."""
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from cluster.zygote import Zygote
+from dataio.convert import open_prepared, source_of
+from dataio.manifest import Manifest, SplitInfo
+from dataio.quarantine import BadSample
+from dataio.scan import GLANCE_BYTES, Looked, look_at, scan
+from dataio.schema import single_label
+from trainer.drive.check import Checked, Refused
+from trainer.drive.dry_run import dry_run
+from trainer.drive.problems import CHECKS, Facts, Room, problems_of, refuse
+from trainer.drive.set_up import SetUp
+from trainer.drive.stages import Asked, Environment
+from trainer.drive.start import look_first
+from trainer.drive.survey import survey
+from trainer.settings.spec import RANK_MODULES
+from trainer.settings.tree import DataConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.tasks.info import CLASSIFICATION
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty images of two classes in many sizes; two cannot be used, one of them a large JPEG without its end."""
+    root = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(0)
+    for number in range(60):
+        folder = root / ("cat", "dog")[number % 2]
+        folder.mkdir(exist_ok=True)
+        height, width = draw.integers(20, 60, 2).tolist()
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
+    large = Image.fromarray(draw.integers(0, 256, (900, 1200, 3), dtype=np.uint8))
+    large.save(root / "cat" / "large.jpg", quality=98)
+    whole = (root / "cat" / "large.jpg").read_bytes()
+    assert len(whole) > 1.5 * GLANCE_BYTES
+    (root / "cat" / "torn.jpg").write_bytes(whole[:-5000])
+    (root / "dog" / "01.png").write_bytes((root / "dog" / "01.png").read_bytes()[:200])
+    (root / "labels.csv").write_text(
+        "image,label\n" + "".join(f"{kind}/{path.name},{kind}\n" for kind in ("cat", "dog") for path in sorted((root / kind).iterdir()))
+    )
+    return root
+
+
+@pytest.fixture
+def config(photos: Path, tmp_path: Path) -> RunConfig:
+    plain = RunConfig(storage=str(tmp_path / "runs"))
+    data = replace(plain.data, path=str(photos), root=str(tmp_path / "root"), batch_size=4, max_bad_fraction=0.1)
+    return replace(plain, data=data, model=replace(plain.model, name="shufflenet_v2_x0_5", weights="none"))
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["", "labels.csv"])
+def test_a_look_at_the_headers_sees_what_the_conversion_will_hold(config: RunConfig, photos: Path, path: str) -> None:
+    data = replace(config.data, path=str(photos / path) if path else str(photos))
+    looked = look_at(data)
+    assert looked.manifest is not None
+    assert not looked.is_converted
+    dataset = open_prepared(data)[1]
+    made = dataset.manifest
+    assert {name: split.count for name, split in looked.manifest.splits.items()} == {
+        name: split.count for name, split in made.splits.items()
+    }
+    assert (looked.manifest.image_sizes, looked.manifest.quarantined, looked.targets) == (made.image_sizes, 2, made.targets)
+    assert [(bad.key, bad.reason, bad.split, bad.sample_id) for bad in looked.bad] == [
+        (bad.key, bad.reason, bad.split, bad.sample_id) for bad in dataset.left_out()
+    ]
+    counts = {name: np.bincount(dataset.split(name).labels(), minlength=2).tolist() for name in made.splits}
+    assert looked.class_counts == counts
+    again = look_at(data)
+    assert again.is_converted, "what was converted already is not looked at again"
+    assert again.manifest == made
+
+
+def test_of_a_large_jpeg_only_beginning_and_end_are_read(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def looked_at(encoded: bytes, *, max_image_pixels: int) -> object:
+        lengths.append(len(encoded))
+        return look(encoded, max_image_pixels=max_image_pixels)
+
+    from dataio import scan as module
+
+    look = module.looked_at
+    monkeypatch.setattr(module, "looked_at", looked_at)
+    assert {bad.key for bad in scan(source_of(config.data), max_image_pixels=10**8).bad} == {"cat/torn.jpg", "dog/01.png"}
+    assert max(lengths) == GLANCE_BYTES + module.TAIL_BYTES
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------------------------
+
+
+def looked_of(train: int = 100, test: int = 10, sizes: tuple[str, ...] = ("32x32",), bad: int = 0, **changes: object) -> Looked:
+    splits = {"train": SplitInfo(count=train, shards=()), "test": SplitInfo(count=test, shards=())}
+    manifest = Manifest(
+        targets=single_label(("cat", "dog")),
+        splits={name: split for name, split in splits.items() if split.count >= 0},
+        fingerprint="",
+        image_sizes=dict.fromkeys(sizes, 1),
+        quarantined=bad,
+        source="folder",
+        identity="",
+    )
+    records = [BadSample(key=f"{number}.png", reason="empty: no bytes", split="train", sample_id=number) for number in range(bad)]
+    return replace(Looked(targets=manifest.targets, manifest=manifest, is_converted=False, bad=records), **changes)  # type: ignore[arg-type]
+
+
+FINE = Facts(config=RunConfig(data=DataConfig(batch_size=10)), workers=1, looked=looked_of())
+MODEL = Checked(has_depthwise=False, task=CLASSIFICATION, weights_bytes=1_000_000)
+
+
+def test_what_is_not_known_yet_is_no_problem() -> None:
+    assert problems_of(FINE) == []
+    assert problems_of(Facts(config=RunConfig())) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (replace(FINE, looked=looked_of(bad=3)), "3 of 113 samples are bad"),
+        (replace(FINE, looked=looked_of(test=-1)), "has the splits train, and a run is evaluated on test"),
+        (replace(FINE, looked=looked_of(test=0)), "has no usable test image; hold out more"),
+        (replace(FINE, looked=looked_of(sizes=("32x32", "40x40"))), "there are 2 sizes"),
+        (replace(FINE, workers=3), "data.batch_size=10 is not a multiple of workers=3"),
+        (replace(FINE, looked=looked_of(sizes=("4x4",))), "data.pad=4 is not below"),
+        (replace(FINE, model=Refused(kind="value", message="no such model")), "no such model"),
+        (replace(FINE, config=replace(FINE.config, run="mine", resume="must"), has_checkpoint=False), "--resume must"),
+        (replace(FINE, config=replace(FINE.config, run="mine", resume="never"), has_checkpoint=True), "--resume never"),
+        (
+            replace(FINE, model=MODEL, storage_room=Room(where="/x", free_bytes=999)),
+            "has 999 B free, and a checkpoint of this run takes 2 MB",
+        ),
+        (
+            replace(FINE, looked=looked_of(source_bytes=5_000), root_room=Room(where="/x", free_bytes=999)),
+            "data.root='/x' has 999 B free, and the converted data take 5 kB",
+        ),
+    ],
+)
+def test_each_problem_is_said_once_with_its_fix(facts: Facts, words: str) -> None:
+    [said] = problems_of(facts)
+    assert words in said
+
+
+def test_every_check_has_a_case_above() -> None:
+    """A check that no facts can fail would be a promise without a test."""
+    marks = next(mark for mark in test_each_problem_is_said_once_with_its_fix.pytestmark if mark.name == "parametrize")  # type: ignore[attr-defined]
+    cases = [facts for facts, _ in marks.args[1]]
+    assert [check.__name__ for check in CHECKS if not any(check(facts) for facts in cases)] == []
+
+
+def test_a_warm_up_that_outlasts_the_run_is_refused_but_not_of_a_run_that_was_begun() -> None:
+    long = replace(FINE, config=replace(FINE.config, optim=OptimConfig(warmup_steps=200), train=TrainConfig(epochs=2)))
+    [said] = problems_of(long)
+    assert "optim.warmup_steps=200 does not end before the run's 20 steps do" in said
+    assert problems_of(replace(long, is_new=False)) == []
+
+
+def test_all_problems_make_one_message() -> None:
+    refuse([])
+    with pytest.raises(ValueError, match=r"^one$"):
+        refuse(["one"])
+    with pytest.raises(ValueError, match=r"^2 things stand against this run:\n- one\n  more of it\n- two$"):
+        refuse(["one\nmore of it", "two"])
+    assert problems_of(replace(FINE, found_wrong=("a", "a"))) == ["a"]
+
+
+# --- the run and its dry run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    made = Zygote(RANK_MODULES)
+    yield made
+    made.close(kill=True)
+
+
+def of_run(config: RunConfig, zygote: Zygote) -> str:
+    known = Environment(ray_address="", in_job=False, is_verbose=False, cpus=2, process_started=0.0)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        look_first(Asked(config=config, prefix="pets", command="", environment=known), zygote, SetUp(QUIET))
+    return str(refused.value)
+
+
+def of_dry_run(config: RunConfig) -> str:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        dry_run(config, (), QUIET)
+    return str(refused.value)
+
+
+def test_the_run_and_its_dry_run_list_the_same_problems_of_all_kinds(config: RunConfig, zygote: Zygote, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    wrong = replace(
+        config,
+        storage=str(tmp_path / "file" / "runs"),
+        data=replace(config.data, max_bad_fraction=0.0),
+        model=replace(config.model, name="resnet81", weights=str(tmp_path / "gone.pth")),
+        optim=replace(config.optim, warmup_steps=10_000),
+    )
+    said = of_run(wrong, zygote)
+    assert said.startswith("6 things stand against this run:\n- ")
+    for words in (
+        "cannot be made",
+        "no such file",
+        "2 of 62 samples are bad",
+        "sizes (HxW)",
+        "optim.warmup_steps=10000",
+        "did you mean resnet18",
+    ):
+        assert words in said
+    assert said == of_dry_run(wrong)
+    assert sorted(os.listdir(tmp_path)) == ["file"], "nothing was made, in neither case"
+
+
+@pytest.mark.parametrize("kind", ["converted", "missing"])
+def test_they_agree_on_data_that_are_converted_or_missing(config: RunConfig, zygote: Zygote, kind: str, tmp_path: Path) -> None:
+    path = open_prepared(config.data)[0] if kind == "converted" else "/nowhere"
+    wrong = replace(config, data=replace(config.data, path=path, max_bad_fraction=0.0), model=replace(config.model, weights="/gone.pth"))
+    said = of_run(wrong, zygote)
+    assert ("samples are bad" if kind == "converted" else "'/nowhere' does not exist") in said
+    assert "/gone.pth" in said
+    assert said == of_dry_run(wrong)
+
+
+def test_a_dry_run_of_a_folder_tells_sizes_classes_split_and_what_is_left_out(config: RunConfig, tmp_path: Path) -> None:
+    for width in (80, 120):
+        sink = io.StringIO()
+        ready = replace(config, data=replace(config.data, image_size=32, fit="crop"))
+        assert dry_run(ready, (), Console(file=sink, width=width)) == 0
+        shown = " ".join(sink.getvalue().replace("│", " ").split())
+        for words in (
+            "train 54, test 6",
+            "2 classes: cat 31 (3 to test), dog 29 (3 to test)",
+            "sizes (height x width): ",
+            "train cat/torn.jpg: truncated: a JPEG without its end marker (EOI)",
+            "54 images to train, 6 to test, 2 classes, 32x32 pixels",
+            "Steps 140: 10 epochs of 14",
+        ):
+            assert words in shown, shown
+        assert all(len(line) <= width for line in sink.getvalue().splitlines() if not line.startswith("train."))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_survey_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
+    facts = survey(config, workers=lambda: 1, in_job=False)
+    assert facts.found_wrong == ()
+    assert facts.storage_room is not None
+    assert facts.root_room is not None
+    assert list(tmp_path.iterdir()) == []

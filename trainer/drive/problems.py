@@ -1,0 +1,201 @@
+"""What stands against a run before it starts: one list of checks, which the run and its dry run share, so that neither accepts what the
+other refuses. Called by start.py and dry_run.py; survey.py finds the facts.
+
+Each check is a pure function from the facts to its problem, or None. All of them are asked, and a user learns all problems at once instead
+of one after the other. A fact that is not known yet is None, and a check that needs it finds nothing.
+"""
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
+
+from dataio.manifest import Manifest, image_size_of
+from dataio.quarantine import Quarantine, TooManyBadSamples
+from dataio.scan import Looked
+from trainer.drive.check import Checked, Refused
+from trainer.drive.disk_room import judge, state_bytes
+from trainer.settings.length import length_of
+from trainer.settings.rules import validate
+from trainer.settings.spec import order_of, total_steps_of
+from trainer.settings.tree import RunConfig
+from trainer.settings.units import size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """Free bytes of a local folder, or of the nearest one above it that exists."""
+
+    where: str
+    free_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What is known of a run before it starts."""
+
+    config: RunConfig
+    workers: int | None = None
+    """The most that there may be."""
+    is_new: bool = True
+    """The run was never started. One that was goes on by the rules by which it began."""
+    found_wrong: tuple[str, ...] = ()
+    """Problems that came up while the facts were looked for: a storage that cannot be written to, data that are not there."""
+    looked: Looked | None = None
+    model: Checked | Refused | None = None
+    storage_room: Room | None = None
+    """None for a remote storage."""
+    has_spill: bool = False
+    """Another disk of the node takes what the storage does not."""
+    root_room: Room | None = None
+    """Where the data will be converted into."""
+    has_checkpoint: bool | None = None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        return self.looked.manifest if self.looked is not None else None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the decoded images."""
+        try:
+            return image_size_of(self.manifest, self.config.data) if self.manifest is not None else None
+        except ValueError:
+            return None
+
+
+Check = Callable[[Facts], str | None]
+
+
+def problems_of(facts: Facts) -> list[str]:
+    """All that is wrong, each once, in the order in which a user would mend it."""
+    found = [*facts.found_wrong, *(problem for check in CHECKS if (problem := check(facts)) is not None)]
+    return list(dict.fromkeys(found))
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """ValueError that lists all problems, if there are any."""
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        listed = "".join(f"\n- {problem}".replace("\n", "\n  ").replace("\n  - ", "\n- ", 1) for problem in problems)
+        raise ValueError(f"{len(problems)} things stand against this run:{listed}")
+
+
+def refuse_if_wrong(facts: Facts) -> None:
+    refuse(problems_of(facts))
+
+
+# --- the checks -----------------------------------------------------------------------------------------------------------------------
+
+
+def bad_samples(facts: Facts) -> str | None:
+    if facts.looked is None:
+        return None
+    quarantine = Quarantine(facts.config.data.max_bad_fraction, None)
+    quarantine.restore(facts.looked.bad)
+    try:
+        quarantine.finish(facts.looked.samples)
+    except TooManyBadSamples as error:
+        return str(error)
+    return None
+
+
+def splits(facts: Facts) -> str | None:
+    if facts.manifest is None:
+        return None
+    there = facts.manifest.splits
+    if "test" not in there:
+        return (
+            f"{facts.config.data.path} has the splits {', '.join(there)}, and a run is evaluated on test; convert the source again, which "
+            "holds one out of train where there is none"
+        )
+    if lacking := [name for name in ("train", "test") if name in there and not there[name].count]:
+        fix = "hold out more (--data.test-fraction)" if lacking == ["test"] else "look at why they are left out"
+        return f"{facts.config.data.path} has no usable {' and no usable '.join(lacking)} image; {fix}"
+    return None
+
+
+def sizes(facts: Facts) -> str | None:
+    if facts.manifest is None or not facts.manifest.image_sizes:
+        return None
+    try:
+        image_size_of(facts.manifest, facts.config.data)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def settings(facts: Facts) -> str | None:
+    """Rules between settings, workers and data: the batch, the crop, the warm-up."""
+    try:
+        validate(facts.config, workers=facts.workers, image_size=facts.image_size, total_steps=total_steps(facts) if facts.is_new else None)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def model(facts: Facts) -> str | None:
+    return facts.model.message if isinstance(facts.model, Refused) else None
+
+
+def resume(facts: Facts) -> str | None:
+    run, where = facts.config.run, facts.config.storage
+    if facts.has_checkpoint is None or not run:
+        return None
+    if facts.config.resume == "must" and not facts.has_checkpoint:
+        return f"--resume must, but run {run!r} in {where} has no checkpoint; give --run NAME of one that has"
+    if facts.config.resume == "never" and facts.has_checkpoint:
+        return f"--resume never, but run {run!r} in {where} has a checkpoint; give another --run NAME"
+    return None
+
+
+def room_for_checkpoints(facts: Facts) -> str | None:
+    room = facts.storage_room
+    if room is None or not isinstance(facts.model, Checked):
+        return None
+    needed = state_bytes(facts.config, facts.model.weights_bytes)
+    keep = facts.config.cluster.keep_checkpoints
+    if judge(free_bytes=room.free_bytes, state_bytes=needed, keep=keep, has_already=0, has_spill=facts.has_spill) != "refuse":
+        return None
+    return (
+        f"storage {room.where!r} has {size(room.free_bytes)} free, and a checkpoint of this run takes {size(needed)}; free some space, or "
+        "give a larger disk with --storage"
+    )
+
+
+def room_for_data(facts: Facts) -> str | None:
+    """Images are stored as they are, so the converted data take what the source takes."""
+    room, looked = facts.root_room, facts.looked
+    if room is None or looked is None or looked.is_converted or looked.source_bytes <= room.free_bytes:
+        return None
+    return (
+        f"data.root={room.where!r} has {size(room.free_bytes)} free, and the converted data take {size(looked.source_bytes)}; free some "
+        "space, or name a folder elsewhere with --data.root"
+    )
+
+
+CHECKS: tuple[Check, ...] = (bad_samples, splits, sizes, settings, model, resume, room_for_checkpoints, room_for_data)
+
+
+def with_length(facts: Facts, from_recipes: Set[str]) -> tuple[Facts, tuple[str, ...]]:
+    """With the settings that the number of training images decides, and what the user should know of them. Settings that do not fit stay:
+    `settings` says so."""
+    try:
+        length = length_of(facts.config, _known(facts.manifest), workers=facts.workers or 0, from_recipes=from_recipes, is_new=facts.is_new)
+    except ValueError:
+        return facts, ()
+    return replace(facts, config=length.config), length.said
+
+
+def _known(manifest: Manifest | None) -> Manifest:
+    """ValueError if nothing is known of the training images."""
+    if manifest is None or "train" not in manifest.splits or not manifest.splits["train"].count:
+        raise ValueError("no training images")
+    return manifest
+
+
+def total_steps(facts: Facts) -> int | None:
+    """Of the whole run, as far as the data are known."""
+    try:
+        return total_steps_of(facts.config, order_of(facts.config, _known(facts.manifest), facts.workers or 0).steps_per_epoch)
+    except ValueError:  # the settings' own problem
+        return None
