@@ -8,6 +8,7 @@ On a CPU, DALI decodes and torch resizes: torch's kernel for uint8 takes 140 us,
 224). On a GPU, DALI does both. Pixels differ between the two devices, because their JPEG decoders differ.
 """
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -82,7 +83,11 @@ class Decoder:
             if not is_exact and self._fit == "refuse":
                 bad[index] = f"wrong size: {header.height}x{header.width} instead of {self.height}x{self.width}"
                 continue
-            given = _Encoded(index=index, data=_prepared(data, header), height=header.height, width=header.width)
+            prepared = _prepared(data, header)
+            if isinstance(prepared, Refusal):
+                bad[index] = prepared.reason
+                continue
+            given = _Encoded(index=index, data=prepared, height=header.height, width=header.width)
             (native if is_exact or self._resized is None else resized).append(given)
 
         def place(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
@@ -186,7 +191,11 @@ class Checker:
             if batch and pixels + size > self._batch_pixels:  # bounds the memory of a batch of large photographs
                 self._pipeline.decode(batch, compare, bad)
                 batch, pixels = [], 0
-            batch.append(_Encoded(index=index, data=_prepared(encoded[index], header), height=header.height, width=header.width))
+            prepared = _prepared(encoded[index], header)
+            if isinstance(prepared, Refusal):
+                bad[index] = prepared.reason
+                continue
+            batch.append(_Encoded(index=index, data=prepared, height=header.height, width=header.width))
             pixels += size
         self._pipeline.decode(batch, compare, bad)
         return [Refusal(reason=bad[index]) if index in bad else header for index, header in enumerate(found)]
@@ -291,14 +300,28 @@ def _resize(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         place[:] = resized[0].permute(1, 2, 0).numpy()
 
 
-def _prepared(data: np.ndarray | bytes, header: Header) -> np.ndarray:
-    """The bytes in the form that DALI takes: a contiguous (bytes,) uint8 array."""
+def _prepared(data: np.ndarray | bytes, header: Header) -> np.ndarray | Refusal:
+    """The bytes in the form that DALI takes: a contiguous (bytes,) uint8 array; or the reason why there is none."""
     if header.format == "webp" and bytes(data[12:16]) == b"VP8X":
         data = simple_webp(bytes(data))
+    elif header.format == "gif":
+        try:
+            data = _read_by_pillow(bytes(data))
+        except Exception as error:  # whatever Pillow raises for damaged data: OSError, ValueError, SyntaxError, EOFError, IndexError, ...
+            return Refusal(reason=f"undecodable: {str(error)[:200] or type(error).__name__}")
     if not isinstance(data, np.ndarray):
         return np.frombuffer(data, np.uint8)
     assert data.dtype == np.uint8, f"encoded images are (bytes,) uint8, not {data.dtype}"
     return np.ascontiguousarray(data)
+
+
+def _read_by_pillow(data: bytes) -> bytes:
+    """An image in a format that DALI cannot decode, as a PNM. Pillow reads nothing else here: it is a second decoder to trust."""
+    from PIL import Image  # here: most data sets do not need it
+
+    with Image.open(io.BytesIO(data), formats=("GIF",)) as image:
+        pixels = image.convert("RGB")
+    return b"P6 %d %d 255\n" % pixels.size + pixels.tobytes()
 
 
 def _cause(error: RuntimeError) -> str:
