@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
 from dataio.config import Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
-from dataio.sources import IMAGE_SUFFIXES
+from dataio.formats import is_image_file
 from dataio.terminal import prepare_output
 from trainer.export.model_folder import load_export
 from trainer.runs.folder import RunFolder, find_run
@@ -145,7 +146,7 @@ def image_paths(arguments: Sequence[str]) -> Iterator[str]:
             os.path.join(folder, name)
             for folder, _, names in os.walk(argument)
             for name in names
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+            if not name.startswith(".") and is_image_file(Path(folder, name))
         )
         if not found:
             raise ValueError(f"{argument} holds no image (.jpg, .png, .webp, ...); name another folder, or the files themselves")

@@ -1,10 +1,10 @@
 """Sources of labelled images, under one interface: CIFAR-10, Hugging Face Parquet, folders by class, tables, IDX files.
 
 What lives here: `open_source`, which recognises the kind of a path; a file for each kind of source (cifar, idx, huggingface, folder,
-table); `source`, their common interface; `targets`, the labels to read; `splits`, the held-out samples; `hostile` and `pickled`,
-which read archives, tables and pickles as if an attacker had written them. Imported by convert, and by code that needs the classes of a
-source before its conversion. Outside of the package, import only the names below. Codecs decide whether bytes are a usable image; convert
-and parquet store them.
+table); `layout`, the splits and classes of a folder; `source`, their common interface; `targets`, the labels to read; `splits`, the
+held-out samples; `hostile` and `pickled`, which read archives, tables and pickles as if an attacker had written them. Imported by convert,
+and by code that needs the classes of a source before its conversion. Outside of the package, import only the names below. Codecs decide
+whether bytes are a usable image; convert and parquet store them.
 """
 
 import functools
@@ -13,17 +13,17 @@ from pathlib import Path
 from dataio.foreign import open_regular
 from dataio.manifest import MANIFEST_NAME
 from dataio.sources.cifar import CIFAR10, Cifar, download, torchvision_cifar10
-from dataio.sources.folder import IMAGE_SUFFIXES, ImageFolder, find_folders
+from dataio.sources.folder import ImageFolder, RefusedFolder
 from dataio.sources.hostile import CIFAR_MEMBERS, read_archive, read_batches
 from dataio.sources.huggingface import HuggingFace, find_parquet
 from dataio.sources.idx import Idx, find_idx
+from dataio.sources.layout import find_layout, formerly_found, scan
 from dataio.sources.pickled import load_cifar_pickle
 from dataio.sources.source import ACCEPTED, Balanced, Options, Renamed, Sample, Source, SourceError, hashed, stat_hash
 from dataio.sources.table import DELIMITERS, Table
 
 __all__ = [
     "ACCEPTED",
-    "IMAGE_SUFFIXES",
     "Balanced",
     "Sample",
     "Source",
@@ -91,11 +91,23 @@ def _open_source(path: str, root: Path, options: Options) -> Source:
         return Idx(where, idx, options)
     if parquet := find_parquet(where):
         return HuggingFace(where, parquet, options)
-    if folders := find_folders(where):
-        return ImageFolder(where, folders, options)
+    if (found := _open_folders(where, options)) is not None:
+        return found
     names = sorted(entry.name + "/" * entry.is_dir() for entry in where.iterdir())
     found = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "nothing"
     raise SourceError(f"data.path={path!r} is no data set that can be read: it holds {found}; {ACCEPTED}")
+
+
+def _open_folders(where: Path, options: Options) -> Source | None:
+    """The class folders below a folder; None if there are none."""
+    tree = scan(where)
+    try:
+        layout = find_layout(tree, nested=not options.targets.endswith(":labels"))
+    except SourceError as problem:
+        if (former := formerly_found(tree)) is None:
+            raise
+        return RefusedFolder(problem, former, where, options)
+    return None if layout is None else ImageFolder(tree, layout, options)
 
 
 def _open_file(file: Path, options: Options) -> Source:

@@ -8,13 +8,14 @@ Accepted formats; tests/dataio/test_sniff_decode.py compares every line with Pil
 
 | format | accepted | equals Pillow |
 |---|---|---|
-| PNG | gray 1/2/4/8/16 bits (16 scaled from 0..65535 to 0..255, rounded), palette, RGB, RGBA, gray+alpha, interlaced; alpha and transparency are dropped | exactly |
+| PNG | gray 1/2/4/8 bits, palette, RGB, RGBA, gray+alpha, interlaced; alpha and transparency are dropped | exactly |
+| PNG | gray of 16 bits, scaled from 0..65535 to 0..255 | exactly (rounded; Pillow's `convert` clips) |
 | PNG | RGB, RGBA, gray+alpha of 16 bits | within 1 (DALI rounds, Pillow takes the high byte) |
 | JPEG | baseline, extended, progressive of 8 bits; gray, YCbCr, RGB, CMYK | exactly on a CPU (both use libjpeg-turbo) |
 | WebP | lossy, lossless; alpha is dropped, metadata (its orientation too) ignored | exactly |
 | BMP | uncompressed of 1, 4, 8, 24, 32 bits | exactly |
 | TIFF | one page, 8 bits: gray, RGB, RGBA, CMYK; palette and YCbCr within 1 | exactly |
-| TIFF | one page, 16 bits: gray, scaled as a PNG's | exactly (rounded; Pillow's `convert` clips) |
+| TIFF | one page, gray of 16 bits, scaled as a PNG's | exactly |
 | GIF | of one frame; decode.py has Pillow read it, because DALI cannot | exactly |
 | PNM | binary: P4, P5 and P6 of 8 or 16 bits | exactly |
 
@@ -424,9 +425,7 @@ def _pnm(raw: bytes | memoryview) -> Header:
     row = -(-width // 8) if kind == 4 else width * (3 if kind == 6 else 1) * (2 if most > 255 else 1)
     if (end := at + 1 + row * height) > len(raw):
         raise _Refused(f"truncated: a PNM of {end} bytes ends after {len(raw)}")
-    return Header(
-        format="pnm", height=height, width=width, mode="rgb" if kind == 6 else "gray", bits={1: 1, 255: 8, 65535: 16}[most]
-    )
+    return Header(format="pnm", height=height, width=width, mode="rgb" if kind == 6 else "gray", bits={1: 1, 255: 8, 65535: 16}[most])
 
 
 _READERS = (
