@@ -65,6 +65,10 @@ class DataConfig:
     targets: Annotated[str, FREE, targets_of] = ""
     """Columns to learn, as `NAME` or `NAME:KIND` separated by commas; the kinds are `label` (one class), `labels` (several classes or none)
     and `number`. Empty uses the source's own single label. Applied when a source is converted."""
+    image_column: Annotated[str, FREE] = ""
+    """Column of a table or of Parquet files that has the images, or names their files; empty finds it by its usual names."""
+    label_column: Annotated[str, FREE] = ""
+    """Column of a table or of Parquet files that has the one label to learn; empty finds it by its usual names. Instead of `targets`."""
     batch_size: Annotated[int, Ge(1), "100 is the default"] = 100
     """Images a step over all workers (global); a multiple of `train.virtual_ranks`."""
     backend: Annotated[Backend, FREE] = "auto"

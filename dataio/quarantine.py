@@ -13,6 +13,8 @@ from typing import Any
 from dataio.text import json_line, shown
 
 SHOWN = 5
+MOST = 0.5
+"""Of the samples: above it, to leave them out is no advice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,9 +105,13 @@ class Quarantine:
         needed = math.ceil(len(records) / max(self._total, 1) * 10_000) / 10_000
         listed = "".join(f"\n  {record.split} {shown(record.key)}: {shown(record.reason)}" for record in records[:SHOWN])
         more = f"\n  and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
+        fix = (  # one cause, most likely; a model of what is left would be of little use
+            "That is most of them: look at the reasons, repair the images, or name other data with --data.path"
+            if len(records) > MOST * self._total
+            else f"Repair or remove them, or let them be left out: --data.max-bad-fraction {needed:g} or more "
+            f"(of `dataio.convert`: --max-bad-fraction)"
+        )
         raise TooManyBadSamples(
             f"{len(records)} of {self._total} samples are bad{so_far}, more than the {math.floor(self._limit_fraction * self._total)} that "
-            f"data.max_bad_fraction={self._limit_fraction:g} allows:{listed}{more}\n"
-            f"Repair or remove them, or let them be left out: --data.max-bad-fraction {needed:g} or more "
-            f"(of `dataio.convert`: --max-bad-fraction)"
+            f"data.max_bad_fraction={self._limit_fraction:g} allows:{listed}{more}\n{fix}"
         )

@@ -17,8 +17,19 @@ import numpy as np
 from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
 from dataio.schema import LABEL, Target
 from dataio.sources.layout import Former, Layout, Tree, formerly_found
-from dataio.sources.source import Options, Sample, SourceError, former_identity, hashed, identities_of, key_of, stat_hash
-from dataio.sources.splits import divide, formerly_read, plan_splits, strata
+from dataio.sources.source import (
+    Options,
+    Sample,
+    SourceError,
+    former_identity,
+    hashed,
+    identities_of,
+    key_of,
+    no_columns,
+    plan_of,
+    stat_hash,
+)
+from dataio.sources.splits import divide, formerly_read, strata
 from dataio.sources.targets import Asked, parse_targets, unknown
 
 NO_LABELS = "_none"
@@ -44,6 +55,7 @@ class ImageFolder:
     kind = "folder"
 
     def __init__(self, tree: Tree, layout: Layout, options: Options) -> None:
+        no_columns(options, "class folders")
         asked = _asked(options.targets)
         several = asked.kind == "labels"
         listed = {split: layout.classes(split) for split in layout.splits if split != "unlabelled"}
@@ -66,7 +78,7 @@ class ImageFolder:
         self.ignored = layout.not_read
         self.identities = _identities(tree, files, options)
         self.identity = self.identities[0]
-        self._plan = plan_splits(images, test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
+        self._plan = plan_of(images, options)
         self._images = images | _divided(images["train"], target, self._plan.held)
 
     @property

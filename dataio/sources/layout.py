@@ -215,7 +215,7 @@ def _check_no_split(folder: Tree, classes: list[Tree]) -> None:
             by_rest.setdefault(meant[1], {}).setdefault(meant[0], tree.name)
     if several := next((found for found in by_rest.values() if len(found) > 1), None):
         raise SourceError(
-            f"{folder.path}: are {', '.join(sorted(several.values()))} splits? They hold images, but not a folder of images for each class. "
+            f"{folder.path}: are {', '.join(sorted(several.values()))} splits? They hold images, but no folder of images for each class. "
             f"Sort the images into class folders ({next(iter(several.values()))}/CLASS/...), or write their labels into a table: "
             f"--data.path {folder.path}/labels.csv"
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,7 @@ class Given:
     """A source of the given splits: of each, the values of its samples."""
 
     kind, ignored, identity = "given", (), "given"
+    held_out: ClassVar = {}
 
     def __init__(self, targets: tuple[Target, ...], splits: Mapping[str, list[tuple[Any, ...]]]) -> None:
         self.targets, self._splits = targets, splits

@@ -3,14 +3,16 @@
 start.py calls `open_data` and `check_can_ship`, session.py calls `ship`. dataio defines the format of a converted data set."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from dataio.convert import Progress as ConvertProgress
-from dataio.convert import open_prepared
+from dataio.convert import prepared
 from dataio.parquet import QUARANTINE_NAME, Dataset
+from dataio.reading import described, warnings
 from trainer.settings.tree import RunConfig
 
 CONVERT_LINE_SECONDS = 5.0
@@ -26,14 +28,22 @@ def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
             shown_at = time.monotonic()
             console.print(f"converting {config.data.path}: {progress.describe()}", soft_wrap=True, markup=False)
 
-    location, dataset = open_prepared(config.data, on_progress=on_progress)
+    found = prepared(config.data, on_progress=on_progress)
+    dataset, manifest = found.dataset, found.dataset.manifest
     if shown_at is not None:
         console.print(f"converted into {dataset.where}", soft_wrap=True, markup=False)
-    if dataset.manifest.quarantined:
-        count = dataset.manifest.quarantined
-        left_out = f"{count} image{'' if count == 1 else 's'} that could not be used {'is' if count == 1 else 'are'} left out"
-        console.print(f"{left_out}: {dataset.where}/{QUARANTINE_NAME}", soft_wrap=True, markup=False)
-    return location, dataset
+    reading = dataset.reading
+    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    tell(f"data: {described(manifest, reading)}")
+    if found.by_earlier_rule:
+        tell(f"these data were converted by an earlier version, whose rules they keep; to convert them again, remove {dataset.where}")
+    if manifest.quarantined:
+        one = manifest.quarantined == 1
+        left_out = f"{manifest.quarantined:,} image{'' if one else 's'} that could not be used {'is' if one else 'are'} left out"
+        tell(f"{left_out}: {dataset.where}/{QUARANTINE_NAME}")
+    for line in warnings(manifest, reading, dataset.where):
+        tell(f"warning: {line}")
+    return found.location, dataset
 
 
 def check_can_ship(dataset: Dataset, config: RunConfig) -> None:
