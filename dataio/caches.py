@@ -24,8 +24,8 @@ from dataio.convert import ORIGIN_NAME
 from dataio.foreign import MAX_MANIFEST_BYTES, MAX_SETTINGS_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, ManifestError
 from dataio.reading import targets_described
-from dataio.terminal import prepare_output
-from dataio.text import printable, shown
+from dataio.terminal import prepare_output, tell
+from dataio.text import shown
 
 _PARTIAL = ".partial"
 
@@ -110,36 +110,33 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = caches(root) if root.exists() else []
     except OSError as error:
-        _say(f"error: {root} cannot be read: {error.strerror}", error=True)
+        tell(f"error: {root} cannot be read: {error.strerror}", sys.stderr)
         return 1
     named = found if options.remove == ["all"] else [cache for cache in found if cache.path.name in options.remove]
     if unknown := set(options.remove) - {"all"} - {cache.path.name for cache in found}:
-        _say(f"error: {sorted(unknown)[0]} is no converted folder in {root}; without --remove they are listed", error=True)
+        tell(f"error: {sorted(unknown)[0]} is no converted folder in {root}; without --remove they are listed", sys.stderr)
         return 2
     if not options.remove:
         for cache in found:
-            _say(cache.line)
+            tell(cache.line, sys.stdout)
         total = size(sum(cache.size_bytes for cache in found))
-        _say(f"{len(found)} in {root}, {total}; --remove NAME... frees what it takes, and the next run makes it again where it needs it")
+        tell(
+            f"{len(found)} in {root}, {total}; --remove NAME... frees what it takes, and the next run makes it again where it needs it",
+            sys.stdout,
+        )
         return 0
     freed, failed = 0, 0
     for cache in named:
         try:
             remove(cache)
         except (OSError, ValueError) as error:
-            _say(f"error: {error}", error=True)
+            tell(f"error: {error}", sys.stderr)
             failed += 1
         else:
             freed += cache.size_bytes
-            _say(f"removed {cache.line}")
-    _say(f"{size(freed)} freed")
+            tell(f"removed {cache.line}", sys.stdout)
+    tell(f"{size(freed)} freed", sys.stdout)
     return 1 if failed else 0
-
-
-def _say(text: str, *, error: bool = False) -> None:
-    stream = sys.stderr if error else sys.stdout
-    encoding = stream.encoding or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 if __name__ == "__main__":

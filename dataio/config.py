@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 Backend = Literal["auto", "dali", "torch", "numpy"]
 Cache = Literal["auto", "device", "host", "none"]
 Fit = Literal["refuse", "stretch", "crop"]
+Background = Literal["", "black", "gray", "white"]
 
 
 class Mark(Enum):
@@ -80,6 +81,8 @@ class DataConfig:
     fit: Fit = "refuse"
     """What to do with an image of another size: refuse it (quarantine), stretch it, or crop its largest centred part of the right shape and
     resize that."""
+    background: Annotated[Background, LATER] = ""
+    """Colour behind transparent images. Empty drops their alpha channel: what is transparent shows the colour stored below it."""
     pad: Annotated[int, Ge(0), "0 turns the random crop off"] = 4
     """Zero pixels added on each side before the random crop; 0 turns the crop off."""
     flip: bool = True

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +38,8 @@ from dataio.reading import READING_NAME, REPEATS_NAME, Reading, Repeats, describ
 from dataio.remote import is_remote, is_uri, local_path
 from dataio.schema import SPLITS, UNLABELLED, Target, fault_of_targets, is_known, is_single_label, value_of
 from dataio.sources import Balanced, Sample, Source, open_source
-from dataio.terminal import prepare_output
-from dataio.text import address, printable
+from dataio.terminal import prepare_output, tell
+from dataio.text import address
 
 SHARD_BYTES = 64 << 20
 SMALL_SOURCE = 5_000  # samples; a source as small as this is read to its end, so that the error about bad samples can count them all
@@ -273,6 +273,8 @@ class _Part:
     last: bool
     bad: tuple[BadSample, ...]
     image_sizes: dict[str, int]
+    transparent: int
+    """Samples of the shard that have an alpha channel."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -379,7 +381,7 @@ class _Conversion:
         writer = ShardWriter(path, self._source.targets)
         bad: list[BadSample] = []
         sizes: Counter[str] = Counter()
-        rows = 0
+        rows = transparent = 0
         try:
             while not reading.last and (not rows or writer.size_bytes < self._shard_bytes):
                 group: list[_Good] = []
@@ -390,6 +392,7 @@ class _Conversion:
                         if isinstance(verdict, _Good):
                             group.append(verdict)
                             sizes[verdict.size] += 1
+                            transparent += verdict.has_alpha
                         else:
                             bad.append(BadSample(key=sample.key, reason=verdict, split=reading.split, sample_id=place + offset))
                             self._quarantine.add(sample.key, verdict, reading.split, place + offset)
@@ -410,6 +413,7 @@ class _Conversion:
             last=reading.last,
             bad=tuple(bad),
             image_sizes=dict(sorted(sizes.items())),
+            transparent=transparent,
         )
 
     def _write_group(self, writer: ShardWriter, group: Sequence["_Good"]) -> None:
@@ -434,7 +438,7 @@ class _Conversion:
             except ValueError as error:
                 yield f"bad label: {error}"
             else:
-                yield _Good(sample=sample, values=values, size=verdict.size)
+                yield _Good(sample=sample, values=values, size=verdict.size, has_alpha=verdict.has_alpha)
 
     def _stored_keys(self, split: str, done: list[_Part]) -> set[str]:
         shards = tuple(part.shard for part in done if part.shard is not None)
@@ -484,11 +488,11 @@ class _Conversion:
             identity=self._identity,
         )
         _write(self._staging / QUARANTINE_NAME, "".join(record.to_line() for part in parts for record in part.bad))
-        self._tell_of(stored, repeats)
+        self._tell_of(stored, repeats, sum(part.transparent for part in parts))
         _write(self._staging / MANIFEST_NAME, manifest.to_json())
         return manifest
 
-    def _tell_of(self, splits: dict[str, Split], repeats: Repeats) -> None:
+    def _tell_of(self, splits: dict[str, Split], repeats: Repeats, transparent: int) -> None:
         """Writes down what was found besides the samples."""
         targets = self._source.targets
         pairs = repeats.pairs(labels=is_single_label(targets))
@@ -497,6 +501,7 @@ class _Conversion:
             held_out=dict(self._source.held_out),
             not_read=self._source.ignored,
             class_counts=_class_counts(splits, targets),
+            transparent=transparent,
             copies=dict(Counter(pair.split for pair in pairs if pair.is_copy)),
             contradictory=sum(pair.differs for pair in pairs),
             copied=examples_of([line for pair, line in zip(pairs, lines, strict=True) if pair.is_copy]),
@@ -533,6 +538,7 @@ class _Good:
     values: list[np.ndarray]
     """One for each target, in order."""
     size: str
+    has_alpha: bool
 
 
 class _Reading:
@@ -743,17 +749,17 @@ def main(arguments: list[str] | None = None) -> int:
                 threads=options.threads,
             )
     except (ValueError, OSError) as error:
-        _tell(f"error: {error}", sys.stderr)
+        tell(f"error: {error}", sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        _tell("stopped; run the same command again to go on after the last complete shard", sys.stderr)
+        tell("stopped; run the same command again to go on after the last complete shard", sys.stderr)
         return 130
     if not worked:
-        _tell(f"{options.dest} is there already, made from this source with these settings", sys.stdout)
+        tell(f"{options.dest} is there already, made from this source with these settings", sys.stdout)
     dataset = open_dataset(options.dest)
     for line in warnings(manifest, dataset.reading, dataset.where):
-        _tell(f"warning: {line}", sys.stderr)
-    _tell(_summary(dataset, manifest, time.monotonic() - started), sys.stdout)
+        tell(f"warning: {line}", sys.stderr)
+    tell(_summary(dataset, manifest, time.monotonic() - started), sys.stdout)
     return 0
 
 
@@ -761,12 +767,6 @@ def _summary(dataset: Dataset, manifest: Manifest, seconds: float) -> str:
     bad = f" (see {QUARANTINE_NAME})" if manifest.quarantined else ""
     size = f"{dataset.size_bytes / 1e6:.1f} MB, {seconds:.1f} s"
     return f"{described(manifest, dataset.reading)}{bad}; {size}\nfingerprint {manifest.fingerprint}"
-
-
-def _tell(text: str, stream: TextIO) -> None:
-    """The only way by which this file prints: names and messages of the source move no cursor, and any terminal can encode them."""
-    encoding = stream.encoding or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 @contextlib.contextmanager
@@ -802,7 +802,7 @@ def _plain_lines(every_seconds: float = 5.0) -> Callable[[Progress], None]:
         if not finished and time.monotonic() - shown < every_seconds:
             return
         shown = time.monotonic()
-        _tell(progress.describe(), sys.stderr)
+        tell(progress.describe(), sys.stderr)
 
     return show
 

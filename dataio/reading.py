@@ -35,6 +35,8 @@ class Reading:
     """Files, or groups of files, of the source that are no part of the data."""
     class_counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Split -> samples of each class of the only target that has any."""
+    transparent: int = 0
+    """Images with an alpha channel, over all splits."""
     copies: Mapping[str, int] = field(default_factory=dict)
     """Split -> its samples whose bytes are those of a training sample."""
     contradictory: int = 0
@@ -57,6 +59,7 @@ class Reading:
                 held_out={str(split): float(fraction) for split, fraction in known.get("held_out", {}).items()},
                 not_read=tuple(map(str, known.get("not_read", ()))),
                 class_counts={str(split): tuple(map(int, counts)) for split, counts in known.get("class_counts", {}).items()},
+                transparent=int(known.get("transparent", 0)),
                 copies={str(split): int(count) for split, count in known.get("copies", {}).items()},
                 contradictory=int(known.get("contradictory", 0)),
                 copied=tuple(map(str, known.get("copied", ()))),

@@ -15,7 +15,7 @@ import tyro
 
 from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
-from dataio.config import Fit
+from dataio.config import Background, Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import is_image_file
 from dataio.terminal import prepare_output
@@ -71,7 +71,17 @@ class Predictor:
         self._model, self._preprocess, self._size = exported.model, exported.preprocess, exported.image_size
         self._fit: Fit = fit or exported.fit
         height, width = self._size
-        self._decoder = Decoder(height=height, width=width, fit=self._fit, max_pixels=exported.max_image_pixels, batch_size=BATCH)
+        self.background: Background = exported.background
+        self.transparent = 0
+        """Images with an alpha channel that were predicted so far."""
+        self._decoder = Decoder(
+            height=height,
+            width=width,
+            fit=self._fit,
+            background=self.background,
+            max_pixels=exported.max_image_pixels,
+            batch_size=BATCH,
+        )
 
     def predict(self, paths: Sequence[str], *, top: int) -> Iterator[Prediction]:
         """One Prediction for each of `paths`, in order, batch by batch."""
@@ -90,6 +100,7 @@ class Predictor:
         if encoded:
             decoded = self._decoder.decode(list(encoded.values()))
             reasons = dict(decoded.bad)
+            self.transparent += decoded.transparent
             images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
             answers = self.task.answers(self._model(self._preprocess(images)), top=top)
             for index, path in enumerate(encoded):
@@ -129,6 +140,11 @@ def main(argv: Sequence[str]) -> int:
     for prediction in predictor.predict(paths, top=arguments.top):
         bad += bool(prediction.error)
         _show(prediction, predictor.task, as_json=arguments.json)
+    if predictor.transparent:
+        treated = f"put on {predictor.background}" if predictor.background else "its alpha channel dropped, whatever that shows"
+        complain(
+            f"{predictor.transparent} of {len(paths)} images with transparency: {treated}, as in this run's training (data.background)"
+        )
     if bad:
         complain(f"{bad} of {len(paths)} images could not be classified")
     return 1 if bad else 0

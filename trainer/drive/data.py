@@ -41,6 +41,11 @@ def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
         one = manifest.quarantined == 1
         left_out = f"{manifest.quarantined:,} image{'' if one else 's'} that could not be used {'is' if one else 'are'} left out"
         tell(f"{left_out}: {dataset.where}/{QUARANTINE_NAME}")
+    if reading is not None and reading.transparent and not config.data.background:
+        tell(
+            f"{reading.transparent:,} images have an alpha channel, which is dropped: what is transparent shows the colour stored below "
+            "it; --data.background white puts them on white"
+        )
     for line in warnings(manifest, reading, dataset.where):
         tell(f"warning: {line}")
     return found.location, dataset

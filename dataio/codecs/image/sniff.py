@@ -19,6 +19,8 @@ Accepted formats; tests/dataio/test_sniff_decode.py compares every line with Pil
 | GIF | of one frame; decode.py has Pillow read it, because DALI cannot | exactly |
 | PNM | binary: P4, P5 and P6 of 8 or 16 bits | exactly |
 
+With `data.background`, decode.py puts transparent images in front of a colour; Pillow reads them then.
+
 An EXIF orientation in a JPEG or PNG is applied; height and width are those of the upright image.
 
 Refused images (`kind: detail`; the kinds are KINDS):
@@ -39,7 +41,7 @@ Not detected, because the decoders silently fill in what is missing: damage with
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -82,6 +84,8 @@ class Header:
     """The pixel format by the file format's own name: gray, gray-alpha, palette, rgb, rgba, ycbcr, cmyk."""
     bits: int
     """Bits a channel (for a palette, bits an index)."""
+    has_alpha: bool = False
+    """It may be transparent somewhere: an alpha channel, or a colour that is none."""
 
     @property
     def size(self) -> str:
@@ -146,7 +150,7 @@ def _png(raw: bytes | memoryview) -> Header:
     if raw[12:16] != b"IHDR" or struct.unpack_from(">I", raw, 8)[0] != 13:
         raise _Refused("damaged: a PNG whose first chunk is not IHDR") if len(raw) >= 16 else _Refused("truncated: a PNG without IHDR")
     width, height, bits, color, compression, filtering, interlace = struct.unpack_from(">IIBBBBB", raw, 16)
-    at, orientation, pixels = 8, 1, False
+    at, orientation, pixels, transparent = 8, 1, False, color in (4, 6)
     for _ in range(MAX_PARTS):
         if at + 12 > len(raw):
             raise _Refused("truncated: a PNG without IEND")
@@ -163,6 +167,7 @@ def _png(raw: bytes | memoryview) -> Header:
         if kind == b"eXIf":
             orientation = _exif_orientation(bytes(raw[at + 8 : end - 4]))
         pixels = pixels or kind == b"IDAT"
+        transparent = transparent or kind == b"tRNS"
         at = end
         if kind == b"IEND":
             break
@@ -175,7 +180,7 @@ def _png(raw: bytes | memoryview) -> Header:
     mode = _PNG_MODES[color][0]
     if orientation >= 5:
         height, width = width, height
-    return Header(format="png", height=height, width=width, mode=mode, bits=bits)
+    return Header(format="png", height=height, width=width, mode=mode, bits=bits, has_alpha=transparent)
 
 
 # JPEG: ITU-T T.81, annex B
@@ -263,14 +268,20 @@ def _webp(raw: bytes | memoryview) -> Header:
         flags = raw[20]
         if flags & 0x02:
             raise _Refused("animated: a WebP of several frames")
-        return _webp(simple_webp(raw))
+        header = _webp(simple_webp(raw))
+        return replace(header, has_alpha=header.has_alpha or bool(flags & 0x10))
     if kind == b"VP8L":
         packed = struct.unpack_from("<I", raw, 21)[0]
         if raw[20] != 0x2F:
             raise _Refused("damaged: a lossless WebP without its signature")
         alpha = packed >> 28 & 1
         return Header(
-            format="webp", height=(packed >> 14 & 0x3FFF) + 1, width=(packed & 0x3FFF) + 1, mode="rgba" if alpha else "rgb", bits=8
+            format="webp",
+            height=(packed >> 14 & 0x3FFF) + 1,
+            width=(packed & 0x3FFF) + 1,
+            mode="rgba" if alpha else "rgb",
+            bits=8,
+            has_alpha=bool(alpha),
         )
     if kind == b"VP8 ":
         if bytes(raw[23:26]) != b"\x9d\x01\x2a":
@@ -362,7 +373,8 @@ def _tiff(raw: bytes | memoryview) -> Header:
         raise _Refused(f"unsupported: a TIFF with compression {compression}")
     if len(offsets) != len(sizes) or any(begin + size > len(raw) for begin, size in zip(offsets, sizes, strict=True)):
         raise _Refused("truncated: the TIFF's pixels lie behind its end")
-    return Header(format="tiff", height=height, width=width, mode=_TIFF_MODES[photometric, samples], bits=max(bits))
+    mode = _TIFF_MODES[photometric, samples]
+    return Header(format="tiff", height=height, width=width, mode=mode, bits=max(bits), has_alpha=mode == "rgba")
 
 
 # GIF: https://www.w3.org/Graphics/GIF/spec-gif89a.txt
@@ -372,7 +384,7 @@ def _gif(raw: bytes | memoryview) -> Header:
     if bytes(raw[:6]) not in (b"GIF87a", b"GIF89a"):
         raise _Refused("damaged: a GIF of no known version" if len(raw) >= 6 else "truncated: the header ends in GIF8")
     width, height, flags = struct.unpack_from("<HHB", raw, 6)
-    at, frames = 13 + _gif_colors(flags), 0
+    at, frames, transparent = 13 + _gif_colors(flags), 0, False
     for _ in range(MAX_PARTS):
         kind = raw[at]
         if kind == 0x3B:  # the end
@@ -381,6 +393,7 @@ def _gif(raw: bytes | memoryview) -> Header:
             frames += 1
             at = _after_blocks(raw, at + 11 + _gif_colors(raw[at + 9]))
         elif kind == 0x21:
+            transparent = transparent or (raw[at + 1] == 0xF9 and bool(raw[at + 3] & 1))
             at = _after_blocks(raw, at + 2)
         else:
             raise _Refused(f"damaged: a GIF with a block of kind {kind}")
@@ -388,7 +401,7 @@ def _gif(raw: bytes | memoryview) -> Header:
         raise _Refused(f"damaged: a GIF of more than {MAX_PARTS} blocks")
     if frames != 1:
         raise _Refused(f"animated: a GIF of {frames} frames" if frames else "damaged: a GIF without an image")
-    return Header(format="gif", height=height, width=width, mode="palette", bits=8)
+    return Header(format="gif", height=height, width=width, mode="palette", bits=8, has_alpha=transparent)
 
 
 def _gif_colors(flags: int) -> int:
