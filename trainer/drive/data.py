@@ -41,6 +41,8 @@ def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
         one = manifest.quarantined == 1
         left_out = f"{manifest.quarantined:,} image{'' if one else 's'} that could not be used {'is' if one else 'are'} left out"
         tell(f"{left_out}: {dataset.where}/{QUARANTINE_NAME}")
+    if "validation" in manifest.splits:
+        tell("a run scores test, each epoch and at its end, and does not look at validation: trainer.evaluate RUN --split validation does")
     if reading is not None and reading.transparent and not config.data.background:
         tell(
             f"{reading.transparent:,} images have an alpha channel, which is dropped: what is transparent shows the colour stored below "
