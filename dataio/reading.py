@@ -54,6 +54,8 @@ class Reading:
         """None for text that is none; it is only told, so nothing depends on it. Keys of a later version are ignored."""
         try:
             value = json_of(text)
+            if not isinstance(value, dict):
+                return None
             known = {name: value[name] for name in (each.name for each in fields(cls)) if name in value}
             return cls(
                 held_out={str(split): float(fraction) for split, fraction in known.get("held_out", {}).items()},

@@ -32,13 +32,13 @@ def test_a_line_says_which_classes_and_how_many_images_and_what_was_not_read(tmp
     (tmp_path / "source" / "bee" / "broken.png").write_bytes(b"no image")
     dataset = made(tmp_path / "source", tmp_path / "dest")
     assert described(dataset.manifest, dataset.reading) == (
-        "2 classes (ant, bee): 9 train, 3 test images (3 to 6 of a class to train); test held out of train (25%); "
+        "2 classes (ant, bee): 10 train, 2 test images (4 to 6 of a class to train); test held out of train (25%); "
         "1 could not be used; not read: 1 .txt"
     )
     (tmp_path / "dest" / READING_NAME).unlink()  # as in a folder made before
     older = open_dataset(tmp_path / "dest")
     assert older.reading is None
-    assert described(older.manifest, older.reading) == "2 classes (ant, bee): 9 train, 3 test images; 1 could not be used"
+    assert described(older.manifest, older.reading) == "2 classes (ant, bee): 10 train, 2 test images; 1 could not be used"
     assert said(older) == []
 
 

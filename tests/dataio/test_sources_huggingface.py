@@ -172,23 +172,24 @@ def test_targets_are_columns_of_the_kind_that_their_types_say(tmp_path: Path):
         ("round", "label", ("false", "true")),
     ]
     assert source.classes == ("x", "y")
+    null = "bad label: null"  # where it is the only target
     assert [len(sample.values) for sample in source.samples("test")] == [7] * 5
-    assert values_of(tmp_path, "kind") == [(0, None), (1, None), (-1, None), (-1, None), (1, None)]
-    assert values_of(tmp_path, "animal") == [(1, None), (2, None), (-1, None), (1, None), (0, None)]
-    assert values_of(tmp_path, "round:label") == [(1, None), (0, None), (-1, None), (1, None), (1, None)]
+    assert values_of(tmp_path, "kind") == [(0, None), (1, None), (-1, null), (-1, None), (1, None)]
+    assert values_of(tmp_path, "animal") == [(1, None), (2, None), (-1, null), (1, None), (0, None)]
+    assert values_of(tmp_path, "round:label") == [(1, None), (0, None), (-1, null), (1, None), (1, None)]
     unknown = [255, 255, 255]
     assert values_of(tmp_path, "tags") == [
         ([1, 0, 1], None),
         ([0, 0, 0], None),
-        (unknown, None),
+        (unknown, null),
         ([0, 1, 0], None),
         (unknown, "bad label: tags holds 5, which is not in 0..2"),
     ]
     assert values_of(tmp_path, "words")[4] == ([255, 255], "bad label: words holds None, which is not in 0..1")
     assert repr(values_of(tmp_path, "age")) == repr(
-        [(1.5, None), (math.nan, None), (math.nan, None), (-2.0, None), (math.nan, "bad label: age is inf, more than a number can be")]
+        [(1.5, None), (math.nan, None), (math.nan, null), (-2.0, None), (math.nan, "bad label: age is inf, more than a number can be")]
     )
-    assert repr(values_of(tmp_path, "count:number")) == repr([(3.0, None), (7.0, None), (math.nan, None), (0.0, None), (1.0, None)])
+    assert repr(values_of(tmp_path, "count:number")) == repr([(3.0, None), (7.0, None), (math.nan, null), (0.0, None), (1.0, None)])
 
 
 @pytest.mark.parametrize(
@@ -225,8 +226,8 @@ def test_parquet_without_the_columns_or_damaged_is_a_clear_error(tmp_path: Path)
     pq.write_table(pa.table({"image": [1, 2], "label": [0, 1]}), tmp_path / "train-0.parquet")
     with pytest.raises(SourceError, match=r"no column image or img of struct.*image: int64, label: int64"):
         read(tmp_path)
-    write_hf(tmp_path / "train-0.parquet", hf_rows(3), label="target")
-    with pytest.raises(SourceError, match=r"no column label or fine_label.*say which columns are learnt: --data\.targets NAME"):
+    write_hf(tmp_path / "train-0.parquet", hf_rows(3), label="mine")
+    with pytest.raises(SourceError, match=r"no column label or fine_label.*say which one has the labels: --data\.label-column NAME"):
         read(tmp_path)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 and nothing else PAR1")
     with pytest.raises(SourceError, match=r"train-0\.parquet is no readable Parquet file"):

@@ -150,11 +150,15 @@ def test_what_is_no_regular_file_below_the_table_is_refused_by_sample(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "targets", "message"),
     [
-        ("", "", "line 1: no column names the image files; its columns are none; call the one with the files"),
-        ("name,label\na,b\n", "", "line 1: no column names the image files; its columns are name, label; call .* image"),
+        ("", "", "line 1: no column names the image files; its columns are none; say which one does"),
+        ("who,label\na,b\n", "", r"line 1: no column names the image files; its columns are who, label; .*--data\.image-column NAME"),
         ("image,label\n", "", "has a header, but no row below it"),
         ("image,label,label\n", "", "line 1: there are two columns named 'label'; name each column once"),
-        ("image,x,y\n{0},1,2\n", "", r"no column label, labels, tags; say which are the labels, --data\.targets NAME.*columns are x, y$"),
+        (
+            "image,x,y\n{0},1,2\n",
+            "",
+            r"no column label, labels, tags; .*--data\.label-column NAME,.*--data\.targets NAME.*columns are x, y$",
+        ),
         ("image,split\n{0},train\n", "", "its columns are none$"),
         ("image,x\n{0},1\n", "x,z", r"data\.targets names 'z', which is no column of labels in .*; those are x: --data"),
         ("image,x,split\n{0},1,train\n", "split", "names 'split', which is no column of labels"),
