@@ -28,6 +28,8 @@ NOT_DECODED = frozenset(
     """.split()  # noqa: SIM905 (a list of them fills the page)
 )
 """Suffixes of images that nothing here decodes; a camera's raw files begin like a TIFF."""
+JUNK = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"})
+"""Folders and files that systems leave behind, in lower case: thumbnails, resource forks, deleted files."""
 START_BYTES = 32
 """Of a file, enough to tell its format."""
 _NO_IMAGES = frozenset(

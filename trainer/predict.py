@@ -17,7 +17,7 @@ from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
 from dataio.config import Background, Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
-from dataio.formats import is_image_file
+from dataio.formats import JUNK, is_image_file
 from dataio.terminal import prepare_output
 from trainer.export.model_folder import load_export
 from trainer.runs.folder import RunFolder, find_run
@@ -158,15 +158,19 @@ def image_paths(arguments: Sequence[str]) -> Iterator[str]:
         if not os.path.isdir(argument):
             yield argument
             continue
-        found = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(argument)
-            for name in names
-            if not name.startswith(".") and is_image_file(Path(folder, name))
-        )
+        found = sorted(_images_below(argument))
         if not found:
             raise ValueError(f"{argument} holds no image (.jpg, .png, .webp, ...); name another folder, or the files themselves")
         yield from found
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    """The images that a data set of this folder would have, in any order."""
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name.lower() not in JUNK]
+        for name in names:
+            if not name.startswith(".") and name.lower() not in JUNK and is_image_file(Path(where, name)):
+                yield os.path.join(where, name)
 
 
 def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dataio.formats import NOT_DECODED, is_image_file
+from dataio.formats import JUNK, NOT_DECODED, is_image_file
 from dataio.sources.source import SourceError, key_of
 from dataio.sources.splits import ALIASES
 
-JUNK = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"})
-"""Folders and files that systems leave behind, in lower case: thumbnails, resource forks, deleted files."""
 _WORDS: Mapping[str, str] = {
     **dict.fromkeys(("train", "training", "trainset", "trainingset"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "validate", "validationset", "valset"), "validation"),

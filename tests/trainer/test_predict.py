@@ -264,5 +264,7 @@ def test_shapes_on_transparency_are_told_apart_where_a_background_was_trained_wi
 def test_a_folder_is_searched_for_images_by_their_content(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(tmp_path / "0", "JPEG")
     (tmp_path / "notes").write_text("BMI")
+    (tmp_path / "@eaDir").mkdir()
+    (tmp_path / "@eaDir" / "thumb.jpg").write_bytes((tmp_path / "0").read_bytes())
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
     assert list(image_paths([str(tmp_path)])) == [str(tmp_path / "0")]

@@ -3,14 +3,14 @@
 start.py calls `open_data` and `check_can_ship`, session.py calls `ship`. dataio defines the format of a converted data set."""
 
 import time
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from dataio.convert import Prepared, prepared
 from dataio.convert import Progress as ConvertProgress
-from dataio.convert import prepared
 from dataio.parquet import QUARANTINE_NAME, Dataset
 from dataio.reading import described, warnings
 from trainer.settings.tree import RunConfig
@@ -29,28 +29,31 @@ def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
             console.print(f"converting {config.data.path}: {progress.describe()}", soft_wrap=True, markup=False)
 
     found = prepared(config.data, on_progress=on_progress)
-    dataset, manifest = found.dataset, found.dataset.manifest
     if shown_at is not None:
-        console.print(f"converted into {dataset.where}", soft_wrap=True, markup=False)
-    reading = dataset.reading
-    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-    tell(f"data: {described(manifest, reading)}")
+        console.print(f"converted into {found.dataset.where}", soft_wrap=True, markup=False)
+    for line in lines_about(found, config):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return found.location, found.dataset
+
+
+def lines_about(found: Prepared, config: RunConfig) -> Iterator[str]:
+    """What the user should know of the data before a run trains on them; the first line says what they are."""
+    dataset, manifest, reading = found.dataset, found.dataset.manifest, found.dataset.reading
+    yield f"data: {described(manifest, reading)}"
     if found.by_earlier_rule:
-        tell(f"these data were converted by an earlier version, whose rules they keep; to convert them again, remove {dataset.where}")
-    if manifest.quarantined:
-        one = manifest.quarantined == 1
-        left_out = f"{manifest.quarantined:,} image{'' if one else 's'} that could not be used {'is' if one else 'are'} left out"
-        tell(f"{left_out}: {dataset.where}/{QUARANTINE_NAME}")
+        yield f"these data were converted by an earlier version, whose rules they keep; to convert them again, remove {dataset.where}"
     if "validation" in manifest.splits:
-        tell("a run scores test, each epoch and at its end, and does not look at validation: trainer.evaluate RUN --split validation does")
+        yield "a run scores test, each epoch and at its end, and does not look at validation: trainer.evaluate RUN --split validation does"
+    if manifest.quarantined:
+        what = "image that could not be used is" if manifest.quarantined == 1 else "images that could not be used are"
+        yield f"{manifest.quarantined:,} {what} left out: {dataset.where}/{QUARANTINE_NAME}"
     if reading is not None and reading.transparent and not config.data.background:
-        tell(
-            f"{reading.transparent:,} images have an alpha channel, which is dropped: what is transparent shows the colour stored below "
-            "it; --data.background white puts them on white"
+        yield (
+            f"{reading.transparent:,} image{' has' if reading.transparent == 1 else 's have'} an alpha channel, which is dropped: "
+            "what is transparent shows the colour stored below it; --data.background white puts them on white"
         )
     for line in warnings(manifest, reading, dataset.where):
-        tell(f"warning: {line}")
-    return found.location, dataset
+        yield f"warning: {line}"
 
 
 def check_can_ship(dataset: Dataset, config: RunConfig) -> None:
