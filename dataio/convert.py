@@ -189,6 +189,22 @@ def prepared(config: DataConfig, on_progress: Callable[[Progress], None] | None 
     return Prepared(location=location, dataset=open_dataset(location), by_earlier_rule=by_earlier_rule)
 
 
+def already_prepared(config: DataConfig) -> Dataset | None:
+    """The converted data set of `config.path` if there is one; converts nothing. None too where the source is gone."""
+    try:
+        if is_remote(config.path):
+            return open_dataset(config.path)
+        path = (local_path(config.path) if is_uri(config.path) else None) or Path(config.path).expanduser()
+        if (path / MANIFEST_NAME).is_file():
+            return open_dataset(path)
+        source = source_of(config)
+        names = (f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels))
+        folder = next((made for name in names if _intact(made := Path(config.root).expanduser() / name) is not None), None)
+        return None if folder is None else open_dataset(folder)
+    except (ValueError, OSError):
+        return None
+
+
 def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None = None) -> Path:
     """The converted folder of `config.path`: the path itself if it is one, else a folder in `config.root`, made once.
 

@@ -1,4 +1,4 @@
-"""Claims about what a run says of its data before it trains: a line with classes, counts and what is not read, then what to know of them."""
+"""Claims about what a run says of its data before it trains: classes, counts, what is not read, and what to know of them."""
 
 import io
 from pathlib import Path

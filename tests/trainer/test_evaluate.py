@@ -199,6 +199,21 @@ def test_every_image_of_a_folder_without_splits_is_scored_and_classes_may_be_lac
     assert asked(capsys, str(run), "--data.root", str(tmp_path / "data"), "--data.path", str(one.parent))["count"] == 1
 
 
+def test_images_that_the_run_was_trained_on_are_counted(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = open_dataset(SAMPLE).split("train")
+    group, labels = split.read_group(0), split.labels()
+    (tmp_path / "images" / "Bag").mkdir(parents=True)
+    bags = [row for row in range(200) if CLASSES[labels[row]] == "Bag"]
+    for row in bags:
+        (tmp_path / "images" / "Bag" / f"{row}.png").write_bytes(group.encoded[row].tobytes())
+    pixels, of = decoded("test")
+    Image.fromarray(pixels[of.tolist().index(CLASSES.index("Bag"))]).save(tmp_path / "images" / "Bag" / "new.png", compress_level=1)
+    assert main([str(run), "--data.root", str(tmp_path / "data"), "--data.path", str(tmp_path / "images"), "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert f"all {len(bags) + 1} images" in shown
+    assert f"{len(bags)} of these images are copies of images that the run was trained on" in shown
+
+
 def test_of_data_with_splits_the_one_that_is_not_for_training_is_scored(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

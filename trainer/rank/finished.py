@@ -6,7 +6,7 @@ It uses the run's own evaluation (trainer.rank.evaluation), with the same batche
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import torch
 
 from cluster.machine import available_memory_bytes
 from dataio.config import DataConfig
-from dataio.convert import Prepared, Progress, prepared
+from dataio.convert import Prepared, Progress, already_prepared, prepared
 from dataio.loader import Loader
 from dataio.manifest import Manifest
 from dataio.order import Order
 from dataio.parquet import Dataset
 from dataio.quarantine import BadSample, Quarantine
-from dataio.reading import described, warnings
+from dataio.reading import Repeats, described, warnings
 from dataio.remote import is_uri
 from trainer.export.model_folder import load_export
 from trainer.rank.evaluation import evaluate_share, share_of
@@ -125,7 +125,7 @@ def evaluate_finished(
     return Evaluated(
         run=folder.name,
         data=data.path,
-        about_data=(described(manifest, dataset.reading), *warnings(manifest, dataset.reading, dataset.where)),
+        about_data=tuple(_about(config.data, data, dataset, split)),
         split="all" if is_all else split,
         dataset_fingerprint=manifest.fingerprint,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -152,6 +152,24 @@ def _found(own: DataConfig, data: DataConfig, split: str) -> tuple[Prepared, str
     if "test" in splits and (is_own or "test" not in held_out or "validation" not in splits):
         return found, "test", False
     return (found, "validation", False) if "validation" in splits else (found, "train", True)
+
+
+def _about(own: DataConfig, data: DataConfig, dataset: Dataset, split: str) -> Iterator[str]:
+    """What the user should know of the data: what they are, and whether the run was trained on some of them."""
+    manifest, reading = dataset.manifest, dataset.reading
+    yield described(manifest, reading)
+    if _same_place(own.path, data.path):
+        yield from warnings(manifest, reading, dataset.where)
+        return
+    trained = already_prepared(own)
+    if trained is None or trained.manifest.fingerprint == manifest.fingerprint:
+        return
+    repeats = Repeats()
+    for name, part in (("train", trained.split("train")), ("evaluated", dataset.split(split))):
+        for _, values, sha256 in part.content():
+            repeats.add(name, values, sha256)
+    if copies := len(repeats.pairs(labels=False)):
+        yield f"{copies:,} of these images are copies of images that the run was trained on, so the numbers say less of new ones"
 
 
 def _same_place(one: str, other: str) -> bool:
