@@ -123,7 +123,7 @@ def _open_images(where: Path, options: Options) -> Source | None:
         problem = error
     if layout is not None and len(layout.classes("train")) > 1:
         return ImageFolder(tree, layout, options)
-    if (tree.all_images or problem is not None) and (found := find_table(tree, options)) is not None:
+    if (tree.has_images or problem is not None) and (found := find_table(tree, options)) is not None:
         table, ignored = found
         return Table(table, options, ignored=ignored)
     if problem is None:

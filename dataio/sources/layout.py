@@ -17,6 +17,7 @@ from dataio.formats import JUNK, NOT_DECODED, is_image_file
 from dataio.sources.source import SourceError, key_of
 from dataio.sources.splits import ALIASES
 
+_DEEPEST = 64
 _WORDS: Mapping[str, str] = {
     **dict.fromkeys(("train", "training", "trainset", "trainingset"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "validate", "validationset", "valset"), "validation"),
@@ -35,38 +36,45 @@ class Tree:
     """A folder and what is below it, without hidden names."""
 
     path: Path
-    files: tuple[Path, ...]
-    """Files directly in the folder."""
-    images: tuple[Path, ...]
-    """Those of them that are read as images."""
-    folders: tuple["Tree", ...]
+    images: tuple[Path, ...] = ()
+    """Files directly in the folder that are read as images."""
+    others: tuple[Path, ...] = ()
+    """The other files directly in it."""
+    folders: tuple["Tree", ...] = ()
     """Sorted by name."""
     is_link: bool = False
     is_junk: bool = False
+    problem: str = ""
+    """Why nothing of the folder is known."""
 
     @property
     def name(self) -> str:
         return self.path.name
 
     @cached_property
-    def all_images(self) -> tuple[Path, ...]:
-        """All images below the folder, sorted; links to folders are not followed."""
-        return tuple(sorted(path for tree in self._below() for path in tree.images))
+    def has_images(self) -> bool:
+        """Whether the folder holds an image at any depth."""
+        return any(tree.images for tree in self.below())
 
     @cached_property
-    def all_files(self) -> tuple[Path, ...]:
-        """All files below the folder, as an earlier rule listed them: junk too."""
-        return tuple(sorted(path for tree in self._below(junk=True) for path in tree.files))
+    def all_images(self) -> tuple[Path, ...]:
+        """All images at any depth, sorted."""
+        return tuple(sorted(path for tree in self.below() for path in tree.images))
 
     def with_images(self) -> list["Tree"]:
-        """The folders directly below that hold images at any depth."""
-        return [tree for tree in self.folders if not tree.is_junk and tree.all_images]
+        """The folders directly below that hold images."""
+        return [tree for tree in self.folders if not tree.is_junk and tree.has_images]
 
-    def _below(self, *, junk: bool = False) -> Iterator["Tree"]:
+    def below(self, *, junk: bool = False) -> Iterator["Tree"]:
+        """The folder and all below it; links to folders are not followed, and junk only if asked for."""
         yield self
         for tree in self.folders:
             if not tree.is_link and (junk or not tree.is_junk):
-                yield from tree._below(junk=junk)
+                yield from tree.below(junk=junk)
+
+    def files(self) -> Iterator[Path]:
+        """All files at any depth, in junk too."""
+        return (path for tree in self.below(junk=True) for path in (*tree.images, *tree.others))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,30 +94,35 @@ class Layout:
 
 
 def scan(folder: Path) -> Tree:
-    """Reads the names below a folder, and the first bytes of files whose names do not say what they are. Links to folders are followed to
-    the depth where classes may be."""
-    return _scan(folder, follow=2, is_junk=False)
+    """Reads the names below a folder, and the first bytes of files whose names do not say what they are. Links to folders are followed
+    where they may be splits or classes, but not below another link. SourceError if the folder itself cannot be read."""
+    tree = _scan(folder, depth=0, follow=True)
+    if tree.problem:
+        raise SourceError(f"{folder} cannot be read: {tree.problem}; make it readable, or name another --data.path")
+    return tree
 
 
-def _scan(folder: Path, *, follow: int, is_junk: bool, is_link: bool = False) -> Tree:
-    files: list[Path] = []
-    folders: list[Tree] = []
+def _scan(folder: Path, *, depth: int, follow: bool, is_link: bool = False, is_junk: bool = False) -> Tree:
+    if depth > _DEEPEST:
+        return Tree(path=folder, is_link=is_link, is_junk=is_junk, problem=f"deeper than {_DEEPEST} folders")
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        with os.scandir(folder) as found:
+            entries = sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in found if not entry.name.startswith("."))
     except OSError as error:
-        raise SourceError(f"{folder} cannot be read: {error.strerror}; make it readable, or move it away") from error
-    for entry in entries:
-        path = folder / entry.name
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            link, junk = entry.is_symlink(), is_junk or entry.name.lower() in JUNK
-            if not link or follow > 0:
-                folders.append(_scan(path, follow=follow - 1, is_junk=junk, is_link=link))
+        return Tree(path=folder, is_link=is_link, is_junk=is_junk, problem=error.strerror or str(error))
+    images: list[Path] = []
+    others: list[Path] = []
+    folders: list[Tree] = []
+    for name, is_folder, link in entries:
+        path, junk = folder / name, is_junk or name.lower() in JUNK
+        if not is_folder:
+            (images if not junk and is_image_file(path) else others).append(path)
+        elif link and not follow:
+            folders.append(Tree(path=path, is_link=True, problem="a link"))
         else:
-            files.append(path)
-    images = () if is_junk else tuple(path for path in files if path.name.lower() not in JUNK and is_image_file(path))
-    return Tree(path=folder, files=tuple(files), images=images, folders=tuple(folders), is_link=is_link, is_junk=is_junk)
+            may_hold_classes = not link and not is_link and _meaning(name) is not None
+            folders.append(_scan(path, depth=depth + 1, follow=may_hold_classes, is_link=link, is_junk=junk))
+    return Tree(path=folder, images=tuple(images), others=tuple(others), folders=tuple(folders), is_link=is_link, is_junk=is_junk)
 
 
 def find_layout(root: Tree, *, nested: bool = True) -> Layout | None:
@@ -163,7 +176,7 @@ def _is_wrapper(tree: Tree) -> bool:
 
 def _splits(folder: Tree) -> dict[str, Tree]:
     """Split -> its folder, of those directly below that can be one, in the order of ALIASES."""
-    candidates = [tree for tree in folder.folders if not tree.is_junk and tree.all_images]
+    candidates = folder.with_images()
     named = {tree.name: tree for tree in candidates}
     found: dict[str, Tree] = {}
     for split, aliases in ALIASES.items():
@@ -237,8 +250,10 @@ def _check_no_split(folder: Tree, classes: list[Tree]) -> None:
 def _check_decoded(folder: Tree) -> None:
     """Refuses a class whose images are all in formats that nothing here decodes: it would vanish."""
     for tree in folder.folders:
-        found = Counter(path.suffix.lower() for path in tree.all_files if path.suffix.lower() in NOT_DECODED)
-        if not tree.is_junk and not tree.all_images and found:
+        if tree.is_junk or tree.has_images:
+            continue
+        found = Counter(path.suffix.lower() for below in tree.below() for path in below.others if path.suffix.lower() in NOT_DECODED)
+        if found:
             suffix, count = found.most_common(1)[0]
             raise SourceError(
                 f"{tree.path} holds no image that can be decoded here, but {count} {suffix}; convert them to JPEG or PNG, or move them away"
@@ -247,30 +262,29 @@ def _check_decoded(folder: Tree) -> None:
 
 def _told(root: Tree, layout: Layout) -> Layout:
     """The layout with a list of what is not read of the tree."""
-    read: set[Path] = set()
+    read: set[Tree] = set()
     for split, tree in layout.splits.items():
-        if split == "unlabelled":
-            read.update(tree.all_images)
-            continue
-        _check_decoded(tree)
-        read.update(path for found in layout.classes(split).values() for path in found.all_images)
-    holders = {tree.path for split, tree in layout.splits.items() if split != "unlabelled"}  # of class folders
+        if split != "unlabelled":
+            _check_decoded(tree)
+        for found in [tree] if split == "unlabelled" else layout.classes(split).values():
+            read.update(found.below())
+    holders = {tree for split, tree in layout.splits.items() if split != "unlabelled"}  # of class folders
     above = {parent for tree in layout.splits.values() for parent in (tree.path, *tree.path.parents)}
     files: Counter[str] = Counter()
     folders: list[str] = []
 
     def look(tree: Tree) -> None:
-        files.update({"outside of class folders": sum(path not in read for path in tree.images)})
-        files.update(path.suffix.lower() or "without suffix" for path in set(tree.files) - set(tree.images) if not _is_junk(path))
+        files["outside of class folders"] += 0 if tree in read else len(tree.images)
+        files.update(path.suffix.lower() or "without suffix" for path in tree.others if path.name.lower() not in JUNK)
         for below in tree.folders:
             name = key_of(os.fsencode(below.path.relative_to(root.path)))
             if below.is_junk:
-                folders.append(f"{name}/ ({_counted(len(below.all_files), 'file')})")
-            elif below.is_link and tree.path not in above:
-                folders.append(f"{name}/ (a link)")
-            elif below.path not in above and below.all_images and below.all_images[0] not in read:
-                folders.append(f"{name}/ ({_counted(len(below.all_images), 'image')})")
-            elif tree.path in holders and below.path not in above and not below.all_images:
+                folders.append(f"{name}/ ({_counted(sum(1 for _ in below.files()), 'file')})")
+            elif below.problem:
+                folders.append(f"{name}/ ({below.problem})")
+            elif below.path not in above and below.has_images and read.isdisjoint(below.below()):
+                folders.append(f"{name}/ ({_counted(sum(len(each.images) for each in below.below()), 'image')})")
+            elif tree in holders and below.path not in above and not below.has_images:
                 folders.append(f"{name}/ (no image)")
             else:
                 look(below)
@@ -278,10 +292,6 @@ def _told(root: Tree, layout: Layout) -> Layout:
     look(root)
     listed = tuple(f"{count} {what}" for what, count in sorted(files.items()) if count)
     return Layout(splits=layout.splits, left_out=layout.left_out, not_read=(*listed, *folders))
-
-
-def _is_junk(path: Path) -> bool:
-    return path.name.lower() in JUNK
 
 
 def _counted(count: int, what: str) -> str:
@@ -309,7 +319,10 @@ def formerly_found(root: Tree) -> Former | None:
     found: dict[str, Tree] = {}
     for split, names in ALIASES.items():
         trees = [named[name] for name in names if name in named]
-        can_be = next((tree for tree in trees if (_former_images(tree) if split == "unlabelled" else _former_has_images(tree, None))), None)
+        can_be = next(
+            (tree for tree in trees if (any(map(_was_image, tree.files())) if split == "unlabelled" else _former_has_images(tree, None))),
+            None,
+        )
         if can_be is not None:
             found[split] = can_be
     unlabelled = found.pop("unlabelled", None)
@@ -328,13 +341,17 @@ def formerly_found(root: Tree) -> Former | None:
 
 
 def _former_classes(folder: Tree, leave_out: Tree | None) -> dict[str, Tree]:
-    found = {key_of(os.fsencode(tree.name)): tree for tree in folder.folders if tree is not leave_out and tree.all_files}
+    found = {key_of(os.fsencode(tree.name)): tree for tree in folder.folders if tree is not leave_out and any(True for _ in tree.files())}
     return dict(sorted(found.items()))
 
 
 def _former_has_images(folder: Tree, leave_out: Tree | None) -> bool:
-    return any(_former_images(tree) for tree in _former_classes(folder, leave_out).values())
+    return any(any(map(_was_image, tree.files())) for tree in folder.folders if tree is not leave_out)
 
 
 def _former_images(tree: Tree) -> list[Path]:
-    return [path for path in tree.all_files if path.suffix.lower() in _FORMER_SUFFIXES]
+    return sorted(filter(_was_image, tree.files()))
+
+
+def _was_image(path: Path) -> bool:
+    return path.suffix.lower() in _FORMER_SUFFIXES

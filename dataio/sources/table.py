@@ -190,7 +190,7 @@ def _words(name: str) -> set[str]:
 def find_table(tree: Tree, options: Options) -> tuple[Path, tuple[str, ...]] | None:
     """The table directly in a folder that says what its images show, and what of the folder is not read then; None if there is none.
     SourceError where several may be it."""
-    tables = [path for path in tree.files if path.suffix.lower() in DELIMITERS and "submission" not in path.name.lower()]
+    tables = [path for path in tree.others if path.suffix.lower() in DELIMITERS and "submission" not in path.name.lower()]
     usable = []
     for path in tables:
         _, header = next(table_rows(path, DELIMITERS[path.suffix.lower()]), (1, []))
@@ -208,7 +208,7 @@ def find_table(tree: Tree, options: Options) -> tuple[Path, tuple[str, ...]] | N
         )
     if not usable:
         return None
-    others = tuple(path.name for path in tree.files if path != usable[0] and path not in tree.images)
+    others = tuple(path.name for path in tree.others if path != usable[0])
     return usable[0], others
 
 

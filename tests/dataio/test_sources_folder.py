@@ -324,3 +324,32 @@ def test_a_class_that_training_lacks_is_a_class(tmp_path: Path):
     source = read(tmp_path)
     assert source.classes == ("a", "b", "c")
     assert labelled(source, "test") == {"test/b/0.png": "b", "test/c/0.png": "c"}
+
+
+@pytest.mark.timeout(60)
+def test_links_are_followed_where_classes_may_be_and_never_in_circles_or_out_of_a_class(tmp_path: Path):
+    write_folder(tmp_path / "elsewhere", {"cat": 2})
+    write_folder(tmp_path / "data" / "train", {"dog": 2})
+    write_folder(tmp_path / "data" / "test", {"dog": 1})
+    (tmp_path / "data" / "train" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    (tmp_path / "data" / "train" / "dog" / "all").symlink_to("/")
+    (tmp_path / "data" / "train" / "train").symlink_to(tmp_path / "data" / "train")
+    (tmp_path / "elsewhere" / "cat" / "back").symlink_to(tmp_path / "data")
+    source = read(tmp_path / "data")
+    assert list(labelled(source)) == [
+        *(f"train/cat/{index}.png" for index in (0, 1)),
+        *(f"train/dog/{index}.png" for index in (0, 1)),
+    ]
+    assert "train/dog/all/ (a link)" in source.ignored
+
+
+@pytest.mark.timeout(60)
+def test_folders_nested_without_end_are_told_and_end_nothing(tmp_path: Path):
+    write_folder(tmp_path, {"cat": 2, "dog": 2})
+    deep = tmp_path / "cat" / "/".join("d" * 200)
+    deep.mkdir(parents=True)
+    (deep / "lost.png").write_bytes(encode(picture(9, 4, 4)))
+    source = read(tmp_path)
+    assert source.classes == ("cat", "dog")
+    (told,) = source.ignored
+    assert told.endswith("/ (deeper than 64 folders)")
