@@ -104,7 +104,8 @@ def columns_of(
                 f"integers and text are of kind label, lists of them labels, floats and integers number: {FLAG}"
             )
         name = called or target.name
-        classes, texts, renumbered = ((), None, {}) if kind == "number" else _classes(schema, target.name, kind, paths)
+        found: _Classes = ((), None, {}) if kind == "number" else _classes(schema, target.name, kind, paths)
+        classes, texts, renumbered = found
         columns.append(
             Column(
                 name=target.name,
@@ -133,10 +134,12 @@ def _content(kind: Any) -> str | None:
     return "float" if pa.types.is_floating(kind) else None
 
 
-def _classes(
-    schema: Any, column: str, kind: Kind, paths: list[Path]
-) -> tuple[tuple[str, ...], dict[Any, int] | None, dict[Path, dict[int, int]]]:
-    """(names, cell -> number or None where cells are the numbers, file -> cell -> number where its own names are others)."""
+_Classes = tuple[tuple[str, ...], dict[Any, int] | None, dict[Path, dict[int, int]]]
+"""(names, cell -> number or None where cells are the numbers, file -> cell -> number where its own names are others)"""
+
+
+def _classes(schema: Any, column: str, kind: Kind, paths: list[Path]) -> _Classes:
+    """The classes of a column that has some."""
     content = _content(schema.field(column).type)
     where = f"column {column!r} of {paths[0]}"
     if content == "boolean":
@@ -156,7 +159,7 @@ def _classes(
     return tuple(str(number) for number in range(highest + 1)), None, {}
 
 
-def _by_name(names: tuple[str, ...], column: str, paths: list[Path]) -> tuple[tuple[str, ...], None, dict[Path, dict[int, int]]]:
+def _by_name(names: tuple[str, ...], column: str, paths: list[Path]) -> _Classes:
     """The classes of all files, the first file's first, and the numbers of each file that names them in another order. What counts is the
     name: the splits of a data set may have been numbered each for itself."""
     classes = list(names)

@@ -134,7 +134,7 @@ def find_layout(root: Tree, *, nested: bool = True) -> Layout | None:
         if "train" in found:
             return _with_train(root, folder, found, nested=nested)
         classes = [tree for tree in folder.with_images() if tree is not found.get("unlabelled")]
-        if not nested or len(classes) != 1 or folder.images or _plain(classes[0].name) in _WORDS or not _is_wrapper(classes[0]):
+        if not nested or len(classes) != 1 or folder.images or split_meant(classes[0].name) or not _is_wrapper(classes[0]):
             break
         folder = classes[0]
     if not classes:
@@ -184,7 +184,7 @@ def _splits(folder: Tree) -> dict[str, Tree]:
         can_be += [
             tree
             for name, tree in named.items()
-            if tree not in can_be and _WORDS.get(_plain(name)) == split and (split == "unlabelled" or tree.with_images())
+            if tree not in can_be and split_meant(name) == split and (split == "unlabelled" or tree.with_images())
         ]
         if len(can_be) > 1 and can_be[0].name not in aliases:
             raise SourceError(
@@ -207,11 +207,16 @@ def _compound(candidates: list[Tree]) -> dict[str, Tree]:
 
 def _meaning(name: str) -> tuple[str, tuple[str, ...]] | None:
     """The split that a name speaks of, and the words around the split's: `seg_train` -> (`train`, (`seg`,)). None if it speaks of none."""
-    if (split := _WORDS.get(_plain(name))) is not None:
+    if (split := split_meant(name)) is not None:
         return split, ()
     words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
     splits = [word for word in words if word in _WORDS]
     return (_WORDS[splits[0]], tuple(word for word in words if word not in _WORDS)) if len(splits) == 1 else None
+
+
+def split_meant(name: str) -> str | None:
+    """The split that a name alone stands for, whatever its case: `Training`, `VAL`."""
+    return _WORDS.get(_plain(name))
 
 
 def _plain(name: str) -> str:
@@ -234,7 +239,7 @@ def _check_no_split(folder: Tree, classes: list[Tree]) -> None:
     for tree in classes:
         inner = [below.name for below in tree.with_images()]
         same = [name for name in inner if name in names and name != tree.name]
-        is_split = _plain(tree.name) in _WORDS and inner
+        is_split = split_meant(tree.name) and inner
         if is_split and len(classes) == 1:
             raise SourceError(
                 f"{folder.path} holds {tree.name}, but no folder to train with, named train; "

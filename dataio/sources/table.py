@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from dataio.schema import Kind, Target
 from dataio.sources.hostile import read_below, table_rows
-from dataio.sources.layout import Tree, scan
+from dataio.sources.layout import Tree, scan, split_meant
 from dataio.sources.source import Options, Sample, SourceError, identities_of, plan_of
 from dataio.sources.splits import ALIASES, Rows, divide, split_named, strata
 from dataio.sources.targets import FLAG, Asked, checked_classes, is_finite_float32, ordered, parse_targets, values_at
@@ -263,7 +263,7 @@ def _listed(columns: Collection[str]) -> str:
 
 
 def _split(path: Path, line: int, cell: str) -> str:
-    if split := split_named(cell.strip()):
+    if split := split_named(cell.strip()) or split_meant(cell):
         return split
     _refuse(path, line, SPLIT_COLUMN, cell, f"is no split; {', '.join(ALIASES)} are")
 

@@ -340,3 +340,8 @@ def test_the_columns_can_be_named(tmp_path: Path):
     photographs(tmp_path / "folders", ["a/1.jpg", "b/1.jpg"])
     with pytest.raises(SourceError, match=r"data\.label_column='what': class folders have no columns"):
         read(tmp_path / "folders", label_column="what")
+
+
+def test_splits_are_known_in_any_case(tmp_path: Path):
+    path = write_table(tmp_path, "image,split,label\n{0},Train,a\n{1},training,b\n{2},VAL,a\n{3},Testing,b\n")
+    assert {split: read(path).count(split) for split in read(path).splits()} == {"train": 2, "validation": 1, "test": 1}
