@@ -104,8 +104,8 @@ def columns_of(
                 f"integers and text are of kind label, lists of them labels, floats and integers number: {FLAG}"
             )
         name = called or target.name
-        found: _Classes = ((), None, {}) if kind == "number" else _classes(schema, target.name, kind, paths)
-        classes, texts, renumbered = found
+        described: _Classes = ((), None, {}) if kind == "number" else _classes(schema, target.name, kind, paths)
+        classes, texts, renumbered = described
         columns.append(
             Column(
                 name=target.name,

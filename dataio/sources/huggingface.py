@@ -44,14 +44,14 @@ class HuggingFace:
         self.identity = self.identities[0]
         self._plan = plan_of(self._files, options)
         schema = _schema(train[0])
-        self._image = options.image_column or _image_column(train[0], schema)
+        self._image = _image_column(train[0], schema, options.image_column)
         asked = parse_targets(options.targets)
         labelled = [path for split, paths in self._files.items() if split != "unlabelled" for path in paths]
         self._columns: tuple[Column, ...]
         if asked:
             self._columns = columns_of(schema, asked, labelled, null_is_unknown=True)
         else:
-            column = options.label_column or _label_column(train[0], schema)
+            column = _label_column(train[0], schema, options.label_column)
             self._columns = columns_of(schema, (Asked(name=column, kind="label"),), labelled, null_is_unknown=False, called=LABEL)
         self.targets = tuple(column.target for column in self._columns)
         if any(column.renumbered for column in self._columns):  # an earlier rule took each file's numbers for the first file's
@@ -182,24 +182,27 @@ def _schema(path: Path) -> Any:
         return file.schema_arrow
 
 
-def _image_column(path: Path, schema: Any) -> str:
+def _image_column(path: Path, schema: Any, given: str) -> str:
     def is_image(kind: Any) -> bool:
         if pa.types.is_struct(kind):
             return any(field.name == "bytes" and is_image(field.type) for field in kind)
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    what = "column image or img of struct{bytes, path} or binary"
-    return _pick(path, schema, _IMAGE_COLUMNS, is_image, what, "say which one has the images: --data.image-column NAME")
+    what = f"column {given or 'image or img'} of struct{{bytes, path}} or binary"
+    return _pick(
+        path, schema, (given,) if given else _IMAGE_COLUMNS, is_image, what, "say which one has the images: --data.image-column NAME"
+    )
 
 
-def _label_column(path: Path, schema: Any) -> str:
+def _label_column(path: Path, schema: Any, given: str) -> str:
     def is_label(kind: Any) -> bool:
         if pa.types.is_dictionary(kind):  # a pandas category
             return is_label(kind.value_type)
         return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
     hint = f"say which one has the labels: --data.label-column NAME, or all that is learnt: {FLAG}"
-    return _pick(path, schema, _LABEL_COLUMNS, is_label, "column label or fine_label of integers or text", hint)
+    what = f"column {given or 'label or fine_label'} of integers or text"
+    return _pick(path, schema, (given,) if given else _LABEL_COLUMNS, is_label, what, hint)
 
 
 def _pick(path: Path, schema: Any, names: tuple[str, ...], fits: Callable[[Any], bool], what: str, hint: str = "") -> str:

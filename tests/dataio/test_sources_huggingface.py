@@ -293,3 +293,7 @@ def test_the_images_column_can_be_named(tmp_path: Path):
     with pytest.raises(SourceError, match=r"--data\.image-column NAME"):
         read(tmp_path)
     assert read(tmp_path, image_column="scan").count("train") == 3
+    with pytest.raises(SourceError, match="no column label of struct"):
+        read(tmp_path, image_column="label")
+    with pytest.raises(SourceError, match=r"no column colour of integers or text; its columns are scan: struct.*label: int64"):
+        read(tmp_path, image_column="scan", label_column="colour")

@@ -168,7 +168,7 @@ def test_what_is_no_regular_file_below_the_table_is_refused_by_sample(tmp_path: 
         ("image,label\n,a\n", "", "line 2, column 'image': '' names no file; name one, relative to the table"),
         ("image,label\n/etc/passwd,a\n", "", "line 2, column 'image': '/etc/passwd' leads out of the table's folder; name a file below it"),
         ("image,label\n{0},a\n\nimages/../../x,a\n", "", r"line 4, column 'image': 'images/\.\./\.\./x' leads out of the table's folder"),
-        ("image,label,split\n{0},a,Train\n", "", "line 2, column 'split': 'Train' is no split; train, validation, test, unlabelled are"),
+        ("image,label,split\n{0},a,Here\n", "", "line 2, column 'split': 'Here' is no split; train, validation, test, unlabelled are"),
         ("image,label,split\n{0},a,\n", "", "line 2, column 'split': '' is no split"),
         ("image,label,split\n{0},a,test\n", "", "has no row of split train, but of test; there must be images to train with"),
         ("image,label\n{0},\n", "", "column 'label': all cells are empty; name a target of which something is known"),
