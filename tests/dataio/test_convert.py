@@ -448,7 +448,7 @@ def test_the_command_converts_says_what_came_out_and_the_second_time_that_it_is_
 ):
     assert main([str(folder), str(tmp_path / "dest")]) == 0
     shown = capsys.readouterr()
-    assert "2 classes (cat, dog): 12 train, 4 test images" in shown.out
+    assert "2 classes (a, b): 12 train, 4 test images" in shown.out
     assert "train: 12 of 12 images" in shown.err
     assert main([str(folder), str(tmp_path / "dest")]) == 0
     assert "there already" in capsys.readouterr().out

@@ -367,7 +367,7 @@ def test_transparent_images_are_put_in_front_of_the_background(background: Backg
         "png of a transparent colour": raw_png(
             color=0, rows=(np.arange(24 * 40).reshape(24, 40) % 251).astype(np.uint8), extra=chunk(b"tRNS", b"\0\7")
         ),
-        "gif": encode(Image.fromarray(picture(1)).convert("P"), "GIF", transparency=3),
+        "gif": encode(shape_on_nothing("rgba"), "GIF"),
     }
     with Decoder(height=HEIGHT, width=WIDTH, fit="refuse", background=background, max_pixels=MAX_PIXELS) as decoder:
         decoded = decoder.decode([view(data) for data in cases.values()])
