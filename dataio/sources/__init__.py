@@ -105,8 +105,8 @@ def _open_source(path: str, root: Path, options: Options) -> Source:
         return Idx(where, idx, options)
     if parquet := find_parquet(where):
         return HuggingFace(where, parquet, options)
-    if (found := _open_images(where, options)) is not None:
-        return found
+    if (images := _open_images(where, options)) is not None:
+        return images
     names = sorted(entry.name + "/" * entry.is_dir() for entry in where.iterdir())
     found = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "nothing"
     raise SourceError(f"data.path={path!r} is no data set that can be read: it holds {found}; {ACCEPTED}")
