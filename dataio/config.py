@@ -13,6 +13,7 @@ Backend = Literal["auto", "dali", "torch", "numpy"]
 Cache = Literal["auto", "device", "host", "none"]
 Fit = Literal["refuse", "stretch", "crop"]
 Remainder = Literal["auto", "spread", "last"]
+Background = Literal["", "black", "gray", "white"]
 
 
 class Mark(Enum):
@@ -74,6 +75,10 @@ class DataConfig:
     targets: Annotated[str, FREE, targets_of] = ""
     """Columns to learn, as `NAME` or `NAME:KIND` separated by commas; the kinds are `label` (one class), `labels` (several classes or none)
     and `number`. Empty uses the source's own single label. Applied when a source is converted."""
+    image_column: Annotated[str, FREE] = ""
+    """Column of a table or of Parquet files that has the images, or names their files; empty finds it by its usual names."""
+    label_column: Annotated[str, FREE] = ""
+    """Column of a table or of Parquet files that has the one label to learn; empty finds it by its usual names. Instead of `targets`."""
     batch_size: Annotated[int, Ge(1), "100 is the default"] = 100
     """Images a step over all workers (global); a multiple of `train.virtual_ranks`."""
     remainder: Annotated[Remainder, LATER, Before("last")] = "auto"
@@ -89,6 +94,8 @@ class DataConfig:
     fit: Fit = "refuse"
     """What to do with an image of another size: refuse it (quarantine), stretch it, or crop its largest centred part of the right shape and
     resize that."""
+    background: Annotated[Background, LATER] = ""
+    """Colour behind transparent images. Empty drops their alpha channel: what is transparent shows the colour stored below it."""
     pad: Annotated[int, Ge(0), "0 turns the random crop off"] = 4
     """Zero pixels added on each side before the random crop; 0 turns the crop off."""
     flip: bool = True

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -34,16 +34,19 @@ from dataio.foreign import MAX_MANIFEST_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo, fault_of_splits
 from dataio.parquet import QUARANTINE_NAME, ROWS_PER_GROUP, Dataset, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample, Quarantine
+from dataio.reading import READING_NAME, REPEATS_NAME, Reading, Repeats, described, examples_of, lines_of, repeats_text, warnings
 from dataio.remote import is_remote, is_uri, local_path
 from dataio.schema import SPLITS, UNLABELLED, Target, fault_of_targets, is_known, is_single_label, value_of
 from dataio.sources import Balanced, Sample, Source, open_source
-from dataio.terminal import prepare_output
-from dataio.text import address, printable
-from dataio.text import shown as on_one_line
+from dataio.terminal import prepare_output, tell
+from dataio.text import address
 
 SHARD_BYTES = 64 << 20
 SMALL_SOURCE = 5_000  # samples; a source as small as this is read to its end, so that the error about bad samples can count them all
+ORIGIN_NAME = "origin.txt"
+"""Says of which path a folder in `data.root` was made."""
 _STATE_NAME = "conversion.json"
+_RULES = "2"  # of what is usable; parts that an attempt by other rules left are made again
 _FORMAT = 1  # part of a conversion's identity; raise it when the stored form of a source changes
 
 
@@ -156,13 +159,50 @@ def is_converted(path: str | Path) -> bool:
     return True
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A converted data set, opened."""
+
+    location: str
+    """As any process opens it: an absolute path or a URI."""
+    dataset: Dataset
+    by_earlier_rule: bool = False
+    """It was converted by an earlier rule, and a conversion made now might hold something else. It stays as it is: older runs go on with
+    it."""
+
+
 def open_prepared(config: DataConfig, on_progress: Callable[[Progress], None] | None = None) -> tuple[str, Dataset]:
-    """Opens the converted data set of `config.path`; also returns its location as any process opens it: an absolute path or a URI.
+    """As `prepared`: the location and the data set alone."""
+    found = prepared(config, on_progress)
+    return found.location, found.dataset
+
+
+def prepared(config: DataConfig, on_progress: Callable[[Progress], None] | None = None, *, whole: bool = False) -> Prepared:
+    """Opens the converted data set of `config.path`. With `whole`, nothing is held out of a source that has no split to be tested on.
 
     A remote location (s3://...) must be converted already; `prepare` handles all others. Raises what `prepare` and open_dataset raise.
     """
-    location = config.path if is_remote(config.path) else str(prepare(config, on_progress).resolve())
-    return location, open_dataset(location)
+    if is_remote(config.path):
+        return Prepared(location=config.path, dataset=open_dataset(config.path))
+    folder, by_earlier_rule = _prepare(config, on_progress, whole=whole)
+    location = str(folder.resolve())
+    return Prepared(location=location, dataset=open_dataset(location), by_earlier_rule=by_earlier_rule)
+
+
+def already_prepared(config: DataConfig) -> Dataset | None:
+    """The converted data set of `config.path` if there is one; converts nothing. None too where the source is gone."""
+    try:
+        if is_remote(config.path):
+            return open_dataset(config.path)
+        path = (local_path(config.path) if is_uri(config.path) else None) or Path(config.path).expanduser()
+        if (path / MANIFEST_NAME).is_file():
+            return open_dataset(path)
+        source = source_of(config)
+        names = (f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels))
+        folder = next((made for name in names if _intact(made := Path(config.root).expanduser() / name) is not None), None)
+        return None if folder is None else open_dataset(folder)
+    except (ValueError, OSError):
+        return None
 
 
 def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None = None) -> Path:
@@ -170,14 +210,19 @@ def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None =
 
     Raises what convert and open_source raise, and ValueError for a remote URI (see open_prepared).
     """
+    return _prepare(config, on_progress, whole=False)[0]
+
+
+def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None, *, whole: bool) -> tuple[Path, bool]:
+    """The converted folder, and whether it was made by an earlier rule."""
     if is_remote(config.path):
         raise ValueError(f"data.path={address(config.path)} is remote: it has no folder here; open it where it is")
     path = (local_path(config.path) if is_uri(config.path) else None) or Path(config.path).expanduser()
     if (path / MANIFEST_NAME).is_file():
         open_dataset(path)  # raises if it is damaged
-        return path
+        return path, False
     root = Path(config.root).expanduser()
-    source = source_of(config)
+    source = source_of(config, whole=whole)
     dests = [root / f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels)]
     dest = next((made for made in dests if _intact(made) is not None), dests[0])
     convert(
@@ -188,10 +233,13 @@ def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None =
         on_progress=on_progress,
         force=_intact(dest) is None,
     )
-    return dest
+    if not (dest / ORIGIN_NAME).exists():
+        with contextlib.suppress(OSError):  # a root that may be read only: the note is for `dataio.caches`
+            _write(dest / ORIGIN_NAME, str(path.resolve()) if path.exists() else config.path)
+    return dest, dest != dests[0]
 
 
-def source_of(config: DataConfig) -> Source:
+def source_of(config: DataConfig, *, whole: bool = False) -> Source:
     """The source at `config.path`, read according to the settings. Raises what open_source raises."""
     return open_source(
         config.path,
@@ -199,6 +247,9 @@ def source_of(config: DataConfig) -> Source:
         test_fraction=config.test_fraction,
         validation_fraction=config.validation_fraction,
         targets=config.targets,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        whole=whole,
     )
 
 
@@ -238,6 +289,8 @@ class _Part:
     last: bool
     bad: tuple[BadSample, ...]
     image_sizes: dict[str, int]
+    transparent: int
+    """Samples of the shard that have an alpha channel."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -294,7 +347,7 @@ class _Conversion:
         state = self._staging / _STATE_NAME
         kept: list[_Part] = []
         names = {_STATE_NAME}
-        if state.is_file() and state.read_text() == self._identity:
+        if state.is_file() and state.read_text() == f"{self._identity} {_RULES}":
             for split in self._splits:
                 for index in range(1 << 30):
                     part = self._valid_part(split, index)
@@ -307,7 +360,7 @@ class _Conversion:
         for path in self._staging.iterdir():
             if path.name not in names:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _write(state, self._identity)
+        _write(state, f"{self._identity} {_RULES}")
         return kept
 
     def _valid_part(self, split: str, index: int) -> _Part | None:
@@ -344,7 +397,7 @@ class _Conversion:
         writer = ShardWriter(path, self._source.targets)
         bad: list[BadSample] = []
         sizes: Counter[str] = Counter()
-        rows = 0
+        rows = transparent = 0
         try:
             while not reading.last and (not rows or writer.size_bytes < self._shard_bytes):
                 group: list[_Good] = []
@@ -355,6 +408,7 @@ class _Conversion:
                         if isinstance(verdict, _Good):
                             group.append(verdict)
                             sizes[verdict.size] += 1
+                            transparent += verdict.has_alpha
                         else:
                             bad.append(BadSample(key=sample.key, reason=verdict, split=reading.split, sample_id=place + offset))
                             self._quarantine.add(sample.key, verdict, reading.split, place + offset)
@@ -375,6 +429,7 @@ class _Conversion:
             last=reading.last,
             bad=tuple(bad),
             image_sizes=dict(sorted(sizes.items())),
+            transparent=transparent,
         )
 
     def _write_group(self, writer: ShardWriter, group: Sequence["_Good"]) -> None:
@@ -399,7 +454,7 @@ class _Conversion:
             except ValueError as error:
                 yield f"bad label: {error}"
             else:
-                yield _Good(sample=sample, values=values, size=verdict.size)
+                yield _Good(sample=sample, values=values, size=verdict.size, has_alpha=verdict.has_alpha)
 
     def _stored_keys(self, split: str, done: list[_Part]) -> set[str]:
         shards = tuple(part.shard for part in done if part.shard is not None)
@@ -416,6 +471,8 @@ class _Conversion:
         targets = self._source.targets
         fingerprint = Fingerprint(targets)
         splits: dict[str, SplitInfo] = {}
+        stored: dict[str, Split] = {}
+        repeats = Repeats()
         for name in self._splits:
             shards = tuple(part.shard for part in parts if part.split == name and part.shard is not None)
             if not shards:
@@ -430,9 +487,10 @@ class _Conversion:
             split = self._stored(name, shards)
             for key, values, sha256 in split.content():
                 fingerprint.add(name, key, values, sha256)
+                repeats.add(name, values, sha256)
             if name == "train":
                 targets = tuple(measured(target, split) for target in targets)
-            splits[name] = SplitInfo(count=split.count, shards=shards)
+            splits[name], stored[name] = SplitInfo(count=split.count, shards=shards), split
         sizes: Counter[str] = Counter()
         for part in parts:
             sizes.update(part.image_sizes)
@@ -446,8 +504,46 @@ class _Conversion:
             identity=self._identity,
         )
         _write(self._staging / QUARANTINE_NAME, "".join(record.to_line() for part in parts for record in part.bad))
+        self._tell_of(stored, repeats, sum(part.transparent for part in parts))
         _write(self._staging / MANIFEST_NAME, manifest.to_json())
         return manifest
+
+    def _tell_of(self, splits: dict[str, Split], repeats: Repeats, transparent: int) -> None:
+        """Writes down what was found besides the samples."""
+        targets = self._source.targets
+        pairs = repeats.pairs(labels=is_single_label(targets))
+        lines = lines_of(pairs, lambda split, rows: splits[split].keys(rows))
+        reading = Reading(
+            held_out=dict(self._source.held_out),
+            not_read=self._source.ignored,
+            class_counts=_class_counts(splits, targets),
+            transparent=transparent,
+            copies=dict(Counter(pair.split for pair in pairs if pair.is_copy)),
+            contradictory=sum(pair.differs for pair in pairs),
+            copied=examples_of([line for pair, line in zip(pairs, lines, strict=True) if pair.is_copy]),
+            contradicted=examples_of([line for pair, line in zip(pairs, lines, strict=True) if pair.differs]),
+        )
+        _write(self._staging / READING_NAME, reading.to_json())
+        if lines:
+            _write(self._staging / REPEATS_NAME, repeats_text(lines))
+
+
+def _class_counts(splits: dict[str, Split], targets: Sequence[Target]) -> dict[str, tuple[int, ...]]:
+    """Samples of each class of the only target that has classes; empty if there are several such targets, or none."""
+    with_classes = [target for target in targets if target.classes]
+    if len(with_classes) != 1:
+        return {}
+    (target,) = with_classes
+    counts = {}
+    for name, split in splits.items():
+        found = np.zeros(len(target.classes), np.int64)
+        for values in split.values(target.name):
+            if target.kind == "label":
+                found += np.bincount(values[values >= 0], minlength=len(found))
+            else:
+                found += (values == 1).sum(0)
+        counts[name] = tuple(found.tolist())
+    return counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -458,6 +554,7 @@ class _Good:
     values: list[np.ndarray]
     """One for each target, in order."""
     size: str
+    has_alpha: bool
 
 
 class _Reading:
@@ -618,6 +715,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--targets", default=defaults.targets, help="what is learnt: NAME[:label|labels|number],...; else the label alone")
     parser.add_argument(
+        "--image-column", default="", help="column of a table or of Parquet files with the images; found by its usual names"
+    )
+    parser.add_argument("--label-column", default="", help="column with the one label to learn; found by its usual names")
+    parser.add_argument(
         "--max-bad-fraction", type=float, default=defaults.max_bad_fraction, help="bad images tolerated, of all (%(default)s)"
     )
     parser.add_argument("--max-image-pixels", type=int, default=defaults.max_image_pixels, help="larger images are bad (%(default)s)")
@@ -638,6 +739,8 @@ def main(arguments: list[str] | None = None) -> int:
             classes=tuple(name.strip() for name in options.classes.split(",")) if options.classes else None,
             validation_fraction=options.validation_fraction,
             targets=options.targets,
+            image_column=options.image_column,
+            label_column=options.label_column,
         )
         if options.sample is not None:
             held_out = options.sample // 4 if options.sample_test is None else options.sample_test
@@ -645,8 +748,6 @@ def main(arguments: list[str] | None = None) -> int:
             source = Balanced(source, sizes=sizes, seed=options.seed)
         elif options.sample_test is not None:
             raise ValueError("--sample-test goes with --sample; give both")
-        if source.ignored:
-            _tell(f"not read: {', '.join(map(on_one_line, source.ignored[:10]))}{' ...' if len(source.ignored) > 10 else ''}", sys.stderr)
         with _display() as show:
 
             def on_progress(progress: Progress) -> None:
@@ -664,34 +765,24 @@ def main(arguments: list[str] | None = None) -> int:
                 threads=options.threads,
             )
     except (ValueError, OSError) as error:
-        _tell(f"error: {error}", sys.stderr)
+        tell(f"error: {error}", sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        _tell("stopped; run the same command again to go on after the last complete shard", sys.stderr)
+        tell("stopped; run the same command again to go on after the last complete shard", sys.stderr)
         return 130
     if not worked:
-        _tell(f"{options.dest} is there already, made from this source with these settings", sys.stdout)
-    _tell(_summary(open_dataset(options.dest), manifest, time.monotonic() - started), sys.stdout)
+        tell(f"{options.dest} is there already, made from this source with these settings", sys.stdout)
+    dataset = open_dataset(options.dest)
+    for line in warnings(manifest, dataset.reading, dataset.where):
+        tell(f"warning: {line}", sys.stderr)
+    tell(_summary(dataset, manifest, time.monotonic() - started), sys.stdout)
     return 0
 
 
 def _summary(dataset: Dataset, manifest: Manifest, seconds: float) -> str:
-    counts = ", ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
-    bad = f", {manifest.quarantined} left out (see {QUARANTINE_NAME})" if manifest.quarantined else ""
+    bad = f" (see {QUARANTINE_NAME})" if manifest.quarantined else ""
     size = f"{dataset.size_bytes / 1e6:.1f} MB, {seconds:.1f} s"
-    return f"{counts} images of {_described(manifest.targets)}{bad}; {size}\nfingerprint {manifest.fingerprint}"
-
-
-def _described(targets: Sequence[Target]) -> str:
-    if is_single_label(targets):
-        return f"{len(targets[0].classes)} classes"
-    return ", ".join(f"{target.name} ({f'{len(target.classes)} classes' if target.classes else target.kind})" for target in targets)
-
-
-def _tell(text: str, stream: TextIO) -> None:
-    """The only way by which this file prints: names and messages of the source move no cursor, and any terminal can encode them."""
-    encoding = stream.encoding or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    return f"{described(manifest, dataset.reading)}{bad}; {size}\nfingerprint {manifest.fingerprint}"
 
 
 @contextlib.contextmanager
@@ -727,7 +818,7 @@ def _plain_lines(every_seconds: float = 5.0) -> Callable[[Progress], None]:
         if not finished and time.monotonic() - shown < every_seconds:
             return
         shown = time.monotonic()
-        _tell(progress.describe(), sys.stderr)
+        tell(progress.describe(), sys.stderr)
 
     return show
 

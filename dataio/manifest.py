@@ -7,8 +7,8 @@ There are two versions, and the data decide which one applies. Version 1 is for 
 the splits train and test: it names the classes, and its form never changed. Version 2 is for everything else: it names the targets. A
 program that knows only version 1 refuses version 2, so none mistakes a validation split for another one.
 
-Splits are a set: `train` must exist, and `test` or `validation`, because a run is evaluated while it trains; the other splits of
-schema.SPLITS are optional. `parquet.Dataset.split` lists the existing splits when asked for a missing one.
+Splits are a set: `train` must exist, the other splits of schema.SPLITS are optional. A run needs `test` too, and says so; data that are
+only evaluated need it not. `parquet.Dataset.split` lists the existing splits when asked for a missing one.
 """
 
 import hashlib
@@ -143,8 +143,6 @@ def fault_of_splits(splits: Collection[str]) -> str | None:
         return f"there is a split {unknown[0]!r:.60}; those that there may be are {', '.join(SPLITS)}"
     if "train" not in splits:
         return f"the splits are {', '.join(splits) or 'none'}: there is none to train on, named train"
-    if "test" not in splits and "validation" not in splits:
-        return f"the splits are {', '.join(splits)}: there is none to measure a run on, named test or validation"
     return None
 
 

@@ -25,6 +25,7 @@ from dataio.columns import Layout, arrow_array, packed, read_pages
 from dataio.foreign import MAX_MANIFEST_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from dataio.quarantine import BadSample
+from dataio.reading import READING_NAME, Reading
 from dataio.remote import RETRY_SECONDS, Remote, RemoteFile, is_remote, is_uri, local_path
 from dataio.schema import LABEL, Target, is_single_label, single_label
 
@@ -187,6 +188,12 @@ class Dataset:
         return sum(shard.size_bytes for split in self.manifest.splits.values() for shard in split.shards)
 
     @property
+    def reading(self) -> Reading | None:
+        """What the conversion found besides the samples; None where that was not written down."""
+        file = self._files.get(READING_NAME)
+        return None if file is None else Reading.from_json(_read_all(file))
+
+    @property
     def is_remote(self) -> bool:
         """Whether it is read over a network."""
         return any(isinstance(file, RemoteFile) for file in self._files.values())
@@ -225,7 +232,7 @@ def open_dataset(location: str | Path | Mapping[str, pa.Buffer | bytes | memoryv
     folder = (local_path(str(location)) if is_uri(location) else None) or Path(location).expanduser()
     if not (folder / MANIFEST_NAME).is_file():
         raise ValueError(f"{folder} is no converted data set (no {MANIFEST_NAME}); make one: python -m dataio.convert SOURCE {folder}")
-    names = [MANIFEST_NAME, *([QUARANTINE_NAME] if (folder / QUARANTINE_NAME).is_file() else [])]
+    names = [MANIFEST_NAME, *(name for name in (QUARANTINE_NAME, READING_NAME) if (folder / name).is_file())]
     return _open_files({name: folder / name for name in names}, lambda name: _size(folder / name), str(folder), folder)
 
 

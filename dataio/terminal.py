@@ -12,6 +12,8 @@ import select
 import sys
 from typing import TextIO
 
+from dataio.text import printable
+
 _BUSY_SECONDS = 5.0
 
 
@@ -42,6 +44,13 @@ def prepared(stream: TextIO, *, survive: bool) -> TextIO:
     # Each line goes out as a whole: a log is read while the command runs, and there is nothing to flush at its end.
     raw = io.BufferedWriter(_Lasting(descriptor))  # type: ignore[type-var]
     return io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
+
+
+def tell(text: str, stream: TextIO) -> None:
+    """The only way by which the commands of dataio print: names and messages of a source move no cursor, and any terminal can encode
+    them."""
+    encoding = stream.encoding or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 class _Lasting(io.RawIOBase):

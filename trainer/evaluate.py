@@ -31,6 +31,7 @@ from trainer.tasks.info import Measure
 
 PROG = "python -m trainer.evaluate"
 _SHOWN = 8
+_LONGEST_LINE = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,14 @@ class DataArguments:
     """The data to evaluate. Settings that are not given keep the run's values."""
 
     path: str = ""
-    """Another data set with the same classes: a converted folder, or any source that dataio.convert takes. Empty: the run's own data."""
+    """Another data set with the model's classes, or some of them: a converted folder, or any source that dataio.convert takes. Empty: the
+    run's own data."""
     root: str = ""
     """Folder for downloads and for sources that had to be converted."""
+    image_column: str = ""
+    """Column of a table or of Parquet files that has the images; empty finds it by its usual names."""
+    label_column: str = ""
+    """Column that has the one label; empty finds it by its usual names."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
     """How to handle images whose size differs from the one the model was trained on."""
     test_fraction: float | None = None
@@ -56,8 +62,9 @@ class Arguments:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder (path or URI), or its name under --storage."""
     data: DataArguments = field(default_factory=DataArguments)
-    split: Literal["test", "validation", "train"] = "test"
-    """Split of the data set to evaluate. The train split is not augmented either."""
+    split: Literal["auto", "test", "validation", "train"] = "auto"
+    """Split of the data set to evaluate. auto takes the test split; of other data without one the validation split; and all images of other
+    data without splits. The train split is not augmented either."""
     predictions: str = ""
     """File to write each image's prediction to, in the format of the predictions.parquet that a run writes for its own test split."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -89,7 +96,10 @@ def main(argv: Sequence[str]) -> int:
 
 def show(found: Evaluated, console: Console) -> None:
     """Print the evaluation as tables for people."""
-    console.print(Text(f"{found.run} on the {found.split} split of {found.data}", style="bold"), soft_wrap=True)
+    what = f"all {number(found.result.count)} {found.task.info.unit} of" if found.split == "all" else f"the {found.split} split of"
+    console.print(Text(f"{found.run} on {what} {found.data}", style="bold"), soft_wrap=True)
+    for line in found.about_data:
+        console.print(Text(shown(line, _LONGEST_LINE)), soft_wrap=True)
     lines = list(_lines(found))
     width = max(len(name) for name, _ in lines)
     for name, text in lines:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,9 +15,9 @@ import tyro
 
 from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
-from dataio.config import Fit
+from dataio.config import Background, Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
-from dataio.sources import IMAGE_SUFFIXES
+from dataio.formats import JUNK, is_image_file
 from dataio.terminal import prepare_output
 from trainer.export.model_folder import load_export
 from trainer.runs.folder import RunFolder, find_run
@@ -70,7 +71,17 @@ class Predictor:
         self._model, self._preprocess, self._size = exported.model, exported.preprocess, exported.image_size
         self._fit: Fit = fit or exported.fit
         height, width = self._size
-        self._decoder = Decoder(height=height, width=width, fit=self._fit, max_pixels=exported.max_image_pixels, batch_size=BATCH)
+        self.background: Background = exported.background
+        self.transparent = 0
+        """Images with an alpha channel that were predicted so far."""
+        self._decoder = Decoder(
+            height=height,
+            width=width,
+            fit=self._fit,
+            background=self.background,
+            max_pixels=exported.max_image_pixels,
+            batch_size=BATCH,
+        )
 
     def predict(self, paths: Sequence[str], *, top: int) -> Iterator[Prediction]:
         """One Prediction for each of `paths`, in order, batch by batch."""
@@ -89,6 +100,7 @@ class Predictor:
         if encoded:
             decoded = self._decoder.decode(list(encoded.values()))
             reasons = dict(decoded.bad)
+            self.transparent += decoded.transparent
             images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
             answers = self.task.answers(self._model(self._preprocess(images)), top=top)
             for index, path in enumerate(encoded):
@@ -128,6 +140,11 @@ def main(argv: Sequence[str]) -> int:
     for prediction in predictor.predict(paths, top=arguments.top):
         bad += bool(prediction.error)
         _show(prediction, predictor.task, as_json=arguments.json)
+    if predictor.transparent:
+        treated = f"put on {predictor.background}" if predictor.background else "its alpha channel dropped, whatever that shows"
+        complain(
+            f"{predictor.transparent} of {len(paths)} images with transparency: {treated}, as in this run's training (data.background)"
+        )
     if bad:
         complain(f"{bad} of {len(paths)} images could not be classified")
     return 1 if bad else 0
@@ -141,15 +158,19 @@ def image_paths(arguments: Sequence[str]) -> Iterator[str]:
         if not os.path.isdir(argument):
             yield argument
             continue
-        found = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(argument)
-            for name in names
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        )
+        found = sorted(_images_below(argument))
         if not found:
             raise ValueError(f"{argument} holds no image (.jpg, .png, .webp, ...); name another folder, or the files themselves")
         yield from found
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    """The images that a data set of this folder would have, in any order."""
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name.lower() not in JUNK]
+        for name in names:
+            if not name.startswith(".") and name.lower() not in JUNK and is_image_file(Path(where, name)):
+                yield os.path.join(where, name)
 
 
 def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:

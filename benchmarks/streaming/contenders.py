@@ -506,6 +506,7 @@ class _Shuffled:
 
     kind = "folder"
     ignored = ()
+    held_out: ClassVar = {}
 
     def __init__(self, images: Images) -> None:
         from dataio.schema import single_label

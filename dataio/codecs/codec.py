@@ -44,6 +44,11 @@ class Facts(Protocol):
         """The size as the manifest counts it; for an image "HxW"."""
         ...
 
+    @property
+    def has_alpha(self) -> bool:
+        """Whether an image may be transparent somewhere."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:

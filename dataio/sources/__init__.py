@@ -1,10 +1,10 @@
 """Sources of labelled images, under one interface: CIFAR-10, Hugging Face Parquet, folders by class, tables, IDX files.
 
 What lives here: `open_source`, which recognises the kind of a path; a file for each kind of source (cifar, idx, huggingface, folder,
-table); `source`, their common interface; `targets`, the labels to read; `splits`, the held-out samples; `hostile` and `pickled`,
-which read archives, tables and pickles as if an attacker had written them. Imported by convert, and by code that needs the classes of a
-source before its conversion. Outside of the package, import only the names below. Codecs decide whether bytes are a usable image; convert
-and parquet store them.
+table); `layout`, the splits and classes of a folder; `source`, their common interface; `targets`, the labels to read; `splits`, the
+held-out samples; `hostile` and `pickled`, which read archives, tables and pickles as if an attacker had written them. Imported by convert,
+and by code that needs the classes of a source before its conversion. Outside of the package, import only the names below. Codecs decide
+whether bytes are a usable image; convert and parquet store them.
 """
 
 import functools
@@ -13,10 +13,11 @@ from pathlib import Path
 from dataio.foreign import open_regular
 from dataio.manifest import MANIFEST_NAME
 from dataio.sources.cifar import CIFAR10, Cifar, download, torchvision_cifar10
-from dataio.sources.folder import IMAGE_SUFFIXES, ImageFolder, find_folders
+from dataio.sources.folder import ImageFolder, RefusedFolder
 from dataio.sources.hostile import CIFAR_MEMBERS, read_archive, read_batches, read_below
 from dataio.sources.huggingface import HuggingFace, find_parquet
 from dataio.sources.idx import Idx, find_idx
+from dataio.sources.layout import find_layout, formerly_found, scan
 from dataio.sources.pickled import load_cifar_pickle
 from dataio.sources.source import (
     ACCEPTED,
@@ -32,11 +33,10 @@ from dataio.sources.source import (
     name_of,
     stat_hash,
 )
-from dataio.sources.table import DELIMITERS, Table
+from dataio.sources.table import DELIMITERS, Table, find_table
 
 __all__ = [
     "ACCEPTED",
-    "IMAGE_SUFFIXES",
     "Balanced",
     "HasFiles",
     "Sample",
@@ -58,13 +58,18 @@ def open_source(
     classes: tuple[str, ...] | None = None,
     validation_fraction: float = 0.0,
     targets: str = "",
+    image_column: str = "",
+    label_column: str = "",
+    whole: bool = False,
 ) -> Source:
     """Recognises the kind of source at `path`. Downloads go to `root`.
 
     Where there is no test split, `test_fraction` of the training images is held out; where there is no validation split,
-    `validation_fraction` of the rest (0: none). Both are chosen by class and by a hash of the key: see splits. `targets` names the targets
-    to learn, as NAME[:label|labels|number],...; empty means the source's own label. `classes` replaces the source's class names. Raises
-    SourceError (a ValueError) that lists what is accepted and says what was found.
+    `validation_fraction` of the rest (0: none). Both are chosen by class and by a hash of the key: see splits. With `whole`, for a source
+    to be evaluated, nothing is held out if it stores `train` alone. `targets` names the targets to learn, as
+    NAME[:label|labels|number],...; empty means the source's own label, which `label_column` names where it
+    has another name than usual, as `image_column` does for the images. `classes` replaces the source's class names. Raises SourceError (a
+    ValueError) that lists what is accepted and says what was found.
     """
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(
@@ -74,7 +79,16 @@ def open_source(
         raise ValueError(
             f"data.validation_fraction={validation_fraction} is no fraction of the training images; use 0 (none) or one below 1, like 0.1"
         )
-    options = Options(test_fraction=test_fraction, validation_fraction=validation_fraction, targets=targets.strip())
+    if targets.strip() and label_column:
+        raise ValueError(f"data.targets={targets!r} and data.label_column={label_column!r} both say what is learnt; give one of them")
+    options = Options(
+        test_fraction=test_fraction,
+        validation_fraction=validation_fraction,
+        targets=targets.strip(),
+        image_column=image_column,
+        label_column=label_column,
+        whole=whole,
+    )
     source = _open_source(path, root, options)
     return source if classes is None else Renamed(source, classes)
 
@@ -108,11 +122,32 @@ def _open_source(path: str, root: Path, options: Options) -> Source:
         return Idx(where, idx, options)
     if parquet := find_parquet(where):
         return HuggingFace(where, parquet, options)
-    if folders := find_folders(where):
-        return ImageFolder(where, folders, options)
+    if (images := _open_images(where, options)) is not None:
+        return images
     names = sorted(entry.name + "/" * entry.is_dir() for entry in where.iterdir())
     found = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "nothing"
     raise SourceError(f"data.path={path!r} is no data set that can be read: it holds {found}; {ACCEPTED}")
+
+
+def _open_images(where: Path, options: Options) -> Source | None:
+    """A folder of class folders, or of images and a table that says what they show; None if it is neither."""
+    tree = scan(where)
+    problem: SourceError | None = None
+    layout = None
+    try:
+        layout = find_layout(tree, nested=not options.targets.endswith(":labels"))
+    except SourceError as error:
+        problem = error
+    if layout is not None and len(layout.classes("train")) > 1:
+        return ImageFolder(tree, layout, options)
+    if (tree.has_images or problem is not None) and (found := find_table(tree, options)) is not None:
+        table, ignored = found
+        return Table(table, options, ignored=ignored)
+    if problem is None:
+        return None if layout is None else ImageFolder(tree, layout, options)
+    if (former := formerly_found(tree)) is None:
+        raise problem
+    return RefusedFolder(problem, former, where, options)
 
 
 def _open_file(file: Path, options: Options) -> Source:

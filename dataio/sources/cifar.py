@@ -1,6 +1,6 @@
 """Reads CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html): downloaded, as an archive, or as a folder of its batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,8 @@ import numpy as np
 from dataio.schema import Target
 from dataio.sources.hostile import CIFAR_MEMBERS, CIFAR_TRAIN
 from dataio.sources.pickled import load_cifar_pickle
-from dataio.sources.source import Options, Sample, SourceError, asked_for, hashed, png, text_of
-from dataio.sources.splits import Rows, divide, plan_splits
+from dataio.sources.source import Options, Sample, SourceError, asked_for, hashed, no_columns, plan_of, png, text_of
+from dataio.sources.splits import Rows, divide
 from dataio.sources.targets import label_target, only_label
 
 CIFAR10 = "cifar10"
@@ -24,11 +24,12 @@ class Cifar:
     ignored: tuple[str, ...] = ()
 
     def __init__(self, *, kind: str, identity: str, read: Callable[[], dict[str, bytes]], options: Options) -> None:
+        no_columns(options, "CIFAR-10's images")
         only_label(options.targets, "CIFAR-10's images")
         more = asked_for(options)
         self.kind, self.identity, self._read = kind, hashed(identity, *more) if more else identity, read
         self.identities = (self.identity,)
-        self._plan = plan_splits(("train", "test"), test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
+        self._plan = plan_of(("train", "test"), options)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -37,6 +38,10 @@ class Cifar:
     @property
     def classes(self) -> tuple[str, ...]:
         return self._content[0]
+
+    @property
+    def held_out(self) -> Mapping[str, float]:
+        return self._plan.held
 
     def splits(self) -> tuple[str, ...]:
         return self._plan.splits

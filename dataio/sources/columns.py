@@ -46,6 +46,8 @@ class Column:
     target: Target
     texts: Mapping[Any, int] | None
     """For a column of text, cell -> class number; None where cells hold the numbers themselves."""
+    renumbered: Mapping[Path, Mapping[int, int]]
+    """File -> cell -> class number, for files whose metadata name the classes in another order than the first file's."""
     null_is_unknown: bool
     """Otherwise a null refuses the sample."""
 
@@ -53,23 +55,27 @@ class Column:
     def unknown(self) -> Any:
         return unknown((self.target,))[0]
 
-    def read(self, cells: Any) -> Iterator[tuple[Any, str | None]]:
-        """Yields (value, refusal or None) for each cell of an Arrow array."""
+    def read(self, path: Path, cells: Any) -> Iterator[tuple[Any, str | None]]:
+        """Yields (value, refusal or None) for each cell of an Arrow array of this file."""
+        numbers = self.renumbered.get(path, self.texts)
         for cell in cells.to_pylist():
             if cell is None:
                 yield self.unknown, None if self.null_is_unknown else "bad label: null"
             elif self.target.kind == "label":
-                yield cell if self.texts is None else self.texts.get(cell, -1), None
+                if numbers is None or cell in numbers:
+                    yield cell if numbers is None else numbers[cell], None
+                else:
+                    yield self.unknown, f"bad label: {cell!s:.60} is not in 0..{len(numbers) - 1}"
             elif self.target.kind == "labels":
-                yield self._labels(cell)
+                yield self._labels(cell, numbers)
             elif math.isnan(cell) or is_finite_float32(cell):
                 yield float(cell), None
             else:
                 yield self.unknown, f"bad label: {self.target.name} is {cell}, more than a number can be"
 
-    def _labels(self, cell: list[Any]) -> tuple[Any, str | None]:
+    def _labels(self, cell: list[Any], places: Mapping[Any, int] | None) -> tuple[Any, str | None]:
         classes = len(self.target.classes)
-        numbers: list[Any] = cell if self.texts is None else [self.texts.get(text) for text in cell]
+        numbers: list[Any] = cell if places is None else [places.get(text) for text in cell]
         if bad := [number for number in numbers if number is None or not 0 <= number < classes]:
             return self.unknown, f"bad label: {self.target.name} holds {bad[0]}, which is not in 0..{classes - 1}"
         value = np.zeros(classes, self.target.dtype)
@@ -98,18 +104,24 @@ def columns_of(
                 f"integers and text are of kind label, lists of them labels, floats and integers number: {FLAG}"
             )
         name = called or target.name
-        if kind == "number":
-            columns.append(Column(name=target.name, target=Target(name=name, kind=kind), texts=None, null_is_unknown=null_is_unknown))
-            continue
-        classes, texts = _classes(schema, target.name, kind, paths)
+        described: _Classes = ((), None, {}) if kind == "number" else _classes(schema, target.name, kind, paths)
+        classes, texts, renumbered = described
         columns.append(
-            Column(name=target.name, target=Target(name=name, kind=kind, classes=classes), texts=texts, null_is_unknown=null_is_unknown)
+            Column(
+                name=target.name,
+                target=Target(name=name, kind=kind, classes=classes),
+                texts=texts,
+                renumbered=renumbered,
+                null_is_unknown=null_is_unknown,
+            )
         )
     return tuple(columns)
 
 
 def _content(kind: Any) -> str | None:
     """What a column's cells are, in the words of _KINDS; None for a type that cannot be a target."""
+    if pa.types.is_dictionary(kind):  # a pandas category
+        return _content(kind.value_type)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         inner = _content(kind.value_type)
         return f"list of {inner}s".replace("texts", "text") if inner in ("integer", "text") else None
@@ -122,25 +134,44 @@ def _content(kind: Any) -> str | None:
     return "float" if pa.types.is_floating(kind) else None
 
 
-def _classes(schema: Any, column: str, kind: Kind, paths: list[Path]) -> tuple[tuple[str, ...], dict[Any, int] | None]:
-    """(names, cell -> number, or None where cells are the numbers)."""
+_Classes = tuple[tuple[str, ...], dict[Any, int] | None, dict[Path, dict[int, int]]]
+"""(names, cell -> number or None where cells are the numbers, file -> cell -> number where its own names are others)"""
+
+
+def _classes(schema: Any, column: str, kind: Kind, paths: list[Path]) -> _Classes:
+    """The classes of a column that has some."""
     content = _content(schema.field(column).type)
     where = f"column {column!r} of {paths[0]}"
     if content == "boolean":
-        return ("false", "true"), {False: 0, True: 1}
+        return ("false", "true"), {False: 0, True: 1}, {}
     if content in ("integer", "list of integers") and (names := _metadata_names(schema, column)):
-        return names, None
+        return _by_name(names, column, paths)
     cells = _distinct(paths, column, where, kind)
     if not cells:
         raise SourceError(f"{where} holds no label")
     if content in ("text", "list of text"):
         names = tuple(sorted(cells))
-        return names, {name: number for number, name in enumerate(names)}
+        return names, {name: number for number, name in enumerate(names)}, {}
     highest = max(int(cell) for cell in cells)
     checked_classes(highest + 1, kind, where)
     if highest < 0:
         raise SourceError(f"{where} holds no label")
-    return tuple(str(number) for number in range(highest + 1)), None
+    return tuple(str(number) for number in range(highest + 1)), None, {}
+
+
+def _by_name(names: tuple[str, ...], column: str, paths: list[Path]) -> _Classes:
+    """The classes of all files, the first file's first, and the numbers of each file that names them in another order. What counts is the
+    name: the splits of a data set may have been numbered each for itself."""
+    classes = list(names)
+    renumbered: dict[Path, dict[int, int]] = {}
+    for path in paths:
+        with open_parquet(path) as file:
+            own = _metadata_names(file.schema_arrow, column)
+        if own in ((), names):  # without names, the numbers are the first file's
+            continue
+        classes += [name for name in own if name not in classes]
+        renumbered[path] = {number: classes.index(name) for number, name in enumerate(own)}
+    return tuple(classes), None, renumbered
 
 
 def _distinct(paths: Iterable[Path], column: str, where: str, kind: Kind) -> set[Any]:

@@ -1,32 +1,42 @@
 """Reads image files in one folder per class: a folder of such folders for each split, or the class folders alone.
 
-An image has one label, that of its folder. With `data.targets=NAME:labels` it has the labels of all class folders that hold it. Images in
-a folder `unlabelled` need no class folder.
+layout.py says which folders these are. An image has one label, that of its folder. With `data.targets=NAME:labels` it has the labels of all
+class folders that hold it. Images in a folder `unlabelled` need no class folder.
 """
 
 import hashlib
+import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
 from dataio.schema import LABEL, Target
-from dataio.sources.source import Options, Sample, SourceError, SourceFile, former_identity, identities_of, key_of, stat_hash
-from dataio.sources.splits import ALIASES, divide, formerly_read, plan_splits, strata
+from dataio.sources.layout import Former, Layout, Tree, formerly_found
+from dataio.sources.source import (
+    Options,
+    Sample,
+    SourceError,
+    SourceFile,
+    former_identity,
+    hashed,
+    identities_of,
+    key_of,
+    no_columns,
+    plan_of,
+    stat_hash,
+)
+from dataio.sources.splits import divide, formerly_read, strata
 from dataio.sources.targets import Asked, parse_targets, unknown
 
-IMAGE_SUFFIXES = frozenset(
-    """
-    .png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .j2k .heic .heif .avif .ico .tga
-    """.split()  # noqa: SIM905 (a list of them fills the page)
-)
 NO_LABELS = "_none"
 """The class folder of images without labels, where images may have several. Where images have one label, it is a class like any other."""
+RULE = "folders 2"
+"""Part of the identity of a folder that layout.py reads otherwise than the earlier rule did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +47,7 @@ class _Image:
 
 
 class ImageFolder:
-    """The classes are the sorted names of the training folders.
+    """The classes are the sorted names of the class folders of all splits.
 
     Keys are the files' names below the source, `train/cat/1.png`; for images with several labels, the names below the class folder,
     `1.png`.
@@ -45,33 +55,36 @@ class ImageFolder:
 
     kind = "folder"
 
-    def __init__(self, folder: Path, folders: Mapping[str, Path], options: Options) -> None:
-        """`folders` is the result of find_folders."""
+    def __init__(self, tree: Tree, layout: Layout, options: Options) -> None:
+        no_columns(options, "class folders")
         asked = _asked(options.targets)
-        unlabelled = folders.get("unlabelled")
-        listed = {split: _list_images(where, leave_out=unlabelled) for split, where in folders.items() if split != "unlabelled"}
         several = asked.kind == "labels"
-        self.classes = tuple(sorted(name for name in listed["train"] if not (several and name == NO_LABELS)))
-        _check_classes(folders, listed, self.classes, several=several)
+        listed = {split: layout.classes(split) for split in layout.splits if split != "unlabelled"}
+        names = {name for found in listed.values() for name in found}
+        self.classes = tuple(sorted(name for name in names if not (several and name == NO_LABELS)))
+        if not self.classes:
+            raise SourceError(f"{layout.splits['train'].path} holds no class folder but {NO_LABELS}; there must be a class to learn")
         target = Target(name=asked.name, kind="labels" if several else "label", classes=self.classes)
         self.targets = (target,)
 
-        ignored: Counter[str] = Counter()
-        files = {split: {name: _images_of(paths, ignored) for name, paths in sorted(found.items())} for split, found in listed.items()}
-        read = {split: [path for paths in found.values() for path in paths] for split, found in files.items()}
+        files = {split: {name: list(found.all_images) for name, found in folders.items()} for split, folders in listed.items()}
         images = {
-            split: _with_labels(folders[split], found, target) if several else _with_label(folder, found, target)
+            split: _with_labels(layout.splits[split].path, found, target) if several else _with_label(tree.path, found, target)
             for split, found in files.items()
         }
-        if unlabelled is not None:
-            read["unlabelled"] = _images_of(_walk(unlabelled), ignored)
+        if (unlabelled := layout.splits.get("unlabelled")) is not None:
+            files["unlabelled"] = {"": list(unlabelled.all_images)}
             blank = unknown(self.targets)
-            images["unlabelled"] = [_Image(key=_key(folder, path), path=path, values=blank) for path in read["unlabelled"]]
-        self.ignored = tuple(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(ignored.items()))
-        self.identities = _identities(folder, folders, read, options)
+            images["unlabelled"] = [_Image(key=_key(tree.path, path), path=path, values=blank) for path in unlabelled.all_images]
+        self.ignored = layout.not_read
+        self.identities = _identities(tree, files, options)
         self.identity = self.identities[0]
-        self._plan = plan_splits(images, test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
+        self._plan = plan_of(images, options)
         self._images = images | _divided(images["train"], target, self._plan.held)
+
+    @property
+    def held_out(self) -> Mapping[str, float]:
+        return self._plan.held
 
     def splits(self) -> tuple[str, ...]:
         return self._plan.splits
@@ -90,17 +103,35 @@ class ImageFolder:
                 yield Sample(key=image.key, data=b"", values=image.values, refusal=f"unreadable: {error.strerror}")
 
 
-def find_folders(folder: Path) -> dict[str, Path]:
-    """Split -> the folder that holds its class folders, or its images (unlabelled); empty if no class folder has images."""
-    below = {path.name: path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    named = {split: [below[name] for name in names if name in below] for split, names in ALIASES.items()}
-    unlabelled = next((path for path in named.pop("unlabelled") if any(map(_is_image, _walk(path)))), None)
-    found = {split: next((path for path in paths if _has_images(path)), None) for split, paths in named.items()}
-    if found["train"] is None:
-        found = {"train": folder if _has_images(folder, leave_out=unlabelled) else None}
-    if found["train"] is None:
-        return {}
-    return {split: path for split, path in (found | {"unlabelled": unlabelled}).items() if path is not None}
+class RefusedFolder:
+    """A folder that layout.py refuses, and that was read by the earlier rule: what was converted then is found by its identity. Anything
+    else raises the refusal."""
+
+    kind = "folder"
+    ignored: tuple[str, ...] = ()
+    held_out: Mapping[str, float] = {}
+
+    def __init__(self, problem: SourceError, former: Former, root: Path, options: Options) -> None:
+        self._problem = problem
+        self.identities = (hashed(str(problem), RULE), *_former_identities(root, former, options))
+        self.identity = self.identities[0]
+
+    @property
+    def targets(self) -> NoReturn:
+        raise self._problem
+
+    @property
+    def classes(self) -> NoReturn:
+        raise self._problem
+
+    def splits(self) -> NoReturn:
+        raise self._problem
+
+    def count(self, split: str) -> NoReturn:
+        raise self._problem
+
+    def samples(self, split: str, start: int = 0) -> NoReturn:
+        raise self._problem
 
 
 def _asked(targets: str) -> Asked:
@@ -115,17 +146,7 @@ def _asked(targets: str) -> Asked:
 
 
 Listed = Mapping[str, list[Path]]
-"""Class -> the files in its folder."""
-
-
-def _check_classes(folders: Mapping[str, Path], listed: Mapping[str, Listed], classes: tuple[str, ...], *, several: bool) -> None:
-    for split, found in listed.items():
-        if lacking := sorted(set(found) - set(classes) - ({NO_LABELS} if several else set())):
-            raise SourceError(
-                f"{folders[split]} holds classes that {folders['train']} lacks: {', '.join(lacking[:5])}; both need the same class folders"
-            )
-    if not classes:
-        raise SourceError(f"{folders['train']} holds no class folder but {NO_LABELS}; there must be a class to learn")
+"""Class -> the images in its folder."""
 
 
 def _with_label(folder: Path, found: Listed, target: Target) -> list[_Image]:
@@ -177,47 +198,29 @@ def _divided(train: list[_Image], target: Target, held: Mapping[str, float]) -> 
     return {split: [train[row] for row in rows[split].tolist()] for split in rows}
 
 
-def _identities(folder: Path, folders: Mapping[str, Path], images: Mapping[str, list[Path]], options: Options) -> tuple[str, ...]:
-    """`images`: all files that are read, by split."""
-    formerly = {*formerly_read(images), *(("unlabelled",) if folders["train"] == folder else ())}  # it was a class then
-    stat = stat_hash(folder, [path for paths in images.values() for path in paths])
-    before = stat if formerly >= set(images) else stat_hash(folder, [path for split in formerly for path in images.get(split, [])])
-    former = former_identity(before, options, has_test=bool({"test", "validation"} & set(images)))
-    return identities_of(stat, images, options, former=former)
+def _identities(tree: Tree, files: Mapping[str, Listed], options: Options) -> tuple[str, ...]:
+    """`files`: split -> class -> all images that are read. Where the earlier rule read the same, the identity is still the one it had."""
+    former = formerly_found(tree)
+    before = _former_identities(tree.path, former, options) if former is not None else ()
+    if former is not None and _plain(former.splits) == _plain(files):
+        return before
+    stat = stat_hash(tree.path, [path for found in files.values() for paths in found.values() for path in paths])
+    classes = {split: list(found) for split, found in files.items()}
+    return (hashed(identities_of(stat, files, options)[0], RULE, json.dumps(classes)), *before)
 
 
-def _has_images(folder: Path, leave_out: Path | None = None) -> bool:
-    """Whether a class folder of this folder holds an image."""
-    return any(_is_image(path) for files in _list_images(folder, leave_out).values() for path in files)
+def _plain(files: Mapping[str, Mapping[str, Iterable[Path]]]) -> dict[str, dict[str, list[Path]]]:
+    return {split: {name: list(paths) for name, paths in found.items()} for split, found in files.items()}
 
 
-def _list_images(folder: Path, leave_out: Path | None = None) -> dict[str, list[Path]]:
-    """Class -> all its files, sorted, without hidden ones."""
-    classes = {}
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.name.startswith(".") and entry != leave_out and (files := _walk(entry)):
-            classes[key_of(os.fsencode(entry.name))] = files
-    return classes
-
-
-def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, without hidden ones; links to folders are not followed."""
-    files: list[Path] = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(where, name) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def _images_of(files: Iterable[Path], ignored: Counter[str]) -> list[Path]:
-    """The files that are images by their names; counts the others by suffix."""
-    files = list(files)
-    ignored.update(path.suffix.lower() for path in files if not _is_image(path))
-    return [path for path in files if _is_image(path)]
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
+def _former_identities(root: Path, former: Former, options: Options) -> tuple[str, ...]:
+    """The identities of a folder by the earlier rule."""
+    images = {split: former.files(split) for split in former.splits}
+    formerly = {*formerly_read(images), *(("unlabelled",) if former.train_is_root else ())}  # it was a class then
+    stat = stat_hash(root, [path for paths in images.values() for path in paths])
+    before = stat if formerly >= set(images) else stat_hash(root, [path for split in formerly for path in images.get(split, [])])
+    oldest = former_identity(before, options, has_test=bool({"test", "validation"} & set(images)))
+    return identities_of(stat, images, options, former=oldest)
 
 
 def _key(folder: Path, path: Path) -> str:

@@ -15,13 +15,13 @@ import pyarrow as pa
 
 from dataio.schema import LABEL
 from dataio.sources.columns import Column, batches_of, columns_of, open_parquet
-from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, stat_hash, text_of
-from dataio.sources.splits import ALIASES, Rows, chosen, divide, formerly_read, plan_splits, recognised, strata
+from dataio.sources.source import Options, Sample, SourceError, former_identity, hashed, identities_of, plan_of, stat_hash, text_of
+from dataio.sources.splits import ALIASES, Rows, chosen, divide, formerly_read, recognised, strata
 from dataio.sources.targets import FLAG, Asked, parse_targets
 
 _SPLIT_NAME = re.compile(rf"({'|'.join(name for names in ALIASES.values() for name in names)})(?![A-Za-z])")
-_IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
+_IMAGE_COLUMNS = ("image", "img", "pixel_values", "picture", "photo", "bytes", "content")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "category", "label_name", "class_name", "y")
 
 
 class HuggingFace:
@@ -42,19 +42,26 @@ class HuggingFace:
         self.ignored = tuple(str(path.relative_to(folder)) for paths in files.values() for path in paths if path not in used)
         self.identities = _identities(folder, self._files, options)
         self.identity = self.identities[0]
-        self._plan = plan_splits(self._files, test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
+        self._plan = plan_of(self._files, options)
         schema = _schema(train[0])
-        self._image = _image_column(train[0], schema)
+        self._image = _image_column(train[0], schema, options.image_column)
         asked = parse_targets(options.targets)
         labelled = [path for split, paths in self._files.items() if split != "unlabelled" for path in paths]
         self._columns: tuple[Column, ...]
         if asked:
             self._columns = columns_of(schema, asked, labelled, null_is_unknown=True)
         else:
-            column = _label_column(train[0], schema)
+            column = _label_column(train[0], schema, options.label_column)
             self._columns = columns_of(schema, (Asked(name=column, kind="label"),), labelled, null_is_unknown=False, called=LABEL)
         self.targets = tuple(column.target for column in self._columns)
+        if any(column.renumbered for column in self._columns):  # an earlier rule took each file's numbers for the first file's
+            self.identities = (hashed(self.identities[0], "by name"), *self.identities)
+            self.identity = self.identities[0]
         self.classes = self.targets[0].classes
+
+    @property
+    def held_out(self) -> Mapping[str, float]:
+        return self._plan.held
 
     def splits(self) -> tuple[str, ...]:
         return self._plan.splits
@@ -80,7 +87,7 @@ class HuggingFace:
         first = self._columns[0]
         for path, row, batch in _batches(self._files["train"], [first.name], 1 << 14, part=f"{self._image}.path"):
             keys += _keys(path, row, batch.column(self._image) if self._image in batch.schema.names else None, len(batch))
-            values += [value for value, _ in first.read(batch.column(first.name))]
+            values += [value for value, _ in first.read(path, batch.column(first.name))]
         if first.target.kind == "label":  # values that are no class are refused later
             values = [value if 0 <= value < len(self.classes) else first.unknown for value in values]
         column = np.array(values, first.target.dtype).reshape(len(values), *first.target.shape)
@@ -98,11 +105,14 @@ class HuggingFace:
         if pa.types.is_struct(images.type):
             images = _children(images)["bytes"]
         known = [
-            list(column.read(batch.column(column.name))) if labelled else [(column.unknown, None)] * len(batch) for column in self._columns
+            list(column.read(path, batch.column(column.name))) if labelled else [(column.unknown, None)] * len(batch)
+            for column in self._columns
         ]
         for index, key in enumerate(keys):
             data = images[index].as_py()
             refusal = next((why for column in known if (why := column[index][1]) is not None), None)
+            if labelled and all(batch.column(column.name)[index].as_py() is None for column in self._columns):
+                refusal = "bad label: null"
             if data is None:
                 refusal = "no image: null" if paths[index] is None else "no image: the row holds a path, but no bytes"
             yield Sample(key=key, data=data or b"", values=tuple(column[index][0] for column in known), refusal=refusal)
@@ -172,21 +182,27 @@ def _schema(path: Path) -> Any:
         return file.schema_arrow
 
 
-def _image_column(path: Path, schema: Any) -> str:
+def _image_column(path: Path, schema: Any, given: str) -> str:
     def is_image(kind: Any) -> bool:
         if pa.types.is_struct(kind):
             return any(field.name == "bytes" and is_image(field.type) for field in kind)
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    return _pick(path, schema, _IMAGE_COLUMNS, is_image, "column image or img of struct{bytes, path} or binary")
+    what = f"column {given or 'image or img'} of struct{{bytes, path}} or binary"
+    return _pick(
+        path, schema, (given,) if given else _IMAGE_COLUMNS, is_image, what, "say which one has the images: --data.image-column NAME"
+    )
 
 
-def _label_column(path: Path, schema: Any) -> str:
+def _label_column(path: Path, schema: Any, given: str) -> str:
     def is_label(kind: Any) -> bool:
-        return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+        if pa.types.is_dictionary(kind):  # a pandas category
+            return is_label(kind.value_type)
+        return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
-    hint = f"say which columns are learnt: {FLAG}"
-    return _pick(path, schema, _LABEL_COLUMNS, is_label, "column label or fine_label of integers or text", hint)
+    hint = f"say which one has the labels: --data.label-column NAME, or all that is learnt: {FLAG}"
+    what = f"column {given or 'label or fine_label'} of integers or text"
+    return _pick(path, schema, (given,) if given else _LABEL_COLUMNS, is_label, what, hint)
 
 
 def _pick(path: Path, schema: Any, names: tuple[str, ...], fits: Callable[[Any], bool], what: str, hint: str = "") -> str:

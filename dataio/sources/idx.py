@@ -3,7 +3,7 @@
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -11,8 +11,8 @@ from typing import BinaryIO
 import numpy as np
 
 from dataio.foreign import MAX_SETTINGS_BYTES, open_regular, read_regular
-from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, png, stat_hash
-from dataio.sources.splits import chosen, divide, plan_splits
+from dataio.sources.source import Options, Sample, SourceError, former_identity, identities_of, no_columns, plan_of, png, stat_hash
+from dataio.sources.splits import chosen, divide
 from dataio.sources.targets import label_target, only_label
 
 MAX_LABELS = 1 << 26
@@ -26,10 +26,11 @@ class Idx:
     ignored: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, files: dict[str, tuple[Path, Path]], options: Options) -> None:
+        no_columns(options, "IDX files")
         only_label(options.targets, "IDX files")
         self._files = files
         self._labels = {split: _idx_labels(labels) for split, (_, labels) in files.items()}
-        self._plan = plan_splits(files, test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
+        self._plan = plan_of(files, options)
         names = folder / "classes.txt"
         paths = [path for pair in files.values() for path in pair] + ([names] if names.is_file() else [])
         stat = stat_hash(folder, paths)
@@ -45,6 +46,10 @@ class Idx:
         keys = [f"train/{row:05d}" for row in range(len(self._labels["train"]))]
         self._rows = {split: np.arange(len(labels)) for split, labels in self._labels.items()}
         self._rows |= divide(keys, self._labels["train"].astype(np.int64), self._plan.held)
+
+    @property
+    def held_out(self) -> Mapping[str, float]:
+        return self._plan.held
 
     def splits(self) -> tuple[str, ...]:
         return self._plan.splits

@@ -14,14 +14,15 @@ import numpy as np
 from PIL import Image
 
 from dataio.schema import Target
-from dataio.sources.splits import HELD_OUT_RULE
+from dataio.sources.splits import HELD_OUT_RULE, Plan, plan_splits
 
 ACCEPTED = """accepted are
   cifar10                               downloaded, hash-checked
   cifar-10-python.tar.gz                or another archive in that format, or the folder of its batches
   a folder of Parquet files             Hugging Face layout: train-*.parquet, test-*.parquet (or in data/); or one such file
   a folder with train/ and test/        (or val/, validation/) of one folder a class; or the class folders alone; unlabelled/ beside them
-  a table: labels.csv or labels.tsv     a column image (of files, relative to the table), columns of labels, perhaps a column split
+  a table: labels.csv or labels.tsv     a column image (of files, relative to the table), columns of labels, perhaps a column split;
+                                        or a folder of images with one such table in it
   a folder of IDX files                 train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-...; .gz or not
   a folder made by dataio.convert       (for --data.path only)"""
 
@@ -74,6 +75,10 @@ class Options:
     test_fraction: float
     validation_fraction: float = 0.0
     targets: str = ""
+    image_column: str = ""
+    label_column: str = ""
+    whole: bool = False
+    """Nothing is held out of a source that stores the training split alone."""
 
 
 class Source(Protocol):
@@ -104,6 +109,11 @@ class Source(Protocol):
     @property
     def ignored(self) -> tuple[str, ...]:
         """Names of files, or groups of files, in the source that are not read."""
+        ...
+
+    @property
+    def held_out(self) -> Mapping[str, float]:
+        """Split -> the fraction of the training samples held out for it, for the splits that the source does not store."""
         ...
 
     def splits(self) -> tuple[str, ...]:
@@ -146,6 +156,10 @@ class Renamed:
     def classes(self) -> tuple[str, ...]:
         return self.targets[0].classes
 
+    @property
+    def held_out(self) -> Mapping[str, float]:
+        return self._source.held_out
+
     def splits(self) -> tuple[str, ...]:
         return self._source.splits()
 
@@ -177,6 +191,10 @@ class Balanced:
     @property
     def classes(self) -> tuple[str, ...]:
         return self._source.classes
+
+    @property
+    def held_out(self) -> Mapping[str, float]:
+        return self._source.held_out
 
     def splits(self) -> tuple[str, ...]:
         return tuple(split for split in self._source.splits() if split in self._sizes)
@@ -221,8 +239,22 @@ def identities_of(files: str, stored: Collection[str], options: Options, *, form
     more = asked_for(options)
     if set(stored) == {"train", "test"}:
         return (hashed(files, "", *more),)
+    if is_whole(stored, options):
+        return (hashed(files, "whole", *more),)
     identity = hashed(files, "" if "test" in stored else repr(options.test_fraction), HELD_OUT_RULE, *more)
     return (identity,) if more or former is None else (identity, former)
+
+
+def is_whole(stored: Collection[str], options: Options) -> bool:
+    """Whether nothing is to be held out."""
+    return options.whole and not {"test", "validation"} & set(stored)
+
+
+def plan_of(stored: Collection[str], options: Options) -> Plan:
+    """The splits of a source that stores these."""
+    if is_whole(stored, options):
+        return Plan(stored=frozenset(stored), held={})
+    return plan_splits(stored, test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
 
 
 def former_identity(files: str, options: Options, *, has_test: bool) -> str:
@@ -233,7 +265,15 @@ def former_identity(files: str, options: Options, *, has_test: bool) -> str:
 def asked_for(options: Options) -> list[str]:
     """The parts of the identity for options that are not at their defaults; `test_fraction` is added where it is used."""
     more = [f"validation_fraction={options.validation_fraction!r}"] if options.validation_fraction else []
-    return more + ([f"targets={options.targets}"] if options.targets else [])
+    names = ("targets", "image_column", "label_column")
+    return more + [f"{name}={value}" for name in names if (value := getattr(options, name))]
+
+
+def no_columns(options: Options, what: str) -> None:
+    """Refuses the names of columns for `what`, a kind of source that has none."""
+    for name in ("image_column", "label_column"):
+        if value := getattr(options, name):
+            raise SourceError(f"data.{name}={value!r}: {what} have no columns; leave it empty")
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -1,7 +1,9 @@
 """Reads a table of images: a CSV or TSV file with one image per row, whose other columns are targets.
 
-`data.targets` names the target columns and their kinds; without a kind the cells decide. hostile.py reads the table and the files that it
-names. Every error names the file, the line and the column.
+`data.targets` names the target columns and their kinds; without a kind the cells decide. A cell names a file below the table's folder: by
+its path, or by its name or its name without suffix where only one image has that (`id` and `breed` beside a folder of photographs).
+hostile.py reads the table and the files that it names. Every error names the file, the line and the column. `find_table` chooses the table
+of a folder that has no class folders.
 """
 
 import hashlib
@@ -9,7 +11,8 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,16 +22,21 @@ import numpy.typing as npt
 
 from dataio.schema import Kind, Target
 from dataio.sources.hostile import read_below, table_rows
-from dataio.sources.source import Options, Sample, SourceError, SourceFile, identities_of
-from dataio.sources.splits import ALIASES, Rows, divide, plan_splits, split_named, strata
+from dataio.sources.layout import Tree, scan, split_meant
+from dataio.sources.source import Options, Sample, SourceError, SourceFile, identities_of, plan_of
+from dataio.sources.splits import ALIASES, Rows, divide, split_named, strata
 from dataio.sources.targets import FLAG, Asked, checked_classes, is_finite_float32, ordered, parse_targets, values_at
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 IMAGE_COLUMNS = ("image", "file", "filename", "path", "image_path")
 """The first of these columns that exists names the files."""
+_MORE_IMAGE_COLUMNS = (*IMAGE_COLUMNS, "imagename", "imagefile", "filepath", "img", "imgpath", "imageid", "id", "photo", "picture", "name")
+"""Tried if there is none of those, whatever their case, spaces and underscores."""
 SPLIT_COLUMN = "split"
 LABEL_COLUMNS: dict[str, Kind | None] = {"label": None, "labels": "labels", "tags": "labels"}
 """The first of these columns that exists is the target where none is requested."""
+_MORE_LABEL_COLUMNS = (*LABEL_COLUMNS, "class", "classname", "classlabel", "labelname", "target", "category", "classid", "labelid")
+"""Tried if there is none of those, as above; then the only other column."""
 SEPARATOR = "|"
 UNKNOWN_LABELS = "?"
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
@@ -38,11 +46,10 @@ class Table:
     """The rows of a table, in order. Keys are the files' names as written in the table."""
 
     kind = "table"
-    ignored: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, options: Options) -> None:
-        content = _read(path, parse_targets(options.targets))
-        self._folder, self._files = path.parent, content.files
+    def __init__(self, path: Path, options: Options, *, ignored: tuple[str, ...] = ()) -> None:
+        content = _read(path, options)
+        self._folder, self._files, self.ignored = path.parent, content.files, ignored
         typed = [_typed(content, number) for number in range(len(content.asked))]
         self.targets = tuple(target for target, _ in typed)
         self._columns = [column for _, column in typed]
@@ -50,15 +57,24 @@ class Table:
         stored = {split: np.flatnonzero(np.array(content.splits) == split) for split in dict.fromkeys(content.splits)}
         if "train" not in stored:
             raise SourceError(f"{path} has no row of split train, but of {', '.join(stored)}; there must be images to train with")
-        self._plan = plan_splits(stored, test_fraction=options.test_fraction, validation_fraction=options.validation_fraction)
+        self._plan = plan_of(stored, options)
         self._rows: dict[str, Rows] = stored
         if self._plan.held:
             train = stored["train"]
             groups = strata(self.targets[0], self._columns[0][train])
             divided = divide([self._files[row] for row in train.tolist()], groups, self._plan.held)
             self._rows = stored | {split: train[rows] for split, rows in divided.items()}
-        self.identities = identities_of(_stat_hash(self._folder, {path.name, *self._files}), stored, options)
+        digest, missing = _stat_hash(self._folder, {path.name, *self._files})
+        self.identities = identities_of(digest, stored, options)
+        self._places = _found(path, missing) if missing else {}
+        if self._places:
+            found, _ = _stat_hash(self._folder, {path.name, *(self._places.get(name, name) for name in self._files)})
+            self.identities = (identities_of(found, stored, options)[0], *self.identities)
         self.identity = self.identities[0]
+
+    @property
+    def held_out(self) -> Mapping[str, float]:
+        return self._plan.held
 
     def splits(self) -> tuple[str, ...]:
         return self._plan.splits
@@ -76,7 +92,7 @@ class Table:
         for row in self._rows[split][start:].tolist():
             key, values = self._files[row], values_at(self.targets, self._columns, row)
             try:
-                yield Sample(key=key, data=read_below(self._folder, key), values=values)
+                yield Sample(key=key, data=read_below(self._folder, self._places.get(key, key)), values=values)
             except OSError as error:
                 yield Sample(key=key, data=b"", values=values, refusal=f"unreadable: {error.strerror}")
 
@@ -100,19 +116,19 @@ def _refuse(path: Path, line: int, column: str, value: str | None, rule: str) ->
     raise SourceError(f"{path}, line {line}, column {column!r}: {value!r:.80} {rule}")
 
 
-def _read(path: Path, asked: tuple[Asked, ...]) -> _Content:
+def _read(path: Path, options: Options) -> _Content:
     rows = table_rows(path, DELIMITERS[path.suffix.lower()])
     line, header = next(rows, (1, []))
     names = [name.strip() for name in header]
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise SourceError(f"{path}, line {line}: there are two columns named {twice[0]!r}; name each column once")
-    image = next((name for name in IMAGE_COLUMNS if name in names), None)
+    image = _image_column(names, options)
     if image is None:
         raise SourceError(
-            f"{path}, line {line}: no column names the image files; its columns are {_listed(names)}; "
-            f"call the one with the files, relative to the table, {IMAGE_COLUMNS[0]}"
+            f"{path}, line {line}: no column names the image files; its columns are {_listed(names)}; say which one does, with names "
+            f"relative to the table: --data.image-column NAME"
         )
-    content = _Content(path=path, asked=_chosen(path, [name for name in names if name not in (image, SPLIT_COLUMN)], asked))
+    content = _Content(path=path, asked=_chosen(path, [name for name in names if name not in (image, SPLIT_COLUMN)], options))
     content.cells.extend([] for _ in content.asked)
     image_at, split_at = names.index(image), names.index(SPLIT_COLUMN) if SPLIT_COLUMN in names else None
     target_at = [names.index(target.name) for target in content.asked]
@@ -135,27 +151,110 @@ def _read(path: Path, asked: tuple[Asked, ...]) -> _Content:
     return content
 
 
-def _stat_hash(folder: Path, names: Collection[str]) -> str:
-    """Like source.stat_hash, but for names: without a Path for each of a million files it takes a quarter of the time."""
+def _stat_hash(folder: Path, names: Collection[str]) -> tuple[str, set[str]]:
+    """Like source.stat_hash, but for names: without a Path for each of a million files it takes a quarter of the time. Also returns the
+    names of no file."""
     digest = hashlib.sha256()
+    missing: set[str] = set()
     for name in sorted(names):
         try:
             facts = os.stat(os.path.join(folder, name))
             line = (name, facts.st_size, facts.st_mtime_ns)
         except OSError:  # the file does not exist: samples() reports it
             line = (name, -1, -1)
+            missing.add(name)
         digest.update(json.dumps(line).encode())
-    return digest.hexdigest()
+    return digest.hexdigest(), missing
 
 
-def _chosen(path: Path, columns: Sequence[str], asked: tuple[Asked, ...]) -> tuple[Asked, ...]:
-    """Chooses the targets among the columns that can be one."""
-    if not asked:
-        for name, kind in LABEL_COLUMNS.items():
-            if name in columns:
-                return (Asked(name=name, kind=kind),)
+def _found(table: Path, names: Collection[str]) -> dict[str, str]:
+    """Name -> the image below the table's folder that has it, with or without its suffix. SourceError where several have it."""
+    by_name: defaultdict[str, list[str]] = defaultdict(list)
+    for path in scan(table.parent).all_images:
+        place = path.relative_to(table.parent).as_posix()
+        by_name[path.name].append(place)
+        if path.suffix:
+            by_name[path.stem].append(place)
+    found = {}
+    for name in names:
+        places = by_name.get(name, [])
+        if len(places) > 1:  # `train/7.jpg` for a row of train.csv, and not `test/7.jpg`
+            places = [place for place in places if _words(place.split("/")[0]) & _words(table.stem)] or places
+        if len(places) > 1:
+            raise SourceError(
+                f"{table}: {name!r:.80} may be {places[0]} or {places[1]}; write the path of each file, relative to the table"
+            )
+        if places:
+            found[name] = places[0]
+    return found
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", name.lower())) - {""}
+
+
+def find_table(tree: Tree, options: Options) -> tuple[Path, tuple[str, ...]] | None:
+    """The table directly in a folder that says what its images show, and what of the folder is not read then; None if there is none.
+    SourceError where several may be it."""
+    tables = [path for path in tree.others if path.suffix.lower() in DELIMITERS and "submission" not in path.name.lower()]
+    usable = []
+    for path in tables:
+        _, header = next(table_rows(path, DELIMITERS[path.suffix.lower()]), (1, []))
+        names = [name.strip() for name in header]
+        image = _image_column(names, options)
+        if image is not None and _label_column([name for name in names if name not in (image, SPLIT_COLUMN)], options) is not None:
+            usable.append(path)
+    if len(usable) > 1:
+        usable = [path for path in usable if _words(path.stem) & {"train", "training", "labels", "metadata", "annotations"}] or usable
+    if len(usable) > 1:
+        told = " and ".join(path.name for path in usable[:2])
         raise SourceError(
-            f"{path} has no column {', '.join(LABEL_COLUMNS)}; say which are the labels, {FLAG}; its columns are {_listed(columns)}"
+            f"{tree.path} holds several tables, {told}; name the one to read, --data.path {usable[0]}, or put all rows into one with a "
+            f"column {SPLIT_COLUMN}"
+        )
+    if not usable:
+        return None
+    others = tuple(path.name for path in tree.others if path != usable[0])
+    return usable[0], others
+
+
+def _image_column(names: Sequence[str], options: Options) -> str | None:
+    """The column that names the files."""
+    if options.image_column:
+        return options.image_column if options.image_column in names else None
+    return next((name for name in IMAGE_COLUMNS if name in names), None) or _alike(names, _MORE_IMAGE_COLUMNS)
+
+
+def _label_column(columns: Sequence[str], options: Options) -> Asked | None:
+    """The target where `data.targets` names none."""
+    if options.label_column:
+        return Asked(name=options.label_column, kind=None) if options.label_column in columns else None
+    if asked := parse_targets(options.targets):
+        return asked[0] if asked[0].name in columns else None
+    for name, kind in LABEL_COLUMNS.items():
+        if name in columns:
+            return Asked(name=name, kind=kind)
+    found = _alike(columns, _MORE_LABEL_COLUMNS) or (columns[0] if len(columns) == 1 else None)
+    return None if found is None else Asked(name=found, kind=None)
+
+
+def _alike(names: Sequence[str], wanted: Sequence[str]) -> str | None:
+    """The column with the first of these names, whatever its case, spaces and underscores."""
+    by_plain = {re.sub(r"[^a-z0-9]+", "", name.lower()): name for name in reversed(names)}
+    return next((by_plain[plain] for name in wanted if (plain := name.replace("_", "")) in by_plain), None)
+
+
+def _chosen(path: Path, columns: Sequence[str], options: Options) -> tuple[Asked, ...]:
+    """Chooses the targets among the columns that can be one."""
+    asked = parse_targets(options.targets)
+    if not asked:
+        if (label := _label_column(columns, options)) is not None:
+            return (label,)
+        if options.label_column:
+            raise SourceError(f"data.label_column names {options.label_column!r}; the columns of labels in {path} are {_listed(columns)}")
+        raise SourceError(
+            f"{path} has no column {', '.join(LABEL_COLUMNS)}; say which one has the labels: --data.label-column NAME, or all that is "
+            f"learnt: {FLAG}; its columns are {_listed(columns)}"
         )
     if missing := [target.name for target in asked if target.name not in columns]:
         raise SourceError(
@@ -170,7 +269,7 @@ def _listed(columns: Collection[str]) -> str:
 
 
 def _split(path: Path, line: int, cell: str) -> str:
-    if split := split_named(cell.strip()):
+    if split := split_named(cell.strip()) or split_meant(cell):
         return split
     _refuse(path, line, SPLIT_COLUMN, cell, f"is no split; {', '.join(ALIASES)} are")
 

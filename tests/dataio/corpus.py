@@ -46,8 +46,10 @@ def encode(image: np.ndarray | Image.Image, format: str = "PNG", **options: Any)
 
 
 def pillow(data: bytes) -> np.ndarray:
-    """Pillow's upright RGB pixels."""
+    """Pillow's upright RGB pixels; 16 bits of gray scaled to 8, where Pillow's own conversion clips."""
     image = Image.open(io.BytesIO(data))
+    if image.mode in ("I;16", "I"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.format in ("JPEG", "PNG"):
         image = ImageOps.exif_transpose(image)
     return np.asarray(image.convert("RGB"))
@@ -84,6 +86,7 @@ def good() -> tuple[Good, ...]:
     image = Image.fromarray(array)
     alpha = Image.fromarray(np.concatenate([array, array[..., :1]], -1))
     deep = rng.integers(0, 65536, (HEIGHT, WIDTH, 4)).astype(">u2")
+    gray16 = np.random.default_rng(8).integers(0, 65536, (HEIGHT, WIDTH)).astype(np.uint16)
 
     def noise(row_bytes: int) -> np.ndarray:
         return rng.integers(0, 256, (HEIGHT, row_bytes)).astype(np.uint8)
@@ -127,6 +130,17 @@ def good() -> tuple[Good, ...]:
         "tiff deflate gray": encode(image.convert("L"), "TIFF", compression="tiff_adobe_deflate"),
         "tiff packbits rgba": encode(alpha, "TIFF", compression="packbits"),
         "tiff cmyk": encode(image.convert("CMYK"), "TIFF"),
+        "png gray 16 bits": raw_png(color=0, bits=16, rows=gray16.astype(">u2").view(np.uint8)),
+        "tiff gray 16 bits": encode(Image.fromarray(gray16), "TIFF"),
+        "tiff lzw gray 16 bits": encode(Image.fromarray(gray16), "TIFF", compression="tiff_lzw"),
+        "gif": encode(image, "GIF"),
+        "gif gray": encode(image.convert("L"), "GIF"),
+        "gif with a comment and transparency": encode(image.convert("P"), "GIF", comment=b"from a camera", transparency=3),
+        "ppm": encode(image, "PPM"),
+        "ppm with a comment": encode(image, "PPM").replace(b"\n", b"\n# made by hand\n", 1),
+        "pgm": encode(image.convert("L"), "PPM"),
+        "pgm 16 bits": encode(Image.fromarray(gray16), "PPM"),
+        "pbm": encode(image.convert("1"), "PPM"),
     }
     near = {
         "png rgb 16 bits": raw_png(bits=16, rows=deep[..., :3].reshape(HEIGHT, -1)),
@@ -162,7 +176,7 @@ def bad() -> tuple[Bad, ...]:
     at = jpeg.index(b"\xff\xc4")
     tables[at + 5 : at + 21] = b"\xff" * 16
     frame = jpeg.index(b"\xff\xc0")
-    gray16 = (picture(5)[..., 0].astype(np.uint16) * 257 + 13).astype(">u2")
+    gif, ppm = encode(image, "GIF"), encode(image, "PPM")
 
     def patched(data: bytes, place: int, new: bytes) -> bytes:
         return data[:place] + new + data[place + len(new) :]
@@ -196,6 +210,9 @@ def bad() -> tuple[Bad, ...]:
                 "bmp half": bmp[: len(bmp) // 2],
                 "bmp header": bmp[:20],
                 "tiff half": tiff[: len(tiff) // 2],
+                "gif half": gif[: len(gif) // 2],
+                "gif without its end": gif[:-1],
+                "ppm half": ppm[: len(ppm) // 2],
                 "tiff header": tiff[:8],
             },
             "damaged": {
@@ -203,6 +220,8 @@ def bad() -> tuple[Bad, ...]:
                 "png IDAT CRC": patched(png, idat + 20, bytes([png[idat + 20] ^ 1])),
                 "png zero width": raw_png(rows=rows, width=0),
                 "png without IDAT": png[:33] + chunk(b"IEND", b""),
+                "gif of no frame": gif[: 13 + 768] + b";",
+                "ppm without its height": b"P6 40 x",
                 "png color type 5": raw_png(color=5, rows=rows),
                 "jpeg zero height": patched(jpeg, frame + 5, b"\0\0"),
                 "jpeg rubbish in its header": patched(jpeg, 20, b"\0\0"),
@@ -215,15 +234,13 @@ def bad() -> tuple[Bad, ...]:
                 "png bomb of 1 row": raw_png(packed=packed, height=1, width=2**31 - 1),
             },
             "animated": {
-                "gif": encode(image, "GIF"),
                 "gif of two frames": encode(image, "GIF", save_all=True, append_images=frames),
                 "apng": encode(image, save_all=True, append_images=frames),
                 "webp of two frames": encode(image, "WEBP", save_all=True, append_images=frames),
                 "tiff of two pages": encode(image, "TIFF", save_all=True, append_images=frames),
             },
             "unsupported": {
-                "png gray 16 bits": raw_png(color=0, bits=16, rows=gray16),
-                "tiff gray 16 bits": encode(Image.fromarray(gray16.astype(np.uint16)), "TIFF"),
+                "ppm of values up to 100": b"P6 40 24 100\n" + bytes(HEIGHT * WIDTH * 3),
                 "tiff float": encode(image.convert("F"), "TIFF"),
                 "tiff 1 bit": encode(image.convert("1"), "TIFF"),
                 "tiff gray alpha": encode(image.convert("LA"), "TIFF"),

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ class Memory:
 
     kind = "memory"
     ignored = ()
+    held_out: ClassVar = {}
     classes = ("a", "b", "c", "d")
 
     def __init__(self, train: int = 2600, test: int = 600, *, bad_every: int = 0, known: bool = True, identity: str = "one") -> None:
@@ -158,6 +160,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from test_convert import Memory, run
 from pathlib import Path
+from typing import ClassVar
 calls = 0
 def on_progress(progress):
     global calls
@@ -445,7 +448,7 @@ def test_the_command_converts_says_what_came_out_and_the_second_time_that_it_is_
 ):
     assert main([str(folder), str(tmp_path / "dest")]) == 0
     shown = capsys.readouterr()
-    assert "12 train, 4 test images of 2 classes" in shown.out
+    assert "2 classes (a, b): 12 train, 4 test images" in shown.out
     assert "train: 12 of 12 images" in shown.err
     assert main([str(folder), str(tmp_path / "dest")]) == 0
     assert "there already" in capsys.readouterr().out

@@ -150,3 +150,14 @@ def test_a_record_survives_its_line(key: str, reason: str, sample_id: int):
 def test_a_limit_that_is_no_fraction_is_refused(fraction: float):
     with pytest.raises(ValueError, match=r"data\.max_bad_fraction"):
         Quarantine(fraction, 10)
+
+
+@pytest.mark.parametrize(("bad", "advised"), [(5, True), (6, False), (10, False)])
+def test_to_leave_out_most_of_the_samples_is_no_advice(bad: int, advised: bool):
+    quarantine = Quarantine(0.0, None)
+    for number in range(bad):
+        quarantine.add(f"{number}.png", "unsupported: a TIFF of 12 bits", "train", number)
+    with pytest.raises(TooManyBadSamples) as caught:
+        quarantine.finish(10)
+    assert ("--data.max-bad-fraction" in str(caught.value)) == advised
+    assert ("look at the reasons" in str(caught.value)) != advised

@@ -1,6 +1,7 @@
 """Claims about sniff and decode: what is accepted equals Pillow's pixels, what is bad is named, what is resized follows from its bytes
 alone, and nothing else suffers."""
 
+import io
 import struct
 import threading
 from collections.abc import Iterable
@@ -10,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from corpus import HEIGHT, MAX_PIXELS, WIDTH, Bad, Good, bad, encode, good, picture, pillow, raw_png
+from corpus import HEIGHT, MAX_PIXELS, WIDTH, Bad, Good, _orientation, bad, chunk, encode, good, picture, pillow, raw_png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from dataio.codecs.codec import Refusal
-from dataio.codecs.image.decode import Checker, Decoder, window_of
+from dataio.codecs.image.decode import COLOURS, Checker, Decoder, window_of
 from dataio.codecs.image.sniff import KINDS, Header, simple_webp, sniff
-from dataio.config import Fit
+from dataio.config import Background, Fit
 
 UNSNIFFABLE = ("undecodable", "wrong size")
 
@@ -346,3 +347,44 @@ def test_an_image_that_cannot_be_made_is_a_clear_error():
     with pytest.raises(ValueError, match=r"0x32.*data\.image_size"):
         Decoder(height=0, width=32, fit="refuse", max_pixels=MAX_PIXELS)
     assert raw_png(rows=picture(0).reshape(HEIGHT, -1))[:4] == b"\x89PNG"
+
+
+def shape_on_nothing(kind: str) -> Image.Image:
+    """A black shape on black that is transparent: without its alpha, all is black."""
+    pixels = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    pixels[4:20, 10:30, 3] = np.linspace(20, 255, 20).astype(np.uint8)[None, :]
+    image = Image.fromarray(pixels)
+    return image if kind == "rgba" else image.convert("LA")
+
+
+@pytest.mark.parametrize("background", ["black", "gray", "white"])
+def test_transparent_images_are_put_in_front_of_the_background(background: Background):
+    cases = {
+        "png": encode(shape_on_nothing("rgba")),
+        "png gray": encode(shape_on_nothing("la")),
+        "webp": encode(shape_on_nothing("rgba"), "WEBP", lossless=True, exact=True),
+        "tiff": encode(shape_on_nothing("rgba"), "TIFF"),
+        "png of a transparent colour": raw_png(
+            color=0, rows=(np.arange(24 * 40).reshape(24, 40) % 251).astype(np.uint8), extra=chunk(b"tRNS", b"\0\7")
+        ),
+        "gif": encode(shape_on_nothing("rgba"), "GIF"),
+    }
+    with Decoder(height=HEIGHT, width=WIDTH, fit="refuse", background=background, max_pixels=MAX_PIXELS) as decoder:
+        decoded = decoder.decode([view(data) for data in cases.values()])
+    assert (decoded.bad, decoded.transparent) == ((), len(cases))
+    for image, data in zip(decoded.images, cases.values(), strict=True):
+        rgba = Image.open(io.BytesIO(data)).convert("RGBA")
+        expected = Image.alpha_composite(Image.new("RGBA", rgba.size, (*COLOURS[background], 255)), rgba).convert("RGB")
+        assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 1  # Pillow rounds twice
+
+
+def test_a_background_changes_nothing_of_opaque_images_and_of_the_others_only_where_they_are_transparent(expected: dict[str, np.ndarray]):
+    opaque = [case for case in good() if not sniff(view(case.data), max_pixels=MAX_PIXELS).has_alpha]  # type: ignore[union-attr]
+    assert len(opaque) > 40
+    with Decoder(height=HEIGHT, width=WIDTH, fit="refuse", background="white", max_pixels=MAX_PIXELS) as decoder:
+        for case in opaque:
+            difference = np.abs(decoder.decode([view(case.data)]).images[0].astype(int) - expected[case.name]).max()
+            assert difference <= case.tolerance
+        turned = Image.fromarray(np.concatenate([picture(2, WIDTH, HEIGHT), np.full((WIDTH, HEIGHT, 1), 255, np.uint8)], -1))
+        data = encode(turned, exif=_orientation(6))
+        assert np.array_equal(decoder.decode([view(data)]).images[0], pillow(data))

@@ -9,7 +9,7 @@ from corpus import encode, picture
 from made import former_identity, read, write_folder
 
 from dataio.schema import Target
-from dataio.sources import SourceError
+from dataio.sources import Source, SourceError
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -180,8 +180,175 @@ def test_names_that_are_not_utf8_become_printable_keys(tmp_path: Path):
     assert sample.refusal is None
 
 
-def test_a_test_class_that_training_lacks_is_an_error(tmp_path: Path):
-    write_folder(tmp_path / "train", {"a": 1})
-    write_folder(tmp_path / "test", {"b": 1})
-    with pytest.raises(SourceError, match=r"classes that .*train lacks: b"):
-        read(tmp_path)
+def labelled(source: Source, split: str = "train") -> dict[str, str]:
+    """Key -> class of a split's images."""
+    return {sample.key: source.classes[sample.label] for sample in source.samples(split)}
+
+
+@pytest.mark.parametrize(
+    ("made", "splits"),
+    [
+        ({"Training": "train", "Testing": "test"}, ("train", "test")),
+        ({"Train": "train", "Validation": "validation"}, ("train", "validation", "test")),
+        ({"TRAIN": "train", "Valid": "validation", "TEST": "test"}, ("train", "validation", "test")),
+        ({"seg_train/seg_train": "train", "seg_test/seg_test": "test"}, ("train", "test")),
+        ({"flowers-train": "train", "flowers-val": "validation"}, ("train", "validation", "test")),
+        ({"archive/images/train": "train", "archive/images/test": "test"}, ("train", "test")),
+        ({"train/animals": "train", "test/animals": "test"}, ("train", "test")),
+        ({"train_set": "train", "test set": "test"}, ("train", "test")),
+    ],
+)
+def test_splits_under_another_name_or_nested_are_recognised(tmp_path: Path, made: dict[str, str], splits: tuple[str, ...]):
+    for number, (name, split) in enumerate(made.items()):
+        write_folder(tmp_path / name, {"cat": 3, "dog": 3} if split == "train" else {"cat": 1}, first=10 * number)
+    source = read(tmp_path)
+    assert (source.classes, source.splits()) == (("cat", "dog"), splits)
+    for name, split in made.items():
+        keys = list(labelled(source, split))
+        assert keys
+        assert all(key.startswith(f"{name}/") for key in keys)
+    assert source.ignored == ()
+
+
+def test_class_folders_below_folders_that_only_wrap_them_are_the_classes(tmp_path: Path):
+    write_folder(tmp_path / "archive" / "flowers", {"daisy": 3, "rose": 3})
+    assert read(tmp_path).classes == ("daisy", "rose")
+    write_folder(tmp_path / "mine" / "deep", {"old": 2, "new": 2})
+    assert read(tmp_path / "mine", targets="scene:labels").classes == ("deep",)  # one label may be all that there is to learn
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"Training": 2, "Testing": 2}, "are Testing, Training splits.*each class.*labels.csv"),
+        ({"seg_train": 2, "seg_pred": 2, "test": 2}, None),
+        (
+            {"cat": 2, "dog": 2, "test/cat": 1, "test/dog": 1},
+            "is test a class.*If it is a split, put the class folders beside it into .*/train",
+        ),
+        ({"cat": 2, "dog": 2, "copy/cat": 1, "copy/dog": 1}, "is copy a class.*if it is a copy, move it away"),
+        ({"test/cat": 2, "test/dog": 2}, "holds test, but no folder to train with.*to evaluate a run on it.*--data.path .*/test"),
+        ({"Train/cat": 2, "training/cat": 2}, "Train and training, which both look like its train split"),
+        ({"plane": 2, "train": 2, "bus": 2}, None),  # vehicles
+        ({"test_tube": 2, "train_station": 2, "beaker": 2}, None),
+    ],
+)
+def test_what_looks_like_a_split_is_asked_about_and_never_a_class_in_silence(tmp_path: Path, made: dict[str, int], message: str | None):
+    for name, count in made.items():
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            (tmp_path / name / f"{index}.png").write_bytes(encode(picture(index, 4, 4)))
+    if message is None:
+        assert read(tmp_path).classes == tuple(sorted(made))
+    else:
+        with pytest.raises(SourceError, match=message):
+            assert read(tmp_path).targets
+
+
+def test_content_decides_what_an_image_is_and_what_is_not_read_is_listed(tmp_path: Path):
+    write_folder(tmp_path / "train", {"a": 2, "b": 1})
+    write_folder(tmp_path / "test", {"a": 1})
+    jpeg = encode(picture(7, 4, 4), "JPEG")
+    for name in ("0", "x.jpg_large", "x.jpeg~"):
+        (tmp_path / "train" / "b" / name).write_bytes(jpeg)
+    for name, data in {"notes": b"BMI of all", "y.heic": b"\0\0\0\x18ftypheic", "1.xml": jpeg, "Thumbs.db": b"\xd0\xcf"}.items():
+        (tmp_path / "train" / "b" / name).write_bytes(data)
+    (tmp_path / "train" / "loose.png").write_bytes(jpeg)
+    (tmp_path / "README.md").write_text("# cats")
+    write_folder(tmp_path / "other", {"c": 2})
+    source = read(tmp_path)
+    assert [key for key in labelled(source) if "/b/" in key] == [f"train/b/{name}" for name in ("0", "0.png", "x.jpeg~", "x.jpg_large")]
+    assert source.ignored == (
+        "1 .heic",
+        "1 .md",
+        "1 .xml",
+        "1 outside of class folders",
+        "1 without suffix",
+        "other/ (2 images)",
+    )
+
+
+def test_a_folder_without_an_image_is_no_class(tmp_path: Path):
+    write_folder(tmp_path, {"cat": 2, "dog": 2, "@eaDir/cat": 3, "__MACOSX/dog": 1, "cat/@eaDir": 2, "old": 0})
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("of cats")
+    (tmp_path / "thumbs").mkdir()
+    (tmp_path / "thumbs" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    source = read(tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert set(labelled(source)) | set(labelled(source, "test")) == {f"{name}/{index}.png" for name in ("cat", "dog") for index in (0, 1)}
+    folders = (
+        "@eaDir/ (3 files)",
+        "__MACOSX/ (1 file)",
+        "cat/@eaDir/ (2 files)",
+        "notes/ (no image)",
+        "old/ (no image)",
+        "thumbs/ (no image)",
+    )
+    assert source.ignored == folders
+
+
+def test_a_class_whose_images_cannot_be_decoded_here_does_not_vanish(tmp_path: Path):
+    write_folder(tmp_path, {"cat": 2, "dog": 2, "phone": 0})
+    for index in range(3):
+        (tmp_path / "phone" / f"{index}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(SourceError, match=r"phone holds no image that can be decoded here, but 3 \.heic; convert them to JPEG or PNG"):
+        assert read(tmp_path).targets
+
+
+def test_a_folder_that_is_read_as_before_keeps_its_identity_and_another_one_knows_its_former_one(tmp_path: Path):
+    write_folder(tmp_path, {"cat": 4, "dog": 4})
+    plain = read(tmp_path)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    assert read(tmp_path).identities == plain.identities
+    (tmp_path / "cat" / "extra").write_bytes(encode(picture(50, 4, 4)))
+    grown = read(tmp_path)
+    assert sum(len(labelled(grown, split)) for split in ("train", "test")) == 9
+    assert grown.identity not in plain.identities
+    assert grown.identities[1:] == plain.identities  # of what the earlier rule read: all but the file without suffix
+
+
+def test_what_is_refused_now_is_still_found_where_it_was_converted_before(tmp_path: Path):
+    for name in ("Training", "Testing"):
+        write_folder(tmp_path, {name: 3})
+    former = former_identity(tmp_path, images_in(tmp_path), "0.2")
+    source = read(tmp_path)
+    assert former in source.identities[1:]
+    with pytest.raises(SourceError, match="splits"):
+        source.splits()
+
+
+def test_a_class_that_training_lacks_is_a_class(tmp_path: Path):
+    write_folder(tmp_path / "train", {"a": 2, "c": 1})
+    write_folder(tmp_path / "test", {"b": 1, "c": 1})
+    source = read(tmp_path)
+    assert source.classes == ("a", "b", "c")
+    assert labelled(source, "test") == {"test/b/0.png": "b", "test/c/0.png": "c"}
+
+
+@pytest.mark.timeout(60)
+def test_links_are_followed_where_classes_may_be_and_never_in_circles_or_out_of_a_class(tmp_path: Path):
+    write_folder(tmp_path / "elsewhere", {"cat": 2})
+    write_folder(tmp_path / "data" / "train", {"dog": 2})
+    write_folder(tmp_path / "data" / "test", {"dog": 1})
+    (tmp_path / "data" / "train" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    (tmp_path / "data" / "train" / "dog" / "all").symlink_to("/")
+    (tmp_path / "elsewhere" / "cat" / "back").symlink_to(tmp_path / "data")
+    source = read(tmp_path / "data")
+    assert list(labelled(source)) == [
+        *(f"train/cat/{index}.png" for index in (0, 1)),
+        *(f"train/dog/{index}.png" for index in (0, 1)),
+    ]
+    assert "train/dog/all/ (a link)" in source.ignored
+
+
+@pytest.mark.timeout(60)
+def test_folders_nested_without_end_are_told_and_end_nothing(tmp_path: Path):
+    write_folder(tmp_path, {"cat": 2, "dog": 2})
+    deep = tmp_path / "cat" / "/".join("d" * 200)
+    deep.mkdir(parents=True)
+    (deep / "lost.png").write_bytes(encode(picture(9, 4, 4)))
+    source = read(tmp_path)
+    assert source.classes == ("cat", "dog")
+    (told,) = source.ignored
+    assert told.endswith("/ (deeper than 64 folders)")

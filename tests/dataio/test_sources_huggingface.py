@@ -172,23 +172,24 @@ def test_targets_are_columns_of_the_kind_that_their_types_say(tmp_path: Path):
         ("round", "label", ("false", "true")),
     ]
     assert source.classes == ("x", "y")
+    null = "bad label: null"  # where it is the only target
     assert [len(sample.values) for sample in source.samples("test")] == [7] * 5
-    assert values_of(tmp_path, "kind") == [(0, None), (1, None), (-1, None), (-1, None), (1, None)]
-    assert values_of(tmp_path, "animal") == [(1, None), (2, None), (-1, None), (1, None), (0, None)]
-    assert values_of(tmp_path, "round:label") == [(1, None), (0, None), (-1, None), (1, None), (1, None)]
+    assert values_of(tmp_path, "kind") == [(0, None), (1, None), (-1, null), (-1, None), (1, None)]
+    assert values_of(tmp_path, "animal") == [(1, None), (2, None), (-1, null), (1, None), (0, None)]
+    assert values_of(tmp_path, "round:label") == [(1, None), (0, None), (-1, null), (1, None), (1, None)]
     unknown = [255, 255, 255]
     assert values_of(tmp_path, "tags") == [
         ([1, 0, 1], None),
         ([0, 0, 0], None),
-        (unknown, None),
+        (unknown, null),
         ([0, 1, 0], None),
         (unknown, "bad label: tags holds 5, which is not in 0..2"),
     ]
     assert values_of(tmp_path, "words")[4] == ([255, 255], "bad label: words holds None, which is not in 0..1")
     assert repr(values_of(tmp_path, "age")) == repr(
-        [(1.5, None), (math.nan, None), (math.nan, None), (-2.0, None), (math.nan, "bad label: age is inf, more than a number can be")]
+        [(1.5, None), (math.nan, None), (math.nan, null), (-2.0, None), (math.nan, "bad label: age is inf, more than a number can be")]
     )
-    assert repr(values_of(tmp_path, "count:number")) == repr([(3.0, None), (7.0, None), (math.nan, None), (0.0, None), (1.0, None)])
+    assert repr(values_of(tmp_path, "count:number")) == repr([(3.0, None), (7.0, None), (math.nan, null), (0.0, None), (1.0, None)])
 
 
 @pytest.mark.parametrize(
@@ -225,9 +226,74 @@ def test_parquet_without_the_columns_or_damaged_is_a_clear_error(tmp_path: Path)
     pq.write_table(pa.table({"image": [1, 2], "label": [0, 1]}), tmp_path / "train-0.parquet")
     with pytest.raises(SourceError, match=r"no column image or img of struct.*image: int64, label: int64"):
         read(tmp_path)
-    write_hf(tmp_path / "train-0.parquet", hf_rows(3), label="target")
-    with pytest.raises(SourceError, match=r"no column label or fine_label.*say which columns are learnt: --data\.targets NAME"):
+    write_hf(tmp_path / "train-0.parquet", hf_rows(3), label="mine")
+    with pytest.raises(SourceError, match=r"no column label or fine_label.*say which one has the labels: --data\.label-column NAME"):
         read(tmp_path)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 and nothing else PAR1")
     with pytest.raises(SourceError, match=r"train-0\.parquet is no readable Parquet file"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_names_decide_which_class_a_number_is_in_each_file(tmp_path: Path, listed: bool):
+    kind = pa.list_(pa.int64()) if listed else pa.int64()
+    for name, names in {"train-0": ["ant", "bee", "cat"], "test-0": ["cat", "bee", "ant"], "validation-0": ["wasp", "ant"]}.items():
+        rows = [(encode(picture(number, 4, 4)), None, [number] if listed else number) for number in range(len(names))]
+        write_hf(tmp_path / f"{name}.parquet", rows, names=names, label_type=kind)
+    source = read(tmp_path, targets="label" if listed else "")
+    assert source.classes == ("ant", "bee", "cat", "wasp")
+
+    def found(split: str) -> list[str]:
+        values = [sample.values[0] for sample in source.samples(split)]
+        return [source.classes[int(value.argmax()) if listed else value] for value in values]
+
+    assert {split: found(split) for split in ("train", "test", "validation")} == {
+        "train": ["ant", "bee", "cat"],
+        "test": ["cat", "bee", "ant"],
+        "validation": ["wasp", "ant"],
+    }
+    if not listed:
+        assert len(source.identities) == 3  # what was converted when numbers were compared is found, and is no conversion made now
+
+
+def test_a_number_without_a_name_is_refused_in_a_file_of_other_names(tmp_path: Path):
+    write_hf(tmp_path / "train-0.parquet", hf_rows(3), names=["ant", "bee", "cat"])
+    write_hf(tmp_path / "test-0.parquet", hf_rows(3), names=["cat", "bee"])
+    assert [sample.refusal for sample in read(tmp_path).samples("test")] == [None, None, "bad label: 2 is not in 0..1"]
+
+
+@pytest.mark.parametrize("column", ["label", "target", "class", "mine"])
+def test_a_pandas_category_is_a_label_and_its_column_can_be_named(tmp_path: Path, column: str):
+    values = pa.array(["dog", "cat", None, "dog"]).dictionary_encode()
+    table = pa.table({"image": [encode(picture(number, 4, 4)) for number in range(4)], column: values})
+    pq.write_table(table, tmp_path / "train.parquet")
+    pq.write_table(table.slice(0, 2), tmp_path / "test.parquet")
+    options = {"label_column": "mine"} if column == "mine" else {}
+    source = read(tmp_path, **options)
+    assert source.targets == (Target(name="label", kind="label", classes=("cat", "dog")),)
+    samples = list(source.samples("train"))
+    assert [sample.values[0] for sample in samples] == [1, 0, -1, 1]
+    assert [sample.refusal for sample in samples] == [None, None, "bad label: null", None]
+    if column == "mine":
+        with pytest.raises(SourceError, match=r"no column label or fine_label.*mine: dictionary.*--data\.label-column NAME"):
+            read(tmp_path)
+
+
+def test_a_null_is_called_null_where_the_column_was_asked_for_too(tmp_path: Path):
+    rows = hf_rows(4)
+    rows[2] = (rows[2][0], None, None)
+    write_hf(tmp_path / "train-0.parquet", rows)
+    write_hf(tmp_path / "test-0.parquet", hf_rows(2))
+    assert [sample.refusal for sample in read(tmp_path, targets="label").samples("train")] == [None, None, "bad label: null", None]
+
+
+def test_the_images_column_can_be_named(tmp_path: Path):
+    write_hf(tmp_path / "train-0.parquet", hf_rows(3), image="scan")
+    write_hf(tmp_path / "test-0.parquet", hf_rows(3), image="scan")
+    with pytest.raises(SourceError, match=r"--data\.image-column NAME"):
+        read(tmp_path)
+    assert read(tmp_path, image_column="scan").count("train") == 3
+    with pytest.raises(SourceError, match="no column label of struct"):
+        read(tmp_path, image_column="label")
+    with pytest.raises(SourceError, match=r"no column colour of integers or text; its columns are scan: struct.*label: int64"):
+        read(tmp_path, image_column="scan", label_column="colour")

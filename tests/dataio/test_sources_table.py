@@ -150,11 +150,15 @@ def test_what_is_no_regular_file_below_the_table_is_refused_by_sample(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "targets", "message"),
     [
-        ("", "", "line 1: no column names the image files; its columns are none; call the one with the files"),
-        ("name,label\na,b\n", "", "line 1: no column names the image files; its columns are name, label; call .* image"),
+        ("", "", "line 1: no column names the image files; its columns are none; say which one does"),
+        ("who,label\na,b\n", "", r"line 1: no column names the image files; its columns are who, label; .*--data\.image-column NAME"),
         ("image,label\n", "", "has a header, but no row below it"),
         ("image,label,label\n", "", "line 1: there are two columns named 'label'; name each column once"),
-        ("image,x,y\n{0},1,2\n", "", r"no column label, labels, tags; say which are the labels, --data\.targets NAME.*columns are x, y$"),
+        (
+            "image,x,y\n{0},1,2\n",
+            "",
+            r"no column label, labels, tags; .*--data\.label-column NAME,.*--data\.targets NAME.*columns are x, y$",
+        ),
         ("image,split\n{0},train\n", "", "its columns are none$"),
         ("image,x\n{0},1\n", "x,z", r"data\.targets names 'z', which is no column of labels in .*; those are x: --data"),
         ("image,x,split\n{0},1,train\n", "split", "names 'split', which is no column of labels"),
@@ -164,7 +168,7 @@ def test_what_is_no_regular_file_below_the_table_is_refused_by_sample(tmp_path: 
         ("image,label\n,a\n", "", "line 2, column 'image': '' names no file; name one, relative to the table"),
         ("image,label\n/etc/passwd,a\n", "", "line 2, column 'image': '/etc/passwd' leads out of the table's folder; name a file below it"),
         ("image,label\n{0},a\n\nimages/../../x,a\n", "", r"line 4, column 'image': 'images/\.\./\.\./x' leads out of the table's folder"),
-        ("image,label,split\n{0},a,Train\n", "", "line 2, column 'split': 'Train' is no split; train, validation, test, unlabelled are"),
+        ("image,label,split\n{0},a,Here\n", "", "line 2, column 'split': 'Here' is no split; train, validation, test, unlabelled are"),
         ("image,label,split\n{0},a,\n", "", "line 2, column 'split': '' is no split"),
         ("image,label,split\n{0},a,test\n", "", "has no row of split train, but of test; there must be images to train with"),
         ("image,label\n{0},\n", "", "column 'label': all cells are empty; name a target of which something is known"),
@@ -252,3 +256,92 @@ def test_a_table_of_any_bytes_is_read_or_refused_and_nothing_else(tmp_path_facto
     except SourceError:
         return
     assert source.targets
+
+
+def photographs(folder: Path, names: list[str]) -> None:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encode(picture(number, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("header", "cell"),
+    [
+        ("id,breed", "{stem}"),
+        ("Image Name,Class", "{name}"),
+        ("image_id,target", "{stem}"),
+        ("filename,label", "images/{name}"),
+        ("file,y", "{name}"),
+    ],
+)
+def test_a_folder_of_images_with_a_table_of_their_labels_is_read(tmp_path: Path, header: str, cell: str):
+    names = [f"{number:02d}.jpg" for number in range(6)]
+    photographs(tmp_path / "images", names)
+    rows = [f"{cell.format(name=name, stem=name[:2])},{'cat' if number % 2 else 'dog'}" for number, name in enumerate(names)]
+    (tmp_path / "train.csv").write_text("\n".join([header, *rows]) + "\n")
+    (tmp_path / "sample_submission.csv").write_text(header + "\n99,cat\n")
+    (tmp_path / "README").write_text("pets")
+    source = read(tmp_path)
+    assert (source.kind, source.classes) == ("table", ("cat", "dog"))
+    read_samples = [sample for split in source.splits() for sample in source.samples(split)]
+    assert {sample.data: sample.values[0] for sample in read_samples} == {
+        encode(picture(number, 4, 4)): 1 - number % 2 for number in range(6)
+    }
+    assert all(sample.refusal is None for sample in read_samples)
+    assert set(source.ignored) == {"README", "sample_submission.csv"}
+    assert read(tmp_path / "train.csv").identities == source.identities
+
+
+def test_a_name_that_several_files_have_is_the_one_in_the_tables_folder_or_asked_about(tmp_path: Path):
+    photographs(tmp_path, ["train/1.jpg", "train/2.jpg", "test/1.jpg"])
+    (tmp_path / "train.csv").write_text("id,label\n1,a\n2,b\n")
+    source = read(tmp_path)
+    assert {sample.key: sample.data for split in source.splits() for sample in source.samples(split)} == {
+        "1": (tmp_path / "train" / "1.jpg").read_bytes(),
+        "2": (tmp_path / "train" / "2.jpg").read_bytes(),
+    }
+    (tmp_path / "train.csv").rename(tmp_path / "labels.csv")
+    with pytest.raises(SourceError, match=r"'1' may be test/1\.jpg or train/1\.jpg; write the path of each file"):
+        read(tmp_path)
+
+
+def test_several_tables_are_asked_about_and_class_folders_come_first(tmp_path: Path):
+    photographs(tmp_path, ["cat/1.jpg", "cat/2.jpg"])
+    for name in ("train_a.csv", "train_b.csv"):
+        (tmp_path / name).write_text("file,label\n1.jpg,a\n2.jpg,b\n")
+    with pytest.raises(
+        SourceError, match=r"several tables, train_a\.csv and train_b\.csv; name the one to read, --data\.path .*train_a\.csv"
+    ):
+        read(tmp_path)
+    photographs(tmp_path, ["dog/3.jpg", "dog/4.jpg"])
+    assert read(tmp_path).kind == "folder"
+
+
+def test_a_table_whose_files_are_where_it_says_keeps_its_identity_and_another_knows_its_former_one(tmp_path: Path):
+    photographs(tmp_path, ["images/1.jpg", "images/2.jpg"])
+    (tmp_path / "labels.csv").write_text("image,split,label\nimages/1.jpg,train,a\nimages/2.jpg,test,a\n")
+    before = read(tmp_path / "labels.csv").identities
+    assert len(before) == 1
+    (tmp_path / "labels.csv").write_text("image,split,label\nimages/1.jpg,train,a\n2.jpg,test,a\n")
+    assert len(read(tmp_path / "labels.csv").identities) == 2
+
+
+def test_the_columns_can_be_named(tmp_path: Path):
+    path = write_table(tmp_path, "where,what,image\n{0},x,7\n{1},y,8\n{2},x,9\n")
+    source = read(path, image_column="where", label_column="what")
+    assert (source.classes, source.targets[0].name) == (("x", "y"), "what")
+    for options, message in (
+        ({"image_column": "nowhere"}, r"no column names the image files; .*--data\.image-column NAME"),
+        ({"image_column": "where", "label_column": "no"}, "data.label_column names 'no'; the columns of labels in .* are what, image"),
+        ({"image_column": "where", "label_column": "what", "targets": "what"}, "both say what is learnt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(path, **options)
+    photographs(tmp_path / "folders", ["a/1.jpg", "b/1.jpg"])
+    with pytest.raises(SourceError, match=r"data\.label_column='what': class folders have no columns"):
+        read(tmp_path / "folders", label_column="what")
+
+
+def test_splits_are_known_in_any_case(tmp_path: Path):
+    path = write_table(tmp_path, "image,split,label\n{0},Train,a\n{1},training,b\n{2},VAL,a\n{3},Testing,b\n")
+    assert {split: read(path).count(split) for split in read(path).splits()} == {"train": 2, "validation": 1, "test": 1}

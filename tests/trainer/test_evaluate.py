@@ -1,6 +1,7 @@
 """`python -m trainer.evaluate` on the folder of a run that was really trained, in this process: the run's own numbers come out again."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -168,8 +169,65 @@ def test_other_data_are_evaluated_in_whatever_order_their_classes_are(
     assert answer["accuracy"] > 0.25
 
     message = refused(capsys, str(run), *converted)
-    assert "the model does not know 'T-shirt-top'; the data set lacks 'T-shirt/top'" in message
+    assert "the model does not know 'T-shirt-top'; it knows 'T-shirt/top'" in message
     assert "--classes" in message
+
+
+def test_every_image_of_a_folder_without_splits_is_scored_and_classes_may_be_lacking(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels, labels = decoded("test")
+    chosen = [index for index in range(SHOWN) if CLASSES[labels[index]] in ("Bag", "Coat")]
+    for index in chosen:
+        folder = tmp_path / "images" / CLASSES[labels[index]]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[index]).save(folder / f"{index:05d}.png")
+    (tmp_path / "images" / "notes.txt").write_text("two classes of ten")
+    others = ["--data.root", str(tmp_path / "data"), "--data.path", str(tmp_path / "images")]
+    answer = asked(capsys, str(run), *others)
+    assert (answer["count"], answer["split"]) == (len(chosen), "all")
+    names = [name for name, score in zip(CLASSES, answer["per_class"], strict=True) if score["support"]]
+    assert names == ["Coat", "Bag"]
+    assert main([str(run), *others, "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert f"sample on all {len(chosen)} images of {tmp_path}/images" in shown
+    assert "2 classes (Bag, Coat)" in shown
+    assert "not read: 1 .txt" in shown
+    one = tmp_path / "one" / "Bag"
+    one.mkdir(parents=True)
+    (one / "only.png").write_bytes(next((tmp_path / "images" / "Bag").iterdir()).read_bytes())
+    assert asked(capsys, str(run), "--data.root", str(tmp_path / "data"), "--data.path", str(one.parent))["count"] == 1
+
+
+def test_images_that_the_run_was_trained_on_are_counted(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = open_dataset(SAMPLE).split("train")
+    group, labels = split.read_group(0), split.labels()
+    (tmp_path / "images" / "Bag").mkdir(parents=True)
+    bags = [row for row in range(200) if CLASSES[labels[row]] == "Bag"]
+    for row in bags:
+        (tmp_path / "images" / "Bag" / f"{row}.png").write_bytes(group.encoded[row].tobytes())
+    pixels, of = decoded("test")
+    Image.fromarray(pixels[of.tolist().index(CLASSES.index("Bag"))]).save(tmp_path / "images" / "Bag" / "new.png", compress_level=1)
+    assert main([str(run), "--data.root", str(tmp_path / "data"), "--data.path", str(tmp_path / "images"), "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert f"all {len(bags) + 1} images" in shown
+    assert f"{len(bags)} of these images are copies of images that the run was trained on" in shown
+
+
+def test_of_data_with_splits_the_one_that_is_not_for_training_is_scored(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels, labels = decoded("test")
+    for index in range(40):
+        folder = tmp_path / "images" / ("Training" if index < 30 else "Valid") / CLASSES[labels[index]].replace("/", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[index]).save(folder / f"{index:05d}.png")
+    for split in ("Training", "Valid"):
+        if (named := tmp_path / "images" / split / "T-shirt-top").is_dir():
+            shutil.rmtree(named)  # its name has a slash
+    left = len(list((tmp_path / "images" / "Valid").rglob("*.png")))
+    answer = asked(capsys, str(run), "--data.root", str(tmp_path / "data"), "--data.path", str(tmp_path / "images"))
+    assert (answer["count"], answer["split"]) == (left, "validation")
 
 
 def test_images_of_another_size_are_refused_with_the_way_out_which_works(
@@ -234,5 +292,6 @@ def test_a_mistake_is_said_and_ends_with_status_2(
 
 def test_class_names_decide_not_their_order() -> None:
     assert class_mapping(["a", "b", "c"], ["c", "a", "b"], where="d") == [2, 0, 1]
-    with pytest.raises(ValueError, match="the model does not know 'z'; the data set lacks 'b', 'c'"):
+    assert class_mapping(["a", "b", "c"], ["c", "a"], where="d") == [2, 0]  # what the data lack is not asked for
+    with pytest.raises(ValueError, match="the model does not know 'z'; it knows 'a', 'b', 'c'"):
         class_mapping(["a", "b", "c"], ["a", "z"], where="d")

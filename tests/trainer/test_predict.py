@@ -240,3 +240,31 @@ def test_a_wrong_command_says_what_to_do(
         main([word.format(run=run[0], images=images, empty=images / "none") for word in argv])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("background", ["", "white"])
+def test_shapes_on_transparency_are_told_apart_where_a_background_was_trained_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], background: str
+) -> None:
+    export(tmp_path, replace(CONFIG, data=replace(CONFIG.data, background=background)))
+    paths = []
+    for name, shape in {"square": np.s_[2:14, 2:14], "bar": np.s_[7:9, :]}.items():
+        pixels = np.zeros((SIDE, SIDE, 4), np.uint8)
+        pixels[(*shape, 3)] = 255  # black on black that is transparent
+        paths.append(str(tmp_path / f"{name}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    assert main([str(tmp_path / "pets"), *paths, "--device", "cpu", "--json"]) == 0
+    shown = capsys.readouterr()
+    one, other = (json.loads(line)["predictions"] for line in shown.out.splitlines())
+    assert (one == other) == (background == "")
+    said = "2 of 2 images with transparency: " + ("put on white" if background else "its alpha channel dropped")
+    assert said in shown.err
+
+
+def test_a_folder_is_searched_for_images_by_their_content(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(tmp_path / "0", "JPEG")
+    (tmp_path / "notes").write_text("BMI")
+    (tmp_path / "@eaDir").mkdir()
+    (tmp_path / "@eaDir" / "thumb.jpg").write_bytes((tmp_path / "0").read_bytes())
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    assert list(image_paths([str(tmp_path)])) == [str(tmp_path / "0")]

@@ -37,7 +37,7 @@ from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConf
 
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGES = ("trainer", "dataio", "cluster")
-MAY_PRINT = {"trainer/settings/say.py", "dataio/convert.py"}
+MAY_PRINT = {"trainer/settings/say.py", "dataio/terminal.py", "dataio/convert.py"}
 HOSTILE = "\x1b]0;pwned\x07\x1b[2J\u202e\u200b\x9b\r\n[red]\ufeff"
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 SECRET = "abc/def@ghi+jkl"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -39,6 +39,7 @@ class Described:
     """Images of the sample, each with a kind, some traits, and how many bytes it takes: some of it not known."""
 
     kind, ignored, identity = "given", (), "given"
+    held_out: ClassVar = {}
 
     def __init__(self, targets: tuple[Target, ...]) -> None:
         self.targets = targets

@@ -57,8 +57,8 @@ def test_blank_targets_have_the_shapes_and_types_of_what_the_loader_gives(target
         ("classification", [LABEL, NUMBER], r"label \(label\), age \(number\). Use --task.name auto"),
         ("multilabel", [LABEL], "learns one target of the kind labels"),
         ("auto", [], "the data have no target"),
-        ("auto", [Target(name="label", kind="label", classes=("cat",))], "1 classes cannot be told apart"),
-        ("auto", [NUMBER, Target(name="x", kind="label", classes=("cat",))], "target x: 1 classes cannot be told apart"),
+        ("auto", [Target(name="label", kind="label", classes=("cat",))], "there is only one class, 'cat', and nothing to tell it from"),
+        ("auto", [NUMBER, Target(name="x", kind="label", classes=("cat",))], "target x: there is only one class, 'cat'"),
         ("auto", [Target(name="x", kind="labels")], "target x has no labels"),
         (
             "clasification",

@@ -5,7 +5,7 @@ set."""
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from rich.console import Console
 from cluster.names import QUARANTINE
 from cluster.quarantined import STAGE
 from cluster.storage import Storage
+from dataio.convert import Prepared, prepared
 from dataio.convert import Progress as ConvertProgress
-from dataio.convert import open_prepared
 from dataio.parquet import QUARANTINE_NAME, Dataset
+from dataio.reading import described, warnings
 from trainer.settings.tree import RunConfig
 
 CONVERT_LINE_SECONDS = 5.0
@@ -33,14 +34,32 @@ def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
             shown_at = time.monotonic()
             console.print(f"converting {config.data.path}: {progress.describe()}", soft_wrap=True, markup=False)
 
-    location, dataset = open_prepared(config.data, on_progress=on_progress)
+    found = prepared(config.data, on_progress=on_progress)
     if shown_at is not None:
-        console.print(f"converted into {dataset.where}", soft_wrap=True, markup=False)
-    if dataset.manifest.quarantined:
-        count = dataset.manifest.quarantined
-        left_out = f"{count} image{'' if count == 1 else 's'} that could not be used {'is' if count == 1 else 'are'} left out"
-        console.print(f"{left_out}: {dataset.where}/{QUARANTINE_NAME}", soft_wrap=True, markup=False)
-    return location, dataset
+        console.print(f"converted into {found.dataset.where}", soft_wrap=True, markup=False)
+    for line in lines_about(found, config):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return found.location, found.dataset
+
+
+def lines_about(found: Prepared, config: RunConfig) -> Iterator[str]:
+    """What the user should know of the data before a run trains on them; the first line says what they are."""
+    dataset, manifest, reading = found.dataset, found.dataset.manifest, found.dataset.reading
+    yield f"data: {described(manifest, reading)}"
+    if found.by_earlier_rule:
+        yield f"these data were converted by an earlier version, whose rules they keep; to convert them again, remove {dataset.where}"
+    if "validation" in manifest.splits:
+        yield "a run scores test, each epoch and at its end, and does not look at validation: trainer.evaluate RUN --split validation does"
+    if manifest.quarantined:
+        what = "image that could not be used is" if manifest.quarantined == 1 else "images that could not be used are"
+        yield f"{manifest.quarantined:,} {what} left out: {dataset.where}/{QUARANTINE_NAME}"
+    if reading is not None and reading.transparent and not config.data.background:
+        yield (
+            f"{reading.transparent:,} image{' has' if reading.transparent == 1 else 's have'} an alpha channel, which is dropped: "
+            "what is transparent shows the colour stored below it; --data.background white puts them on white"
+        )
+    for line in warnings(manifest, reading, dataset.where):
+        yield f"warning: {line}"
 
 
 def record_left_out(storage: Storage, run: str, dataset: Dataset, tell: Callable[[str], None]) -> None:

@@ -224,7 +224,9 @@ def check_same_data(config: RunConfig, saved: str, fingerprint: str) -> None:
     if saved != fingerprint:
         raise ValueError(
             f"run {config.run!r} was trained on the data set {saved[:12]}, this is {fingerprint[:12]}; "
-            "give the same --data.path to go on, or another --run NAME to start anew"
+            "give the same --data.path to go on, with the files that it had then (a file that was added, changed or removed makes other "
+            "data; python -m dataio.caches lists the folders that data were converted into, and each of them can be --data.path), "
+            "or another --run NAME to train on these"
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cluster.storage import Storage
 from cluster.text import address, json_line, shown
-from dataio.config import Fit
+from dataio.config import Background, Fit
 from dataio.foreign import json_of
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
 from trainer.models.vision import Preprocess
@@ -45,6 +45,7 @@ class Exported:
     preprocess: nn.Module  # (n, 3, H, W) uint8, with H and W from `image_size`, -> the model's input
     image_size: tuple[int, int]  # (height, width) of decoded images
     fit: Fit
+    background: Background
     max_image_pixels: int
 
 
@@ -74,6 +75,7 @@ def export_model(
         "std": list(config.data.std),
         "data_image_size": list(data_image_size),
         "fit": config.data.fit,
+        **({"background": config.data.background} if config.data.background else {}),
         "max_image_pixels": config.data.max_image_pixels,
         "weights_sha256": summary.get("weights_sha256"),
         "file_sha256": hashlib.sha256(weights).hexdigest(),
@@ -110,6 +112,7 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
         preprocess=preprocess.to(device),
         image_size=(height, width),
         fit=description["fit"],
+        background=description.get("background", ""),
         max_image_pixels=int(description["max_image_pixels"]),
     )
 

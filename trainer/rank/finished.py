@@ -6,7 +6,7 @@ It uses the run's own evaluation (trainer.rank.evaluation), with the same batche
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ import torch
 
 from cluster.machine import available_memory_bytes
 from dataio.config import DataConfig
-from dataio.convert import Progress, open_prepared
+from dataio.convert import Prepared, Progress, already_prepared, prepared
 from dataio.loader import Loader
 from dataio.manifest import Manifest
 from dataio.order import Order
 from dataio.parquet import Dataset
 from dataio.quarantine import BadSample, Quarantine
+from dataio.reading import Repeats, described, warnings
+from dataio.remote import is_uri
 from trainer.export.model_folder import load_export
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
@@ -41,7 +43,10 @@ class Evaluated:
 
     run: str
     data: str
+    about_data: tuple[str, ...]
+    """What the data set holds, and what should be known of it, a line each."""
     split: str
+    """`all` for data without splits, all of which were evaluated."""
     dataset_fingerprint: str
     device: str
     precision: str
@@ -77,18 +82,16 @@ def evaluate_finished(
 ) -> Evaluated:
     """Load the run's model and evaluate it. ValueError if model, data and run do not fit together.
 
-    `changes` are data settings that differ from the run's. `predictions` is a file to write each sample's prediction to. Its labels are
-    indices of the model's outputs, whatever the order of the data set's classes."""
+    `changes` are data settings that differ from the run's. `split` may be `auto`: of the run's own data the test split, of others what is
+    not there to be trained on, or all of them if they have no splits. `predictions` is a file to write each sample's prediction to. Its
+    labels are indices of the model's outputs, whatever the order of the data set's classes."""
     begin = time.perf_counter()
     config, summary = _config(folder), _summary(folder)
     exported = load_export(folder, device, channels_last=config.train.channels_last == "on")
     data = replace(config.data, **changes)
-    _, dataset = open_prepared(data, on_progress=_progress(data.path))
-    manifest = dataset.manifest
+    found, split, is_all = _found(config.data, data, split)
+    dataset, manifest = found.dataset, found.dataset.manifest
     as_learned = match_targets(exported.task.targets, manifest.targets, where=data.path, device=device)
-    if split not in manifest.splits or not manifest.splits[split].count:
-        there = [name for name, info in manifest.splits.items() if info.count]
-        raise ValueError(f"--split {split}, but {data.path} has only {', '.join(there)}; use --split {there[0] if there else 'test'}")
     data = _sized(data, manifest, exported.image_size)
 
     threads = config.cluster.threads_per_worker or summary.get("threads_per_worker") or torch.get_num_threads()
@@ -115,14 +118,15 @@ def evaluate_finished(
             log=log,
         )
     result = evaluation.result()
-    if log is not None and (found := log.gathered(0, 1)) is not None:
+    if log is not None and (rows := log.gathered(0, 1)) is not None:
         about = About(step=int(summary.get("steps") or 0), split=split, dataset_fingerprint=manifest.fingerprint, count=result.count)
-        Path(predictions).write_bytes(named(found, dataset.split(split), about).to_parquet())
+        Path(predictions).write_bytes(named(rows, dataset.split(split), about).to_parquet())
     is_runs_own = split == "test" and summary.get("dataset_fingerprint") == manifest.fingerprint
     return Evaluated(
         run=folder.name,
         data=data.path,
-        split=split,
+        about_data=tuple(_about(config.data, data, dataset, split)),
+        split="all" if is_all else split,
         dataset_fingerprint=manifest.fingerprint,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         precision=config.train.precision,
@@ -132,6 +136,46 @@ def evaluate_finished(
         recorded=summary.get(task.info.headline.key) if is_runs_own else None,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _found(own: DataConfig, data: DataConfig, split: str) -> tuple[Prepared, str, bool]:
+    """The data set, the split of it to evaluate, and whether that is all that it holds. ValueError if there is no such split."""
+    is_own = _same_place(own.path, data.path)
+    found = prepared(data, on_progress=_progress(data.path), whole=split == "auto" and not is_own)
+    splits, reading = found.dataset.manifest.splits, found.dataset.reading
+    if split != "auto":
+        if split not in splits or not splits[split].count:
+            there = [name for name, info in splits.items() if info.count]
+            raise ValueError(f"--split {split}, but {data.path} has only {', '.join(there)}; use --split {there[0] if there else 'test'}")
+        return found, split, False
+    held_out = reading.held_out if reading is not None else {}
+    if "test" in splits and (is_own or "test" not in held_out or "validation" not in splits):
+        return found, "test", False
+    return (found, "validation", False) if "validation" in splits else (found, "train", True)
+
+
+def _about(own: DataConfig, data: DataConfig, dataset: Dataset, split: str) -> Iterator[str]:
+    """What the user should know of the data: what they are, and whether the run was trained on some of them."""
+    manifest, reading = dataset.manifest, dataset.reading
+    yield described(manifest, reading)
+    if _same_place(own.path, data.path):
+        yield from warnings(manifest, reading, dataset.where)
+        return
+    trained = already_prepared(own)
+    if trained is None or trained.manifest.fingerprint == manifest.fingerprint:
+        return
+    repeats = Repeats()
+    for name, part in (("train", trained.split("train")), ("evaluated", dataset.split(split))):
+        for _, values, sha256 in part.content():
+            repeats.add(name, values, sha256)
+    if copies := len(repeats.pairs(labels=False)):
+        yield f"{copies:,} of these images are copies of images that the run was trained on, so the numbers say less of new ones"
+
+
+def _same_place(one: str, other: str) -> bool:
+    if one == other or is_uri(one) or is_uri(other):
+        return one == other
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _loader(dataset: Dataset, data: DataConfig, device: torch.device, threads: int, quarantine: Quarantine) -> Loader:

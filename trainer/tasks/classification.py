@@ -50,7 +50,11 @@ class LabelHead:
     def __init__(self, target: Target, *, label_smoothing: float) -> None:
         """ValueError if there are fewer than two classes."""
         if len(target.classes) < 2:
-            raise ValueError(f"target {target.name}: {len(target.classes)} classes cannot be told apart; a data set needs at least 2")
+            only = "".join(f", {name!r:.60}" for name in target.classes)
+            raise ValueError(
+                f"target {target.name}: there is {'only one class' if only else 'no class'}{only}, and nothing to tell it from; "
+                "a data set needs at least two: a folder for each"
+            )
         self.target, self._label_smoothing = target, label_smoothing
 
     def prepare(self, values: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Maps a data set's targets to those that a model was trained on: the names must agree, the order may differ. trainer.rank.finished calls
-it, because `trainer.evaluate` takes data that the model was not trained on.
+"""Maps a data set's targets to those that a model was trained on: the names must agree, the order may differ, and classes may be lacking.
+trainer.rank.finished calls it, because `trainer.evaluate` takes data that the model was not trained on.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ _SHOWN = 8
 
 def match_targets(learned: Sequence[Target], given: Sequence[Target], *, where: str, device: torch.device) -> Callable[[Targets], Targets]:
     """A function that converts the targets of `where`'s batches to the model's. It drops targets that the model did not learn. ValueError
-    if a target is missing or the classes are not the same."""
+    if a target is missing or has classes that the model does not know."""
     columns = {}
     for target in learned:
         found = _counterpart(target, learned, given, where)
@@ -26,18 +26,14 @@ def match_targets(learned: Sequence[Target], given: Sequence[Target], *, where: 
 
 
 def class_mapping(model: Sequence[str], data: Sequence[str], *, where: str) -> list[int]:
-    """For each class of the data set, the index of the model's output with the same name. ValueError if the names are not the same."""
-    unknown, missing = [name for name in data if name not in model], [name for name in model if name not in data]
-    if unknown or missing:
-        parts = [
-            *([f"the model does not know {_some(unknown)}"] if unknown else []),
-            *([f"the data set lacks {_some(missing)}"] if missing else []),
-        ]
-        raise ValueError(
-            f"the classes of {where} are not the model's: {'; '.join(parts)}. The names must be the same: "
-            "rename the folders or convert the data with `python -m dataio.convert --classes ...`, or give a data set of these classes"
-        )
+    """For each class of the data set, the index of the model's output with the same name. ValueError if the model does not know one."""
     places = {name: index for index, name in enumerate(model)}
+    if unknown := [name for name in data if name not in places]:
+        raise ValueError(
+            f"the classes of {where} are not the model's: the model does not know {_some(unknown)}; it knows {_some(model)}. "
+            "Names must be the same: rename the folders or convert the data with `python -m dataio.convert --classes ...`, "
+            "or leave these images out"
+        )
     return [places[name] for name in data]
 
 
@@ -54,12 +50,17 @@ def _counterpart(target: Target, learned: Sequence[Target], given: Sequence[Targ
 
 
 def _relabelling(target: Target, mapping: Sequence[int], device: torch.device) -> Callable[[Tensor], Tensor]:
-    if list(mapping) == list(range(len(mapping))):
+    if list(mapping) == list(range(len(target.classes))):
         return lambda values: values
     to_class = torch.tensor(mapping, device=device)
     if target.kind == "labels":
-        order = to_class.argsort()
-        return lambda values: values[:, order]
+
+        def placed(values: Tensor) -> Tensor:  # (n, classes of the data) -> (n, classes of the model); the others are unknown
+            known = torch.full((len(values), len(target.classes)), int(target.missing), dtype=values.dtype, device=values.device)
+            known[:, to_class] = values
+            return known
+
+        return placed
     return lambda labels: torch.where(labels < 0, labels, to_class[labels.clamp(min=0)])  # -1 (unknown) stays
 
 

@@ -8,6 +8,7 @@ On a CPU, DALI decodes and torch resizes: torch's kernel for uint8 takes 140 us,
 224). On a GPU, DALI does both. Pixels differ between the two devices, because their JPEG decoders differ.
 """
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ import numpy as np
 
 from dataio.codecs.codec import Refusal
 from dataio.codecs.image.sniff import Header, simple_webp, sniff
-from dataio.config import Fit
+from dataio.config import Background, Fit
 
 DECODER_VERSIONS = {"cpu": 2, "cuda": 1}
 """Device type -> version of resized images. Raised when their pixels change, because the weights of runs then change too. Images of the
 right size are never resampled and are the same in all versions."""
+COLOURS: dict[Background, tuple[int, int, int]] = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
+"""Of `data.background`."""
 FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
 """Versions for runs whose checkpoints name none: at that time DALI resized on a CPU too."""
 
@@ -39,6 +42,8 @@ class Decoded:
     """(n, H, W, 3) uint8"""
     bad: tuple[tuple[int, str], ...]
     """(index, reason), ordered by index"""
+    transparent: int = 0
+    """Good images with an alpha channel."""
 
 
 class Decoder:
@@ -46,18 +51,27 @@ class Decoder:
 
     fit="refuse" makes an image of another size bad; "stretch" resizes it to height x width whatever its shape; "crop" takes the largest
     part of the right shape from its middle (`window_of`; on a GPU, DALI's "not_smaller" and crop) and resizes that. Resizing is bilinear
-    with antialiasing (a triangular filter as wide as the scale). An image of the right size is never resampled. With a `device_id`, that
-    GPU decodes JPEG. At most `threads` threads work at a time. The result for an image depends neither on the threads nor on the other
-    images of the batch.
+    with antialiasing (a triangular filter as wide as the scale). An image of the right size is never resampled. A `background` is put
+    behind transparent images, whose alpha is dropped otherwise. With a `device_id`, that GPU decodes JPEG. At most `threads` threads work
+    at a time. The result for an image depends neither on the threads nor on the other images of the batch.
     """
 
     def __init__(
-        self, *, height: int, width: int, fit: Fit, threads: int = 1, device_id: int | None = None, max_pixels: int, batch_size: int = 64
+        self,
+        *,
+        height: int,
+        width: int,
+        fit: Fit,
+        background: Background = "",
+        threads: int = 1,
+        device_id: int | None = None,
+        max_pixels: int,
+        batch_size: int = 64,
     ) -> None:
         if height < 1 or width < 1:
             raise ValueError(f"images of {height}x{width} pixels cannot be made; data.image_size must be positive")
         self.height, self.width, self._fit, self._max_pixels = height, width, fit, max_pixels
-        self._batch_size, self._threads = batch_size, threads
+        self._batch_size, self._threads, self._background = batch_size, threads, background
         self._native = _Pipeline(batch_size=batch_size, threads=threads, device_id=device_id)
         self._resized: _Pipeline | None = None
         if device_id is not None and fit != "refuse":
@@ -71,6 +85,7 @@ class Decoder:
         images = np.zeros(shape, np.uint8) if out is None else out[: len(encoded)]  # (n, H, W, 3)
         assert images.shape == shape, (images.shape, shape)
         bad: dict[int, str] = {}
+        transparent: set[int] = set()
         native: list[_Encoded] = []  # decoded at their own size
         resized: list[_Encoded] = []  # resized by the pipeline
         for index, data in enumerate(encoded):
@@ -82,7 +97,13 @@ class Decoder:
             if not is_exact and self._fit == "refuse":
                 bad[index] = f"wrong size: {header.height}x{header.width} instead of {self.height}x{self.width}"
                 continue
-            given = _Encoded(index=index, data=_prepared(data, header), height=header.height, width=header.width)
+            if header.has_alpha:
+                transparent.add(index)
+            prepared = _prepared(data, header, self._background)
+            if isinstance(prepared, Refusal):
+                bad[index] = prepared.reason
+                continue
+            given = _Encoded(index=index, data=prepared, height=header.height, width=header.width)
             (native if is_exact or self._resized is None else resized).append(given)
 
         def place(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
@@ -105,7 +126,7 @@ class Decoder:
             self._resized.decode(resized, place_resized, bad)
         if out is not None:
             images[list(bad)] = 0
-        return Decoded(images=images, bad=tuple(sorted(bad.items())))
+        return Decoded(images=images, bad=tuple(sorted(bad.items())), transparent=len(transparent - bad.keys()))
 
     def _wanted(self, image: np.ndarray) -> np.ndarray:
         """(h, w, 3): the part of an image of another size that is to be resized."""
@@ -186,7 +207,11 @@ class Checker:
             if batch and pixels + size > self._batch_pixels:  # bounds the memory of a batch of large photographs
                 self._pipeline.decode(batch, compare, bad)
                 batch, pixels = [], 0
-            batch.append(_Encoded(index=index, data=_prepared(encoded[index], header), height=header.height, width=header.width))
+            prepared = _prepared(encoded[index], header)
+            if isinstance(prepared, Refusal):
+                bad[index] = prepared.reason
+                continue
+            batch.append(_Encoded(index=index, data=prepared, height=header.height, width=header.width))
             pixels += size
         self._pipeline.decode(batch, compare, bad)
         return [Refusal(reason=bad[index]) if index in bad else header for index, header in enumerate(found)]
@@ -291,14 +316,39 @@ def _resize(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         place[:] = resized[0].permute(1, 2, 0).numpy()
 
 
-def _prepared(data: np.ndarray | bytes, header: Header) -> np.ndarray:
-    """The bytes in the form that DALI takes: a contiguous (bytes,) uint8 array."""
-    if header.format == "webp" and bytes(data[12:16]) == b"VP8X":
+def _prepared(data: np.ndarray | bytes, header: Header, background: Background = "") -> np.ndarray | Refusal:
+    """The bytes in the form that DALI takes: a contiguous (bytes,) uint8 array; or the reason why there is none."""
+    if header.format == "gif" or (background and header.has_alpha):
+        try:
+            data = _read_by_pillow(bytes(data), background if header.has_alpha else "")
+        except Exception as error:  # whatever Pillow raises for damaged data: OSError, ValueError, SyntaxError, EOFError, IndexError, ...
+            return Refusal(reason=f"undecodable: {str(error)[:200] or type(error).__name__}")
+    elif header.format == "webp" and bytes(data[12:16]) == b"VP8X":
         data = simple_webp(bytes(data))
     if not isinstance(data, np.ndarray):
         return np.frombuffer(data, np.uint8)
     assert data.dtype == np.uint8, f"encoded images are (bytes,) uint8, not {data.dtype}"
     return np.ascontiguousarray(data)
+
+
+def _read_by_pillow(data: bytes, background: Background) -> bytes:
+    """An image as a PNM: a GIF, which DALI cannot decode, or one with transparency, whose alpha DALI drops."""
+    from PIL import Image, ImageOps  # here: most data sets do not need it
+
+    with Image.open(io.BytesIO(data), formats=("GIF", "PNG", "WEBP", "TIFF")) as image:
+        if not background:
+            pixels = np.asarray(image.convert("RGB"))  # (H, W, 3) uint8
+        else:
+            upright = ImageOps.exif_transpose(image) if image.format == "PNG" else image  # as for images without transparency
+            pixels = flattened(np.asarray(upright.convert("RGBA")), COLOURS[background])
+    return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+
+
+def flattened(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """(H, W, 3) uint8: an image (H, W, 4) uint8, not premultiplied, in front of a colour; rounded to the nearest."""
+    alpha = pixels[..., 3:].astype(np.uint32)
+    mixed = pixels[..., :3] * alpha + np.array(colour, np.uint32) * (255 - alpha)
+    return ((mixed + 127) // 255).astype(np.uint8)
 
 
 def _cause(error: RuntimeError) -> str:

@@ -9,11 +9,17 @@ Accepted formats; tests/dataio/test_sniff_decode.py compares every line with Pil
 | format | accepted | equals Pillow |
 |---|---|---|
 | PNG | gray 1/2/4/8 bits, palette, RGB, RGBA, gray+alpha, interlaced; alpha and transparency are dropped | exactly |
+| PNG | gray of 16 bits, scaled from 0..65535 to 0..255 | exactly (rounded; Pillow's `convert` clips) |
 | PNG | RGB, RGBA, gray+alpha of 16 bits | within 1 (DALI rounds, Pillow takes the high byte) |
 | JPEG | baseline, extended, progressive of 8 bits; gray, YCbCr, RGB, CMYK | exactly on a CPU (both use libjpeg-turbo) |
 | WebP | lossy, lossless; alpha is dropped, metadata (its orientation too) ignored | exactly |
 | BMP | uncompressed of 1, 4, 8, 24, 32 bits | exactly |
 | TIFF | one page, 8 bits: gray, RGB, RGBA, CMYK; palette and YCbCr within 1 | exactly |
+| TIFF | one page, gray of 16 bits, scaled as a PNG's | exactly |
+| GIF | of one frame; decode.py has Pillow read it, because DALI cannot | exactly |
+| PNM | binary: P4, P5 and P6 of 8 or 16 bits | exactly |
+
+With `data.background`, decode.py puts transparent images in front of a colour; Pillow reads them then.
 
 An EXIF orientation in a JPEG or PNG is applied; height and width are those of the upright image.
 
@@ -26,20 +32,22 @@ Refused images (`kind: detail`; the kinds are KINDS):
 | truncated | header cut off, PNG without IEND, JPEG without EOI, WebP or BMP shorter than they say, TIFF tables beyond the end |
 | damaged | a PNG chunk's CRC (pixel data included), zero size, impossible header fields |
 | too large | more than max_pixels by the header: a decompression bomb |
-| animated | GIF (one frame or many: DALI has no GIF decoder), APNG, animated WebP, TIFF of several pages |
-| unsupported | 16-bit gray PNG (DALI and Pillow disagree), lossless/arithmetic/12-bit JPEG, compressed or 16-bit BMP, other TIFF modes |
+| animated | GIF or WebP of several frames, APNG, TIFF of several pages |
+| unsupported | lossless/arithmetic/12-bit JPEG, compressed or 16-bit BMP, other TIFF modes, other PNM depths |
 
 Not detected, because the decoders silently fill in what is missing: damage within the compressed data of a JPEG, lossy WebP or TIFF.
 """
 
+import re
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from dataio.codecs.codec import Refusal
+from dataio.formats import ACCEPTED_FORMATS
 
 MAX_PARTS = 1 << 18
 """Chunks of a PNG, segments of a JPEG's header, or fill bytes between them."""
@@ -48,7 +56,7 @@ MAX_SCANS = 200
 MAX_STRIPS = 1 << 18
 """Values of a TIFF tag."""
 
-Format = Literal["png", "jpeg", "webp", "bmp", "tiff"]
+Format = Literal["png", "jpeg", "webp", "bmp", "tiff", "gif", "pnm"]
 KINDS = (
     "empty",
     "unknown format",
@@ -76,6 +84,8 @@ class Header:
     """The pixel format by the file format's own name: gray, gray-alpha, palette, rgb, rgba, ycbcr, cmyk."""
     bits: int
     """Bits a channel (for a palette, bits an index)."""
+    has_alpha: bool = False
+    """It may be transparent somewhere: an alpha channel, or a colour that is none."""
 
     @property
     def size(self) -> str:
@@ -114,7 +124,7 @@ def _header(raw: bytes | memoryview) -> Header:
             return read(raw)
         if magic.startswith(start):
             raise _Refused(f"truncated: the header ends after {len(start)} bytes")
-    raise _Refused(f"unknown format: begins with {_known(start)}; accepted are PNG, JPEG, WebP, BMP, TIFF")
+    raise _Refused(f"unknown format: begins with {_known(start)}; accepted are {ACCEPTED_FORMATS}")
 
 
 def _known(start: bytes) -> str:
@@ -140,7 +150,7 @@ def _png(raw: bytes | memoryview) -> Header:
     if raw[12:16] != b"IHDR" or struct.unpack_from(">I", raw, 8)[0] != 13:
         raise _Refused("damaged: a PNG whose first chunk is not IHDR") if len(raw) >= 16 else _Refused("truncated: a PNG without IHDR")
     width, height, bits, color, compression, filtering, interlace = struct.unpack_from(">IIBBBBB", raw, 16)
-    at, orientation, pixels = 8, 1, False
+    at, orientation, pixels, transparent = 8, 1, False, color in (4, 6)
     for _ in range(MAX_PARTS):
         if at + 12 > len(raw):
             raise _Refused("truncated: a PNG without IEND")
@@ -157,6 +167,7 @@ def _png(raw: bytes | memoryview) -> Header:
         if kind == b"eXIf":
             orientation = _exif_orientation(bytes(raw[at + 8 : end - 4]))
         pixels = pixels or kind == b"IDAT"
+        transparent = transparent or kind == b"tRNS"
         at = end
         if kind == b"IEND":
             break
@@ -167,11 +178,9 @@ def _png(raw: bytes | memoryview) -> Header:
     if not pixels:
         raise _Refused("damaged: a PNG without pixel data")
     mode = _PNG_MODES[color][0]
-    if mode == "gray" and bits == 16:
-        raise _Refused("unsupported: a gray PNG of 16 bits; convert it to 8 bits")
     if orientation >= 5:
         height, width = width, height
-    return Header(format="png", height=height, width=width, mode=mode, bits=bits)
+    return Header(format="png", height=height, width=width, mode=mode, bits=bits, has_alpha=transparent)
 
 
 # JPEG: ITU-T T.81, annex B
@@ -259,14 +268,20 @@ def _webp(raw: bytes | memoryview) -> Header:
         flags = raw[20]
         if flags & 0x02:
             raise _Refused("animated: a WebP of several frames")
-        return _webp(simple_webp(raw))
+        header = _webp(simple_webp(raw))
+        return replace(header, has_alpha=header.has_alpha or bool(flags & 0x10))
     if kind == b"VP8L":
         packed = struct.unpack_from("<I", raw, 21)[0]
         if raw[20] != 0x2F:
             raise _Refused("damaged: a lossless WebP without its signature")
         alpha = packed >> 28 & 1
         return Header(
-            format="webp", height=(packed >> 14 & 0x3FFF) + 1, width=(packed & 0x3FFF) + 1, mode="rgba" if alpha else "rgb", bits=8
+            format="webp",
+            height=(packed >> 14 & 0x3FFF) + 1,
+            width=(packed & 0x3FFF) + 1,
+            mode="rgba" if alpha else "rgb",
+            bits=8,
+            has_alpha=bool(alpha),
         )
     if kind == b"VP8 ":
         if bytes(raw[23:26]) != b"\x9d\x01\x2a":
@@ -349,7 +364,8 @@ def _tiff(raw: bytes | memoryview) -> Header:
     except (KeyError, ValueError):
         raise _Refused("damaged: a TIFF that lacks a required tag") from None
     bits = set(tags.get(258, (1,)))
-    if bits != {8} or set(tags.get(339, (1,))) != {1} or (photometric, samples) not in _TIFF_MODES or orientation != 1:
+    is_known = (photometric, samples) in _TIFF_MODES and (bits == {8} or (bits == {16} and photometric == 1))
+    if not is_known or set(tags.get(339, (1,))) != {1} or orientation != 1:
         raise _Refused(
             f"unsupported: a TIFF of {sorted(bits)} bits, {samples} samples, photometric {photometric}, orientation {orientation}"
         )
@@ -357,11 +373,72 @@ def _tiff(raw: bytes | memoryview) -> Header:
         raise _Refused(f"unsupported: a TIFF with compression {compression}")
     if len(offsets) != len(sizes) or any(begin + size > len(raw) for begin, size in zip(offsets, sizes, strict=True)):
         raise _Refused("truncated: the TIFF's pixels lie behind its end")
-    return Header(format="tiff", height=height, width=width, mode=_TIFF_MODES[photometric, samples], bits=8)
+    mode = _TIFF_MODES[photometric, samples]
+    return Header(format="tiff", height=height, width=width, mode=mode, bits=max(bits), has_alpha=mode == "rgba")
+
+
+# GIF: https://www.w3.org/Graphics/GIF/spec-gif89a.txt
 
 
 def _gif(raw: bytes | memoryview) -> Header:
-    raise _Refused("animated: a GIF; save its frame as PNG")
+    if bytes(raw[:6]) not in (b"GIF87a", b"GIF89a"):
+        raise _Refused("damaged: a GIF of no known version" if len(raw) >= 6 else "truncated: the header ends in GIF8")
+    width, height, flags = struct.unpack_from("<HHB", raw, 6)
+    at, frames, transparent = 13 + _gif_colors(flags), 0, False
+    for _ in range(MAX_PARTS):
+        kind = raw[at]
+        if kind == 0x3B:  # the end
+            break
+        if kind == 0x2C:
+            frames += 1
+            at = _after_blocks(raw, at + 11 + _gif_colors(raw[at + 9]))
+        elif kind == 0x21:
+            transparent = transparent or (raw[at + 1] == 0xF9 and bool(raw[at + 3] & 1))
+            at = _after_blocks(raw, at + 2)
+        else:
+            raise _Refused(f"damaged: a GIF with a block of kind {kind}")
+    else:
+        raise _Refused(f"damaged: a GIF of more than {MAX_PARTS} blocks")
+    if frames != 1:
+        raise _Refused(f"animated: a GIF of {frames} frames" if frames else "damaged: a GIF without an image")
+    return Header(format="gif", height=height, width=width, mode="palette", bits=8, has_alpha=transparent)
+
+
+def _gif_colors(flags: int) -> int:
+    """Bytes of the colour table that these flags announce."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _after_blocks(raw: bytes | memoryview, at: int) -> int:
+    """The place behind a GIF's sub-blocks, each preceded by its length. IndexError where they do not end."""
+    while size := raw[at]:
+        at += 1 + size
+    return at + 1
+
+
+# PNM: https://netpbm.sourceforge.net/doc/
+
+
+_PNM_FIELD = re.compile(rb"(?:[ \t\r\n]|#[^\r\n]*[\r\n])*([0-9]{1,9})")
+_PNM_HEADER_BYTES = 1 << 16
+
+
+def _pnm(raw: bytes | memoryview) -> Header:
+    kind, head = raw[1] - ord("0"), bytes(raw[:_PNM_HEADER_BYTES])
+    at, values = 2, []
+    for _ in range(2 if kind == 4 else 3):
+        found = _PNM_FIELD.match(head, at)
+        if found is None:
+            raise _Refused("damaged: a PNM without its width, height and depth")
+        values.append(int(found[1]))
+        at = found.end()
+    width, height, most = values if kind != 4 else (*values, 1)
+    if kind != 4 and most not in (255, 65535):
+        raise _Refused(f"unsupported: a PNM of values up to {most}, not 255 or 65535")
+    row = -(-width // 8) if kind == 4 else width * (3 if kind == 6 else 1) * (2 if most > 255 else 1)
+    if (end := at + 1 + row * height) > len(raw):
+        raise _Refused(f"truncated: a PNM of {end} bytes ends after {len(raw)}")
+    return Header(format="pnm", height=height, width=width, mode="rgb" if kind == 6 else "gray", bits={1: 1, 255: 8, 65535: 16}[most])
 
 
 _READERS = (
@@ -372,4 +449,7 @@ _READERS = (
     (b"II*\0", _tiff),
     (b"MM\0*", _tiff),
     (b"GIF8", _gif),
+    (b"P4", _pnm),
+    (b"P5", _pnm),
+    (b"P6", _pnm),
 )
