@@ -21,11 +21,11 @@ from dataio.terminal import prepare_output
 from trainer.export.model_folder import load_export
 from trainer.runs.folder import RunFolder, find_run
 from trainer.settings.cli import fail
+from trainer.settings.programs import program
 from trainer.settings.say import complain, say, say_json
 from trainer.settings.tree import RunConfig
 from trainer.tasks.task import Task
 
-PROG = "python -m trainer.predict"
 BATCH = 64
 LONGEST_PATH = 4096
 
@@ -109,7 +109,7 @@ class Predictor:
 
 def main(argv: Sequence[str]) -> int:
     """Return 0 if all images were classified, 1 if some could not be. Exits with 2 (SystemExit) for wrong arguments or an unusable run."""
-    arguments = tyro.cli(Arguments, prog=PROG, args=argv)
+    arguments = tyro.cli(Arguments, prog=program("predict"), args=argv)
     try:
         if arguments.top < 1:
             raise ValueError(f"--top {arguments.top} shows nothing; use 1 or more")

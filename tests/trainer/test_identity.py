@@ -174,7 +174,7 @@ DECIDES = frozenset(
     f"{table}.{name}"
     for table, names in {
         "data": "batch_size image_size fit pad flip mean std shuffle_window max_image_pixels",
-        "model": "name weights stem image_size interpolation freeze lp_epochs",
+        "model": "name weights stem image_size interpolation normalise freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps final_lr_fraction head_lr_factor label_smoothing "
         "clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "

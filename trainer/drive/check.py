@@ -5,6 +5,7 @@ tells the driver the run's task. start.py begins the check as soon as it knows t
 zygote, so that the driver never imports torch.
 """
 
+import logging
 import socket
 import traceback
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Checked:
     task: TaskInfo
     weights_bytes: int
     """Of its parameters and buffers: a checkpoint holds them, some of them more than once."""
+    notes: tuple[str, ...] = ()
+    """What was decided about its weights, for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,21 +87,37 @@ class ModelCheck:
         return found
 
 
+class _Notes(logging.Handler):
+    """Keeps what the building of the model says of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        logger = logging.getLogger("trainer.models")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def answer(descriptors: list[int]) -> None:
     """Entry point of the forked process: reads one question and sends one answer."""
     connection = Connection(descriptors[0])
-    connection.send(_built(connection.recv()))
+    connection.send(built(connection.recv()))
 
 
-def _built(question: Question) -> Checked | Refused:
+def built(question: Question) -> Checked | Refused:
+    """Build the model that `question` asks for, in this process."""
     from trainer.models.vision import has_depthwise
     from trainer.tasks.make import make_task
 
+    notes = _Notes()
     try:
         task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing)
         model = task.build(question.model, image_hw=question.image_size, seed=question.seed)
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        return Checked(has_depthwise=has_depthwise(model), task=task.info, weights_bytes=weights_bytes)
+        return Checked(has_depthwise=has_depthwise(model), task=task.info, weights_bytes=weights_bytes, notes=tuple(notes.lines))
     except ValueError as error:
         return Refused(kind="value", message=str(error))
     except OSError as error:

@@ -9,13 +9,15 @@ from rich.console import Console
 
 from cluster.storage import open_storage
 from dataio.convert import is_converted, source_of
-from dataio.manifest import Manifest, image_size_of
+from dataio.manifest import USUAL_SIDE, Manifest, image_size_of
 from dataio.parquet import open_dataset
 from dataio.schema import Target, single_label
 from trainer.drive.capability import here, settled
+from trainer.drive.check import Question, Refused, built
 from trainer.drive.identity import resolved, run_prefix
 from trainer.drive.plan import Devices, describe, model_facts, table
 from trainer.settings.identity import weights_sha256
+from trainer.settings.programs import program
 from trainer.settings.rules import worker_count
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
@@ -26,11 +28,29 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
     manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
     targets = manifest.targets if manifest else _targets_of_source(config)
     task = make_task(config.task, targets, label_smoothing=config.optim.label_smoothing)
-    size = image_size_of(manifest, config.data) if manifest else (config.data.image_size or 32,) * 2
+    size = (
+        image_size_of(manifest, config.data)
+        if manifest
+        else (config.data.image_size or (32 if config.data.fit == "refuse" else USUAL_SIDE),) * 2
+    )
     gpus = torch.cuda.device_count()
     devices = _devices(worker_count(config) or max(1, gpus), gpus)
     if manifest is not None:
         config = _named(config, recipes, manifest, workers=devices.workers, image_size=size)
+    if config.model.weights != "imagenet":  # a dry run downloads nothing
+        asked = Question(
+            task=config.task,
+            targets=targets,
+            label_smoothing=config.optim.label_smoothing,
+            model=config.model,
+            image_size=size,
+            seed=config.train.seed,
+        )
+        found = built(asked)
+        if isinstance(found, Refused):
+            raise found.error()
+        for line in found.notes:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     facts = model_facts(task, config.model, image_size=size)
     config = settled(
         config,
@@ -40,7 +60,7 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
     )
     console.print(table(describe(config, manifest, devices, facts)))
     if manifest is None:
-        command = shlex.join(["python", "-m", "dataio.convert", config.data.path, "DEST"])
+        command = shlex.join([*program("convert").split(), config.data.path, "DEST"])
         console.print(f"For exact numbers convert the data first: {command}", soft_wrap=True, highlight=False)
     return 0
 

@@ -47,7 +47,7 @@ from trainer.drive.signals import Phase, Signals, tell
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
-from trainer.settings.identity import weights_sha256
+from trainer.settings.identity import description_sha256, weights_sha256
 from trainer.settings.rules import worker_count
 from trainer.settings.spec import RANK_MODULES, make_order
 from trainer.settings.toml import to_toml
@@ -55,6 +55,7 @@ from trainer.settings.toml import to_toml
 if TYPE_CHECKING:
     from cluster.launch import ClusterHardware, Resources
 
+PACKAGES = ("cluster", "dataio", "trainer")
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -95,6 +96,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             cpus=asked.environment.cpus,
             folder=ours.folder,
             on_lost=end_without_ray,
+            packages=PACKAGES,
             verbose=asked.environment.is_verbose,
         ) as hardware:
             workers_asked, cluster = asked.config.workers, asked.config.cluster
@@ -268,6 +270,9 @@ def decide(
     use_gpus = resources.gpus_per_worker > 0
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
+    if placed.found.is_new:
+        for line in checked.notes:
+            tell(line)
     weights_bytes = checked.weights_bytes
     set_up.call("the room for checkpoints", lambda: check_room(data.storage, placed.config, weights_bytes, tell))
     config = settled(placed.config, capability, has_depthwise=checked.has_depthwise, tell=tell)
@@ -285,6 +290,7 @@ def decide(
             config,
             data.dataset.manifest,
             weights=data.weights,
+            weights_about=description_sha256(config.model.weights),
             device="cuda" if use_gpus else "cpu",
             threads=resources.threads_per_worker,
         ),

@@ -21,6 +21,7 @@ from cluster.text import address, json_line, shown
 from dataio.config import Fit
 from dataio.foreign import json_of
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
+from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
@@ -67,11 +68,12 @@ def export_model(
     # Copy each tensor: safetensors accepts neither strided views (channels_last) nor two names for the same memory (tied weights).
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     weights = safetensors.torch.save(plain, metadata={"format": "pt"})
+    mean, std = mean_and_std(config)
     description = {
         "model": dataclasses.asdict(config.model),
         **_task_description(config.task, task),
-        "mean": list(config.data.mean),
-        "std": list(config.data.std),
+        "mean": list(mean),
+        "std": list(std),
         "data_image_size": list(data_image_size),
         "fit": config.data.fit,
         "max_image_pixels": config.data.max_image_pixels,
@@ -153,7 +155,8 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summ
     yield "Backbone", f"`{config.model.name}`, stem `{config.model.stem}`, weights `{config.model.weights}`"
     seen = f", resized on the device to {config.model.image_size}x{config.model.image_size} ({config.model.interpolation})"
     yield "Images", f"{width}x{height} RGB" + (seen if config.model.image_size else "")
-    yield "Normalisation", f"mean {list(config.data.mean)}, std {list(config.data.std)}, of pixel values in [0, 1]"
+    mean, std = mean_and_std(config)
+    yield "Normalisation", f"mean {list(mean)}, std {list(std)}, of pixel values in [0, 1]"
     yield "Trained on", f"`{_last_part(config.data.path)}`" + _optional(summary, "dataset_fingerprint", " (fingerprint `{}`)")
     steps = _optional(summary, "steps", ", {} steps")
     yield "Training", f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.train.precision}{steps}"

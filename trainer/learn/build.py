@@ -18,6 +18,7 @@ from trainer.learn.optim import build_optimizer, clip_gradients, set_learning_ra
 from trainer.learn.step import UNOBSERVED, Stepper
 from trainer.learn.update import Update
 from trainer.models.im2col import use_im2col
+from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess, head_of
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
@@ -88,9 +89,10 @@ def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], devi
     """Build the learner for images of `image_hw` (H, W) on `device`, with the weights that the settings name."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
+    mean, std = mean_and_std(config)
     preprocess = Preprocess(
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=mean,
+        std=std,
         image_size=config.model.image_size,
         interpolation=config.model.interpolation,
         channels_last=is_channels_last,

@@ -20,7 +20,7 @@ from cluster.store import Store
 from trainer.learn.build import Learner, build_learner, task_of
 from trainer.learn.state import TrainState
 from trainer.learn.step import Stepper, StepStats, train_steps
-from trainer.models.vision import WeightsError
+from trainer.models.weights import WeightsError
 from trainer.rank.data import Batches, RankData, open_data, open_ledger, recorded
 from trainer.rank.device_metrics import GpuWatch, gpu_address
 from trainer.rank.evaluation import Evaluator
@@ -42,7 +42,7 @@ from trainer.rank.observers import (
 from trainer.rank.saving import Memory, Saver, restore, weights_check
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank, join
-from trainer.settings.identity import weights_sha256
+from trainer.settings.identity import description_sha256, weights_sha256
 from trainer.settings.spec import WorkerSpec
 
 
@@ -109,6 +109,12 @@ def check_weights(spec: WorkerSpec) -> None:
         raise WeightsError(
             f"model.weights={spec.config.model.weights} holds on {platform.node()} another file (SHA-256 {found[:12]}) than where the run "
             f"was started ({known[:12]}); put the same file on every node, or on storage that all of them mount"
+        )
+    about = spec.identity.get("weights_about", "")
+    if spec.resume is None and known and description_sha256(spec.config.model.weights) != about:
+        raise WeightsError(
+            f"model.weights={spec.config.model.weights} has on {platform.node()} another config.json beside it than where the run was "
+            "started; it says for which classes the weights were trained: copy the whole folder to every node"
         )
 
 

@@ -22,6 +22,7 @@ from cluster.text import MASK, redact
 from cluster.text import shown as on_one_line
 from trainer.runs.events import STRANGE
 from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
+from trainer.settings.programs import program
 from trainer.settings.say import Terminal
 from trainer.settings.units import duration, loss, number, percent, size
 
@@ -256,7 +257,7 @@ def time_split(summary: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 def predict_command(folder: str) -> str:
     """The command that uses the model of a run's folder, to be pasted into a shell."""
-    return pasteable(f"python -m trainer.predict {shlex.quote(folder)} IMAGE...")
+    return pasteable(f"{program('predict')} {shlex.quote(folder)} IMAGE...")
 
 
 def pasteable(command: str) -> str:

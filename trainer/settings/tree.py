@@ -35,6 +35,9 @@ class ModelConfig:
     """Side in pixels that images are resized to on the device; 0 keeps the data's size."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     """How images are resized on the device."""
+    normalise: Annotated[Literal["data", "weights"], LATER] = "data"
+    """Mean and std of the images: `data` takes `data.mean` and `data.std`; `weights` takes what the pretrained weights of `name` were
+    trained with, so that they see what they know."""
     freeze: Freeze = "none"
     """`backbone` trains the head alone; `lp-ft` trains the head for `lp_epochs`, then everything."""
     lp_epochs: Annotated[int, Ge(1), "--model.freeze none trains everything from the start"] = 1
