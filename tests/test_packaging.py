@@ -1,63 +1,47 @@
 """What `pip install .` and `uv sync` give: the command, its packages with their data, and the tested versions."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[1]
+from tests.installed import PROJECT, Installed, install
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which the project is installed, from a copy: building leaves files beside the sources."""
-    copy, target = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("installed")
-    for name in ("trainer", "cluster", "dataio"):
-        shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(PROJECT / name, copy / name)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
-    subprocess.run([*pip, str(copy)], check=True, capture_output=True, text=True)
-    return target
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return install(tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("installed"))
 
 
-def finetune(installed: Path, *words: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(installed), "HOME": str(folder)}
-    command = [sys.executable, str(installed / "bin" / "finetune"), *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_the_command_works_in_any_folder_and_without_torch(installed: Path, tmp_path: Path) -> None:
+def test_the_command_works_in_any_folder_and_without_torch(installed: Installed, tmp_path: Path) -> None:
     began = time.monotonic()
-    said = finetune(installed, "--version", folder=tmp_path)
+    said = installed.finetune("--version", home=tmp_path)
     seconds = time.monotonic() - began
     version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
     assert (said.returncode, said.stdout) == (0, f"ray-finetune {version}\n"), said.stderr
     assert seconds < 5, "it imports more than it needs"  # 0.2 s on a machine that does nothing else
 
 
-def test_recipes_and_sample_images_are_installed_too(installed: Path, tmp_path: Path) -> None:
-    said = finetune(installed, "run", "--config", "quickstart", "--print-config", folder=tmp_path)
+def test_recipes_and_sample_images_are_installed_too(installed: Installed, tmp_path: Path) -> None:
+    said = installed.finetune("run", "--config", "quickstart", "--print-config", home=tmp_path)
     assert said.returncode == 0, said.stderr
     samples = Path(tomllib.loads(said.stdout)["data"]["path"])
-    assert samples == installed / "dataio" / "samples" / "fashion_mnist"
+    assert samples == installed.folder / "dataio" / "samples" / "fashion_mnist"
     here = PROJECT / "dataio" / "samples" / "fashion_mnist"
     assert {path.name for path in samples.iterdir()} == {path.name for path in here.iterdir()}
     recipes = PROJECT / "trainer" / "recipes"
-    assert {path.name for path in (installed / "trainer" / "recipes").glob("*.toml")} == {path.name for path in recipes.glob("*.toml")}
+    assert {path.name for path in (installed.folder / "trainer" / "recipes").glob("*.toml")} == {
+        path.name for path in recipes.glob("*.toml")
+    }
 
 
-def test_every_module_is_installed_and_nothing_else(installed: Path) -> None:
+def test_every_module_is_installed_and_nothing_else(installed: Installed) -> None:
     packages = ("trainer", "cluster", "dataio")
-    there = {path.relative_to(installed) for name in packages for path in (installed / name).rglob("*.py")}
+    there = {path.relative_to(installed.folder) for name in packages for path in (installed.folder / name).rglob("*.py")}
     assert there == {path.relative_to(PROJECT) for name in packages for path in (PROJECT / name).rglob("*.py")}
-    assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {*packages, "bin"}
+    assert {path.name for path in installed.folder.iterdir() if not path.name.endswith(".dist-info")} == {*packages, "bin"}
 
 
 def test_the_lock_file_has_the_versions_of_the_constraints() -> None:

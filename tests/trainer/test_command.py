@@ -178,7 +178,7 @@ def completing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_shell_completes(completing: Path, typed: str, offered: list[str]) -> None:
     words = typed.split(" ")
-    asks = f'source {completing}/script; COMP_WORDS=({" ".join(f"{word!r}" for word in words)}); COMP_CWORD={len(words) - 1}; _finetune'
+    asks = f"source {completing}/script; COMP_WORDS=({' '.join(f'{word!r}' for word in words)}); COMP_CWORD={len(words) - 1}; _finetune"
     done = subprocess.run(
         ["bash", "-c", f'{asks}; printf "%s\\n" "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True, env=dict(os.environ)
     )

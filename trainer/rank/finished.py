@@ -21,7 +21,7 @@ from dataio.manifest import Manifest
 from dataio.order import Order
 from dataio.parquet import Dataset
 from dataio.quarantine import BadSample, Quarantine
-from trainer.export.model_folder import load_export
+from trainer.export.model_folder import load_export, model_of
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder
@@ -81,7 +81,7 @@ def evaluate_finished(
     indices of the model's outputs, whatever the order of the data set's classes."""
     begin = time.perf_counter()
     config, summary = _config(folder), _summary(folder)
-    exported = load_export(folder, device, channels_last=config.train.channels_last == "on")
+    exported = load_export(model_of(folder), device, channels_last=config.train.channels_last == "on")
     data = replace(config.data, **changes)
     _, dataset = open_prepared(data, on_progress=_progress(data.path))
     manifest = dataset.manifest
