@@ -85,6 +85,10 @@ class Placed:
     found: Found
 
     @property
+    def has_finished(self) -> bool:
+        return self.found.has_finished_as(self.config)
+
+    @property
     def question(self) -> Question:
         return question_of(self.config, self.data.dataset.manifest, self.data.image_size)
 

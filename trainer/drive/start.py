@@ -79,7 +79,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
         placed, checked = None, None
         if (workers := workers_known(asked)) is not None:
             placed = set_up.call("the run's folder", partial(place, data, workers))
-            if placed.found.has_finished:
+            if placed.has_finished:
                 return show_finished(placed, console, signals)
             checked = check_before_cluster(placed, zygote, set_up)
         console.print(f"joining the Ray cluster at {asked.address}" if asked.address else "starting a local Ray")
@@ -104,7 +104,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             resources = plan_resources(workers_asked, cluster, hardware)
             if placed is None or set_up.call("the run's folder", partial(placed.is_outdated, resources.most)):
                 placed = set_up.call("the run's folder", partial(place, data, resources.most))
-                if placed.found.has_finished:
+                if placed.has_finished:
                     return show_finished(placed, console, signals)
             if placed.found.saved is not None:
                 signals.enter(Phase.RESUMING)

