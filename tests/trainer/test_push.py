@@ -1,4 +1,4 @@
-"""A model is pushed to a hub whole, verified, in one commit. The hub is a stand-in for the part of Hugging Face's API that takes commits."""
+"""A model is pushed to a hub whole, verified, in one commit. The hub is a stand-in for what of Hugging Face's API takes commits."""
 
 import base64
 import hashlib

@@ -28,6 +28,10 @@ class Question:
     model: ModelConfig
     image_size: tuple[int, int]
     seed: int
+    loss: str = ""
+    """`optim.loss`"""
+    augment: str = ""
+    """`data.augment`"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,13 +113,17 @@ def answer(descriptors: list[int]) -> None:
 
 def built(question: Question) -> Checked | Refused:
     """Build the model that `question` asks for, in this process."""
-    from trainer.models.vision import has_depthwise
+    from trainer.learn.own import try_own
+    from trainer.models.vision import has_depthwise, head_of
     from trainer.tasks.make import make_task
 
     notes = _Notes()
     try:
         task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing)
         model = task.build(question.model, image_hw=question.image_size, seed=question.seed)
+        if question.loss or question.augment:
+            outputs = head_of(model)[1].weight.shape[0]
+            try_own(task, loss=question.loss, augment=question.augment, outputs=outputs, image_hw=question.image_size)
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         return Checked(has_depthwise=has_depthwise(model), task=task.info, weights_bytes=weights_bytes, notes=tuple(notes.lines))
     except ValueError as error:

@@ -45,6 +45,8 @@ def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> in
             model=config.model,
             image_size=size,
             seed=config.train.seed,
+            loss=config.optim.loss,
+            augment=config.data.augment,
         )
         found = built(asked)
         if isinstance(found, Refused):

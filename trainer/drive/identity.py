@@ -13,6 +13,7 @@ is gone, such a run goes on only if the user gives its name and a file of the sa
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ def identity(config: RunConfig, fingerprint: str, weights: str = "") -> dict[str
 
 def run_prefix(config: RunConfig, recipes: tuple[str, ...]) -> str:
     """How an automatic name begins: the recipes' names, or the model's."""
-    return "-".join(recipes) or config.model.name.replace("/", "-")
+    return "-".join(recipes) or re.sub(r"[/:]", "-", config.model.name)
 
 
 def automatic_name(config: RunConfig, fingerprint: str, prefix: str, weights: str = "") -> str:

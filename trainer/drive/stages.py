@@ -139,4 +139,6 @@ def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, in
         model=config.model,
         image_size=image_size,
         seed=config.train.seed,
+        loss=config.optim.loss,
+        augment=config.data.augment,
     )

@@ -15,6 +15,7 @@ from trainer.learn.ema import Ema
 from trainer.learn.gradients import DdpGradients, Gradients, PassConfig, PlainGradients, StepObserver, TreeGradients
 from trainer.learn.objectives import autocast_for, supervised
 from trainer.learn.optim import build_optimizer, clip_gradients, set_learning_rate, set_trainable
+from trainer.learn.own import own_augment, own_loss
 from trainer.learn.step import UNOBSERVED, Stepper
 from trainer.learn.update import Update
 from trainer.models.im2col import use_im2col
@@ -57,7 +58,8 @@ class Learner:
 
     def _gradients(self, update: Update, world_size: int, rank: int) -> Gradients:
         train = self.config.train
-        objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision))
+        loss = own_loss(self.config.optim.loss, self.task)
+        objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision), loss)
         # A single virtual rank has nothing to add up; the plain step gives the same bits without the tree's flat vector.
         is_tree = train.reduction == "tree" and train.virtual_ranks > 1
         # In tree mode each virtual rank goes through the model by itself; otherwise all of this rank's go through together.
@@ -69,6 +71,7 @@ class Learner:
             full_batch=together * self.config.data.batch_size // train.virtual_ranks // train.accumulate,
             compile_model=train.compile,
             cuda_graphs=train.cuda_graphs,
+            augment=own_augment(self.config.data.augment, train.seed),
         )
         wire = torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32
         if is_tree:

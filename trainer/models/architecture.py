@@ -8,12 +8,16 @@ from typing import Any
 import torchvision.models
 from torch import nn
 
+from trainer.models.own import OwnCodeError, called, own_function
 from trainer.settings.tree import ModelConfig
 from trainer.settings.words import closest
 
 
-def architecture(config: ModelConfig, seen: tuple[int, int]) -> nn.Module:
-    """The unchanged model with its library's own number of classes and random weights."""
+def architecture(config: ModelConfig, seen: tuple[int, int], *, classes: int = 1000) -> nn.Module:
+    """The unchanged model with its library's own number of classes and random weights. A model of the user's own is told `classes`, and has
+    the weights that it comes with."""
+    if ":" in config.name:
+        return _own_architecture(config, seen, classes)
     if config.name.startswith("timm/"):
         return timm_architecture(config, seen)
     names = torchvision.models.list_models(torchvision.models)
@@ -27,6 +31,14 @@ def architecture(config: ModelConfig, seen: tuple[int, int]) -> nn.Module:
             f"model.name={config.name} cannot be built for {seen[0]}x{seen[1]} images: {one_line(error)}; {size_fix()}"
         ) from error
     return model
+
+
+def _own_architecture(config: ModelConfig, seen: tuple[int, int], classes: int) -> nn.Module:
+    function = own_function("model.name", config.name)
+    model = called("model.name", config.name, function, classes=classes, image_size=seen)
+    if not isinstance(model, nn.Module):
+        raise OwnCodeError(f"model.name={config.name} is to return a torch.nn.Module; it returned {type(model).__name__}")
+    return model.float()
 
 
 def torchvision_options(config: ModelConfig, seen: tuple[int, int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ trainer.models.architecture builds what the libraries have, trainer.models.weigh
 the first layers.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,12 +38,17 @@ def build_model(
     """
     seen = (config.image_size, config.image_size) if config.image_size else image_hw
     with _random_state(_derive(seed, "architecture")):
-        model = architecture(config, seen)
-    old_head, _ = head_of(model)
+        model = architecture(config, seen, classes=classes)
+    old_head, layer = head_of(model)
+    if is_own := ":" in config.name:
+        config = dataclasses.replace(config, stem="native" if config.stem == "auto" else config.stem)
     state = fitted_to(model, config, seen, head=old_head, outputs=classes, names=names)
     stem = resolve_stem(config, model, image_hw)
     apply_stem(model, stem, torch.Generator().manual_seed(_derive(seed, "stem")))
-    head_name = replace_head(model, classes, torch.Generator().manual_seed(_derive(seed, "head")))
+    if is_own and layer.weight.shape[0] == classes:
+        head_name = old_head
+    else:
+        head_name = replace_head(model, classes, torch.Generator().manual_seed(_derive(seed, "head")))
     if state is not None:
         may_differ = [f"{head_name}.weight", f"{head_name}.bias"]
         if stem == "article":

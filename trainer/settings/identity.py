@@ -12,6 +12,7 @@ from typing import Any
 from dataio.config import FREE, LATER, PATH
 from dataio.foreign import MAX_SETTINGS_BYTES, read_regular
 from trainer.settings.fields import declared, settings
+from trainer.settings.sources import OWN, source_sha256
 from trainer.settings.tree import RunConfig
 
 WEIGHTS = "model.weights"
@@ -71,4 +72,7 @@ def _that_count(config: RunConfig, weights: str) -> dict[str, Any]:
         for key, value in settings(config).items()
         if FREE not in known[key].notes
     }
+    for key in OWN:
+        if ":" in str(counted[key]):
+            counted[key] = f"{counted[key]} sha256:{source_sha256(counted[key]) or 'missing'}"
     return counted | {WEIGHTS: f"sha256:{weights}"} if weights else counted

