@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         say(_push(hub, arguments, files))
     except ValueError as error:  # the name of the repository, before anything is sent
         fail(str(error))
-    except (OSError, *_network_errors()) as error:
+    except (OSError, _network_error(hub)) as error:
         complain(f"error: the hub did not take it: {' '.join(str(error).split())}; log in by `hf auth login`, or set HF_TOKEN")
         return 1
     return 0
@@ -89,10 +89,11 @@ def _client() -> Any:
     return huggingface_hub
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    import httpx  # what the hub's client speaks HTTP with
-
-    return (httpx.HTTPError,)
+def _network_error(hub: Any) -> type[Exception]:
+    """What the client raises where nobody answers: of the HTTP library that it uses, which differs between its versions. Its own error for
+    an answer that refuses inherits from that."""
+    error: type[Exception] = hub.errors.HfHubHTTPError.__bases__[0]
+    return error
 
 
 if __name__ == "__main__":

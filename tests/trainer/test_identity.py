@@ -58,7 +58,10 @@ def same_name(config: RunConfig) -> bool:
 # --- names are kept -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["", *recipe_names()])
+YOUNGER = {"photos"}  # it uses a setting that the first release did not know
+
+
+@pytest.mark.parametrize("recipe", ["", *(name for name in recipe_names() if name not in YOUNGER)])
 def test_a_shipped_recipe_has_the_name_it_always_had(recipe: str) -> None:
     config = load(recipe, RunConfig()) if recipe else RunConfig()
     assert same_name(config)

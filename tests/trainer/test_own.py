@@ -124,7 +124,7 @@ def test_all_three_are_tried_before_a_run_starts() -> None:
         ),
         (question(f"{HERE}:big_network"), f"{HERE} has no function big_network; it has small_network, focal_loss, darken, fails"),
         (question(f"{HERE}:no_network"), "is to return a torch.nn.Module; it returned int"),
-        (question(f"{HERE}:fails"), "own_functions.py, line 29: raise KeyError"),
+        (question(f"{HERE}:fails"), "own_functions.py, line 28: raise KeyError"),
         (question(loss="fails"), f"optim.loss={HERE}:fails failed: KeyError: 'no such thing' ("),
         (question(loss="mean_loss"), "is to return one loss for each sample, of shape (3,); it returned a tensor () of torch.float32"),
         (question(loss="constant_loss"), "returns a loss that does not depend on the logits"),

