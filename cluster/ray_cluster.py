@@ -162,7 +162,7 @@ def is_checkout(project: Path) -> bool:
 def sent(project: Path, packages: Sequence[str]) -> dict[str, Any]:
     """The part of a runtime environment that brings the code to a cluster. Of installed packages only ours: the nodes have the others."""
     if is_checkout(project):
-        return {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "tests"]}
+        return {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "build", "tests"]}
     return {"py_modules": [str(project / package) for package in packages]}
 
 

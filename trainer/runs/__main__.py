@@ -40,7 +40,8 @@ Sort = Literal["started", "name", "status", "step", "accuracy", "speed", "goodpu
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """List runs, the newest first. `watch RUN` instead follows one: see `watch --help`."""
+    """List runs, the newest first. `watch RUN` instead follows one: see `watch --help`. Goodput is the share of a run's time that went into
+    steps that count."""
 
     pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME-PATTERN")] = ""
     """Only runs whose names contain this, or match it as a shell pattern (`pets-*`)."""

@@ -231,7 +231,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if summary.get("compile_seconds"):
         add("Compiling", "compile_seconds", duration)
     add("Profile", "profile", lambda value: str(value["verdict"]))
-    add("Goodput", "goodput", percent)
+    add("Goodput", "goodput", lambda value: f"{percent(value)} (of all the time went into steps that count)")
     add("Data wait", "data_wait_ratio", percent)
     add("Restarts", "restarts", number)
     if summary.get("restarts"):
