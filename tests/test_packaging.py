@@ -1,11 +1,13 @@
 """What `pip install .` and `uv sync` give: the command, its packages with their data, and the tested versions."""
 
 import re
+import shutil
 import time
 import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.installed import PROJECT, Installed, install
 
@@ -70,3 +72,18 @@ def _name_of(requirement: str) -> str:
 
 def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_functions_in_the_working_directory_are_found_and_shadow_no_library(installed: Installed, tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for side in (40, 48):
+            Image.new("RGB", (side, 40), "red").save(tmp_path / "photos" / name / f"{side}.png")
+    shutil.copy(PROJECT / "tests" / "trainer" / "own_functions.py", tmp_path / "mine.py")
+    (tmp_path / "json.py").write_text("raise ImportError('not the library')")  # a file that lies there by chance
+    model = ("--model.name", "mine:small_network", "--model.weights", "none")
+    said = installed.finetune("run", "photos", *model, "--data.augment", "mine:darken", "--dry-run", home=tmp_path)
+    assert said.returncode == 0, said.stdout + said.stderr
+    wrong = installed.finetune("run", "photos", *model, "--data.augment", "mine:fails", "--dry-run", home=tmp_path)
+    assert wrong.returncode == 2
+    assert f"data.augment=mine:fails failed: KeyError: 'no such thing' ({tmp_path}/mine.py, line 28:" in wrong.stderr
