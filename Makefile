@@ -46,11 +46,13 @@ faults: .venv/.dev
 	$(PYTHON) -m venv .venv
 
 .venv/.quickstart: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
+	@echo "installing Python packages (about 7 GB, most of it PyTorch's) into .venv; pip shows each as it comes"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
 	@touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart,timm,dev]'
+	@echo "installing Python packages (about 7 GB, most of it PyTorch's) into .venv; pip shows each as it comes"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[quickstart,timm,hub,dev]'
 	@touch $@ .venv/.quickstart
 
 # Prometheus, Chromium and the full Fashion-MNIST for the tests that use them; those skip with a reason where they cannot be installed.
@@ -61,4 +63,4 @@ debian:
 	else echo "tests that need Debian's prometheus, chromium or dataset-fashion-mnist will skip: run as root: apt-get install prometheus chromium dataset-fashion-mnist"; fi
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -11,7 +11,7 @@ import secrets
 import select
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,13 @@ def ray_cluster(
     cpus: int,
     folder: str,
     on_lost: Callable[[str], None],
+    packages: Sequence[str] = (),
     verbose: bool = False,
 ) -> Iterator[ClusterHardware]:
     """Join the cluster at `address`, or start a Ray for this run alone in `folder` and end it afterwards.
 
-    `project` is the checkout that workers import from; a cluster joined from outside a job gets a copy of it. `on_lost(name)` is called in
-    a thread if a vital process of the local Ray dies.
+    `project` is what workers import from: a checkout, or the folder of installed packages. A cluster joined from outside a job gets a copy
+    of the checkout, or of those `packages`. `on_lost(name)` is called in a thread if a vital process of the local Ray dies.
     """
     for name, value in _RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -72,7 +73,7 @@ def ray_cluster(
     worker_module._worker_logs_enabled = verbose
     try:
         if address:
-            _join(address, in_job=in_job, project=project, **common)
+            _join(address, in_job=in_job, code=sent(project, packages), **common)
             if not config.allow_unauthenticated:
                 check_guarded(ray.get_runtime_context().gcs_address, get_authentication_mode() == AuthenticationMode.TOKEN)
             yield hardware_now(local=False)
@@ -90,7 +91,8 @@ def _start(folder: str, *, project: Path, cpus: int, verbose: bool, **common: An
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray writes one into the home folder, which may not be writable
     # Inherited, not in a runtime_env: the workers that Ray starts in advance would lack that, and would not be used.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
+    if is_checkout(project):  # what is installed is found without
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
     with _signals_are_ours(), _without_helpers(logs=verbose):
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **common)
 
@@ -152,10 +154,21 @@ def check_guarded(head: str, has_token: bool) -> None:
         )
 
 
-def _join(address: str, *, in_job: bool, project: Path, **common: Any) -> None:
-    """`ray.init` on an existing cluster. A job's environment already has its working directory."""
-    runtime_env: dict[str, Any] = {} if in_job else {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "tests"]}
-    runtime_env["env_vars"] = _RAY_TRAIN_ENVIRONMENT
+def is_checkout(project: Path) -> bool:
+    """Whether the packages lie in a checkout, and not among all that is installed."""
+    return (project / "pyproject.toml").is_file()
+
+
+def sent(project: Path, packages: Sequence[str]) -> dict[str, Any]:
+    """The part of a runtime environment that brings the code to a cluster. Of installed packages only ours: the nodes have the others."""
+    if is_checkout(project):
+        return {"working_dir": str(project), "excludes": [".git", ".venv", ".build", "build", "tests"]}
+    return {"py_modules": [str(project / package) for package in packages]}
+
+
+def _join(address: str, *, in_job: bool, code: Mapping[str, Any], **common: Any) -> None:
+    """`ray.init` on an existing cluster. A job's environment already has its working directory; other drivers send their `code`."""
+    runtime_env: dict[str, Any] = {**({} if in_job else code), "env_vars": _RAY_TRAIN_ENVIRONMENT}
     try:
         with _signals_are_ours():
             ray.init(address=address, runtime_env=runtime_env, **common)

@@ -64,6 +64,22 @@ def targets_of(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(pairs.items())
 
 
+def module_and_function(text: str) -> tuple[str, str]:
+    """Parses `module:function`, a function of the user's own. ValueError for other text."""
+    module, colon, name = text.partition(":")
+    if not colon or not all(word.isidentifier() for word in (*module.split("."), name)):
+        raise ValueError(f"{text!r} names no function; write module:function, such as my_package.my_module:my_function")
+    return module, name
+
+
+def augment_of(text: str) -> tuple[str, str] | None:
+    """`data.augment` as (module, function); None for ""."""
+    try:
+        return module_and_function(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"data.augment={error}") from None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Labelled images and the batches made of them."""
@@ -100,6 +116,9 @@ class DataConfig:
     """Zero pixels added on each side before the random crop; 0 turns the crop off."""
     flip: bool = True
     """Mirror each training image with probability one half."""
+    augment: Annotated[str, LATER, augment_of] = ""
+    """An augmentation of your own, after crop and flip, as `module:function` (docs/extending.md). Its source is part of the run's
+    identity."""
     mean: Annotated[tuple[float, float, float], Interval(ge=0, le=1), "pixel values are scaled to [0, 1] before"] = (0.5, 0.5, 0.5)
     """Subtracted on the device, per channel; pixel values are scaled to [0, 1] first."""
     std: Annotated[tuple[float, float, float], Gt(0), "the images are divided by it"] = (0.5, 0.5, 0.5)

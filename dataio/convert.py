@@ -694,11 +694,11 @@ def _sync_folder(folder: Path) -> None:
 # Command line
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, *, prog: str = "python -m dataio.convert") -> int:
     """Runs `python -m dataio.convert`. Exit status: 0 done, 1 failed (a full disk), 2 a wrong setting or source, 130 interrupted."""
     defaults = DataConfig()
     parser = argparse.ArgumentParser(
-        prog="python -m dataio.convert",
+        prog=prog,
         description="Converts labelled images into a folder that training reads. Stopped, it goes on when run again.",
     )
     parser.add_argument("source", help="cifar10, an archive, a table, a folder of Parquet or IDX files, or of class folders")

@@ -24,6 +24,8 @@ from dataio.schema import KINDS, SPLITS, Kind, Target, fault_of_targets, is_sing
 
 VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
+USUAL_SIDE = 224
+"""Side in pixels that most networks for photographs were trained at."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.parquet")
 _SIZE = re.compile(r"[1-9][0-9]*x[1-9][0-9]*")
@@ -296,12 +298,16 @@ def resizes(manifest: Manifest, config: DataConfig) -> bool:
 
 
 def image_size_of(manifest: Manifest, config: DataConfig) -> tuple[int, int]:
-    """(height, width) of the decoded images: `data.image_size`, or the size that all images share."""
+    """(height, width) of the decoded images: `data.image_size`, or the size that all images share. Images of several sizes, with a
+    `data.fit` that says how to bring them to one, get the side USUAL_SIDE, or the largest image's shorter side where that is less."""
     if config.image_size > 0:
         return config.image_size, config.image_size
-    if len(manifest.image_sizes) == 1:
-        height, _, width = next(iter(manifest.image_sizes)).partition("x")
-        return int(height), int(width)
+    sizes = [(int(height), int(width)) for height, _, width in (size.partition("x") for size in manifest.image_sizes)]
+    if len(sizes) == 1:
+        return sizes[0]
+    if config.fit != "refuse" and sizes:
+        side = min(USUAL_SIDE, max(map(min, sizes)))
+        return side, side
     common = sorted(manifest.image_sizes.items(), key=lambda item: (-item[1], item[0]))
     seen = ", ".join(f"{size} ({count:,} image{'' if count == 1 else 's'})" for size, count in common[:3])
     raise ValueError(

@@ -24,12 +24,12 @@ from trainer.rank.finished import Evaluated, evaluate_finished
 from trainer.runs.certainty import NOT_MEASURED, given_of, interval_words, measured_scores
 from trainer.runs.folder import find_run
 from trainer.settings.cli import fail
+from trainer.settings.programs import program
 from trainer.settings.say import Terminal, say_json
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import number, percent
 from trainer.tasks.info import Measure
 
-PROG = "python -m trainer.evaluate"
 _SHOWN = 8
 _LONGEST_LINE = 2000
 
@@ -77,7 +77,9 @@ class Arguments:
 
 def main(argv: Sequence[str]) -> int:
     """Print the result to stdout and return 0. Exits with status 2 (SystemExit) if there can be no result."""
-    arguments = tyro.cli(Arguments, prog=PROG, args=argv)
+    arguments = tyro.cli(Arguments, prog=program("evaluate"), args=argv)
+    # cuBLAS reads this once, so set it before anything creates a CUDA context.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but PyTorch sees no GPU here; use --device cpu or auto")
@@ -193,6 +195,4 @@ def _confused_with(confusion: Sequence[Sequence[int]], classes: Sequence[str], i
 
 if __name__ == "__main__":
     prepare_output()
-    # cuBLAS reads this once, so set it before anything creates a CUDA context.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,5 @@
-"""The command line `python -m trainer.predict RUN IMAGE...`: a finished run's predictions for images. Reads `model/` in the run's folder.
+"""The command line `python -m trainer.predict RUN IMAGE...`: a finished run's predictions for images. Reads `model/` in the run's folder,
+or a copy of it anywhere.
 
 Images are decoded and resized by the same code and rules as in training. trainer.export writes and loads the model folder.
 """
@@ -19,14 +20,14 @@ from dataio.config import Background, Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import JUNK, is_image_file
 from dataio.terminal import prepare_output
-from trainer.export.model_folder import load_export
-from trainer.runs.folder import RunFolder, find_run
+from trainer.export.model_folder import find_model, load_export
+from trainer.runs.folder import RunFolder
 from trainer.settings.cli import fail
+from trainer.settings.programs import program
 from trainer.settings.say import complain, say, say_json
 from trainer.settings.tree import RunConfig
 from trainer.tasks.task import Task
 
-PROG = "python -m trainer.predict"
 BATCH = 64
 LONGEST_PATH = 4096
 
@@ -36,7 +37,7 @@ class Arguments:
     """Ask the model of a finished run about images."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run's folder (path or URI), or its name under --storage."""
+    """The run's folder (path or URI), or its name under --storage; or its model folder, wherever that was copied to."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Image files, or folders of them."""
     top: int = 3
@@ -62,7 +63,7 @@ class Prediction:
 
 
 class Predictor:
-    """Holds a run's model on its device and predicts batches of image files."""
+    """Holds the model of a model folder on its device and predicts batches of image files."""
 
     def __init__(self, folder: RunFolder, *, fit: Fit | None = None, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,12 +122,12 @@ class Predictor:
 
 def main(argv: Sequence[str]) -> int:
     """Return 0 if all images were classified, 1 if some could not be. Exits with 2 (SystemExit) for wrong arguments or an unusable run."""
-    arguments = tyro.cli(Arguments, prog=PROG, args=argv)
+    arguments = tyro.cli(Arguments, prog=program("predict"), args=argv)
     try:
         if arguments.top < 1:
             raise ValueError(f"--top {arguments.top} shows nothing; use 1 or more")
         paths = list(image_paths(arguments.images))
-        folder = find_run(arguments.run, arguments.storage)
+        folder = find_model(arguments.run, arguments.storage)
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but PyTorch sees no GPU here; use --device cpu or auto")
         predictor = Predictor(

@@ -1,4 +1,5 @@
-"""The command line `python -m trainer.run`, alone or under `ray job submit --`: arguments, console, exit status, signals.
+"""The command line `python -m trainer.run`, alone or under `ray job submit --`: arguments, console, exit status, signals. `finetune run`
+(trainer/command.py) calls the same `main`.
 
 The run itself is trainer/drive/start.py's job, a dry run trainer/drive/dry_run.py's. This is the only file that reads the environment for
 the driver.
@@ -22,7 +23,8 @@ from trainer.drive.identity import run_prefix
 from trainer.drive.signals import Phase, Signals, farewell, tell
 from trainer.drive.stages import Asked, Environment
 from trainer.drive.start import run
-from trainer.settings.cli import Invocation, fail, parse
+from trainer.settings.cli import DIR_RECIPE, Invocation, fail, parse
+from trainer.settings.programs import program
 from trainer.settings.say import Terminal, complain, say
 from trainer.settings.toml import to_toml
 
@@ -51,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 def _carry_out(invocation: Invocation, argv: list[str], signals: Signals) -> int:
     # People and programs read a job's log: no wrapping at 80 columns there.
     console = Terminal() if sys.stdout.isatty() else Terminal(width=160, highlight=False)
+    if invocation.takes_dir_recipe:
+        console.print(f"settings of the recipe {DIR_RECIPE}; --print-config shows them, flags change them", soft_wrap=True)
     if invocation.action == "dry_run":
         from trainer.drive.dry_run import dry_run  # imports torch
 
@@ -67,7 +71,7 @@ def _carry_out(invocation: Invocation, argv: list[str], signals: Signals) -> int
     asked = Asked(
         config=invocation.config,
         prefix=run_prefix(invocation.config, invocation.recipes),
-        command=shlex.join(["python", "-m", "trainer.run", *argv]),
+        command=shlex.join([*program("run").split(), *argv]),
         environment=environment(),
         from_recipes=invocation.from_recipes,
     )

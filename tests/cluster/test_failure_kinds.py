@@ -26,7 +26,8 @@ from dataio.sources import SourceError
 from tests.cluster.told import failure_on_a_rank
 from trainer.drive.check import ModelCheckDied
 from trainer.learn.state import StateError
-from trainer.models.vision import WeightsError
+from trainer.models.own import OwnCodeError
+from trainer.models.weights import WeightsError
 
 PROJECT = Path(__file__).resolve().parents[2]
 INSIDE = {"cluster.controller.RunFailed", "dataio.stream.Stopped"}
@@ -65,6 +66,7 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (UnknownFormat("x"), "user"),
     (StateError("x"), "user"),
     (WeightsError("x"), "user"),
+    (OwnCodeError("x"), "user"),
 ]
 
 

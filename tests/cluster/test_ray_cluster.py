@@ -97,3 +97,19 @@ def test_a_local_ray_has_a_token_of_its_own_and_writes_none_into_the_home_folder
         ray_cluster._start("/folder", project=PROJECT, cpus=1, verbose=False)
     assert [len(token) for token in seen] == [64, 64, 0]
     assert seen[0] != seen[1]
+
+
+def test_a_checkout_is_sent_whole_and_of_installed_packages_only_ours(tmp_path: Path) -> None:
+    assert ray_cluster.sent(PROJECT, ("a",))["working_dir"] == str(PROJECT)
+    assert ray_cluster.sent(tmp_path, ("a", "b")) == {"py_modules": [str(tmp_path / "a"), str(tmp_path / "b")]}
+
+
+def test_workers_of_a_local_ray_import_from_a_checkout_and_find_installed_packages_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("ray.init", lambda **_: seen.append(os.environ.get("PYTHONPATH", "")))
+    for project in (PROJECT, tmp_path):
+        monkeypatch.setattr(os, "environ", {**os.environ, "PYTHONPATH": "/mine"})
+        ray_cluster._start("/folder", project=project, cpus=1, verbose=False)
+    assert seen == [f"{PROJECT}{os.pathsep}/mine", "/mine"]

@@ -154,7 +154,7 @@ def test_home_is_expanded_where_the_shell_does_not(monkeypatch: pytest.MonkeyPat
 
 
 def test_shipped_recipes_obey_the_rules() -> None:
-    assert recipe_names() == ["article", "best", "quickstart"]
+    assert recipe_names() == ["article", "best", "photos", "quickstart"]
     for name in recipe_names():
         assert parse(["--config", name]).recipes == (name,)
 
@@ -167,6 +167,7 @@ def test_article_is_the_tutorial_to_the_letter() -> None:
         "model.stem": "article",
         "model.image_size": 0,
         "model.interpolation": "bilinear",
+        "model.normalise": "data",
         "model.freeze": "none",
         "model.lp_epochs": 1,
         "optim.name": "sgd",
@@ -227,7 +228,7 @@ def test_a_mistake_in_a_file_names_file_key_rule_and_fix(text: str, said: list[s
 
 
 def test_unknown_recipe_and_unreadable_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "--config quikstart is no recipe; did you mean quickstart? shipped: article, best, quickstart" in error_of(
+    assert "--config quikstart is no recipe; did you mean quickstart? shipped: article, best, photos, quickstart" in error_of(
         capsys, "--config", "quikstart"
     )
     assert "cannot be read (No such file or directory)" in error_of(capsys, "--config", str(tmp_path / "none.toml"))

@@ -23,9 +23,8 @@ from dataio.resident import decode_split
 from dataio.sources import open_source
 from tests.trainer.small_run import train
 from trainer.evaluate import main
-from trainer.export.model_folder import load_export
+from trainer.export.model_folder import find_model, load_export
 from trainer.models.vision import Preprocess
-from trainer.runs.folder import find_run
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.tasks.matching import class_mapping
@@ -135,7 +134,7 @@ def test_the_numbers_are_those_of_counting_by_hand(tmp_path: Path, run: Path, ca
     (exact / "model").symlink_to(run / "model")
     (exact / "config.toml").write_text(to_toml(config))
     answer = asked(capsys, "sample", "--storage", str(tmp_path), "--split", "train")
-    exported = load_export(find_run(str(exact)), torch.device("cpu"))
+    exported = load_export(find_model(str(exact)), torch.device("cpu"))
     images, labels = decoded("train")
     preprocess = Preprocess(mean=BASE.data.mean, std=BASE.data.std, image_size=32, interpolation="bilinear")
     with torch.inference_mode():

@@ -58,7 +58,10 @@ def same_name(config: RunConfig) -> bool:
 # --- names are kept -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["", *recipe_names()])
+YOUNGER = {"photos"}  # it uses a setting that the first release did not know
+
+
+@pytest.mark.parametrize("recipe", ["", *(name for name in recipe_names() if name not in YOUNGER)])
 def test_a_shipped_recipe_has_the_name_it_always_had(recipe: str) -> None:
     config = load(recipe, RunConfig()) if recipe else RunConfig()
     assert same_name(config)
@@ -173,10 +176,10 @@ def test_the_content_of_weights_is_hashed_and_a_file_that_is_not_there_is_refuse
 DECIDES = frozenset(
     f"{table}.{name}"
     for table, names in {
-        "data": "batch_size remainder image_size fit pad flip mean std shuffle_window max_image_pixels",
-        "model": "name weights stem image_size interpolation freeze lp_epochs",
+        "data": "batch_size remainder image_size fit pad flip augment mean std shuffle_window max_image_pixels",
+        "model": "name weights stem image_size interpolation normalise freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
-        "label_smoothing clip_norm",
+        "loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
         "spike_factor ema",
         "task": "name loss threshold head_weights weights",

@@ -14,10 +14,9 @@ from PIL import Image
 
 from cluster.storage import open_storage
 from dataio.schema import single_label
-from trainer.export.model_folder import export_model, model_card
+from trainer.export.model_folder import export_model, find_model, model_card
 from trainer.models.vision import Preprocess, build_model
 from trainer.predict import Predictor, image_paths, main
-from trainer.runs.folder import find_run
 from trainer.settings.tree import DataConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.tasks.make import make_task
 
@@ -86,7 +85,7 @@ def test_predictions_are_the_trained_models_own(run: tuple[Path, torch.nn.Module
     folder, model = run
     paths = list(image_paths([str(images)]))
     assert [Path(path).name for path in paths] == ["a.png", "b.PNG", "c.png"]
-    predictions = list(Predictor(find_run(str(folder)), device=torch.device("cpu")).predict(paths, top=3))
+    predictions = list(Predictor(find_model(str(folder)), device=torch.device("cpu")).predict(paths, top=3))
     pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
     preprocess = Preprocess(mean=CONFIG.data.mean, std=CONFIG.data.std, image_size=24, interpolation="bicubic")
     model = model.eval()
@@ -177,7 +176,7 @@ def test_text_output_has_one_line_an_image(run: tuple[Path, torch.nn.Module], im
 
 def test_the_same_image_twice_and_more_images_than_a_batch(run: tuple[Path, torch.nn.Module], images: Path) -> None:
     paths = [str(images / "a.png")] * 70 + [str(images / "b.PNG")]
-    predictions = list(Predictor(find_run(str(run[0])), device=torch.device("cpu")).predict(paths, top=1))
+    predictions = list(Predictor(find_model(str(run[0])), device=torch.device("cpu")).predict(paths, top=1))
     assert [prediction.image for prediction in predictions] == paths
     assert len({prediction.answer["predictions"][0]["class"] for prediction in predictions[:70]}) == 1
 

@@ -73,6 +73,7 @@ CHOICES = {
     "data.fit": "crop",
     "model.stem": "native",
     "model.interpolation": "bicubic",
+    "model.normalise": "weights",
     "model.freeze": "backbone",
     "optim.name": "adamw",
     "optim.schedule": "constant",

@@ -20,8 +20,7 @@ from dataio.parquet import open_dataset
 from dataio.schema import Target
 from dataio.sources import Sample
 from tests.trainer.small_run import train
-from trainer.export.model_folder import load_export
-from trainer.runs.folder import find_run
+from trainer.export.model_folder import find_model, load_export
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
 from trainer.tasks.multitask import Multitask
 from trainer.tasks.predictions import Predictions
@@ -120,7 +119,7 @@ def test_the_runs_own_test_split_gives_the_numbers_of_its_summary(
     if name == "learned":  # the run's own weights go on, the exported ones are their average
         measured["heads"] = answer["heads"]
     assert {key: answer[key.removeprefix("test_")] for key in measured} == measured
-    headline = load_export(find_run(str(runs[name])), torch.device("cpu")).task.info.headline
+    headline = load_export(find_model(str(runs[name])), torch.device("cpu")).task.info.headline
     assert answer[f"recorded_{headline.name}"] == summary[headline.key]
     found = Predictions.from_parquet((tmp_path / "said.parquet").read_bytes())
     assert len(found.ids) == answer["count"] == found.about.count
@@ -132,7 +131,7 @@ def test_tables_show_every_measure(runs: Mapping[str, Path], name: str, capsys: 
     capsys.readouterr()
     assert trainer.evaluate.main([str(runs[name]), "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    task = load_export(find_run(str(runs[name])), torch.device("cpu")).task
+    task = load_export(find_model(str(runs[name])), torch.device("cpu")).task
     assert "(as in summary.json)" in shown
     assert all(measure.in_words in shown for measure in task.info.measures)
     if name != "toy":
@@ -149,7 +148,7 @@ def test_an_image_is_answered_in_words_and_as_json(
     assert trainer.predict.main([str(runs[name]), str(image), "--device", "cpu", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert trainer.predict.main([str(runs[name]), str(image), "--device", "cpu"]) == 0
-    exported = load_export(find_run(str(runs[name])), torch.device("cpu"))
+    exported = load_export(find_model(str(runs[name])), torch.device("cpu"))
     assert capsys.readouterr().out == f"{image}: {exported.task.sentence(answer)}\n"
     assert answer.pop("image") == str(image)
     pixels = torch.from_numpy(np.asarray(Image.open(image)).copy()).permute(2, 0, 1)[None]
@@ -173,7 +172,7 @@ def test_the_export_says_which_task_it_is(runs: Mapping[str, Path], name: str) -
 
 
 def test_learned_weights_come_back_with_the_model(runs: Mapping[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    task = load_export(find_run(str(runs["learned"])), torch.device("cpu")).task
+    task = load_export(find_model(str(runs["learned"])), torch.device("cpu")).task
     assert isinstance(task, Multitask)
     weights = [head["weight"] for head in asked(capsys, str(runs["learned"]))["heads"].values()]
     assert weights == task.weights()

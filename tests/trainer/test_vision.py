@@ -276,7 +276,7 @@ def test_library_weights_with_old_names_other_sizes_and_auxiliary_heads_are_fitt
     }
     assert (old.keys() == state.keys()) == (name != "densenet121")
     torch.save(old, path)
-    monkeypatch.setattr("trainer.models.vision._sha256", lambda _: path.stem.rpartition("-")[2])
+    monkeypatch.setattr("trainer.models.weights._sha256", lambda _: path.stem.rpartition("-")[2])
     built = build(name, weights="imagenet", hw=hw).state_dict()
     head = head_of(library)[0]
     for key, tensor in built.items():

@@ -5,6 +5,7 @@ tells the driver the run's task. start.py begins the check as soon as it knows t
 zygote, so that the driver never imports torch.
 """
 
+import logging
 import socket
 import traceback
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Question:
     model: ModelConfig
     image_size: tuple[int, int]
     seed: int
+    loss: str = ""
+    """`optim.loss`"""
+    augment: str = ""
+    """`data.augment`"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +43,8 @@ class Checked:
     task: TaskInfo
     weights_bytes: int
     """Of its parameters and buffers: a checkpoint holds them, some of them more than once."""
+    notes: tuple[str, ...] = ()
+    """What was decided about its weights, for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +96,20 @@ class ModelCheck:
         return found
 
 
+class _Notes(logging.Handler):
+    """Keeps what the building of the model says of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        logger = logging.getLogger("trainer.models")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def answer(descriptors: list[int]) -> None:
     """Entry point of the forked process: reads one question and sends one answer."""
     connection = Connection(descriptors[0])
@@ -96,15 +117,20 @@ def answer(descriptors: list[int]) -> None:
 
 
 def built(question: Question) -> Checked | Refused:
-    """Build the model in this process. It imports torch."""
-    from trainer.models.vision import has_depthwise
+    """Build the model that `question` asks for, in this process."""
+    from trainer.learn.own import try_own
+    from trainer.models.vision import has_depthwise, head_of
     from trainer.tasks.make import make_task
 
+    notes = _Notes()
     try:
         task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing)
         model = task.build(question.model, image_hw=question.image_size, seed=question.seed)
+        if question.loss or question.augment:
+            outputs = head_of(model)[1].weight.shape[0]
+            try_own(task, loss=question.loss, augment=question.augment, outputs=outputs, image_hw=question.image_size)
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        return Checked(has_depthwise=has_depthwise(model), task=task.info, weights_bytes=weights_bytes)
+        return Checked(has_depthwise=has_depthwise(model), task=task.info, weights_bytes=weights_bytes, notes=tuple(notes.lines))
     except ValueError as error:
         return Refused(kind="value", message=str(error))
     except OSError as error:

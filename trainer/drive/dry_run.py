@@ -19,13 +19,14 @@ from cluster.storage import open_storage
 from cluster.text import shown as on_one_line
 from dataio.scan import Looked
 from trainer.drive.capability import here, settled
-from trainer.drive.check import Refused, built
+from trainer.drive.check import Checked, Refused, built
 from trainer.drive.identity import check_same_run, resolved, run_prefix
 from trainer.drive.plan import Devices, ModelFacts, counted, describe, model_facts, table
 from trainer.drive.problems import Facts, problems_of, refuse_if_wrong, with_length
 from trainer.drive.stages import question_of_facts
 from trainer.drive.survey import survey
 from trainer.settings.identity import weights_sha256
+from trainer.settings.packages import lacking
 from trainer.settings.rules import worker_count
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import number
@@ -56,6 +57,8 @@ def dry_run(
     for line in said:
         tell(line)
     facts, counts = with_model(facts)
+    for line in facts.model.notes if isinstance(facts.model, Checked) else ():
+        tell(line)
     if counts is not None:
         facts = _with(facts, lambda: _decided(facts.config, counts, gpus, tell))
         if not _cannot_be_planned(facts):
@@ -89,6 +92,8 @@ def with_name(facts: Facts, recipes: tuple[str, ...]) -> Facts:
 
 def with_model(facts: Facts) -> tuple[Facts, ModelFacts | None]:
     """With what building the model says, and the model's numbers. ImageNet weights are not downloaded: that is left to the run."""
+    if lacking(facts.config.model):  # which says more than a model that cannot be built
+        return facts, None
     question = question_of_facts(facts)
     if question.model.weights == "imagenet":
         question = dataclasses.replace(question, model=dataclasses.replace(question.model, weights="none"))

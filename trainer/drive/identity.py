@@ -13,12 +13,13 @@ is gone, such a run goes on only if the user gives its name and a file of the sa
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.journal import Journal
-from cluster.storage import Storage
+from cluster.storage import Storage, is_uri, join_uri
 from cluster.store import Commit, NoValidCheckpoint, Store
 from dataio.codecs.image.decode import FIRST_VERSIONS
 from trainer.drive.capability import as_started
@@ -44,6 +45,12 @@ class Found:
     @property
     def has_finished(self) -> bool:
         return self.summary is not None and self.summary.get("status") == "finished"
+
+    def has_finished_as(self, config: RunConfig) -> bool:
+        """Whether it has finished, and has not been made longer since by `config`, which means the same run (check_same_run)."""
+        assert self.summary is not None or not self.has_finished
+        epochs = self.summary.get("epochs") if self.summary is not None else None
+        return self.has_finished and (config.train.max_steps > 0 or epochs is None or epochs >= config.train.epochs)
 
     @property
     def is_new(self) -> bool:
@@ -76,7 +83,7 @@ def identity(config: RunConfig, fingerprint: str, weights: str = "") -> dict[str
 
 def run_prefix(config: RunConfig, recipes: tuple[str, ...]) -> str:
     """How an automatic name begins: the recipes' names, or the model's."""
-    return "-".join(recipes) or config.model.name.replace("/", "-")
+    return "-".join(recipes) or re.sub(r"[/:]", "-", config.model.name)
 
 
 def automatic_name(config: RunConfig, fingerprint: str, prefix: str, weights: str = "") -> str:
@@ -176,6 +183,10 @@ def check_same_run(config: RunConfig, found: Found, weights: str) -> None:
     if saved is None:
         return  # what its claim says is compared once everything is decided
     changed = _changes(config, saved, (found.weights, weights))
+    if is_longer(settings(config), changed):
+        return
+    if changed.keys() == {"train.epochs"} and found.has_finished and config.train.epochs > saved.train.epochs:
+        raise ValueError(_train_on(config, saved))
     more = []
     if changed and saved.train.virtual_ranks < config.train.virtual_ranks:
         more.append(f"it can go on with at most {saved.train.virtual_ranks} workers")
@@ -196,8 +207,29 @@ def as_it_began(config: RunConfig, saved: RunConfig) -> RunConfig:
 
 def check_same_identity(run: str, record: Mapping[str, Any] | None, now: Identity) -> None:
     """ValueError if the run with this name has the identity `record` and not `now`. None, of an older release, is compared otherwise."""
-    if record is not None:
-        _refuse(run, changes(record, now), [])
+    if record is not None and not is_longer(now.settings, found := changes(record, now)):
+        _refuse(run, found, [])
+
+
+def is_longer(now: Mapping[str, Any], changed: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether a run of the settings `now` is the one before made longer: it does the same steps, and more. A constant schedule does not
+    depend on the number of epochs; another one would have had other learning rates from the first step on."""
+    if changed.keys() != {"train.epochs"} or now["optim.schedule"] != "constant" or now["train.max_steps"]:
+        return False
+    then, epochs = changed["train.epochs"]
+    return bool(epochs > then)
+
+
+def _train_on(config: RunConfig, saved: RunConfig) -> str:
+    """How to train a finished run's model for more epochs."""
+    where = join_uri(config.storage, config.run)
+    weights = f"a copy of {where}/model" if is_uri(config.storage) else where
+    return (
+        f"run {config.run!r} has finished its {saved.train.epochs} epochs, and its learning rates (optim.schedule={config.optim.schedule}) "
+        f"were laid out for them: with train.epochs={config.train.epochs} it would have been another run from its first step on. To train "
+        f"on, start a new run from its weights, whose schedule begins anew: --run {config.run}-more --model.weights {weights}. (Only a run "
+        "of a constant schedule can be made longer.)"
+    )
 
 
 def _refuse(run: str, changed: Mapping[str, tuple[Any, Any]], more: list[str]) -> None:

@@ -16,6 +16,7 @@ from dataio.manifest import Manifest, image_size_of
 from trainer.models.vision import has_depthwise, head_of
 from trainer.rank.profile import count_work
 from trainer.settings.length import length_of
+from trainer.settings.programs import program
 from trainer.settings.rules import validate
 from trainer.settings.tree import ModelConfig, RunConfig
 from trainer.settings.units import duration, flops, number, size
@@ -149,7 +150,7 @@ def table(plan: Plan) -> Table:
     config, devices = plan.config, plan.devices
     rows: list[tuple[str, str]] = []
     if plan.train_images is None:
-        rows.append(("Data", f"{config.data.path}: not converted yet; steps and sizes are known once it is (python -m dataio.convert)"))
+        rows.append(("Data", f"{config.data.path}: not converted yet; steps and sizes are known once it is ({program('convert')})"))
     else:
         side = f", {plan.image_size[0]}x{plan.image_size[1]} pixels" if plan.image_size else ""
         test = f", {number(plan.test_images)} to test" if plan.test_images is not None else ""

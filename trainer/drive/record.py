@@ -42,6 +42,8 @@ class Identity:
     """Threads of a worker."""
     versions: Mapping[str, str]
     """Versions of the libraries that compute."""
+    weights_about: str = ""
+    """SHA-256 of the description that lies beside the weights file and says what its head was trained for; "" if there is none."""
 
     @property
     def digest(self) -> str:
@@ -52,7 +54,7 @@ class Identity:
         return {"digest": self.digest, **dataclasses.asdict(self)}
 
 
-def identity_of(config: RunConfig, manifest: Manifest, *, weights: str, device: str, threads: int) -> Identity:
+def identity_of(config: RunConfig, manifest: Manifest, *, weights: str, device: str, threads: int, weights_about: str = "") -> Identity:
     """The identity of the run with these settings, in which all autos are decided, on this data."""
     return Identity(
         settings=_plain(deciding_settings(config, weights)),
@@ -62,6 +64,7 @@ def identity_of(config: RunConfig, manifest: Manifest, *, weights: str, device: 
         device=device,
         threads=threads,
         versions=_versions(config),
+        weights_about=weights_about,
     )
 
 

@@ -16,6 +16,8 @@ from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from types import FrameType
 
+from trainer.settings.programs import program
+
 SAME_SIGNAL_SECONDS = 0.3
 
 
@@ -59,7 +61,7 @@ def farewell(phase: Phase, name: str, *, at_once: bool = False) -> str:
         case Phase.ENDING:
             return f"{how} while the end of the run was written down; the same command completes it"
         case Phase.REPORTING:
-            return f"{how} before report.html was written; the same command, or python -m trainer.report, writes it"
+            return f"{how} before report.html was written; the same command, or {program('report')}, writes it"
         case Phase.OVER:
             return f"{how}; all of the run is written"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cluster.journal import Journal
 from cluster.storage import Storage
 from cluster.store import Commit, Store
-from dataio.manifest import Manifest
+from dataio.manifest import USUAL_SIDE, Manifest
 from dataio.parquet import Dataset
 from dataio.schema import single_label
 from trainer.drive.check import Question
@@ -25,10 +25,6 @@ from trainer.tasks.info import TaskInfo
 
 if TYPE_CHECKING:
     from cluster.launch import ClusterHardware, Resources
-
-
-COMMON_SIDE = 224
-"""Of images whose size is not known yet; every model takes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +91,10 @@ class Placed:
     """What the user should know of the run's length."""
 
     @property
+    def has_finished(self) -> bool:
+        return self.found.has_finished_as(self.config)
+
+    @property
     def question(self) -> Question:
         return question_of(self.config, self.data.dataset.manifest, self.data.image_size)
 
@@ -144,8 +144,10 @@ def question_of_facts(facts: Facts) -> Question:
         targets=looked.targets if looked is not None else single_label(("a", "b")),
         label_smoothing=config.optim.label_smoothing,
         model=config.model,
-        image_size=facts.image_size or (config.data.image_size or COMMON_SIDE,) * 2,
+        image_size=facts.image_size or (config.data.image_size or USUAL_SIDE,) * 2,
         seed=config.train.seed,
+        loss=config.optim.loss,
+        augment=config.data.augment,
     )
 
 
@@ -158,4 +160,6 @@ def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, in
         model=config.model,
         image_size=image_size,
         seed=config.train.seed,
+        loss=config.optim.loss,
+        augment=config.data.augment,
     )

@@ -50,8 +50,9 @@ from trainer.drive.survey import survey
 from trainer.drive.without_ray import WithoutRay
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
-from trainer.settings.identity import weights_sha256
+from trainer.settings.identity import description_sha256, weights_sha256
 from trainer.settings.length import length_of
+from trainer.settings.packages import lacking
 from trainer.settings.rules import worker_count
 from trainer.settings.spec import RANK_MODULES, make_order
 from trainer.settings.toml import to_toml
@@ -59,6 +60,7 @@ from trainer.settings.toml import to_toml
 if TYPE_CHECKING:
     from cluster.launch import ClusterHardware, Resources
 
+PACKAGES = ("cluster", "dataio", "trainer")
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -83,7 +85,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
         placed, checked = None, None
         if (workers := workers_known(asked)) is not None:
             placed = set_up.call("the run's folder", partial(place, data, workers))
-            if placed.found.has_finished:
+            if placed.has_finished:
                 return show_finished(placed, console, signals)
             checked = check_before_cluster(placed, seen, zygote, set_up)
         console.print(f"joining the Ray cluster at {asked.address}" if asked.address else "starting a local Ray")
@@ -97,6 +99,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             cpus=asked.environment.cpus,
             folder=ours.folder,
             on_lost=without_ray.end,
+            packages=PACKAGES,
             verbose=asked.environment.is_verbose,
         ) as hardware:
             workers_asked, cluster = asked.config.workers, asked.config.cluster
@@ -104,7 +107,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             resources = plan_resources(workers_asked, cluster, hardware)
             if placed is None or set_up.call("the run's folder", partial(placed.is_outdated, resources.most)):
                 placed = set_up.call("the run's folder", partial(place, data, resources.most))
-                if placed.found.has_finished:
+                if placed.has_finished:
                     return show_finished(placed, console, signals)
             if placed.found.saved is not None:
                 signals.enter(Phase.RESUMING)
@@ -160,6 +163,8 @@ def look_first(asked: Asked, zygote: Zygote, set_up: SetUp) -> Seen:
     facts, _ = with_length(facts, asked.from_recipes)  # which is said once the run is known
     if facts.looked is not None and facts.looked.is_converted and not problems_of(facts):
         return Seen(facts=facts)
+    if lacking(asked.config.model):  # which says more than a model that cannot be built
+        refuse_if_wrong(facts)
     question = question_of_facts(facts)
     facts = dataclasses.replace(facts, model=ModelCheck(zygote, question).answer())
     if isinstance(facts.model, Refused) and facts.model.kind != "value":
@@ -172,7 +177,7 @@ def with_data(asked: Asked, console: Console, set_up: SetUp) -> WithData:
     """Open the storage and the data, converting the data first if necessary."""
     config = asked.config
     storage = set_up.call("the storage", partial(open_storage, config.storage, config.cluster.storage_retry_seconds))
-    weights = weights_sha256(config.model.weights)  # a file that is not there is said before anything is converted
+    weights = weights_sha256(config.model.weights)
     location, dataset = open_data(config, console)
     if "test" not in dataset.manifest.splits:  # found now instead of after the first epoch
         raise ValueError(
@@ -302,6 +307,9 @@ def decide(
     is_shared = set_up.call("the check of all nodes", lambda: preflight(data.storage, placed.config.run, hardware, probe, tell=tell))
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
+    if placed.found.is_new:
+        for line in checked.notes:
+            tell(line)
     weights_bytes = checked.weights_bytes
     set_up.call("the room for checkpoints", lambda: check_room(data.storage, placed.config, weights_bytes, tell))
     config = settled(placed.config, capability, has_depthwise=checked.has_depthwise, tell=tell)
@@ -319,6 +327,7 @@ def decide(
             config,
             data.dataset.manifest,
             weights=data.weights,
+            weights_about=description_sha256(config.model.weights),
             device="cuda" if use_gpus else "cpu",
             threads=resources.threads_per_worker,
         ),

@@ -19,7 +19,7 @@ from cluster.store import Store
 from dataio.scan import look_at
 from trainer.drive.identity import find
 from trainer.drive.problems import Facts, Room
-from trainer.settings.identity import weights_sha256
+from trainer.settings.packages import lacking
 from trainer.settings.tree import RunConfig
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def survey(config: RunConfig, *, workers: Callable[[], int | None], in_job: bool
     storage = search.tried(lambda: call("the storage", lambda: open_storage(config.storage, config.cluster.storage_retry_seconds)))
     if storage is not None and storage.is_local:
         search.tried(partial(check_can_hold, storage))
-    search.tried(lambda: weights_sha256(config.model.weights))
+    search.wrong += lacking(config.model)
     looked = search.tried(lambda: look_at(config.data))
     if looked is not None and not looked.is_converted:
         search.tried(lambda: check_can_convert(config.data.root))

@@ -1,5 +1,5 @@
 """The finished model as files that anybody can use: `model/` in the run's folder. Rank 0 writes it at a run's end (`export_model`, called
-by trainer.rank.finishing). `trainer.predict` and trainer.rank.finished read it (`load_export`).
+by trainer.rank.finishing). `trainer.predict`, `trainer.push` and trainer.rank.finished read it.
 
 `config.json` is written last and holds the SHA-256 of `model.safetensors`, so a reader sees a whole model or knows that it does not. The
 caller chooses the weights (final or averaged).
@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cluster.storage import Storage
+from cluster.storage import Storage, join_uri
 from cluster.text import address, json_line, shown
 from dataio.config import Background, Fit
 from dataio.foreign import json_of
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
+from trainer.export.elsewhere import keys_for_timm, opened_elsewhere
+from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess
-from trainer.runs.folder import RunFolder
+from trainer.runs.folder import RunFolder, find_run, located
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
 from trainer.tasks.info import CLASSIFICATION
@@ -58,8 +61,10 @@ def export_model(
     task: Task,
     data_image_size: tuple[int, int],
     summary: Mapping[str, Any],
+    enlarged: int = 1,
 ) -> None:
-    """Write `<run>/model/`. `tensors` is a state_dict; `data_image_size` is (height, width) of decoded images.
+    """Write `<run>/model/`. `tensors` is a state_dict; `data_image_size` is (height, width) of decoded images. `enlarged`: the model's stem
+    acts as if images were this many times as large (trainer.models.stem).
 
     `weights_sha256` of `summary` goes into config.json. The model card shows the task's headline (e.g. test_accuracy), test_loss, steps and
     dataset_fingerprint of `summary` if they are given.
@@ -68,34 +73,64 @@ def export_model(
     # Copy each tensor: safetensors accepts neither strided views (channels_last) nor two names for the same memory (tied weights).
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     weights = safetensors.torch.save(plain, metadata={"format": "pt"})
+    mean, std = mean_and_std(config)
     description = {
         "model": dataclasses.asdict(config.model),
         **_task_description(config.task, task),
-        "mean": list(config.data.mean),
-        "std": list(config.data.std),
+        "mean": list(mean),
+        "std": list(std),
         "data_image_size": list(data_image_size),
         "fit": config.data.fit,
         **({"background": config.data.background} if config.data.background else {}),
         "max_image_pixels": config.data.max_image_pixels,
         "weights_sha256": summary.get("weights_sha256"),
         "file_sha256": hashlib.sha256(weights).hexdigest(),
+        **keys_for_timm(
+            config.model,
+            sees=_seen(config, data_image_size, enlarged),
+            outputs=outputs_of(task),
+            names=output_names(task),
+            mean=mean,
+            std=std,
+        ),
     }
     storage.write_atomic(f"{folder}/{WEIGHTS_FILE}", weights)
-    card = model_card(run=run, config=config, task=task, data_image_size=data_image_size, summary=summary)
+    card = model_card(run=run, config=config, task=task, data_image_size=data_image_size, summary=summary, enlarged=enlarged)
     storage.write_atomic(f"{folder}/{CARD_FILE}", card.encode())
     storage.write_atomic(f"{folder}/{CONFIG_FILE}", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def find_model(given: str, storage: str = RunConfig().storage) -> RunFolder:
+    """The model folder that a person means: that of a run (its folder, or its name under `storage`), or a model folder itself, wherever it
+    was copied to. ValueError if there is neither."""
+    try:
+        return model_of(find_run(given, storage))
+    except ValueError:
+        with suppress(ValueError):
+            if is_model_folder(folder := located(given)):
+                return folder
+        raise
+
+
+def model_of(run: RunFolder) -> RunFolder:
+    """The model folder of a run."""
+    return RunFolder(storage=run.storage, name=f"{run.name}/{MODEL_FOLDER}")
+
+
+def is_model_folder(folder: RunFolder) -> bool:
+    return {CONFIG_FILE, WEIGHTS_FILE} <= {entry.name for entry in folder.storage.list(folder.name)}
+
+
 def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool = True) -> Exported:
-    """Load the model that `export_model` wrote. ValueError if there is none or it is damaged."""
-    description = _description(folder)
+    """Load the model that `export_model` wrote into `folder`, a model folder. ValueError if there is none or it is damaged."""
+    description = described(folder)
     height, width = description["data_image_size"]
     config = ModelConfig(**description["model"])
     # The run's weights replace all others, so nothing needs to be downloaded.
     blank = dataclasses.replace(config, weights="none")
     task = _task(folder, description)
     model = task.build(blank, seed=0, image_hw=(height, width))
-    model.load_state_dict(_weights(folder, description), strict=True)
+    model.load_state_dict(safetensors.torch.load(verified_weights(folder, description)), strict=True)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     preprocess = Preprocess(
         mean=description["mean"],
@@ -117,7 +152,9 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
     )
 
 
-def model_card(*, run: str, config: RunConfig, task: Task, data_image_size: tuple[int, int], summary: Mapping[str, Any]) -> str:
+def model_card(
+    *, run: str, config: RunConfig, task: Task, data_image_size: tuple[int, int], summary: Mapping[str, Any], enlarged: int = 1
+) -> str:
     """The model card as Markdown: what the model is, how good it is, how to use it."""
     return "\n".join(
         [
@@ -130,9 +167,16 @@ def model_card(*, run: str, config: RunConfig, task: Task, data_image_size: tupl
             "## Use",
             "",
             "```sh",
-            f"python -m trainer.predict RUN_FOLDER IMAGE...      # RUN_FOLDER: the folder {run} that holds model/",
+            "finetune predict model IMAGE...      # model: this folder, or a run's; also: python -m trainer.predict",
             "```",
             "",
+            *opened_elsewhere(
+                config.model,
+                sees=_seen(config, data_image_size, enlarged),
+                outputs=outputs_of(task),
+                enlarged=enlarged,
+                weights_file=WEIGHTS_FILE,
+            ),
             f"`{WEIGHTS_FILE}` is a state_dict (safetensors, no pickle). `{CONFIG_FILE}` says how to build the model and prepare an image;",
             "`trainer.models.vision.build_model` and `trainer.models.vision.Preprocess` take it from there.",
             "",
@@ -146,6 +190,25 @@ def model_card(*, run: str, config: RunConfig, task: Task, data_image_size: tupl
     )
 
 
+def _seen(config: RunConfig, data_image_size: tuple[int, int], enlarged: int) -> tuple[int, int]:
+    """(height, width) of the images that the library's own network would be given."""
+    side = config.model.image_size
+    height, width = (side, side) if side else data_image_size
+    return height * enlarged, width * enlarged
+
+
+def outputs_of(task: Task) -> int:
+    """Outputs of the network. A task of the user's own may have another number than its targets have."""
+    by_targets = sum(1 if target.kind == "number" else len(target.classes) for target in task.targets)
+    return int(getattr(task, "outputs", by_targets))
+
+
+def output_names(task: Task) -> list[str] | None:
+    """The classes in the order of the outputs, of a model of one target; None where an output is not a class."""
+    classes = task.targets[0].classes if len(task.targets) == 1 else ()
+    return list(classes) if classes and len(classes) == outputs_of(task) else None
+
+
 def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     height, width = data_image_size
     headline = task.info.headline
@@ -156,7 +219,8 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summ
     yield "Backbone", f"`{config.model.name}`, stem `{config.model.stem}`, weights `{config.model.weights}`"
     seen = f", resized on the device to {config.model.image_size}x{config.model.image_size} ({config.model.interpolation})"
     yield "Images", f"{width}x{height} RGB" + (seen if config.model.image_size else "")
-    yield "Normalisation", f"mean {list(config.data.mean)}, std {list(config.data.std)}, of pixel values in [0, 1]"
+    mean, std = mean_and_std(config)
+    yield "Normalisation", f"mean {list(mean)}, std {list(std)}, of pixel values in [0, 1]"
     yield "Trained on", f"`{_last_part(config.data.path)}`" + _optional(summary, "dataset_fingerprint", " (fingerprint `{}`)")
     steps = _optional(summary, "steps", ", {} steps")
     yield "Training", f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.train.precision}{steps}"
@@ -215,11 +279,11 @@ def _task(folder: RunFolder, description: Mapping[str, Any]) -> Task:
         fault = fault_of_targets(targets)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} describes no task that this version knows ({error}); "
+            f"{join_uri(folder.location, CONFIG_FILE)} describes no task that this version knows ({error}); "
             "use the version of the program that wrote it"
         ) from None
     if fault is not None:
-        raise ValueError(f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} is damaged ({fault}); finish the run again to export it anew")
+        raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} is damaged ({fault}); finish the run again to export it anew")
     return make_task(config, targets)
 
 
@@ -241,11 +305,14 @@ def _optional(summary: Mapping[str, Any], key: str, text: str) -> str:
     return "" if value is None else text.format(value)
 
 
-def _description(folder: RunFolder) -> Mapping[str, Any]:
-    data = folder.read(f"{MODEL_FOLDER}/{CONFIG_FILE}")
+def described(folder: RunFolder) -> Mapping[str, Any]:
+    """The content of a model folder's config.json."""
+    data = folder.read(CONFIG_FILE)
     if data is None:
+        run, _, name = folder.name.rpartition("/")
         raise ValueError(
-            f"{folder.location} has no {MODEL_FOLDER}/{CONFIG_FILE}: a run exports its model when it finishes; let it finish first"
+            f"{join_uri(folder.storage.uri, run)} has no {name}/{CONFIG_FILE}: a run exports its model when it finishes; "
+            "let it finish first"
         )
     try:
         description = json_of(data)
@@ -254,19 +321,17 @@ def _description(folder: RunFolder) -> Mapping[str, Any]:
         missing = [key for key in needed if key not in description]
         unknown = set(description.get("model", ())) - {field.name for field in dataclasses.fields(ModelConfig)}
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} is damaged ({error}); finish the run again to export it anew"
-        ) from None
+        raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} is damaged ({error}); finish the run again to export it anew") from None
     if missing or unknown:
         what = f"lacks {', '.join(missing)}" if missing else f"has settings that this version does not know: {', '.join(sorted(unknown))}"
-        raise ValueError(f"{folder.location}/{MODEL_FOLDER}/{CONFIG_FILE} {what}; use the version of the program that wrote it")
+        raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} {what}; use the version of the program that wrote it")
     return dict(description)
 
 
-def _weights(folder: RunFolder, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights, verified by their hash before they are parsed."""
-    where = f"{folder.location}/{MODEL_FOLDER}/{WEIGHTS_FILE}"
-    data = folder.read(f"{MODEL_FOLDER}/{WEIGHTS_FILE}")
+def verified_weights(folder: RunFolder, description: Mapping[str, Any]) -> bytes:
+    """The content of a model folder's weights file, verified by its hash before anybody parses it."""
+    where = join_uri(folder.location, WEIGHTS_FILE)
+    data = folder.read(WEIGHTS_FILE)
     if data is None:
         raise ValueError(f"{where} is missing; finish the run again to export it anew")
     digest = hashlib.sha256(data).hexdigest()
@@ -275,5 +340,4 @@ def _weights(folder: RunFolder, description: Mapping[str, Any]) -> dict[str, Ten
             f"{where} is damaged: its SHA-256 is {digest[:16]}..., {CONFIG_FILE} says {str(description['file_sha256'])[:16]}...; "
             "finish the run again to export it anew"
         )
-    tensors: dict[str, Tensor] = safetensors.torch.load(data)
-    return tensors
+    return data

@@ -16,9 +16,11 @@ from trainer.learn.ema import Ema
 from trainer.learn.gradients import DdpGradients, Gradients, PassConfig, PlainGradients, StepObserver, TreeGradients
 from trainer.learn.objectives import autocast_for, supervised
 from trainer.learn.optim import build_optimizer, clip_gradients, set_learning_rate, set_trainable
+from trainer.learn.own import own_augment, own_loss
 from trainer.learn.step import UNOBSERVED, Stepper
 from trainer.learn.update import Update
 from trainer.models.im2col import use_im2col
+from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess, head_of
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
@@ -58,7 +60,8 @@ class Learner:
 
     def _gradients(self, update: Update, world_size: int, rank: int, order: Order | None) -> Gradients:
         train = self.config.train
-        objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision))
+        loss = own_loss(self.config.optim.loss, self.task)
+        objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision), loss)
         # A single virtual rank has nothing to add up; the plain step gives the same bits without the tree's flat vector.
         is_tree = train.reduction == "tree" and train.virtual_ranks > 1
         # In tree mode each virtual rank goes through the model by itself; otherwise all of this rank's go through together.
@@ -69,6 +72,7 @@ class Learner:
             full_batches=self._full_batches([range(v, v + 1) for v in blocks[rank]] if is_tree else [blocks[rank]], order),
             compile_model=train.compile,
             cuda_graphs=train.cuda_graphs,
+            augment=own_augment(self.config.data.augment, train.seed),
         )
         wire = torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32
         if is_tree:
@@ -100,9 +104,10 @@ def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], devi
     """Build the learner for images of `image_hw` (H, W) on `device`, with the weights that the settings name."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
+    mean, std = mean_and_std(config)
     preprocess = Preprocess(
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=mean,
+        std=std,
         image_size=config.model.image_size,
         interpolation=config.model.interpolation,
         channels_last=is_channels_last,

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataio.batch import Batch, Targets
 from trainer.learn.objectives import Forward, Objective
+from trainer.learn.own import Augment
 from trainer.tasks.task import Task
 
 COMPILER: str | Callable[..., Any] = "inductor"
@@ -108,6 +109,8 @@ class PassConfig:
     compile_model: bool = False
     cuda_graphs: bool = False
     """Record the compiled step's kernels in its first calls, and replay them from then on with one launch."""
+    augment: Augment | None = None
+    """The user's own augmentation, of a virtual rank's whole batch."""
 
     def __post_init__(self) -> None:
         assert not self.cuda_graphs or (self.compile_model and self.accumulate == 1), "trainer.settings.cli has refused this"
@@ -142,11 +145,11 @@ class Passes:
 
     def cut(self, batch: Batch) -> list[MicroBatch]:
         """A virtual rank's non-empty micro-batches, in order. A short batch is cut as evenly as possible."""
-        return self._cut(*self._task.prepare(batch.samples, batch.targets))
+        return self._cut(*self._prepared(batch))
 
     def joined(self, batches: Sequence[Batch]) -> list[MicroBatch]:
         """The micro-batches of several virtual ranks that go through the model together; empty if no batch holds a sample."""
-        full = [self._task.prepare(batch.samples, batch.targets) for batch in batches if len(batch.ids)]
+        full = [self._prepared(batch) for batch in batches if len(batch.ids)]
         if not full:
             return []
         samples, targets = full[0]
@@ -154,6 +157,12 @@ class Passes:
             samples = torch.cat([each for each, _ in full])  # (n, 3, H, W), n over all virtual ranks
             targets = {name: torch.cat([their[name] for _, their in full]) for name in targets}
         return self._cut(samples, targets)
+
+    def _prepared(self, batch: Batch) -> MicroBatch:
+        samples, augment = batch.samples, self._config.augment
+        if augment is not None and len(batch.ids):
+            samples = augment(samples, batch.step, batch.virtual_rank)
+        return self._task.prepare(samples, batch.targets)
 
     def _cut(self, samples: Tensor, targets: Targets) -> list[MicroBatch]:
         parts = self._config.accumulate

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dataio.batch import Targets
+from trainer.learn.own import SummedLoss
 from trainer.tasks.task import Task
 
 Forward = Callable[[Tensor], Tensor]
@@ -18,13 +19,14 @@ Objective = Callable[[Forward, Tensor, Targets], Tensor]
 """(forward, samples from the loader, prepared targets) -> the loss summed over the samples, () float32 with its graph."""
 
 
-def supervised(task: Task, preprocess: nn.Module, autocast: torch.autocast) -> Objective:
-    """The task's own loss on labelled samples."""
+def supervised(task: Task, preprocess: nn.Module, autocast: torch.autocast, loss: SummedLoss | None = None) -> Objective:
+    """The task's own loss on labelled samples, or the `loss` that the user has put in its place."""
+    loss_sum = loss or task.loss_sum
 
     def objective(forward: Forward, samples: Tensor, targets: Targets) -> Tensor:
         with autocast:
             outputs = forward(preprocess(samples))  # (n, task.outputs)
-        return task.loss_sum(outputs.float(), targets)
+        return loss_sum(outputs.float(), targets)
 
     return objective
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from trainer.settings.tree import ModelConfig, Stem
 
+FOLDED_TIMES = 4
 FOLD_LIMIT_PIXELS = 64  # the network sees folded images 4x as large: 64 px become 256, about the size ResNets are trained on
 
 
@@ -79,6 +80,11 @@ def apply_stem(model: nn.Module, stem: Stem, generator: torch.Generator) -> None
             small.weight.copy_(_small_kernel(conv.weight, stem))
     model.conv1 = small
     model.maxpool = nn.Identity()
+
+
+def enlarging_of(model: nn.Module) -> int:
+    """How many times as large the model sees its images: the stems `folded` and `folded_bilinear` act as if these were enlarged."""
+    return FOLDED_TIMES if any(isinstance(layer, FoldedConv2d) for layer in model.modules()) else 1
 
 
 def fit_stem(state: Mapping[str, Tensor], stem: Stem) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from dataio.parquet import Dataset
 from dataio.quarantine import BadSample, Quarantine
 from dataio.reading import Repeats, described, warnings
 from dataio.remote import is_uri
-from trainer.export.model_folder import load_export
+from trainer.export.model_folder import load_export, model_of
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder
@@ -87,7 +87,7 @@ def evaluate_finished(
     labels are indices of the model's outputs, whatever the order of the data set's classes."""
     begin = time.perf_counter()
     config, summary = _config(folder), _summary(folder)
-    exported = load_export(folder, device, channels_last=config.train.channels_last == "on")
+    exported = load_export(model_of(folder), device, channels_last=config.train.channels_last == "on")
     data = replace(config.data, **changes)
     found, split, is_all = _found(config.data, data, split)
     dataset, manifest = found.dataset, found.dataset.manifest

@@ -11,6 +11,7 @@ from cluster.storage import Storage
 from trainer.export.model_folder import export_model
 from trainer.learn.build import Learner
 from trainer.learn.state import weights_sha256
+from trainer.models.stem import enlarging_of
 from trainer.rank.data import RankData
 from trainer.rank.saving import CURVES_FILE, Memory
 from trainer.rank.this_rank import ThisRank
@@ -57,6 +58,7 @@ def finish(
             config=me.config,
             task=learner.task,
             data_image_size=loader.image_size,
+            enlarged=enlarging_of(learner.model),
             summary={
                 headline: last.get(headline),
                 "test_loss": last.get("test_loss"),

@@ -20,7 +20,8 @@ from cluster.store import Store
 from trainer.learn.build import Learner, build_learner, task_of
 from trainer.learn.state import TrainState
 from trainer.learn.step import Stepper, StepStats, train_steps
-from trainer.models.vision import WeightsError
+from trainer.models.own import OwnCodeError
+from trainer.models.weights import WeightsError
 from trainer.rank.data import Batches, RankData, fill_cache, open_data, open_ledger, recorded
 from trainer.rank.device_metrics import GpuWatch, gpu_address
 from trainer.rank.evaluation import Evaluator
@@ -42,7 +43,8 @@ from trainer.rank.observers import (
 from trainer.rank.saving import Memory, Saver, restore, weights_check
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank, join
-from trainer.settings.identity import weights_sha256
+from trainer.settings.identity import deciding_settings, description_sha256, weights_sha256
+from trainer.settings.sources import OWN
 from trainer.settings.spec import WorkerSpec
 
 
@@ -54,6 +56,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     me = join(spec, context)
     data = open_data(me)
     check_weights(spec)
+    check_sources(spec)
     learner = build_learner(config, task_of(config, data.dataset.manifest), data.loader.image_size, me.device)
     storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     store = Store.open(storage, config.run)
@@ -110,6 +113,23 @@ def check_weights(spec: WorkerSpec) -> None:
             f"model.weights={spec.config.model.weights} holds on {platform.node()} another file (SHA-256 {found[:12]}) than where the run "
             f"was started ({known[:12]}); put the same file on every node, or on storage that all of them mount"
         )
+    about = spec.identity.get("weights_about", "")
+    if spec.resume is None and known and description_sha256(spec.config.model.weights) != about:
+        raise WeightsError(
+            f"model.weights={spec.config.model.weights} has on {platform.node()} another config.json beside it than where the run was "
+            "started; it says for which classes the weights were trained: copy the whole folder to every node"
+        )
+
+
+def check_sources(spec: WorkerSpec) -> None:
+    """OwnCodeError if a function of the user's own has another source on this node than the driver saw."""
+    known, here = spec.identity.get("settings", {}), deciding_settings(spec.config)
+    for key in OWN:
+        if key in known and ":" in str(known[key]) and known[key] != here.get(key):
+            raise OwnCodeError(
+                f"{key}: the source on {platform.node()} is not that of where the run was started ({here.get(key)}, not {known[key]}); "
+                "put the same file on every node, or let the job bring it"
+            )
 
 
 def train(steps: "Steps", observers: Sequence[Observer], evaluator: Evaluator, saver: Saver) -> bool:
@@ -194,7 +214,7 @@ def guard_of(data: RankData, learner: Learner, plan: StepPlan, memory: Memory) -
         batch_size=data.order.batch_count(0) if not saved or "judges_all" in saved else config.data.batch_size,
         samples_of=data.samples_of,
         fresh_at=plan.thaws,
-        loss_floor=learner.task.info.loss_floor,
+        loss_floor=None if config.optim.loss else learner.task.info.loss_floor,
     )
     guard.load(saved)
     return guard

@@ -14,10 +14,9 @@ from trainer.report.files import read_files
 from trainer.report.sections import Report, make_report
 from trainer.runs.folder import find_run
 from trainer.settings.cli import fail
+from trainer.settings.programs import program
 from trainer.settings.say import complain, say
 from trainer.settings.tree import RunConfig
-
-PROG = "python -m trainer.report"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = tyro.cli(Arguments, prog=PROG, args=argv)
+    arguments = tyro.cli(Arguments, prog=program("report"), args=argv)
     try:
         if arguments.compare:
             written = _compare(arguments)

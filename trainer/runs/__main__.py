@@ -22,13 +22,13 @@ from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.measures import shown
 from trainer.runs.status import RunStatus, moment, run_folders, statuses
 from trainer.settings.cli import fail
+from trainer.settings.programs import program
 from trainer.settings.say import Terminal, say, say_json
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration, number, percent, size
 
 __all__ = ["Arguments", "RunFolder", "find_run", "main", "table"]
 
-PROG = "python -m trainer.runs"
 RETRY_SECONDS = 5.0  # for each file of a remote storage; the user of a list can run it again
 INTERRUPTED = 130  # 128 + SIGINT
 NAME_WIDTH = 13  # minimum width of a run's name before columns are left out
@@ -40,7 +40,8 @@ Sort = Literal["started", "name", "status", "step", "accuracy", "speed", "goodpu
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """List runs, the newest first. `watch RUN` instead follows one: see `watch --help`."""
+    """List runs, the newest first. `watch RUN` instead follows one: see `watch --help`. Goodput is the share of a run's time that went into
+    steps that count."""
 
     pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME-PATTERN")] = ""
     """Only runs whose names contain this, or match it as a shell pattern (`pets-*`)."""
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             from trainer.runs.watch import main as watch
 
             return watch(argv[1:])
-        return _list(tyro.cli(Arguments, prog=PROG, args=argv))
+        return _list(tyro.cli(Arguments, prog=program("runs"), args=argv))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough
@@ -94,7 +95,7 @@ def _list(arguments: Arguments) -> int:
     elif arguments.pattern and any(folder.is_run() for folder in everything):
         say(f"no run in {storage.address} has a name like {arguments.pattern!r}")
     else:
-        say(f"no runs in {storage.address}; `python -m trainer.run` starts one, --storage says where others are")
+        say(f"no runs in {storage.address}; `{program('run')}` starts one, --storage says where others are")
     return 0
 
 

@@ -58,17 +58,22 @@ def find_run(run: str, storage: str = RunConfig().storage) -> RunFolder:
         found = RunFolder(storage=open_storage(storage), name=run)
         if found.is_run():
             return found
-    base, question, query = run.partition("?") if is_uri(run) else (run, "", "")
+    direct = located(run)
+    if direct.is_run():
+        return direct
+    searched = direct.storage if is_location else open_storage(storage)
+    raise ValueError(_unknown(direct.name, run, searched))
+
+
+def located(location: str) -> RunFolder:
+    """The folder at a path or URI, whether or not it is a run's."""
+    base, question, query = location.partition("?") if is_uri(location) else (location, "", "")
     if not is_uri(base):
         base = open_storage(base).root  # absolute, so that `.` and `..` have a name too
     parent, _, name = base.rstrip("/").rpartition("/")
     if not name or re.fullmatch(r"[A-Za-z0-9+.-]+:/?", parent):
-        raise ValueError(f"RUN {run} is a whole storage, not a run; add the run's name to it")
-    direct = RunFolder(storage=open_storage(f"{parent or '/'}{question}{query}"), name=name)
-    if direct.is_run():
-        return direct
-    searched = direct.storage if is_location else open_storage(storage)
-    raise ValueError(_unknown(name, run, searched))
+        raise ValueError(f"RUN {location} is a whole storage, not a run; add the run's name to it")
+    return RunFolder(storage=open_storage(f"{parent or '/'}{question}{query}"), name=name)
 
 
 def _unknown(name: str, given: str, storage: Storage) -> str:

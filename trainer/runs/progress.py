@@ -23,6 +23,7 @@ from cluster.text import shown as on_one_line
 from trainer.runs.certainty import class_warnings, interval_words
 from trainer.runs.events import STRANGE
 from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
+from trainer.settings.programs import program
 from trainer.settings.say import Terminal
 from trainer.settings.units import duration, loss, number, percent, size
 
@@ -235,7 +236,7 @@ def summary_rows(summary: Mapping[str, Any], *, with_intervals: bool = True) -> 
     if summary.get("compile_seconds"):
         add("Compiling", "compile_seconds", duration)
     add("Profile", "profile", lambda value: str(value["verdict"]))
-    add("Goodput", "goodput", percent)
+    add("Goodput", "goodput", lambda value: f"{percent(value)} (of all the time went into steps that count)")
     add("Data wait", "data_wait_ratio", percent)
     add("Restarts", "restarts", number)
     if summary.get("restarts"):
@@ -261,7 +262,7 @@ def time_split(summary: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 def predict_command(folder: str) -> str:
     """The command that uses the model of a run's folder, to be pasted into a shell."""
-    return pasteable(f"python -m trainer.predict {shlex.quote(folder)} IMAGE...")
+    return pasteable(f"{program('predict')} {shlex.quote(folder)} IMAGE...")
 
 
 def pasteable(command: str) -> str:

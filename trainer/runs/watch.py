@@ -39,12 +39,12 @@ from trainer.runs.status import (
     why_ended,
 )
 from trainer.settings.cli import fail
+from trainer.settings.programs import program
 from trainer.settings.say import Terminal, complain
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import percent
 from trainer.tasks.info import CLASSIFICATION
 
-PROG = "python -m trainer.runs watch"
 RETRY_SECONDS = 5.0
 LOCAL_EVERY_SECONDS, REMOTE_EVERY_SECONDS = 1.0, 5.0
 LOOK_EVERY_SECONDS, REMOTE_LOOK_EVERY_SECONDS = 30.0, 120.0  # checks whether the run still exists; some 50 requests on an object store
@@ -75,7 +75,7 @@ class Arguments:
 
 def main(argv: Sequence[str]) -> int:
     """Follows a run; returns one of EXITS, by how the run ended."""
-    arguments = tyro.cli(Arguments, prog=PROG, args=argv)
+    arguments = tyro.cli(Arguments, prog=program("watch"), args=argv)
     try:
         if not 0 <= arguments.every < 86400:
             raise ValueError(f"--every {arguments.every:g} is not a number of seconds up to a day; use 0 for the default")

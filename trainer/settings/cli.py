@@ -1,14 +1,17 @@
 """Parses the command line into a RunConfig. Called by `trainer.run` and benchmarks; the other commands (predict, evaluate, report, runs)
 use its `fail`.
 
-Settings are merged in this order, later ones winning: the defaults of `trainer.settings.tree`, each `--config` in turn, the flags. This
+Settings are merged in this order, later ones winning: the defaults of `trainer.settings.tree`, each `--config` in turn, the flags. A first
+word that is no flag is the data: DIR means `--data.path DIR`, with the recipe DIR_RECIPE where no `--config` names another. This
 file reads no environment variable and looks at no model or data set. Some rules need the number of workers, the data's image size or the
 number of steps; whoever learns these calls `validate` again with them. A relative path in a flag is relative to the working directory and
 becomes absolute here.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
 
@@ -18,12 +21,14 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from cluster.text import shown
 from dataio.config import AUTO, PATH
 from trainer.settings.fields import declared, marked, replaced, settings
+from trainer.settings.programs import program
 from trainer.settings.rules import validate
 from trainer.settings.say import complain
 from trainer.settings.toml import load, recipe_names, resolve_paths
 from trainer.settings.tree import RunConfig, Switch
 
-PROG = "python -m trainer.run"
+DIR_RECIPE = "photos"
+"""The recipe for data that are given as DIR, without any `--config`."""
 
 Action = Literal["run", "dry_run", "print_config"]
 
@@ -34,7 +39,9 @@ class Invocation:
 
     config: RunConfig
     recipes: tuple[str, ...]
-    """Names of the recipes, and stems of the files, given with `--config`, in order."""
+    """Names of the recipes, and stems of the files, given with `--config`, in order; DIR_RECIPE where it was taken."""
+    takes_dir_recipe: bool = False
+    """The user gave DIR and no `--config`."""
     action: Action
     from_recipes: frozenset[str] = frozenset()
     """The settings, by dotted name, that nobody but a shipped recipe has set."""
@@ -42,7 +49,10 @@ class Invocation:
 
 @dataclass(frozen=True, kw_only=True)
 class _CommandLine:
-    """Fine-tune a pretrained image model. Without arguments: ResNet-18 with ImageNet weights on CIFAR-10, on all devices here.
+    """Fine-tune a pretrained image model.
+
+    DIR, as the first word: your images, in a folder for each class (or any other source that --data.path takes); it then uses the recipe
+    photos unless --config names another. Without any argument: ResNet-18 with ImageNet weights on CIFAR-10, on all devices here.
 
     A flag such as --data.flip turns a true-or-false setting on, and --data.no-flip turns it off; --data.flip true and false work too.
     """
@@ -58,10 +68,10 @@ class _CommandLine:
     """Print the resolved settings as TOML, then stop. The output can be given to --config."""
 
 
-def parse(argv: Sequence[str], *, prog: str = PROG) -> Invocation:
+def parse(argv: Sequence[str]) -> Invocation:
     """Parse `argv` (without the program's name). A user's mistake ends the program with status 2 and a short message."""
     try:
-        return _parse(argv, prog=prog)
+        return _parse(argv)
     except ValueError as error:
         fail(str(error))
 
@@ -72,20 +82,24 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _parse(argv: Sequence[str], *, prog: str) -> Invocation:
-    if argv and not argv[0].startswith("-"):
-        hint = f"did you mean --config {argv[0]}?" if argv[0] in recipe_names() or argv[0].endswith(".toml") else f"see {prog} --help"
-        raise ValueError(f"{argv[0]}: settings are given as flags, such as --train.epochs 3; {hint}")
+def _parse(argv: Sequence[str]) -> Invocation:
+    directory, argv = _directory(argv)
     names = _config_names(argv)
+    if takes_dir_recipe := bool(directory) and not names:
+        names = [DIR_RECIPE]
     config, from_recipes = RunConfig(), frozenset[str]()
     for name in names:
         before, config = config, load(name, config)
         changed = {key for key, value in settings(config).items() if value != settings(before)[key]}
         from_recipes = from_recipes | changed if name in recipe_names() else from_recipes - changed
+    if directory:
+        config = replaced(config, "data.path", directory)
+    prog = program("run")
     line = tyro.cli(_CommandLine, prog=prog, args=list(_in_tyros_words(argv)), default=_CommandLine(run=config), registry=_REGISTRY)
     if line.dry_run and line.print_config:
         raise ValueError("--dry-run and --print-config are two different questions; give one of them")
     config = resolve_paths(line.run, Path.cwd(), only=marked(RunConfig, PATH))
+    config = replaced(config, "model.weights", _weights_in(config.model.weights))
     if line.profile:
         config = replaced(config, "train.profile", True)
     _check_text(config)
@@ -95,8 +109,36 @@ def _parse(argv: Sequence[str], *, prog: str) -> Invocation:
         config=config,
         recipes=tuple(Path(name).stem for name in names),
         action=action,
+        takes_dir_recipe=takes_dir_recipe,
         from_recipes=from_recipes - {_key_of(word.partition("=")[0]) for word in argv},
     )
+
+
+def _directory(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The data that the first words name, "" if the command line begins with a flag; and the flags. ValueError if they name none, or
+    two."""
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))
+    if not words:
+        return "", argv
+    word = words[0]
+    is_there = os.path.exists(os.path.expanduser(word))
+    if not (is_there and not word.endswith(".toml")) and "://" not in word and word != RunConfig().data.path:
+        is_recipe = word in recipe_names() or word.endswith(".toml")
+        hint = f"did you mean --config {word}?" if is_recipe else "give the folder that holds your images"
+        raise ValueError(f"{word}: there is no such folder or file; {hint} Settings are flags, such as --train.epochs 3")
+    if len(words) > 1:
+        raise ValueError(f"{' '.join(words)}: one folder or file holds the images of a run; settings are flags, such as --train.epochs 3")
+    if any(_key_of(flag.partition("=")[0]) == "data.path" for flag in argv):
+        raise ValueError(f"{word} and --data.path both say where the images are; give one of them")
+    return (os.path.abspath(os.path.expanduser(word)) if is_there else word), argv[1:]
+
+
+def _weights_in(weights: str) -> str:
+    """The weights file of a run's folder, or of a model folder; any other `model.weights` as it is."""
+    for inside in ("model/model.safetensors", "model.safetensors"):
+        if (file := Path(weights).expanduser() / inside).is_file():
+            return os.path.abspath(file)
+    return weights
 
 
 def _check_text(config: RunConfig) -> None:

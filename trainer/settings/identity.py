@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dataio.config import FREE, LATER, PATH
+from dataio.foreign import MAX_SETTINGS_BYTES, read_regular
 from trainer.settings.fields import declared, settings
+from trainer.settings.sources import OWN, source_sha256
 from trainer.settings.tree import RunConfig
 
 WEIGHTS = "model.weights"
@@ -18,16 +20,29 @@ WEIGHTS = "model.weights"
 _FREE_IN_FIRST_NAMES = frozenset({"data.max_image_pixels"})
 
 
+def names_file(weights: str) -> bool:
+    """Whether `model.weights` is a file."""
+    return weights not in ("imagenet", "none") and not weights.startswith("package:")
+
+
 def weights_sha256(weights: str) -> str:
     """SHA-256 of the file that `model.weights` names; "" if it names none: weights of a library or a package are known by their name.
     ValueError if there is no such file."""
-    if weights in ("imagenet", "none") or weights.startswith("package:"):
+    if not names_file(weights):
         return ""
     path = Path(weights).expanduser()
     if not path.is_file():
         raise ValueError(f"model.weights={weights}: no such file; weights are imagenet, none, package:efficientnet_lite0, or a file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def description_sha256(weights: str) -> str:
+    """SHA-256 of the `config.json` beside the weights file, by which an exported model says what its outputs stand for; "" if there is
+    none."""
+    if names_file(weights) and (beside := Path(weights).expanduser().with_name("config.json")).is_file():
+        return hashlib.sha256(read_regular(beside, MAX_SETTINGS_BYTES)).hexdigest()
+    return ""
 
 
 def deciding_settings(config: RunConfig, weights: str = "") -> dict[str, Any]:
@@ -57,4 +72,7 @@ def _that_count(config: RunConfig, weights: str) -> dict[str, Any]:
         for key, value in settings(config).items()
         if FREE not in known[key].notes
     }
+    for key in OWN:
+        if ":" in str(counted[key]):
+            counted[key] = f"{counted[key]} sha256:{source_sha256(counted[key]) or 'missing'}"
     return counted | {WEIGHTS: f"sha256:{weights}"} if weights else counted

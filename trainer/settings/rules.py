@@ -23,6 +23,7 @@ from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MinLen
 
 from dataio.config import Before, Mark
 from trainer.settings.fields import Setting, declared, settings
+from trainer.settings.identity import names_file
 from trainer.settings.tree import RunConfig
 from trainer.settings.values import workers_of
 from trainer.settings.words import did_you_mean
@@ -92,6 +93,16 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
         yield (
             f"train.cuda_graphs=true and train.accumulate={train.accumulate}: a graph's next replay overwrites the gradients that "
             "are to be added up; use --train.accumulate 1 or --train.no-cuda-graphs"
+        )
+    if ":" in model.name and model.weights != "none" and not names_file(model.weights):
+        yield (
+            f"model.weights={model.weights} belongs to a library's model, but model.name={model.name} is your own; use --model.weights "
+            "none, which keeps what your function returns, or a file"
+        )
+    if optim.loss and optim.label_smoothing:
+        yield (
+            f"optim.label_smoothing={optim.label_smoothing:g} belongs to the cross-entropy that optim.loss={optim.loss} replaces; "
+            "use --optim.label-smoothing 0"
         )
     if model.freeze == "lp-ft" and model.lp_epochs >= train.epochs:
         yield (

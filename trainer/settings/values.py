@@ -7,6 +7,7 @@ trainer.tasks.multitask too.
 import math
 import re
 
+from dataio.config import module_and_function
 from trainer.settings.words import did_you_mean
 
 TASKS = ("auto", "classification", "multilabel", "multitask")
@@ -41,6 +42,22 @@ def task_of(text: str) -> str | tuple[str, str]:
     if not all(word.isidentifier() for word in (*module.split("."), name)):
         raise ValueError(f"task.name={text!r} names no class; write module:Class, such as my_package.my_task:MyTask")
     return module, name
+
+
+def loss_of(text: str) -> tuple[str, str] | None:
+    """`optim.loss` as (module, function); None for ""."""
+    try:
+        return module_and_function(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"optim.loss={error}") from None
+
+
+def model_of(text: str) -> str | tuple[str, str]:
+    """`model.name`: a library's name, or (module, function) of a user's own."""
+    try:
+        return module_and_function(text) if ":" in text else text
+    except ValueError as error:
+        raise ValueError(f"model.name={error}") from None
 
 
 def loss_weights(text: str) -> dict[str, float]:

@@ -25,7 +25,9 @@ class ImageTask:
         self.outputs = sum(outputs_of(target) for target in targets)
 
     def build(self, model: ModelConfig, *, image_hw: tuple[int, int], seed: int) -> nn.Module:
-        return build_model(model, classes=self.outputs, seed=seed, image_hw=image_hw)
+        names = [name for target in self.targets for name in (target.classes or (target.name,))]
+        known = names if len(names) == self.outputs else None
+        return build_model(model, classes=self.outputs, seed=seed, image_hw=image_hw, names=known)
 
     def bind(self, model: nn.Module) -> None:
         """Do nothing: the loss needs nothing from the model."""

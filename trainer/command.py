@@ -1,0 +1,189 @@
+"""`finetune`: one command with a sub-command for each thing that a user does. pyproject.toml installs it; `python -m trainer.command` is
+the same. Each sub-command is the command line of a module, which also works by itself (`python -m trainer.run`).
+
+Nothing but the named sub-command is imported, and torch not at all by `--version` and `--help`.
+"""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from dataio.terminal import prepare_output
+from trainer.settings.programs import FINETUNE
+from trainer.settings.words import did_you_mean
+
+DISTRIBUTION = "ray-finetune"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A sub-command."""
+
+    name: str
+    takes: str
+    """Its words, as in a line of help."""
+    about: str
+    main: Callable[[list[str]], int]
+    outlives_output: bool = False
+    """Its work does not depend on who reads along (dataio.terminal)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sub-command that the first word names. Returns its exit status; 2 for a wrong command line."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: Ctrl-C ends them without a traceback
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = _COMMANDS.get(words[0]) if words else None
+    prepare_output(survive=command is not None and command.outlives_output)
+    if command is not None:
+        _import_from_here()
+        return command.main(words[1:])
+    from trainer.settings.say import complain, say
+
+    match words:
+        case [] | ["--help" | "-h" | "help"]:
+            say(usage())
+        case ["--version" | "-V"]:
+            say(f"{DISTRIBUTION} {installed_version()}")
+        case _:
+            complain(f"error: {_unknown(words[0])}")
+            return 2
+    return 0
+
+
+def usage() -> str:
+    """The text of `--help`."""
+    left = [f"  {FINETUNE} {command.name} {command.takes}" for command in _COMMANDS.values()]
+    width = max(map(len, left)) + 2
+    lines = [f"{words:<{width}}{command.about}" for words, command in zip(left, _COMMANDS.values(), strict=True)]
+    return "\n".join(
+        [
+            "Fine-tune a pretrained image model on your images. It survives what kills other runs: the same command goes on.",
+            "",
+            *lines,
+            "",
+            f"{FINETUNE} COMMAND --help explains a command; {FINETUNE} --version. RUN is a run's name, or its folder.",
+        ]
+    )
+
+
+def installed_version() -> str:
+    """The version of the installed distribution; of a checkout that nobody has installed, `unknown`."""
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "unknown (a checkout that is not installed)"
+
+
+def _unknown(word: str) -> str:
+    known = f"commands are {', '.join(_COMMANDS)}"
+    if word.startswith("-"):
+        return f"{word}: settings follow a command, such as {FINETUNE} run DIR --train.epochs 3; {known}"
+    if os.path.exists(word):
+        return f"{word} is no command; did you mean {FINETUNE} run {word}? {known}"
+    return f"{word} is no command;{did_you_mean(word, tuple(_COMMANDS))} {known}"
+
+
+def _import_from_here() -> None:
+    """Let modules of the user's own (`--task.name my_task:MyTask`) be found in the working directory, as with `python -m`. It comes last:
+    a file that lies there by chance is not taken for a library."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+
+
+def _run(argv: list[str]) -> int:
+    from trainer.run import main
+
+    return main(argv)
+
+
+def _predict(argv: list[str]) -> int:
+    from trainer.predict import main
+
+    return main(argv)
+
+
+def _evaluate(argv: list[str]) -> int:
+    from trainer.evaluate import main
+
+    return main(argv)
+
+
+def _watch(argv: list[str]) -> int:
+    from trainer.runs.__main__ import main
+
+    return main(["watch", *argv])
+
+
+def _report(argv: list[str]) -> int:
+    from trainer.report.__main__ import main
+
+    return main(argv)
+
+
+def _push(argv: list[str]) -> int:
+    from trainer.push import main
+
+    return main(argv)
+
+
+def _convert(argv: list[str]) -> int:
+    from dataio.convert import main
+
+    return main(argv, prog=f"{FINETUNE} convert")
+
+
+def _runs(argv: list[str]) -> int:
+    from trainer.runs.__main__ import main
+
+    return main(argv)
+
+
+def _completion(argv: list[str]) -> int:
+    from trainer.settings.completion import SHELLS, script
+    from trainer.settings.say import complain, say
+    from trainer.settings.toml import recipe_names
+    from trainer.settings.tree import RunConfig
+
+    if len(argv) != 1 or argv[0] not in SHELLS:
+        complain(f"error: {' '.join(argv) or 'no shell'}; it must be one of {', '.join(SHELLS)}, such as {FINETUNE} completion bash")
+        return 2
+    takes_run = [command.name for command in _COMMANDS.values() if "RUN" in command.takes]
+    say(script(argv[0], _helps(), recipes=recipe_names(), takes_run=takes_run, storage=RunConfig().storage))
+    return 0
+
+
+def _helps() -> dict[str, str]:
+    """Each command's own `--help`. It takes some seconds, as all of them are imported."""
+    os.environ["COLUMNS"] = "400"  # a flag and its choices stand on one line
+    texts = {}
+    for command in _COMMANDS.values():
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            if command.main is not _completion:
+                command.main(["--help"])
+        texts[command.name] = text.getvalue()
+    return texts
+
+
+_COMMANDS = {
+    command.name: command
+    for command in (
+        Command(name="run", takes="DIR [--SETTING VALUE ...]", about="fine-tune on a folder of images", main=_run, outlives_output=True),
+        Command(name="predict", takes="RUN IMAGE...", about="ask a finished run's model about images", main=_predict),
+        Command(name="evaluate", takes="RUN", about="measure it again, or on other data", main=_evaluate),
+        Command(name="watch", takes="[RUN]", about="follow a run", main=_watch),
+        Command(name="report", takes="RUN", about="write a run's page; --compare RUN RUN", main=_report),
+        Command(name="push", takes="RUN OWNER/NAME", about="upload its model to a Hugging Face hub", main=_push),
+        Command(name="runs", takes="[PATTERN]", about="list all runs", main=_runs),
+        Command(name="convert", takes="SOURCE DEST", about="convert images once, ahead of runs", main=_convert, outlives_output=True),
+        Command(name="completion", takes="bash|zsh", about="print a script that completes these words", main=_completion),
+    )
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
