@@ -14,14 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import common, compression, end_to_end, gpu_suite, loader, overhead, readme, startup, time_to_accuracy
+from benchmarks import common, compression, end_to_end, gpu_suite, loader, overhead, readme, remainder, startup, time_to_accuracy
 from benchmarks.common import Taken, finite, interleave, median_interval, paired, spread, target, verdict
 
 numbers = st.floats(-1e6, 1e6)
 SMALL = ("--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--train.precision", "fp32")
 OWN = (
     *("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme", "compression"),
-    "small_maps",
+    *("small_maps", "remainder"),
 )
 
 
@@ -292,6 +292,19 @@ def test_a_loss_of_accuracy_is_counted_seed_by_seed_and_in_points(accuracies):
         assert found["targets"][0]["met"] is False
     if lost[-1] < compression.GOAL_POINTS:
         assert found["targets"][0]["met"] is True
+
+
+def test_a_run_is_ruined_against_the_same_images_without_the_remainder():
+    losses = {"65/1/last": (2.0, 300.0), "65/1/spread": (2.1, 3.9), "65/1/left out": (2.0, 2.0), "64/1/last": (2.0, 9.0)}
+    rows = {name: [{"seed": seed, "test_loss": loss, "accuracy": 0.5} for seed, loss in enumerate(each)] for name, each in losses.items()}
+    cases = {(case["images"], case["rule"]): case for case in remainder.judged(rows)}
+    assert {name: case["ruined"] for name, case in cases.items()} == {
+        (65, "last"): 1,
+        (65, "spread"): 0,
+        (65, "left out"): 0,
+        (64, "last"): 0,  # whole batches have no peer but themselves
+    }
+    assert len(remainder.lines_of({"cases": list(cases.values())})) == 5
 
 
 def test_runs_that_rounded_nothing_are_no_result():

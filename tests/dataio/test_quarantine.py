@@ -105,11 +105,11 @@ def test_the_same_id_in_another_split_is_another_sample():
 
 def test_without_a_total_nothing_raises_before_the_end():
     quarantine = Quarantine(0.01, None)
-    for number in range(5):
+    for number in range(15):
         add(quarantine, number)
-    with pytest.raises(TooManyBadSamples, match="5 of 499 samples"):
-        quarantine.finish(499)
-    quarantine.finish(500)
+    with pytest.raises(TooManyBadSamples, match="15 of 1499 samples"):
+        quarantine.finish(1499)
+    quarantine.finish(1500)
 
 
 def test_the_record_that_breaks_the_limit_is_reported_too():

@@ -175,8 +175,9 @@ def test_a_single_hard_image_is_no_spike_and_a_ruined_model_is() -> None:
     assert [step for step, _ in verdicts(guard.copy(), [*healthy[:89], (89, 32.0)])] == [89]
 
 
-@given(st.lists(st.floats(0.0, 40.0), max_size=150), st.integers(0, 100))
-def test_a_run_begun_before_short_batches_and_first_losses_were_judged_keeps_its_rule(losses: list[float], seen: int) -> None:
+@settings(max_examples=30)
+@given(st.lists(st.floats(0.0, 40.0), max_size=150))
+def test_a_run_begun_before_short_batches_and_first_losses_were_judged_keeps_its_rule(losses: list[float]) -> None:
     sizes = [100, 100, 3] * 50
     old = guard_of(sizes)
     old.load({"last_step": -1, "losses": []})

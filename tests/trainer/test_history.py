@@ -195,6 +195,7 @@ def test_a_saved_history_holds_the_losses_that_arrived_after_its_step() -> None:
     assert again.guard == {"last_step": 1, "losses": [3.0, torch.tensor(0.1).item()], "judges_all": True}
 
 
+@settings(max_examples=50)
 @given(
     losses=st.lists(st.tuples(st.integers(1, 64), st.floats(0.0, 10.0), st.integers(0, 3)), min_size=1, max_size=30),
     evaluates=st.sets(st.integers(1, 30)),

@@ -58,7 +58,7 @@ def length_of(config: RunConfig, manifest: Manifest, *, workers: int, from_recip
 
 
 def _about_steps(config: RunConfig, order: Order, total: int) -> Iterator[str]:
-    if order.steps_per_epoch >= GOOD_STEPS or order.count < 2 * order.virtual_ranks:
+    if order.steps_per_epoch >= GOOD_STEPS or order.count < GOOD_STEPS * order.virtual_ranks:
         return
     fits = 1
     while 2 * fits * order.virtual_ranks * GOOD_STEPS <= order.count:
