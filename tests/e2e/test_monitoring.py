@@ -205,7 +205,8 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
 def another_users_run_of_the_same_name_and_port_finishes(folder: Path, images: Path, server: Prometheus, port: int) -> None:
     """It is found on the port that the first one has, is waited for at its end, and raises nothing for having ended."""
     run = Run(
-        *("--workers", "1", "--train.max-steps", "40", "--cluster.discovery-port", str(port), "--cluster.metrics-namespace", "bob"),
+        *("--workers", "1", "--train.max-steps", "40", "--data.max-bad-fraction", "0.01"),
+        *("--cluster.discovery-port", str(port), "--cluster.metrics-namespace", "bob"),
         storage=folder / "runs of bob",
         name="watched",
         data=images,
