@@ -796,7 +796,7 @@ CLUSTER = Dashboard(
                 ),
                 Panel(
                     title="GPU clock (DCGM)",
-                    description="Of the multiprocessors, over all GPUs. One that heat or power holds down is below the others at the same work.",
+                    description="Of the multiprocessors, over all GPUs. One that heat or power holds down is below the others.",
                     queries=spread("DCGM_FI_DEV_SM_CLOCK * 1e6", needs="dcgm", of="GPU"),
                     unit="hertz",
                     minimum=0,
