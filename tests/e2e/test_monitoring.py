@@ -29,7 +29,8 @@ TIME_SCALE = 0.01
 """An alert that waits for ten minutes waits for 6 s."""
 NOT_HERE = {"gpu", "peak", "resize", "hour", "ray", "node", "dcgm"}
 """What panels need that these runs do not have: GPUs, another number of workers (test_elastic.py), an hour, other exporters."""
-ENDS = {"FinetuneRunFailed", "FinetuneRunVanished", "FinetuneRunStopped", "FinetuneTargetDown"}
+ENDS = {"FinetuneRunFailed", "FinetuneRunVanished", "FinetuneRunStopped"}
+"""FinetuneTargetDown is not among them: at this scale it fires after 1.2 s, and a rank that ends is a target for as long."""
 
 pytestmark = [
     pytest.mark.ray,
