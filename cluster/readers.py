@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 SCRAPE_HEADER = "x-prometheus-scrape-timeout-seconds"
 REFRESH_HEADER = "x-prometheus-refresh-interval-seconds"
-"""What Prometheus sends with a scrape and with a question to http_sd; the second one holds the interval."""
+"""What Prometheus sends with a scrape and with a question to http_sd. The first one is at most the interval, the second one is it."""
 UNKNOWN_SECONDS = 15.0
 """Taken for the interval of a reader that came once."""
 MOST_SECONDS = 65.0
@@ -28,13 +28,14 @@ class Reader:
     interval_seconds: float
 
 
-def read_again(before: Reader | None, began: float, announced_seconds: float | None) -> Reader:
-    """The reader after a request that came at `began`."""
-    if announced_seconds is not None:
-        return Reader(last=began, interval_seconds=announced_seconds)
+def read_again(before: Reader | None, began: float, *, refresh_seconds: float | None, timeout_seconds: float | None) -> Reader:
+    """The reader after a request that came at `began`, and said this of itself. Two jobs of one Prometheus look like one that reads more
+    often, which the time-out corrects."""
+    if refresh_seconds is not None:
+        return Reader(last=began, interval_seconds=refresh_seconds)
     if before is None:
         return Reader(last=began, interval_seconds=UNKNOWN_SECONDS)
-    return Reader(last=began, interval_seconds=began - before.last)
+    return Reader(last=began, interval_seconds=max(began - before.last, timeout_seconds or 0.0))
 
 
 def due_seconds(reader: Reader, since: float, now: float) -> float:
@@ -56,12 +57,13 @@ class Readers:
 
     def heard(self, path: str, client: str, began: float, headers: Mapping[str, str]) -> None:
         """Take in a request (exporter.Heard)."""
-        announced = headers.get(REFRESH_HEADER)
-        if announced is None and headers.get(SCRAPE_HEADER) is None:
+        refresh, timeout = headers.get(REFRESH_HEADER), headers.get(SCRAPE_HEADER)
+        if refresh is None and timeout is None:
             return
         with self._changed:
             before = self._readers.get((path, client))
-            self._readers[path, client] = read_again(before, began, _seconds(announced))
+            again = read_again(before, began, refresh_seconds=_seconds(refresh), timeout_seconds=_seconds(timeout))
+            self._readers[path, client] = again
             self._changed.notify_all()
 
     def due_seconds(self, path: str, since: float) -> float:

@@ -451,6 +451,8 @@ def written(value: float, unit: str, decimals: int | None) -> str:
             return f"{size(value)}/s"
         case "celsius":
             return f"{value:.0f} °C"
+        case "hertz":
+            return f"{_short(value)}Hz"
         case "watt":
             return f"{_short(value)} W"
         case "images/s" | "steps/s":

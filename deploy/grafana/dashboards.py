@@ -26,11 +26,11 @@ def by_rank(metric: str) -> str:
     return f"sum by (rank) (rate({{{metric}}}{R}{I}))"
 
 
-def spread(expr: str, *, needs: Needs = "") -> tuple[Query, ...]:
+def spread(expr: str, *, needs: Needs = "", of: str = "rank") -> tuple[Query, ...]:
     """Summarises 1,000 ranks: the extremes and the middle."""
     return tuple(
-        Query(expr=f"{how}{expr})", legend=legend, needs=needs)
-        for how, legend in (("max(", "highest rank"), ("quantile(0.5, ", "median rank"), ("min(", "lowest rank"))
+        Query(expr=f"{how}{expr})", legend=f"{legend} {of}", needs=needs)
+        for how, legend in (("max(", "highest"), ("quantile(0.5, ", "median"), ("min(", "lowest"))
     )
 
 
@@ -714,14 +714,14 @@ CLUSTER = Dashboard(
                 Panel(
                     title="CPU of a node (Ray)",
                     description="Share of a node's CPUs that are busy.",
-                    queries=spread("ray_node_cpu_utilization / 100", needs="ray"),
+                    queries=spread("ray_node_cpu_utilization / 100", needs="ray", of="node"),
                     unit="percentunit",
                     minimum=0,
                 ),
                 Panel(
                     title="Memory of a node (Ray)",
                     description="Share that is in use. Ray kills a worker above 95 %.",
-                    queries=spread("ray_node_mem_used / ray_node_mem_total", needs="ray"),
+                    queries=spread("ray_node_mem_used / ray_node_mem_total", needs="ray", of="node"),
                     unit="percentunit",
                     minimum=0,
                     maximum=1,
@@ -776,7 +776,7 @@ CLUSTER = Dashboard(
                 Panel(
                     title="GPU temperature (DCGM)",
                     description="Over all GPUs. Most slow down between 85 and 95 degrees.",
-                    queries=spread("DCGM_FI_DEV_GPU_TEMP", needs="dcgm"),
+                    queries=spread("DCGM_FI_DEV_GPU_TEMP", needs="dcgm", of="GPU"),
                     unit="celsius",
                 ),
                 Panel(
@@ -795,13 +795,10 @@ CLUSTER = Dashboard(
                     unit="none",
                 ),
                 Panel(
-                    title="GPU clock held down (DCGM)",
-                    description="Share of the time in which power or heat slowed a GPU, highest GPU.",
-                    queries=(
-                        Query(expr=f"max(rate(DCGM_FI_DEV_POWER_VIOLATION{I})) / 1e9", legend="power", needs="dcgm"),
-                        Query(expr=f"max(rate(DCGM_FI_DEV_THERMAL_VIOLATION{I})) / 1e9", legend="heat", needs="dcgm"),
-                    ),
-                    unit="percentunit",
+                    title="GPU clock (DCGM)",
+                    description="Of the multiprocessors, over all GPUs. One that heat or power holds down is below the others.",
+                    queries=spread("DCGM_FI_DEV_SM_CLOCK * 1e6", needs="dcgm", of="GPU"),
+                    unit="hertz",
                     minimum=0,
                 ),
             ),

@@ -17,7 +17,7 @@ Needs = Literal[
 a process that does not answer, a first evaluation, a device whose peak is known, a failure and the restart after it, a change of the
 number of workers, the run's end, its first hour to be over, the metrics of Ray itself, of a node exporter, of a DCGM exporter."""
 Kind = Literal["stat", "timeseries", "bargauge", "table"]
-Unit = Literal["short", "none", "percentunit", "s", "bytes", "Bps", "watt", "images/s", "steps/s", "celsius"]
+Unit = Literal["short", "none", "percentunit", "s", "bytes", "Bps", "watt", "images/s", "steps/s", "celsius", "hertz"]
 COLUMNS = 24
 
 

@@ -45,6 +45,13 @@ def test_a_question_for_targets_says_its_own_interval() -> None:
     assert known.due_seconds("/sd", 102.0) < UNKNOWN_SECONDS
 
 
+def test_two_jobs_of_one_prometheus_are_given_the_time_of_each() -> None:
+    known = readers([103.0])
+    for began in (95.0, 97.0, 100.0, 102.0):
+        known.heard("/metrics", "127.0.0.1", began, SCRAPE)
+    assert known.due_seconds("/metrics", 103.0) == 102 + 1.5 * 5 + LATE_SECONDS - 103
+
+
 def test_each_of_two_readers_is_waited_for() -> None:
     now = [100.0]
     known = readers(now)

@@ -29,7 +29,8 @@ TIME_SCALE = 0.01
 """An alert that waits for ten minutes waits for 6 s."""
 NOT_HERE = {"gpu", "peak", "resize", "hour", "ray", "node", "dcgm"}
 """What panels need that these runs do not have: GPUs, another number of workers (test_elastic.py), an hour, other exporters."""
-ENDS = {"FinetuneRunFailed", "FinetuneRunVanished", "FinetuneRunStopped", "FinetuneTargetDown"}
+ENDS = {"FinetuneRunFailed", "FinetuneRunVanished", "FinetuneRunStopped"}
+"""FinetuneTargetDown is not among them: at this scale it fires after 1.2 s, and a rank that ends is a target for as long."""
 
 pytestmark = [
     pytest.mark.ray,
@@ -205,7 +206,8 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
 def another_users_run_of_the_same_name_and_port_finishes(folder: Path, images: Path, server: Prometheus, port: int) -> None:
     """It is found on the port that the first one has, is waited for at its end, and raises nothing for having ended."""
     run = Run(
-        *("--workers", "1", "--train.max-steps", "40", "--cluster.discovery-port", str(port), "--cluster.metrics-namespace", "bob"),
+        *("--workers", "1", "--train.max-steps", "40", "--data.max-bad-fraction", "0.01"),
+        *("--cluster.discovery-port", str(port), "--cluster.metrics-namespace", "bob"),
         storage=folder / "runs of bob",
         name="watched",
         data=images,
