@@ -224,12 +224,14 @@ def test_the_run_and_its_dry_run_list_the_same_problems_of_all_kinds(config: Run
     assert sorted(os.listdir(tmp_path)) == ["file"], "nothing was made, in neither case"
 
 
-@pytest.mark.parametrize("kind", ["converted", "missing"])
-def test_they_agree_on_data_that_are_converted_or_missing(config: RunConfig, zygote: Zygote, kind: str, tmp_path: Path) -> None:
-    path = open_prepared(config.data)[0] if kind == "converted" else "/nowhere"
+@pytest.mark.parametrize("kind", ["converted", "given", "missing"])
+def test_they_agree_on_data_that_are_converted_or_missing(config: RunConfig, zygote: Zygote, kind: str) -> None:
+    folder = open_prepared(config.data)[0]
+    path = {"converted": config.data.path, "given": folder, "missing": "/nowhere"}[kind]
     wrong = replace(config, data=replace(config.data, path=path, max_bad_fraction=0.0), model=replace(config.model, weights="/gone.pth"))
     said = of_run(wrong, zygote)
-    assert ("samples are bad" if kind == "converted" else "'/nowhere' does not exist") in said
+    assert ("samples are bad" in said) == (kind == "converted"), "what a given folder left out was agreed to when it was made"
+    assert ("'/nowhere' does not exist" in said) == (kind == "missing")
     assert "/gone.pth" in said
     assert said == of_dry_run(wrong)
 
