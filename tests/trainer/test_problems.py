@@ -245,7 +245,8 @@ def test_a_dry_run_of_a_folder_tells_sizes_classes_split_and_what_is_left_out(co
         for words in (
             "train 54, test 6",
             "2 classes: cat 31 (3 to test), dog 29 (3 to test)",
-            "sizes (height x width): ",
+            "sizes (height x width), from 2",
+            "to 900x1200; the most frequent: ",
             "train cat/torn.jpg: truncated: a JPEG without its end marker (EOI)",
             "54 images to train, 6 to test, 2 classes, 32x32 pixels",
             "Steps 140: 10 epochs of 14",
