@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 PROJECT = Path(__file__).resolve().parents[1]
 SECTIONS: Mapping[str, Sequence[str]] = {
