@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataio.codecs.codec import Refusal
@@ -41,6 +41,8 @@ class Looked:
     """Of the converted data; or as a conversion would make it, but without shards and fingerprint. None if only a conversion can tell."""
     is_converted: bool
     bad: Sequence[BadSample] = ()
+    """Those that count towards data.max_bad_fraction. Of a converted folder that the settings name there are none: what it left out was
+    agreed to when it was made."""
     class_counts: Mapping[str, Sequence[int]] | None = None
     """Split -> images of each class of the first target, if it has classes and the files were looked at."""
     source_bytes: int = 0
@@ -57,13 +59,13 @@ class Looked:
 def look_at(config: DataConfig) -> Looked:
     """Looks at `config.path`; converts and downloads nothing. Raises what open_source and open_dataset raise."""
     if is_remote(config.path):
-        return _of_dataset(open_dataset(config.path))
+        return _given(open_dataset(config.path))
     path = (local_path(config.path) if is_uri(config.path) else None) or Path(config.path).expanduser()
     if (path / MANIFEST_NAME).is_file():
-        return _of_dataset(open_dataset(path))
+        return _given(open_dataset(path))
     source = source_of(config)
     if (made := _conversion_of(source, config)) is not None:
-        return _of_dataset(made)
+        return replace(_given(made), bad=made.left_out())
     if isinstance(source, HasFiles):
         return scan(source, max_image_pixels=config.max_image_pixels)
     # Counting CIFAR's classes would need a download.
@@ -115,12 +117,8 @@ def scan(source: Source, *, max_image_pixels: int, threads: int = THREADS) -> Lo
     )
 
 
-def _of_dataset(dataset: Dataset) -> Looked:
-    try:
-        bad = dataset.left_out()
-    except (OSError, ValueError):  # a run does not need the list
-        bad = ()
-    return Looked(targets=dataset.manifest.targets, manifest=dataset.manifest, is_converted=True, bad=bad)
+def _given(dataset: Dataset) -> Looked:
+    return Looked(targets=dataset.manifest.targets, manifest=dataset.manifest, is_converted=True)
 
 
 def _conversion_of(source: Source, config: DataConfig) -> Dataset | None:

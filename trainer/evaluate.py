@@ -129,7 +129,7 @@ def _lines(found: Evaluated) -> Iterator[tuple[str, str]]:
         if measure == info.headline and found.recorded is not None:
             note = " (as in summary.json)" if found.recorded == value else f" (summary.json: {_measured(measure, found.recorded)})"
         interval = interval_words({measure.key: value, "test_count": result.count, **result.details}, measure)
-        yield measure.in_words, _measured(measure, value) + (f" (95 % interval: {interval})" if interval else "") + note
+        yield measure.in_words, _measured(measure, value) + note + (f", 95 % interval: {interval}" if interval else "")
     yield "loss", f"{result.loss:.4f}"
     yield info.unit, f"{number(result.count)}, {found.precision} on {found.device}, {found.seconds:.1f} s"
 

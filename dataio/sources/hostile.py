@@ -147,11 +147,11 @@ def table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         raise SourceError(f"{path}, line {line}: {error}; write the table as the csv module does, quoted where needed") from error
 
 
-def read_below(folder: Path, name: str, most_bytes: int = MAX_IMAGE_BYTES) -> bytes:
+def read_below(folder: Path, name: str, most_bytes: int | None = None) -> bytes:
     """The bytes of a file that a table names, below the table's `folder`. Raises OSError, also for a file that is not regular, larger than
     `most_bytes`, or a link out of the folder."""
     root = os.path.realpath(folder)
     where = os.path.realpath(os.path.join(root, name))
     if os.path.commonpath([root, where]) != root:
         raise OSError(errno.EACCES, "leads out of the table's folder")
-    return read_regular(where, most_bytes)
+    return read_regular(where, MAX_IMAGE_BYTES if most_bytes is None else most_bytes)

@@ -98,7 +98,7 @@ def test_the_runs_own_test_split_gives_the_numbers_of_its_summary(run: Path, cap
     assert answer["accuracy"] > 0.25  # it has learnt something: this is no test of a constant
     assert main([str(run), "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    assert f"{100 * summary['test_accuracy']:.2f} % (as in summary.json)" in shown
+    assert f"{100 * summary['test_accuracy']:.2f} % (as in summary.json), 95 % interval: " in shown
     assert all(name in shown for name in CLASSES)
 
 

@@ -153,7 +153,8 @@ def test_no_record_leads_out_of_the_source_s_folder(tmp_path: Path, dataset: Dat
     Image.new("RGB", (20, 20)).save(source / "huge.png")
     keys = ("../secret.png", str(tmp_path / "secret.png"), "link.png", "huge.png")
     records = [{"key": key, "reason": "damaged", "split": "train", "sample_id": 0, "stage": CONVERSION} for key in keys]
-    found = with_pictures(records, dataset, DataConfig(path=str(source)))
+    (source / "scans.jpg").write_bytes(b"\xff\xd8\xff" + b"\xff\xda" * 201)
+    found = with_pictures([*records, records[0] | {"key": "scans.jpg"}], dataset, DataConfig(path=str(source)))
     assert list(found.pictures) == [3]
     strange = [{"key": 3, "split": None, "sample_id": "x"}, {"stage": CONVERSION}, {"key": "a", "split": "train", "sample_id": 10**30}]
     assert len(with_pictures(strange, dataset, DataConfig(path="gs2://nowhere")).pictures) == 0

@@ -119,6 +119,7 @@ def looked_of(train: int = 100, test: int = 10, sizes: tuple[str, ...] = ("32x32
 
 
 FINE = Facts(config=RunConfig(data=DataConfig(batch_size=10)), workers=1, looked=looked_of())
+LONG_WARM_UP = replace(FINE, config=replace(FINE.config, optim=OptimConfig(warmup_steps=200), train=TrainConfig(epochs=2)))
 MODEL = Checked(has_depthwise=False, task=CLASSIFICATION, weights_bytes=1_000_000)
 
 
@@ -130,12 +131,13 @@ def test_what_is_not_known_yet_is_no_problem() -> None:
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        (replace(FINE, looked=looked_of(bad=3)), "3 of 113 samples are bad"),
+        (replace(FINE, looked=looked_of(bad=30)), "30 of 140 samples are bad"),
         (replace(FINE, looked=looked_of(test=-1)), "has the splits train, and a run is evaluated on test"),
         (replace(FINE, looked=looked_of(test=0)), "has no usable test image; hold out more"),
         (replace(FINE, looked=looked_of(sizes=("32x32", "40x40"))), "there are 2 sizes"),
         (replace(FINE, workers=3), "data.batch_size=10 is not a multiple of workers=3"),
         (replace(FINE, looked=looked_of(sizes=("4x4",))), "data.pad=4 is not below"),
+        (LONG_WARM_UP, "optim.warmup_steps=200 does not end before the run's 20 steps do"),
         (replace(FINE, model=Refused(kind="value", message="no such model")), "no such model"),
         (replace(FINE, config=replace(FINE.config, run="mine", resume="must"), has_checkpoint=False), "--resume must"),
         (replace(FINE, config=replace(FINE.config, run="mine", resume="never"), has_checkpoint=True), "--resume never"),
@@ -161,11 +163,8 @@ def test_every_check_has_a_case_above() -> None:
     assert [check.__name__ for check in CHECKS if not any(check(facts) for facts in cases)] == []
 
 
-def test_a_warm_up_that_outlasts_the_run_is_refused_but_not_of_a_run_that_was_begun() -> None:
-    long = replace(FINE, config=replace(FINE.config, optim=OptimConfig(warmup_steps=200), train=TrainConfig(epochs=2)))
-    [said] = problems_of(long)
-    assert "optim.warmup_steps=200 does not end before the run's 20 steps do" in said
-    assert problems_of(replace(long, is_new=False)) == []
+def test_a_run_that_was_begun_keeps_the_warm_up_that_it_began_with() -> None:
+    assert problems_of(replace(LONG_WARM_UP, is_new=False)) == []
 
 
 def test_all_problems_make_one_message() -> None:
@@ -224,12 +223,14 @@ def test_the_run_and_its_dry_run_list_the_same_problems_of_all_kinds(config: Run
     assert sorted(os.listdir(tmp_path)) == ["file"], "nothing was made, in neither case"
 
 
-@pytest.mark.parametrize("kind", ["converted", "missing"])
-def test_they_agree_on_data_that_are_converted_or_missing(config: RunConfig, zygote: Zygote, kind: str, tmp_path: Path) -> None:
-    path = open_prepared(config.data)[0] if kind == "converted" else "/nowhere"
+@pytest.mark.parametrize("kind", ["converted", "given", "missing"])
+def test_they_agree_on_data_that_are_converted_or_missing(config: RunConfig, zygote: Zygote, kind: str) -> None:
+    folder = open_prepared(config.data)[0]
+    path = {"converted": config.data.path, "given": folder, "missing": "/nowhere"}[kind]
     wrong = replace(config, data=replace(config.data, path=path, max_bad_fraction=0.0), model=replace(config.model, weights="/gone.pth"))
     said = of_run(wrong, zygote)
-    assert ("samples are bad" if kind == "converted" else "'/nowhere' does not exist") in said
+    assert ("samples are bad" in said) == (kind == "converted"), "what a given folder left out was agreed to when it was made"
+    assert ("'/nowhere' does not exist" in said) == (kind == "missing")
     assert "/gone.pth" in said
     assert said == of_dry_run(wrong)
 
@@ -243,7 +244,8 @@ def test_a_dry_run_of_a_folder_tells_sizes_classes_split_and_what_is_left_out(co
         for words in (
             "train 54, test 6",
             "2 classes: cat 31 (3 to test), dog 29 (3 to test)",
-            "sizes (height x width): ",
+            "sizes (height x width), from 2",
+            "to 900x1200; the most frequent: ",
             "train cat/torn.jpg: truncated: a JPEG without its end marker (EOI)",
             "54 images to train, 6 to test, 2 classes, 32x32 pixels",
             "Steps 140: 10 epochs of 14",

@@ -5,7 +5,8 @@ headers), not converted. It starts no driver, so it may import torch.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -158,15 +159,23 @@ def data_table(looked: Looked, config: RunConfig) -> Table:
     add("Source", [f"{config.data.path} ({manifest.source})"])
     add("Images", [", ".join(f"{name} {number(split.count)}" for name, split in manifest.splits.items())])
     add("Classes", _classes(looked))
-    common = sorted(manifest.image_sizes.items(), key=lambda item: (-item[1], item[0]))
-    sizes = [f"{each} ({counted(count, 'image')})" for each, count in common[:SHOWN_SIZES]]
-    more = [f"and {number(len(common) - SHOWN_SIZES)} more"] if len(common) > SHOWN_SIZES else []
-    add("Sizes", [f"{counted(len(common), 'size')} (height x width): {', '.join([*sizes, *more])}"])
+    add("Sizes", _sizes(manifest.image_sizes))
     left_out = [f"{bad.split} {bad.key}: {bad.reason}" for bad in looked.bad[:SHOWN_LEFT_OUT]]
     rest = [f"and {number(len(looked.bad) - SHOWN_LEFT_OUT)} more"] if len(looked.bad) > SHOWN_LEFT_OUT else []
     add("Left out", [counted(len(looked.bad), "image"), *left_out, *rest] if looked.bad else [])
     add("Not read", list(looked.not_read[:SHOWN_LEFT_OUT]))
     return shown
+
+
+def _sizes(known: Mapping[str, int]) -> list[str]:
+    if not known:
+        return []
+    common = sorted(known.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{each} ({counted(count, 'image')})" for each, count in common[:SHOWN_SIZES])
+    if len(common) <= SHOWN_SIZES:
+        return [f"{counted(len(common), 'size')} (height x width): {listed}"]
+    by_area = sorted(known, key=lambda each: math.prod(map(int, each.split("x"))))
+    return [f"{number(len(common))} sizes (height x width), from {by_area[0]} to {by_area[-1]}; the most frequent: {listed}"]
 
 
 def _classes(looked: Looked) -> list[str]:

@@ -229,7 +229,8 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summ
 
 def _what_it_is(task: Task) -> str:
     if task.info.name == CLASSIFICATION.name:
-        return f"An image classifier of {len(task.targets[0].classes)} classes"
+        count = len(task.targets[0].classes)
+        return f"An image classifier of {count} class{'' if count == 1 else 'es'}"
     # The names come from the data. In a code span, with the closing character replaced, they stay plain text.
     named = [f"`{_inline(target.name)}` ({_KINDS[target.kind].format(len(target.classes))})" for target in task.targets]
     return f"A model of images (task `{_inline(task.info.name)}`) that says {', '.join(named)}"

@@ -27,9 +27,12 @@ SHOWN_PICTURES = 24
 FILE_BYTES = 16_000_000
 READ_BYTES = 128_000_000
 MOST_PIXELS = 40_000_000
+MOST_SCANS = 200
+"""Of a JPEG: each passes over all pixels again."""
 CONVERSION = "conversion"
 """The `stage` of a record that the conversion wrote; the run's own records have none."""
 _FORMATS = (*FORMATS, "GIF")  # a GIF is refused by the data, and its first frame is as good as any
+_SCAN = b"\xff\xda"
 _COPY = re.compile(r"#[0-9]+$")  # what a conversion adds to a key that comes again
 
 Record = Mapping[str, Any]
@@ -68,7 +71,7 @@ def _pictures(records: Sequence[Record], dataset: Dataset, source: Path | None) 
             break
         encoded = _encoded(record, dataset, source)
         left -= len(encoded)
-        if encoded and " scans" not in str(record.get("reason")):  # a JPEG that passes over its pixels hundreds of times
+        if encoded and encoded.count(_SCAN) <= MOST_SCANS:
             picture = _picture(encoded)
             if picture is not None:
                 pictures[index] = picture
