@@ -176,7 +176,7 @@ def test_the_content_of_weights_is_hashed_and_a_file_that_is_not_there_is_refuse
 DECIDES = frozenset(
     f"{table}.{name}"
     for table, names in {
-        "data": "batch_size remainder image_size fit pad flip augment mean std shuffle_window max_image_pixels",
+        "data": "batch_size remainder image_size fit background pad flip augment mean std shuffle_window max_image_pixels",
         "model": "name weights stem image_size interpolation normalise freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "loss label_smoothing clip_norm",
@@ -197,6 +197,8 @@ DOES_NOT_DECIDE = {
     "data.backend": "all give the same batch",
     "data.cache": "where the same pixels lie",
     "data.max_bad_fraction": "whether the run fails; which samples are bad does not depend on it",
+    "data.image_column": "asked of a conversion: the data's fingerprint counts",
+    "data.label_column": "asked of a conversion: the data's fingerprint counts",
     "data.test_fraction": "asked of a conversion: the data's fingerprint counts",
     "data.validation_fraction": "asked of a conversion: the data's fingerprint counts",
     "train.cuda_graphs": "launches the same kernels",
