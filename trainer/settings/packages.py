@@ -36,7 +36,7 @@ PACKAGES = {
 
 def check_installed(model: ModelConfig) -> None:
     """ValueError that lists all that the model and its weights lack on this machine."""
-    problems = []
+    problems: list[str] = []
     if model.weights.startswith("package:"):
         problems += problems_with_package(model)
     elif names_file(model.weights):
