@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.running import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-CONSTANT = ("--optim.schedule", "constant", "--optim.lr", "0.01")
+CONSTANT = ("--optim.schedule", "constant", "--optim.lr", "0.01", "--data.max-bad-fraction", "0.01")
 
 
 def test_a_finished_run_made_longer_ends_in_the_bits_of_one_that_was_that_long(tmp_path: Path, images: Path) -> None:

@@ -48,8 +48,7 @@ class Found:
 
     def has_finished_as(self, config: RunConfig) -> bool:
         """Whether it has finished, and has not been made longer since by `config`, which means the same run (check_same_run)."""
-        assert self.summary is not None or not self.has_finished
-        epochs = self.summary.get("epochs") if self.summary is not None else None
+        epochs = (self.summary or {}).get("epochs")
         return self.has_finished and (config.train.max_steps > 0 or epochs is None or epochs >= config.train.epochs)
 
     @property

@@ -14,16 +14,17 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def closest(word: str, options: Iterable[str], *, limit: int = 3) -> list[str]:
-    """The options closest to a mistyped word, the closest first. Capitals, hyphens and underscores do not count; of options that are
-    equally close, the plain name comes before its variants."""
+    """The options closest to a mistyped word, the closest first, and before all others those that it is the beginning of. Capitals, hyphens
+    and underscores do not count; of options that are equally close, the plain name comes before its variants."""
     asked = _plain(word)
     matcher = difflib.SequenceMatcher(b=asked)
     scored = []
     for option in options:
-        matcher.set_seq1(_plain(option))
+        plain = _plain(option)
+        matcher.set_seq1(plain)
         if matcher.real_quick_ratio() >= _CLOSE and matcher.quick_ratio() >= _CLOSE and (ratio := matcher.ratio()) >= _CLOSE:
-            scored.append((-round(ratio, 2), len(option), option))
-    return [option for _, _, option in sorted(scored)[:limit]]
+            scored.append((not plain.startswith(asked), -round(ratio, 2), len(option), option))
+    return [option for *_, option in sorted(scored)[:limit]]
 
 
 def _plain(word: str) -> str:
