@@ -36,7 +36,7 @@ from trainer.drive.identity import (
 from trainer.drive.record import Identity, identity_of
 from trainer.settings.fields import settings
 from trainer.settings.toml import from_toml, to_toml
-from trainer.settings.tree import RunConfig, TrainConfig
+from trainer.settings.tree import OptimConfig, RunConfig, TrainConfig
 
 DATA, OTHER_DATA = "a" * 64, "b" * 64
 
@@ -86,11 +86,15 @@ ALL = sorted(settings(RunConfig()))
 # What a run may change on its way, and nothing else: where things are, how fast they go, how often they are saved, looked at and told.
 MAY_CHANGE = {
     *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
-    *("data.targets", "data.validation_fraction"),
+    *("data.targets", "data.image_column", "data.label_column", "data.validation_fraction"),
     *("data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
     *("train.verify_every", "train.profile", "train.cuda_graphs"),
     *(key for key in ALL if key.startswith("cluster.")),
 }
+
+
+DECIDED = RunConfig(data=DataConfig(remainder="last"), optim=OptimConfig(warmup_fraction=0.0))
+"""Nothing is left at auto that the number of images decides (trainer.settings.length)."""
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def of(config: RunConfig, manifest: Manifest | None = None, *, weights: str = ""
 
 @pytest.mark.parametrize("key", ALL)
 def test_a_run_goes_on_with_a_changed_setting_only_if_that_does_not_touch_its_weights(storage: Storage, key: str) -> None:
-    config = started(storage, RunConfig(run="r", train=TrainConfig(virtual_ranks=4, small_maps="product")))
+    config = started(storage, replace(DECIDED, run="r", train=TrainConfig(virtual_ranks=4, small_maps="product")))
     check_same(config, storage)
     now = replace(changed(config, key), run="r")
     if key in MAY_CHANGE:
@@ -450,7 +454,7 @@ def test_a_run_of_a_release_that_knew_no_products_goes_on_without_them_and_under
 
 
 def test_auto_is_decided_once_and_kept_where_the_same_command_goes_on_elsewhere(tmp_path: Path) -> None:
-    asked = RunConfig(storage=str(tmp_path), train=TrainConfig(precision="auto", channels_last="auto"))
+    asked = replace(DECIDED, storage=str(tmp_path), train=TrainConfig(precision="auto", channels_last="auto"))
 
     said: list[str] = []
     first = settled(ready(asked), of_gpu("H200", (9, 0)), has_depthwise=False, tell=said.append)

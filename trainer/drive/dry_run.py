@@ -27,7 +27,6 @@ from trainer.drive.problems import Facts, problems_of, refuse_if_wrong, with_len
 from trainer.drive.stages import question_of_facts
 from trainer.drive.survey import survey
 from trainer.settings.identity import weights_sha256
-from trainer.settings.packages import lacking
 from trainer.settings.rules import worker_count
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import number
@@ -93,8 +92,6 @@ def with_name(facts: Facts, recipes: tuple[str, ...]) -> Facts:
 
 def with_model(facts: Facts) -> tuple[Facts, ModelFacts | None]:
     """With what building the model says, and the model's numbers. ImageNet weights are not downloaded: that is left to the run."""
-    if lacking(facts.config.model):  # which says more than a model that cannot be built
-        return facts, None
     question = question_of_facts(facts)
     if question.model.weights == "imagenet":
         question = dataclasses.replace(question, model=dataclasses.replace(question.model, weights="none"))

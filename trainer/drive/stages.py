@@ -7,7 +7,7 @@ Decided    the cluster, what each worker gets of it, and what the devices decide
 Begun      the run is claimed and in the journal; its checkpoints, and the one to go on from
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.journal import Journal
@@ -20,6 +20,7 @@ from trainer.drive.check import Question
 from trainer.drive.identity import Found, find
 from trainer.drive.problems import Facts
 from trainer.drive.record import Identity
+from trainer.settings.packages import lacking
 from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.info import TaskInfo
 
@@ -139,11 +140,12 @@ class Begun:
 def question_of_facts(facts: Facts) -> Question:
     """The same question before the data are converted, or of data that cannot be read: then it is about the model alone."""
     config, looked = facts.config, facts.looked
+    model = replace(config.model, weights="none") if lacking(config.model) else config.model  # what is lacking is said already
     return Question(
         task=config.task if looked is not None else TaskConfig(),
         targets=looked.targets if looked is not None else single_label(("a", "b")),
         label_smoothing=config.optim.label_smoothing,
-        model=config.model,
+        model=model,
         image_size=facts.image_size or (config.data.image_size or USUAL_SIDE,) * 2,
         seed=config.train.seed,
         loss=config.optim.loss,

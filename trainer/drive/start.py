@@ -52,7 +52,6 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.identity import description_sha256, weights_sha256
 from trainer.settings.length import length_of
-from trainer.settings.packages import lacking
 from trainer.settings.rules import worker_count
 from trainer.settings.spec import RANK_MODULES, make_order
 from trainer.settings.toml import to_toml
@@ -163,8 +162,6 @@ def look_first(asked: Asked, zygote: Zygote, set_up: SetUp) -> Seen:
     facts, _ = with_length(facts, asked.from_recipes)  # which is said once the run is known
     if facts.looked is not None and facts.looked.is_converted and not problems_of(facts):
         return Seen(facts=facts)
-    if lacking(asked.config.model):  # which says more than a model that cannot be built
-        refuse_if_wrong(facts)
     question = question_of_facts(facts)
     facts = dataclasses.replace(facts, model=ModelCheck(zygote, question).answer())
     if isinstance(facts.model, Refused) and facts.model.kind != "value":
