@@ -5,7 +5,6 @@ takes seconds, and tells all that decides whether a run can begin: sizes, classe
 decoding shows is left to the conversion.
 """
 
-import errno
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from dataio.codecs.codec import Refusal
 from dataio.codecs.make import looked_at
 from dataio.config import DataConfig
 from dataio.convert import checked_values, conversion_identities, source_of
-from dataio.foreign import MAX_IMAGE_BYTES, open_regular
+from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, SplitInfo
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample
@@ -158,7 +157,7 @@ def _beginning_and_end(path: Path) -> tuple[bytes, int]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_IMAGE_BYTES:
-            raise OSError(errno.EFBIG, f"more than {MAX_IMAGE_BYTES} bytes, the most that is read of such a file")
+            return read_regular(path, MAX_IMAGE_BYTES), size  # which refuses it in its own words
         head = file.read(GLANCE_BYTES)
         if len(head) < GLANCE_BYTES:
             return head, len(head)

@@ -286,7 +286,7 @@ def _settings(run: RunFiles) -> Html:
 
 
 _WORDS = (
-    ("stem", "Stem (model.stem): the model's first layers, which may be fitted to small images."),
+    ("stem", "Stem (model.stem): the model's first layers, which may be fitted to small inputs."),
     ("virtual_ranks", "Virtual ranks (train.virtual_ranks): the equal parts into which each batch is cut, whatever the number of workers."),
     ("ema", "EMA (train.ema): an average of the weights over the last steps."),
 )
