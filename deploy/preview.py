@@ -211,8 +211,8 @@ def _picture(dashboard: Dashboard, source: Source, of: Subject) -> Figure:
                 1 - 0.17 / (place.height * UNIT_INCHES),
                 panel.title,
                 transform=card.transAxes,
-                size=9 if panel.kind == "stat" else 10,
-                color=INK if panel.kind != "stat" else SOFT,
+                size=9 if panel.kind in ("stat", "state") else 10,
+                color=SOFT if panel.kind in ("stat", "state") else INK,
                 va="center",
             )
             if not any(series for _, series in found):
@@ -221,7 +221,7 @@ def _picture(dashboard: Dashboard, source: Source, of: Subject) -> Figure:
                 card.text(0.5, 0.42, text, transform=card.transAxes, ha="center", va="center", color=SOFT, size=10)
                 continue
             match panel.kind:
-                case "stat":
+                case "stat" | "state":
                     _stat(card, panel, found)
                 case "timeseries":
                     _lines(figure, card, panel, found, source, marks, place.height)
@@ -261,7 +261,8 @@ def _inner(card: Axes, left: float, bottom: float, right: float, top: float) -> 
 
 def _name(panel: Panel, query: Query, series: Series) -> str:
     legend = re.sub(r"\{\{(\w+)\}\}", lambda match: series.labels.get(match[1], ""), query.legend) or "value"
-    return panel.names.get(legend, legend)
+    look = panel.looks.get(legend)
+    return look.name if look is not None and look.name else legend
 
 
 def _color(panel: Panel, value: float) -> str:
@@ -277,8 +278,9 @@ def _stat(card: Axes, panel: Panel, found: list[tuple[Query, list[Series]]]) -> 
     finite = [value for value in series.values if math.isfinite(value)]
     value = finite[-1]
     text = f"{duration(max(0.0, time.time() - value / 1000))} ago" if panel.dates else written(value, panel.unit, panel.decimals)
-    text = name if panel.shows_names else text
-    color = COLORS[panel.colors[name]] if name in panel.colors else _color(panel, value)
+    text = name if panel.kind == "state" else text
+    look = panel.looks.get(name)
+    color = COLORS[look.color] if look is not None and look.color else _color(panel, value)
     card.text(
         0.5, 0.4, text, transform=card.transAxes, size=19 if len(text) < 11 else 14, weight="bold", color=color, ha="center", va="center"
     )

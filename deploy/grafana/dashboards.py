@@ -4,7 +4,7 @@ pipeline, quarantine). Content only: panels.py says what a panel is, model.py ma
 A panel's number of series does not grow with the run: it shows quantiles over ranks, and tables of the ten worst.
 """
 
-from deploy.grafana.panels import Annotation, Dashboard, Needs, Panel, Query, Row, Unit, Variable
+from deploy.grafana.panels import Annotation, Dashboard, Look, Needs, Panel, Query, Row, Unit, Variable
 
 OF_RUN = 'namespace="$namespace",run="$run"'
 R = f"{{{OF_RUN}}}"
@@ -120,6 +120,7 @@ ANNOTATIONS = (
 )
 
 STATES = {"running": "blue", "finished": GREEN, "stopped": ORANGE, "failed": RED, "vanished": RED}
+"""Colours."""
 LAST_STATE = f"topk(1, max by (state) (max_over_time({{run_state_time_seconds}}{R}[1d])))"
 SILENT = f'(label_replace(vector(1), "state", "running", "", "") unless on () max({{run_state}}{R}))'
 """There if nobody answers for the run."""
@@ -131,12 +132,11 @@ STATE = Panel(
         Query(expr=f"{LAST_STATE} unless on (state) {SILENT}", legend="{{state}}", instant=True),
         Query(expr=f"{LAST_STATE} and on (state) {SILENT}", legend="vanished", instant=True, needs="down target"),
     ),
-    kind="stat",
+    kind="state",
     unit="none",
     width=4,
     height=4,
-    colors=STATES,
-    shows_names=True,
+    looks={state: Look(color=color) for state, color in STATES.items()},
 )
 IMAGES = number(
     "Images a second",
@@ -159,20 +159,20 @@ GOODPUT = Panel(
     decimals=1,
     base=RED,
     thresholds=((0.8, ORANGE), (0.9, GREEN)),
-    colors={"first hour": "blue"},
+    looks={"first hour": Look(color="blue")},
     width=4,
     height=4,
 )
 CAUSES = {
-    "data_wait": "waiting for data",
-    "exchange_wait": "waiting for other ranks",
-    "checkpoint_stall": "waiting for checkpoints",
-    "start_up": "start",
-    "compile": "compilation",
-    "recovery": "recovery from failures",
-    "resize": "changes of the workers",
-    "hang": "hangs",
-    "lost_work": "steps done again",
+    "data_wait": Look(name="waiting for data"),
+    "exchange_wait": Look(name="waiting for other ranks"),
+    "checkpoint_stall": Look(name="waiting for checkpoints"),
+    "start_up": Look(name="start"),
+    "compile": Look(name="compilation"),
+    "recovery": Look(name="recovery from failures"),
+    "resize": Look(name="changes of the workers"),
+    "hang": Look(name="hangs"),
+    "lost_work": Look(name="steps done again"),
 }
 """Names on panels of the values of `cause`; the others are words already."""
 ALERTS = Panel(
@@ -387,7 +387,7 @@ RUN = Dashboard(
                     title="Where the run's time went",
                     description="Every second since the run began, by cause; `steps` are the useful ones.",
                     queries=(Query(expr=f"sort_desc(max by (cause) ({{run_seconds}}{R}) > 0)", legend="{{cause}}", instant=True),),
-                    names=CAUSES,
+                    looks=CAUSES,
                     kind="bargauge",
                     unit="s",
                     minimum=0,
@@ -413,7 +413,7 @@ RUN = Dashboard(
                             legend="{{cause}}",
                         ),
                     ),
-                    names=CAUSES,
+                    looks=CAUSES,
                     unit="s",
                     stacked=True,
                     minimum=0,

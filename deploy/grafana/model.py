@@ -103,7 +103,7 @@ def _panel(panel: Panel) -> Any:
     match panel.kind:
         case "timeseries":
             built: Any = _lines(panel)
-        case "stat":
+        case "stat" | "state":
             built = _stat(panel)
         case "bargauge":
             built = _bars(panel)
@@ -128,11 +128,13 @@ def _panel(panel: Panel) -> Any:
     )
     for number, query in enumerate(panel.queries):
         built = built.with_target(_query(query, panel, number))
-    for legend, color in panel.colors.items():
-        fixed = {"mode": "fixed", "fixedColor": color}
-        built = built.override_by_name(legend, [models.DynamicConfigValue(id_val="color", value=fixed)])
-    for legend, shown in panel.names.items():
-        built = built.override_by_name(legend, [models.DynamicConfigValue(id_val="displayName", value=shown)])
+    for legend, look in panel.looks.items():
+        properties = []
+        if look.color:
+            properties.append(models.DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": look.color}))
+        if look.name:
+            properties.append(models.DynamicConfigValue(id_val="displayName", value=look.name))
+        built = built.override_by_name(legend, properties)
     if panel.decimals is not None:
         built = built.decimals(panel.decimals)
     if panel.minimum is not None:
@@ -166,9 +168,9 @@ def _lines(panel: Panel) -> timeseries.Panel:
 def _stat(panel: Panel) -> stat.Panel:
     return (
         stat.Panel()
-        .graph_mode(style.BigValueGraphMode.NONE if panel.dates or panel.shows_names else style.BigValueGraphMode.AREA)
+        .graph_mode(style.BigValueGraphMode.NONE if panel.dates or panel.kind == "state" else style.BigValueGraphMode.AREA)
         .color_mode(style.BigValueColorMode.VALUE)
-        .text_mode(style.BigValueTextMode.NAME if panel.shows_names else style.BigValueTextMode.VALUE)
+        .text_mode(style.BigValueTextMode.NAME if panel.kind == "state" else style.BigValueTextMode.VALUE)
         .color_scheme(builders.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False))
     )

@@ -16,7 +16,8 @@ Needs = Literal[
 """What a query needs besides a run's first steps and commit in order to have data: nothing, a GPU, a quarantined sample, a firing alert,
 a process that does not answer, a first evaluation, a device whose peak is known, a failure and the restart after it, a change of the
 number of workers, the run's end, its first hour to be over, the metrics of Ray itself, of a node exporter, of a DCGM exporter."""
-Kind = Literal["stat", "timeseries", "bargauge", "table"]
+Kind = Literal["stat", "state", "timeseries", "bargauge", "table"]
+"""A `state` is a stat that shows a series' name in place of its value."""
 Unit = Literal["short", "none", "percentunit", "s", "bytes", "Bps", "watt", "images/s", "steps/s", "celsius", "hertz"]
 COLUMNS = 24
 
@@ -34,6 +35,16 @@ class Query:
     @property
     def promql(self) -> str:
         return fill(self.expr)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """How a series is shown."""
+
+    name: str = ""
+    """In place of its legend."""
+    color: str = ""
+    """In place of its value's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,12 +72,8 @@ class Panel:
     smallest_first: bool = False
     dates: bool = False
     """The values are unix times."""
-    colors: Mapping[str, str] = field(default_factory=dict)
-    """Colours of series, by their legend, in place of those of the values."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Names of series, by their legend."""
-    shows_names: bool = False
-    """A stat shows a series' name in place of its value."""
+    looks: Mapping[str, "Look"] = field(default_factory=dict)
+    """Of series, by their legend."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

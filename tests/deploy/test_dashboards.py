@@ -93,7 +93,7 @@ def test_what_one_dashboard_says_another_one_does_not_contradict() -> None:
     for dashboard in DASHBOARDS:
         for _, _, inside in places(dashboard):
             for panel, _ in inside:
-                if panel.kind == "stat":
+                if panel.kind in ("stat", "state"):
                     queries_of.setdefault(panel.title, set()).add(tuple(query.expr for query in panel.queries))
                 for query in panel.queries:
                     if panel.unit == "s":
@@ -105,7 +105,7 @@ def test_what_one_dashboard_says_another_one_does_not_contradict() -> None:
 def test_the_goodput_tile_has_no_warning_colour_before_its_alert_may_fire() -> None:
     [tile] = [panel for _, _, inside in places(DASHBOARDS[0]) for panel, _ in inside if panel.title == "Goodput"]
     first, later = tile.queries
-    assert (first.legend, tile.colors[first.legend]) == ("first hour", "blue")
+    assert (first.legend, tile.looks[first.legend].color) == ("first hour", "blue")
     assert first.expr.endswith("< 3600")
     assert later.expr.endswith(">= 3600")
 
@@ -114,11 +114,11 @@ def test_causes_are_shown_in_words() -> None:
     for _, _, inside in places(DASHBOARDS[0]):
         for panel, _ in inside:
             if any(query.legend == "{{cause}}" for query in panel.queries):
-                assert not [cause for cause in CAUSES if "_" in panel.names.get(cause, cause)], panel.title
+                assert not [cause for cause in CAUSES if "_" in (panel.looks[cause].name if cause in panel.looks else cause)], panel.title
                 board = to_dict(DASHBOARDS[0])
                 [made] = [each for each in board["panels"] if each["title"] == panel.title]
                 shown = {each["matcher"]["options"]: each["properties"][0]["value"] for each in made["fieldConfig"]["overrides"]}
-                assert shown == dict(panel.names)
+                assert shown == {cause: look.name for cause, look in panel.looks.items()}
 
 
 def test_no_query_has_a_series_for_every_rank() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.deploy.rules import PROJECT, RAY_VERSION
+from tests.deploy.rules import PROJECT, RAY_VERSION, VERSION
 
 FOLDER = PROJECT / "deploy" / "vms"
 SCHEMA = json.loads(files("ray.autoscaler").joinpath("ray-schema.json").read_text())
@@ -56,7 +56,7 @@ def test_spot_workers_hear_of_their_end_and_run_the_image_of_the_dockerfile() ->
     assert worker["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert worker["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 2}
     assert "python -m deploy.preempt watch-spot --notice /tmp/preempted" in config["worker_start_ray_commands"][-1]
-    assert config["docker"]["image"].partition(":")[2] == f"{RAY_VERSION}-gpu"
+    assert config["docker"]["image"].partition(":")[2] == f"{VERSION}-ray{RAY_VERSION}-gpu"
 
 
 BROKEN: dict[str, Callable[[Any], Any]] = {
