@@ -114,7 +114,12 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     shared = blocks_of_virtual_ranks(order.virtual_ranks, me.world_size, me.rank)
     loader = SimpleNamespace(cache="off", backend_name="none", decode_seconds=0.0, image_size=(28, 28))
     data: Any = SimpleNamespace(
-        order=order, virtual_ranks=shared, share=1 / me.world_size, loader=loader, dataset=open_dataset(spec.dataset or "")
+        order=order,
+        samples_of=lambda step: order.batch_size,
+        virtual_ranks=shared,
+        share=1 / me.world_size,
+        loader=loader,
+        dataset=open_dataset(spec.dataset or ""),
     )
     model = nn.Linear(16, 16)
     with torch.no_grad():
@@ -126,7 +131,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     state = TrainState(model, optimizer)
     memory = restore(store, spec.resume, state, me.waits)
     plan = StepPlan.of(spec.config, order.steps_per_epoch, start_step=memory.start_step)
-    guard = Guard(spike_factor=0.0, batch_size=order.batch_size, samples_of=lambda step: order.batch_size)
+    guard = Guard(spike_factor=0.0, batch_size=order.batch_size, samples_of=data.samples_of)
     guard.load(memory.history.guard)
     saver = Saver(me, data, plan, store=store, state=state, memory=memory, guard=guard, weights=None)
     speed, totals = Speed(), RankTotals(share=data.share)
