@@ -116,7 +116,7 @@ def config_of(setting: Setting, *more: str) -> Any:
         flags += ["--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--train.precision", "fp32"]
     else:
         flags += ["--model.name", "resnet18", "--model.stem", "article", "--train.precision", "bf16", "--train.compile"]
-    return decided(parse([*flags, *more, *setting.extra], prog="python -m benchmarks.gpu_suite").config)
+    return decided(parse([*flags, *more, *setting.extra]).config)
 
 
 class Steps:

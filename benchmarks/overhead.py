@@ -89,7 +89,7 @@ def settings_of(data: str, storage: Path, batch_size: int, extra: Sequence[str])
         *("--train.checkpoint-every", str(every), "--train.verify-every", str(every // 2), "--train.eval-every-epochs", "1000000"),
         *("--train.epochs", "1000000", "--storage", str(storage), "--run", "overhead", *extra),
     ]
-    return decided(parse(flags, prog="python -m benchmarks.overhead").config)
+    return decided(parse(flags).config)
 
 
 class Turns:

@@ -48,7 +48,7 @@ def config_of(seed: int, virtual_ranks: int) -> RunConfig:
         *("--train.epochs", str(EPOCHS), "--optim.warmup-steps", "3", "--train.seed", str(seed)),
         *("--train.virtual-ranks", str(virtual_ranks)),
     ]
-    return parse(flags, prog="python -m benchmarks.remainder").config
+    return parse(flags).config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)

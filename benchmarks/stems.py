@@ -207,7 +207,7 @@ def main() -> int:
         *("--model.name", options.model, "--model.weights", options.weights, "--model.stem", "native", "--train.virtual-ranks", "1"),
         *("--train.epochs", str(options.epochs), "--train.max-steps", str(options.steps), *options.settings),
     ]
-    config = decided(parse(flags, prog="python -m benchmarks.stems").config)
+    config = decided(parse(flags).config)
     result = described("stems", options)
     dataset = open_dataset(Path(prepare(config.data)))
     result |= measure(config, dataset, seeds=options.seeds, enlarge=options.enlarge, threads=options.threads)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -57,6 +58,8 @@ def serving(server: Server) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         server.start()
+        # moto keeps its buckets in this process, also those of the servers before.
+        urlopen(Request(f"{server.endpoint}/moto-api/reset", method="POST"), timeout=30).close()
         try:
             yield server
         finally:

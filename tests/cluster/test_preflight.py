@@ -22,7 +22,7 @@ from cluster.storage import open_storage
 from dataio.parquet import open_dataset
 from tests.e2e.running import PROJECT
 from trainer.drive.data import ship
-from trainer.drive.start import check_storage_outlives_job
+from trainer.drive.survey import check_storage_outlives_job
 from trainer.settings.tree import RunConfig
 
 SAMPLES = PROJECT / "dataio" / "samples" / "fashion_mnist"

@@ -67,13 +67,15 @@ def test_the_page_holds_those_images_and_nothing_that_runs_or_loads(tmp_path: Pa
     sources = [value for name, key, value in page.attributes if (name, key) == ("img", "src")]
     thumbnails = look_up(found, open_dataset(SAMPLE), 10)
     shown = Counter([*thumbnails.worst, *(row for rows in thumbnails.cells.values() for row in rows)])
-    assert Counter(sources) == sum((Counter({thumbnails.sources[row]: times}) for row, times in shown.items()), Counter())
+    expected = sum((Counter({thumbnails.sources[row]: times}) for row, times in shown.items()), Counter[str]())
+    assert not expected - Counter(sources)
+    assert (Counter(sources) - expected).total() == 1  # the image that was left out
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "script" not in page.elements
     targets = {value for _, key, value in page.attributes if key == "popovertarget"}
     assert targets == {value for _, key, value in page.attributes if key == "id" and value.startswith("cell-") and "title" not in value}
     alts = [value for name, key, value in page.attributes if (name, key) == ("img", "alt")]
-    assert all("sure" in alt for alt in alts)
+    assert sum("sure" not in alt for alt in alts) == 1
     row = thumbnails.worst[0]
     label, answer = (MANIFEST.classes[index] for index in (found.labels[row], found.answers[row]))
     assert f"{found.keys[row]}: {label} taken for {answer}, {100 * found.confidence[row]:.1f} % sure" in alts
@@ -258,7 +260,7 @@ def test_predictions_of_another_evaluation_are_not_used(tmp_path: Path) -> None:
     assert "There is no predictions.parquet, which a run writes when it finishes" in page_of(broken).text
     for folder in (stale, other, moved, fewer, broken):
         page = Page((folder / "report.html").read_text())
-        assert "img" not in page.elements
+        assert page.elements.count("img") <= 1  # the image that was left out, where the data set is known
         assert "Confusion" in page.text
 
 
