@@ -139,14 +139,14 @@ def test_a_tasks_own_measures_are_in_prometheus_and_on_the_dashboard(
     server, port = prometheus
     run = Run(
         *("--workers", "1", "--train.epochs", "1000", "--cluster.discovery-port", str(port), "--data.test-fraction", "0.02"),
-        *("--optim.lr", "0.005", *MULTITASK),
+        *("--cluster.metrics-namespace", "ann", "--optim.lr", "0.005", *MULTITASK),
         storage=tmp_path / "runs",
         name="measured",
         data=emoji,
     )
     try:
         run.wait_for("evaluation", timeout=240)
-        (panel,) = {each.query for each in queries(run="measured", rate_interval="5s") if each.panel == "Test measures"}
+        (panel,) = {each.query for each in queries(run="measured", namespace="ann", rate_interval="5s") if each.panel == "Test measures"}
         run._until(lambda: {"done": True} if server.query(panel) else None, "a line of the panel", 60)
         assert {row["metric"]["measure"] for row in server.query(panel)} >= MEASURES
         (rank,) = (target["targets"][0] for target in json.loads(get(f"127.0.0.1:{port}", "/sd")) if target["labels"]["rank"] == "0")
