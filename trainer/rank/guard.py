@@ -63,9 +63,12 @@ class Guard:
         samples_of: Callable[[int], int],
         fresh_at: Sequence[int] = (),
         loss_floor: float | None = 0.0,
+        judges_early: bool = True,
     ) -> None:
+        """`judges_early`: the first losses too. Squared errors may rise a hundredfold before they fall, so only cross-entropy, on which the
+        rule was measured, is judged like that."""
         self._factor, self._batch_size, self._samples_of, self._fresh_at = spike_factor, batch_size, samples_of, tuple(fresh_at)
-        self._loss_floor = loss_floor
+        self._loss_floor, self._judges_early = loss_floor, judges_early
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._last_step = -1
         self._judges_all = True
@@ -95,7 +98,7 @@ class Guard:
     def _check_spike(self, step: int, loss: float, few: int) -> None:
         """`few`: the number of samples of a short batch, else 0."""
         if len(self._losses) < ENOUGH:
-            if self._judges_all:
+            if self._judges_all and self._judges_early:
                 self._check_early(step, loss, few)
             return
         median = statistics.median(self._losses)
@@ -142,6 +145,7 @@ class Guard:
             samples_of=self._samples_of,
             fresh_at=self._fresh_at,
             loss_floor=self._loss_floor,
+            judges_early=self._judges_early,
         )
         twin.load(self.state())
         twin.newest_loss = self.newest_loss

@@ -206,6 +206,9 @@ class Steps:
         )
 
 
+CROSS_ENTROPY_TASKS = frozenset({"classification", "multilabel"})
+
+
 def guard_of(data: RankData, learner: Learner, plan: StepPlan, memory: Memory) -> Guard:
     """The run's guard, with the state that the checkpoint holds."""
     config, saved = learner.config, memory.history.guard
@@ -215,6 +218,7 @@ def guard_of(data: RankData, learner: Learner, plan: StepPlan, memory: Memory) -
         samples_of=data.samples_of,
         fresh_at=plan.thaws,
         loss_floor=None if config.optim.loss else learner.task.info.loss_floor,
+        judges_early=not config.optim.loss and learner.task.info.name in CROSS_ENTROPY_TASKS,
     )
     guard.load(saved)
     return guard
