@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import time
 import tomllib
 from pathlib import Path
 
@@ -17,13 +16,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return install(tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("installed"))
 
 
-def test_the_command_works_in_any_folder_and_without_torch(installed: Installed, tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_the_command_works_in_any_folder_and_without_torch(installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     said = installed.finetune("--version", home=tmp_path)
-    seconds = time.monotonic() - began
     version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
     assert (said.returncode, said.stdout) == (0, f"ray-finetune {version}\n"), said.stderr
-    assert seconds < 5, "it imports more than it needs"  # 0.2 s on a machine that does nothing else
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in said.stderr.splitlines()}
+    assert "trainer" in imported
+    assert not imported & {"torch", "ray", "pyarrow", "numpy"}, "it imports more than it needs"
 
 
 def test_recipes_and_sample_images_are_installed_too(installed: Installed, tmp_path: Path) -> None:
@@ -46,24 +46,14 @@ def test_every_module_is_installed_and_nothing_else(installed: Installed) -> Non
     assert {path.name for path in installed.folder.iterdir() if not path.name.endswith(".dist-info")} == {*packages, "bin"}
 
 
-def test_the_lock_file_has_the_versions_of_the_constraints() -> None:
+def test_uv_installs_the_versions_of_the_constraints() -> None:
     lines = (PROJECT / "constraints.txt").read_text().splitlines()
-    tested = {_plain(name): version for name, _, version in (line.partition("==") for line in lines if line and line[0] != "#")}
-    packages = tomllib.loads((PROJECT / "uv.lock").read_text())["package"]
-    locked = {each["name"]: each["version"] for each in packages if "registry" in each["source"]}
-    assert {name: version for name, version in locked.items() if tested.get(name, version) != version} == {}
-    assert locked.keys() - tested.keys() <= {"setuptools", "wheel", "pyyaml-ft"}  # which `pip freeze` does not list
-
-
-def test_the_lock_file_is_of_these_dependencies() -> None:
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    (ours,) = [each for each in tomllib.loads((PROJECT / "uv.lock").read_text())["package"] if each["name"] == project["name"]]
-    asked = ours["metadata"]["requires-dist"]
-    wanted = {_name_of(each) for each in project["dependencies"]}
-    assert {each["name"] for each in asked if "extra" not in each.get("marker", "")} == wanted
-    for extra, dependencies in project["optional-dependencies"].items():
-        theirs = {each["name"] for each in asked if f"extra == '{extra}'" in each.get("marker", "")}
-        assert theirs == {_name_of(each) for each in dependencies}, extra
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    assert project["tool"]["uv"]["constraint-dependencies"] == pinned
+    extras = project["project"]["optional-dependencies"].values()
+    asked = [*project["project"]["dependencies"], *(each for extra in extras for each in extra)]
+    assert {_name_of(each) for each in asked} <= {_name_of(each) for each in pinned}
 
 
 def _name_of(requirement: str) -> str:
