@@ -2,7 +2,6 @@
 coordinators without Ray, one of them in a process that is killed."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,14 +21,11 @@ from cluster.names import FILE_SD
 from cluster.roster import RankInfo
 from cluster.storage import open_storage
 from cluster.store import Store
-from deploy.prometheus import rules
 from tests.ports import free_ports
+from tests.prometheus import PROMETHEUS, Prometheus
 
-PROMETHEUS = shutil.which("prometheus")
 PROJECT = Path(__file__).resolve().parents[2]
-CONFIG = PROJECT / "deploy" / "prometheus" / "prometheus.yml"
 SCRAPE_SECONDS = 0.5
-TIME_SCALE = 0.01
 """What fires after two minutes fires after 1.2 s."""
 KILLED = """
 import sys, time
@@ -68,31 +63,8 @@ class Run:
         return most, time.monotonic() - began
 
 
-class Prometheus:
-    def __init__(self, folder: Path, port: int) -> None:
-        config = CONFIG.read_text().replace("127.0.0.1:9410", f"127.0.0.1:{port}").replace("5s", f"{round(1000 * SCRAPE_SECONDS)}ms")
-        (folder / "prometheus.yml").write_text(config)
-        (folder / "alerts.yml").write_text(rules(time_scale=TIME_SCALE, scrape_seconds=SCRAPE_SECONDS))
-        self.address = "127.0.0.1:{}".format(*free_ports(1))
-        with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    str(PROMETHEUS),
-                    f"--config.file={folder / 'prometheus.yml'}",
-                    f"--storage.tsdb.path={folder / 'tsdb'}",
-                    f"--web.listen-address={self.address}",
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        url = f"http://{self.address}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
-        try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                return list(json.load(answer)["data"]["result"])
-        except OSError:  # not up yet
-            return []
+class Ends(Prometheus):
+    """What it knows of runs' ends."""
 
     def runs(self, expression: str) -> set[tuple[str, ...]]:
         """Namespace, run and what else tells the results apart."""
@@ -114,18 +86,17 @@ class Prometheus:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Prometheus, int]]:
+def served(tmp_path: Path) -> Iterator[tuple[Ends, int]]:
     [port] = free_ports(1)
-    server = Prometheus(tmp_path, port)
+    server = Ends(tmp_path, port, scrape_seconds=SCRAPE_SECONDS)
     yield server, port
-    server.process.terminate()
-    server.process.wait(30)
+    server.stop()
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed (Debian package prometheus)")
 def test_a_finished_a_failed_a_stopped_and_a_killed_run_of_two_users_raise_exactly_what_is_documented(
-    tmp_path: Path, served: tuple[Prometheus, int]
+    tmp_path: Path, served: tuple[Ends, int]
 ) -> None:
     prometheus, port = served
     finished = Run(tmp_path / "ann", "ann", "quick", port)

@@ -9,7 +9,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,15 +17,12 @@ from dataio.convert import prepare
 from dataio.manifest import SplitInfo
 from dataio.parquet import ShardWriter, open_dataset
 from deploy.grafana import queries
-from deploy.prometheus import rules
-from tests.e2e.running import PROJECT, Run
+from tests.e2e.running import Run
 from tests.ports import free_ports
+from tests.prometheus import CONFIG, PROMETHEUS, Prometheus
 
-PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
-CONFIG = PROJECT / "deploy" / "prometheus" / "prometheus.yml"
+PROMTOOL = shutil.which("promtool")
 
-TIME_SCALE = 0.01
-"""An alert that waits for ten minutes waits for 6 s."""
 NOT_HERE = {"gpu", "peak", "resize", "hour", "ray", "node", "dcgm"}
 """What panels need that these runs do not have: GPUs, another number of workers (test_elastic.py), an hour, other exporters."""
 ENDS = {"FinetuneRunFailed", "FinetuneRunVanished", "FinetuneRunStopped"}
@@ -45,40 +41,8 @@ def get(address: str, path: str) -> str:
         return body.decode()
 
 
-class Prometheus:
-    """The real one, with the shipped configuration and the shipped alerts: only the discovery port is the test's, and time runs faster."""
-
-    def __init__(self, folder: Path, discovery_port: int) -> None:
-        config = CONFIG.read_text().replace("127.0.0.1:9410", f"127.0.0.1:{discovery_port}")
-        (folder / "prometheus.yml").write_text(config.replace("5s", "1s"))
-        (folder / "alerts.yml").write_text(rules(time_scale=TIME_SCALE, scrape_seconds=1))
-        self.address = "127.0.0.1:{}".format(*free_ports(1))
-        with (folder / "prometheus.log").open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    str(PROMETHEUS),
-                    f"--config.file={folder / 'prometheus.yml'}",
-                    f"--storage.tsdb.path={folder / 'tsdb'}",
-                    f"--web.listen-address={self.address}",
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        try:
-            answer = json.loads(get(self.address, "/api/v1/query?" + urllib.parse.urlencode({"query": expression})))
-        except OSError:  # not up yet
-            return []
-        result: list[dict[str, Any]] = answer["data"]["result"]
-        return result
-
-    def firing(self) -> set[str]:
-        return {row["metric"]["alertname"] for row in self.query('count by (alertname) (ALERTS{alertstate="firing"})')}
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+def firing(server: Prometheus) -> set[str]:
+    return {row["metric"]["alertname"] for row in server.query('count by (alertname) (ALERTS{alertstate="firing"})')}
 
 
 @pytest.fixture
@@ -130,7 +94,7 @@ class Watch:
         for name, each in list(self._empty.items()):
             if self._server.query(each.query):
                 del self._empty[name]
-        self.fired |= self._server.firing()
+        self.fired |= firing(self._server)
 
     def empty(self, *but: str) -> list[str]:
         """Queries that never had data, but for those that need one of `but`."""

@@ -17,8 +17,9 @@ import pytest
 from benchmarks.emoji import TRAITS, prepare
 from deploy.grafana import queries
 from tests.e2e.running import PROJECT, Run
-from tests.e2e.test_monitoring import PROMETHEUS, Prometheus, get
+from tests.e2e.test_monitoring import get
 from tests.ports import free_ports
+from tests.prometheus import PROMETHEUS, Prometheus
 
 MULTILABEL = ("--data.targets", "traits:labels", "--task.loss", "asymmetric")
 MULTITASK = ("--data.targets", "category,subcategory,traits:labels,version:number", "--task.head-weights", "learned")
