@@ -417,7 +417,8 @@ class Campaign:
         folder.mkdir(parents=True)
         if trial.place == "local":
             return str(folder / "runs"), str(folder / "runs"), folder
-        return f"s3://{s3.BUCKET}/{folder.name}", f"{s3.BUCKET}/{folder.name}", folder
+        bucket = s3.new_bucket(f"trial-{folder.name}")
+        return f"s3://{bucket}/runs", f"{bucket}/runs", folder
 
 
 def storage_trials(campaign: Campaign, place: Place, kind: str, how: How, every: int) -> Iterator[Trial]:
