@@ -65,6 +65,7 @@ def _carry_out(invocation: Invocation, argv: list[str], signals: Signals) -> int
             invocation.recipes,
             console,
             from_recipes=invocation.from_recipes,
+            given=invocation.given,
             in_job=here.in_job,
             ray_address=here.ray_address,
         )
@@ -74,6 +75,8 @@ def _carry_out(invocation: Invocation, argv: list[str], signals: Signals) -> int
         command=shlex.join([*program("run").split(), *argv]),
         environment=environment(),
         from_recipes=invocation.from_recipes,
+        recipes=invocation.recipes,
+        given=invocation.given,
     )
     return run(asked, console, signals)
 

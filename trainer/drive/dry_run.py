@@ -23,10 +23,11 @@ from trainer.drive.capability import here, settled
 from trainer.drive.check import Checked, Refused, built
 from trainer.drive.identity import check_same_run, resolved, run_prefix
 from trainer.drive.plan import Devices, ModelFacts, counted, describe, model_facts, table
-from trainer.drive.problems import Facts, problems_of, refuse_if_wrong, with_length
+from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, with_length
 from trainer.drive.stages import question_of_facts
 from trainer.drive.survey import survey
 from trainer.settings.identity import weights_sha256
+from trainer.settings.photos import RECIPE
 from trainer.settings.rules import worker_count
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import number
@@ -43,6 +44,7 @@ def dry_run(
     console: Console,
     *,
     from_recipes: frozenset[str] = frozenset(),
+    given: frozenset[str] = frozenset(),
     in_job: bool = False,
     ray_address: str = "",
 ) -> int:
@@ -51,10 +53,12 @@ def dry_run(
     facts = survey(config, workers=partial(_workers, config, gpus, config.cluster.address or ray_address), in_job=in_job)
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     if facts.looked is not None and not facts.looked.is_converted and facts.manifest is not None:
-        console.print(data_table(facts.looked, config))
-    facts = with_name(facts, recipes)
+        console.print(data_table(facts.looked, facts.config))
+    choice = choice_for(facts, given, recipes)
+    facts = dataclasses.replace(facts, config=choice.config)
+    facts = with_name(facts, (RECIPE,) if choice.takes_recipe else recipes)
     facts, said = with_length(facts, from_recipes)
-    for line in said:
+    for line in (*choice.said, *said):
         tell(line)
     facts, counts = with_model(facts)
     for line in facts.model.notes if isinstance(facts.model, Checked) else ():

@@ -14,6 +14,7 @@ from dataio.scan import Looked
 from trainer.drive.check import Checked, Refused
 from trainer.drive.disk_room import judge, state_bytes
 from trainer.settings.length import length_of
+from trainer.settings.photos import Choice, choice_of
 from trainer.settings.rules import validate
 from trainer.settings.spec import order_of, total_steps_of
 from trainer.settings.tree import RunConfig
@@ -37,6 +38,8 @@ class Facts:
     """The most that there may be."""
     is_new: bool = True
     """The run was never started. One that was goes on by the rules by which it began."""
+    saved: RunConfig | None = None
+    """The settings that the run was started with, if it was and is known by its name."""
     found_wrong: tuple[str, ...] = ()
     """Problems that came up while the facts were looked for: a storage that cannot be written to, data that are not there."""
     looked: Looked | None = None
@@ -174,6 +177,13 @@ def room_for_data(facts: Facts) -> str | None:
 
 
 CHECKS: tuple[Check, ...] = (bad_samples, splits, sizes, settings, model, resume, room_for_checkpoints, room_for_data)
+
+
+def choice_for(facts: Facts, given: Set[str], recipes: tuple[str, ...]) -> Choice:
+    """What the rule for photographs chooses (trainer.settings.photos); nothing while the data are not known."""
+    if facts.manifest is None:
+        return Choice(config=facts.config, chosen={})
+    return choice_of(facts.config, facts.manifest, given=given, recipes=recipes, workers=facts.workers, saved=facts.saved)
 
 
 def with_length(facts: Facts, from_recipes: Set[str]) -> tuple[Facts, tuple[str, ...]]:

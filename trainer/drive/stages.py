@@ -54,6 +54,11 @@ class Asked:
     environment: Environment
     from_recipes: frozenset[str] = frozenset()
     """The settings that nobody but a shipped recipe has set."""
+    recipes: tuple[str, ...] = ()
+    given: frozenset[str] = frozenset()
+    """The settings that flags have set."""
+    said: tuple[str, ...] = ()
+    """What was chosen for the data (trainer.settings.photos), a line each."""
 
     @property
     def address(self) -> str:
@@ -119,6 +124,8 @@ class Decided:
     resources: "Resources"
     task: TaskInfo
     identity: Identity
+    said: tuple[str, ...] = ()
+    """What was chosen for the data of a new run, a line each."""
 
     @property
     def fingerprint(self) -> str:

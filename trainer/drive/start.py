@@ -23,11 +23,11 @@ from rich.console import Console
 from cluster.belongings import belongings, preferred_place, problem_of
 from cluster.journal import Journal
 from cluster.redact import redact
-from cluster.storage import is_outage, open_storage
+from cluster.storage import Storage, is_outage, open_storage
 from cluster.store import Commit, Store
 from cluster.zygote import Zygote
 from dataio.manifest import image_size_of
-from dataio.parquet import open_dataset
+from dataio.parquet import Dataset, open_dataset
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck, Question, Refused
 from trainer.drive.data import check_can_ship, open_data, record_left_out
@@ -38,10 +38,12 @@ from trainer.drive.identity import (
     check_same_commit,
     check_same_identity,
     check_same_run,
+    find,
     newest_start,
     resolved,
+    run_prefix,
 )
-from trainer.drive.problems import Facts, problems_of, refuse_if_wrong, with_length
+from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, with_length
 from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes, told_threads
 from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Phase, Signals
@@ -52,9 +54,11 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.identity import description_sha256, weights_sha256
 from trainer.settings.length import length_of
+from trainer.settings.photos import RECIPE, choice_of
 from trainer.settings.rules import worker_count
 from trainer.settings.spec import RANK_MODULES, make_order
 from trainer.settings.toml import to_toml
+from trainer.settings.tree import RunConfig
 
 if TYPE_CHECKING:
     from cluster.launch import ClusterHardware, Resources
@@ -79,7 +83,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
         signals.enter(Phase.PREPARING_DATA)
         set_up = SetUp(console)
         seen = look_first(asked, zygote, set_up)
-        data = with_data(asked, console, set_up)
+        data = with_data(asked, console, set_up, seen.facts.config)
         signals.enter(Phase.SETTING_UP)
         placed, checked = None, None
         if (workers := workers_known(asked)) is not None:
@@ -159,6 +163,7 @@ def look_first(asked: Asked, zygote: Zygote, set_up: SetUp) -> Seen:
     If the data are converted and nothing is wrong, the model is left to `check_before_cluster`: the run may have finished long ago."""
     environment = asked.environment
     facts = survey(asked.config, workers=partial(workers_known, asked), in_job=environment.in_job, call=set_up.call)
+    facts = dataclasses.replace(facts, config=choice_for(facts, asked.given, asked.recipes).config)
     facts, _ = with_length(facts, asked.from_recipes)  # which is said once the run is known
     if facts.looked is not None and facts.looked.is_converted and not problems_of(facts):
         return Seen(facts=facts)
@@ -170,22 +175,39 @@ def look_first(asked: Asked, zygote: Zygote, set_up: SetUp) -> Seen:
     return Seen(facts=facts, question=question)
 
 
-def with_data(asked: Asked, console: Console, set_up: SetUp) -> WithData:
-    """Open the storage and the data, converting the data first if necessary."""
+def with_choice(asked: Asked, dataset: Dataset, storage: Storage) -> Asked:
+    """With what the rule for photographs chooses. What the conversion found decides, not the look at the headers before it: so the same
+    command chooses the same each time."""
+    choice = choice_of(
+        asked.config,
+        dataset.manifest,
+        given=asked.given,
+        recipes=asked.recipes,
+        workers=workers_known(asked),
+        saved=find(storage, asked.config.run).saved,
+    )
+    prefix = run_prefix(choice.config, (RECIPE,)) if choice.takes_recipe else asked.prefix
+    return dataclasses.replace(asked, config=choice.config, prefix=prefix, said=choice.said)
+
+
+def with_data(asked: Asked, console: Console, set_up: SetUp, seen: RunConfig | None = None) -> WithData:
+    """Open the storage and the data, converting the data first if necessary: with the settings that `look_first` found, if they are given,
+    since they may allow for more bad images."""
     config = asked.config
     storage = set_up.call("the storage", partial(open_storage, config.storage, config.cluster.storage_retry_seconds))
     weights = weights_sha256(config.model.weights)
-    location, dataset = open_data(config, console)
+    location, dataset = open_data(seen or config, console)
     if "test" not in dataset.manifest.splits:  # found now instead of after the first epoch
         raise ValueError(
             f"{dataset.where} has the splits {', '.join(dataset.manifest.splits)}, and a run is evaluated on test; convert the source "
             "again, which holds one out of train where there is none"
         )
+    asked = set_up.call("the run's folder", partial(with_choice, asked, dataset, storage))
     return WithData(
         asked=asked,
         dataset=dataset,
         location=location,
-        image_size=image_size_of(dataset.manifest, config.data),
+        image_size=image_size_of(dataset.manifest, asked.config.data),
         storage=storage,
         weights=weights,
     )
@@ -221,7 +243,7 @@ def place(data: WithData, workers: int) -> Placed:
         from_recipes=data.asked.from_recipes,
         is_new=named.found.is_new,
     )
-    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=length.said)
+    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=(*data.asked.said, *length.said))
 
 
 def check_before_cluster(placed: Placed, seen: Seen, zygote: Zygote, set_up: SetUp) -> Checked:
@@ -328,6 +350,7 @@ def decide(
             device="cuda" if use_gpus else "cpu",
             threads=resources.threads_per_worker,
         ),
+        said=data.asked.said if placed.found.is_new else (),
     )
 
 
@@ -355,6 +378,8 @@ def begin(decided: Decided, environment: Environment, console: Console, set_up: 
         resources=dataclasses.asdict(resources),
         task=decided.task.to_json(),
     )
+    if decided.said:
+        journal.write("settings_chosen", message="; ".join(decided.said))
     set_up.tell(journal)
     console.print(f"run {config.run} in {redact(storage.uri)}: {described(resources.workers, decided.hardware)}", soft_wrap=True)
     if start is not None and (differs := bit_changes(start.meta, decided.identity, workers=resources.workers)):

@@ -70,15 +70,17 @@ def survey(config: RunConfig, *, workers: Callable[[], int | None], in_job: bool
     most = search.tried(workers)
     search.tried(lambda: check_ports(config.cluster.metrics_host, config.cluster.discovery_port))
     # Which run an automatic name means is known once converted data have given it one.
-    is_new, has_checkpoint = looked is None or not looked.is_converted, None
+    is_new, has_checkpoint, saved = looked is None or not looked.is_converted, None, None
     if storage is not None and config.run and search.tried(partial(Store.open, storage, config.run)) is not None and not search.wrong:
-        is_new = call("the run's folder", partial(find, storage, config.run)).is_new
+        found = call("the run's folder", partial(find, storage, config.run))
+        is_new, saved = found.is_new, found.saved
         has_checkpoint = bool(call("the run's checkpoints", Store(storage, config.run).commits))
     is_local = storage is not None and storage.is_local
     return Facts(
         config=config,
         workers=most,
         is_new=is_new,
+        saved=saved,
         found_wrong=tuple(search.wrong),
         looked=looked,
         storage_room=room_of(storage.root) if storage is not None and is_local else None,

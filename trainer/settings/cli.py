@@ -21,13 +21,14 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from cluster.text import shown
 from dataio.config import AUTO, PATH
 from trainer.settings.fields import declared, marked, replaced, settings
+from trainer.settings.photos import RECIPE
 from trainer.settings.programs import program
 from trainer.settings.rules import validate
 from trainer.settings.say import complain
 from trainer.settings.toml import load, recipe_names, resolve_paths
 from trainer.settings.tree import RunConfig, Switch
 
-DIR_RECIPE = "photos"
+DIR_RECIPE = RECIPE
 """The recipe for data that are given as DIR, without any `--config`."""
 
 Action = Literal["run", "dry_run", "print_config"]
@@ -45,6 +46,8 @@ class Invocation:
     action: Action
     from_recipes: frozenset[str] = frozenset()
     """The settings, by dotted name, that nobody but a shipped recipe has set."""
+    given: frozenset[str] = frozenset()
+    """The settings that flags have set, DIR included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +107,15 @@ def _parse(argv: Sequence[str]) -> Invocation:
         config = replaced(config, "train.profile", True)
     _check_text(config)
     validate(config)
+    given = _given(argv) | ({"data.path"} if directory else set())
     action: Action = "dry_run" if line.dry_run else "print_config" if line.print_config else "run"
     return Invocation(
         config=config,
         recipes=tuple(Path(name).stem for name in names),
         action=action,
         takes_dir_recipe=takes_dir_recipe,
-        from_recipes=from_recipes - {_key_of(word.partition("=")[0]) for word in argv},
+        from_recipes=from_recipes - given,
+        given=given,
     )
 
 
@@ -178,6 +183,13 @@ def _in_tyros_words(argv: Sequence[str]) -> Iterator[str]:
             word = "-1"
         before = key
         yield word
+
+
+def _given(argv: Sequence[str]) -> frozenset[str]:
+    """The settings that the flags name, by dotted name: `--data.no-flip` names data.flip."""
+    known = declared(RunConfig)
+    keys = (_key_of(word.partition("=")[0]) for word in argv)
+    return frozenset(name for key in keys for name in (key, key.replace(".no_", ".", 1)) if name in known)
 
 
 def _key_of(flag: str) -> str:

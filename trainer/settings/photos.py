@@ -1,0 +1,132 @@
+"""Chooses what a run on photographs needs and its user did not say: size, fit, batch, epochs and rates, by one rule from what is known of
+the images. Called by trainer.drive.problems and start.py, for the run and its dry run alike. Pure, but for reading the shipped recipe.
+
+The rule is for data given as DIR, for `--config photos`, and for a folder whose images have several sizes while no setting says how to
+bring them to one (without the rule that is an error, so it changes no run that ever worked). It sets what the recipe `photos` sets, then
+what TABLE has for that many images. A setting that the user gives is never changed. The idea is BiT's hyper-rule (Kolesnikov et al. 2020):
+few numbers suffice, chosen by the size of the data alone.
+"""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from dataio.manifest import Manifest, image_size_of
+from trainer.settings.fields import replaced, settings
+from trainer.settings.toml import load
+from trainer.settings.tree import RunConfig
+from trainer.settings.units import number
+
+RECIPE = "photos"
+SHAPE = frozenset({"data.image_size", "data.fit"})
+"""Settings that say how images of several sizes come to one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """What suits at least this many training images."""
+
+    images: int
+    batch_size: int
+    epochs: int
+
+
+TABLE = (
+    Row(images=0, batch_size=16, epochs=30),
+    Row(images=300, batch_size=32, epochs=20),
+    Row(images=1_000, batch_size=32, epochs=12),
+    Row(images=5_000, batch_size=64, epochs=8),
+    Row(images=50_000, batch_size=128, epochs=5),
+    Row(images=500_000, batch_size=256, epochs=3),
+)
+"""From some 500 steps for a hundred images to some 6,000 for half a million."""
+RATES_AT_32 = {"sgd": 0.01, "adamw": 3e-4}
+"""`optim.lr` for a batch of 32 images; it grows with the batch (Goyal et al. 2017)."""
+WARMUP_FRACTION = 0.1
+MOST_PAD = 8
+CHOSEN = ("data.batch_size", "train.epochs", "optim.lr", "optim.warmup_fraction", "data.pad")
+"""What follows from the images' number and size; the rest is the recipe's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The settings with what the rule chose."""
+
+    config: RunConfig
+    takes_recipe: bool = False
+    """The rule took the recipe, which nobody had named."""
+    chosen: Mapping[str, Any]
+    """The settings that the rule set, by dotted name, other than those of a recipe that the user took."""
+    said: tuple[str, ...] = ()
+    """What the user should know, a line each."""
+
+
+def row_of(images: int) -> Row:
+    """The last row of TABLE that asks for no more images."""
+    return max((row for row in TABLE if row.images <= images), key=lambda row: row.images)
+
+
+def is_for(config: RunConfig, manifest: Manifest, *, given: Set[str], recipes: tuple[str, ...]) -> bool:
+    """Whether the rule applies. `given`: the settings that flags set; `recipes`: the names of all `--config`, and of the recipe of DIR."""
+    if recipes:
+        return recipes == (RECIPE,)
+    return len(manifest.image_sizes) > 1 and not SHAPE & given and config.data.fit == "refuse" and not config.data.image_size
+
+
+def choice_of(
+    config: RunConfig,
+    manifest: Manifest,
+    *,
+    given: Set[str],
+    recipes: tuple[str, ...],
+    workers: int | None = None,
+    saved: RunConfig | None = None,
+) -> Choice:
+    """`config` with what the rule chooses for these data; as it is where the rule does not apply. `workers`: virtual ranks, if the settings
+    name none. `saved`: the settings of the run that this one goes on with, if it is known; it keeps what was chosen for it."""
+    count = manifest.splits["train"].count if "train" in manifest.splits else 0
+    if not count or not is_for(config, manifest, given=given, recipes=recipes):
+        return Choice(config=config, chosen={})
+    takes_recipe = not recipes
+    wanted: dict[str, Any] = {}
+    if takes_recipe:
+        of_recipe = settings(load(RECIPE, RunConfig()))
+        wanted = {key: value for key, value in of_recipe.items() if value != settings(RunConfig())[key]}
+    if saved is None:
+        side = min(image_size_of(manifest, _with(config, {key: value for key, value in wanted.items() if key not in given}).data))
+        wanted |= _by_data(count, side, given, config, workers or 1)
+    else:
+        known = settings(saved)
+        wanted |= {key: known[key] for key in (*wanted, *CHOSEN)}
+    chosen = {key: value for key, value in wanted.items() if key not in given}
+    if "optim.warmup_steps" in given:
+        chosen.pop("optim.warmup_fraction", None)
+    config = _with(config, chosen)
+    return Choice(config=config, takes_recipe=takes_recipe, chosen=chosen, said=tuple(_said(config, manifest, count, chosen, takes_recipe)))
+
+
+def _with(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    for key, value in values.items():
+        config = replaced(config, key, value)
+    return config
+
+
+def _by_data(images: int, side: int, given: Set[str], config: RunConfig, workers: int) -> dict[str, Any]:
+    row = row_of(images)
+    ranks = config.train.virtual_ranks or workers
+    batch = config.data.batch_size if "data.batch_size" in given else -(-row.batch_size // ranks) * ranks
+    name = config.optim.name if "optim.name" in given else "sgd"
+    values = (batch, row.epochs, float(f"{RATES_AT_32[name] * batch / 32:.3g}"), WARMUP_FRACTION, min(MOST_PAD, side // 8))
+    return dict(zip(CHOSEN, values, strict=True))
+
+
+def _said(config: RunConfig, manifest: Manifest, count: int, chosen: Mapping[str, Any], takes_recipe: bool) -> list[str]:
+    sizes = len(manifest.image_sizes)
+    height, width = image_size_of(manifest, config.data)
+    what = f"{number(count)} training images of {number(sizes)} size{'' if sizes == 1 else 's'}"
+    by_count = ", ".join(f"{key}={chosen[key]:g}" for key in CHOSEN if key in chosen)
+    lines = [f"chosen for {what}: {by_count}; flags change them"] if by_count else []
+    if takes_recipe:
+        shape = f"{'cropped' if config.data.fit == 'crop' else 'resized'} to {width} x {height} pixels"
+        lines.insert(0, f"the images have several sizes: they are {shape}, and the run takes the recipe {RECIPE}")
+    return lines
