@@ -174,13 +174,13 @@ def test_a_folder_of_photographs_needs_no_flag_but_its_path_and_dry_run_and_run_
     dry_run(asked.config, asked.recipes, console, given=asked.given)
     said = " ".join(console.export_text().split())
     assert "the images have several sizes: they are cropped to 22 x 22 pixels, and the run takes the recipe photos" in said
-    assert "chosen for 366 training images of 3 sizes: data.batch_size=32, train.epochs=20, optim.lr=0.01" in said
+    assert "chosen for 366 training images of 3 sizes: data.batch_size=16, train.epochs=20, optim.lr=0.005" in said
     seen = choice_of(asked.config, manifest_of(366), given=asked.given, recipes=()).config
     data = opened(asked, seen)
     assert data.dataset.manifest.quarantined == 12
     placed = place(data, 1)
     assert placed.config.run.startswith("photos-")
-    assert (placed.config.data.batch_size, placed.config.train.epochs, data.image_size) == (32, 20, (22, 22))
+    assert (placed.config.data.batch_size, placed.config.train.epochs, data.image_size) == (16, 20, (22, 22))
     assert any("chosen for" in line for line in placed.said)
     # the second time the data are converted, and the name is the same
     again = place(opened(asked, seen), 1)

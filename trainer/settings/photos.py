@@ -32,14 +32,14 @@ class Row:
 
 
 TABLE = (
-    Row(images=0, batch_size=16, epochs=30),
-    Row(images=300, batch_size=32, epochs=20),
+    Row(images=0, batch_size=16, epochs=20),
+    Row(images=500, batch_size=32, epochs=15),
     Row(images=1_000, batch_size=32, epochs=12),
     Row(images=5_000, batch_size=64, epochs=8),
     Row(images=50_000, batch_size=128, epochs=5),
     Row(images=500_000, batch_size=256, epochs=3),
 )
-"""From some 500 steps for a hundred images to some 6,000 for half a million."""
+"""From some hundred steps for a hundred images to some 6,000 for half a million."""
 RATES_AT_32 = {"sgd": 0.01, "adamw": 3e-4}
 """`optim.lr` for a batch of 32 images; it grows with the batch (Goyal et al. 2017)."""
 WARMUP_FRACTION = 0.1
