@@ -438,13 +438,14 @@ class _Os:
         return getattr(os, name)
 
 
-def everywhere(real: Any, stand_in: Any) -> None:
-    """Replace `real` in every module of the project that has it under any name."""
+def everywhere(*pairs: tuple[Any, Any]) -> None:
+    """Replace the first of each pair by the second in every module of the project that has it under any name."""
+    stand_ins = {id(real): stand_in for real, stand_in in pairs}
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in ("cluster", "trainer", "dataio") and module is not None:
             for key, value in list(vars(module).items()):
-                if value is real:
-                    setattr(module, key, stand_in)
+                if id(value) in stand_ins:
+                    setattr(module, key, stand_ins[id(value)])
 
 
 def install(strike: MessageStrike, *, on_actor: Callable[[Actor], None]) -> None:
@@ -457,15 +458,17 @@ def install(strike: MessageStrike, *, on_actor: Callable[[Actor], None]) -> None
         on_actor(actor)
         return actor
 
-    everywhere(launch.start_coordinator, start_coordinator)
-    everywhere(launch.overseer_of, lambda coordinator: Overseer(lambda: None, lambda: None))  # type: ignore[arg-type, return-value]
-    everywhere(ray_cluster.ray_cluster, _cluster)
-    everywhere(launch.Fleet, ThreadFleet)
-    everywhere(launch.free_resources, _free)
-    everywhere(launch.total_resources, _free)
-    everywhere(launch.draining_nodes, dict)
-    everywhere(launch.remove_placement_group, lambda group: None)
-    everywhere(Zygote, ThreadZygote)
+    everywhere(
+        (launch.start_coordinator, start_coordinator),
+        (launch.overseer_of, lambda coordinator: Overseer(lambda: None, lambda: None)),  # type: ignore[arg-type, return-value]
+        (ray_cluster.ray_cluster, _cluster),
+        (launch.Fleet, ThreadFleet),
+        (launch.free_resources, _free),
+        (launch.total_resources, _free),
+        (launch.draining_nodes, dict),
+        (launch.remove_placement_group, lambda group: None),
+        (Zygote, ThreadZygote),
+    )
     ray.get, ray.nodes = get, _nodes
     ray.put = lambda value: SimpleNamespace(future=lambda: _done(value))
     ray.get_gpu_ids = list

@@ -208,10 +208,13 @@ def main() -> None:
     """Serve until the parent is gone."""
     import logging
 
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import create_backend_app
+    from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    ThreadedMotoServer(ip_address="127.0.0.1", port=int(sys.argv[1]), verbose=False).start()
+    # S3's application itself: moto's own server looks for the service of each request in its folder of services, under one lock.
+    server = make_server("127.0.0.1", int(sys.argv[1]), create_backend_app("s3"), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.buffer.read()
     os._exit(0)
 
