@@ -7,7 +7,6 @@ epochs, at most 300 images of a class. benchmarks/learning/features.py lists the
 decides nothing: such a feature stays off by default.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
