@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning [FEATURE...] [--task TASK...] [--seeds 3] [--full] [--folder DIR] [--json] [--out FILE]
 
-EfficientNet-Lite0 with ImageNet weights (extra `quickstart`), by the recipe quickstart. Small, for two cores, unless --full: 32 pixels, 4
-epochs, at most 300 images of a class. benchmarks/learning/features.py lists the features, tasks.py the data. An interval that holds 0
+EfficientNet-Lite0 with ImageNet weights (extra `quickstart`), by the recipe quickstart. Small, for two cores, unless --full: 32 pixels, 10
+epochs, at most 500 images of a class. benchmarks/learning/features.py lists the features, tasks.py the data. An interval that holds 0
 decides nothing: such a feature stays off by default.
 """
 

@@ -39,7 +39,7 @@ class Sizes:
     flags: tuple[str, ...]
 
 
-SMALL = Sizes(largest_class=300, train=1000, test=1000, flags=("--model.image-size", "32", "--train.epochs", "4"))
+SMALL = Sizes(largest_class=500, train=1000, test=1000, flags=("--model.image-size", "32", "--train.epochs", "10"))
 FULL = Sizes(largest_class=6000, train=60_000, test=10_000, flags=())
 
 
