@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from dataio.balance import balanced_weights, class_counts, class_weights_of, imbalance_of, known_class_counts, log_priors, table_weights
 from dataio.parquet import open_dataset
 from dataio.schema import Target
+from tests.trainer.report_runs import write_pictured
 from trainer.drive.problems import Facts, problems_of, with_balance
 from trainer.drive.start import with_balance as decided_with
 from trainer.learn.balance import balanced_loss, heaviest_of
 from trainer.learn.build import build_learner, task_of
 from trainer.rank.guard import ENOUGH, Guard
 from trainer.rank.history import History
+from trainer.report.files import read_files
+from trainer.report.panels import PANELS
+from trainer.runs.folder import find_run
 from trainer.settings.balance import Balanced, balanced
 from trainer.settings.fields import replaced
 from trainer.settings.identity import deciding_settings
@@ -262,3 +266,25 @@ def test_the_history_keeps_each_class_of_the_first_evaluation_beside_the_last() 
     again = History.from_json(history.to_json())
     assert again.first_classes == {"step": 10, "epoch": 1.0, "recall": [0.25], "f1": [0.5]}
     assert again.evaluations[-1]["per_class"][0]["recall"] == 0.75
+
+
+def test_the_report_shows_each_class_before_and_after(tmp_path: Path) -> None:
+    counts = [500, 400, 300, 200, 100, 90, 80, 70, 60, 25]
+    first = {"step": 40, "epoch": 1.0, "recall": [0.125] * 10, "f1": [0.1] * 10}
+    for method, told in (("weights", "have weights"), ("logit_adjustment", "had the logarithm"), ("none", "--data.balance auto")):
+        config = config_of(data__balance=method)
+        folder = write_pictured(tmp_path / method, config=config, train_counts=counts, first_classes=first)
+        html = PANELS["classes"](read_files(find_run(str(folder)), pictures=False))
+        assert "20 times the training images of the smallest" in html
+        assert told in html
+        assert "recall after 1 epoch" in html
+        assert html.count("12.5 %") >= 10
+        assert ("each counts" in html) == (method == "weights")
+    assert f"{balanced_weights(counts)[-1]:.3g}" in PANELS["classes"](read_files(find_run(str(tmp_path / "weights")), pictures=False))
+
+
+def test_a_run_of_an_older_release_has_its_classes_as_before(tmp_path: Path) -> None:
+    html = PANELS["classes"](read_files(find_run(str(write_pictured(tmp_path / "old"))), pictures=False))
+    assert "recall after" not in html
+    assert "training images" not in html
+    assert "<table" in html
