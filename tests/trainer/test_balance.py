@@ -140,7 +140,7 @@ def test_rare_classes_move_the_weights_more_in_a_real_step() -> None:
     dataset = open_dataset(SAMPLE)
     moved = {}
     for method in ("none", "weights"):
-        config = config_of(data__balance=method, model__name="resnet18", model__weights="none", train__channels_last="on")
+        config = config_of(data__balance=method, model__name="shufflenet_v2_x0_5", model__weights="none", train__channels_last="on")
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="fp32", virtual_ranks=1))
         counts = (20, *[200] * 9)
         learner = build_learner(config, task_of(config, dataset.manifest), (16, 16), torch.device("cpu"), class_counts=counts)

@@ -225,7 +225,8 @@ def place(data: WithData, workers: int) -> Placed:
         from_recipes=data.asked.from_recipes,
         is_new=named.found.is_new,
     )
-    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=(*found.said, *length.said))
+    said = (*found.said, *length.said) if named.found.is_new else length.said
+    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=said)
 
 
 def with_balance(config: RunConfig, dataset: Dataset) -> Balanced:

@@ -38,8 +38,8 @@ def heaviest_of(config: RunConfig, task: Task, counts: Sequence[int]) -> float:
     """How many times an image of the class that counts most may count in the training loss; at least 1."""
     if not asks_for_balance(config):
         return 1.0
-    weights = weights_of(config, task.targets[0].classes, counts) or [1.0]
-    return max(1.0, *(weight for weight, count in zip(weights, counts, strict=False) if count))
+    weights = weights_of(config, task.targets[0].classes, counts) or [1.0] * len(counts)
+    return max([1.0, *(weight for weight, count in zip(weights, counts, strict=True) if count)])
 
 
 def _weighted(target: str, weights: Tensor, label_smoothing: float) -> SummedLoss:
