@@ -48,7 +48,7 @@ def test_every_command_has_its_own_help(capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["predct"], "predct is no command; did you mean predict? commands are run, predict"),
+        (["predct"], "predct is no command; did you mean predict? commands are run, find-rate, predict"),
         (["--data.path", "x"], "--data.path: settings follow a command, such as finetune run DIR --train.epochs 3"),
         (["trainer"], "trainer is no command; did you mean finetune run trainer?"),
         (["completion"], "no shell; it must be one of bash, zsh, such as finetune completion bash"),
