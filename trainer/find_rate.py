@@ -25,7 +25,7 @@ from trainer.drive.problems import refuse_if_wrong, with_balance, with_length
 from trainer.drive.start import with_balance as decided_balance
 from trainer.drive.survey import survey
 from trainer.models.vision import build_model, has_depthwise
-from trainer.rank.range_test import BELOW_LOWEST, DIVERGED, SMOOTHING, Picked, Tested, growing_rates, picked, rounded, tested
+from trainer.rank.range_test import BELOW_LOWEST, DIVERGED, SMOOTHING, Picked, RangeTest, growing_rates, picked, rounded
 from trainer.report.page import Html, page, section, tag
 from trainer.report.plots import curve_over_rates
 from trainer.settings.cli import Invocation, fail, parse
@@ -133,7 +133,7 @@ class Found:
 
     config: RunConfig
     device: str
-    tested: Tested
+    tested: RangeTest
     picked: Picked | None
     problem: str = ""
     """Why nothing is picked."""
@@ -160,7 +160,7 @@ def find(invocation: Invocation, asked: Asked) -> Found:
     device = torch.device("cuda" if use_gpu else "cpu")
     rates = growing_rates(asked.first, asked.last, asked.steps)
     with console.status("step 0") as status:
-        result = tested(
+        result = range_test(
             config, dataset, device, rates, threads=usable_cpus(), on_step=lambda step: status.update(f"step {step} of {len(rates)}")
         )
     try:

@@ -26,9 +26,9 @@ def made(each: int = 120) -> Arrays:
 def test_every_features_flags_are_settings_that_differ() -> None:
     assert len(FEATURES) == len(LISTED)
     for feature in LISTED:
-        for task in feature.tasks:
-            flags = [*TASKS[task].flags, *SMALL.flags]
-            assert parse([*flags, *feature.on]).config != parse([*flags, *feature.off]).config, feature.name
+        flags = [*TASKS[feature.tasks[0]].flags, *SMALL.flags]
+        assert set(feature.tasks) <= set(TASKS)
+        assert parse([*flags, *feature.on]).config != parse([*flags, *feature.off]).config, feature.name
 
 
 def test_a_long_tail_shrinks_by_its_factor_and_is_another_one_for_each_seed() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.find_rate import Asked, main, own_flags
-from trainer.rank.range_test import FEWEST, Tested, growing_rates, judged, picked, rounded
+from trainer.rank.range_test import FEWEST, RangeTest, growing_rates, judged, picked, rounded
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"
 RATES = growing_rates(1e-5, 1.0, 101)
@@ -37,7 +37,7 @@ def test_the_test_ends_where_the_loss_diverges_and_a_tenth_of_the_lowest_is_pick
 
 
 def test_smoothing_begins_without_bias() -> None:
-    assert Tested(rates=(1.0,) * 3, losses=(2.0, 2.0, 2.0), end="all steps done").smoothed == pytest.approx((2.0, 2.0, 2.0))
+    assert RangeTest(rates=(1.0,) * 3, losses=(2.0, 2.0, 2.0), end="all steps done").smoothed == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_a_loss_that_still_falls_is_told() -> None:
@@ -91,6 +91,7 @@ def test_it_finds_a_rate_for_real_images_and_leaves_only_its_drawing(
 ) -> None:
     """In 2 virtual ranks, with classes weighed and a decay by layers: flags of the run."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trainer.find_rate.usable_cpus", lambda: 1)
     status = main(
         [
             *("--data.path", str(SAMPLE), "--data.root", str(tmp_path / "root"), "--storage", str(tmp_path / "runs")),

@@ -37,7 +37,7 @@ End = Literal["diverged", "not finite", "all steps done"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tested:
+class RangeTest:
     """What the steps showed."""
 
     rates: tuple[float, ...]
@@ -73,7 +73,7 @@ def growing_rates(first: float, last: float, steps: int) -> list[float]:
     return [first * (last / first) ** (number / (steps - 1)) for number in range(steps)]
 
 
-def picked(tested: Tested) -> Picked:
+def picked(tested: RangeTest) -> Picked:
     """ValueError if the losses speak for no rate."""
     smoothed = tested.smoothed
     if len(smoothed) < FEWEST:
@@ -101,9 +101,9 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.1e}")
 
 
-def tested(
+def range_test(
     config: RunConfig, dataset: Dataset, device: torch.device, rates: Sequence[float], *, threads: int, on_step: Callable[[int], None]
-) -> Tested:
+) -> RangeTest:
     """Train for a step at each rate. `config` has nothing left at auto. `on_step` is told the number of each step."""
     make_repeatable(threads)
     order = make_order(config, dataset)
@@ -146,19 +146,19 @@ def tested(
         return judged(rates, losses)
 
 
-def judged(rates: Sequence[float], losses: Iterator[float]) -> Tested:
+def judged(rates: Sequence[float], losses: Iterator[float]) -> RangeTest:
     """Take losses, in the order of the rates, until they diverge."""
     kept: list[float] = []
     lowest = math.inf
     for loss in losses:
         if not math.isfinite(loss):
-            return Tested(rates=tuple(rates), losses=tuple(kept), end="not finite")
+            return RangeTest(rates=tuple(rates), losses=tuple(kept), end="not finite")
         kept.append(loss)
-        smoothed = Tested(rates=tuple(rates), losses=tuple(kept), end="diverged").smoothed[-1]
+        smoothed = RangeTest(rates=tuple(rates), losses=tuple(kept), end="diverged").smoothed[-1]
         lowest = min(lowest, smoothed)
         if len(kept) >= FEWEST and smoothed > DIVERGED * lowest:
-            return Tested(rates=tuple(rates), losses=tuple(kept), end="diverged")
-    return Tested(rates=tuple(rates), losses=tuple(kept), end="all steps done")
+            return RangeTest(rates=tuple(rates), losses=tuple(kept), end="diverged")
+    return RangeTest(rates=tuple(rates), losses=tuple(kept), end="all steps done")
 
 
 def set_rate(learner: Learner, rate: float) -> float:
