@@ -25,7 +25,17 @@ from trainer.drive.problems import refuse_if_wrong, with_balance, with_length
 from trainer.drive.start import with_balance as decided_balance
 from trainer.drive.survey import survey
 from trainer.models.vision import build_model, has_depthwise
-from trainer.rank.range_test import BELOW_LOWEST, DIVERGED, SMOOTHING, Picked, RangeTest, growing_rates, picked, rounded
+from trainer.rank.range_test import (
+    BELOW_LOWEST,
+    DIVERGED,
+    SMOOTHING,
+    Picked,
+    RangeTest,
+    growing_rates,
+    picked,
+    range_test,
+    rounded,
+)
 from trainer.report.page import Html, page, section, tag
 from trainer.report.plots import curve_over_rates
 from trainer.settings.cli import Invocation, fail, parse
