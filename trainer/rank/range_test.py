@@ -126,7 +126,7 @@ def range_test(
     stepper = learner.stepper(order=order)
     stepper.compile_ahead((3, *loader.image_size))
 
-    def arrived() -> Generator[float]:
+    def arrived() -> Generator[float, None, None]:
         with closing(loader.train(0, len(rates))) as batches:
             for stats in train_steps(
                 stepper,
