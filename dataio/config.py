@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
+from dataio.balance import balance_of, class_weights_of
+
 Backend = Literal["auto", "dali", "torch", "numpy"]
 Cache = Literal["auto", "device", "host", "none"]
 Fit = Literal["refuse", "stretch", "crop"]
@@ -101,6 +103,13 @@ class DataConfig:
     """The images of an epoch that make no whole batch: a short `last` batch, or `spread` over the epoch, whose batches then differ by one
     image at most. `auto` spreads them if the last batch would be under half of the others: BatchNorm cannot normalise a few images, and
     their step moves the weights as far as a full one."""
+    balance: Annotated[str, LATER, balance_of] = "none"
+    """For a classification whose classes differ in size: `weights` lets all of them count alike in the loss, `logit_adjustment` (Menon et
+    al. 2021) adds the logarithm of each class's share to its logit in training; `auto` is `logit_adjustment` if the largest class has 3
+    times the images of the smallest or more, else `none`. A sampler is not offered: an epoch has each image once."""
+    class_weights: Annotated[str, LATER, class_weights_of] = ""
+    """Weights of a classification's classes in the loss as `NAME=WEIGHT,NAME=WEIGHT`; the others weigh 1. They are scaled to a mean of 1
+    over the training images. Instead of `balance`."""
     backend: Annotated[Backend, FREE] = "auto"
     """Library that crops and flips. All give the same uint8 batch; auto uses the fastest measured one for the device."""
     cache: Annotated[Cache, FREE] = "auto"

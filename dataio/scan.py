@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dataio.balance import known_class_counts
 from dataio.codecs.codec import Refusal
 from dataio.codecs.make import looked_at
 from dataio.config import DataConfig
@@ -43,7 +44,8 @@ class Looked:
     """Those that count towards data.max_bad_fraction. Of a converted folder that the settings name there are none: what it left out was
     agreed to when it was made."""
     class_counts: Mapping[str, Sequence[int]] | None = None
-    """Split -> images of each class of the first target, if it has classes and the files were looked at."""
+    """Split -> images of each class of the first target, if it has classes and the files were looked at. Of converted data only those of
+    train, if they have one label."""
     source_bytes: int = 0
     """Of the files to convert."""
     not_read: Sequence[str] = ()
@@ -117,7 +119,13 @@ def scan(source: Source, *, max_image_pixels: int, threads: int = THREADS) -> Lo
 
 
 def _given(dataset: Dataset) -> Looked:
-    return Looked(targets=dataset.manifest.targets, manifest=dataset.manifest, is_converted=True)
+    counts = known_class_counts(dataset)
+    return Looked(
+        targets=dataset.manifest.targets,
+        manifest=dataset.manifest,
+        is_converted=True,
+        class_counts={"train": counts} if counts else None,
+    )
 
 
 def _conversion_of(source: Source, config: DataConfig) -> Dataset | None:

@@ -181,6 +181,7 @@ def test_article_is_the_tutorial_to_the_letter() -> None:
         "optim.warmup_fraction": -1.0,
         "optim.final_lr_fraction": 0.0,
         "optim.head_lr_factor": 1.0,
+        "optim.layer_decay": 1.0,
         "optim.loss": "",
         "optim.label_smoothing": 0.0,
         "optim.clip_norm": 0.0,

@@ -180,10 +180,11 @@ def test_the_content_of_weights_is_hashed_and_a_file_that_is_not_there_is_refuse
 DECIDES = frozenset(
     f"{table}.{name}"
     for table, names in {
-        "data": "batch_size remainder image_size fit background pad flip augment mean std shuffle_window max_image_pixels",
+        "data": "batch_size remainder balance class_weights image_size fit background pad flip augment mean std shuffle_window "
+        "max_image_pixels",
         "model": "name weights stem image_size interpolation normalise freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
-        "loss label_smoothing clip_norm",
+        "layer_decay loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
         "spike_factor ema",
         "task": "name loss threshold head_weights weights",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +32,7 @@ from dataio.loader import Loader
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import open_dataset
 from dataio.schema import LABEL, Target
+from trainer.learn.balance import balanced_loss
 from trainer.learn.build import Learner
 from trainer.learn.ema import Ema
 from trainer.learn.gradients import (
@@ -47,6 +48,7 @@ from trainer.learn.gradients import (
 )
 from trainer.learn.objectives import autocast_for, supervised
 from trainer.learn.optim import build_optimizer, set_learning_rate, set_trainable
+from trainer.learn.own import SummedLoss
 from trainer.learn.state import TrainState, weights_sha256
 from trainer.learn.step import UNOBSERVED, Stepper, StepStats, train_steps
 from trainer.learn.update import Update
@@ -184,13 +186,14 @@ def make(
     precision: str = "fp32",
     task: Task = TASK,
     observer: StepObserver = UNOBSERVED,
+    loss: SummedLoss | None = None,
     **passes: Any,
 ) -> Stepper:
     """A step by its parts, in one process unless told otherwise; through the tree where there are several virtual ranks."""
     if reducer is None and virtual_ranks > 1:
         reducer = TreeReducer([range(virtual_ranks)], 0)
     update = Update(model, optimizer, clip=clip, ema=ema)
-    objective, config = supervised(task, PREPROCESS, autocast_for(CPU, precision)), PassConfig(seed=SEED, **passes)
+    objective, config = supervised(task, PREPROCESS, autocast_for(CPU, precision), loss), PassConfig(seed=SEED, **passes)
     gradients: Gradients
     if reducer is not None:
         gradients = TreeGradients(model, task, objective, config, reducer, looks_at_gradients=not update.adds_up)
@@ -210,7 +213,14 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def loop(
-    stepper: Stepper, steps: Iterator[tuple[Batch, ...]], order: Order, start: int, stop: int, *, ranks_summed: bool = False
+    stepper: Stepper,
+    steps: Iterator[tuple[Batch, ...]],
+    order: Order,
+    start: int,
+    stop: int,
+    *,
+    ranks_summed: bool = False,
+    rate: Callable[[int], float] = lambda step: 0.05,
 ) -> Iterator[StepStats]:
     return train_steps(
         stepper,
@@ -219,7 +229,7 @@ def loop(
         stop_step=stop,
         steps_per_epoch=order.steps_per_epoch,
         batch_count=order.batch_count,
-        set_learning_rate=lambda step: 0.05,
+        set_learning_rate=rate,
         device=CPU,
         sum_over_ranks=ranks_summed,
     )
@@ -486,30 +496,49 @@ def test_evaluating_puts_each_module_back_into_the_mode_it_was_in() -> None:
 
 
 @settings(max_examples=8, deadline=None)
-@given(cut=st.integers(0, 8), name=st.sampled_from(["sgd", "adamw"]), ema=st.booleans(), virtual_ranks=st.sampled_from([1, 4]))
-def test_going_on_from_a_snapshot_at_any_step_ends_in_the_same_bits(cut: int, name: str, ema: bool, virtual_ranks: int) -> None:
+@given(
+    cut=st.integers(0, 8),
+    name=st.sampled_from(["sgd", "adamw"]),
+    ema=st.booleans(),
+    virtual_ranks=st.sampled_from([1, 4]),
+    by_depth=st.booleans(),
+)
+def test_going_on_from_a_snapshot_at_any_step_ends_in_the_same_bits(
+    cut: int, name: str, ema: bool, virtual_ranks: int, by_depth: bool
+) -> None:
+    """`by_depth`: a group for each layer, and a rate and a momentum that change each step."""
     shape, stop = (virtual_ranks, 332), 8  # step 6 is an epoch's last, with 8 images
-
-    def fresh(seed: int) -> tuple[nn.Module, TrainState, Stepper, Ema | None]:
-        model = Net(seed=seed)
-        optimizer = build_optimizer(model, replace(OPTIM, name=name, lr=0.01), "head")
-        average = Ema(model, 0.9) if ema else None
-        return model, TrainState(model, optimizer, average), make(model, optimizer, virtual_ranks=virtual_ranks, ema=average), average
-
+    config: OptimConfig = replace(OPTIM, name=name, lr=0.01)
+    if by_depth:
+        config = replace(config, layer_decay=0.5, schedule="one-cycle")
     order = order_of(shape)
-    model, state, stepper, average = fresh(0)
-    for _ in loop(stepper, iter(batches_of(shape, 0, cut)), order, 0, cut):
-        pass
-    snapshot = state.snapshot()
-    for _ in loop(stepper, iter(batches_of(shape, cut, stop)), order, cut, stop):
-        pass  # goes on over the snapshot
 
-    again, again_state, again_stepper, again_average = fresh(1)
+    def fresh(seed: int) -> tuple[nn.Module, TrainState, Callable[[int, int], None], Ema | None]:
+        """The last but one trains from a step to another."""
+        model = Net(seed=seed)
+        optimizer = build_optimizer(model, config, "head", depths_by_place(model) if by_depth else None)
+        average = Ema(model, 0.9) if ema else None
+        stepper = make(model, optimizer, virtual_ranks=virtual_ranks, ema=average)
+
+        def train(start: int, stop: int) -> None:
+            def rate(step: int) -> float:
+                return set_learning_rate(optimizer, config, step, 8) if by_depth else 0.05
+
+            for _ in loop(stepper, iter(batches_of(shape, start, stop)), order, start, stop, rate=rate):
+                pass
+
+        return model, TrainState(model, optimizer, average), train, average
+
+    model, state, train, average = fresh(0)
+    train(0, cut)
+    snapshot = state.snapshot()
+    train(cut, stop)  # goes on over the snapshot
+
+    again, again_state, train_again, again_average = fresh(1)
     assert not same_bits(model, again)
     files = snapshot.files()
     again_state.load(lambda file: b"".join(files[file]))
-    for _ in loop(again_stepper, iter(batches_of(shape, cut, stop)), order, cut, stop):
-        pass
+    train_again(cut, stop)
     assert same_bits(model, again)
     if average is not None and again_average is not None:
         assert weights_sha256(average.weights()) == weights_sha256(again_average.weights())
@@ -649,11 +678,13 @@ class TreeCase:
     accumulate: int = 1
     wire: torch.dtype = torch.float32
     full_batches: tuple[int, ...] = ()
+    optim: OptimConfig = OPTIM  # with a layer_decay, there is a group for each depth
+    balance: str = "none"
 
     @property
     def is_plain(self) -> bool:
         """tree_by_hand does it too."""
-        return not self.compile_model and self.accumulate == 1 and self.wire == torch.float32
+        return self.optim == OPTIM and not self.compile_model and self.accumulate == 1 and self.wire == torch.float32
 
 
 TREE_CASES = {
@@ -669,7 +700,25 @@ TREE_CASES = {
     ),
     "seven, sums in bf16": TreeCase(shape=SEVEN, steps=(13, 16), net=Residual, buckets=(2000, 500), wire=torch.bfloat16),
     "four, micro-batches": TreeCase(shape=FOUR, steps=(5, 8), accumulate=3),
+    # Many groups, rates and momentum that change each step, classes that weigh 0.1 to 10.
+    "four, by depth": TreeCase(
+        shape=FOUR, steps=(4, 8), optim=replace(OPTIM, layer_decay=0.5, schedule="one-cycle"), balance="weights", worlds=(1, 2, 4)
+    ),
+    "four, by depth, adamw": TreeCase(
+        shape=FOUR,
+        steps=(4, 8),
+        optim=replace(OPTIM, name="adamw", lr=1e-3, layer_decay=0.5, schedule="one-cycle"),
+        balance="logit_adjustment",
+        worlds=(1, 2, 4),
+    ),
 }
+UNEQUAL = (1000, 500, 300, 200, 100, 90, 50, 30, 20, 10)
+"""Training images of the classes, as a long tail would have them."""
+
+
+def depths_by_place(model: nn.Module) -> dict[str, int]:
+    """Net's layers by their place in its body."""
+    return {name: int(name.split(".")[1]) if name.startswith("body.") else 99 for name, _ in model.named_parameters()}
 
 
 def tree_config(case: TreeCase) -> RunConfig:
@@ -681,7 +730,9 @@ def tree_config(case: TreeCase) -> RunConfig:
 def tree_run(case: TreeCase, world: int, rank: int, group: Any) -> str:
     """Weights, average and losses after training as rank `rank` of `world`."""
     model = case.net()
-    optimizer, ema = build_optimizer(model, OPTIM, "head"), Ema(model, 0.9)
+    depths = depths_by_place(model) if case.optim.layer_decay != 1 else None
+    optimizer, ema = build_optimizer(model, case.optim, "head", depths), Ema(model, 0.9)
+    loss = balanced_loss(replace(RunConfig(), data=DataConfig(balance=case.balance)), TASK, UNEQUAL, CPU)
     order, virtual_ranks = order_of(case.shape), case.shape[0]
     losses = []
     for first, last in phases(tree_config(case), *case.steps, order.steps_per_epoch):
@@ -705,9 +756,12 @@ def tree_run(case: TreeCase, world: int, rank: int, group: Any) -> str:
             compile_model=case.compile_model,
             accumulate=case.accumulate,
             full_batches=case.full_batches,
+            loss=loss,
         )
         batches = iter(batches_of(case.shape, first, last, carried=blocks_of_virtual_ranks(virtual_ranks, world, rank)))
-        losses += [pair for stats in loop(stepper, batches, order, first, last) for pair in stats.losses]
+        # Only where a schedule moves them: the other cases keep the groups' first rates.
+        rate = (lambda step: set_learning_rate(optimizer, case.optim, step, 12)) if case.optim != OPTIM else (lambda step: 0.05)
+        losses += [pair for stats in loop(stepper, batches, order, first, last, rate=rate) for pair in stats.losses]
     return f"{weights_sha256(model)} {weights_sha256(ema.weights())} {losses}"
 
 

@@ -95,7 +95,7 @@ def test_an_entry_is_json_with_the_keys_of_summary() -> None:
     again = json.loads(json.dumps(evaluation.result().entry()))
     assert again["confusion"] == [[1, 0], [0, 0]]
     assert again["per_class"][0] == {"recall": 1.0, "precision": 1.0, "f1": 1.0, "support": 1}
-    assert list(again) == ["test_loss", "test_accuracy", "test_count", "per_class", "confusion"]
+    assert list(again) == ["test_loss", "test_accuracy", "test_balanced_accuracy", "test_macro_f1", "test_count", "per_class", "confusion"]
 
 
 def test_an_evaluation_of_nothing_is_an_error_with_the_fix() -> None:

@@ -32,6 +32,8 @@ class Question:
     """`optim.loss`"""
     augment: str = ""
     """`data.augment`"""
+    layer_decay: float = 1.0
+    """`optim.layer_decay`"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +120,7 @@ def answer(descriptors: list[int]) -> None:
 
 def built(question: Question) -> Checked | Refused:
     """Build the model that `question` asks for, in this process."""
+    from trainer.learn.depth import depths_of
     from trainer.learn.own import try_own
     from trainer.models.vision import has_depthwise, head_of
     from trainer.tasks.make import make_task
@@ -129,6 +132,8 @@ def built(question: Question) -> Checked | Refused:
         if question.loss or question.augment:
             outputs = head_of(model)[1].weight.shape[0]
             try_own(task, loss=question.loss, augment=question.augment, outputs=outputs, image_hw=question.image_size)
+        if question.layer_decay != 1:
+            depths_of(model, question.model.name, head_of(model)[0])
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         return Checked(has_depthwise=has_depthwise(model), task=task.info, weights_bytes=weights_bytes, notes=tuple(notes.lines))
     except ValueError as error:

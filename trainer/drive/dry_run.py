@@ -23,7 +23,7 @@ from trainer.drive.capability import here, settled
 from trainer.drive.check import Checked, Refused, built
 from trainer.drive.identity import check_same_run, resolved, run_prefix
 from trainer.drive.plan import Devices, ModelFacts, counted, describe, model_facts, table
-from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, with_length
+from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, with_balance, with_length
 from trainer.drive.stages import question_of_facts
 from trainer.drive.survey import survey
 from trainer.settings.identity import weights_sha256
@@ -56,9 +56,10 @@ def dry_run(
         console.print(data_table(facts.looked, facts.config))
     choice = choice_for(facts, given, recipes)
     facts = dataclasses.replace(facts, config=choice.config)
+    facts, of_classes = with_balance(facts)  # it is part of the name
     facts = with_name(facts, (RECIPE,) if choice.takes_recipe else recipes)
     facts, said = with_length(facts, from_recipes)
-    for line in (*choice.said, *said):
+    for line in (*choice.said, *of_classes, *said):
         tell(line)
     facts, counts = with_model(facts)
     for line in facts.model.notes if isinstance(facts.model, Checked) else ():

@@ -22,6 +22,7 @@ from cluster.journal import Journal, read_journal
 from cluster.redact import redacted
 from cluster.storage import join_uri
 from cluster.versions import versions
+from dataio.balance import known_class_counts
 from dataio.parquet import Dataset
 from trainer.drive.farewell import tell_state, wait_for_prometheus
 from trainer.drive.session import Session
@@ -138,6 +139,7 @@ class Ending:
             "threads": session.resources.threads_per_worker,
             "steps_per_epoch": session.steps_per_epoch,
             "classes": list(manifest.classes),
+            "train_counts": list(known_class_counts(session.decided.dataset)) or None,
             "dataset_fingerprint": manifest.fingerprint,
             "test_fingerprint": manifest.fingerprint_of("test"),
             "quarantined": manifest.quarantined + session.quarantined(),

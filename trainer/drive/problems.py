@@ -13,6 +13,7 @@ from dataio.quarantine import Quarantine, TooManyBadSamples
 from dataio.scan import Looked
 from trainer.drive.check import Checked, Refused
 from trainer.drive.disk_room import judge, state_bytes
+from trainer.settings.balance import balanced, check_balance
 from trainer.settings.length import length_of
 from trainer.settings.photos import Choice, choice_of
 from trainer.settings.rules import validate
@@ -136,6 +137,17 @@ def settings(facts: Facts) -> str | None:
     return None
 
 
+def balance(facts: Facts) -> str | None:
+    """Balancing is of the classes of one label, and names classes that there are."""
+    if facts.looked is None:
+        return None
+    try:
+        check_balance(facts.config, facts.looked.targets)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def model(facts: Facts) -> str | None:
     return facts.model.message if isinstance(facts.model, Refused) else None
 
@@ -176,7 +188,20 @@ def room_for_data(facts: Facts) -> str | None:
     )
 
 
-CHECKS: tuple[Check, ...] = (bad_samples, splits, sizes, settings, model, resume, room_for_checkpoints, room_for_data)
+CHECKS: tuple[Check, ...] = (bad_samples, splits, sizes, settings, balance, model, resume, room_for_checkpoints, room_for_data)
+
+
+def with_balance(facts: Facts) -> tuple[Facts, tuple[str, ...]]:
+    """With `data.balance` decided as far as the data are known, and what the user should know of the classes. What does not fit stays:
+    `balance` says so."""
+    looked = facts.looked
+    if looked is None:
+        return facts, ()
+    try:
+        found = balanced(facts.config, looked.targets, (looked.class_counts or {}).get("train", ()))
+    except ValueError:
+        return facts, ()
+    return replace(facts, config=found.config), found.said
 
 
 def choice_for(facts: Facts, given: Set[str], recipes: tuple[str, ...]) -> Choice:

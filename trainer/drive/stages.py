@@ -157,6 +157,7 @@ def question_of_facts(facts: Facts) -> Question:
         seed=config.train.seed,
         loss=config.optim.loss,
         augment=config.data.augment,
+        layer_decay=config.optim.layer_decay,
     )
 
 
@@ -171,4 +172,5 @@ def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, in
         seed=config.train.seed,
         loss=config.optim.loss,
         augment=config.data.augment,
+        layer_decay=config.optim.layer_decay,
     )

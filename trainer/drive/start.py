@@ -26,6 +26,7 @@ from cluster.redact import redact
 from cluster.storage import Storage, is_outage, open_storage
 from cluster.store import Commit, Store
 from cluster.zygote import Zygote
+from dataio.balance import class_counts, known_class_counts
 from dataio.manifest import image_size_of
 from dataio.parquet import Dataset, open_dataset
 from trainer.drive.capability import here, settled, weakest
@@ -52,6 +53,7 @@ from trainer.drive.survey import survey
 from trainer.drive.without_ray import WithoutRay
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
+from trainer.settings.balance import Balanced, asks_for_balance, balanced, check_balance
 from trainer.settings.identity import description_sha256, weights_sha256
 from trainer.settings.length import length_of
 from trainer.settings.photos import RECIPE, choice_of
@@ -226,8 +228,9 @@ def workers_known(asked: Asked) -> int | None:
 
 def place(data: WithData, workers: int) -> Placed:
     """Name the run and look up what the storage holds of it. ValueError if that was another run."""
+    found = with_balance(data.asked.config, data.dataset)
     named = resolved(
-        data.asked.config,
+        found.config,
         data.storage,
         workers=workers,
         fingerprint=data.fingerprint,
@@ -243,7 +246,15 @@ def place(data: WithData, workers: int) -> Placed:
         from_recipes=data.asked.from_recipes,
         is_new=named.found.is_new,
     )
-    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=(*data.asked.said, *length.said))
+    said = (*data.asked.said, *found.said, *length.said) if named.found.is_new else length.said
+    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=said)
+
+
+def with_balance(config: RunConfig, dataset: Dataset) -> Balanced:
+    """The settings with their balance of classes decided, which is part of what the run is called. ValueError if it does not fit."""
+    targets = dataset.manifest.targets
+    check_balance(config, targets)
+    return balanced(config, targets, class_counts(dataset) if asks_for_balance(config) else known_class_counts(dataset))
 
 
 def check_before_cluster(placed: Placed, seen: Seen, zygote: Zygote, set_up: SetUp) -> Checked:

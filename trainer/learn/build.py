@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from cluster.reduce import TreeReducer
+from dataio.balance import class_counts
 from dataio.manifest import Manifest
 from dataio.order import Order, blocks_of_virtual_ranks
+from dataio.parquet import Dataset
+from trainer.learn.balance import balanced_loss, heaviest_of
+from trainer.learn.depth import depths_of
 from trainer.learn.ema import Ema
 from trainer.learn.gradients import DdpGradients, Gradients, PassConfig, PlainGradients, StepObserver, TreeGradients
 from trainer.learn.objectives import autocast_for, supervised
@@ -22,6 +26,7 @@ from trainer.learn.update import Update
 from trainer.models.im2col import use_im2col
 from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess, head_of
+from trainer.settings.balance import asks_for_balance
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
 from trainer.tasks.task import Task
@@ -40,6 +45,13 @@ class Learner:
     head_name: str
     ema: Ema | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    class_counts: tuple[int, ...] = ()
+    """Training images of each class, if the settings balance classes."""
+
+    @property
+    def heaviest(self) -> float:
+        """How many times the loss of one sample may count."""
+        return heaviest_of(self.config, self.task, self.class_counts)
 
     def set_trainable(self, epoch: int) -> None:
         """Freeze or thaw the parameters for `epoch`. If that changes what is trained, make a new stepper."""
@@ -47,7 +59,7 @@ class Learner:
         set_trainable(self.model, model.freeze, epoch, lp_epochs=model.lp_epochs, head_name=self.head_name)
 
     def set_learning_rate(self, step: int, total_steps: int) -> float:
-        """Set every parameter group's learning rate for `step`. Returns the backbone's."""
+        """Set every parameter group's learning rate for `step`. Returns that of the backbone's last block."""
         return set_learning_rate(self.optimizer, self.config.optim, step, total_steps)
 
     def stepper(self, *, world_size: int = 1, rank: int = 0, observer: StepObserver = UNOBSERVED, order: Order | None = None) -> Stepper:
@@ -61,6 +73,7 @@ class Learner:
     def _gradients(self, update: Update, world_size: int, rank: int, order: Order | None) -> Gradients:
         train = self.config.train
         loss = own_loss(self.config.optim.loss, self.task)
+        loss = loss or balanced_loss(self.config, self.task, self.class_counts, self.device)
         objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision), loss)
         # A single virtual rank has nothing to add up; the plain step gives the same bits without the tree's flat vector.
         is_tree = train.reduction == "tree" and train.virtual_ranks > 1
@@ -100,8 +113,16 @@ def task_of(config: RunConfig, manifest: Manifest) -> Task:
     return make_task(config.task, manifest.targets, label_smoothing=config.optim.label_smoothing)
 
 
-def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], device: torch.device) -> Learner:
-    """Build the learner for images of `image_hw` (H, W) on `device`, with the weights that the settings name."""
+def class_counts_of(config: RunConfig, dataset: Dataset) -> tuple[int, ...]:
+    """What `build_learner` wants of the data: the classes' training images if the settings balance them."""
+    return class_counts(dataset) if asks_for_balance(config) else ()
+
+
+def build_learner(
+    config: RunConfig, task: Task, image_hw: tuple[int, int], device: torch.device, *, class_counts: Sequence[int] = ()
+) -> Learner:
+    """Build the learner for images of `image_hw` (H, W) on `device`, with the weights that the settings name. `class_counts`: from
+    `class_counts_of`."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
     mean, std = mean_and_std(config)
@@ -118,13 +139,15 @@ def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], devi
         use_im2col(model)
     task.bind(model)
     head_name, _ = head_of(model)
+    depths = depths_of(model, config.model.name, head_name) if config.optim.layer_decay != 1 else None
     return Learner(
         config=config,
         task=task,
         model=model,
         preprocess=preprocess.to(device),
-        optimizer=build_optimizer(model, config.optim, head_name),
+        optimizer=build_optimizer(model, config.optim, head_name, depths),
         head_name=head_name,
         ema=Ema(model, config.train.ema) if config.train.ema else None,
         device=device,
+        class_counts=tuple(class_counts),
     )

@@ -5,13 +5,14 @@ of operations in a step; `trainer.learn.ema` keeps the moving average.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.learn.cpu_optim import CpuAdamW, CpuSGD
+from trainer.learn.one_cycle import one_cycle_momentum, one_cycle_rate
 from trainer.settings.tree import Freeze, OptimConfig
 
 
@@ -20,8 +21,10 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
     With w = `warmup_of(total_steps)`, the rate at step s < w is lr (s + 1) / w, so that step w - 1 has the peak (step 0 if w = 0). From
     there to step `total_steps` - 1 it falls to lr * `final_lr_fraction` along a half cosine (`cosine`) or a straight line (`triangular`),
-    or stays at the peak (`constant`).
+    or stays at the peak (`constant`). trainer.learn.one_cycle has the schedule `one-cycle`.
     """
+    if config.schedule == "one-cycle":
+        return one_cycle_rate(config, step, total_steps)
     warmup, last = config.warmup_of(total_steps), total_steps - 1
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -38,42 +41,61 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total_steps: int) -> float:
-    """Set every group's rate for `step`. Returns the backbone's."""
+    """Set every group's rate for `step`, and its momentum if the schedule moves that. Returns the rate of the backbone's last block."""
     rate = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
+    if config.schedule == "one-cycle" and config.momentum:
+        set_momentum(optimizer, one_cycle_momentum(config, step, total_steps))
     return rate
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig, head_name: str) -> list[dict[str, Any]]:
-    """Up to four groups: backbone and head, each with and without weight decay. They hold all parameters, including frozen ones.
+def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
+    """Set SGD's momentum, or AdamW's first beta, of every group."""
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = momentum
+
+
+def parameter_groups(
+    model: nn.Module, config: OptimConfig, head_name: str, depths: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """Up to four groups: backbone and head, each with and without weight decay. They hold all parameters, including frozen ones. With
+    `depths` (trainer.learn.depth) the backbone has up to two for each depth, and `config.layer_decay` makes earlier ones learn slower: a
+    block's rate is the next one's times it. The head keeps its own rate.
 
     Vectors and scalars (biases, normalisation, layer scales) do not decay unless `decay_all`.
     """
-    parts: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    depths = depths or {}
+    last = max((depth for name, depth in depths.items() if not name.startswith(f"{head_name}.")), default=0)
+    parts: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         in_head = name.startswith(f"{head_name}.")
         decays = config.decay_all or parameter.ndim > 1
-        parts.setdefault((in_head, decays), []).append(parameter)
+        parts.setdefault((in_head, 0 if in_head or not depths else depths[name], not decays), []).append(parameter)
     return [
         {
-            "params": parts[in_head, decays],
-            "weight_decay": config.weight_decay if decays else 0.0,
+            "params": parts[in_head, depth, is_spared],
+            "weight_decay": 0.0 if is_spared else config.weight_decay,
             "lr": config.lr,
-            "lr_factor": config.head_lr_factor if in_head else 1.0,
+            "lr_factor": config.head_lr_factor if in_head else config.layer_decay ** (last - depth),
         }
-        for in_head, decays in sorted(parts, key=lambda key: (key[0], not key[1]))
+        for in_head, depth, is_spared in sorted(parts)
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, head_name: str) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, head_name: str, depths: Mapping[str, int] | None = None
+) -> torch.optim.Optimizer:
     """SGD or AdamW over all parameters: fused on a GPU, in blocks on a CPU (trainer.learn.cpu_optim). Build it after the model is on its
-    device.
+    device. `depths`: of all parameters, if `config.layer_decay` is not 1.
 
     A frozen parameter has no gradient, so it is not stepped. It keeps its place, so that the layout does not change when it thaws.
     """
     assert not config.nesterov or (config.name == "sgd" and config.momentum > 0), "trainer.settings.rules has refused this"
-    groups = parameter_groups(model, config, head_name)
+    groups = parameter_groups(model, config, head_name, depths)
     on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     betas = (config.momentum, 0.999)
     match config.name:

@@ -64,11 +64,14 @@ class Guard:
         fresh_at: Sequence[int] = (),
         loss_floor: float | None = 0.0,
         judges_early: bool = True,
+        heaviest: float = 1.0,
     ) -> None:
-        """`judges_early`: the first losses too. Squared errors may rise a hundredfold before they fall, so only cross-entropy, on which the
+        """`heaviest`: how many times the loss of one sample may count (class weights); one hard sample then shows as many times as much.
+
+        `judges_early`: the first losses too. Squared errors may rise a hundredfold before they fall, so only cross-entropy, on which the
         rule was measured, is judged like that."""
         self._factor, self._batch_size, self._samples_of, self._fresh_at = spike_factor, batch_size, samples_of, tuple(fresh_at)
-        self._loss_floor, self._judges_early = loss_floor, judges_early
+        self._loss_floor, self._judges_early, self._heaviest = loss_floor, judges_early, heaviest
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._last_step = -1
         self._judges_all = True
@@ -102,13 +105,15 @@ class Guard:
                 self._check_early(step, loss, few)
             return
         median = statistics.median(self._losses)
-        least = FLOOR_NATS if self._loss_floor is None else max(median - self._loss_floor, FLOOR_NATS)
+        least = FLOOR_NATS * self._heaviest
+        if self._loss_floor is not None:
+            least = max(median - self._loss_floor, least)
         if loss <= median + least:  # nearly always true, and saves computing the MAD
             return
         sigma = SIGMA_OF_MAD * statistics.median(abs(each - median) for each in self._losses)
         margin = max(self._factor * sigma, least)
         if few:
-            margin = max(margin * math.sqrt(self._batch_size / few), HARD_NATS / few)
+            margin = max(margin * math.sqrt(self._batch_size / few), HARD_NATS * self._heaviest / few)
         if loss > median + margin:
             have = f"the {len(self._losses)} losses before it have the median {median:.6g}"
             raise self._spike(step, loss, have, limit=median + margin, few=few)
@@ -116,7 +121,7 @@ class Guard:
     def _check_early(self, step: int, loss: float, few: int) -> None:
         top, floor = max(self._losses), self._loss_floor
         height = max(top - min(self._losses), abs(top)) if floor is None else top - floor
-        margin = max(EARLY_TIMES * max(height, FLOOR_NATS), HARD_NATS / (few or self._batch_size))
+        margin = max(EARLY_TIMES * max(height, FLOOR_NATS * self._heaviest), HARD_NATS * self._heaviest / (few or self._batch_size))
         if loss > top + margin:
             have = f"the largest of the run's first {len(self._losses)} losses is {top:.6g}"
             raise self._spike(step, loss, have, limit=top + margin, few=few)
@@ -146,6 +151,7 @@ class Guard:
             fresh_at=self._fresh_at,
             loss_floor=self._loss_floor,
             judges_early=self._judges_early,
+            heaviest=self._heaviest,
         )
         twin.load(self.state())
         twin.newest_loss = self.newest_loss

@@ -53,6 +53,7 @@ class History:
     loss_samples: int = 0
     losses_before: int = 0  # the step from which on losses are not in these sums yet
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    first_classes: dict[str, Any] = field(default_factory=dict)  # what the first evaluation found of each class; see `classes_of`
     guard: dict[str, Any] = field(default_factory=dict)  # state of trainer.rank.guard.Guard; `settled` fills it in
 
     def stepped(self, stats: StepStats) -> None:
@@ -80,6 +81,8 @@ class History:
     def evaluated(self, entry: dict[str, Any], seconds: float) -> None:
         """Add an evaluation; the mean of the training loss starts anew. The caller must not change `entry` afterwards. Of the ones before
         only the numbers stay: a confusion matrix of 1,000 classes is 3 MB of JSON, and nobody reads an old one."""
+        if not self.evaluations:
+            self.first_classes = classes_of(entry)
         self.evaluations = [*map(numbers_of, self.evaluations), entry]
         self.evaluation_seconds += seconds
         self.loss_sum, self.loss_samples = 0.0, 0
@@ -113,6 +116,16 @@ class History:
 def numbers_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation's entry without its details: step, epoch, loss, measures, count."""
     return {name: value for name, value in entry.items() if not isinstance(value, list | dict)}
+
+
+def classes_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Step, epoch, and each class's recall and F1, of an evaluation that has them; else nothing. The report sets the last one's beside
+    them."""
+    scores = entry.get("per_class")
+    if not scores:
+        return {}
+    about = {name: entry[name] for name in ("step", "epoch") if name in entry}
+    return {**about, **{name: [score[name] for score in scores] for name in ("recall", "f1")}}
 
 
 class LossMean:

@@ -17,7 +17,7 @@ from cluster.ledger import LedgerWriter
 from cluster.rank import RankContext
 from cluster.storage import open_storage
 from cluster.store import Store
-from trainer.learn.build import Learner, build_learner, task_of
+from trainer.learn.build import Learner, build_learner, class_counts_of, task_of
 from trainer.learn.state import TrainState
 from trainer.learn.step import Stepper, StepStats, train_steps
 from trainer.models.own import OwnCodeError
@@ -57,7 +57,8 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     data = open_data(me)
     check_weights(spec)
     check_sources(spec)
-    learner = build_learner(config, task_of(config, data.dataset.manifest), data.loader.image_size, me.device)
+    counts = class_counts_of(config, data.dataset)
+    learner = build_learner(config, task_of(config, data.dataset.manifest), data.loader.image_size, me.device, class_counts=counts)
     storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     store = Store.open(storage, config.run)
     state = TrainState(learner.model, learner.optimizer, learner.ema)
@@ -219,6 +220,7 @@ def guard_of(data: RankData, learner: Learner, plan: StepPlan, memory: Memory) -
         fresh_at=plan.thaws,
         loss_floor=None if config.optim.loss else learner.task.info.loss_floor,
         judges_early=not config.optim.loss and learner.task.info.name in CROSS_ENTROPY_TASKS,
+        heaviest=learner.heaviest,
     )
     guard.load(saved)
     return guard

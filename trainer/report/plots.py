@@ -75,6 +75,25 @@ def plot(lines: Sequence[Line], *, marks: Sequence[float], x: str, log: bool, id
         return svg(figure, ident)
 
 
+def curve_over_rates(rates: Values, curves: Sequence[tuple[str, Values, str]], *, marks: Sequence[float], ident: str) -> Html:
+    """Losses over learning rates, which are on a logarithmic axis. `curves`: label, a value for each rate, Matplotlib's line style."""
+    with _styled(ident) as (figure, axes):
+        for (label, values, style), colour in zip(curves, _SERIES[: len(curves)], strict=True):
+            axes.plot(rates, values, style, color=colour, label=label, linewidth=1.4)
+        for mark in marks:
+            axes.axvline(mark, color=_MARKS, linestyle="--", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        known = np.concatenate([values for _, values, _ in curves]) if len(rates) else np.zeros(0)
+        if spans_magnitudes(known):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("learning rate", color=_INK)
+        axes.legend(frameon=False, labelcolor=_INK)
+        return svg(figure, ident)
+
+
 def heat(share: Values) -> Html:
     """A large confusion matrix as a picture: rows are true classes, columns predictions, darker is more."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "heat", "font.size": 9.0}):

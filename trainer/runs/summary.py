@@ -236,6 +236,8 @@ def summarise(
         "cache": result.get("cache"),
         "classes": facts.get("classes"),
         "test_count": evaluation.get("test_count"),
+        "train_counts": facts.get("train_counts"),
+        "first_classes": history.get("first_classes") or None,
         "per_class": evaluation.get("per_class"),
         "confusion": evaluation.get("confusion"),
         **details,

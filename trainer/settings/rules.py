@@ -104,11 +104,23 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
             f"optim.label_smoothing={optim.label_smoothing:g} belongs to the cross-entropy that optim.loss={optim.loss} replaces; "
             "use --optim.label-smoothing 0"
         )
+    yield from _balance_problems(config)
     if model.freeze == "lp-ft" and model.lp_epochs >= train.epochs:
         yield (
             f"model.lp_epochs={model.lp_epochs} leaves nothing of train.epochs={train.epochs} to train the whole model in; "
             "use more epochs, or --model.freeze backbone to train the head alone"
         )
+
+
+def _balance_problems(config: RunConfig) -> Iterator[str]:
+    data, own = config.data, config.optim.loss
+    if data.class_weights and data.balance != "none":
+        yield (
+            f"data.class_weights={data.class_weights} says itself how classes count, and data.balance={data.balance} too; give one of them"
+        )
+    elif own and (data.class_weights or data.balance != "none"):
+        name = f"data.class_weights={data.class_weights}" if data.class_weights else f"data.balance={data.balance}"
+        yield f"{name} belongs to the cross-entropy that optim.loss={own} replaces; leave it out, and weigh the classes in your loss"
 
 
 def _batch_problems(batch_size: int, virtual_ranks: int, name: str) -> Iterator[str]:

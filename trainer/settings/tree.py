@@ -77,7 +77,9 @@ class OptimConfig:
     """Not applied to biases and normalisation layers unless `decay_all`."""
     decay_all: bool = False
     """Apply weight decay to every parameter, as torch.optim does by default."""
-    schedule: Literal["constant", "cosine", "triangular"] = "cosine"
+    schedule: Literal["constant", "cosine", "triangular", "one-cycle"] = "cosine"
+    """`one-cycle` (Smith and Topin 2018) starts at a 25th of `lr`, reaches it after the warm-up (0.3 of the run if none is set) and falls
+    again; `momentum` falls by a tenth meanwhile and rises again."""
     warmup_steps: Annotated[int, Ge(0), "0 has no warm-up"] = 0
     """Steps of linear warm-up; for `triangular`, the position of the peak."""
     warmup_fraction: Annotated[float, LATER, AUTO, Before(0.0), Interval(ge=-1, le=1), "0 counts warmup_steps, 0.1 is a tenth"] = -1.0
@@ -87,6 +89,9 @@ class OptimConfig:
     """Learning rate at the last step as a fraction of `lr`."""
     head_lr_factor: Annotated[float, Gt(0), "1 trains the head as fast as the rest"] = 1.0
     """The new head learns this many times faster than the backbone."""
+    layer_decay: Annotated[float, LATER, Interval(gt=0, le=1), "1 turns it off; 0.75 suits transformers, 0.9 ResNets"] = 1.0
+    """Each block of the backbone learns this many times as fast as the one after it, so that early layers keep what they know; 1 turns it
+    off."""
     loss: Annotated[str, LATER, loss_of] = ""
     """For a classification: a loss of your own as `module:function` (docs/extending.md); empty is cross-entropy. Tests measure
     cross-entropy in any case. Its source is part of the run's identity."""

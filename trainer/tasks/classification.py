@@ -3,6 +3,7 @@
 The caller decides which samples a rank evaluates; trainer.report shows the numbers.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,8 @@ class LabelHead:
 
 
 class LabelEvaluation(SummedEvaluation):
-    """Mean cross-entropy without smoothing, and the confusion matrix with the measures that follow from it."""
+    """Mean cross-entropy without smoothing, and the confusion matrix with the measures that follow from it: accuracy; balanced accuracy,
+    the mean recall of the classes that are tested; macro F1, the mean F1 of the classes that are tested or given."""
 
     def __init__(self, target: Target, device: torch.device | str = "cpu") -> None:
         self._target, self._classes = target.name, len(target.classes)
@@ -125,18 +127,17 @@ class LabelEvaluation(SummedEvaluation):
         count = int(confusion.sum())
         if not count:
             raise nothing_to_evaluate()
-        hits = confusion.diagonal().tolist()
+        hits, actual, claimed = confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+        scores = [class_score(hit, support=is_, predicted=said) for hit, is_, said in zip(hits, actual, claimed, strict=True)]
         return Result(
             loss=float(sums[0]) / count,
             count=count,
-            measures={"accuracy": sum(hits) / count},
-            details={
-                "per_class": [
-                    class_score(hit, support=actual, predicted=claimed)
-                    for hit, actual, claimed in zip(hits, confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True)
-                ],
-                "confusion": confusion.tolist(),
+            measures={
+                "accuracy": sum(hits) / count,
+                "balanced_accuracy": statistics.fmean(score["recall"] for score in scores if score["support"]),
+                "macro_f1": statistics.fmean(score["f1"] for score, said in zip(scores, claimed, strict=True) if score["support"] or said),
             },
+            details={"per_class": scores, "confusion": confusion.tolist()},
         )
 
 

@@ -74,7 +74,11 @@ class TaskInfo:
 
 CLASSIFICATION = TaskInfo(
     name="classification",
-    measures=(Measure(name="accuracy", title="Accuracy"),),
+    measures=(
+        Measure(name="accuracy", title="Accuracy"),
+        Measure(name="balanced_accuracy", title="Balanced accuracy"),
+        Measure(name="macro_f1", title="Macro F1"),
+    ),
     panels=("confusion", "examples", "classes"),
 )
 """One of several labels per image."""

@@ -1,0 +1,32 @@
+"""The features that are measured. One line each: a name, the flags that switch it on, those that it is compared with (none: the task as it
+is), and the tasks on which it could pay. To have another one measured, add a line."""
+
+from dataclasses import dataclass
+
+from benchmarks.learning.tasks import TASKS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feature:
+    """A feature on and off. Both are flags of trainer.run, added to the task's own."""
+
+    name: str
+    on: tuple[str, ...]
+    off: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = tuple(TASKS)
+    whole_run: bool = False
+    """It lives outside the step and the evaluation (early stopping, best weights): measured by `trainer.run`, which costs Ray's start."""
+
+
+LISTED = (
+    Feature(name="balance_weights", on=("--data.balance", "weights"), tasks=("longtail", "folder")),
+    Feature(name="logit_adjustment", on=("--data.balance", "logit_adjustment"), tasks=("longtail", "folder")),
+    Feature(name="layer_decay_0.9", on=("--optim.layer-decay", "0.9")),
+    Feature(name="layer_decay_0.75", on=("--optim.layer-decay", "0.75")),
+    Feature(name="one_cycle", on=("--optim.schedule", "one-cycle", "--optim.warmup-steps", "0", "--optim.warmup-fraction", "0")),
+    Feature(name="label_smoothing", on=("--optim.label-smoothing", "0.1"), off=("--optim.label-smoothing", "0")),
+    Feature(name="ema", on=("--train.ema", "0.99")),
+    Feature(name="lp_ft", on=("--model.freeze", "lp-ft")),
+    Feature(name="weight_decay", on=("--optim.weight-decay", "0.0005"), off=("--optim.weight-decay", "0")),
+)
+FEATURES = {feature.name: feature for feature in LISTED}
