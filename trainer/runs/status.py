@@ -24,6 +24,7 @@ from cluster.storage import Storage, open_regular
 from cluster.store import COMMIT, CORRUPT, MANIFEST, Store
 from dataio.foreign import json_of
 from trainer.runs import live, summary
+from trainer.runs.chosen import early_words
 from trainer.runs.events import STRANGE
 from trainer.runs.folder import RUN_MARKS, RunFolder
 from trainer.runs.journal_tail import Event, Excerpt, JournalTail
@@ -179,7 +180,8 @@ def _status(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], probl
     coordinator: live.Figures = {}
     status: Status
     if end is not None:
-        status, note = _ENDS[end["event"]], why_ended(end)
+        early = early_words(known)
+        status, note = _ENDS[end["event"]], why_ended(end) or (f"ended early {early}" if early else "")
         if not known and now - end["time"] > SUMMARY_LATE_SECONDS:
             problems.append("it has ended and has no summary.json of that")
     elif not events:
