@@ -108,7 +108,13 @@ class Metric:
         return words[-1] if self.kind == "counter" else ""
 
 
-_UNITS = {"step": "steps", "checkpoint_commit_step": "steps", "epoch": "epochs", "loss": "nats", "test_loss": "nats", "workers": "ranks"}
+_UNITS = {
+    "step": "steps",
+    "checkpoint_commit_step": "steps",
+    "epoch": "epochs",
+    "workers": "ranks",
+    **dict.fromkeys(("loss", "test_loss", "validation_loss"), "nats"),
+}
 """Units of names that do not contain theirs."""
 
 
@@ -169,6 +175,19 @@ METRICS: tuple[Metric, ...] = (
         name="test_measure",
         kind="gauge",
         help="A measure of the run's task on the test split, by its name: accuracy, map, ...; what is best, and its unit, the task says.",
+        label="measure",
+        declared=MOST_MEASURES,
+    ),
+    Metric(
+        name="validation_accuracy_ratio",
+        kind="gauge",
+        help="Top-1 accuracy on the validation split, 0 to 1; the test split's follows at the end.",
+    ),
+    Metric(name="validation_loss", kind="gauge", help="Mean loss on the validation split."),
+    Metric(
+        name="validation_measure",
+        kind="gauge",
+        help="A measure of the run's task on the validation split, by its name.",
         label="measure",
         declared=MOST_MEASURES,
     ),

@@ -275,25 +275,38 @@ RUN = Dashboard(
             panels=(
                 Panel(
                     title="Loss",
-                    description="Mean training loss of the newest logged step, and the mean loss on the test split at each evaluation.",
+                    description=(
+                        "Mean training loss of the newest logged step, and at each evaluation the mean loss on the validation split; "
+                        "without one, on the test split, which is else read once, at the end."
+                    ),
                     queries=(
                         Query(expr=f"max({{loss}}{FIRST})", legend="training"),
                         Query(expr=f"max({{test_loss}}{R})", legend="test", needs="evaluation"),
+                        Query(expr=f"max({{validation_loss}}{R})", legend="validation", needs="evaluation"),
                     ),
                     height=9,
                     decimals=3,
                 ),
                 Panel(
                     title="Test accuracy over time",
-                    description="Top-1 on the test split, at each evaluation.",
-                    queries=(Query(expr=f"max({{test_accuracy_ratio}}{R})", legend="accuracy", needs="evaluation"),),
+                    description="Top-1 at each evaluation, on the validation split; without one, on the test split.",
+                    queries=(
+                        Query(expr=f"max({{test_accuracy_ratio}}{R})", legend="accuracy", needs="evaluation"),
+                        Query(expr=f"max({{validation_accuracy_ratio}}{R})", legend="validation", needs="evaluation"),
+                    ),
                     unit="percentunit",
                     height=9,
                 ),
                 Panel(
                     title="Test measures",
-                    description="All measures of the run's task on the test split, by their names, at each evaluation.",
-                    queries=(Query(expr=f"max by (measure) ({{test_measure}}{R})", legend="{{measure}}", needs="evaluation"),),
+                    description=(
+                        "All measures of the run's task by their names, at each evaluation: on the validation split, without one on the "
+                        "test split."
+                    ),
+                    queries=(
+                        Query(expr=f"max by (measure) ({{test_measure}}{R})", legend="{{measure}}", needs="evaluation"),
+                        Query(expr=f"max by (measure) ({{validation_measure}}{R})", legend="validation {{measure}}", needs="evaluation"),
+                    ),
                     height=9,
                 ),
                 Panel(
@@ -963,7 +976,7 @@ DATA = Dashboard(
                 ),
                 Panel(
                     title="Evaluation",
-                    description="Share of the ranks' time in evaluations, which read the test split; counted when each ends.",
+                    description="Share of the ranks' time in evaluations of a held-out split; counted when each ends.",
                     queries=(Query(expr=f"avg(rate({{evaluation_seconds_total}}{R}{I}))", legend="evaluation"),),
                     unit="percentunit",
                     minimum=0,

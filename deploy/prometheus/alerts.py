@@ -204,6 +204,7 @@ ALERTS: tuple[Alert, ...] = (
             count by ({K}) (
               {{loss}} != {{loss}} or abs({{loss}}) == Inf
               or {{test_loss}} != {{test_loss}} or abs({{test_loss}}) == Inf
+              or {{validation_loss}} != {{validation_loss}} or abs({{validation_loss}}) == Inf
               or {{gradient_norm}} != {{gradient_norm}} or abs({{gradient_norm}}) == Inf
             )"""
         ),

@@ -48,8 +48,6 @@ def lines_about(found: Prepared, config: RunConfig) -> Iterator[str]:
     yield f"data: {described(manifest, reading)}"
     if found.by_earlier_rule:
         yield f"these data were converted by an earlier version, whose rules they keep; to convert them again, remove {dataset.where}"
-    if "validation" in manifest.splits:
-        yield "a run scores test, each epoch and at its end, and does not look at validation: trainer.evaluate RUN --split validation does"
     if manifest.quarantined:
         what = "image that could not be used is" if manifest.quarantined == 1 else "images that could not be used are"
         yield f"{manifest.quarantined:,} {what} left out: {dataset.where}/{QUARANTINE_NAME}"

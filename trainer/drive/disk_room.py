@@ -1,7 +1,7 @@
 """Whether a local storage has room for a run's checkpoints, found out before the run begins. Called by start.py.
 
-A checkpoint holds weights, their average if there is one, and what the optimizer remembers. While one is written, those that are kept stay,
-and each of its files needs twice its room (cluster.store).
+A checkpoint holds weights, their average if there is one, the best so far if they are kept, and what the optimizer remembers. While one is
+written, those that are kept stay, and each of its files needs twice its room (cluster.store).
 """
 
 import os
@@ -55,4 +55,4 @@ def needed_bytes(state_bytes: int, keep: int, has_already: int) -> int:
 def state_bytes(config: RunConfig, weights_bytes: int) -> int:
     """Size of a checkpoint, from above: as if all parameters were trained."""
     moments = 2 if config.optim.name == "adamw" else 1 if config.optim.momentum > 0 else 0
-    return weights_bytes * (1 + moments + bool(config.train.ema))
+    return weights_bytes * (1 + moments + bool(config.train.ema) + (config.train.select == "best"))

@@ -45,7 +45,8 @@ class Ending:
 
     def finished(self) -> int:
         session = self.session
-        summary = self._record("finished", "run_finished", steps=session.total_steps)
+        steps = (self.result or {}).get("steps_done", session.total_steps)  # fewer where the evaluations ended it
+        summary = self._record("finished", "run_finished", steps=steps)
         told = tell_state(session, "finished")
         report = self._report()
         folder = self._folder.location

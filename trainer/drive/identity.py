@@ -47,9 +47,11 @@ class Found:
         return self.summary is not None and self.summary.get("status") == "finished"
 
     def has_finished_as(self, config: RunConfig) -> bool:
-        """Whether it has finished, and has not been made longer since by `config`, which means the same run (check_same_run)."""
-        epochs = (self.summary or {}).get("epochs")
-        return self.has_finished and (config.train.max_steps > 0 or epochs is None or epochs >= config.train.epochs)
+        """Whether it has finished, and has not been made longer since by `config`, which means the same run (check_same_run). One that
+        its evaluations ended would have ended there however long it was."""
+        summary = self.summary or {}
+        epochs, is_early = summary.get("epochs"), bool(summary.get("stopped_early"))
+        return self.has_finished and (config.train.max_steps > 0 or is_early or epochs is None or epochs >= config.train.epochs)
 
     @property
     def is_new(self) -> bool:

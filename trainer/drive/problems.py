@@ -14,9 +14,11 @@ from dataio.scan import Looked
 from trainer.drive.check import Checked, Refused
 from trainer.drive.disk_room import judge, state_bytes
 from trainer.settings.balance import balanced, check_balance
+from trainer.runs.choice import rule_of
 from trainer.settings.length import length_of
 from trainer.settings.photos import Choice, choice_of
 from trainer.settings.rules import validate
+from trainer.settings.selection import problem_of_splits
 from trainer.settings.spec import order_of, total_steps_of
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import size
@@ -148,6 +150,19 @@ def balance(facts: Facts) -> str | None:
     return None
 
 
+def selection(facts: Facts) -> str | None:
+    """What the best weights are chosen by, and from which split."""
+    if facts.manifest is not None and (problem := problem_of_splits(facts.config, facts.manifest)):
+        return problem
+    if facts.looked is None or not isinstance(facts.model, Checked):  # without data the model was built for a task that stands in
+        return None
+    try:
+        rule_of(facts.config.train, facts.model.task)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def model(facts: Facts) -> str | None:
     return facts.model.message if isinstance(facts.model, Refused) else None
 
@@ -188,7 +203,7 @@ def room_for_data(facts: Facts) -> str | None:
     )
 
 
-CHECKS: tuple[Check, ...] = (bad_samples, splits, sizes, settings, balance, model, resume, room_for_checkpoints, room_for_data)
+CHECKS: tuple[Check, ...] = (bad_samples, splits, sizes, settings, balance, selection, model, resume, room_for_checkpoints, room_for_data)
 
 
 def with_balance(facts: Facts) -> tuple[Facts, tuple[str, ...]]:

@@ -14,6 +14,7 @@ from cluster.store import Commit
 from trainer.drive.session import Session
 from trainer.runs.measures import headline_title
 from trainer.runs.progress import ProgressLine, RunState
+from trainer.settings.selection import watched_split
 
 CHECKPOINT_WARNING_SECONDS = 60.0  # a full disk stays full for a while: warn once, not for each checkpoint
 TRAINING = "training"
@@ -127,7 +128,7 @@ class Screen:
             images_per_second=known("images_per_second"),
             data_wait_ratio=known("data_wait_ratio"),
             headline=known("test_headline"),
-            headline_title=headline_title(task),
+            headline_title=headline_title(task, watched_split(session.decided.dataset.manifest)),
             headline_unit=task.headline.unit,
             unit=task.unit,
             checkpoint_step=last.step if last else None,

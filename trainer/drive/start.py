@@ -51,6 +51,7 @@ from trainer.drive.signals import Phase, Signals
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData, question_of_facts
 from trainer.drive.survey import survey
 from trainer.drive.without_ray import WithoutRay
+from trainer.runs.choice import rule_of
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, predict_command
 from trainer.settings.balance import Balanced, asks_for_balance, balanced, check_balance
@@ -337,6 +338,7 @@ def decide(
     is_shared = set_up.call("the check of all nodes", lambda: preflight(data.storage, placed.config.run, hardware, probe, tell=tell))
     capability = weakest(on_every_node(hardware, partial(here, use_gpus=use_gpus), with_gpus=use_gpus))
     checked = checked or ModelCheck(zygote, placed.question).wait()
+    rule_of(placed.config.train, checked.task)  # ValueError if the task has no such measure
     if placed.found.is_new:
         for line in checked.notes:
             tell(line)

@@ -63,10 +63,11 @@ def open_data(me: ThisRank) -> RankData:
     return RankData(dataset=dataset, order=order, virtual_ranks=virtual_ranks, loader=loader)
 
 
-def fill_cache(heartbeat: Heartbeat, loader: Loader) -> None:
-    """If samples are cached, decode them now, so that no step has to. It may take hours; each row group is a sign of life."""
+def fill_cache(heartbeat: Heartbeat, loader: Loader, watched: str = "test") -> None:
+    """If samples are cached, decode those now that training and the evaluations of the split `watched` need, so that no step has to. It may
+    take hours; each row group is a sign of life."""
     heartbeat.tick(DECODING)
-    loader.load("train", "test", on_group=heartbeat.tick)
+    loader.load("train", watched, on_group=heartbeat.tick)
 
 
 def read_wait(heartbeat: Heartbeat) -> Callable[[bool], None]:

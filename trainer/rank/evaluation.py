@@ -1,9 +1,10 @@
-"""Evaluates the model on a split, exactly, over all ranks. worker.py calls `Evaluator.run` between steps; finished.py and benchmarks call
-`evaluate` or `evaluate_share`. The task decides what is measured (trainer.tasks.task.Evaluation).
+"""Evaluates the model on a split, exactly, over all ranks. worker.py calls `Evaluator.run` between steps and final.py `Evaluator.final`
+after them; finished.py and benchmarks call `evaluate` or `evaluate_share`. The task decides what is measured
+(trainer.tasks.task.Evaluation).
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,19 +23,22 @@ from trainer.learn.gradients import evaluating
 from trainer.learn.objectives import autocast_for
 from trainer.learn.step import Arriving
 from trainer.rank.data import RankData
-from trainer.rank.history import History, LossMean
+from trainer.rank.history import History, LossMean, numbers_of
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank
+from trainer.runs.choice import VALIDATION, Rule, choose
 from trainer.tasks.prediction_log import PredictionLog
 from trainer.tasks.predictions import PREDICTIONS_FILE, About, named, rows_to_keep
-from trainer.tasks.task import Evaluation, Result, Task
+from trainer.tasks.task import Evaluation, Parted, Result, Task
 
+TEST = "test"
 EVALUATION_BATCH = 256
 ACCURACY = "accuracy"
 
 
 class Evaluator:
-    """Does a run's evaluations. The last one also records the model's prediction for each sample."""
+    """Does a run's evaluations of the split that it watches, and those at its end. The last one of the test split also records the model's
+    prediction for each sample."""
 
     def __init__(
         self,
@@ -46,44 +50,84 @@ class Evaluator:
         history: History,
         mean: LossMean,
         storage: Storage,
+        split: str = TEST,
+        rule: Rule | None = None,
         on_begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """`history` gets an entry for each evaluation, and `mean` the losses that were still late. `on_begin` is called before each."""
+        """`history` gets an entry for each evaluation, and `mean` the losses that were still late. `split` is the one to watch; `rule` says
+        when its evaluations end the run (None: never). `on_begin` is called before each."""
         self._me, self._data, self._learner, self._plan = me, data, learner, plan
         self._history, self._mean, self._storage, self._on_begin = history, mean, storage, on_begin
-        me.metrics.declare("test_measure", [measure.name for measure in learner.task.info.measures])
+        self._split, self._rule = split, rule
+        names = [measure.name for measure in learner.task.info.measures]
+        for each in dict.fromkeys((TEST, split)):
+            me.metrics.declare(f"{each}_measure", names)
 
     def run(self, steps_done: int, late: Sequence[Arriving] = ()) -> None:
-        """Evaluate the test split, and report to the history, Prometheus and the journal. All ranks call it after the same step. `late`:
+        """Evaluate the watched split, and report to the history, Prometheus and the journal. All ranks call it after the same step. `late`:
         losses of steps before (StepStats), which an evaluation outlasts."""
         self._on_begin()
         begin = time.perf_counter()
-        with self._me.heartbeat.during(EVALUATION):
-            result = self._evaluate(steps_done)
+        is_last_test = self._split == TEST and self._plan.is_last(steps_done)
+        result = self._evaluate(self._split, self._learner.ema, predictions_of=steps_done if is_last_test else None)
         self._mean.arrived(late)
-        self._tell(steps_done, result, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        entry = self._entry(self._split, steps_done, result)
+        self._history.evaluated(entry if self._split == TEST else numbers_of(entry), seconds)
+        self._tell(self._split, entry, result, seconds)
 
-    def _evaluate(self, steps_done: int) -> Result:
-        me, learner, dataset = self._me, self._learner, self._data.dataset
+    def final(self, split: str, step: int, *, ema: Ema | None, predictions_of: int | None = None) -> dict[str, Any]:
+        """Evaluate `split` after the last step, with the weights that the model, or `ema`, has: those after `step` steps. Returns the
+        entry. `predictions_of`: also write the predictions, of a run of so many steps. All ranks call it."""
+        self._on_begin()
+        begin = time.perf_counter()
+        result = self._evaluate(split, ema, predictions_of=predictions_of)
+        seconds = time.perf_counter() - begin
+        self._history.evaluated_again(seconds)
+        entry = self._entry(split, step, result)
+        self._tell(split, entry, result, seconds, is_final=True)
+        return entry
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the evaluations so far end the run, by its patience. Rank 0's answer counts: all ranks call it at the same place."""
+        if self._rule is None or not self._rule.patience:
+            return False
+        stops = choose(self._rule, self._history.evaluations).stops
+        if self._me.world_size == 1:
+            return stops
+        with self._me.heartbeat.during(EXCHANGE):
+            agreed = torch.tensor([int(stops)], device=self._me.device)  # (1,)
+            dist.broadcast(agreed, src=0)
+        return bool(agreed.item())
+
+    def _evaluate(self, split: str, ema: Ema | None, *, predictions_of: int | None) -> Result:
+        me, learner, data = self._me, self._learner, self._data
         columns = learner.task.columns
-        log = PredictionLog(columns, -(-rows_to_keep(columns) // me.world_size), me.device) if self._plan.is_last(steps_done) else None
-        result = evaluate(
-            learner.task,
-            learner.model,
-            learner.preprocess,
-            dataset,
-            self._data.loader,
-            rank=me.rank,
-            world_size=me.world_size,
-            ema=learner.ema,
-            precision=me.config.train.precision,
-            on_batch=me.heartbeat.tick,
-            on_phase=me.heartbeat.tick,
-            log=log,
-        )
-        if log is not None:  # before the last commit, so that a finished checkpoint always has its model's predictions
-            fingerprint = self._data.order.fingerprint
-            self._write_predictions(log, About(step=steps_done, split="test", dataset_fingerprint=fingerprint, count=result.count))
+        log = PredictionLog(columns, -(-rows_to_keep(columns) // me.world_size), me.device) if predictions_of is not None else None
+        count = data.dataset.split(split).count
+        with me.heartbeat.during(EVALUATION):
+            result = evaluate(
+                learner.task,
+                learner.model,
+                learner.preprocess,
+                data.dataset,
+                data.loader,
+                rank=me.rank,
+                world_size=me.world_size,
+                ema=ema,
+                precision=me.config.train.precision,
+                split=split,
+                # What is chosen by must not depend on how many ranks there are.
+                parts=[share_of(count, each, data.order.virtual_ranks) for each in data.virtual_ranks] if split == VALIDATION else (),
+                on_batch=me.heartbeat.tick,
+                on_phase=me.heartbeat.tick,
+                log=log,
+            )
+            if log is not None and predictions_of is not None:
+                # Before the last commit where the test split is watched, so that a finished checkpoint has its model's predictions.
+                about = About(step=predictions_of, split=split, dataset_fingerprint=data.order.fingerprint, count=result.count)
+                self._write_predictions(log, about)
         return result
 
     def _write_predictions(self, log: PredictionLog, about: About) -> None:
@@ -99,17 +143,23 @@ class Evaluator:
         except OSError as error:
             me.tell("predictions_not_written", message=str(error))
 
-    def _tell(self, steps_done: int, result: Result, seconds: float) -> None:
+    def _entry(self, split: str, steps_done: int, result: Result) -> dict[str, Any]:
+        return {"step": steps_done, "epoch": steps_done / self._plan.steps_per_epoch, **result.entry(split)}
+
+    def _tell(self, split: str, entry: Mapping[str, Any], result: Result, seconds: float, *, is_final: bool = False) -> None:
         history, metrics, info = self._history, self._me.metrics, self._learner.task.info
-        metrics.set("test_loss", result.loss)
+        metrics.set(f"{split}_loss", result.loss)
         if ACCURACY in result.measures:
-            metrics.set("test_accuracy_ratio", result.measures[ACCURACY])
+            metrics.set(f"{split}_accuracy_ratio", result.measures[ACCURACY])
         for name, value in result.measures.items():
-            metrics.set("test_measure", value, label=name)
+            metrics.set(f"{split}_measure", value, label=name)
         metrics.add("evaluation_seconds_total", seconds)
-        entry: dict[str, Any] = {"step": steps_done, "epoch": steps_done / self._plan.steps_per_epoch, **result.entry()}
-        history.evaluated(entry, seconds)
-        brief = {key: entry[key] for key in ("step", "epoch", "test_loss", *(measure.key for measure in info.measures))}
+        if is_final and split != TEST:  # its numbers were told when it was chosen
+            return
+        keys = ("step", "epoch", f"{split}_loss", *(f"{split}_{measure.name}" for measure in info.measures))
+        brief = {key: entry[key] for key in keys}
+        if split != TEST or is_final:
+            brief["split"] = split
         self._me.tell("evaluation", train_loss=history.train_loss, mean_train_loss=history.mean_train_loss, **brief)
 
 
@@ -124,13 +174,17 @@ def evaluate(
     world_size: int = 1,
     ema: Ema | None = None,
     precision: str,
-    split: str = "test",
+    split: str = TEST,
+    parts: Sequence[range] = (),
     on_batch: Callable[[], None] = lambda: None,
     on_phase: Callable[[str], None] = lambda phase: None,
     log: PredictionLog | None = None,
 ) -> Result:
     """Exact measures over all ranks: each rank takes a contiguous share of the split, and nothing is padded or counted twice. `on_phase`:
     where it waits for the others and where it works (cluster.beat).
+
+    `parts`: this rank's share, cut at places that do not depend on the number of ranks. Each part then goes through the model in the same
+    batches, and the result has the same bits for any number of ranks (trainer.tasks.task.Parted).
 
     In ddp mode the ranks' BatchNorm statistics, and so their averages, differ. Rank 0's count, because checkpoints hold them; the others
     get them here.
@@ -142,10 +196,12 @@ def evaluate(
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
             on_phase(EVALUATION)
-        share = share_of(dataset.split(split).count, rank, world_size)
-        evaluate_share(
-            task, evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, log=log
-        )
+        for share in parts or [share_of(dataset.split(split).count, rank, world_size)]:
+            evaluate_share(
+                task, evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, log=log
+            )
+            if parts and isinstance(evaluation, Parted):
+                evaluation.end_part()
     on_phase(EXCHANGE)
     evaluation.combine(rank, world_size)
     on_phase(MEASURING)

@@ -13,6 +13,7 @@ from trainer.learn.build import Learner
 from trainer.learn.state import weights_sha256
 from trainer.models.stem import enlarging_of
 from trainer.rank.data import RankData
+from trainer.rank.final import Kept
 from trainer.rank.saving import CURVES_FILE, Memory
 from trainer.rank.this_rank import ThisRank
 
@@ -27,20 +28,23 @@ def finish(
     ranks: list[dict[str, float]],
     stopped: bool,
     steps_done: int,
+    kept: Kept | None = None,
 ) -> None:
-    """Write the curves and, unless the run was stopped, the model; then hand over the result. `ranks`: the RankTotals of all ranks."""
+    """Write the curves and, unless the run was stopped, the model; then hand over the result. `ranks`: the RankTotals of all ranks. `kept`:
+    what the run keeps where a validation split was watched."""
     me.heartbeat.tick(EXPORTING)
     history, loader = memory.history, data.loader
     curves = memory.curves.to_parquet()
     me.waits.call(lambda: storage.write_atomic(f"{me.config.run}/{CURVES_FILE}", curves), CURVES_FILE)
     sha256 = weights_sha256(learner.model)
-    last = history.evaluations[-1] if history.evaluations else {}
+    last = kept.evaluation if kept is not None else history.evaluations[-1] if history.evaluations else {}
     result: dict[str, Any] = {
         "stopped": stopped,
         "steps_done": steps_done,
         "weights_sha256": sha256,
         "history": {each.name: getattr(history, each.name) for each in fields(history) if each.name not in ("evaluations", "guard")},
         "evaluation": last,
+        "selection": kept.selection if kept is not None else None,
         "ranks": ranks,
         "parameters": sum(p.numel() for p in learner.model.parameters()),
         "cache": loader.cache,
@@ -50,11 +54,12 @@ def finish(
     }
     if not stopped:
         headline = learner.task.info.headline.key
+        is_averaged = learner.ema is not None and not (kept is not None and kept.is_best)
         export = partial(
             export_model,
             storage=storage,
             run=me.config.run,
-            tensors=learner.ema.weights() if learner.ema is not None else learner.model.state_dict(),
+            tensors=learner.ema.weights() if is_averaged and learner.ema is not None else learner.model.state_dict(),
             config=me.config,
             task=learner.task,
             data_image_size=loader.image_size,
@@ -62,7 +67,7 @@ def finish(
             summary={
                 headline: last.get(headline),
                 "test_loss": last.get("test_loss"),
-                "steps": steps_done,
+                "steps": kept.step if kept is not None else steps_done,
                 "weights_sha256": sha256,
                 "dataset_fingerprint": data.dataset.manifest.fingerprint,
             },

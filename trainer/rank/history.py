@@ -87,6 +87,11 @@ class History:
         self.evaluation_seconds += seconds
         self.loss_sum, self.loss_samples = 0.0, 0
 
+    def evaluated_again(self, seconds: float) -> None:
+        """An evaluation after the last step took `seconds`. It is no entry, as it is done again if the run goes on from its last
+        checkpoint."""
+        self.evaluation_seconds += seconds
+
     def stalled(self, seconds: float) -> None:
         """A checkpoint held up the steps for `seconds`."""
         self.checkpoint_stall_seconds += seconds

@@ -19,6 +19,7 @@ from trainer.rank.meter import Meter
 from trainer.rank.profile import FlopCount, Profiler, count_work, measure_ceilings
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank
+from trainer.runs.measures import headline_of
 from trainer.runs.summary import ACCOUNTED
 from trainer.settings.tree import RunConfig
 from trainer.tasks.info import TaskInfo
@@ -144,7 +145,7 @@ class BeatStats:
 
     def __init__(self, heartbeat: Heartbeat, history: History, speed: Speed, info: TaskInfo) -> None:
         self._heartbeat, self._history, self._speed = heartbeat, history, speed
-        self._headline = info.headline.key
+        self._info = info
         self._accuracies = tuple(measure.key for measure in info.measures if measure.name == "accuracy")
         self._own_seconds = 0.0
 
@@ -152,6 +153,7 @@ class BeatStats:
         history, speed = self._history, self._speed
         self._own_seconds += stats.step_seconds - stats.exchange_seconds
         newest = history.evaluations[-1] if history.evaluations else {}
+        headline, _ = headline_of(newest, self._info)
         self._heartbeat.progress(
             stats.steps_done,
             {
@@ -160,7 +162,7 @@ class BeatStats:
                 "images_per_second": speed.images_per_second,
                 "data_wait_ratio": speed.data_wait_ratio,
                 **{key: newest.get(key, math.nan) for key in self._accuracies},
-                "test_headline": newest.get(self._headline, math.nan),
+                "test_headline": math.nan if headline is None else headline,
             },
             totals={name: getattr(history, name) for name in ACCOUNTED},
             own_seconds=self._own_seconds,

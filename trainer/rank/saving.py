@@ -25,6 +25,7 @@ from dataio.codecs.image.decode import DECODER_VERSIONS
 from trainer.learn.build import Learner
 from trainer.learn.state import TrainState
 from trainer.learn.step import Arriving, StepStats
+from trainer.rank.best import BestWeights
 from trainer.rank.data import RankData
 from trainer.rank.guard import Guard
 from trainer.rank.history import Curves, History
@@ -43,12 +44,14 @@ class Memory:
     start_step: int = 0
     history: History = field(default_factory=History)
     curves: Curves = field(default_factory=Curves)
+    best: BestWeights | None = None
+    """Rank 0's, if the run keeps the weights of its best evaluation."""
 
 
-def restore(store: Store, resume: ResumePoint | None, state: TrainState, waits: Waits) -> Memory:
-    """Load the commit to go on from into `state`. Returns its memory; without a commit, an empty one."""
+def restore(store: Store, resume: ResumePoint | None, state: TrainState, waits: Waits, best: BestWeights | None = None) -> Memory:
+    """Load the commit to go on from into `state`, and into `best`. Returns its memory; without a commit, an empty one."""
     if resume is None:
-        return Memory()
+        return Memory(best=best)
     what = f"the checkpoint of step {resume.step}"
     commit = waits.call(lambda: store.load(resume.step, resume.generation, path=resume.path), what)
 
@@ -56,11 +59,10 @@ def restore(store: Store, resume: ResumePoint | None, state: TrainState, waits: 
         return waits.call(lambda: commit.read(name), f"{name} of {what}")
 
     state.load(read)
-    return Memory(
-        start_step=commit.step,
-        history=History.from_json(read(HISTORY_FILE)),
-        curves=Curves.from_parquet(read(CURVES_FILE)),
-    )
+    history = History.from_json(read(HISTORY_FILE))
+    if best is not None:
+        best.restore(commit.step, history.evaluations, read)
+    return Memory(start_step=commit.step, history=history, curves=Curves.from_parquet(read(CURVES_FILE)), best=best)
 
 
 def weights_check(me: ThisRank, learner: Learner) -> WeightsCheck | None:
@@ -159,7 +161,7 @@ class Saver:
             stall = self._checkpointer.save(
                 step,
                 lambda: self._files(step, proven, lambda history, guard: history.settled(guard, late, samples_of)),
-                commit_meta(me, self._data) if me.rank == 0 else {},
+                commit_meta(me, self._data, memory) if me.rank == 0 else {},
             )
         memory.history.stalled(stall)
         me.metrics.add("checkpoint_stall_seconds_total", stall)
@@ -248,7 +250,10 @@ def snapshot_files(
         try:
             snapshot.wait()
             own[HISTORY_FILE] = [settle(past, proven())]
-            yield from snapshot.files().items()
+            contents = snapshot.files()
+            if memory.best is not None:
+                own.update(memory.best.files(step, past.evaluations, contents))
+            yield from contents.items()
             yield from own.items()
         finally:
             snapshot.release()
@@ -256,7 +261,7 @@ def snapshot_files(
     return files
 
 
-def commit_meta(me: ThisRank, data: RankData) -> dict[str, Any]:
+def commit_meta(me: ThisRank, data: RankData, memory: Memory) -> dict[str, Any]:
     """The manifest's entries besides the files: enough to refuse a resume that would not give the same run."""
     spec, order = me.spec, data.order
     return {
@@ -272,4 +277,5 @@ def commit_meta(me: ThisRank, data: RankData) -> dict[str, Any]:
         "decoder": DECODER_VERSIONS,
         "versions": versions(),
         "identity": spec.identity,
+        **(memory.best.mark(memory.history.evaluations) if memory.best is not None else {}),
     }

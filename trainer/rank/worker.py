@@ -22,9 +22,11 @@ from trainer.learn.state import TrainState
 from trainer.learn.step import Stepper, StepStats, train_steps
 from trainer.models.own import OwnCodeError
 from trainer.models.weights import WeightsError
+from trainer.rank.best import BestWeights
 from trainer.rank.data import Batches, RankData, fill_cache, open_data, open_ledger, recorded
 from trainer.rank.device_metrics import GpuWatch, gpu_address
-from trainer.rank.evaluation import Evaluator
+from trainer.rank.evaluation import TEST, Evaluator
+from trainer.rank.final import test_kept
 from trainer.rank.finishing import finish
 from trainer.rank.guard import Guard
 from trainer.rank.history import LossMean, RankTotals, Speed
@@ -43,7 +45,9 @@ from trainer.rank.observers import (
 from trainer.rank.saving import Memory, Saver, restore, weights_check
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank, join
+from trainer.runs.choice import rule_of
 from trainer.settings.identity import deciding_settings, description_sha256, weights_sha256
+from trainer.settings.selection import watched_split
 from trainer.settings.sources import OWN
 from trainer.settings.spec import WorkerSpec
 
@@ -62,7 +66,9 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     store = Store.open(storage, config.run)
     state = TrainState(learner.model, learner.optimizer, learner.ema)
-    memory = restore(store, spec.resume, state, me.waits)
+    watched, rule = watched_split(data.dataset.manifest), rule_of(config.train, learner.task.info)
+    best = BestWeights(rule, is_averaged=learner.ema is not None) if rule.keeps_best and me.rank == 0 else None
+    memory = restore(store, spec.resume, state, me.waits, best)
     plan = StepPlan.of(config, data.order.steps_per_epoch, start_step=memory.start_step)
 
     guard, weights = guard_of(data, learner, plan, memory), weights_check(me, learner)
@@ -71,7 +77,9 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     profile = StepProfile(me, data, learner, meter)
     saver = Saver(me, data, plan, store=store, state=state, memory=memory, guard=guard, weights=weights, on_begin=profile.cut)
     mean = LossMean(memory.history, data.samples_of)
-    evaluator = Evaluator(me, data, learner, plan, history=memory.history, mean=mean, storage=storage, on_begin=profile.cut)
+    evaluator = Evaluator(
+        me, data, learner, plan, history=memory.history, mean=mean, storage=storage, split=watched, rule=rule, on_begin=profile.cut
+    )
     observers: list[Observer] = [FirstStep(me, plan.start_step), guard, totals, memory.history, mean, profile, speed, saver, meter]
     observers.append(CurveLog(memory.curves, speed, plan, attempt=spec.attempt))
     observers.append(BeatStats(me.heartbeat, memory.history, speed, learner.task.info))
@@ -80,7 +88,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     ledger = open_ledger(me, storage, start_step=plan.start_step)
     gpu = GpuWatch(me.metrics, gpu_address(me.device))
 
-    fill_cache(me.heartbeat, data.loader)
+    fill_cache(me.heartbeat, data.loader, watched)
     me.heartbeat.tick(STEP)
     me.tell("training_started", step=plan.start_step, cache=data.loader.cache, backend=data.loader.backend_name)
     steps = Steps(me=me, data=data, learner=learner, plan=plan, meter=meter, profile=profile, ledger=ledger)
@@ -93,8 +101,11 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
                 weights.poll(wait=True)
         steps_done = max(plan.start_step, memory.history.steps_done)
         saver.wait_until_saved(steps_done)
+        kept = None
+        if watched != TEST and not stopped:
+            kept = test_kept(me, data, learner, memory, evaluator, rule, steps_done=steps_done, is_early=steps_done < plan.total_steps)
         if me.rank == 0:
-            finish(me, storage, learner, data, memory, ranks=ranks, stopped=stopped, steps_done=steps_done)
+            finish(me, storage, learner, data, memory, ranks=ranks, stopped=stopped, steps_done=steps_done, kept=kept)
     finally:
         saver.close()
         me.heartbeat.close()
@@ -134,9 +145,12 @@ def check_sources(spec: WorkerSpec) -> None:
 
 
 def train(steps: "Steps", observers: Sequence[Observer], evaluator: Evaluator, saver: Saver) -> bool:
-    """Do the remaining steps. Returns whether all ranks were asked to stop before the last one."""
-    plan, stopped = steps.plan, False
+    """Do the remaining steps, until the last one or until the evaluations end the run. Returns whether all ranks were asked to stop
+    before that."""
+    plan, stopped, is_over = steps.plan, False, evaluator.is_over
     for first, last in plan.phases():
+        if is_over:
+            break
         stepper = steps.stepper(first, last)
         batches = steps.batches(first, last)
         for stats in steps.run(stepper, batches, first, last):
@@ -145,10 +159,13 @@ def train(steps: "Steps", observers: Sequence[Observer], evaluator: Evaluator, s
             done = stats.steps_done
             if plan.evaluates(done):
                 evaluator.run(done, stats.late)
-            stopped = not plan.is_last(done) and steps.me.heartbeat.should_stop(done)
+                is_over = evaluator.is_over
+            stopped = not plan.is_last(done) and not is_over and steps.me.heartbeat.should_stop(done)
             if saver.is_due(done) or stopped:
                 saver.save(done, stats.late)
-            if stopped:
+            if is_over and not plan.is_last(done):
+                steps.me.tell("stopped_early", step=done, epoch=done / plan.steps_per_epoch, patience=steps.me.config.train.patience)
+            if stopped or is_over:
                 break
         batches.close()
         steps.profile.end()

@@ -7,6 +7,7 @@ import numpy as np
 from trainer.report.files import RunFiles, began, evaluations
 from trainer.report.page import NOTHING, Html, number_or_none, section, tag
 from trainer.report.plots import MOST_LINES, Line, Values, by_attempt, plot, spans_magnitudes, thinned
+from trainer.runs.choice import VALIDATION, validation_key
 from trainer.runs.measures import capital, heading, rate_unit
 from trainer.tasks.info import Measure
 
@@ -33,8 +34,13 @@ def curves_section(run: RunFiles) -> Html:
     def column(name: str) -> Values:
         return run.curves.get(name, np.full(len(epochs), np.nan))
 
-    losses = (("training", *thinned(epochs, column("train_loss")), "-"), ("test", _tested(run, "epoch"), _tested(run, "test_loss"), "o-"))
-    log = spans_magnitudes(np.concatenate([losses[0][2], losses[1][2]]))
+    tested = _tested(run, "epoch")
+    losses = (
+        ("training", *thinned(epochs, column("train_loss")), "-"),
+        ("test", tested, _tested(run, "test_loss"), "o-"),
+        *_validated(run, "validation_loss"),
+    )
+    log = spans_magnitudes(np.concatenate([line[2] for line in losses]))
     figures.add("Loss (logarithmic)" if log else "Loss", *losses, log=log)
     _add_measures(figures, run)
     figures.add("Learning rate", ("learning rate", *thinned(epochs, column("learning_rate")), "-"))
@@ -47,6 +53,13 @@ def _tested(run: RunFiles, key: str) -> Values:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
+def _validated(run: RunFiles, key: str, factor: float = 1.0, label: str = VALIDATION) -> list[Line]:
+    """The line of the validation split, if the run watched it."""
+    values, epochs = _tested(run, key), _tested(run, "epoch")
+    known = np.isfinite(values)  # where both splits were read at the same epoch, an event lacks the other's
+    return [(label, epochs[known], factor * values[known], "o-")] if known.any() else []
+
+
 def _add_measures(figures: _Figures, run: RunFiles) -> None:
     """All ratios in one plot, every other measure in a plot of its own."""
     epochs = _tested(run, "epoch")
@@ -56,12 +69,19 @@ def _add_measures(figures: _Figures, run: RunFiles) -> None:
 
     ratios = [measure for measure in run.info.measures if measure.unit == "ratio"]
     if len(ratios) == 1:
-        figures.add(f"{heading(ratios[0])}, %", line(ratios[0], "test"))
+        validated = _validated(run, validation_key(ratios[0]), 100)
+        title = capital(ratios[0].in_words) if validated else heading(ratios[0])
+        figures.add(f"{title}, %", line(ratios[0], "test"), *validated)
     elif ratios:
         more = f" (the first {MOST_LINES} of {len(ratios)})" if len(ratios) > MOST_LINES else ""
-        figures.add(f"Test measures, %{more}", *(line(measure, measure.title) for measure in ratios[:MOST_LINES]))
+        validated = [
+            line for each in ratios[:MOST_LINES] for line in _validated(run, validation_key(each), 100, label=each.title)
+        ]  # the test split then has a point each
+        split = "Validation" if validated else "Test"
+        figures.add(f"{split} measures, %{more}", *(validated or (line(each, each.title) for each in ratios[:MOST_LINES])))
     for measure in [measure for measure in run.info.measures if measure.unit != "ratio"][:NUMBER_PLOTS]:
-        figures.add(heading(measure), line(measure, "test"))
+        validated = _validated(run, validation_key(measure))
+        figures.add(capital(measure.in_words) if validated else heading(measure), line(measure, "test"), *validated)
 
 
 def _add_speed(figures: _Figures, run: RunFiles, times: Values, speed: Values, attempt: Values) -> None:

@@ -188,8 +188,8 @@ def class_names(said: object, count: int) -> list[str]:
 
 
 def evaluations(events: Iterable[Event]) -> list[Event]:
-    """The last evaluation at each step, so one that a restart repeated counts once."""
-    by_step = {event.get("step"): event for event in events if event.get("event") == "evaluation"}
+    """The last evaluation of each split at each step, so one that a restart repeated counts once."""
+    by_step = {(event.get("step"), event.get("split")): event for event in events if event.get("event") == "evaluation"}
     return sorted(by_step.values(), key=lambda event: number_or_none(event.get("epoch")) or 0.0)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from trainer.report.files import RunFiles, confusion_of, last
 from trainer.report.page import number_or_none
 from trainer.runs.certainty import interval_words
+from trainer.runs.chosen import early_words, kept_words
 from trainer.runs.measures import heading, samples, shown
 from trainer.settings.units import duration, number
 
@@ -26,7 +27,9 @@ def verdict(run: RunFiles) -> tuple[Mood, str]:
     match status:
         case "finished":
             took = f", {duration(summary['seconds'])}" if summary.get("seconds") is not None else ""
-            return ("warn" if trouble else "good"), f"{_result(run)}{done}{took}. {trouble or 'Nothing failed.'}"
+            kept = f" Kept: {words}." if (words := kept_words(summary)) else ""
+            early = f" It ended early, {words}." if (words := early_words(summary)) else ""
+            return ("warn" if trouble else "good"), f"{_result(run)}{done}{took}.{kept}{early} {trouble or 'Nothing failed.'}"
         case "stopped":
             reason = last(run.events, "stop_requested", "reason")
             why = f" ({reason})" if reason else ""

@@ -145,7 +145,16 @@ def _restarts(run: RunStatus, now: float) -> str:
 
 def _headline(run: RunStatus, now: float) -> str:
     measure = run.task.headline
-    return _or_dash(run.headline, lambda value: f"{shown(measure.unit, value)} {measure.title}")
+    return _or_dash(run.headline, lambda value: f"{shown(measure.unit, value)} {measure.title}") + _of_split(run)
+
+
+def _accuracy(run: RunStatus, now: float) -> str:
+    return _or_dash(run.headline, percent) + _of_split(run)
+
+
+def _of_split(run: RunStatus) -> str:
+    """Says of a number that it is not the test split's."""
+    return "" if run.headline is None or run.headline_split == "test" else " val"
 
 
 def _saved(run: RunStatus, now: float) -> str:
@@ -166,7 +175,7 @@ _COLUMNS = (
     _Column(heading="run", show=lambda run, now: on_one_line(run.run), rank=0, is_text=True),
     _Column(heading="status", show=lambda run, now: run.status, rank=0, is_text=True),
     _Column(heading="step", show=_steps, rank=0),
-    _Column(heading="accuracy", show=lambda run, now: _or_dash(run.headline, percent), rank=1),
+    _Column(heading="accuracy", show=_accuracy, rank=1),
     _Column(heading="images/s", show=lambda run, now: _or_dash(run.images_per_second, lambda value: f"{value:,.0f}"), rank=2),
     _Column(heading="goodput", show=lambda run, now: _or_dash(run.goodput, percent), rank=3),
     _Column(heading="restarts", show=_restarts, rank=4),

@@ -43,6 +43,21 @@ def wilson(share: float, count: int) -> Interval:
     return 0.0 if share == 0 else middle - half, 1.0 if share == 1 else middle + half  # exactly, where rounding would miss it
 
 
+def difference_interval(one: tuple[float, int], other: tuple[float, int]) -> Interval:
+    """The 95 % interval of the difference of two independent shares, each (share, samples): one minus other (Newcombe 1998, method 10). It
+    comes from their Wilson intervals, and stays within -1 and 1 as they stay within 0 and 1."""
+    (share, _), (share_2, _) = one, other
+    (low, high), (low_2, high_2) = wilson(*one), wilson(*other)
+    middle = share - share_2
+    return middle - math.hypot(share - low, high_2 - share_2), middle + math.hypot(high - share, share_2 - low_2)
+
+
+def is_within_noise(one: tuple[float, int], other: tuple[float, int]) -> bool:
+    """Whether two shares, each (share, samples), may well be equal: the interval of their difference holds 0."""
+    low, high = difference_interval(one, other)
+    return low <= 0 <= high
+
+
 def in_percent(interval: Interval) -> str:
     """`85.3 to 90.9 %`."""
     low, high = interval

@@ -94,9 +94,11 @@ def _message(event: Event) -> str:
 
 def _evaluation(event: Event, info: TaskInfo) -> str:
     """The headline, known or not, and those other measures that the event holds."""
-    told = [(info.headline, event.get(info.headline.key)), *(pair for pair in measured(info, event) if pair[0] != info.headline)]
-    words = ", ".join(f"{in_words(measure)} {shown(measure.unit, value)}" for measure, value in told)
-    return f"step {_step(event)}: {words}, loss {event.get('test_loss', float('nan')):.4f}"
+    split = str(event.get("split", "test"))
+    read = {measure.key: event.get(f"{split}_{measure.name}") for measure in info.measures}
+    told = [(info.headline, read[info.headline.key]), *(pair for pair in measured(info, read) if pair[0] != info.headline)]
+    words = ", ".join(f"{in_words(measure, split)} {shown(measure.unit, value)}" for measure, value in told)
+    return f"step {_step(event)}: {words}, loss {event.get(f'{split}_loss', float('nan')):.4f}"
 
 
 def _attempt_started(event: Event) -> str:
@@ -141,6 +143,13 @@ KINDS: Mapping[str, Kind] = {
     "first_step": Kind(is_followed=False, is_unusual=False),
     "compiled": Kind(words=lambda event: f"compiled in {duration(event.get('seconds'))}"),
     "evaluation": Kind(is_unusual=False),  # uses the measures of its task
+    "stopped_early": Kind(
+        words=lambda event: (
+            f"ends at step {_step(event)}, epoch {number(event['epoch'])}: {number(event['patience'])} evaluations without a better one "
+            "(train.patience)"
+        ),
+        is_unusual=False,
+    ),
     "checkpoint_committed": Kind(
         words=lambda event: f"step {_step(event)}: checkpoint saved ({size(event.get('size_bytes'))})", is_unusual=False
     ),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.runs.choice import VALIDATION, validation_key
 from trainer.settings.units import number, percent
 from trainer.tasks.info import CLASSIFICATION, Measure, TaskInfo, info_of
 
@@ -17,10 +18,9 @@ def known_info(*said: Mapping[str, Any] | None) -> tuple[TaskInfo, str]:
         return CLASSIFICATION, f"its task cannot be read: {error}"
 
 
-def in_words(measure: Measure) -> str:
+def in_words(measure: Measure, split: str = "test") -> str:
     """Within a sentence: `test accuracy`, `test mAP`; abbreviations keep their capitals."""
-    title = measure.title
-    return f"test {title[:1].lower()}{title[1:]}" if title[1:2].islower() else f"test {title}"
+    return f"{split} {measure.in_words}"
 
 
 def heading(measure: Measure) -> str:
@@ -28,9 +28,18 @@ def heading(measure: Measure) -> str:
     return capital(in_words(measure))
 
 
-def headline_title(info: TaskInfo) -> str:
-    """The title before the headline's value on a line of figures: `test` if the headline is accuracy, else for example `test mAP`."""
-    return "test" if info.headline.name == "accuracy" else in_words(info.headline)
+def headline_title(info: TaskInfo, split: str = "test") -> str:
+    """The title before the headline's value on a line of figures: the split if the headline is accuracy, else for example `test mAP`."""
+    return split if info.headline.name == "accuracy" else in_words(info.headline, split)
+
+
+def headline_of(entry: Mapping[str, Any], info: TaskInfo) -> tuple[Any, str]:
+    """The headline's value in an evaluation's event or a summary, and the split that it is of: test, or validation where test was not
+    read."""
+    value = entry.get(info.headline.key)
+    if value is None and (validated := entry.get(validation_key(info.headline))) is not None:
+        return validated, VALIDATION
+    return value, "test"
 
 
 def shown(unit: str, value: float | None, digits: int = 1) -> str:

@@ -21,6 +21,7 @@ from rich.text import Text
 from cluster.text import MASK, redact
 from cluster.text import shown as on_one_line
 from trainer.runs.certainty import class_warnings, interval_words
+from trainer.runs.chosen import early_words, kept_in_brief, kept_words
 from trainer.runs.events import STRANGE
 from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
 from trainer.settings.programs import program
@@ -223,6 +224,8 @@ def summary_rows(summary: Mapping[str, Any], *, with_intervals: bool = True) -> 
         interval = interval_words(summary, measure) if with_intervals else ""
         rows.append((heading(measure), shown(measure.unit, value, 2) + (f" (95 % interval: {interval})" if interval else "")))
     add("Test loss", "test_loss", loss)
+    kept, early = kept_words(summary) if with_intervals else kept_in_brief(summary), early_words(summary)
+    rows += [(name, words) for name, words in (("Weights kept", kept), ("Ended early", early)) if words]
     # The last batch's loss says little; older releases know no other.
     add("Training loss", "train_loss" if summary.get("mean_train_loss") is None else "mean_train_loss", loss)
     add("Steps", "steps", number)

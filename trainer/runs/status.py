@@ -24,10 +24,11 @@ from cluster.storage import Storage, open_regular
 from cluster.store import COMMIT, CORRUPT, MANIFEST, Store
 from dataio.foreign import json_of
 from trainer.runs import live, summary
+from trainer.runs.chosen import early_words
 from trainer.runs.events import STRANGE
 from trainer.runs.folder import RUN_MARKS, RunFolder
 from trainer.runs.journal_tail import Event, Excerpt, JournalTail
-from trainer.runs.measures import known_info
+from trainer.runs.measures import headline_of, known_info
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration
 from trainer.tasks.info import CLASSIFICATION, TaskInfo
@@ -75,6 +76,8 @@ class RunStatus:
     step: int | None = None
     headline: float | None = None
     """The task's headline measure, from the newest evaluation."""
+    headline_split: str = "test"
+    """The split that it is of: while a run trains on data with a validation split, that one."""
     images_per_second: float | None = None
     goodput: float | None = None
     restarts: int | None = None
@@ -99,7 +102,7 @@ class RunStatus:
         return {
             **{name: getattr(self, name) for name in self.__slots__ if name not in left_out},
             **asdict(self.plan),
-            "test_accuracy": self.headline if headline.name == "accuracy" else None,
+            "test_accuracy": self.headline if headline.name == "accuracy" and self.headline_split == "test" else None,
             "task": self.task.name,
             "headline_name": headline.name,
         }
@@ -177,7 +180,8 @@ def _status(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], probl
     coordinator: live.Figures = {}
     status: Status
     if end is not None:
-        status, note = _ENDS[end["event"]], why_ended(end)
+        early = early_words(known)
+        status, note = _ENDS[end["event"]], why_ended(end) or (f"ended early {early}" if early else "")
         if not known and now - end["time"] > SUMMARY_LATE_SECONDS:
             problems.append("it has ended and has no summary.json of that")
     elif not events:
@@ -204,7 +208,7 @@ def _status(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], probl
     task, problem = known_info(known, *reversed(drivers))
     if problem:
         problems.append(problem)
-    newest = known or (evaluations[-1] if evaluations else {})
+    headline, headline_split = headline_of(known or (evaluations[-1] if evaluations else {}), task)
     return RunStatus(
         run=folder.name,
         status=status,
@@ -217,7 +221,8 @@ def _status(folder: RunFolder, excerpt: Excerpt, known: Mapping[str, Any], probl
             batch_size=settings.batch_size if settings else None,
             total_steps=step if status == "finished" else _total_steps(settings, steps_per_epoch),
         ),
-        headline=newest.get(task.headline.key),
+        headline=headline,
+        headline_split=headline_split,
         images_per_second=speed,
         goodput=known.get("goodput") if known else coordinator.get("goodput_ratio"),
         restarts=known.get("restarts") if known else summary.restarts(events) if events else None,

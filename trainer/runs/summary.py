@@ -211,6 +211,7 @@ def summarise(
         "batches_skipped": len({event["step"] for event in events if event["event"] == "batch_skipped"}),
         "samples_seen": history.get("samples"),
         "quarantined": facts.get("quarantined", 0),
+        **_chosen(result.get("selection")),
         "train_loss": history.get("train_loss"),  # of the last batch
         "mean_train_loss": history.get("mean_train_loss"),  # of all samples between the last two evaluations
         "test_accuracy": evaluation.get("test_accuracy"),
@@ -248,6 +249,11 @@ def summarise(
     }
 
 
+def _chosen(selection: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How the weights were chosen (trainer.runs.choice.selection_of), where a validation split was watched."""
+    return {"selection": selection, "stopped_early": selection["stopped_early"]} if selection else {}
+
+
 _PLACED = frozenset({"step", "epoch", "test_accuracy", "test_loss", "test_count", "per_class", "confusion"})
 """Keys of an evaluation's entry that have a place of their own in the summary."""
 
@@ -255,5 +261,5 @@ _PLACED = frozenset({"step", "epoch", "test_accuracy", "test_loss", "test_count"
 def _evaluated(entry: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(numbers, tables): the other keys of an evaluation, by type."""
     others = {key: value for key, value in entry.items() if key not in _PLACED}
-    numbers = {key: value for key, value in others.items() if key.startswith("test_")}
+    numbers = {key: value for key, value in others.items() if key.startswith(("test_", "validation_"))}
     return numbers, {key: value for key, value in others.items() if key not in numbers}

@@ -24,7 +24,7 @@ from trainer.runs import live
 from trainer.runs.events import STRANGE, is_followed, plainly, words_of
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.journal_tail import Event, JournalTail
-from trainer.runs.measures import headline_title, known_info
+from trainer.runs.measures import headline_of, headline_title, known_info
 from trainer.runs.progress import ProgressLine, RunState, describe, final_table
 from trainer.runs.status import (
     TAIL_BYTES,
@@ -308,6 +308,7 @@ class RunTracker:
         step = max([self._step, *(int(said["step"]) for said in ranks if "step" in said)])
         total = status.plan.total_steps or 0
         loss = rank_0.get("loss", self._evaluation.get("train_loss"))
+        headline, split = headline_of(self._evaluation, self._info)
         # Counters since the attempt began; the driver's own line uses those of the last steps.
         waited, computed = rank_0.get("data_wait_seconds_total"), rank_0.get("step_seconds_sum")
         steps_left = max(0, total - step)
@@ -326,8 +327,8 @@ class RunTracker:
             learning_rate=rank_0.get("learning_rate"),
             images_per_second=rate or status.images_per_second,
             data_wait_ratio=waited / computed if waited is not None and computed else None,
-            headline=self._evaluation.get(self._info.headline.key),
-            headline_title=headline_title(self._info),
+            headline=headline,
+            headline_title=headline_title(self._info, split),
             headline_unit=self._info.headline.unit,
             unit=self._info.unit,
             checkpoint_step=self._commit[0] if self._commit else None,

@@ -2,7 +2,8 @@
 trainer.drive.identity and trainer.drive.record.
 
 Marks at the fields decide (dataio.config.Mark). FREE settings do not count. LATER settings count only if they differ from their defaults,
-so a new setting renames no existing run. A file of weights counts by its content. The data's content counts too; the caller adds it.
+so a new setting renames no existing run. `train.eval_every_epochs` is free, but counts where evaluations choose the weights. A file of
+weights counts by its content. The data's content counts too; the caller adds it.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from trainer.settings.sources import OWN, source_sha256
 from trainer.settings.tree import RunConfig
 
 WEIGHTS = "model.weights"
+EVALUATES = "train.eval_every_epochs"
 
 _FREE_IN_FIRST_NAMES = frozenset({"data.max_image_pixels"})
 
@@ -57,12 +59,18 @@ def first_deciding_settings(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in deciding_settings(config).items() if key not in _FREE_IN_FIRST_NAMES}
 
 
+def _chooses(config: RunConfig) -> bool:
+    """Whether evaluations decide which weights are kept, or when the run ends. `train.select` is decided once the data are known."""
+    return config.train.select == "best" or config.train.patience > 0
+
+
 def deciding_changes(before: RunConfig, now: RunConfig, weights: tuple[str, str] = ("", "")) -> dict[str, tuple[Any, Any]]:
     """The settings by which two RunConfigs would train different weights, each with its value before and now. Includes defaults. `weights`:
     SHA-256 of the weights' files, before and now; where one is not known, they count by their names."""
     known = weights if all(weights) else ("", "")
     then = _that_count(before, known[0])
-    return {key: (then[key], value) for key, value in _that_count(now, known[1]).items() if then[key] != value}
+    pairs = {key: (then.get(key, value), value) for key, value in _that_count(now, known[1]).items()}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _that_count(config: RunConfig, weights: str) -> dict[str, Any]:
@@ -70,7 +78,7 @@ def _that_count(config: RunConfig, weights: str) -> dict[str, Any]:
     counted = {
         key: Path(value).name if PATH in known[key].notes else value
         for key, value in settings(config).items()
-        if FREE not in known[key].notes
+        if FREE not in known[key].notes or (key == EVALUATES and _chooses(config))
     }
     for key in OWN:
         if ":" in str(counted[key]):

@@ -11,6 +11,7 @@ from dataio.manifest import Manifest
 from dataio.order import Order
 from trainer.settings.fields import replaced
 from trainer.settings.rules import validate
+from trainer.settings.selection import about_selection, selected
 from trainer.settings.spec import order_of, total_steps_of
 from trainer.settings.tree import RunConfig
 
@@ -39,8 +40,8 @@ def length_of(config: RunConfig, manifest: Manifest, *, workers: int, from_recip
     order = order_of(config, manifest, workers)
     whole = config.train.epochs * order.steps_per_epoch
     total = total_steps_of(config, order.steps_per_epoch)
-    config = replaced(config, "data.remainder", "spread" if order.spread else "last")
-    said: list[str] = []
+    config = selected(replaced(config, "data.remainder", "spread" if order.spread else "last"), manifest)
+    said: list[str] = [*about_selection(config, manifest)]
     optim = config.optim
     if optim.warmup_fraction < 0:
         is_too_long = "optim.warmup_steps" in from_recipes and optim.warmup_steps > round(WARMUP_MOST * whole)

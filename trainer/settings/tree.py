@@ -147,6 +147,18 @@ class TrainConfig:
     verify_every: Annotated[int, FREE, Ge(0), "0 compares no weights, 100 is the default"] = 100
     """Steps between comparisons of all ranks' weights, bit by bit; each checkpoint is compared as well. 0 compares none."""
     eval_every_epochs: Annotated[int, FREE, Ge(1)] = 1
+    """Epochs between evaluations: of the validation split if there is one, else of the test split. Where the best evaluation's weights are
+    kept or a run stops early, a run that goes on cannot change it."""
+    select: Annotated[Literal["auto", "best", "last"], LATER, Before("last")] = "auto"
+    """The weights that are tested and exported: those of the `best` evaluation of the validation split, or the `last`. `auto` takes the
+    best if the data have a validation split (a folder val/, or data.validation_fraction), else the last."""
+    select_measure: Annotated[str, LATER] = ""
+    """What makes an evaluation the best: `loss`, or one of the task's measures by name, such as `accuracy`; empty takes the task's first.
+    Of equally good ones the one with the lower loss, then the earlier."""
+    patience: Annotated[int, LATER, Ge(0), "0 trains all epochs"] = 0
+    """The run ends after so many evaluations of the validation split in a row without an improvement; 0 trains all epochs."""
+    min_delta: Annotated[float, LATER, Ge(0), "0 takes any improvement"] = 0.0
+    """For `patience`: what changes the measure by no more than this is no improvement."""
     ema: Annotated[float, Interval(ge=0, lt=1), "0 turns it off, 0.999 is usual"] = 0.0
     """Decay of an exponential moving average of the weights, which is evaluated and exported; 0 keeps no average."""
     ledger: Annotated[bool, FREE] = False

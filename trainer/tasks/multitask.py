@@ -26,7 +26,7 @@ from trainer.tasks.info import Measure, TaskInfo, measure_name
 from trainer.tasks.multilabel import LabelsHead
 from trainer.tasks.numbers import NumberHead
 from trainer.tasks.sums import SummedEvaluation, nothing_to_evaluate
-from trainer.tasks.task import Evaluation, Result, Rows
+from trainer.tasks.task import Evaluation, Parted, Result, Rows
 
 LOG_VARIANCES = "task_log_variances"
 """Name of the parameter for learned weights: (heads,), s = log(sigma ** 2) of each head. It belongs to the model's last layer."""
@@ -153,6 +153,12 @@ class _PartsEvaluation(SummedEvaluation):
         for part, evaluation in zip(self._task.parts, self._evaluations, strict=True):
             evaluation.update(part.of(outputs), targets)
         self.sums += torch.stack([self._task.losses(outputs, targets).sum(), self._task.knows(targets).sum().double()])
+
+    def end_part(self) -> None:
+        super().end_part()
+        for evaluation in self._evaluations:
+            if isinstance(evaluation, Parted):
+                evaluation.end_part()
 
     def combine(self, rank: int, world_size: int) -> None:
         super().combine(rank, world_size)

@@ -6,7 +6,7 @@ run and draws no random numbers: its results are functions of its arguments. Its
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 import torch
@@ -29,10 +29,10 @@ class Result:
     details: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON for the report's panels: per_class, confusion, labels, heads, ..."""
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self, split: str = "test") -> dict[str, Any]:
         """The format for the journal, the history and summary.json."""
-        measured = {f"test_{name}": value for name, value in self.measures.items()}
-        return {"test_loss": self.loss, **measured, "test_count": self.count, **self.details}
+        measured = {f"{split}_{name}": value for name, value in self.measures.items()}
+        return {f"{split}_loss": self.loss, **measured, f"{split}_count": self.count, **self.details}
 
 
 class Evaluation(Protocol):
@@ -48,6 +48,17 @@ class Evaluation(Protocol):
 
     def result(self) -> Result:
         """The result. Waits for the device. ValueError if nothing was counted."""
+        ...
+
+
+@runtime_checkable
+class Parted(Protocol):
+    """An Evaluation whose sums can be made independent of the number of ranks. One that computes everything from gathered rows is so
+    without it."""
+
+    def end_part(self) -> None:
+        """What was updated since the last call is a part of the split: the same samples in the same batches for any number of ranks. Called
+        after each part; then `combine` and `result` give the same bits however the parts were spread over ranks."""
         ...
 
 
