@@ -10,7 +10,7 @@ import io
 import os
 import select
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from dataio.text import printable
 
@@ -49,8 +49,13 @@ def prepared(stream: TextIO, *, survive: bool) -> TextIO:
 def tell(text: str, stream: TextIO) -> None:
     """The only way by which the commands of dataio print: names and messages of a source move no cursor, and any terminal can encode
     them."""
-    encoding = stream.encoding or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(encodable(printable(text), stream), file=stream, flush=True)
+
+
+def encodable(text: str, stream: Any) -> str:
+    """`text` with escapes for what `stream` cannot encode."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class _Lasting(io.RawIOBase):
