@@ -106,7 +106,8 @@ def open_ledger(me: ThisRank, storage: Storage, *, start_step: int) -> LedgerWri
     """The ledger's writer, if the run keeps a ledger. ValueError if the storage is no local folder."""
     if not me.config.train.ledger:
         return None
-    return LedgerWriter(Path(storage.local_path(f"{me.config.run}/ledger", "--train.ledger")), me.spec.attempt, me.rank, start_step=start_step)
+    folder = Path(storage.local_path(f"{me.config.run}/ledger", "--train.ledger"))
+    return LedgerWriter(folder, me.spec.attempt, me.rank, start_step=start_step)
 
 
 Batches = Generator[tuple[Batch, ...], None, None]
