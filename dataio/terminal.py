@@ -12,6 +12,7 @@ import select
 import sys
 from typing import Any, TextIO
 
+from dataio.raw_lines import begin
 from dataio.text import printable
 
 _BUSY_SECONDS = 5.0
@@ -20,6 +21,7 @@ _BUSY_SECONDS = 5.0
 def prepare_output(*, survive: bool = False) -> None:
     """Open closed descriptors 0 to 2 as /dev/null, and show characters that the output cannot take as escapes. With `survive`, output
     that cannot be written any more is dropped and the command goes on: its work does not depend on who reads along."""
+    begin()
     reopened = [descriptor for descriptor in range(3) if _reopen(descriptor)]
     if sys.stdout is None or 1 in reopened:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115

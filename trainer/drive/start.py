@@ -30,7 +30,7 @@ from dataio.manifest import image_size_of
 from dataio.parquet import open_dataset
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck, Question, Refused
-from trainer.drive.data import check_can_ship, open_data, record_left_out
+from trainer.drive.data import about_transparency, check_can_ship, open_data, record_left_out
 from trainer.drive.disk_room import check_room
 from trainer.drive.identity import (
     check_may_show,
@@ -221,7 +221,8 @@ def place(data: WithData, workers: int) -> Placed:
         from_recipes=data.asked.from_recipes,
         is_new=named.found.is_new,
     )
-    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=length.said)
+    said = (*length.said, *about_transparency(data.dataset, length.config))
+    return Placed(data=data, config=length.config, workers=workers, found=named.found, said=said)
 
 
 def check_before_cluster(placed: Placed, seen: Seen, zygote: Zygote, set_up: SetUp) -> Checked:
