@@ -3,8 +3,8 @@ which name no file. Called by the image codec around each batch that it decodes.
 in the quarantine; what a library merely remarks is of no use to anybody.
 
 The libraries print to the C library's variable `stderr`. While a batch is decoded, it points to a file in memory; the lines of image
-libraries are then dropped and all others passed on. Descriptor 2 stays what it is: what Python prints meanwhile, and the output of processes that
-another thread starts, go where they should.
+libraries are then dropped, and all others passed on. Descriptor 2 stays what it is: what Python prints meanwhile, and the output of
+processes that another thread starts, go where they should.
 
 Only commands do so (`begin`, by dataio.terminal). The output of a rank goes to a log, and a library that aborts the process says why there.
 """
