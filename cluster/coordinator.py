@@ -27,7 +27,7 @@ from cluster.committer import Committer
 from cluster.failures import is_refusal
 from cluster.journal import read_journal
 from cluster.memory import LOG_LOST, Memory
-from cluster.metrics import RUNNING, STATES, Metrics
+from cluster.metrics import RUNNING, STATES, TAKEN_OVER, Metrics
 from cluster.names import QUARANTINE
 from cluster.outbox import Outbox
 from cluster.quarantined import Quarantined, QuarantineFile
@@ -45,6 +45,8 @@ MOST_RESTARTS = 20
 """Restarts within RESTART_WINDOW_SECONDS after which the coordinator gives up: it dies of something that comes again."""
 FIRST_READ_SECONDS = 2.0
 """Time between two tries to read the run's folder when a coordinator without a log begins in an outage."""
+TICK_SECONDS = 0.001
+"""Between two states of a run that came at one time."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -505,7 +507,11 @@ class Coordinator:
         """Export that the run is in this state now."""
         for each in STATES:
             self._metrics.set("run_state", float(each == state), label=each)
-        self._metrics.set("run_state_time_seconds", self._now(), label=state)
+        now = self._now()
+        if state == RUNNING:
+            self._running_since = now
+        # The run itself goes on, elsewhere, since before this is noticed: its newest state is the other coordinator's.
+        self._metrics.set("run_state_time_seconds", self._running_since + TICK_SECONDS if state == TAKEN_OVER else now, label=state)
 
     def _export_all(self, facts: Mapping[str, str]) -> None:
         """Metrics from what is known at the beginning; counters continue from those of a dead coordinator."""

@@ -59,8 +59,10 @@ CAUSES = (
 )
 """From trainer.runs.summary.accounting."""
 RUNNING = "running"
-ENDS = ("finished", "failed", "stopped")
-"""How a run's command ends: all steps done, given up, stopped on request. A command that is killed says nothing."""
+TAKEN_OVER = "taken_over"
+ENDS = ("finished", "failed", "stopped", TAKEN_OVER)
+"""How a run's command ends: all steps done, given up, stopped on request, because another command goes on with the run. A command that is
+killed says nothing."""
 STATES = (RUNNING, *ENDS, OTHER)
 
 
@@ -275,7 +277,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         name="run_state_time_seconds",
         kind="gauge",
-        help="Unix time at which the run came into the state: the latest one tells which state was the last.",
+        help="Unix time at which the run came into the state: the latest one tells which state was the last. `taken_over` bears the time "
+        "at which its own command began, so that what the command that took over says is later.",
         owner="coordinator",
         label="state",
         values=STATES,

@@ -47,6 +47,8 @@ _WITHOUT_DIRECTORIES = {"s3", "gcs", "abfs"}
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# pathlib makes s3:/bucket of s3://bucket.
+_SLASHES_LOST = re.compile(r"(s3|gs|gcs|abfs|abfss|hdfs|viewfs):(?!//)")
 _LONE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 T = TypeVar("T")
@@ -216,6 +218,13 @@ class Storage:
         """`path` as the file system's own path."""
         return f"{self.root}/{path}" if path else self.root
 
+    def local_path(self, path: str, what: str) -> str:
+        """`path` for a writer that needs a file of this machine, `what` in words. ValueError on a remote storage, whose paths would be
+        taken for a folder below the working directory."""
+        if not self.is_local:
+            raise ValueError(f"{what} needs a storage on a disk, and {self.address} is none; leave it out, or give --storage FOLDER")
+        return self.at(path)
+
     def read(self, path: str) -> bytes:
         """A whole file; FileNotFoundError if it does not exist."""
         if self.is_local:
@@ -337,6 +346,11 @@ def open_storage(uri: str | Path, retry_seconds: float = RETRY_SECONDS) -> Stora
     if not text:
         raise ValueError("storage is empty; give a folder or a URI, such as --storage runs or --storage s3://bucket/runs")
     scheme = _SCHEME.match(text)
+    if scheme is None and (meant := _SLASHES_LOST.match(text)):
+        raise ValueError(
+            f"storage={address(text)!r} lacks a slash of its scheme, and would be a folder of that name; write {meant[1]}://BUCKET/FOLDER, "
+            f"or ./{meant[1]}:... for a folder"
+        )
     if scheme is None or scheme[1] == "file":
         root = os.path.abspath(os.path.expanduser(text) if scheme is None else _path_of(text))
         return Storage(fs=pafs.LocalFileSystem(), root=root, is_local=True, uri=root)

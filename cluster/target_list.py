@@ -12,15 +12,15 @@ NOTE = "targets-note.json"
 """File in the coordinator's private folder: {"file": the list, "address": the coordinator's}."""
 
 
+def is_of_another(path: str, address: str) -> bool:
+    """Whether the list at `path` names processes, and `address` is none of them."""
+    addresses = _addresses(path)
+    return bool(addresses) and address not in addresses
+
+
 def take_back(path: str, address: str) -> None:
     """Empty the list at `path` if `address` is in it."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            listed = json.load(file)
-        is_ours = any(address in target["targets"] for target in listed)
-    except (OSError, ValueError, TypeError, KeyError):
-        return
-    if is_ours:
+    if address in _addresses(path):
         temporary = f"{path}.{os.getpid()}.tmp"
         try:
             with open(temporary, "w", encoding="utf-8") as file:
@@ -29,6 +29,15 @@ def take_back(path: str, address: str) -> None:
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _addresses(path: str) -> list[str]:
+    """Empty for what is no list or not there."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [address for target in json.load(file) for address in target["targets"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def take_back_noted(folder: str) -> None:

@@ -20,7 +20,7 @@ from cluster.readers import Readers
 from cluster.roster import RankInfo
 from cluster.shared_port import SharedPort
 from cluster.storage import Storage
-from cluster.target_list import take_back
+from cluster.target_list import is_of_another, take_back
 from cluster.text import shown
 
 ScrapeTarget = dict[str, Any]
@@ -63,7 +63,7 @@ class Discovery:
         a free one: `problem` then says why. `note` is a file that tells the reaper which list to take back where the driver is killed."""
         self._path = storage.at(f"{run}/{FILE_SD}") if storage.is_local else None
         self._listed, self._note = listed, note
-        self._writing = threading.Lock()
+        self._writing, self._has_written = threading.Lock(), False
         self._closed = threading.Event()
         self._readers = Readers()
         self._marked_at = 0.0
@@ -99,6 +99,9 @@ class Discovery:
             if self._closed.is_set():
                 take_back(self._path, self._server.address)  # unless it is another driver's by now
                 return
+            if self._has_written and is_of_another(self._path, self._server.address):
+                return  # by another command, which has taken the run over
+            self._has_written = True
             write_file_sd(self._path, self.targets())
             if self._note is not None:
                 self._note.write_text(json.dumps({"file": os.path.abspath(self._path), "address": self._server.address}))

@@ -15,7 +15,9 @@ Backend = Literal["auto", "dali", "torch", "numpy"]
 Cache = Literal["auto", "device", "host", "none"]
 Fit = Literal["refuse", "stretch", "crop"]
 Remainder = Literal["auto", "spread", "last"]
-Background = Literal["", "black", "gray", "white"]
+Colour = Literal["", "black", "gray", "white"]
+"""Behind transparent images; "" for none, which drops their alpha."""
+Background = Literal["auto", "", "black", "gray", "white"]
 
 
 class Mark(Enum):
@@ -119,8 +121,9 @@ class DataConfig:
     fit: Fit = "refuse"
     """What to do with an image of another size: refuse it (quarantine), stretch it, or crop its largest centred part of the right shape and
     resize that."""
-    background: Annotated[Background, LATER] = ""
-    """Colour behind transparent images. Empty drops their alpha channel: what is transparent shows the colour stored below it."""
+    background: Annotated[Background, LATER, Before("")] = "auto"
+    """Colour behind transparent images; `auto` is white. Empty drops their alpha channel: what is transparent shows the colour stored below
+    it, which is often black everywhere."""
     pad: Annotated[int, Ge(0), "0 turns the random crop off"] = 4
     """Zero pixels added on each side before the random crop; 0 turns the crop off."""
     flip: bool = True
@@ -144,3 +147,8 @@ class DataConfig:
     when a source is converted."""
     max_image_pixels: Annotated[int, LATER, Ge(1)] = 89_478_485
     """Images with more pixels (by their header) are quarantined before decoding: protection against decompression bombs."""
+
+    @property
+    def behind(self) -> Colour:
+        """The colour that `background` means."""
+        return "white" if self.background == "auto" else self.background

@@ -20,17 +20,18 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataio.codecs.codec import Refusal
-from dataio.codecs.make import make_checker
+from dataio.codecs.codec import Facts, Refusal
+from dataio.codecs.make import looked_at, make_checker
 from dataio.config import DataConfig
 from dataio.foreign import MAX_MANIFEST_BYTES, read_regular
+from dataio.known_good import RULES_NAME, known_good
 from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo, fault_of_splits
 from dataio.parquet import QUARANTINE_NAME, ROWS_PER_GROUP, Dataset, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample, Quarantine
@@ -91,8 +92,10 @@ def convert(
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     threads: int = 1,
+    known: Callable[[], Set[bytes]] = frozenset,
 ) -> Manifest:
-    """Converts `source` into the folder `dest`; does nothing if an earlier call did so.
+    """Converts `source` into the folder `dest`; does nothing if an earlier call did so. Samples whose SHA-256 is in `known()` are good by
+    today's rules and are not decoded (known_good.py).
 
     Bad samples are left out and recorded in quarantine.jsonl. A key that occurs again in its split gets the suffix "#2", "#3", ... in the
     source's order. Raises ValueError if `dest` holds anything else (`force` replaces it once the new folder is complete), TooManyBadSamples
@@ -128,7 +131,7 @@ def convert(
             return existing
         try:
             manifest = _Conversion(
-                source, staging, identities[0], max_bad_fraction, max_image_pixels, on_progress, shard_bytes, threads
+                source, staging, identities[0], max_bad_fraction, max_image_pixels, on_progress, shard_bytes, threads, known()
             ).run()
             _publish(staging, dest)
         except BaseException as error:
@@ -225,6 +228,7 @@ def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None,
     source = source_of(config, whole=whole)
     dests = [root / f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels)]
     dest = next((made for made in dests if _intact(made) is not None), dests[0])
+    origin = str(path.resolve()) if path.exists() else config.path
     convert(
         source,
         dest,
@@ -232,10 +236,11 @@ def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None,
         max_image_pixels=config.max_image_pixels,
         on_progress=on_progress,
         force=_intact(dest) is None,
+        known=lambda: known_good(root, source.kind, origin, rules=_RULES, origin_name=ORIGIN_NAME),
     )
     if not (dest / ORIGIN_NAME).exists():
-        with contextlib.suppress(OSError):  # a root that may be read only: the note is for `dataio.caches`
-            _write(dest / ORIGIN_NAME, str(path.resolve()) if path.exists() else config.path)
+        with contextlib.suppress(OSError):  # a root that may be read only: the note is for `dataio.caches` and `known_good`
+            _write(dest / ORIGIN_NAME, origin)
     return dest, dest != dests[0]
 
 
@@ -319,8 +324,10 @@ class _Conversion:
         on_progress: Callable[[Progress], None] | None,
         shard_bytes: int,
         threads: int,
+        known: Set[bytes],
     ) -> None:
         self._source, self._staging, self._identity = source, staging, identity
+        self._known, self._max_image_pixels = known, max_image_pixels
         self._on_progress, self._shard_bytes = on_progress, shard_bytes
         self._splits = sorted(source.splits(), key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
         self._checker = make_checker(max_image_pixels=max_image_pixels, threads=threads)
@@ -443,9 +450,15 @@ class _Conversion:
 
     def _check(self, split: str, batch: list[Sample]) -> Iterator["_Good | str"]:
         """For each sample its stored form, or the reason to leave it out."""
-        verdicts = iter(self._checker.check([sample.data for sample in batch if sample.refusal is None]))
+        unknown = [sample for sample in batch if sample.refusal is None and not self._is_known(sample)]
+        decoded = dict(zip(map(id, unknown), self._checker.check([sample.data for sample in unknown]), strict=True))
         for sample in batch:
-            verdict = next(verdicts) if sample.refusal is None else Refusal(reason=sample.refusal)
+            if sample.refusal is not None:
+                verdict: Facts | Refusal = Refusal(reason=sample.refusal)
+            elif id(sample) in decoded:
+                verdict = decoded[id(sample)]
+            else:
+                verdict = looked_at(sample.data, max_image_pixels=self._max_image_pixels)
             if isinstance(verdict, Refusal):
                 yield verdict.reason
                 continue
@@ -455,6 +468,9 @@ class _Conversion:
                 yield f"bad label: {error}"
             else:
                 yield _Good(sample=sample, values=values, size=verdict.size, has_alpha=verdict.has_alpha)
+
+    def _is_known(self, sample: Sample) -> bool:
+        return bool(self._known) and hashlib.sha256(sample.data).digest() in self._known
 
     def _stored_keys(self, split: str, done: list[_Part]) -> set[str]:
         shards = tuple(part.shard for part in done if part.shard is not None)
@@ -505,6 +521,7 @@ class _Conversion:
         )
         _write(self._staging / QUARANTINE_NAME, "".join(record.to_line() for part in parts for record in part.bad))
         self._tell_of(stored, repeats, sum(part.transparent for part in parts))
+        _write(self._staging / RULES_NAME, _RULES)
         _write(self._staging / MANIFEST_NAME, manifest.to_json())
         return manifest
 

@@ -141,6 +141,11 @@ class Split:
             values = np.concatenate([packed(column) for column in columns], axis=1)  # (n, bytes) uint8
             yield from zip(keys, (row.tobytes() for row in values), hashes, strict=True)
 
+    def hashes(self) -> Iterator[bytes]:
+        """Yields the content SHA-256 of each sample in order."""
+        for group in range(self.groups):
+            yield from self._read(group, "sha256")[0]
+
     def verify(self) -> None:
         """Reads all bytes of all shards and compares their hashes. Raises CorruptShard."""
         for shard in self._shards:

@@ -10,8 +10,9 @@ import io
 import os
 import select
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
+from dataio.raw_lines import begin
 from dataio.text import printable
 
 _BUSY_SECONDS = 5.0
@@ -20,6 +21,7 @@ _BUSY_SECONDS = 5.0
 def prepare_output(*, survive: bool = False) -> None:
     """Open closed descriptors 0 to 2 as /dev/null, and show characters that the output cannot take as escapes. With `survive`, output
     that cannot be written any more is dropped and the command goes on: its work does not depend on who reads along."""
+    begin()
     reopened = [descriptor for descriptor in range(3) if _reopen(descriptor)]
     if sys.stdout is None or 1 in reopened:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -49,8 +51,13 @@ def prepared(stream: TextIO, *, survive: bool) -> TextIO:
 def tell(text: str, stream: TextIO) -> None:
     """The only way by which the commands of dataio print: names and messages of a source move no cursor, and any terminal can encode
     them."""
-    encoding = stream.encoding or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(encodable(printable(text), stream), file=stream, flush=True)
+
+
+def encodable(text: str, stream: Any) -> str:
+    """`text` with escapes for what `stream` cannot encode."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class _Lasting(io.RawIOBase):

@@ -16,7 +16,7 @@ import tyro
 
 from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
-from dataio.config import Background, Fit
+from dataio.config import Colour, Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import JUNK, is_image_file
 from dataio.terminal import prepare_output
@@ -72,7 +72,7 @@ class Predictor:
         self._model, self._preprocess, self._size = exported.model, exported.preprocess, exported.image_size
         self._fit: Fit = fit or exported.fit
         height, width = self._size
-        self.background: Background = exported.background
+        self.background: Colour = exported.background
         self.transparent = 0
         """Images with an alpha channel that were predicted so far."""
         self._decoder = Decoder(

@@ -119,7 +119,7 @@ ANNOTATIONS = (
     ),
 )
 
-STATES = {"running": "blue", "finished": GREEN, "stopped": ORANGE, "failed": RED, "vanished": RED}
+STATES = {"running": "blue", "finished": GREEN, "stopped": ORANGE, "failed": RED, "taken_over": ORANGE, "vanished": RED}
 """Colours."""
 LAST_STATE = f"topk(1, max by (state) (max_over_time({{run_state_time_seconds}}{R}[1d])))"
 SILENT = f'(label_replace(vector(1), "state", "running", "", "") unless on () max({{run_state}}{R}))'
@@ -147,12 +147,17 @@ IMAGES = number(
     base="blue",
     width=4,
 )
+NEWEST = f"topk(1, max by (instance) (last_over_time({{run_state_time_seconds}}{R}[1d])))"
+"""The coordinator that spoke for the run last, within a day."""
+LAST_GOODPUT = f"max(last_over_time({{goodput_ratio}}{R}[1d]) and on (instance) {NEWEST})"
+LAST_SECONDS = f"sum(last_over_time({{run_seconds}}{R}[1d]) and on (instance) {NEWEST})"
 GOODPUT = Panel(
     title="Goodput",
-    description="Useful step time over wall time since the run began. Under 90 % FinetuneGoodputLow fires, after the first hour.",
+    description="Useful step time over wall time since the run began; of a run that has ended, what it was in the end. Under 90 % "
+    "FinetuneGoodputLow fires, after the first hour.",
     queries=(
-        Query(expr=f"min({{goodput_ratio}}{R}) and on () sum({{run_seconds}}{R}) < 3600", legend="first hour", instant=True),
-        Query(expr=f"min({{goodput_ratio}}{R}) and on () sum({{run_seconds}}{R}) >= 3600", legend="goodput", instant=True, needs="hour"),
+        Query(expr=f"{LAST_GOODPUT} and on () {LAST_SECONDS} < 3600", legend="first hour", instant=True),
+        Query(expr=f"{LAST_GOODPUT} and on () {LAST_SECONDS} >= 3600", legend="goodput", instant=True, needs="hour"),
     ),
     kind="stat",
     unit="percentunit",

@@ -123,6 +123,18 @@ def test_object_stores_open_without_a_request() -> None:
     assert (storage.is_local, storage.root, storage.fs.type_name) == (False, "bucket/runs", "s3")
 
 
+@pytest.mark.parametrize("uri", ["s3:/bucket/runs", "s3:bucket/runs", "gs:/bucket", Path("s3://bucket/runs")])
+def test_a_uri_that_lost_a_slash_is_no_folder(uri: str | Path) -> None:
+    with pytest.raises(ValueError, match=r"lacks a slash of its scheme.*write (s3|gs)://BUCKET"):
+        open_storage(uri)
+
+
+def test_a_file_of_this_machine_is_never_made_of_a_remote_path(tmp_path: Path) -> None:
+    assert open_storage(tmp_path).local_path("run/ledger", "a ledger") == f"{tmp_path}/run/ledger"
+    with pytest.raises(ValueError, match=r"a ledger needs a storage on a disk, and s3://bucket/runs.* is none"):
+        open_storage("s3://bucket/runs?region=x").local_path("run/ledger", "a ledger")
+
+
 @pytest.mark.parametrize("uri", ["ftp://host/x", "http://host/x", "s4://bucket", ""])
 def test_an_unknown_scheme_is_refused_with_the_known_ones(uri: str) -> None:
     with pytest.raises(ValueError, match="s3://"):

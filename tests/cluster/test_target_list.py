@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.target_list import NOTE, take_back, take_back_noted
+from cluster.target_list import NOTE, is_of_another, take_back, take_back_noted
 
 PROJECT = Path(__file__).resolve().parents[2]
 DRIVER = """
@@ -34,6 +34,9 @@ def test_a_list_that_names_us_is_emptied_and_one_of_a_newer_driver_stays(tmp_pat
     path.write_text(json.dumps(OURS))
     take_back(str(path), "127.0.0.1:3")
     assert json.loads(path.read_text()) == OURS
+    assert is_of_another(str(path), "127.0.0.1:3")
+    assert not is_of_another(str(path), "127.0.0.1:2")
+    assert not is_of_another(str(tmp_path / "missing.json"), "127.0.0.1:2")
     take_back(str(path), "127.0.0.1:2")
     assert json.loads(path.read_text()) == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["targets.json"]

@@ -19,7 +19,7 @@ from PIL import Image
 from dataio.codecs.codec import Refusal
 from dataio.codecs.image.decode import COLOURS, Checker, Decoder, window_of
 from dataio.codecs.image.sniff import KINDS, Header, simple_webp, sniff
-from dataio.config import Background, Fit
+from dataio.config import Colour, Fit
 
 UNSNIFFABLE = ("undecodable", "wrong size")
 
@@ -358,7 +358,7 @@ def shape_on_nothing(kind: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("background", ["black", "gray", "white"])
-def test_transparent_images_are_put_in_front_of_the_background(background: Background):
+def test_transparent_images_are_put_in_front_of_the_background(background: Colour):
     cases = {
         "png": encode(shape_on_nothing("rgba")),
         "png gray": encode(shape_on_nothing("la")),

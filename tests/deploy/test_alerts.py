@@ -91,6 +91,16 @@ def resumed(state: str, before: str = "_x29", running: str = "1800x60") -> dict[
     }
 
 
+def taken_over(namespace: str = "") -> dict[str, str]:
+    """After twenty minutes it learns that another command goes on with it, since its fifteenth."""
+    return {
+        since("running", namespace): "60x21 stale",
+        at("running", namespace): "1x19 0x1 stale",
+        since("taken_over", namespace): "_x19 61x1 stale",
+        at("taken_over", namespace): "0x19 1x1 stale",
+    }
+
+
 CASES = (
     Case("FinetuneStalled", "in the middle of an epoch", {"steps_total": STUCK, "epoch": "0+.03x10 2.5x80"}, "30m", FIRES),
     Case("FinetuneStalled", "steps go on", {"steps_total": STEPS, "epoch": "0+.03x90"}, "30m", SILENT),
@@ -130,6 +140,10 @@ CASES = (
     Case(
         "FinetuneRunVanished", "killed once more after a stop", ended("stopped") | resumed("running", "_x30", "1800x5 stale"), "40m", FIRES
     ),
+    Case("FinetuneRunVanished", "taken over", taken_over() | resumed("running", "_x15"), "25m", SILENT),
+    Case("FinetuneRunVanished", "taken over by another user", taken_over("ann"), "25m", SILENT),
+    Case("FinetuneRunVanished", "taken over and then killed", taken_over() | resumed("running", "_x15", "900x25 stale"), "50m", FIRES),
+    Case("FinetuneRunFailed", "taken over by one that fails", taken_over() | resumed("failed"), "60m", FIRES),
     Case(
         "FinetuneRunVanished",
         "another user's of the same name goes on",

@@ -21,6 +21,7 @@ from cluster.names import FILE_SD
 from cluster.roster import RankInfo
 from cluster.storage import open_storage
 from cluster.store import Store
+from deploy.grafana import queries
 from tests.ports import free_ports
 from tests.prometheus import PROMETHEUS, Prometheus
 
@@ -52,6 +53,7 @@ class Run:
         self.metrics = Metrics(name, 0, 1)
         self.metrics.set("start_time_seconds", time.time())
         self.server: Server = serve_metrics(self.metrics.registry)
+        self.coordinator.account({"steps": 30.0, "start_up": 10.0})
         self.coordinator.register(1, 0, RankInfo(host="h", pid=1, node_id="n", metrics_address=self.server.address))
 
     def end(self, state: str) -> tuple[float, float]:
@@ -101,9 +103,10 @@ def test_a_finished_a_failed_a_stopped_and_a_killed_run_of_two_users_raise_exact
     prometheus, port = served
     finished = Run(tmp_path / "ann", "ann", "quick", port)
     failed, stopped = Run(tmp_path / "bob", "bob", "quick", port), Run(tmp_path / "bob", "bob", "other", port)
+    first, second = Run(tmp_path / "ann", "ann", "moved", port), Run(tmp_path / "ann", "bob", "moved", port)
     killed = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "ann"), str(port)], cwd=PROJECT)
     try:
-        all_runs = {("ann", "quick"), ("bob", "quick"), ("bob", "other"), ("ann", "other")}
+        all_runs = {("ann", "quick"), ("bob", "quick"), ("bob", "other"), ("ann", "other"), ("ann", "moved"), ("bob", "moved")}
         prometheus.until("count by (namespace, run) (up) == count by (namespace, run) (up == 1)", all_runs)
         prometheus.until("finetune_run_state == 1", {(*run, "running") for run in all_runs})
         assert {row["metric"].get("owner", "") for row in prometheus.query("finetune_run_info")} == {"ann", "bob", ""}
@@ -113,8 +116,15 @@ def test_a_finished_a_failed_a_stopped_and_a_killed_run_of_two_users_raise_exact
             most, waited = run.end(state)
             assert 0 < waited <= most + 1 < 10
             assert json.loads(run.targets.read_text()) == []
+        listed = second.targets.read_text()
+        first.end("taken_over")
+        assert second.targets.read_text() == listed, "the file is the other command's by now"
+        second.end("finished")
         ends = {("ann", "quick", "finished"), ("bob", "quick", "failed"), ("bob", "other", "stopped")}
+        ends |= {("ann", "moved", "taken_over"), ("bob", "moved", "finished")}
         assert prometheus.runs('last_over_time(finetune_run_state{state!="running"}[1m]) == 1') == ends  # it was waited for
+        tile = [query.query for query in queries(run="quick", namespace="ann") if query.panel == "Goodput"]
+        assert [[row["value"][1] for row in prometheus.query(query)] for query in tile] == [["0.75"], []], "of a run that has ended too"
         prometheus.until("up", {("ann", "other")})  # the others are no targets any more
 
         killed.send_signal(signal.SIGKILL)

@@ -4,10 +4,11 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dataio.config import DataConfig
-from trainer.drive.data import open_data
+from trainer.drive.data import about_transparency, open_data
 from trainer.settings.say import Terminal
 from trainer.settings.tree import RunConfig
 
@@ -46,16 +47,30 @@ def test_what_should_be_known_of_the_data_follows(tmp_path: Path):
     image(tmp_path / "photos" / "val" / "ant" / "0.png", 20)
     image(tmp_path / "photos" / "test" / "ant" / "0.png", 1)
     (tmp_path / "photos" / "test" / "ant" / "bad.png").write_bytes(b"no image")
-    line, validation, left_out, alpha, copies, untested = said(tmp_path / "photos")[-6:]
+    line, validation, left_out, copies, untested = said(tmp_path / "photos")[-5:]
     assert line == "data: 2 classes (ant, bee): 8 train, 1 validation, 1 test images (4 of each class to train); 1 could not be used"
     assert "does not look at validation" in validation
     assert left_out.startswith("1 image that could not be used is left out: ")
-    assert alpha.startswith("1 image has an alpha channel, which is dropped")
-    assert "--data.background white" in alpha
     assert copies.startswith("warning: 1 of 1 test images are copies of training images")
     assert "test/ant/0.png = train/ant/1.png" in copies
     assert untested == "warning: no test image shows class bee, so the results say nothing of it"
-    assert not any("alpha" in line for line in said(tmp_path / "photos", background="white"))
+
+
+@pytest.mark.parametrize(
+    ("background", "words"),
+    [
+        ("auto", "1 image has an alpha channel: put on white (data.background)"),
+        ("black", "1 image has an alpha channel: put on black (data.background)"),
+        ("", "1 image has an alpha channel, which is dropped: what is transparent shows the colour stored below it"),
+    ],
+)
+def test_what_becomes_of_transparent_images_is_said(tmp_path: Path, background: str, words: str):
+    for number in range(12):
+        image(tmp_path / "photos" / ("ant", "bee")[number % 2] / f"{number}.png", number, alpha=number == 0)
+    config = RunConfig(data=DataConfig(path=str(tmp_path / "photos"), root=str(tmp_path / "root"), background=background))  # type: ignore[arg-type]
+    dataset = open_data(config, Terminal(file=io.StringIO(), width=80))[1]
+    (line,) = about_transparency(dataset, config)
+    assert line.partition(";")[0] == words
 
 
 def test_data_that_an_earlier_rule_converted_stay_and_it_is_said(tmp_path: Path):

@@ -44,6 +44,7 @@ class Run:
         self.signals = Signals()
         self.signals.enter(Phase.TRAINING)
         self.journal = Journal.open(self.storage, "pets", writer="driver")
+        self.orders: list[tuple[object, ...]] = []
         self.quiet = Console(file=open(os.devnull, "w"), width=200, record=True)  # noqa: SIM115
 
     def ending(self) -> Ending:
@@ -60,10 +61,17 @@ class Run:
             console=self.quiet,
             patiently=lambda what, operation: operation(),
             saved_step=lambda: 100,
-            order=lambda method, *_: 0.0 if method == "ended" else None,  # no Prometheus reads it
+            order=self.order,
+            generation=1,
+            store=SimpleNamespace(newest_generation=lambda: 2, claim=lambda generation: SimpleNamespace(host="elsewhere", pid=7)),
         )
         self.signals.enter(Phase.ENDING)
         return Ending(session=session, result={"stopped": False, "steps_done": STEPS}, workers=2, signals=self.signals)
+
+    def order(self, method: str, *asked: object) -> float | None:
+        """Of the coordinator. No Prometheus reads it."""
+        self.orders.append((method, *asked))
+        return 0.0 if method == "ended" else None
 
     def again(self) -> str | None:
         """What the same command does when it finds the run finished. Returns the report's address."""
@@ -206,6 +214,15 @@ def test_a_signal_that_came_in_training_does_not_keep_the_report_from_being_writ
     assert run.events("run_stopped")[-1]["signal"] == "SIGHUP"
     assert "step 100 of 160 is saved" in run.quiet.export_text()
     assert (run.folder / "report.html").exists()
+
+
+def test_a_command_whose_run_was_taken_over_tells_prometheus_and_touches_nothing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last state was `running`, for ever."""
+    assert run.ending().taken_over() == 1
+    assert run.orders == [("ended", "taken_over")]
+    assert "error: run pets was taken over by process 7 on elsewhere" in capsys.readouterr().err
+    assert not (run.folder / "summary.json").exists()
+    assert not (run.folder / "report.html").exists()
 
 
 def test_a_failed_run_has_its_reason_in_all_three_though_the_report_breaks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,8 +241,8 @@ def test_a_wrong_command_says_what_to_do(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("background", ["", "white"])
-def test_shapes_on_transparency_are_told_apart_where_a_background_was_trained_with(
+@pytest.mark.parametrize("background", ["auto", "", "white"])
+def test_shapes_on_transparency_are_told_apart_unless_alpha_was_dropped_in_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], background: str
 ) -> None:
     export(tmp_path, replace(CONFIG, data=replace(CONFIG.data, background=background)))

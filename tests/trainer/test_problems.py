@@ -265,3 +265,12 @@ def test_a_survey_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
     assert facts.storage_room is not None
     assert facts.root_room is not None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ledger_needs_a_disk_and_never_becomes_a_folder_of_the_bucket_s_name(config: RunConfig, tmp_path: Path) -> None:
+    """It was written into ./BUCKET/RUN/ledger, in whatever folder the rank ran."""
+    asked = replace(config, storage="s3://bucket/runs?region=x", train=TrainConfig(ledger=True))
+    (problem,) = survey(asked, workers=lambda: 1, in_job=False).found_wrong
+    assert problem == "--train.ledger needs a storage on a disk, and s3://bucket/runs is none; leave it out, or give --storage FOLDER"
+    assert survey(replace(asked, storage=str(tmp_path)), workers=lambda: 1, in_job=False).found_wrong == ()
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -651,6 +652,42 @@ def test_watch_speaks_of_the_runs_own_task(storage: Storage) -> None:
     line = describe(tracker.state(NOW, maker.look(), {0: {"step": 41.0, "images_per_second": 80.0}}))
     assert line.startswith("tags: training  epoch 2/4  step 41/160")
     assert line.endswith("test mAP 50.0 %  80 texts/s")
+
+
+def test_the_time_left_is_the_runs_own_measure_whatever_batch_its_settings_name(storage: Storage) -> None:
+    """65 images in batches of 32, spread: 2 steps of 21.7 images on average. By the batch the run would need half as long again."""
+    maker = Maker(storage, "tags", began=NOW - 60).write("run_started")
+    maker.write("attempt_started", attempt=1, workers=2, start_step=0).write("training_started", attempt=1, step=0)
+    tracker = RunTracker("tags")
+    for event in read_journal(storage, "tags"):
+        tracker.take(event)
+    status = replace(maker.look(), plan=Plan(batch_size=32, steps_per_epoch=3, total_steps=150, epochs=50))
+    half = {"step": 60.0, "images_per_second": 65 / 6, "steps_total": 60.0, "samples_total": 60 * 65 / 6}  # a step a second
+    assert tracker.state(NOW, status, {0: half, 1: half}).remaining_seconds == pytest.approx(90.0)
+    longer = half | {"planned_steps": 160.0}
+    assert tracker.state(NOW, status, {0: longer, 1: half}).remaining_seconds == pytest.approx(100.0), "the ranks know the steps best"
+    unknown = replace(status, plan=replace(status.plan, batch_size=None))
+    assert tracker.state(NOW, unknown, {0: half}).remaining_seconds == pytest.approx(90.0)
+
+
+def test_where_no_rank_answers_the_time_left_follows_from_the_journal(storage: Storage) -> None:
+    tracker = RunTracker("tags")
+    status = RunStatus(run="tags", status="running", plan=Plan(batch_size=32, total_steps=100))
+
+    def take(event: str, at: float, **fields: int) -> None:
+        tracker.take({"event": event, "time": NOW + at, **fields})
+
+    take("run_started", 0)
+    take("attempt_started", 1, attempt=1, workers=2, start_step=0)
+    take("training_started", 5, attempt=1)
+    take("first_step", 10, step=1)
+    assert tracker.state(NOW + 10, status, {}).remaining_seconds is None
+    take("checkpoint_committed", 30, step=11)
+    assert tracker.state(NOW + 30, status, {}).remaining_seconds == pytest.approx(178.0)
+    assert tracker.state(NOW + 48, status, {}).remaining_seconds == pytest.approx(160.0)
+    assert tracker.state(NOW + 300, status, {}).remaining_seconds is None, "late by its own pace: nothing can be said"
+    take("attempt_failed", 300)
+    assert tracker.state(NOW + 301, status, {}).remaining_seconds is None
 
 
 @pytest.mark.parametrize(("end", "status"), [("failed", 1), ("stopped", 3)])

@@ -51,13 +51,19 @@ def lines_about(found: Prepared, config: RunConfig) -> Iterator[str]:
     if manifest.quarantined:
         what = "image that could not be used is" if manifest.quarantined == 1 else "images that could not be used are"
         yield f"{manifest.quarantined:,} {what} left out: {dataset.where}/{QUARANTINE_NAME}"
-    if reading is not None and reading.transparent and not config.data.background:
-        yield (
-            f"{reading.transparent:,} image{' has' if reading.transparent == 1 else 's have'} an alpha channel, which is dropped: "
-            "what is transparent shows the colour stored below it; --data.background white puts them on white"
-        )
     for line in warnings(manifest, reading, dataset.where):
         yield f"warning: {line}"
+
+
+def about_transparency(dataset: Dataset, config: RunConfig) -> tuple[str, ...]:
+    """What becomes of images with an alpha channel in a run with these settings, in which no auto is left."""
+    count = dataset.reading.transparent if dataset.reading is not None else 0
+    if not count:
+        return ()
+    what = f"{count:,} image{' has' if count == 1 else 's have'} an alpha channel"
+    if config.data.behind:
+        return (f"{what}: put on {config.data.behind} (data.background)",)
+    return (f"{what}, which is dropped: what is transparent shows the colour stored below it; a new run puts them on white",)
 
 
 def record_left_out(storage: Storage, run: str, dataset: Dataset, tell: Callable[[str], None]) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from cluster.controller import RunFailed
 from cluster.journal import Journal, read_journal
+from cluster.metrics import TAKEN_OVER
 from cluster.redact import redacted
 from cluster.storage import join_uri
 from cluster.versions import versions
@@ -78,10 +79,12 @@ class Ending:
         except OSError:
             other = "another process"
         session.journal.write("run_taken_over", by=other, generation=session.generation)
+        told = tell_state(session, TAKEN_OVER)
         complain(
             f"error: run {run} was taken over by {other}, which goes on from the newest checkpoint; this process ends. "
             "To have both, give one of them another --run NAME"
         )
+        wait_for_prometheus(session, self.signals, told)
         return 1
 
     def failed(self, error: RunFailed) -> int:

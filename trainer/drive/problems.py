@@ -13,8 +13,8 @@ from dataio.quarantine import Quarantine, TooManyBadSamples
 from dataio.scan import Looked
 from trainer.drive.check import Checked, Refused
 from trainer.drive.disk_room import judge, state_bytes
-from trainer.settings.balance import balanced, check_balance
 from trainer.runs.choice import rule_of
+from trainer.settings.balance import balanced, check_balance
 from trainer.settings.length import length_of
 from trainer.settings.photos import Choice, choice_of
 from trainer.settings.rules import validate

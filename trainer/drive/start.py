@@ -31,7 +31,7 @@ from dataio.manifest import image_size_of
 from dataio.parquet import Dataset, open_dataset
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck, Question, Refused
-from trainer.drive.data import check_can_ship, open_data, record_left_out
+from trainer.drive.data import about_transparency, check_can_ship, open_data, record_left_out
 from trainer.drive.disk_room import check_room
 from trainer.drive.identity import (
     check_may_show,
@@ -247,7 +247,8 @@ def place(data: WithData, workers: int) -> Placed:
         from_recipes=data.asked.from_recipes,
         is_new=named.found.is_new,
     )
-    said = (*data.asked.said, *found.said, *length.said) if named.found.is_new else length.said
+    of_new = (*data.asked.said, *found.said) if named.found.is_new else ()
+    said = (*of_new, *length.said, *about_transparency(data.dataset, length.config))
     return Placed(data=data, config=length.config, workers=workers, found=named.found, said=said)
 
 

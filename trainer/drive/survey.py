@@ -63,6 +63,8 @@ def survey(config: RunConfig, *, workers: Callable[[], int | None], in_job: bool
     storage = search.tried(lambda: call("the storage", lambda: open_storage(config.storage, config.cluster.storage_retry_seconds)))
     if storage is not None and storage.is_local:
         search.tried(partial(check_can_hold, storage))
+    if storage is not None and config.train.ledger:
+        search.tried(partial(storage.local_path, "", "--train.ledger"))
     search.wrong += lacking(config.model)
     looked = search.tried(lambda: look_at(config.data))
     if looked is not None and not looked.is_converted:

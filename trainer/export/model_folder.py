@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cluster.storage import Storage, join_uri
 from cluster.text import address, json_line, shown
-from dataio.config import Background, Fit
+from dataio.config import Colour, Fit
 from dataio.foreign import json_of
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
 from trainer.export.elsewhere import keys_for_timm, opened_elsewhere
@@ -48,7 +48,7 @@ class Exported:
     preprocess: nn.Module  # (n, 3, H, W) uint8, with H and W from `image_size`, -> the model's input
     image_size: tuple[int, int]  # (height, width) of decoded images
     fit: Fit
-    background: Background
+    background: Colour
     max_image_pixels: int
 
 
@@ -81,7 +81,7 @@ def export_model(
         "std": list(std),
         "data_image_size": list(data_image_size),
         "fit": config.data.fit,
-        **({"background": config.data.background} if config.data.background else {}),
+        **({"background": config.data.behind} if config.data.behind else {}),
         "max_image_pixels": config.data.max_image_pixels,
         "weights_sha256": summary.get("weights_sha256"),
         "file_sha256": hashlib.sha256(weights).hexdigest(),

@@ -104,10 +104,11 @@ def quarantine(me: ThisRank, dataset: Dataset) -> Callable[[BadSample], None]:
 
 
 def open_ledger(me: ThisRank, storage: Storage, *, start_step: int) -> LedgerWriter | None:
-    """The ledger's writer, if the run keeps a ledger. The storage must be a local folder."""
+    """The ledger's writer, if the run keeps a ledger. ValueError if the storage is no local folder."""
     if not me.config.train.ledger:
         return None
-    return LedgerWriter(Path(storage.at(f"{me.config.run}/ledger")), me.spec.attempt, me.rank, start_step=start_step)
+    folder = Path(storage.local_path(f"{me.config.run}/ledger", "--train.ledger"))
+    return LedgerWriter(folder, me.spec.attempt, me.rank, start_step=start_step)
 
 
 Batches = Generator[tuple[Batch, ...], None, None]

@@ -27,6 +27,7 @@ from trainer.export.model_folder import load_export, model_of
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder
+from trainer.settings.fields import as_begun
 from trainer.settings.say import complain
 from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig
@@ -203,7 +204,8 @@ def _config(folder: RunFolder) -> RunConfig:
     text = folder.read("config.toml")
     if text is None:
         raise ValueError(f"{folder.location} has no config.toml, which says how the model was trained; give the folder that the run wrote")
-    return from_toml(text.decode(), origin=f"{folder.location}/config.toml")
+    config: RunConfig = as_begun(from_toml(text.decode(), origin=f"{folder.location}/config.toml"))
+    return config
 
 
 def _summary(folder: RunFolder) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from trainer.runs.events import STRANGE, is_followed, plainly, words_of
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.journal_tail import Event, JournalTail
 from trainer.runs.measures import headline_of, headline_title, known_info
+from trainer.runs.pace import JournalPace, planned_steps, steps_per_second
 from trainer.runs.progress import ProgressLine, RunState, describe, final_table
 from trainer.runs.status import (
     TAIL_BYTES,
@@ -237,6 +238,7 @@ class RunTracker:
         self._restarts = 0  # of earlier drivers
         self._evaluation: Event = {}
         self._commit: tuple[int, float] | None = None
+        self._pace = JournalPace()
         self._newest: list[Event] = []  # events of the newest attempt that say where its ranks are
         self.end: Event = {}
         """The newest driver's last event, once it has ended."""
@@ -260,6 +262,7 @@ class RunTracker:
 
     def _learn(self, event: Event) -> None:
         now = float(event["time"])
+        self._pace.take(event)
         match event:
             case {"event": "run_started"}:
                 self._restarts = self.restarts
@@ -306,12 +309,12 @@ class RunTracker:
         speeds = [said["images_per_second"] for said in ranks if "images_per_second" in said]
         rate = sum(speeds) / len(speeds) * self._workers if speeds else None
         step = max([self._step, *(int(said["step"]) for said in ranks if "step" in said)])
-        total = status.plan.total_steps or 0
+        total = planned_steps(ranks) or status.plan.total_steps or 0
         loss = rank_0.get("loss", self._evaluation.get("train_loss"))
         headline, split = headline_of(self._evaluation, self._info)
         # Counters since the attempt began; the driver's own line uses those of the last steps.
         waited, computed = rank_0.get("data_wait_seconds_total"), rank_0.get("step_seconds_sum")
-        steps_left = max(0, total - step)
+        pace = steps_per_second(ranks)
         # A silent run would repeat the same line, which a log does not need.
         is_silent = status.status == "silent"
         age = max(0.0, now - self._commit[1]) if self._commit and not is_silent else None
@@ -333,9 +336,14 @@ class RunTracker:
             unit=self._info.unit,
             checkpoint_step=self._commit[0] if self._commit else None,
             checkpoint_age_seconds=age,
-            remaining_seconds=steps_left * status.plan.batch_size / rate if rate and status.plan.batch_size and total else None,
+            remaining_seconds=self._remaining_seconds(pace, max(0, total - step), total, now) if total and not is_silent else None,
             restarts=self.restarts,
         )
+
+    def _remaining_seconds(self, pace: float | None, steps_left: int, total: int, now: float) -> float | None:
+        if pace:
+            return steps_left / pace
+        return self._pace.remaining_seconds(total, now) if self._phase == "training" and not self.end else None
 
 
 # --- the ranks ------------------------------------------------------------------------------------------------------------------------

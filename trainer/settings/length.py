@@ -40,6 +40,7 @@ def length_of(config: RunConfig, manifest: Manifest, *, workers: int, from_recip
     order = order_of(config, manifest, workers)
     whole = config.train.epochs * order.steps_per_epoch
     total = total_steps_of(config, order.steps_per_epoch)
+    config = replaced(config, "data.background", config.data.behind)  # of any number, but decided once too
     config = selected(replaced(config, "data.remainder", "spread" if order.spread else "last"), manifest)
     said: list[str] = [*about_selection(config, manifest)]
     optim = config.optim

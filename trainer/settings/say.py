@@ -15,21 +15,22 @@ from rich.text import Text
 
 from cluster.redact import redacted
 from cluster.text import json_line, printable, redact
+from dataio.terminal import encodable
 
 
 def say(text: object) -> None:
     """Print to stdout, at once."""
-    print(_encodable(printable(text), sys.stdout), flush=True)
+    print(encodable(printable(text), sys.stdout), flush=True)
 
 
 def complain(text: object) -> None:
     """Print to stderr, at once."""
-    print(_encodable(printable(text), sys.stderr), file=sys.stderr, flush=True)
+    print(encodable(printable(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 def say_json(value: Any) -> None:
     """Print a line for programs to stdout."""
-    print(_encodable(json_line(redacted(value)), sys.stdout), flush=True)
+    print(encodable(json_line(redacted(value)), sys.stdout), flush=True)
 
 
 class Terminal(Console):
@@ -47,7 +48,7 @@ class Terminal(Console):
             if segment.control:
                 yield segment
             else:
-                yield Segment(_encodable(printable(segment.text), self.file), segment.style)
+                yield Segment(encodable(printable(segment.text), self.file), segment.style)
 
 
 def _without_secrets(item: Any) -> Any:
@@ -58,8 +59,3 @@ def _without_secrets(item: Any) -> Any:
         case Text() if (masked := redact(item.plain)) != item.plain:
             return Text(masked, style=item.style)
     return item
-
-
-def _encodable(text: str, stream: Any) -> str:
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)

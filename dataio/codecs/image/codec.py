@@ -42,7 +42,7 @@ class ImageCodec:
             height=height,
             width=width,
             fit=config.fit,
-            background=config.background,
+            background=config.behind,
             threads=threads,
             device_id=self._device.index if self._device.type == "cuda" else None,
             max_pixels=config.max_image_pixels,

@@ -18,12 +18,13 @@ import numpy as np
 
 from dataio.codecs.codec import Refusal
 from dataio.codecs.image.sniff import Header, simple_webp, sniff
-from dataio.config import Background, Fit
+from dataio.config import Colour, Fit
+from dataio.raw_lines import kept_off
 
 DECODER_VERSIONS = {"cpu": 2, "cuda": 1}
 """Device type -> version of resized images. Raised when their pixels change, because the weights of runs then change too. Images of the
 right size are never resampled and are the same in all versions."""
-COLOURS: dict[Background, tuple[int, int, int]] = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
+COLOURS: dict[Colour, tuple[int, int, int]] = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
 """Of `data.background`."""
 FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
 """Versions for runs whose checkpoints name none: at that time DALI resized on a CPU too."""
@@ -62,7 +63,7 @@ class Decoder:
         height: int,
         width: int,
         fit: Fit,
-        background: Background = "",
+        background: Colour = "",
         threads: int = 1,
         device_id: int | None = None,
         max_pixels: int,
@@ -277,7 +278,8 @@ class _Pipeline:
     def _run(self, batch: Sequence[_Encoded]) -> list[np.ndarray]:
         if self._pipeline is None:
             self._pipeline = _build(self._batch_size, self._threads, self._device_id, self._size, self._fit)
-        (output,) = self._pipeline.run(encoded=[each.data for each in batch])
+        with kept_off():
+            (output,) = self._pipeline.run(encoded=[each.data for each in batch])
         if self._device_id is not None:
             output = output.as_cpu()
         # output[index] is a view; at() copies, which takes 20 us a photograph.
@@ -316,7 +318,7 @@ def _resize(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         place[:] = resized[0].permute(1, 2, 0).numpy()
 
 
-def _prepared(data: np.ndarray | bytes, header: Header, background: Background = "") -> np.ndarray | Refusal:
+def _prepared(data: np.ndarray | bytes, header: Header, background: Colour = "") -> np.ndarray | Refusal:
     """The bytes in the form that DALI takes: a contiguous (bytes,) uint8 array; or the reason why there is none."""
     if header.format == "gif" or (background and header.has_alpha):
         try:
@@ -331,7 +333,7 @@ def _prepared(data: np.ndarray | bytes, header: Header, background: Background =
     return np.ascontiguousarray(data)
 
 
-def _read_by_pillow(data: bytes, background: Background) -> bytes:
+def _read_by_pillow(data: bytes, background: Colour) -> bytes:
     """An image as a PNM: a GIF, which DALI cannot decode, or one with transparency, whose alpha DALI drops."""
     from PIL import Image, ImageOps  # here: most data sets do not need it
 
