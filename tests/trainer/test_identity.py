@@ -180,7 +180,8 @@ def test_the_content_of_weights_is_hashed_and_a_file_that_is_not_there_is_refuse
 DECIDES = frozenset(
     f"{table}.{name}"
     for table, names in {
-        "data": "batch_size remainder balance class_weights image_size fit background pad flip augment mean std shuffle_window max_image_pixels",
+        "data": "batch_size remainder balance class_weights image_size fit background pad flip augment mean std shuffle_window "
+        "max_image_pixels",
         "model": "name weights stem image_size interpolation normalise freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "layer_decay loss label_smoothing clip_norm",
