@@ -54,7 +54,8 @@ class Bare:
     ) -> None:
         unlike = {"train.precision": (config.train.precision, ("fp32", "bf16")), "train.ema": (config.train.ema, (0.0,))}
         unlike["optim.clip_norm"] = config.optim.clip_norm, (0.0,)
-        unlike |= {"data.balance": (config.data.balance, ("none",)), "data.class_weights": (config.data.class_weights, ("",))}
+        unlike["data.balance"] = config.data.balance, ("none",)
+        unlike["data.class_weights"] = config.data.class_weights, ("",)
         for name, (value, known) in unlike.items():
             if value not in known:
                 raise ValueError(f"{name}={value}: the bare loop knows only {' and '.join(map(str, known))}; compare with one of these")

@@ -1,6 +1,6 @@
 """What each learning feature gains against itself switched off, on real data, in turns, with paired seeds and 95 % intervals.
 
-    python -m benchmarks.learning [FEATURE...] [--task TASK...] [--seeds 3] [--full] [--folder DIR] [--json] [--out FILE]
+    python -m benchmarks.learning [FEATURE...] [--task TASK...] [--seeds 3] [--full] [--folder DIR] [--keep FILE] [--json] [--out FILE]
 
 EfficientNet-Lite0 with ImageNet weights (extra `quickstart`), by the recipe quickstart. Small, for two cores, unless --full: 32 pixels, 10
 epochs, at most 500 images of a class. benchmarks/learning/features.py lists the features, tasks.py the data. An interval that holds 0
@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
     parser.add_argument("--full", action="store_true", help="the recipe's own size and length, all images; wants a GPU")
     parser.add_argument("--folder", type=Path, help="images in a folder for each class, for the task `folder`")
+    parser.add_argument("--keep", type=Path, help="a file that keeps what was measured: the same command goes on there")
     add_arguments(parser)
     options = parser.parse_args()
     if unknown := sorted(set(options.features) - set(FEATURES)):
@@ -39,6 +40,7 @@ def main() -> int:
             threads=options.threads,
             folder=Path(folder),
             given=options.folder and options.folder.expanduser(),
+            keep=options.keep,
         )
     return finish(result, options, lines_of(result))
 

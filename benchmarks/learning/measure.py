@@ -117,9 +117,18 @@ def variants_of(features: Sequence[Feature], tasks: Sequence[str]) -> list[Varia
 
 
 def measure(
-    features: Sequence[Feature], tasks: Mapping[str, Task], *, seeds: int, sizes: Sizes, threads: int, folder: Path, given: Path | None
+    features: Sequence[Feature],
+    tasks: Mapping[str, Task],
+    *,
+    seeds: int,
+    sizes: Sizes,
+    threads: int,
+    folder: Path,
+    given: Path | None,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
-    """All measurements in turns, and what they say; JSON-able."""
+    """All measurements in turns, and what they say; JSON-able. `keep`: a file of rows that were measured already, and to which each new one
+    is added: a measurement that was ended goes on there."""
     data: dict[tuple[str, int], Path] = {}
     left_out = []
     for name, task in tasks.items():
@@ -130,13 +139,21 @@ def measure(
             data[name, seed] = path
     variants = {variant.name: variant for variant in variants_of(features, [name for name in tasks if name not in left_out])}
     rows: dict[str, dict[int, Row]] = {name: {} for name in variants}
+    for kept in kept_rows(keep):
+        if kept["sizes"] == list(sizes.flags) and kept["variant"] in rows:
+            rows[kept["variant"]][kept["seed"]] = kept["row"]
     for seed, name in interleave(list(variants), seeds):
         variant = variants[name]
+        if seed in rows[name]:
+            continue
         flags = [*tasks[variant.task].flags, *sizes.flags, *variant.flags, "--data.path", str(data[variant.task, seed])]
         flags += ["--data.root", str(folder / "converted")]
         place = folder / "runs" / f"{len(rows[name])}-{list(variants).index(name)}"
         rows[name][seed] = run_whole(flags, seed=seed, folder=place) if variant.whole_run else trained(flags, seed=seed, threads=threads)
         print(f"seed {seed}  {name}: {rows[name][seed]}", file=sys.stderr, flush=True)
+        if keep is not None:
+            with keep.open("a") as file:
+                file.write(json.dumps({"variant": name, "seed": seed, "sizes": list(sizes.flags), "row": rows[name][seed]}) + "\n")
     by_seed = {name: [each[seed] for seed in range(seeds)] for name, each in rows.items()}
     cases = list(cases_of(features, {name: task.measure for name, task in tasks.items() if name not in left_out}, by_seed))
     return {
@@ -148,6 +165,13 @@ def measure(
         "cases": cases,
         "targets": [target_of(case) for case in cases],
     }
+
+
+def kept_rows(keep: Path | None) -> list[dict[str, Any]]:
+    """The rows of a file that `measure` has kept; none if there is no such file."""
+    if keep is None or not keep.exists():
+        return []
+    return [json.loads(line) for line in keep.read_text().splitlines()]
 
 
 def cases_of(features: Sequence[Feature], measures: Mapping[str, str], rows: Mapping[str, Sequence[Row]]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.learning.features import FEATURES, LISTED, Feature
-from benchmarks.learning.measure import cases_of, lines_of, mean_interval, target_of, variants_of, verdict_of
+from benchmarks.learning.measure import cases_of, lines_of, mean_interval, measure, target_of, variants_of, verdict_of
 from benchmarks.learning.tasks import NAMES, NOISE, SMALL, TASKS, Arrays, Sizes, longtail_counts, longtailed, noisy, write_idx
 from dataio.balance import class_counts, imbalance_of
 from dataio.config import DataConfig
@@ -86,3 +86,24 @@ def test_differences_are_paired_by_seed_in_points() -> None:
     assert (case["points"]["mean"], case["verdict"]) == (pytest.approx(2.0), "pays")
     assert target_of(case)["met"] is True
     assert "pays" in lines_of({"cases": [case], "not_installed": ["folder"]})[1]
+
+
+def test_what_was_measured_before_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def train(flags: list[str], *, seed: int, threads: int) -> dict[str, float]:
+        trained.append(seed)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return {"loss": 1.0, "accuracy": 0.5 + ("--x" in flags) / 10 + seed / 100}
+
+    monkeypatch.setattr("benchmarks.learning.measure.trained", train)
+    feature, task = Feature(name="a", on=("--x",), tasks=("quickstart",)), {"quickstart": TASKS["quickstart"]}
+    asked = {"seeds": 2, "sizes": SIZES, "threads": 1, "folder": tmp_path, "given": None, "keep": tmp_path / "rows.jsonl"}
+    with pytest.raises(KeyboardInterrupt):
+        measure([feature], task, **asked)
+    result = measure([feature], task, **asked)
+    assert len(trained) == 3 + 2, "the one that was cut short, and the one after it"
+    assert result["cases"][0]["points"]["mean"] == pytest.approx(10)
+    again = measure([feature], task, **asked)
+    assert (len(trained), again["cases"]) == (5, result["cases"])
