@@ -46,9 +46,8 @@ def test_what_should_be_known_of_the_data_follows(tmp_path: Path):
     image(tmp_path / "photos" / "val" / "ant" / "0.png", 20)
     image(tmp_path / "photos" / "test" / "ant" / "0.png", 1)
     (tmp_path / "photos" / "test" / "ant" / "bad.png").write_bytes(b"no image")
-    line, validation, left_out, alpha, copies, untested = said(tmp_path / "photos")[-6:]
+    line, left_out, alpha, copies, untested = said(tmp_path / "photos")[-5:]
     assert line == "data: 2 classes (ant, bee): 8 train, 1 validation, 1 test images (4 of each class to train); 1 could not be used"
-    assert "does not look at validation" in validation
     assert left_out.startswith("1 image that could not be used is left out: ")
     assert alpha.startswith("1 image has an alpha channel, which is dropped")
     assert "--data.background white" in alpha
