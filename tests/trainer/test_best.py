@@ -69,8 +69,8 @@ def test_validation_chooses_and_the_test_split_is_read_once_at_the_end(photos: P
 
 
 def test_a_run_killed_at_every_evaluation_chooses_the_same_weights_to_the_bit(photos: Path, tmp_path: Path) -> None:
-    """Once after the evaluation, before its checkpoint, and once more while that is on its way; and before the test split is read. It is the
-    average of the weights that is evaluated, chosen and exported."""
+    """Once after the evaluation, before its checkpoint, and once more while that is on its way; and before the test split is read. What is
+    evaluated, chosen and exported is the average of the weights."""
     flags = (*ROUGH, "--train.epochs", "12", "--train.patience", "3", "--train.ema", "0.5")
     whole = run_of(tmp_path / "whole", photos, *flags)
     assert whole.live()
