@@ -193,7 +193,7 @@ def tiny(classes: int, image_size: tuple[int, int]) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, classes))
 
 
-TINY = ("--model.name", "tests.trainer.lives:tiny", "--model.weights", "none", "--model.stem", "native", "--workers", "1")
+TINY = ("--model.name", "tests.trainer.lives:tiny", "--model.weights", "none", "--workers", "1")
 
 
 def write_images(root: Path, counts: dict[str, int], *, noise: float = 60.0, classes: int = 3) -> Path:

@@ -1,5 +1,6 @@
 """A run that validation ended early, as its folder is read: by the list of runs, the final table and the report."""
 
+import html
 import io
 import json
 import os
@@ -58,7 +59,7 @@ def test_the_final_table_and_the_report_say_which_epoch_was_kept_and_why_there_w
     assert KEPT in shown
     assert "after epoch 4: 2 evaluations without a better one (train.patience)" in shown
     run = read_files(folder)
-    page = render(run)
+    page = html.unescape(render(run))
     assert KEPT in page
     assert "It ended early, after epoch 4" in page
     assert ">validation<" in page, "its curve has a name"

@@ -186,7 +186,7 @@ DECIDES = frozenset(
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "layer_decay loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
-        "spike_factor ema",
+        "spike_factor ema select select_measure patience min_delta",
         "task": "name loss threshold head_weights weights",
     }.items()
     for name in names.split()
@@ -210,7 +210,7 @@ DOES_NOT_DECIDE = {
     "train.profile": "measures",
     "train.checkpoint_every": "when, not what",
     "train.verify_every": "compares",
-    "train.eval_every_epochs": "evaluation leaves the model as it was",
+    "train.eval_every_epochs": "evaluation leaves the model as it was; it counts where evaluations choose (test_selection.py)",
     "train.ledger": "writes down",
     "cluster.threads_per_worker": "in the identity record: it may change the last bits, and a change is told",
     "cluster.gpus_per_worker": "the type of device is in the identity record: it may change the last bits, and a change is told",

@@ -71,7 +71,7 @@ def test_what_was_added_renames_nobody(recipe: str) -> None:
 def test_a_setting_that_runs_begun_before_do_not_name_is_later_and_its_default_is_an_auto() -> None:
     known = declared(RunConfig)
     found = {key: setting for key, setting in known.items() if any(isinstance(note, Before) for note in setting.notes)}
-    assert found.keys() == {"train.small_maps", "data.remainder", "optim.warmup_fraction"}
+    assert found.keys() == {"train.small_maps", "train.select", "data.remainder", "optim.warmup_fraction"}
     for setting in found.values():
         assert LATER in setting.notes
         assert setting.before != setting.default
