@@ -105,7 +105,7 @@ def test_a_corpus_of_bad_images_is_quarantined_by_key_and_reason_and_the_rest_is
     assert manifest.quarantined == 2 * len(expected_bad) == len(records(tmp_path / "dest"))
     split = dataset.split("train")
     assert split.count == len(good())
-    config = DataConfig(max_image_pixels=MAX_PIXELS)
+    config = DataConfig(max_image_pixels=MAX_PIXELS, background="")
     with closing(ImageCodec(height=24, width=40, config=config, device=torch.device("cpu"))) as codec:
         images = decode_split(split, codec, on_bad=lambda record: pytest.fail(str(record)))
     for key, label, image in zip(split.keys(range(split.count)), split.labels(), images, strict=True):

@@ -65,13 +65,13 @@ def test_no_recipe_that_is_shipped_and_no_pinned_run_has_another_order_than_befo
 @pytest.mark.parametrize("recipe", ["", "article", "best", "quickstart"])
 def test_what_was_added_renames_nobody(recipe: str) -> None:
     config = load(recipe, RunConfig()) if recipe else RunConfig()
-    assert not {"data.remainder", "optim.warmup_fraction"} & deciding_settings(config).keys()
+    assert not {"data.remainder", "optim.warmup_fraction", "data.background"} & deciding_settings(config).keys()
 
 
 def test_a_setting_that_runs_begun_before_do_not_name_is_later_and_its_default_is_an_auto() -> None:
     known = declared(RunConfig)
     found = {key: setting for key, setting in known.items() if any(isinstance(note, Before) for note in setting.notes)}
-    assert found.keys() == {"train.small_maps", "train.select", "data.remainder", "optim.warmup_fraction"}
+    assert found.keys() == {"train.small_maps", "train.select", "data.remainder", "optim.warmup_fraction", "data.background"}
     for setting in found.values():
         assert LATER in setting.notes
         assert setting.before != setting.default
@@ -91,24 +91,25 @@ def test_a_run_of_an_earlier_release_goes_on_under_its_name_with_a_short_last_ba
     config = dataclasses.replace(config_of(666), run="began", storage=str(tmp_path))
     storage = open_storage(str(tmp_path))
     old = to_toml(config)
-    kept = [line for line in old.splitlines() if not line.startswith(("remainder", "warmup_fraction", "small_maps"))]
+    kept = [line for line in old.splitlines() if not line.startswith(("remainder", "warmup_fraction", "small_maps", "background"))]
     storage.write_atomic("began/config.toml", "\n".join(kept).encode())
     named: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "image_size": (28, 28)}
     found = resolved(config, storage, **named)
     check_same_run(found.config, found.found, "")
     length = length_of(found.config, dataset.manifest, workers=1, is_new=found.found.is_new)
-    assert length.config.data.remainder == "last"
+    assert (length.config.data.remainder, length.config.data.background) == ("last", "")
     assert [make_order(length.config, dataset).batch_count(step) for step in range(4)] == [666, 666, 666, 2]
     new = resolved(dataclasses.replace(config, run="new"), storage, **named)
     fresh = length_of(new.config, dataset.manifest, workers=1, is_new=new.found.is_new).config
     assert [make_order(fresh, dataset).batch_count(step) for step in range(4)] == [500] * 4
     # Its record, as its claim has it, names none of the settings that were added.
     went_on = identity_of(length.config, dataset.manifest, weights="", device="cpu", threads=1)
-    record = {**went_on.record(), "settings": {key: value for key, value in went_on.settings.items() if key != "data.remainder"}}
-    del record["settings"]["optim.warmup_fraction"]
+    added = ("data.remainder", "data.background", "optim.warmup_fraction")
+    record = {**went_on.record(), "settings": {key: value for key, value in went_on.settings.items() if key not in added}}
     assert changes(record, went_on) == {}
     assert changes(record, identity_of(fresh, dataset.manifest, weights="", device="cpu", threads=1)) == {
-        "data.remainder": ("last", "spread")
+        "data.background": ("", "white"),
+        "data.remainder": ("last", "spread"),
     }
 
 
@@ -126,7 +127,7 @@ def test_the_run_that_86cc2bf_stopped_is_read_as_it_was_begun() -> None:
     (run,) = (entry.name for entry in storage.list(""))
     saved = find(storage, run).saved
     assert saved is not None
-    assert (saved.data.remainder, saved.optim.warmup_fraction) == ("last", 0.0)
+    assert (saved.data.remainder, saved.optim.warmup_fraction, saved.data.background) == ("last", 0.0, "")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ MAY_CHANGE = {
 }
 
 
-DECIDED = RunConfig(data=DataConfig(remainder="last"), optim=OptimConfig(warmup_fraction=0.0))
+DECIDED = RunConfig(data=DataConfig(remainder="last", background="white"), optim=OptimConfig(warmup_fraction=0.0))
 """Nothing is left at auto that the number of images decides (trainer.settings.length)."""
 
 
