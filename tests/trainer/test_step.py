@@ -32,6 +32,8 @@ from dataio.loader import Loader
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import open_dataset
 from dataio.schema import LABEL, Target
+from trainer.learn.augment.mix import Mix, mixed_loss
+from trainer.learn.augment.views import make_views
 from trainer.learn.build import Learner
 from trainer.learn.ema import Ema
 from trainer.learn.gradients import (
@@ -190,7 +192,8 @@ def make(
     if reducer is None and virtual_ranks > 1:
         reducer = TreeReducer([range(virtual_ranks)], 0)
     update = Update(model, optimizer, clip=clip, ema=ema)
-    objective, config = supervised(task, PREPROCESS, autocast_for(CPU, precision)), PassConfig(seed=SEED, **passes)
+    loss = mixed_loss(task.loss_sum) if passes.get("mix") else None
+    objective, config = supervised(task, PREPROCESS, autocast_for(CPU, precision), loss), PassConfig(seed=SEED, **passes)
     gradients: Gradients
     if reducer is not None:
         gradients = TreeGradients(model, task, objective, config, reducer, looks_at_gradients=not update.adds_up)
@@ -649,11 +652,12 @@ class TreeCase:
     accumulate: int = 1
     wire: torch.dtype = torch.float32
     full_batches: tuple[int, ...] = ()
+    augments: bool = False
 
     @property
     def is_plain(self) -> bool:
         """tree_by_hand does it too."""
-        return not self.compile_model and self.accumulate == 1 and self.wire == torch.float32
+        return not self.compile_model and not self.augments and self.accumulate == 1 and self.wire == torch.float32
 
 
 TREE_CASES = {
@@ -669,7 +673,12 @@ TREE_CASES = {
     ),
     "seven, sums in bf16": TreeCase(shape=SEVEN, steps=(13, 16), net=Residual, buckets=(2000, 500), wire=torch.bfloat16),
     "four, micro-batches": TreeCase(shape=FOUR, steps=(5, 8), accumulate=3),
+    "four, augmented": TreeCase(shape=FOUR, steps=(5, 9), augments=True),
+    "seven, augmented, compiled, micro-batches": TreeCase(
+        shape=SEVEN, steps=(13, 16), augments=True, accumulate=2, compile_model=True, worlds=(1, 2, 4), full_batches=(9, 10)
+    ),
 }
+EVERYTHING = DataConfig(crop="resized", crop_scale=(0.3, 1.0), rotate=20, policy="rand", jitter=(0.4, 0.4, 0.4, 0.1), erase=0.3)
 
 
 def tree_config(case: TreeCase) -> RunConfig:
@@ -705,6 +714,8 @@ def tree_run(case: TreeCase, world: int, rank: int, group: Any) -> str:
             compile_model=case.compile_model,
             accumulate=case.accumulate,
             full_batches=case.full_batches,
+            views=make_views(EVERYTHING, seed=SEED, image_size=32) if case.augments else None,
+            mix=Mix(seed=SEED, mixup=0.4, cutmix=1.0) if case.augments else None,
         )
         batches = iter(batches_of(case.shape, first, last, carried=blocks_of_virtual_ranks(virtual_ranks, world, rank)))
         losses += [pair for stats in loop(stepper, batches, order, first, last) for pair in stats.losses]

@@ -12,6 +12,8 @@ from torch import nn
 from cluster.reduce import TreeReducer
 from dataio.manifest import Manifest
 from dataio.order import Order, blocks_of_virtual_ranks
+from trainer.learn.augment.mix import make_mix, mixed_loss
+from trainer.learn.augment.views import Views, make_views
 from trainer.learn.ema import Ema
 from trainer.learn.gradients import DdpGradients, Gradients, PassConfig, PlainGradients, StepObserver, TreeGradients
 from trainer.learn.objectives import autocast_for, supervised
@@ -61,6 +63,8 @@ class Learner:
     def _gradients(self, update: Update, world_size: int, rank: int, order: Order | None) -> Gradients:
         train = self.config.train
         loss = own_loss(self.config.optim.loss, self.task)
+        if (mix := make_mix(seed=train.seed, mixup=train.mixup, cutmix=train.cutmix)) is not None:
+            loss = mixed_loss(loss or self.task.loss_sum)
         objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision), loss)
         # A single virtual rank has nothing to add up; the plain step gives the same bits without the tree's flat vector.
         is_tree = train.reduction == "tree" and train.virtual_ranks > 1
@@ -73,6 +77,8 @@ class Learner:
             compile_model=train.compile,
             cuda_graphs=train.cuda_graphs,
             augment=own_augment(self.config.data.augment, train.seed),
+            views=views_of(self.config),
+            mix=mix,
         )
         wire = torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32
         if is_tree:
@@ -95,6 +101,24 @@ class Learner:
         return (sizes[0], sizes[-1]) if train.reduction == "ddp" else tuple(sizes)
 
 
+def views_of(config: RunConfig) -> Views | None:
+    """The built-in augmentation on the device; None if the settings ask for none."""
+    mean, _ = mean_and_std(config)
+    return make_views(config.data, seed=config.train.seed, image_size=config.model.image_size, mean=mean)
+
+
+def preprocess_of(config: RunConfig) -> Preprocess:
+    """Takes samples from the loader, (n, 3, H, W) uint8, to what the network gets. On the CPU."""
+    mean, std = mean_and_std(config)
+    return Preprocess(
+        mean=mean,
+        std=std,
+        image_size=config.model.image_size,
+        interpolation=config.model.interpolation,
+        channels_last=config.train.channels_last == "on",
+    )
+
+
 def task_of(config: RunConfig, manifest: Manifest) -> Task:
     """The task that the run's settings and its data call for."""
     return make_task(config.task, manifest.targets, label_smoothing=config.optim.label_smoothing)
@@ -104,14 +128,6 @@ def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], devi
     """Build the learner for images of `image_hw` (H, W) on `device`, with the weights that the settings name."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
-    mean, std = mean_and_std(config)
-    preprocess = Preprocess(
-        mean=mean,
-        std=std,
-        image_size=config.model.image_size,
-        interpolation=config.model.interpolation,
-        channels_last=is_channels_last,
-    )
     model = task.build(config.model, image_hw=image_hw, seed=config.train.seed)
     model = model.to(device).to(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
     if config.train.small_maps == "product":
@@ -122,7 +138,7 @@ def build_learner(config: RunConfig, task: Task, image_hw: tuple[int, int], devi
         config=config,
         task=task,
         model=model,
-        preprocess=preprocess.to(device),
+        preprocess=preprocess_of(config).to(device),
         optimizer=build_optimizer(model, config.optim, head_name),
         head_name=head_name,
         ema=Ema(model, config.train.ema) if config.train.ema else None,
