@@ -109,7 +109,7 @@ def mixed(samples: Tensor, drawn: Mixing) -> Tensor:
     partners = samples.roll(1, 0)
     if drawn.kind == "mixup":
         done = torch.empty_like(samples)
-        # On a CPU in pieces that stay in its cache: at 224 pixels an image takes 300 us instead of 1,300.
+        # On a CPU in pieces that stay in its cache: at 224 pixels an image takes 600 us instead of 1,300.
         piece = len(samples) if samples.is_cuda else max(1, CHUNK_BYTES // samples[0].numel())
         for own, theirs, into in zip(samples.split(piece), partners.split(piece), done.split(piece), strict=True):
             both = own.int().mul_(drawn.share).add_(theirs, alpha=ONE - drawn.share)
