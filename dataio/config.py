@@ -18,6 +18,8 @@ Remainder = Literal["auto", "spread", "last"]
 Colour = Literal["", "black", "gray", "white"]
 """Behind transparent images; "" for none, which drops their alpha."""
 Background = Literal["auto", "", "black", "gray", "white"]
+Crop = Literal["pad", "resized"]
+Policy = Literal["none", "trivial", "rand"]
 
 
 class Mark(Enum):
@@ -84,6 +86,29 @@ def augment_of(text: str) -> tuple[str, str] | None:
         raise ValueError(f"data.augment={error}") from None
 
 
+def crop_scale_of(value: tuple[float, float]) -> tuple[float, float]:
+    """`data.crop_scale` as it is. ValueError for an empty range."""
+    return _ordered("data.crop_scale", value, "0.08 1 is usual, 0.5 1 is mild")
+
+
+def crop_ratio_of(value: tuple[float, float]) -> tuple[float, float]:
+    """`data.crop_ratio` as it is. ValueError for an empty range."""
+    return _ordered("data.crop_ratio", value, "0.75 1.3333 is usual, 1 1 keeps squares")
+
+
+def jitter_of(value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    """`data.jitter` as it is. ValueError for a hue that goes round the circle."""
+    if value[3] > 0.5:
+        raise ValueError(f"data.jitter: the hue's shift of {value[3]:g} must be at most 0.5, which is half the circle; 0.1 is usual")
+    return value
+
+
+def _ordered(key: str, value: tuple[float, float], usual: str) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"{key}={value[0]:g} {value[1]:g} is an empty range: the smaller number comes first; {usual}")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Labelled images and the batches made of them."""
@@ -128,8 +153,30 @@ class DataConfig:
     """Zero pixels added on each side before the random crop; 0 turns the crop off."""
     flip: bool = True
     """Mirror each training image with probability one half."""
+    crop: Annotated[Crop, LATER] = "pad"
+    """Random crop: of the image with `pad` pixels added, or a `resized` part of it (Inception's crop), of which `crop_scale` and
+    `crop_ratio` say how large; `pad` then has no effect. docs/augmentation.md says more of all augmentations."""
+    crop_scale: Annotated[tuple[float, float], LATER, Interval(gt=0, le=1), crop_scale_of] = (0.08, 1.0)
+    """Smallest and largest part of the image's area that `crop=resized` keeps."""
+    crop_ratio: Annotated[tuple[float, float], LATER, Gt(0), crop_ratio_of] = (0.75, 4 / 3)
+    """Smallest and largest ratio width / height of what `crop=resized` keeps."""
+    rotate: Annotated[float, LATER, Interval(ge=0, le=180), "0 turns it off"] = 0.0
+    """Rotate each training image by up to this many degrees, either way."""
+    policy: Annotated[Policy, LATER] = "none"
+    """Random operations on each training image: `trivial` is TrivialAugment (one of any strength), `rand` is RandAugment (`policy_ops` of
+    strength `policy_magnitude`), both with torchvision's tables."""
+    policy_ops: Annotated[int, LATER, Interval(ge=1, le=16), "2 is the default"] = 2
+    """Operations in a row of `policy=rand`."""
+    policy_magnitude: Annotated[int, LATER, Interval(ge=0, le=30), "9 is the default"] = 9
+    """Strength of the operations of `policy=rand`, 30 being the most."""
+    jitter: Annotated[
+        tuple[float, float, float, float], LATER, Interval(ge=0, le=1), "0 turns one off, 0.4 0.4 0.4 0.1 is usual", jitter_of
+    ] = (0.0, 0.0, 0.0, 0.0)
+    """How far brightness, contrast, saturation and hue are changed at random, in this order."""
+    erase: Annotated[float, LATER, Interval(ge=0, le=1), "0 turns it off, 0.25 is usual"] = 0.0
+    """Probability with which a rectangle of a training image is erased, to `mean`."""
     augment: Annotated[str, LATER, augment_of] = ""
-    """An augmentation of your own, after crop and flip, as `module:function` (docs/extending.md). Its source is part of the run's
+    """An augmentation of your own, after those above, as `module:function` (docs/extending.md). Its source is part of the run's
     identity."""
     mean: Annotated[tuple[float, float, float], Interval(ge=0, le=1), "pixel values are scaled to [0, 1] before"] = (0.5, 0.5, 0.5)
     """Subtracted on the device, per channel; pixel values are scaled to [0, 1] first."""
@@ -152,3 +199,8 @@ class DataConfig:
     def behind(self) -> Colour:
         """The colour that `background` means."""
         return "white" if self.background == "auto" else self.background
+
+    @property
+    def padding(self) -> int:
+        """Pixels that the codec adds on each side before it crops: none where the crop is a resized one, which comes later."""
+        return self.pad if self.crop == "pad" else 0

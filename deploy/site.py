@@ -26,6 +26,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
     "Use": (
         "docs/tasks.md",
         "docs/photographs.md",
+        "docs/augmentation.md",
         "docs/rates.md",
         "docs/report.md",
         "docs/terminal.md",

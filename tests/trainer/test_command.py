@@ -18,7 +18,7 @@ from trainer.settings.toml import load
 from trainer.settings.tree import RunConfig
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("run", "find-rate", "predict", "evaluate", "watch", "report", "push", "runs", "convert", "completion")
+COMMANDS = ("run", "preview", "find-rate", "predict", "evaluate", "watch", "report", "push", "runs", "convert", "completion")
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -48,7 +48,7 @@ def test_every_command_has_its_own_help(capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["predct"], "predct is no command; did you mean predict? commands are run, find-rate, predict"),
+        (["predct"], "predct is no command; did you mean predict? commands are run, preview, find-rate"),
         (["--data.path", "x"], "--data.path: settings follow a command, such as finetune run DIR --train.epochs 3"),
         (["trainer"], "trainer is no command; did you mean finetune run trainer?"),
         (["completion"], "no shell; it must be one of bash, zsh, such as finetune completion bash"),
@@ -170,6 +170,7 @@ def completing(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("finetune run --resume ", ["auto", "must", "never"]),
         ("finetune run --resume n", ["never"]),
         ("finetune run --config ", ["best", "photos"]),
+        ("finetune preview --config ", ["best", "photos"]),
         ("finetune run ", []),
         ("finetune predict ", ["pets-1"]),
         ("finetune predict pets-1 -", ["--top"]),

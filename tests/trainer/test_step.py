@@ -32,6 +32,8 @@ from dataio.loader import Loader
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import open_dataset
 from dataio.schema import LABEL, Target
+from trainer.learn.augment.mix import Mix, mixed_loss
+from trainer.learn.augment.views import make_views
 from trainer.learn.balance import balanced_loss
 from trainer.learn.build import Learner
 from trainer.learn.ema import Ema
@@ -193,6 +195,8 @@ def make(
     if reducer is None and virtual_ranks > 1:
         reducer = TreeReducer([range(virtual_ranks)], 0)
     update = Update(model, optimizer, clip=clip, ema=ema)
+    if passes.get("mix"):
+        loss = mixed_loss(loss or task.loss_sum)
     objective, config = supervised(task, PREPROCESS, autocast_for(CPU, precision), loss), PassConfig(seed=SEED, **passes)
     gradients: Gradients
     if reducer is not None:
@@ -680,11 +684,13 @@ class TreeCase:
     full_batches: tuple[int, ...] = ()
     optim: OptimConfig = OPTIM  # with a layer_decay, there is a group for each depth
     balance: str = "none"
+    augments: bool = False
 
     @property
     def is_plain(self) -> bool:
         """tree_by_hand does it too."""
-        return self.optim == OPTIM and not self.compile_model and self.accumulate == 1 and self.wire == torch.float32
+        plain = self.optim == OPTIM and not self.compile_model and not self.augments
+        return plain and self.accumulate == 1 and self.wire == torch.float32
 
 
 TREE_CASES = {
@@ -711,7 +717,10 @@ TREE_CASES = {
         balance="logit_adjustment",
         worlds=(1, 2, 4),
     ),
+    "four, augmented": TreeCase(shape=FOUR, steps=(5, 8), augments=True),
+    "seven, augmented, micro-batches": TreeCase(shape=SEVEN, steps=(14, 16), augments=True, accumulate=2, worlds=(1, 2, 4)),
 }
+EVERYTHING = DataConfig(crop="resized", crop_scale=(0.3, 1.0), rotate=20, policy="rand", jitter=(0.4, 0.4, 0.4, 0.1), erase=0.3)
 UNEQUAL = (1000, 500, 300, 200, 100, 90, 50, 30, 20, 10)
 """Training images of the classes, as a long tail would have them."""
 
@@ -757,6 +766,8 @@ def tree_run(case: TreeCase, world: int, rank: int, group: Any) -> str:
             accumulate=case.accumulate,
             full_batches=case.full_batches,
             loss=loss,
+            views=make_views(EVERYTHING, seed=SEED, image_size=32) if case.augments else None,
+            mix=Mix(seed=SEED, mixup=0.4, cutmix=1.0) if case.augments else None,
         )
         batches = iter(batches_of(case.shape, first, last, carried=blocks_of_virtual_ranks(virtual_ranks, world, rank)))
         # Only where a schedule moves them: the other cases keep the groups' first rates.
@@ -1176,6 +1187,31 @@ def test_both_sizes_of_a_spread_remainder_are_compiled_ahead_and_no_other(
     parts = [range(rank, rank + 1) for rank in every] if virtual_ranks > 1 else [every]
     taken = {size for part in parts for size in order.batch_sizes(part)}
     assert {len(few) for size in taken for few in torch.zeros(size).tensor_split(accumulate)} - {1} == set(sizes)
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 4])
+def test_augmented_batches_meet_the_graph_that_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch, virtual_ranks: int) -> None:
+    """Crops of another size than the images', a share and partners' targets: the same shapes in every step."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", compiler)
+    torch._dynamo.reset()
+    model, eager = Net(dropout=0.0), Net(dropout=0.0)
+    on = {"views": make_views(EVERYTHING, seed=SEED, image_size=24), "mix": Mix(seed=SEED, mixup=0.4, cutmix=1.0)}
+    shape = (virtual_ranks, 40)
+    compiled = make(model, sgd(model), virtual_ranks=virtual_ranks, compile_model=True, full_batches=(40 // virtual_ranks,), **on)
+    assert compiled.compile_ahead((3, 28, 28)) > 0
+    ahead = len(graphs)
+    plain = make(eager, sgd(eager), virtual_ranks=virtual_ranks, **on)
+    for step, batches in enumerate(batches_of(shape, 0, 3)):
+        losses = [stepper.step(batches, global_count=40, step=step) for stepper in (compiled, plain)]
+        assert torch.equal(*losses)
+    assert len(graphs) == ahead > 0
+    assert same_bits(model, eager)
 
 
 @pytest.mark.parametrize("virtual_ranks", [1, 4])

@@ -14,6 +14,8 @@ from dataio.balance import class_counts
 from dataio.manifest import Manifest
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset
+from trainer.learn.augment.mix import make_mix, mixed_loss
+from trainer.learn.augment.views import Views, make_views
 from trainer.learn.balance import balanced_loss, heaviest_of
 from trainer.learn.depth import depths_of
 from trainer.learn.ema import Ema
@@ -74,6 +76,8 @@ class Learner:
         train = self.config.train
         loss = own_loss(self.config.optim.loss, self.task)
         loss = loss or balanced_loss(self.config, self.task, self.class_counts, self.device)
+        if (mix := make_mix(seed=train.seed, mixup=train.mixup, cutmix=train.cutmix)) is not None:
+            loss = mixed_loss(loss or self.task.loss_sum)
         objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision), loss)
         # A single virtual rank has nothing to add up; the plain step gives the same bits without the tree's flat vector.
         is_tree = train.reduction == "tree" and train.virtual_ranks > 1
@@ -86,6 +90,8 @@ class Learner:
             compile_model=train.compile,
             cuda_graphs=train.cuda_graphs,
             augment=own_augment(self.config.data.augment, train.seed),
+            views=views_of(self.config),
+            mix=mix,
         )
         wire = torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32
         if is_tree:
@@ -108,6 +114,24 @@ class Learner:
         return (sizes[0], sizes[-1]) if train.reduction == "ddp" else tuple(sizes)
 
 
+def views_of(config: RunConfig) -> Views | None:
+    """The built-in augmentation on the device; None if the settings ask for none."""
+    mean, _ = mean_and_std(config)
+    return make_views(config.data, seed=config.train.seed, image_size=config.model.image_size, mean=mean)
+
+
+def preprocess_of(config: RunConfig) -> Preprocess:
+    """Takes samples from the loader, (n, 3, H, W) uint8, to what the network gets. On the CPU."""
+    mean, std = mean_and_std(config)
+    return Preprocess(
+        mean=mean,
+        std=std,
+        image_size=config.model.image_size,
+        interpolation=config.model.interpolation,
+        channels_last=config.train.channels_last == "on",
+    )
+
+
 def task_of(config: RunConfig, manifest: Manifest) -> Task:
     """The task that the run's settings and its data call for."""
     return make_task(config.task, manifest.targets, label_smoothing=config.optim.label_smoothing)
@@ -125,14 +149,6 @@ def build_learner(
     `class_counts_of`."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
-    mean, std = mean_and_std(config)
-    preprocess = Preprocess(
-        mean=mean,
-        std=std,
-        image_size=config.model.image_size,
-        interpolation=config.model.interpolation,
-        channels_last=is_channels_last,
-    )
     model = task.build(config.model, image_hw=image_hw, seed=config.train.seed)
     model = model.to(device).to(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
     if config.train.small_maps == "product":
@@ -144,7 +160,7 @@ def build_learner(
         config=config,
         task=task,
         model=model,
-        preprocess=preprocess.to(device),
+        preprocess=preprocess_of(config).to(device),
         optimizer=build_optimizer(model, config.optim, head_name, depths),
         head_name=head_name,
         ema=Ema(model, config.train.ema) if config.train.ema else None,

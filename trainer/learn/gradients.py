@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -21,6 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from dataio.batch import Batch, Targets
+from trainer.learn.augment.batches import augmented
+from trainer.learn.augment.mix import Mix, with_partners
+from trainer.learn.augment.views import Views
 from trainer.learn.objectives import Forward, Objective
 from trainer.learn.own import Augment
 from trainer.tasks.task import Task
@@ -111,6 +115,10 @@ class PassConfig:
     """Record the compiled step's kernels in its first calls, and replay them from then on with one launch."""
     augment: Augment | None = None
     """The user's own augmentation, of a virtual rank's whole batch."""
+    views: Views | None = None
+    """The built-in augmentation, before it."""
+    mix: Mix | None = None
+    """Mixes the samples, after it. The objective's loss is to be `mixed_loss`."""
 
     def __post_init__(self) -> None:
         assert not self.cuda_graphs or (self.compile_model and self.accumulate == 1), "trainer.settings.cli has refused this"
@@ -145,11 +153,11 @@ class Passes:
 
     def cut(self, batch: Batch) -> list[MicroBatch]:
         """A virtual rank's non-empty micro-batches, in order. A short batch is cut as evenly as possible."""
-        return self._cut(*self._prepared(batch))
+        return self._cut(*self._prepared(batch, batch.virtual_rank))
 
     def joined(self, batches: Sequence[Batch]) -> list[MicroBatch]:
         """The micro-batches of several virtual ranks that go through the model together; empty if no batch holds a sample."""
-        full = [self._prepared(batch) for batch in batches if len(batch.ids)]
+        full = [self._prepared(batch, batches[0].virtual_rank) for batch in batches if len(batch.ids)]
         if not full:
             return []
         samples, targets = full[0]
@@ -158,11 +166,11 @@ class Passes:
             targets = {name: torch.cat([their[name] for _, their in full]) for name in targets}
         return self._cut(samples, targets)
 
-    def _prepared(self, batch: Batch) -> MicroBatch:
-        samples, augment = batch.samples, self._config.augment
-        if augment is not None and len(batch.ids):
-            samples = augment(samples, batch.step, batch.virtual_rank)
-        return self._task.prepare(samples, batch.targets)
+    def _prepared(self, batch: Batch, share_of: int) -> MicroBatch:
+        config = self._config
+        samples, mixing = augmented(batch, views=config.views, own=config.augment, mix=config.mix, share_of=share_of)
+        samples, targets = self._task.prepare(samples, batch.targets)
+        return samples, targets if mixing is None else with_partners(targets, mixing)
 
     def _cut(self, samples: Tensor, targets: Targets) -> list[MicroBatch]:
         parts = self._config.accumulate
@@ -216,6 +224,12 @@ class Passes:
         observer.part("backward")
         return loss.detach()
 
+    def _blank(self, size: int, image: Sequence[int]) -> Batch:
+        """A batch of black images, (size, *image), as the loader makes them."""
+        images = torch.zeros((size, *image), dtype=torch.uint8, device=self.device).contiguous(memory_format=torch.channels_last)
+        ids = np.arange(size)
+        return Batch(samples=images, targets=self._task.blank(size, self.device), ids=ids, epoch=0, step=0, virtual_rank=0)
+
     def compile_ahead(self, image: Sequence[int]) -> float:
         """Compile now, outside of any step, for full batches of (3, H, W) uint8. Returns the seconds it took, 0 if nothing is compiled.
 
@@ -226,10 +240,9 @@ class Passes:
         buffers = list(self._model.buffers())
         before = [buffer.clone() for buffer in buffers]
         for size in self._config.full_batches:
-            images = torch.zeros((size, *image), dtype=torch.uint8, device=self.device)  # (n, 3, H, W)
-            images = images.contiguous(memory_format=torch.channels_last)  # the loader's layout
+            batch = self._blank(size, image)
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                loss = self.loss(*self._task.prepare(images, self._task.blank(size, self.device)), 1.0)
+                loss = self.loss(*self._prepared(batch, 0), 1.0)
                 loss.backward()  # type: ignore[no-untyped-call]
             float(loss.detach())  # wait until the device has finished; this is not in a step
             self.clear_gradients()

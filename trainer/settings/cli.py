@@ -1,5 +1,5 @@
-"""Parses the command line into a RunConfig. Called by `trainer.run` and benchmarks; the other commands (predict, evaluate, report, runs)
-use its `fail`.
+"""Parses the command line into a RunConfig. Called by `trainer.run` and benchmarks, and by `trainer.preview`, which has flags of its own
+beside the settings; the other commands (predict, evaluate, report, runs) use its `fail`.
 
 Settings are merged in this order, later ones winning: the defaults of `trainer.settings.tree`, each `--config` in turn, the flags. A first
 word that is no flag is the data: DIR means `--data.path DIR`, with the recipe DIR_RECIPE where no `--config` names another. This
@@ -10,10 +10,10 @@ becomes absolute here.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -51,7 +51,19 @@ class Invocation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CommandLine:
+class SettingsLine:
+    """What every command line of a run's settings has."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A shipped recipe (article, quickstart, best) or a TOML file; later ones win, flags win over all."""
+
+
+Line = TypeVar("Line", bound=SettingsLine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CommandLine(SettingsLine):
     """Fine-tune a pretrained image model.
 
     DIR, as the first word: your images, in a folder for each class (or any other source that --data.path takes); it then uses the recipe
@@ -60,9 +72,6 @@ class _CommandLine:
     A flag such as --data.flip turns a true-or-false setting on, and --data.no-flip turns it off; --data.flip true and false work too.
     """
 
-    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
-    config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A shipped recipe (article, quickstart, best) or a TOML file; later ones win, flags win over all."""
     profile: tyro.conf.FlagCreatePairsOff[bool] = False
     """Short for --train.profile."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -85,7 +94,9 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _parse(argv: Sequence[str]) -> Invocation:
+def parse_line(argv: Sequence[str], kind: type[Line], *, prog: str) -> tuple[Invocation, Line]:
+    """Parse a command line that has a run's settings among its own flags (`kind`, which has defaults for all of them). The invocation's
+    action is `run`. ValueError for settings that are wrong."""
     directory, argv = _directory(argv)
     names = _config_names(argv)
     if takes_dir_recipe := bool(directory) and not names:
@@ -97,26 +108,35 @@ def _parse(argv: Sequence[str]) -> Invocation:
         from_recipes = from_recipes | changed if name in recipe_names() else from_recipes - changed
     if directory:
         config = replaced(config, "data.path", directory)
-    prog = program("run")
-    line = tyro.cli(_CommandLine, prog=prog, args=list(_in_tyros_words(argv)), default=_CommandLine(run=config), registry=_REGISTRY)
-    if line.dry_run and line.print_config:
-        raise ValueError("--dry-run and --print-config are two different questions; give one of them")
+    line = tyro.cli(kind, prog=prog, args=list(_in_tyros_words(argv)), default=kind(run=config), registry=_REGISTRY)
     config = resolve_paths(line.run, Path.cwd(), only=marked(RunConfig, PATH))
     config = replaced(config, "model.weights", _weights_in(config.model.weights))
-    if line.profile:
-        config = replaced(config, "train.profile", True)
-    _check_text(config)
-    validate(config)
     given = _given(argv) | ({"data.path"} if directory else set())
-    action: Action = "dry_run" if line.dry_run else "print_config" if line.print_config else "run"
-    return Invocation(
+    invocation = Invocation(
         config=config,
         recipes=tuple(Path(name).stem for name in names),
-        action=action,
+        action="run",
         takes_dir_recipe=takes_dir_recipe,
         from_recipes=from_recipes - given,
         given=given,
     )
+    return invocation, line
+
+
+def check(config: RunConfig) -> None:
+    """ValueError for settings that break a rule, or that no TOML file can hold."""
+    _check_text(config)
+    validate(config)
+
+
+def _parse(argv: Sequence[str]) -> Invocation:
+    invocation, line = parse_line(argv, _CommandLine, prog=program("run"))
+    if line.dry_run and line.print_config:
+        raise ValueError("--dry-run and --print-config are two different questions; give one of them")
+    config = replaced(invocation.config, "train.profile", True) if line.profile else invocation.config
+    check(config)
+    action: Action = "dry_run" if line.dry_run else "print_config" if line.print_config else "run"
+    return replace(invocation, config=config, action=action)
 
 
 def _directory(argv: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -37,7 +37,7 @@ def script(shell: str, helps: Mapping[str, str], *, recipes: Sequence[str], take
         "_finetune() {",
         '  local current="${COMP_WORDS[COMP_CWORD]}" words=""',
         '  case "${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]}" in',
-        f"    'run --config') words={shlex.quote(' '.join(recipes))} ;;",
+        f"    'run --config' | 'preview --config') words={shlex.quote(' '.join(recipes))} ;;",
         *values,
         "  esac",
         f'  if [ "$COMP_CWORD" -eq 1 ]; then words={shlex.quote(" ".join((*helps, "--help", "--version")))}',

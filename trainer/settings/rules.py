@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args, get_origin
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MinLen
 
 from dataio.config import Before, Mark
+from trainer.settings.augmentation import augmentation_problems
 from trainer.settings.fields import Setting, declared, settings
 from trainer.settings.identity import names_file
 from trainer.settings.tree import RunConfig
@@ -75,8 +76,9 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
             f"use --workers {train.virtual_ranks} or fewer, or --train.virtual-ranks {workers} (which changes the results)"
         )
 
+    yield from augmentation_problems(config, batch_per_virtual_rank=data.batch_size // virtual_ranks if virtual_ranks > 0 else None)
     side = min(image_size) if image_size else data.image_size
-    if side > 0 and data.pad >= side:
+    if side > 0 and data.padding >= side:
         yield f"data.pad={data.pad} is not below the images' side of {side} pixels: a crop could miss the image; use at most {side // 2}"
     # A run cut short by max_steps is a trial and may end during the warm-up.
     steps = 0 if train.max_steps else total_steps or 0

@@ -161,6 +161,11 @@ class TrainConfig:
     """For `patience`: what changes the measure by no more than this is no improvement."""
     ema: Annotated[float, Interval(ge=0, lt=1), "0 turns it off, 0.999 is usual"] = 0.0
     """Decay of an exponential moving average of the weights, which is evaluated and exported; 0 keeps no average."""
+    mixup: Annotated[float, LATER, Ge(0), "0 turns it off, 0.2 is usual"] = 0.0
+    """Mix each training image with another of its batch, and their losses: the alpha of Beta(alpha, alpha), by which the share is drawn."""
+    cutmix: Annotated[float, LATER, Ge(0), "0 turns it off, 1 is usual"] = 0.0
+    """Paste a rectangle of another image of the batch into each training image, and mix their losses by area: alpha as for `mixup`. With
+    both, each gets half of the batches."""
     ledger: Annotated[bool, FREE] = False
     """Write each step's sample ids into the run's folder (`ledger/`), as a proof that each sample was seen once."""
 

@@ -3,11 +3,8 @@
 Called by the codec for every batch. The backends apply the drawn crop and flip, all with the same bits as `reference` below. A sample's
 draw depends neither on its batch nor on the worker that reads it.
 
-Where to add other augmentations:
-- one that draws per sample and works on its uint8 pixels (RandAugment) takes its numbers from `bits` under a purpose of its own, adds them
-  to `Draw`, and each backend applies them between gather and crop;
-- one that mixes the samples of a batch (mixup, cutmix) works on the device batch in the trainer, after normalisation, keyed by
-  (seed, step, virtual rank), because it needs the soft labels that only the loss knows.
+Other augmentations interpolate or change colours. They run in one place for all backends, on the device, after the codec's batch
+(trainer.learn.augment), and take their random numbers from `bits` under purposes of their own.
 """
 
 from dataclasses import dataclass
@@ -19,7 +16,8 @@ Ids = npt.NDArray[np.int64]
 Images = npt.NDArray[np.uint8]
 
 CROP_AND_FLIP = 0
-"""Purpose of the draw below; other draws use other small numbers, which makes their random numbers independent."""
+"""Purpose of the draw below; other draws use other small numbers (trainer.learn.augment.draws), which makes their random numbers
+independent."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1

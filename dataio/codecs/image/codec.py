@@ -59,7 +59,7 @@ class ImageCodec:
             return gather(store, rows, self._device).permute(0, 3, 1, 2)
         if self._backend is None:
             self._backend = self._make_backend()
-        drawn = augment.draw(seed=seed, epoch=epoch, ids=ids, pad=self._config.pad, flip=self._config.flip)
+        drawn = augment.draw(seed=seed, epoch=epoch, ids=ids, pad=self._config.padding, flip=self._config.flip)
         return self._backend.batch(store, rows, drawn).permute(0, 3, 1, 2)
 
     def warm_up(self) -> None:
@@ -74,7 +74,7 @@ class ImageCodec:
             self.name,
             height=height,
             width=width,
-            pad=self._config.pad,
+            pad=self._config.padding,
             batch_size=self._batch_size,
             device=self._device,
             threads=self._threads,
