@@ -26,6 +26,7 @@ from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say, say_json
 from trainer.settings.tree import RunConfig
+from trainer.tasks.score_log import calibrated_answers
 from trainer.tasks.task import Task
 
 BATCH = 64
@@ -44,6 +45,8 @@ class Arguments:
     """Number of classes or labels to show for each image."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object per image and line instead of text."""
+    raw: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Probabilities as the network gives them, not calibrated by the temperature that the run fitted. The answers are the same."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
     """How to handle images whose size differs from the one the model was trained on. `run` uses the run's own `data.fit`."""
     storage: str = RunConfig().storage
@@ -65,11 +68,14 @@ class Prediction:
 class Predictor:
     """Holds the model of a model folder on its device and predicts batches of image files."""
 
-    def __init__(self, folder: RunFolder, *, fit: Fit | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, folder: RunFolder, *, fit: Fit | None = None, device: torch.device | None = None, is_calibrated: bool = True
+    ) -> None:
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         exported = load_export(folder, self._device)
         self.task = exported.task
         self._model, self._preprocess, self._size = exported.model, exported.preprocess, exported.image_size
+        self._temperatures = exported.temperatures if is_calibrated else {}
         self._fit: Fit = fit or exported.fit
         height, width = self._size
         self.background: Background = exported.background
@@ -103,7 +109,7 @@ class Predictor:
             reasons = dict(decoded.bad)
             self.transparent += decoded.transparent
             images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
-            answers = self.task.answers(self._model(self._preprocess(images)), top=top)
+            answers = calibrated_answers(self.task, self._model(self._preprocess(images)), self._temperatures, top=top)
             for index, path in enumerate(encoded):
                 if index in reasons:
                     results[path] = Prediction(image=path, error=self._explained(reasons[index]))
@@ -134,6 +140,7 @@ def main(argv: Sequence[str]) -> int:
             folder,
             fit=None if arguments.fit == "run" else arguments.fit,
             device=None if arguments.device == "auto" else torch.device(arguments.device),
+            is_calibrated=not arguments.raw,
         )
     except (ValueError, OSError) as error:
         fail(str(error))

@@ -21,12 +21,14 @@ from trainer.learn.ema import Ema
 from trainer.learn.gradients import evaluating
 from trainer.learn.objectives import autocast_for
 from trainer.learn.step import Arriving
+from trainer.rank.calibrating import calibration_record, with_calibration
 from trainer.rank.data import RankData
 from trainer.rank.history import History, LossMean
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank
 from trainer.tasks.prediction_log import PredictionLog
 from trainer.tasks.predictions import PREDICTIONS_FILE, About, named, rows_to_keep
+from trainer.tasks.score_log import ScoreLog
 from trainer.tasks.task import Evaluation, Result, Task
 
 EVALUATION_BATCH = 256
@@ -66,7 +68,9 @@ class Evaluator:
     def _evaluate(self, steps_done: int) -> Result:
         me, learner, dataset = self._me, self._learner, self._data.dataset
         columns = learner.task.columns
-        log = PredictionLog(columns, -(-rows_to_keep(columns) // me.world_size), me.device) if self._plan.is_last(steps_done) else None
+        is_last = self._plan.is_last(steps_done)
+        log = PredictionLog(columns, -(-rows_to_keep(columns) // me.world_size), me.device) if is_last else None
+        scores = ScoreLog(learner.task, dataset.split("test").count, me.device) if is_last else None
         result = evaluate(
             learner.task,
             learner.model,
@@ -80,11 +84,45 @@ class Evaluator:
             on_batch=me.heartbeat.tick,
             on_phase=me.heartbeat.tick,
             log=log,
+            scores=scores,
         )
+        if scores is not None:
+            result = with_calibration(result, self._calibration(scores))
         if log is not None:  # before the last commit, so that a finished checkpoint always has its model's predictions
             fingerprint = self._data.order.fingerprint
             self._write_predictions(log, About(step=steps_done, split="test", dataset_fingerprint=fingerprint, count=result.count))
         return result
+
+    def _calibration(self, test: ScoreLog) -> dict[str, Any] | None:
+        """The record for rank 0; None for the others. A collective."""
+        me = self._me
+        fit = self._scores_of("validation")
+        with me.heartbeat.during(EXCHANGE):
+            own, others = test.gathered(me.rank, me.world_size), None if fit is None else fit.gathered(me.rank, me.world_size)
+        with me.heartbeat.during(MEASURING):
+            return None if own is None else calibration_record(own, others)
+
+    def _scores_of(self, split: str) -> ScoreLog | None:
+        """The model's scores on a split that is there for it, of which the test knows nothing; None if there is no such split."""
+        me, learner, dataset = self._me, self._learner, self._data.dataset
+        splits = dataset.manifest.splits
+        if split not in splits or not (count := splits[split].count):
+            return None
+        scores = ScoreLog(learner.task, count, me.device)
+        with learner.ema.applied() if learner.ema is not None else nullcontext():
+            evaluate_share(
+                learner.task,
+                learner.task.evaluation(me.device),
+                learner.model,
+                learner.preprocess,
+                self._data.loader,
+                split=split,
+                share=scores.wanted(share_of(count, me.rank, me.world_size)),
+                precision=me.config.train.precision,
+                on_batch=me.heartbeat.tick,
+                scores=scores,
+            )
+        return scores
 
     def _write_predictions(self, log: PredictionLog, about: About) -> None:
         """All ranks hand in their rows, and rank 0 writes them. If the storage refuses them, only the report's images are missing."""
@@ -128,6 +166,7 @@ def evaluate(
     on_batch: Callable[[], None] = lambda: None,
     on_phase: Callable[[str], None] = lambda phase: None,
     log: PredictionLog | None = None,
+    scores: ScoreLog | None = None,
 ) -> Result:
     """Exact measures over all ranks: each rank takes a contiguous share of the split, and nothing is padded or counted twice. `on_phase`:
     where it waits for the others and where it works (cluster.beat).
@@ -144,7 +183,17 @@ def evaluate(
             on_phase(EVALUATION)
         share = share_of(dataset.split(split).count, rank, world_size)
         evaluate_share(
-            task, evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, log=log
+            task,
+            evaluation,
+            model,
+            preprocess,
+            loader,
+            split=split,
+            share=share,
+            precision=precision,
+            on_batch=on_batch,
+            log=log,
+            scores=scores,
         )
     on_phase(EXCHANGE)
     evaluation.combine(rank, world_size)
@@ -172,9 +221,10 @@ def evaluate_share(
     as_learned: Callable[[Targets], Targets] = lambda targets: targets,
     on_batch: Callable[[], None] = lambda: None,
     log: PredictionLog | None = None,
+    scores: ScoreLog | None = None,
 ) -> None:
-    """Evaluate the samples `share` of a split into `evaluation`, and record each prediction in `log`. `as_learned` converts the data set's
-    targets to those that the model was trained on."""
+    """Evaluate the samples `share` of a split into `evaluation`; record each prediction in `log`, and outputs in `scores`. `as_learned`
+    converts the data set's targets to those that the model was trained on."""
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), autocast_for(device, precision):
         for batch in loader.evaluate(split, share, batch_size=EVALUATION_BATCH):
@@ -183,4 +233,6 @@ def evaluate_share(
             evaluation.update(outputs, targets)
             if log is not None:
                 log.update(batch.ids, task.rows(outputs, targets))
+            if scores is not None:
+                scores.update(batch.ids, outputs, targets)
             on_batch()

@@ -15,6 +15,7 @@ from trainer.models.stem import enlarging_of
 from trainer.rank.data import RankData
 from trainer.rank.saving import CURVES_FILE, Memory
 from trainer.rank.this_rank import ThisRank
+from trainer.tasks.calibration import stored
 
 
 def finish(
@@ -59,6 +60,7 @@ def finish(
             task=learner.task,
             data_image_size=loader.image_size,
             enlarged=enlarging_of(learner.model),
+            calibration=stored(last.get("calibration")),
             summary={
                 headline: last.get(headline),
                 "test_loss": last.get("test_loss"),
