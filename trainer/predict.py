@@ -21,6 +21,7 @@ from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import JUNK, is_image_file
 from dataio.terminal import prepare_output
 from trainer.export.model_folder import find_model, load_export
+from trainer.rank.explain import Explainer
 from trainer.runs.folder import RunFolder
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
@@ -47,6 +48,9 @@ class Arguments:
     """Print one JSON object per image and line instead of text."""
     raw: tyro.conf.FlagCreatePairsOff[bool] = False
     """Probabilities as the network gives them, not calibrated by the temperature that the run fitted. The answers are the same."""
+    explain: str = ""
+    """Folder, which is made if it is not there, for a picture of each image beside a map of where in it the answer comes from (Grad-CAM; of
+    tokens, LayerCAM)."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
     """How to handle images whose size differs from the one the model was trained on. `run` uses the run's own `data.fit`."""
     storage: str = RunConfig().storage
@@ -63,14 +67,23 @@ class Prediction:
     answer: Mapping[str, Any] = field(default_factory=dict)
     """In the task's own format. A classification has `predictions`: classes with their probabilities, the most probable first."""
     error: str = ""
+    explanation: str = ""
+    """The file that shows where the answer comes from, if that was asked for."""
 
 
 class Predictor:
     """Holds the model of a model folder on its device and predicts batches of image files."""
 
     def __init__(
-        self, folder: RunFolder, *, fit: Fit | None = None, device: torch.device | None = None, is_calibrated: bool = True
+        self,
+        folder: RunFolder,
+        *,
+        fit: Fit | None = None,
+        device: torch.device | None = None,
+        is_calibrated: bool = True,
+        explain: str = "",
     ) -> None:
+        """`explain`: a folder, into which each answer's explanation is drawn. NoPlacesError if the model has none."""
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         exported = load_export(folder, self._device)
         self.task = exported.task
@@ -78,6 +91,7 @@ class Predictor:
         self._temperatures = exported.temperatures if is_calibrated else {}
         self._fit: Fit = fit or exported.fit
         height, width = self._size
+        self._explainer = Explainer(exported, Path(explain), self._device) if explain else None
         self.background: Background = exported.background
         self.transparent = 0
         """Images with an alpha channel that were predicted so far."""
@@ -110,11 +124,13 @@ class Predictor:
             self.transparent += decoded.transparent
             images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
             answers = calibrated_answers(self.task, self._model(self._preprocess(images)), self._temperatures, top=top)
-            for index, path in enumerate(encoded):
-                if index in reasons:
-                    results[path] = Prediction(image=path, error=self._explained(reasons[index]))
-                else:
-                    results[path] = Prediction(image=path, answer=answers[index])
+            good = [index for index in range(len(encoded)) if index not in reasons]
+            names = list(encoded)
+            drawn = self._explainer.draw(decoded.images[good], [names[index] for index in good]) if self._explainer else [""] * len(good)
+            for index, explanation in zip(good, drawn, strict=True):
+                results[names[index]] = Prediction(image=names[index], answer=answers[index], explanation=explanation)
+            for index, reason in reasons.items():
+                results[names[index]] = Prediction(image=names[index], error=self._explained(reason))
         for path in paths:
             yield results[path]
 
@@ -141,6 +157,7 @@ def main(argv: Sequence[str]) -> int:
             fit=None if arguments.fit == "run" else arguments.fit,
             device=None if arguments.device == "auto" else torch.device(arguments.device),
             is_calibrated=not arguments.raw,
+            explain=arguments.explain,
         )
     except (ValueError, OSError) as error:
         fail(str(error))
@@ -184,11 +201,13 @@ def _images_below(folder: str) -> Iterator[str]:
 def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
     if as_json:
         result = {"error": prediction.error} if prediction.error else prediction.answer
-        say_json({"image": prediction.image, **result})
+        why = {"explanation": prediction.explanation} if prediction.explanation else {}
+        say_json({"image": prediction.image, **result, **why})
     elif prediction.error:
         complain(f"{shown(prediction.image, LONGEST_PATH)}: {shown(prediction.error)}")
     else:
-        say(f"{shown(prediction.image, LONGEST_PATH)}: {shown(task.sentence(prediction.answer), LONGEST_PATH)}")
+        why = f"  (why: {shown(prediction.explanation, LONGEST_PATH)})" if prediction.explanation else ""
+        say(f"{shown(prediction.image, LONGEST_PATH)}: {shown(task.sentence(prediction.answer), LONGEST_PATH)}{why}")
 
 
 if __name__ == "__main__":

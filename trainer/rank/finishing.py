@@ -13,6 +13,7 @@ from trainer.learn.build import Learner
 from trainer.learn.state import weights_sha256
 from trainer.models.stem import enlarging_of
 from trainer.rank.data import RankData
+from trainer.rank.explain import explain
 from trainer.rank.saving import CURVES_FILE, Memory
 from trainer.rank.this_rank import ThisRank
 from trainer.tasks.calibration import stored
@@ -50,6 +51,7 @@ def finish(
         "device": str(learner.device),
     }
     if not stopped:
+        explain(me, storage, learner, data)
         headline = learner.task.info.headline.key
         export = partial(
             export_model,

@@ -188,6 +188,8 @@ background:var(--paper);color:var(--ink)}
 .thumbnails img{display:block;width:6rem;height:6rem;max-width:100%;object-fit:contain;background:var(--card);border-radius:4px}
 td img.small{display:block;max-width:4rem;max-height:4rem;background:var(--card);border-radius:4px}
 .thumbnails .pixels{image-rendering:pixelated}
+.thumbnails .explained{grid-column:span 2}
+.thumbnails .pair{display:flex;gap:.3rem}.thumbnails .pair img{min-width:0;flex:0 1 6rem}
 .thumbnails figcaption{display:grid;font-weight:400;font-size:.8rem;line-height:1.3;margin-top:.25rem}
 .thumbnails figcaption *{overflow-wrap:anywhere}
 .thumbnails b{font-weight:600;color:var(--bad)}

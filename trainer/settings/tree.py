@@ -144,6 +144,9 @@ class TrainConfig:
     eval_every_epochs: Annotated[int, FREE, Ge(1)] = 1
     ema: Annotated[float, Interval(ge=0, lt=1), "0 turns it off, 0.999 is usual"] = 0.0
     """Decay of an exponential moving average of the weights, which is evaluated and exported; 0 keeps no average."""
+    explain: Annotated[int, FREE, Ge(0), "0 explains none, 100 is the default"] = 100
+    """Test images whose answer is explained at the end, by a map of where in the image it comes from: the worst mistakes and the cells of
+    the confusion matrix, for the report. 0 explains none. Changes no result."""
     ledger: Annotated[bool, FREE] = False
     """Write each step's sample ids into the run's folder (`ledger/`), as a proof that each sample was seen once."""
 

@@ -8,11 +8,13 @@ from trainer.tasks.score_log import parts_of
 from trainer.tasks.task import Task
 
 
-def answer_score(task: Task, outputs: Tensor) -> Tensor:
-    """(n, outputs) -> (n,): how strongly the model says what it says. Of a label, the logit of the answer. Of several labels, the logits of
-    those above 0, or of the most probable. Several targets add up; a number has no strength and adds only where there is nothing else. Of
-    a task of your own it is the largest output."""
+def answer_score(task: Task, outputs: Tensor, answers: Tensor | None = None) -> Tensor:
+    """(n, outputs) -> (n,): how strongly the model says what it says. Of a label, the logit of the answer, or that of the class in
+    `answers`, (n,). Of several labels, the logits of those above 0, or of the most probable. Several targets add up; a number has no
+    strength and counts only where there is nothing else. Of a task of your own it is the largest output."""
     outputs = outputs.float()
+    if answers is not None:
+        return outputs.gather(1, answers[:, None])[:, 0]
     scores = []
     for part in parts_of(task):
         logits = outputs[:, part.start : part.stop]
