@@ -23,7 +23,7 @@ import yaml  # type: ignore[import-untyped]
 PROJECT = Path(__file__).resolve().parents[1]
 SECTIONS: Mapping[str, Sequence[str]] = {
     "Start": ("README.md", "CHANGELOG.md"),
-    "Use": ("docs/tasks.md", "docs/report.md", "docs/terminal.md", "docs/streaming.md", "docs/storage.md"),
+    "Use": ("docs/tasks.md", "docs/report.md", "docs/confidence.md", "docs/terminal.md", "docs/streaming.md", "docs/storage.md"),
     "Run on a cluster": ("docs/cluster.md", "docs/kubernetes.md", "docs/vms.md", "docs/security.md"),
     "Operate": ("docs/fault-tolerance.md", "docs/dashboards.md", "docs/alerts.md", "docs/metrics.md"),
     "Inside": ("docs/design.md", "docs/extending.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/GPU.md"),

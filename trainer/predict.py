@@ -7,6 +7,7 @@ Images are decoded and resized by the same code and rules as in training. traine
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import JUNK, is_image_file
 from dataio.terminal import prepare_output
 from trainer.export.model_folder import find_model, load_export
+from trainer.models.features import features_of
 from trainer.rank.explain import Explainer
 from trainer.runs.folder import RunFolder
 from trainer.settings.cli import fail
@@ -67,6 +69,8 @@ class Prediction:
     answer: Mapping[str, Any] = field(default_factory=dict)
     """In the task's own format. A classification has `predictions`: classes with their probabilities, the most probable first."""
     error: str = ""
+    is_unlike: bool | None = None
+    """Whether the image is unlike anything seen in training; None if the model cannot tell (train.novelty)."""
     explanation: str = ""
     """The file that shows where the answer comes from, if that was asked for."""
 
@@ -91,6 +95,7 @@ class Predictor:
         self._temperatures = exported.temperatures if is_calibrated else {}
         self._fit: Fit = fit or exported.fit
         height, width = self._size
+        self._novelty = exported.novelty
         self._explainer = Explainer(exported, Path(explain), self._device) if explain else None
         self.background: Background = exported.background
         self.transparent = 0
@@ -123,12 +128,19 @@ class Predictor:
             reasons = dict(decoded.bad)
             self.transparent += decoded.transparent
             images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
-            answers = calibrated_answers(self.task, self._model(self._preprocess(images)), self._temperatures, top=top)
+            with features_of(self._model) if self._novelty is not None else nullcontext() as features:
+                outputs = self._model(self._preprocess(images))
+            unlike: Sequence[bool | None] = [None] * len(encoded)
+            if self._novelty is not None and features is not None:
+                unlike = self._novelty.told(self.task, outputs.cpu(), features.taken().cpu()).tolist()
+            answers = calibrated_answers(self.task, outputs, self._temperatures, top=top)
             good = [index for index in range(len(encoded)) if index not in reasons]
             names = list(encoded)
             drawn = self._explainer.draw(decoded.images[good], [names[index] for index in good]) if self._explainer else [""] * len(good)
             for index, explanation in zip(good, drawn, strict=True):
-                results[names[index]] = Prediction(image=names[index], answer=answers[index], explanation=explanation)
+                results[names[index]] = Prediction(
+                    image=names[index], answer=answers[index], is_unlike=unlike[index], explanation=explanation
+                )
             for index, reason in reasons.items():
                 results[names[index]] = Prediction(image=names[index], error=self._explained(reason))
         for path in paths:
@@ -201,13 +213,15 @@ def _images_below(folder: str) -> Iterator[str]:
 def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
     if as_json:
         result = {"error": prediction.error} if prediction.error else prediction.answer
+        unlike = {} if prediction.is_unlike is None else {"unlike_training": prediction.is_unlike}
         why = {"explanation": prediction.explanation} if prediction.explanation else {}
-        say_json({"image": prediction.image, **result, **why})
+        say_json({"image": prediction.image, **result, **unlike, **why})
     elif prediction.error:
         complain(f"{shown(prediction.image, LONGEST_PATH)}: {shown(prediction.error)}")
     else:
         why = f"  (why: {shown(prediction.explanation, LONGEST_PATH)})" if prediction.explanation else ""
-        say(f"{shown(prediction.image, LONGEST_PATH)}: {shown(task.sentence(prediction.answer), LONGEST_PATH)}{why}")
+        unlike = "  (unlike anything seen in training)" if prediction.is_unlike else ""
+        say(f"{shown(prediction.image, LONGEST_PATH)}: {shown(task.sentence(prediction.answer), LONGEST_PATH)}{unlike}{why}")
 
 
 if __name__ == "__main__":

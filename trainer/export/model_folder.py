@@ -31,12 +31,16 @@ from trainer.settings.units import percent
 from trainer.tasks.calibration import Temperature, temperatures
 from trainer.tasks.info import CLASSIFICATION
 from trainer.tasks.make import AUTO, make_task, name_for
+from trainer.tasks.novelty import Novelty, Thresholds
 from trainer.tasks.task import Task
 
 MODEL_FOLDER = "model"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+REMEMBERED_FILE = "remembered.safetensors"
+"""Features of training images (trainer.tasks.novelty), if the model remembers any."""
+_REMEMBERED = "features"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +57,7 @@ class Exported:
     max_image_pixels: int
     temperatures: Mapping[str, Temperature] = field(default_factory=dict)
     """By target; empty in exports of releases that calibrated nothing, or if nothing could be."""
+    novelty: Novelty | None = None
 
 
 def export_model(
@@ -66,9 +71,11 @@ def export_model(
     summary: Mapping[str, Any],
     enlarged: int = 1,
     calibration: Mapping[str, Any] | None = None,
+    novelty: Novelty | None = None,
 ) -> None:
     """Write `<run>/model/`. `tensors` is a state_dict; `data_image_size` is (height, width) of decoded images. `enlarged`: the model's stem
     acts as if images were this many times as large (trainer.models.stem). `calibration`: the temperatures (trainer.tasks.calibration).
+    `novelty`: what the model remembers of its training images.
 
     `weights_sha256` of `summary` goes into config.json. The model card shows the task's headline (e.g. test_accuracy), test_loss, steps and
     dataset_fingerprint of `summary` if they are given.
@@ -77,6 +84,7 @@ def export_model(
     # Copy each tensor: safetensors accepts neither strided views (channels_last) nor two names for the same memory (tied weights).
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     weights = safetensors.torch.save(plain, metadata={"format": "pt"})
+    remembered = safetensors.torch.save({_REMEMBERED: novelty.remembered.contiguous()}) if novelty is not None else None
     mean, std = mean_and_std(config)
     description = {
         "model": dataclasses.asdict(config.model),
@@ -88,6 +96,7 @@ def export_model(
         **({"background": config.data.background} if config.data.background else {}),
         "max_image_pixels": config.data.max_image_pixels,
         **({"calibration": calibration} if calibration else {}),
+        **({"novelty": _novelty_description(novelty, remembered)} if novelty is not None and remembered is not None else {}),
         "weights_sha256": summary.get("weights_sha256"),
         "file_sha256": hashlib.sha256(weights).hexdigest(),
         **keys_for_timm(
@@ -110,6 +119,8 @@ def export_model(
         calibration=calibration,
     )
     storage.write_atomic(f"{folder}/{CARD_FILE}", card.encode())
+    if remembered is not None:
+        storage.write_atomic(f"{folder}/{REMEMBERED_FILE}", remembered)
     storage.write_atomic(f"{folder}/{CONFIG_FILE}", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -163,7 +174,37 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
         background=description.get("background", ""),
         max_image_pixels=int(description["max_image_pixels"]),
         temperatures=_temperatures(folder, description),
+        novelty=_novelty(folder, description),
     )
+
+
+def _novelty_description(novelty: Novelty, file: bytes) -> dict[str, Any]:
+    return {**novelty.thresholds.to_json(), "file_sha256": hashlib.sha256(file).hexdigest()}
+
+
+def _novelty(folder: RunFolder, description: Mapping[str, Any]) -> Novelty | None:
+    file = verified_remembered(folder, description)
+    if file is None:
+        return None
+    try:
+        remembered = safetensors.torch.load(file)[_REMEMBERED]
+        return Novelty(remembered=remembered, thresholds=Thresholds.from_json(description["novelty"]))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)}: {error}; finish the run again to export it anew") from None
+
+
+def verified_remembered(folder: RunFolder, description: Mapping[str, Any]) -> bytes | None:
+    """The content of the file of remembered features, verified by its hash; None if the model remembers none."""
+    novelty = description.get("novelty")
+    if not novelty:
+        return None
+    where = join_uri(folder.location, REMEMBERED_FILE)
+    data = folder.read(REMEMBERED_FILE)
+    if data is None or not isinstance(novelty, Mapping) or hashlib.sha256(data).hexdigest() != novelty.get("file_sha256"):
+        raise ValueError(
+            f"{where} is {'missing' if data is None else 'damaged'}; copy the whole model folder, or finish the run again to export it anew"
+        )
+    return data
 
 
 def _temperatures(folder: RunFolder, description: Mapping[str, Any]) -> dict[str, Temperature]:

@@ -35,15 +35,19 @@ BATCH = 16
 DRAWN_SIDE = 256  # pixels; larger images keep their size
 
 
-def explain(me: ThisRank, storage: Storage, learner: Learner, data: RankData) -> None:
-    """Write explanations.parquet into the run's folder: `train.explain` maps at most, those first that the report shows first."""
+def explain(me: ThisRank, storage: Storage, learner: Learner, data: RankData, *, step: int) -> None:
+    """Write explanations.parquet into the run's folder: `train.explain` maps at most, those first that the report shows first. Without the
+    predictions of `step`, of which the report says what is wrong with them, there are none."""
     run, most = me.config.run, me.config.train.explain
     if not most:
         return
     encoded = me.waits.call(lambda: storage.read(f"{run}/{PREDICTIONS_FILE}"), PREDICTIONS_FILE)
-    if encoded is None:
+    try:
+        found = Predictions.from_parquet(encoded or b"")
+    except ValueError:
         return
-    found = Predictions.from_parquet(encoded)
+    if found.about.step != step:
+        return
     written = explanations(found, learner, data, most=most, on_batch=lambda: me.heartbeat.tick(EXPORTING)).to_parquet()
     me.waits.call(lambda: storage.write_atomic(f"{run}/{EXPLANATIONS_FILE}", written), EXPLANATIONS_FILE)
 

@@ -14,6 +14,7 @@ from trainer.learn.state import weights_sha256
 from trainer.models.stem import enlarging_of
 from trainer.rank.data import RankData
 from trainer.rank.explain import explain
+from trainer.rank.novelty import novelty_of
 from trainer.rank.saving import CURVES_FILE, Memory
 from trainer.rank.this_rank import ThisRank
 from trainer.tasks.calibration import stored
@@ -51,7 +52,8 @@ def finish(
         "device": str(learner.device),
     }
     if not stopped:
-        explain(me, storage, learner, data)
+        explain(me, storage, learner, data, step=steps_done)
+        novelty = novelty_of(learner, data, most=me.config.train.novelty, on_batch=lambda: me.heartbeat.tick(EXPORTING))
         headline = learner.task.info.headline.key
         export = partial(
             export_model,
@@ -63,6 +65,7 @@ def finish(
             data_image_size=loader.image_size,
             enlarged=enlarging_of(learner.model),
             calibration=stored(last.get("calibration")),
+            novelty=novelty,
             summary={
                 headline: last.get(headline),
                 "test_loss": last.get("test_loss"),
