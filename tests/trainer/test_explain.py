@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dataio.config import DataConfig
 from dataio.loader import Loader
 from dataio.parquet import open_dataset
-from tests.trainer.report_runs import SAMPLE, STEPS, predictions_of, write_pictured
+from tests.trainer.report_runs import SAMPLE, STEPS, maps_of_all, predictions_of, write_pictured
 from trainer.learn.build import Learner, build_learner, task_of
 from trainer.models.architecture import architecture
 from trainer.models.cam import Layer, NoPlacesError, explained, find_layer
@@ -36,7 +36,7 @@ from trainer.runs.folder import find_run
 from trainer.settings.spec import make_order
 from trainer.settings.tree import ModelConfig, RunConfig, TrainConfig
 from trainer.tasks.explained import answer_score
-from trainer.tasks.explanations import EXPLANATIONS_FILE, AboutMaps, Explanations
+from trainer.tasks.explanations import EXPLANATIONS_FILE, Explanations
 
 PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 HIDDEN = 10  # the highlighted tenth
@@ -224,25 +224,9 @@ def test_a_network_that_cannot_be_explained_says_so_and_costs_no_run(ready: tupl
     assert "Answers are not explained: Sequential has no layer" in render(read_files(find_run(str(folder))))
 
 
-def some(**changes: Any) -> Explanations:
-    """Maps of all test images: the place in the upper right corner."""
-    about = AboutMaps(
-        step=STEPS,
-        split="test",
-        dataset_fingerprint=open_dataset(SAMPLE).manifest.fingerprint,
-        method="Grad-CAM",
-        layer="<b>layer</b>",
-        grid=(4, 4),
-        image_hw=(28, 28),
-    )
-    maps = np.zeros((500, 4, 4), dtype=np.uint8)
-    maps[:, 0, 3] = 255
-    return Explanations(about=replace(about, **changes), ids=np.arange(500), maps=maps)
-
-
 def test_the_report_shows_maps_beside_the_worst_and_in_the_cells(tmp_path: Path) -> None:
     folder = write_pictured(tmp_path / "run")
-    (folder / EXPLANATIONS_FILE).write_bytes(some().to_parquet())
+    (folder / EXPLANATIONS_FILE).write_bytes(maps_of_all().to_parquet())
     run = read_files(find_run(str(folder)))
     assert set(run.thumbnails.worst) <= run.thumbnails.why.keys() <= run.thumbnails.sources.keys()
     page = render(run)
@@ -254,14 +238,14 @@ def test_the_report_shows_maps_beside_the_worst_and_in_the_cells(tmp_path: Path)
 @pytest.mark.parametrize("changes", [{"step": STEPS + 1}, {"dataset_fingerprint": "another"}, {"split": "validation"}])
 def test_maps_of_another_model_or_data_are_not_shown(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = write_pictured(tmp_path / "run")
-    (folder / EXPLANATIONS_FILE).write_bytes(some(**changes).to_parquet())
+    (folder / EXPLANATIONS_FILE).write_bytes(maps_of_all(**changes).to_parquet())
     assert read_files(find_run(str(folder)), pictures=False).explanations is None
 
 
 @pytest.mark.parametrize("break_it", [lambda data: data[:-9], lambda data: b"", lambda data: predictions_of().to_parquet()])
 def test_a_damaged_file_of_maps_is_named_and_the_report_stays(break_it: Callable[[bytes], bytes], tmp_path: Path) -> None:
     folder = write_pictured(tmp_path / "run")
-    (folder / EXPLANATIONS_FILE).write_bytes(break_it(some().to_parquet()))
+    (folder / EXPLANATIONS_FILE).write_bytes(break_it(maps_of_all().to_parquet()))
     assert f"{EXPLANATIONS_FILE} cannot be read: it is no file of explanations" in render(read_files(find_run(str(folder)), pictures=False))
 
 

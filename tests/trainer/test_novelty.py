@@ -1,6 +1,7 @@
 """Images unlike anything seen in training are told from those that are not, by a model that was really trained, on real images."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,9 +26,15 @@ from trainer.models.vision import build_model
 from trainer.predict import main
 from trainer.push import files_of
 from trainer.rank.data import RankData
+from trainer.rank.evaluation import Evaluator
+from trainer.rank.explain import explain
+from trainer.rank.history import History, LossMean
 from trainer.rank.novelty import MOST_HELD_OUT, novelty_of
+from trainer.rank.step_plan import StepPlan
+from trainer.rank.this_rank import ThisRank
 from trainer.settings.spec import make_order
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
+from trainer.tasks.explanations import EXPLANATIONS_FILE, Explanations
 from trainer.tasks.make import make_task
 from trainer.tasks.novelty import (
     FALSE_ALARMS,
@@ -41,6 +48,7 @@ from trainer.tasks.novelty import (
     most_remembered,
     thresholds_of,
 )
+from trainer.tasks.predictions import PREDICTIONS_FILE, Predictions
 
 CONFIG = RunConfig(
     run="sample",
@@ -152,6 +160,40 @@ def test_the_model_folder_keeps_what_it_remembers_and_notices_damage(run: Path) 
         file.write_bytes(whole)
 
 
+def this_rank() -> ThisRank:
+    """What the last evaluation and the end need of a rank that is alone."""
+    quiet = SimpleNamespace(during=lambda phase: nullcontext(), tick=lambda *phase: None)
+    counted = SimpleNamespace(declare=lambda *given: None, set=lambda *given, **labels: None, add=lambda *given: None)
+    waits = SimpleNamespace(call=lambda action, name: action())
+    given = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "config": CONFIG, "heartbeat": quiet, "metrics": counted}
+    return cast(ThisRank, SimpleNamespace(**given, waits=waits, tell=lambda event, **fields: None))
+
+
+def test_the_last_evaluation_calibrates_and_the_end_explains(trained: tuple[Learner, RankData], tmp_path: Path) -> None:
+    learner, data = trained
+    me, storage, history = this_rank(), open_storage(tmp_path), History()
+    plan = StepPlan(start_step=0, total_steps=STEPS, steps_per_epoch=STEPS // 2, eval_every_epochs=1)
+    evaluator = Evaluator(
+        me, data, learner, plan, history=history, mean=LossMean(history, lambda step: 50), storage=storage, on_begin=lambda: None
+    )
+    evaluator.run(STEPS // 2)
+    assert "calibration" not in history.evaluations[-1]  # only of the finished model
+    evaluator.run(STEPS)
+    head = history.evaluations[-1]["calibration"]["heads"]["label"]
+    assert (head["count"], head["fitted_on"], head["cross_fitted"]) == (500, "test", True)
+    assert head["ece"] == history.evaluations[-1]["test_ece"]
+    assert head["calibrated_ece"] < max(head["ece"], 0.05)
+    found = Predictions.from_parquet((tmp_path / "sample" / PREDICTIONS_FILE).read_bytes())
+    mean_sure = sum(point["confidence"] * point["count"] for point in head["bins"]) / 500
+    assert float(found.confidence.mean()) == pytest.approx(mean_sure, rel=1e-4)
+    explain(me, storage, learner, data, step=STEPS + 1)
+    assert not (tmp_path / "sample" / EXPLANATIONS_FILE).exists()  # the predictions are of another step
+    explain(me, storage, learner, data, step=STEPS)
+    made = Explanations.from_parquet((tmp_path / "sample" / EXPLANATIONS_FILE).read_bytes())
+    assert len(made.ids) == CONFIG.train.explain
+    assert made.about.step == STEPS
+
+
 def test_none_are_remembered_where_none_are_asked_for(trained: tuple[Learner, RankData]) -> None:
     assert novelty_of(*trained, most=0) is None
 
@@ -168,6 +210,9 @@ def test_thresholds_tell_at_most_the_stated_share_of_held_out_images(seed: int) 
     assert (distance > found.distance).any()
     assert (energy < found.energy).any()
     assert thresholds_of(distance[: FEWEST - 1], energy[: FEWEST - 1], split="test") is None
+    alone = thresholds_of(distance, torch.zeros(500), split="test")  # a task of numbers has no energy
+    assert alone is not None
+    assert alone.false_alarms == pytest.approx(FALSE_ALARMS)
     assert Thresholds.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 

@@ -62,6 +62,7 @@ class Layer:
                 return output[:, output.shape[1] - rows * columns :].unflatten(1, (rows, columns))
 
 
+@torch.inference_mode(False)
 def find_layer(model: nn.Module, images: Tensor, score: Score) -> Layer:
     """The layer to look at, found with `images`: one or more, (n, 3, H, W), as the model takes them; `model` in eval mode. NoPlacesError if
     there is none."""
@@ -81,6 +82,9 @@ def find_layer(model: nn.Module, images: Tensor, score: Score) -> Layer:
         total = _scored(model, two, score)
     hw = (two.shape[2], two.shape[3])
     layers = list(_layers(seen, hw))
+    # Of tokens only the stream that the model passes on counts, and not what an attention makes of it for itself.
+    width = next((output.shape[2] for layer, output in reversed(layers) if layer.layout == "tokens"), 0)
+    layers = [(layer, output) for layer, output in layers if layer.layout != "tokens" or output.shape[2] == width]
     if layers:
         gradients = torch.autograd.grad(total, [output for _, output in layers], allow_unused=True)
         for (layer, _), gradient in zip(reversed(layers), reversed(gradients), strict=True):
@@ -92,6 +96,7 @@ def find_layer(model: nn.Module, images: Tensor, score: Score) -> Layer:
     )
 
 
+@torch.inference_mode(False)
 def explained(model: nn.Module, images: Tensor, score: Score, layer: Layer) -> Tensor:
     """Maps of (n, 3, H, W) images, (n, rows, columns) float32 from 0 to 1; all 0 where nothing speaks for the answer. `model` in eval mode.
     An image's map does not depend on the others but for the last bits."""
@@ -117,7 +122,7 @@ def explained(model: nn.Module, images: Tensor, score: Score, layer: Layer) -> T
 def _scored(model: nn.Module, images: Tensor, score: Score) -> Tensor:
     """The sum of the scores, with a graph from the images on: the parameters may be frozen."""
     assert not model.training, "statistics of a batch would mix its images"
-    with torch.enable_grad(), torch.inference_mode(False):
+    with torch.enable_grad():
         return score(model(images.detach().clone().requires_grad_())).sum()
 
 

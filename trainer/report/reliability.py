@@ -30,7 +30,7 @@ def reliability_section(run: RunFiles) -> Html:
             _share(head, "adaptive_ece"),
             _share(head, "calibrated_adaptive_ece"),
             number(number_or_none(head.get("temperature"))),
-            _where(head, run.info.unit),
+            tag("span", _where(head, run.info.unit), class_="nobreak"),
         )
         for name, head in shown.items()
     ]
@@ -44,7 +44,7 @@ def reliability_section(run: RunFiles) -> Html:
 _EXPLAINED = (
     "Of the answers that are 80 % sure, 80 % should be right: then the points lie on the dashed line. The error is how far they are from "
     "it on average (expected calibration error, 15 bins of equal width; adaptive: of equally many samples). Calibrated: with the outputs "
-    "divided by the temperature, as `predict` does, which changes no answer. Confidences elsewhere on this page are not calibrated."
+    "divided by the temperature, as predict does, which changes no answer. Confidences elsewhere on this page are not calibrated."
 )
 
 
@@ -52,7 +52,7 @@ def _figure(name: str, head: Mapping[str, Any], ident: str) -> Html:
     title = f"How often the answer is right{f': {short(name, 80)}' if name else ''}, %"
     lines = [_line("not calibrated", head.get("bins")), _line("calibrated", head.get("calibrated_bins"))]
     drawing = diagonal([line for line in lines if len(line[1])], x="confidence, %", ident=ident)
-    return tag("figure", tag("figcaption", title), drawing)
+    return tag("figure", tag("figcaption", title), drawing, style="max-width:36rem")
 
 
 def _line(label: str, bins: object) -> Line:

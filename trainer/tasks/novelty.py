@@ -100,7 +100,5 @@ def thresholds_of(distance: Tensor, energy: Tensor, *, split: str) -> Thresholds
 
 
 def _rank(values: Tensor) -> Tensor:
-    """(n,) int64: how many are smaller, or equal and before it."""
-    ranks = torch.empty(len(values), dtype=torch.int64)
-    ranks[values.cpu().argsort(stable=True)] = torch.arange(len(values))
-    return ranks
+    """(n,) int64: how many are smaller."""
+    return torch.searchsorted(values.sort().values, values)
