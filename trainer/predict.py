@@ -7,13 +7,13 @@ Images are decoded and resized by the same code and rules as in training. traine
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
@@ -128,11 +128,7 @@ class Predictor:
             reasons = dict(decoded.bad)
             self.transparent += decoded.transparent
             images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
-            with features_of(self._model) if self._novelty is not None else nullcontext() as features:
-                outputs = self._model(self._preprocess(images))
-            unlike: Sequence[bool | None] = [None] * len(encoded)
-            if self._novelty is not None and features is not None:
-                unlike = self._novelty.told(self.task, outputs.cpu(), features.taken().cpu()).tolist()
+            outputs, unlike = self._asked(images)
             answers = calibrated_answers(self.task, outputs, self._temperatures, top=top)
             good = [index for index in range(len(encoded)) if index not in reasons]
             names = list(encoded)
@@ -145,6 +141,14 @@ class Predictor:
                 results[names[index]] = Prediction(image=names[index], error=self._explained(reason))
         for path in paths:
             yield results[path]
+
+    def _asked(self, images: Tensor) -> tuple[Tensor, Sequence[bool | None]]:
+        """The outputs, and of each image whether it is unlike anything seen in training."""
+        if self._novelty is None:
+            return self._model(self._preprocess(images)), [None] * len(images)
+        with features_of(self._model) as features:
+            outputs = self._model(self._preprocess(images))
+        return outputs, self._novelty.told(self.task, outputs.cpu(), features.taken().cpu()).tolist()
 
     def _explained(self, reason: str) -> str:
         """The decoder's reason. If only the image's size is wrong, it also names the flag that resizes it."""
