@@ -205,4 +205,6 @@ def temperatures(record: Mapping[str, Any] | None) -> dict[str, Temperature]:
 def stored(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The part of a `calibration` record that a model folder keeps."""
     kept: Sequence[str] = ("temperature", "fitted_on", "fitted_count", "ece", "calibrated_ece")
-    return record and {"heads": {name: {key: head[key] for key in kept} for name, head in record["heads"].items()}}
+    if record is None:
+        return None
+    return {"heads": {name: {key: head[key] for key in kept} for name, head in record["heads"].items()}}

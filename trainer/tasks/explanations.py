@@ -69,7 +69,8 @@ class Explanations:
         try:
             table = pq.read_table(io.BytesIO(data))
             said: dict[str, Any] = json.loads((table.schema.metadata or {})[_META])
-            about = AboutMaps(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})
+            given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+            about = AboutMaps(**given)
             rows, columns = (int(side) for side in about.grid)
             if not 0 < rows * columns <= _MOST_PLACES or about.fit not in ("refuse", "stretch", "crop"):
                 raise ValueError(f"a map of {rows} x {columns} places, {about.fit!r:.20}")
