@@ -29,6 +29,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/augmentation.md",
         "docs/rates.md",
         "docs/report.md",
+        "docs/confidence.md",
         "docs/terminal.md",
         "docs/streaming.md",
         "docs/storage.md",

@@ -131,7 +131,19 @@ def _lines(found: Evaluated) -> Iterator[tuple[str, str]]:
         interval = interval_words({measure.key: value, "test_count": result.count, **result.details}, measure)
         yield measure.in_words, _measured(measure, value) + note + (f", 95 % interval: {interval}" if interval else "")
     yield "loss", f"{result.loss:.4f}"
+    heads = found.calibration["heads"] if found.calibration else {}
+    for name, head in heads.items():
+        yield f"calibration error{f' of {shown(name)}' if len(heads) > 1 else ''}", _calibration(head, found.split)
     yield info.unit, f"{number(result.count)}, {found.precision} on {found.device}, {found.seconds:.1f} s"
+
+
+def _calibration(head: Mapping[str, Any], split: str) -> str:
+    without = percent(head["ece"], 2)
+    if not head["fitted_on"]:
+        return f"{without}; this model has no temperature that calibrates it"
+    where = "cross-fitted on these samples" if head["cross_fitted"] else f"fitted on the {head['fitted_on']} split"
+    own = ", which these are" if not head["cross_fitted"] and head["fitted_on"] == split else ""
+    return f"{without}, {percent(head['calibrated_ece'], 2)} at the temperature {head['temperature']:.4g} ({where}{own})"
 
 
 def _measured(measure: Measure, value: float) -> str:

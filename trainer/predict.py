@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
@@ -21,11 +22,14 @@ from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import JUNK, is_image_file
 from dataio.terminal import prepare_output
 from trainer.export.model_folder import find_model, load_export
+from trainer.models.features import features_of
+from trainer.rank.explain import Explainer
 from trainer.runs.folder import RunFolder
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say, say_json
 from trainer.settings.tree import RunConfig
+from trainer.tasks.score_log import calibrated_answers
 from trainer.tasks.task import Task
 
 BATCH = 64
@@ -44,6 +48,11 @@ class Arguments:
     """Number of classes or labels to show for each image."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object per image and line instead of text."""
+    raw: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Probabilities as the network gives them, not calibrated by the temperature that the run fitted. The answers are the same."""
+    explain: str = ""
+    """Folder, which is made if it is not there, for a picture of each image beside a map of where in it the answer comes from (Grad-CAM; of
+    tokens, LayerCAM)."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
     """How to handle images whose size differs from the one the model was trained on. `run` uses the run's own `data.fit`."""
     storage: str = RunConfig().storage
@@ -60,18 +69,34 @@ class Prediction:
     answer: Mapping[str, Any] = field(default_factory=dict)
     """In the task's own format. A classification has `predictions`: classes with their probabilities, the most probable first."""
     error: str = ""
+    is_unlike: bool | None = None
+    """Whether the image is unlike anything seen in training; None if the model cannot tell (train.novelty)."""
+    explanation: str = ""
+    """The file that shows where the answer comes from, if that was asked for."""
 
 
 class Predictor:
     """Holds the model of a model folder on its device and predicts batches of image files."""
 
-    def __init__(self, folder: RunFolder, *, fit: Fit | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        fit: Fit | None = None,
+        device: torch.device | None = None,
+        is_calibrated: bool = True,
+        explain: str = "",
+    ) -> None:
+        """`explain`: a folder, into which each answer's explanation is drawn. NoPlacesError if the model has none."""
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         exported = load_export(folder, self._device)
         self.task = exported.task
         self._model, self._preprocess, self._size = exported.model, exported.preprocess, exported.image_size
+        self._temperatures = exported.temperatures if is_calibrated else {}
         self._fit: Fit = fit or exported.fit
         height, width = self._size
+        self._novelty = exported.novelty
+        self._explainer = Explainer(exported, Path(explain), self._device) if explain else None
         self.background: Colour = exported.background
         self.transparent = 0
         """Images with an alpha channel that were predicted so far."""
@@ -103,14 +128,27 @@ class Predictor:
             reasons = dict(decoded.bad)
             self.transparent += decoded.transparent
             images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
-            answers = self.task.answers(self._model(self._preprocess(images)), top=top)
-            for index, path in enumerate(encoded):
-                if index in reasons:
-                    results[path] = Prediction(image=path, error=self._explained(reasons[index]))
-                else:
-                    results[path] = Prediction(image=path, answer=answers[index])
+            outputs, unlike = self._asked(images)
+            answers = calibrated_answers(self.task, outputs, self._temperatures, top=top)
+            good = [index for index in range(len(encoded)) if index not in reasons]
+            names = list(encoded)
+            drawn = self._explainer.draw(decoded.images[good], [names[index] for index in good]) if self._explainer else [""] * len(good)
+            for index, explanation in zip(good, drawn, strict=True):
+                results[names[index]] = Prediction(
+                    image=names[index], answer=answers[index], is_unlike=unlike[index], explanation=explanation
+                )
+            for index, reason in reasons.items():
+                results[names[index]] = Prediction(image=names[index], error=self._explained(reason))
         for path in paths:
             yield results[path]
+
+    def _asked(self, images: Tensor) -> tuple[Tensor, Sequence[bool | None]]:
+        """The outputs, and of each image whether it is unlike anything seen in training."""
+        if self._novelty is None:
+            return self._model(self._preprocess(images)), [None] * len(images)
+        with features_of(self._model) as features:
+            outputs = self._model(self._preprocess(images))
+        return outputs, self._novelty.told(self.task, outputs.cpu(), features.taken().cpu()).tolist()
 
     def _explained(self, reason: str) -> str:
         """The decoder's reason. If only the image's size is wrong, it also names the flag that resizes it."""
@@ -134,6 +172,8 @@ def main(argv: Sequence[str]) -> int:
             folder,
             fit=None if arguments.fit == "run" else arguments.fit,
             device=None if arguments.device == "auto" else torch.device(arguments.device),
+            is_calibrated=not arguments.raw,
+            explain=arguments.explain,
         )
     except (ValueError, OSError) as error:
         fail(str(error))
@@ -177,11 +217,15 @@ def _images_below(folder: str) -> Iterator[str]:
 def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
     if as_json:
         result = {"error": prediction.error} if prediction.error else prediction.answer
-        say_json({"image": prediction.image, **result})
+        unlike = {} if prediction.is_unlike is None else {"unlike_training": prediction.is_unlike}
+        why = {"explanation": prediction.explanation} if prediction.explanation else {}
+        say_json({"image": prediction.image, **result, **unlike, **why})
     elif prediction.error:
         complain(f"{shown(prediction.image, LONGEST_PATH)}: {shown(prediction.error)}")
     else:
-        say(f"{shown(prediction.image, LONGEST_PATH)}: {shown(task.sentence(prediction.answer), LONGEST_PATH)}")
+        why = f"  (why: {shown(prediction.explanation, LONGEST_PATH)})" if prediction.explanation else ""
+        unlike = "  (unlike anything seen in training)" if prediction.is_unlike else ""
+        say(f"{shown(prediction.image, LONGEST_PATH)}: {shown(task.sentence(prediction.answer), LONGEST_PATH)}{unlike}{why}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ import tyro
 
 from dataio.terminal import prepare_output
 from trainer.export.elsewhere import library_of
-from trainer.export.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, described, find_model, verified_weights
+from trainer.export.model_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    REMEMBERED_FILE,
+    WEIGHTS_FILE,
+    described,
+    find_model,
+    verified_remembered,
+    verified_weights,
+)
 from trainer.runs.folder import RunFolder
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
@@ -59,10 +68,12 @@ def files_of(folder: RunFolder) -> dict[str, bytes]:
     """The files to push, by name: the weights verified, and the card with the heading that a hub reads. ValueError for a damaged model."""
     description = described(folder)
     card = folder.read(CARD_FILE)
+    remembered = verified_remembered(folder, description)
     return {
         WEIGHTS_FILE: verified_weights(folder, description),
         CONFIG_FILE: folder.read(CONFIG_FILE) or b"",
         CARD_FILE: _heading(ModelConfig(**description["model"])).encode() + (card or b""),
+        **({REMEMBERED_FILE: remembered} if remembered is not None else {}),
     }
 
 

@@ -26,6 +26,7 @@ from dataio.sources import SourceError
 from tests.cluster.told import failure_on_a_rank
 from trainer.drive.check import ModelCheckDied
 from trainer.learn.state import StateError
+from trainer.models.cam import NoPlacesError
 from trainer.models.own import OwnCodeError
 from trainer.models.weights import WeightsError
 
@@ -67,6 +68,7 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (StateError("x"), "user"),
     (WeightsError("x"), "user"),
     (OwnCodeError("x"), "user"),
+    (NoPlacesError("x"), "user"),
 ]
 
 

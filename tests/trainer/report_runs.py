@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.rank.history import CURVE_SCHEMA
 from trainer.runs.summary import accounting
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import OptimConfig, RunConfig
+from trainer.tasks.explanations import AboutMaps, Explanations
 from trainer.tasks.info import Measure, TaskInfo
 from trainer.tasks.predictions import About, Predictions
 
@@ -43,6 +45,22 @@ def predictions_of(*, seed: int = 0, right: float = 0.8, step: int = STEPS, keys
             "loss": draw.random(split.count).astype(np.float32),
         },
     )
+
+
+def maps_of_all(**changes: Any) -> Explanations:
+    """Maps of all test images: the place in the upper right corner."""
+    about = AboutMaps(
+        step=STEPS,
+        split="test",
+        dataset_fingerprint=MANIFEST.fingerprint,
+        method="Grad-CAM",
+        layer="<b>layer</b>",
+        grid=(4, 4),
+        image_hw=(28, 28),
+    )
+    maps = np.zeros((500, 4, 4), dtype=np.uint8)
+    maps[:, 0, 3] = 255
+    return Explanations(about=replace(about, **changes), ids=np.arange(500), maps=maps)
 
 
 def at(seconds: float, event: str, **fields: Any) -> dict[str, Any]:

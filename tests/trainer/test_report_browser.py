@@ -16,11 +16,14 @@ from PIL import Image
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
 from deploy.screenshot import BROWSERS, MOST_BYTES, chromium, find_browser, opened  # noqa: E402
-from tests.trainer.report_runs import predictions_of, write_multilabel, write_multitask, write_pictured  # noqa: E402
+from tests.trainer.report_runs import maps_of_all, predictions_of, write_multilabel, write_multitask, write_pictured  # noqa: E402
+from tests.trainer.test_calibration import drawn  # noqa: E402
+from trainer.rank.calibrating import calibration_record  # noqa: E402
 from trainer.report.compare import render_comparison  # noqa: E402
 from trainer.report.files import read_files  # noqa: E402
 from trainer.report.sections import write_report  # noqa: E402
 from trainer.runs.folder import find_run  # noqa: E402
+from trainer.tasks.explanations import EXPLANATIONS_FILE  # noqa: E402
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason=f"needs Chromium: none of {', '.join(BROWSERS)} is installed")
 PROJECT = Path(__file__).resolve().parents[2]
@@ -36,6 +39,15 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_pictured(tmp_path_factory.mktemp("runs") / "pictured")
+    return Path(write_report(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def why(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With maps of where answers come from, and a reliability plot."""
+    confidence = calibration_record({"label": drawn(500, hotter=2.2)})
+    folder = write_pictured(tmp_path_factory.mktemp("why") / "run", calibration=confidence)
+    (folder / EXPLANATIONS_FILE).write_bytes(maps_of_all().to_parquet())
     return Path(write_report(str(folder)))
 
 
@@ -67,7 +79,7 @@ def complaints(page: Any) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("which", ["report", "comparison", "labels", "heads"])
+@pytest.mark.parametrize("which", ["report", "comparison", "labels", "heads", "why"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_the_browser_has_no_complaint_and_the_page_fits(browser: Any, which: str, size: dict[str, int], request: Any) -> None:
     file = request.getfixturevalue(which)
@@ -83,6 +95,23 @@ def test_the_browser_has_no_complaint_and_the_page_fits(browser: Any, which: str
             " && !e.closest('.scroll') && !e.closest('[popover]') && !e.closest('svg')).map(e => e.outerHTML.slice(0, 100))"
         )
         assert beyond == []
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+def test_a_map_stands_beside_its_image_at_the_same_size_and_confidence_is_drawn(browser: Any, why: Path, size: dict[str, int]) -> None:
+    with opened(browser, why, scheme="dark", **size) as page:
+        pairs = page.locator(".worst .pair").all()
+        assert len(pairs) > 10
+        for pair in pairs[:3]:
+            images = pair.locator("img")
+            assert images.evaluate_all("images => images.map(i => i.complete && i.naturalWidth)") == [28, 96]
+            left, right = (images.nth(place).bounding_box() for place in (0, 1))
+            assert (left["y"], left["width"], left["height"]) == (right["y"], right["width"], right["height"])
+            assert left["x"] + left["width"] < right["x"]
+        confidence = page.locator("section", has=page.get_by_role("heading", name="Confidence"))
+        drawn_width = confidence.locator("svg").bounding_box()["width"]
+        assert size["width"] / 3 < drawn_width < size["width"]
+        assert "test, 500 images, cross-fitted" in confidence.inner_text()
 
 
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -28,14 +28,19 @@ from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder, find_run, located
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
+from trainer.tasks.calibration import Temperature, temperatures
 from trainer.tasks.info import CLASSIFICATION
 from trainer.tasks.make import AUTO, make_task, name_for
+from trainer.tasks.novelty import Novelty, Thresholds
 from trainer.tasks.task import Task
 
 MODEL_FOLDER = "model"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+REMEMBERED_FILE = "remembered.safetensors"
+"""Features of training images (trainer.tasks.novelty), if the model remembers any."""
+_REMEMBERED = "features"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +55,9 @@ class Exported:
     fit: Fit
     background: Colour
     max_image_pixels: int
+    temperatures: Mapping[str, Temperature] = field(default_factory=dict)
+    """By target; empty in exports of releases that calibrated nothing, or if nothing could be."""
+    novelty: Novelty | None = None
 
 
 def export_model(
@@ -62,9 +70,12 @@ def export_model(
     data_image_size: tuple[int, int],
     summary: Mapping[str, Any],
     enlarged: int = 1,
+    calibration: Mapping[str, Any] | None = None,
+    novelty: Novelty | None = None,
 ) -> None:
     """Write `<run>/model/`. `tensors` is a state_dict; `data_image_size` is (height, width) of decoded images. `enlarged`: the model's stem
-    acts as if images were this many times as large (trainer.models.stem).
+    acts as if images were this many times as large (trainer.models.stem). `calibration`: the temperatures (trainer.tasks.calibration).
+    `novelty`: what the model remembers of its training images.
 
     `weights_sha256` of `summary` goes into config.json. The model card shows the task's headline (e.g. test_accuracy), test_loss, steps and
     dataset_fingerprint of `summary` if they are given.
@@ -73,6 +84,7 @@ def export_model(
     # Copy each tensor: safetensors accepts neither strided views (channels_last) nor two names for the same memory (tied weights).
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     weights = safetensors.torch.save(plain, metadata={"format": "pt"})
+    remembered = safetensors.torch.save({_REMEMBERED: novelty.remembered.contiguous()}) if novelty is not None else None
     mean, std = mean_and_std(config)
     description = {
         "model": dataclasses.asdict(config.model),
@@ -83,6 +95,8 @@ def export_model(
         "fit": config.data.fit,
         **({"background": config.data.behind} if config.data.behind else {}),
         "max_image_pixels": config.data.max_image_pixels,
+        **({"calibration": calibration} if calibration else {}),
+        **({"novelty": _novelty_description(novelty, remembered)} if novelty is not None and remembered is not None else {}),
         "weights_sha256": summary.get("weights_sha256"),
         "file_sha256": hashlib.sha256(weights).hexdigest(),
         **keys_for_timm(
@@ -95,8 +109,18 @@ def export_model(
         ),
     }
     storage.write_atomic(f"{folder}/{WEIGHTS_FILE}", weights)
-    card = model_card(run=run, config=config, task=task, data_image_size=data_image_size, summary=summary, enlarged=enlarged)
+    card = model_card(
+        run=run,
+        config=config,
+        task=task,
+        data_image_size=data_image_size,
+        summary=summary,
+        enlarged=enlarged,
+        calibration=calibration,
+    )
     storage.write_atomic(f"{folder}/{CARD_FILE}", card.encode())
+    if remembered is not None:
+        storage.write_atomic(f"{folder}/{REMEMBERED_FILE}", remembered)
     storage.write_atomic(f"{folder}/{CONFIG_FILE}", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -149,11 +173,56 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
         fit=description["fit"],
         background=description.get("background", ""),
         max_image_pixels=int(description["max_image_pixels"]),
+        temperatures=_temperatures(folder, description),
+        novelty=_novelty(folder, description),
     )
 
 
+def _novelty_description(novelty: Novelty, file: bytes) -> dict[str, Any]:
+    return {**novelty.thresholds.to_json(), "file_sha256": hashlib.sha256(file).hexdigest()}
+
+
+def _novelty(folder: RunFolder, description: Mapping[str, Any]) -> Novelty | None:
+    file = verified_remembered(folder, description)
+    if file is None:
+        return None
+    try:
+        remembered = safetensors.torch.load(file)[_REMEMBERED]
+        return Novelty(remembered=remembered, thresholds=Thresholds.from_json(description["novelty"]))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)}: {error}; finish the run again to export it anew") from None
+
+
+def verified_remembered(folder: RunFolder, description: Mapping[str, Any]) -> bytes | None:
+    """The content of the file of remembered features, verified by its hash; None if the model remembers none."""
+    novelty = description.get("novelty")
+    if not novelty:
+        return None
+    where = join_uri(folder.location, REMEMBERED_FILE)
+    data = folder.read(REMEMBERED_FILE)
+    if data is None or not isinstance(novelty, Mapping) or hashlib.sha256(data).hexdigest() != novelty.get("file_sha256"):
+        raise ValueError(
+            f"{where} is {'missing' if data is None else 'damaged'}; copy the whole model folder, or finish the run again to export it anew"
+        )
+    return data
+
+
+def _temperatures(folder: RunFolder, description: Mapping[str, Any]) -> dict[str, Temperature]:
+    try:
+        return temperatures(description.get("calibration"))
+    except ValueError as error:
+        raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)}: {error}; finish the run again to export it anew") from None
+
+
 def model_card(
-    *, run: str, config: RunConfig, task: Task, data_image_size: tuple[int, int], summary: Mapping[str, Any], enlarged: int = 1
+    *,
+    run: str,
+    config: RunConfig,
+    task: Task,
+    data_image_size: tuple[int, int],
+    summary: Mapping[str, Any],
+    enlarged: int = 1,
+    calibration: Mapping[str, Any] | None = None,
 ) -> str:
     """The model card as Markdown: what the model is, how good it is, how to use it."""
     return "\n".join(
@@ -163,6 +232,7 @@ def model_card(
             f"{_what_it_is(task)}, fine-tuned from `{config.model.name}`.",
             "",
             *(f"- **{name}:** {value}" for name, value in _facts(config, task, data_image_size, summary)),
+            *(f"- **Confidence{of}:** {value}" for of, value in _confidence(calibration)),
             "",
             "## Use",
             "",
@@ -225,6 +295,16 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summ
     steps = _optional(summary, "steps", ", {} steps")
     yield "Training", f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.train.precision}{steps}"
     yield "Averaged", f"exponential moving average of the weights, decay {config.train.ema:g}" if config.train.ema else "no"
+
+
+def _confidence(calibration: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    heads = calibration["heads"] if calibration else {}
+    for name, head in heads.items():
+        yield (
+            f" of `{_inline(name)}`" if len(heads) > 1 else "",
+            f"divide the outputs by {head['temperature']:g}, as `predict` does; on average it is then {percent(head['calibrated_ece'], 1)} "
+            f"from the share that comes true, {percent(head['ece'], 1)} without (expected calibration error)",
+        )
 
 
 def _what_it_is(task: Task) -> str:
@@ -320,7 +400,7 @@ def described(folder: RunFolder) -> Mapping[str, Any]:
         outputs = ("task", "targets") if "task" in description else ("classes",)
         needed = (*outputs, "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
         missing = [key for key in needed if key not in description]
-        unknown = set(description.get("model", ())) - {field.name for field in dataclasses.fields(ModelConfig)}
+        unknown = set(description.get("model", ())) - {each.name for each in dataclasses.fields(ModelConfig)}
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} is damaged ({error}); finish the run again to export it anew") from None
     if missing or unknown:

@@ -22,13 +22,16 @@ from trainer.learn.ema import Ema
 from trainer.learn.gradients import evaluating
 from trainer.learn.objectives import autocast_for
 from trainer.learn.step import Arriving
+from trainer.rank.calibrating import calibration_record, with_calibration
 from trainer.rank.data import RankData
 from trainer.rank.history import History, LossMean, numbers_of
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank
 from trainer.runs.choice import VALIDATION, Rule, choose
+from trainer.tasks.calibration import Scores
 from trainer.tasks.prediction_log import PredictionLog
 from trainer.tasks.predictions import PREDICTIONS_FILE, About, named, rows_to_keep
+from trainer.tasks.score_log import ScoreLog
 from trainer.tasks.task import Evaluation, Parted, Result, Task
 
 TEST = "test"
@@ -59,6 +62,7 @@ class Evaluator:
         self._me, self._data, self._learner, self._plan = me, data, learner, plan
         self._history, self._mean, self._storage, self._on_begin = history, mean, storage, on_begin
         self._split, self._rule = split, rule
+        self._to_fit: Mapping[str, Scores] | None = None
         names = [measure.name for measure in learner.task.info.measures]
         for each in dict.fromkeys((TEST, split)):
             me.metrics.declare(f"{each}_measure", names)
@@ -81,7 +85,7 @@ class Evaluator:
         entry. `predictions_of`: also write the predictions, of a run of so many steps. All ranks call it."""
         self._on_begin()
         begin = time.perf_counter()
-        result = self._evaluate(split, ema, predictions_of=predictions_of)
+        result = self._evaluate(split, ema, predictions_of=predictions_of, keeps_scores=True)
         seconds = time.perf_counter() - begin
         self._history.evaluated_again(seconds)
         entry = self._entry(split, step, result)
@@ -101,11 +105,12 @@ class Evaluator:
             dist.broadcast(agreed, src=0)
         return bool(agreed.item())
 
-    def _evaluate(self, split: str, ema: Ema | None, *, predictions_of: int | None) -> Result:
+    def _evaluate(self, split: str, ema: Ema | None, *, predictions_of: int | None, keeps_scores: bool = False) -> Result:
         me, learner, data = self._me, self._learner, self._data
         columns = learner.task.columns
         log = PredictionLog(columns, -(-rows_to_keep(columns) // me.world_size), me.device) if predictions_of is not None else None
         count = data.dataset.split(split).count
+        scores = ScoreLog(learner.task, count, me.device) if predictions_of is not None or keeps_scores else None
         with me.heartbeat.during(EVALUATION):
             result = evaluate(
                 learner.task,
@@ -123,12 +128,27 @@ class Evaluator:
                 on_batch=me.heartbeat.tick,
                 on_phase=me.heartbeat.tick,
                 log=log,
+                scores=scores,
             )
+            if scores is not None:
+                result = self._calibrated(split, result, scores)
             if log is not None and predictions_of is not None:
                 # Before the last commit where the test split is watched, so that a finished checkpoint has its model's predictions.
                 about = About(step=predictions_of, split=split, dataset_fingerprint=data.order.fingerprint, count=result.count)
                 self._write_predictions(log, about)
         return result
+
+    def _calibrated(self, split: str, result: Result, scores: ScoreLog) -> Result:
+        """The result with what calibration does on the test split, on rank 0. Scores of the validation split, which is read before it, are
+        kept to fit by. A collective."""
+        me = self._me
+        with me.heartbeat.during(EXCHANGE):
+            found = scores.gathered(me.rank, me.world_size)
+        if split != TEST or found is None:
+            self._to_fit = found
+            return result
+        with me.heartbeat.during(MEASURING):
+            return with_calibration(result, calibration_record(found, self._to_fit))
 
     def _write_predictions(self, log: PredictionLog, about: About) -> None:
         """All ranks hand in their rows, and rank 0 writes them. If the storage refuses them, only the report's images are missing."""
@@ -179,6 +199,7 @@ def evaluate(
     on_batch: Callable[[], None] = lambda: None,
     on_phase: Callable[[str], None] = lambda phase: None,
     log: PredictionLog | None = None,
+    scores: ScoreLog | None = None,
 ) -> Result:
     """Exact measures over all ranks: each rank takes a contiguous share of the split, and nothing is padded or counted twice. `on_phase`:
     where it waits for the others and where it works (cluster.beat).
@@ -198,7 +219,17 @@ def evaluate(
             on_phase(EVALUATION)
         for share in parts or [share_of(dataset.split(split).count, rank, world_size)]:
             evaluate_share(
-                task, evaluation, model, preprocess, loader, split=split, share=share, precision=precision, on_batch=on_batch, log=log
+                task,
+                evaluation,
+                model,
+                preprocess,
+                loader,
+                split=split,
+                share=share,
+                precision=precision,
+                on_batch=on_batch,
+                log=log,
+                scores=scores,
             )
             if parts and isinstance(evaluation, Parted):
                 evaluation.end_part()
@@ -228,9 +259,10 @@ def evaluate_share(
     as_learned: Callable[[Targets], Targets] = lambda targets: targets,
     on_batch: Callable[[], None] = lambda: None,
     log: PredictionLog | None = None,
+    scores: ScoreLog | None = None,
 ) -> None:
-    """Evaluate the samples `share` of a split into `evaluation`, and record each prediction in `log`. `as_learned` converts the data set's
-    targets to those that the model was trained on."""
+    """Evaluate the samples `share` of a split into `evaluation`; record each prediction in `log`, and outputs in `scores`. `as_learned`
+    converts the data set's targets to those that the model was trained on."""
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), autocast_for(device, precision):
         for batch in loader.evaluate(split, share, batch_size=EVALUATION_BATCH):
@@ -239,4 +271,6 @@ def evaluate_share(
             evaluation.update(outputs, targets)
             if log is not None:
                 log.update(batch.ids, task.rows(outputs, targets))
+            if scores is not None:
+                scores.update(batch.ids, outputs, targets)
             on_batch()

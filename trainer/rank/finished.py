@@ -24,6 +24,7 @@ from dataio.quarantine import BadSample, Quarantine
 from dataio.reading import Repeats, described, warnings
 from dataio.remote import is_uri
 from trainer.export.model_folder import load_export, model_of
+from trainer.rank.calibrating import calibration_record, measured_record
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder
@@ -31,10 +32,12 @@ from trainer.settings.fields import as_begun
 from trainer.settings.say import complain
 from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig
+from trainer.tasks.calibration import Temperature
 from trainer.tasks.info import CLASSIFICATION
 from trainer.tasks.matching import match_targets
 from trainer.tasks.prediction_log import PredictionLog
 from trainer.tasks.predictions import About, named, rows_to_keep
+from trainer.tasks.score_log import ScoreLog
 from trainer.tasks.task import Result, Task
 
 
@@ -58,6 +61,8 @@ class Evaluated:
     recorded: float | None
     """The headline's value in summary.json, if that is for the same split of the same data; else None."""
     seconds: float
+    calibration: Mapping[str, Any] | None = None
+    """How far the confidence is from the share that comes true (trainer.tasks.calibration), by target."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON for `--json`. For a classification it has the format from before there were other tasks; other tasks add their name."""
@@ -73,6 +78,7 @@ class Evaluated:
             **self.result.measures,
             "count": self.result.count,
             **self.result.details,
+            **({"calibration": self.calibration} if self.calibration else {}),
             **({"classes": list(self.task.targets[0].classes)} if is_classification else {}),
             "quarantined": [asdict(bad) for bad in self.quarantined],
         }
@@ -102,6 +108,7 @@ def evaluate_finished(
     task = exported.task
     evaluation = task.evaluation(device)
     log = PredictionLog(task.columns, rows_to_keep(task.columns), device) if predictions else None
+    scores = ScoreLog(task, count, device)
     loader = _loader(dataset, data, device, threads, quarantine)
     # Use the shares that the run's ranks had: the last bits of a sample's outputs may depend on the batch that it is in.
     ranks = int(summary.get("workers") or 1)
@@ -117,6 +124,7 @@ def evaluate_finished(
             precision=config.train.precision,
             as_learned=as_learned,
             log=log,
+            scores=scores,
         )
     result = evaluation.result()
     if log is not None and (rows := log.gathered(0, 1)) is not None:
@@ -135,8 +143,18 @@ def evaluate_finished(
         result=result,
         quarantined=quarantine.records,
         recorded=summary.get(task.info.headline.key) if is_runs_own else None,
+        calibration=_calibration(scores, exported.temperatures, is_fitted_here=is_runs_own),
         seconds=time.perf_counter() - begin,
     )
+
+
+def _calibration(scores: ScoreLog, temperatures: Mapping[str, Temperature], *, is_fitted_here: bool) -> dict[str, Any] | None:
+    """Temperatures that were fitted on these very samples are cross-fitted again, as the run did it: at their own values, the error would
+    be too small."""
+    found = scores.gathered(0, 1) or {}
+    if is_fitted_here and temperatures and all(each.split == "test" for each in temperatures.values()):
+        return calibration_record(found)
+    return measured_record(found, temperatures)
 
 
 def _found(own: DataConfig, data: DataConfig, split: str) -> tuple[Prepared, str, bool]:

@@ -13,9 +13,12 @@ from trainer.learn.build import Learner
 from trainer.learn.state import weights_sha256
 from trainer.models.stem import enlarging_of
 from trainer.rank.data import RankData
+from trainer.rank.explain import explain
 from trainer.rank.final import Kept
+from trainer.rank.novelty import novelty_of
 from trainer.rank.saving import CURVES_FILE, Memory
 from trainer.rank.this_rank import ThisRank
+from trainer.tasks.calibration import stored
 
 
 def finish(
@@ -53,17 +56,21 @@ def finish(
         "device": str(learner.device),
     }
     if not stopped:
+        ema = None if kept is not None and kept.is_best else learner.ema  # the best weights are in the model itself
+        explain(me, storage, learner, data, ema=ema, step=steps_done)
+        novelty = novelty_of(learner, data, ema=ema, most=me.config.train.novelty, on_batch=lambda: me.heartbeat.tick(EXPORTING))
         headline = learner.task.info.headline.key
-        is_averaged = learner.ema is not None and not (kept is not None and kept.is_best)
         export = partial(
             export_model,
             storage=storage,
             run=me.config.run,
-            tensors=learner.ema.weights() if is_averaged and learner.ema is not None else learner.model.state_dict(),
+            tensors=ema.weights() if ema is not None else learner.model.state_dict(),
             config=me.config,
             task=learner.task,
             data_image_size=loader.image_size,
             enlarged=enlarging_of(learner.model),
+            calibration=stored(last.get("calibration")),
+            novelty=novelty,
             summary={
                 headline: last.get(headline),
                 "test_loss": last.get("test_loss"),

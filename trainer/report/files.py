@@ -21,6 +21,7 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.measures import known_info
 from trainer.settings.toml import from_toml
 from trainer.settings.units import number
+from trainer.tasks.explanations import EXPLANATIONS_FILE, Explanations
 from trainer.tasks.info import CLASSIFICATION, TaskInfo
 from trainer.tasks.predictions import PREDICTIONS_FILE, Predictions
 
@@ -49,6 +50,8 @@ class RunFiles:
     thumbnails: Thumbnails = NO_THUMBNAILS
     no_thumbnails: str = ""
     """Why there are no images; empty if there are."""
+    explanations: Explanations | None = None
+    """Of the model that made the predictions."""
 
 
 def read_files(folder: RunFolder, dataset: Dataset | None = None, *, pictures: bool = True) -> RunFiles:
@@ -67,6 +70,7 @@ def read_files(folder: RunFolder, dataset: Dataset | None = None, *, pictures: b
     if not text:
         missing.append("There is no config.toml.")
     predictions, no_thumbnails = _predictions(folder, summary)
+    explanations = _explanations(folder, predictions, missing)
     quarantined = _quarantined(folder, events)
     thumbnails, left_out = NO_THUMBNAILS, LeftOut(records=quarantined)
     if pictures and (predictions is not None or quarantined or summary.get("quarantined")):
@@ -77,7 +81,7 @@ def read_files(folder: RunFolder, dataset: Dataset | None = None, *, pictures: b
                 dataset = find_dataset(data, str(fingerprint))
             left_out = with_pictures(quarantined, dataset, data)
             if predictions is not None:
-                thumbnails = look_up(predictions, dataset, len(confusion_of(summary)))
+                thumbnails = look_up(predictions, dataset, len(confusion_of(summary)), explanations)
         except Exception as error:  # the data set may be gone, or hold what no library expects
             no_thumbnails = no_thumbnails or f"There are no images here: {error}."
     return RunFiles(
@@ -93,6 +97,7 @@ def read_files(folder: RunFolder, dataset: Dataset | None = None, *, pictures: b
         predictions=predictions,
         thumbnails=thumbnails,
         no_thumbnails=no_thumbnails,
+        explanations=explanations,
     )
 
 
@@ -145,6 +150,21 @@ def _predictions(folder: RunFolder, summary: Mapping[str, Any]) -> tuple[Predict
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     return (None, f"{PREDICTIONS_FILE} is not used: {problem}.") if problem else (found, "")
+
+
+def _explanations(folder: RunFolder, predictions: Predictions | None, missing: list[str]) -> Explanations | None:
+    """The maps, if they belong to the predictions: a run that went on has those of its end."""
+    data = folder.read(EXPLANATIONS_FILE) if predictions is not None else None
+    if data is None or predictions is None:
+        return None
+    try:
+        found = Explanations.from_parquet(data)
+    except ValueError as error:
+        missing.append(f"{EXPLANATIONS_FILE} cannot be read: {error}.")
+        return None
+    about, of = found.about, predictions.about
+    same = (about.step, about.split, about.dataset_fingerprint) == (of.step, of.split, of.dataset_fingerprint)
+    return found if same else None
 
 
 def _problems(found: Predictions, summary: Mapping[str, Any]) -> Iterator[str]:

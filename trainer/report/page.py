@@ -188,6 +188,8 @@ background:var(--paper);color:var(--ink)}
 .thumbnails img{display:block;width:6rem;height:6rem;max-width:100%;object-fit:contain;background:var(--card);border-radius:4px}
 td img.small{display:block;max-width:4rem;max-height:4rem;background:var(--card);border-radius:4px}
 .thumbnails .pixels{image-rendering:pixelated}
+.thumbnails .explained{grid-column:span 2}
+.thumbnails .pair{display:flex;gap:.3rem}.thumbnails .pair img{min-width:0;flex:0 1 auto}
 .thumbnails figcaption{display:grid;font-weight:400;font-size:.8rem;line-height:1.3;margin-top:.25rem}
 .thumbnails figcaption *{overflow-wrap:anywhere}
 .thumbnails b{font-weight:600;color:var(--bad)}
@@ -197,7 +199,8 @@ td img.small{display:block;max-width:4rem;max-height:4rem;background:var(--card)
 pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:.7rem;background:var(--card);border-radius:6px;font-size:.85rem}
 @media(max-width:40rem){th,td{padding:.25rem .35rem}dl{grid-template-columns:repeat(auto-fill,minmax(8rem,1fr))}
 .confusion{font-size:.8rem}.confusion td>button{padding:.25rem .3rem}.confusion td{min-width:1.9rem}
-.thumbnails:not(.wide){grid-template-columns:repeat(auto-fill,minmax(5rem,1fr))}.thumbnails img{width:5rem;height:5rem}}
+.thumbnails:not(.wide){grid-template-columns:repeat(auto-fill,minmax(5rem,1fr))}.thumbnails img{width:5rem;height:5rem}
+.thumbnails .explained{grid-column:1/-1;display:flex;gap:.6rem}.thumbnails .pair{flex:none}}
 @page{margin:14mm}
 @media print{:root{color-scheme:light}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}body{font-size:11px}
 main{max-width:none;padding:0}

@@ -119,6 +119,20 @@ def scatter(xs: Values, ys: Values, *, x: str, y: str, ident: str) -> Html:
         return svg(figure, ident)
 
 
+def diagonal(lines: Sequence[Line], *, x: str, ident: str) -> Html:
+    """At most MOST_LINES lines of percentages, and the line where they are what they should be."""
+    with _styled(ident) as (figure, axes):
+        axes.plot([0, 100], [0, 100], "--", color=_INK, linewidth=0.8)
+        for (label, xs, ys, style), colour in zip(lines, _SERIES[: len(lines)], strict=True):
+            axes.plot(xs, ys, style, color=colour, label=label, linewidth=1.4, markersize=3.5)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel(x, color=_INK)
+        if lines:
+            axes.legend(frameon=False, labelcolor=_INK)
+        return svg(figure, ident)
+
+
 def histogram(values: Values, *, x: str, ident: str) -> Html:
     with _styled(ident) as (figure, axes):
         axes.hist(values, bins=min(60, max(10, round(len(values) ** 0.5))), color=_SERIES[0])

@@ -17,6 +17,7 @@ from trainer.report.curves import curves_section
 from trainer.report.files import Event, RunFiles, began, last, read_files
 from trainer.report.page import NOTHING, Html, image, join, number_or_none, page, section, short, table, tag
 from trainer.report.panels import panels_of
+from trainer.report.reliability import reliability_section
 from trainer.report.timeline import colour, ranks_section, timeline_section
 from trainer.report.verdict import verdict
 from trainer.runs.certainty import class_warnings, interval_words
@@ -82,6 +83,7 @@ def rendered(run: RunFiles) -> tuple[str, list[str]]:
         part("Key numbers", lambda: _numbers(run)),
         part("Curves", lambda: curves_section(run)),
         part("Evaluation", panels),
+        part("Confidence", lambda: reliability_section(run)),
         part("Timeline", lambda: timeline_section(run.events)),
         part("Where the time went", lambda: _times(run)),
         part("Ranks", lambda: ranks_section(run.summary, run.events, run.info.unit)),

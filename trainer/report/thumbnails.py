@@ -10,17 +10,20 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from dataio.config import DataConfig
 from dataio.manifest import MANIFEST_NAME, Manifest, ManifestError
 from dataio.parquet import Dataset, Split, open_dataset
 from dataio.remote import is_remote, is_uri, local_path
+from trainer.report.overlay import overlay, seen
 from trainer.settings.units import number, size
+from trainer.tasks.explanations import Explanations
 from trainer.tasks.predictions import Predictions, worst_first
 
 SHOWN_CLASSES = 30
@@ -59,6 +62,8 @@ class Thumbnails:
     """Row -> image as a data: URI."""
     notes: Sequence[str] = ()
     """Sentences: what is left out, and why."""
+    why: Mapping[int, str] = field(default_factory=dict)
+    """Row -> the image with the map of where the answer comes from, as a data: URI."""
 
 
 NO_THUMBNAILS = Thumbnails(cells={}, sources={})
@@ -121,15 +126,27 @@ def worst_rows(found: Predictions) -> list[int]:
     return worst
 
 
-def look_up(found: Predictions, dataset: Dataset, classes: int) -> Thumbnails:
-    """Reads the chosen images from `dataset`. Raises what reading raises."""
-    worst, cells = choose(found, classes)
-    # The most informative first, since room may run out: the worst, then each cell's first, each cell's second, ...
+def _uses(found: Predictions, classes: int, worst: Sequence[int], cells: Mapping[Cell, Sequence[int]]) -> Counter[int]:
+    """How often the page shows each row, the most informative first, since room may run out: the worst, then each cell's first, each cell's
+    second, ..."""
     matrix = found.confusion(classes) if cells else np.zeros((0, 0), dtype=np.int64)
     wrong_first = sorted(cells, key=lambda cell: (cell[0] == cell[1], -int(matrix[cell]), cell))
     deepest = max((len(rows) for rows in cells.values()), default=0)
-    wanted = [*worst, *(cells[cell][depth] for depth in range(deepest) for cell in wrong_first if depth < len(cells[cell]))]
-    uses = Counter(wanted)  # in the order of first use
+    return Counter([*worst, *(cells[cell][depth] for depth in range(deepest) for cell in wrong_first if depth < len(cells[cell]))])
+
+
+def rows_to_show(found: Predictions, split: Split, classes: int) -> list[int]:
+    """The rows whose images the page shows, as far as reading them takes no more than READ_BYTES; the most informative first."""
+    uses = list(_uses(found, classes, *choose(found, classes)))
+    groups, _ = _groups(split, found, uses)
+    readable = {row for members in groups.values() for row in members}
+    return [row for row in uses if row in readable]
+
+
+def look_up(found: Predictions, dataset: Dataset, classes: int, explanations: Explanations | None = None) -> Thumbnails:
+    """Reads the chosen images from `dataset`. Raises what reading raises."""
+    worst, cells = choose(found, classes)
+    uses = _uses(found, classes, worst, cells)
     encoded, unread = _read(dataset.split(found.about.split), found, list(uses))
     sources: dict[int, str] = {}
     used = unfit = undecodable = 0
@@ -144,6 +161,7 @@ def look_up(found: Predictions, dataset: Dataset, classes: int) -> Thumbnails:
         else:
             used += times * len(source)
             sources[row] = source
+    why = _explained(found, explanations, {row: encoded[row] for row in sources}, uses, PAGE_BYTES - used)
     notes = []
     if unfit:
         notes.append(f"{number(unfit)} more images would make this page larger than {size(PAGE_BYTES)} and are left out.")
@@ -151,26 +169,60 @@ def look_up(found: Predictions, dataset: Dataset, classes: int) -> Thumbnails:
         notes.append(f"{number(unread)} images are left out, as reading them takes more than {size(READ_BYTES)} of the data set.")
     if undecodable:
         notes.append(f"{number(undecodable)} images could not be decoded for this page.")
-    return Thumbnails(worst=worst, cells=cells, sources=sources, notes=notes)
+    return Thumbnails(worst=worst, cells=cells, sources=sources, notes=notes, why=why)
+
+
+def _explained(
+    found: Predictions, explanations: Explanations | None, encoded: Mapping[int, bytes], uses: Mapping[int, int], left: int
+) -> dict[int, str]:
+    """The images that have a map, with it, within `left` bytes of the page."""
+    why: dict[int, str] = {}
+    maps = {} if explanations is None else explanations.by_id()
+    for row, data in encoded.items():
+        heat = maps.get(int(found.ids[row]))
+        source = None if explanations is None or heat is None or not heat.any() else _overlaid(data, heat, explanations)
+        if source is not None and (left := left - uses[row] * len(source)) >= 0:
+            why[row] = source
+    return why
+
+
+def _overlaid(encoded: bytes, heat: npt.NDArray[np.uint8], explanations: Explanations) -> str | None:
+    """An image as the model saw it, with its map, as a data: URI; None if it cannot be decoded. Never raises."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as opened:
+            opened.draft("RGB", (2 * SIDE, 2 * SIDE))
+            image = seen(_upright(opened).convert("RGB"), explanations.about.image_hw, explanations.about.fit)
+            return _encoded(overlay(image, heat, side=SIDE))
+    except Exception:
+        return None
 
 
 def _read(split: Split, found: Predictions, rows: Sequence[int]) -> tuple[dict[int, bytes], int]:
     """The encoded images of `rows`, and how many were left out because of READ_BYTES."""
-    groups = np.searchsorted(split.group_offsets, found.ids[list(rows)], side="right") - 1
-    by_group: dict[int, list[int]] = {}
-    for row, group in zip(rows, groups.tolist(), strict=True):
-        by_group.setdefault(group, []).append(row)
+    by_group, unread = _groups(split, found, rows)
     encoded: dict[int, bytes] = {}
-    left, unread = READ_BYTES, 0
     for group, members in by_group.items():
-        left -= split.group_bytes(group)
-        if left < 0 and encoded:
-            unread += len(members)
-            continue
         images = split.read_group(group).encoded
         for row in members:
             encoded[row] = images[int(found.ids[row] - split.group_offsets[group])].tobytes()
     return encoded, unread
+
+
+def _groups(split: Split, found: Predictions, rows: Sequence[int]) -> tuple[dict[int, list[int]], int]:
+    """The row groups to read, each with those of `rows` that lie in it, and how many rows were left out because of READ_BYTES."""
+    groups = np.searchsorted(split.group_offsets, found.ids[list(rows)], side="right") - 1
+    by_group: dict[int, list[int]] = {}
+    for row, group in zip(rows, groups.tolist(), strict=True):
+        by_group.setdefault(group, []).append(row)
+    kept: dict[int, list[int]] = {}
+    left, unread = READ_BYTES, 0
+    for group, members in by_group.items():
+        left -= split.group_bytes(group)
+        if left < 0 and kept:
+            unread += len(members)
+        else:
+            kept[group] = members
+    return kept, unread
 
 
 def thumbnail(encoded: bytes, *, formats: tuple[str, ...] = FORMATS) -> str | None:
@@ -186,14 +238,19 @@ def thumbnail(encoded: bytes, *, formats: tuple[str, ...] = FORMATS) -> str | No
 def _as_uri(opened: Image.Image) -> str:
     """An opened image, scaled down, as a data: URI. Raises what Pillow raises."""
     opened.draft("RGB", (2 * SIDE, 2 * SIDE))
+    small = _upright(opened).convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    return _encoded(small)
+
+
+def _upright(opened: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says."""
     # Not ImageOps.exif_transpose, which also encodes all tags again, and raises where one of them is malformed.
     try:
         turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # the tags are broken, the pixels need not be
         turn = None
-    small = (opened if turn is None else opened.transpose(turn)).convert("RGB")
-    small.thumbnail((SIDE, SIDE))
-    return _encoded(small)
+    return opened if turn is None else opened.transpose(turn)
 
 
 def _encoded(small: Image.Image) -> str:

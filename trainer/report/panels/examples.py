@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from trainer.report.files import RunFiles, class_names, confusion_of
 from trainer.report.page import NOTHING, Html, section, short, table, tag
 from trainer.report.panels.answers import Answer, Names, answers_of, names_of
-from trainer.report.panels.pictures import labelled_picture, picture
+from trainer.report.panels.pictures import labelled_picture, picture, why_words
 from trainer.report.thumbnails import worst_rows
 from trainer.settings.units import percent
 from trainer.tasks.predictions import Predictions
@@ -26,10 +26,11 @@ def panel(run: RunFiles) -> Html:
 def _mistakes(run: RunFiles, found: Predictions, worst: Sequence[int]) -> Html:
     names = class_names(run.summary.get("classes"), len(confusion_of(run.summary)))
     about = "Wrong answers, the surest first. An answer's percentage is the probability that the model gave it."
+    about = f"{about} {why_words(run)}".strip()
     sources = run.thumbnails.sources
     pictured = [row for row in worst if row in sources]
     if pictured:
-        figures = (labelled_picture(row, names, found, sources[row], said=True) for row in pictured)
+        figures = (labelled_picture(row, names, found, sources[row], said=True, why=run.thumbnails.why.get(row)) for row in pictured)
         return section("Worst mistakes", tag("p", about, class_="soft"), tag("div", *figures, class_="thumbnails worst"))
     rows = [
         (
@@ -51,8 +52,8 @@ def _largest_losses(run: RunFiles, found: Predictions, worst: Sequence[int]) -> 
     sources = run.thumbnails.sources
     pictured = [row for row in worst if row in sources]
     if pictured:
-        figures = (_picture(found, row, names, sources[row]) for row in pictured)
-        notes = tag("p", " ".join([about, *run.thumbnails.notes]), class_="soft")
+        figures = (_picture(found, row, names, sources[row], run.thumbnails.why.get(row)) for row in pictured)
+        notes = tag("p", " ".join(filter(None, [about, why_words(run), *run.thumbnails.notes])), class_="soft")
         return section(f"Worst {run.info.unit}", notes, tag("div", *figures, class_="thumbnails worst wide"))
     said = [answers_of(found, row, names) for row in worst]
     head = [word for answer in said[0] for word in (_titled("is", answer.name), _titled("said", answer.name))]
@@ -68,7 +69,7 @@ def _titled(word: str, name: str) -> str:
     return f"{name}: {word}" if name else word
 
 
-def _picture(found: Predictions, row: int, names: Mapping[str, Names], source: str) -> Html:
+def _picture(found: Predictions, row: int, names: Mapping[str, Names], source: str, why: str | None) -> Html:
     key, loss = short(found.keys[row], 200), f"loss {_loss(found, row)}"
     answers = answers_of(found, row, names)
     lines = [line for answer in answers for line in _lines(answer)]
@@ -79,6 +80,7 @@ def _picture(found: Predictions, row: int, names: Mapping[str, Names], source: s
         alt=f"{key}: {what}, {loss}",
         title=f"{key}, {loss}",
         kind="wrong",
+        why=why,
     )
 
 

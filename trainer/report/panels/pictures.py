@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 
+from trainer.report.files import RunFiles
 from trainer.report.page import Html, image, short, tag
 from trainer.report.thumbnails import Cell
 from trainer.settings.units import percent
 from trainer.tasks.predictions import Predictions
 
 
-def labelled_picture(row: int, names: Sequence[str], found: Predictions, source: str, *, said: bool = False) -> Html:
-    """For classification. `said`: with class and answer, where the position does not show them."""
+def labelled_picture(
+    row: int, names: Sequence[str], found: Predictions, source: str, *, said: bool = False, why: str | None = None
+) -> Html:
+    """For classification. `said`: with class and answer, where the position does not show them. `why`: the image with its map."""
     key, sure = short(found.keys[row], 200), percent(float(found.confidence[row]))
     cell = (int(found.labels[row]), int(found.answers[row]))
     lines: list[Html] = []
@@ -18,12 +21,29 @@ def labelled_picture(row: int, names: Sequence[str], found: Predictions, source:
     lines += [tag("span", f"{sure} sure"), tag("span", key, class_="id")]
     what = f"{key}: {named_cell(cell, names)}, {sure} sure"
     title = f"{key}, loss {found.losses[row]:.2f}"
-    return picture(source, lines, alt=what, title=title, kind="right" if cell[0] == cell[1] else "wrong")
+    return picture(source, lines, alt=what, title=title, kind="right" if cell[0] == cell[1] else "wrong", why=why)
 
 
-def picture(source: str, lines: Sequence[Html], *, alt: str, title: str, kind: str) -> Html:
+def picture(source: str, lines: Sequence[Html], *, alt: str, title: str, kind: str, why: str | None = None) -> Html:
+    """`why`: the image with the map of where the answer comes from, which is shown beside it."""
     pixels = "pixels" if source.startswith("data:image/png") else ""
-    return tag("figure", image(src=source, alt=alt, class_=pixels), tag("figcaption", *lines), class_=kind, title=title)
+    shown = image(src=source, alt=alt, class_=pixels)
+    if why is not None:
+        shown = tag("div", shown, image(src=why, alt="where the answer comes from"), class_="pair")
+    classes = kind if why is None else f"{kind} explained"
+    return tag("figure", shown, tag("figcaption", *lines), class_=classes, title=title)
+
+
+def why_words(run: RunFiles) -> str:
+    """A sentence on the maps; "" if there are none."""
+    about = run.explanations.about if run.explanations is not None else None
+    if about is None:
+        return ""
+    if about.note:
+        return f"Answers are not explained: {short(about.note, 300)}."
+    if not run.thumbnails.why:
+        return ""
+    return f"Beside some: where in the image the answer comes from ({short(about.method, 20)}), red where it rests on a place, yellow most."
 
 
 def named_cell(cell: Cell, names: Sequence[str]) -> str:
