@@ -287,7 +287,7 @@ RUN = Dashboard(
                     queries=(
                         Query(expr=f"max({{loss}}{FIRST})", legend="training"),
                         Query(expr=f"max({{test_loss}}{R})", legend="test", needs="evaluation"),
-                        Query(expr=f"max({{validation_loss}}{R})", legend="validation", needs="evaluation"),
+                        Query(expr=f"max({{validation_loss}}{R})", legend="validation", needs="validation"),
                     ),
                     height=9,
                     decimals=3,
@@ -297,7 +297,7 @@ RUN = Dashboard(
                     description="Top-1 at each evaluation, on the validation split; without one, on the test split.",
                     queries=(
                         Query(expr=f"max({{test_accuracy_ratio}}{R})", legend="accuracy", needs="evaluation"),
-                        Query(expr=f"max({{validation_accuracy_ratio}}{R})", legend="validation", needs="evaluation"),
+                        Query(expr=f"max({{validation_accuracy_ratio}}{R})", legend="validation", needs="validation"),
                     ),
                     unit="percentunit",
                     height=9,
@@ -310,7 +310,7 @@ RUN = Dashboard(
                     ),
                     queries=(
                         Query(expr=f"max by (measure) ({{test_measure}}{R})", legend="{{measure}}", needs="evaluation"),
-                        Query(expr=f"max by (measure) ({{validation_measure}}{R})", legend="validation {{measure}}", needs="evaluation"),
+                        Query(expr=f"max by (measure) ({{validation_measure}}{R})", legend="validation {{measure}}", needs="validation"),
                     ),
                     height=9,
                 ),

@@ -23,8 +23,9 @@ from tests.prometheus import CONFIG, PROMETHEUS, Prometheus
 
 PROMTOOL = shutil.which("promtool")
 
-NOT_HERE = {"gpu", "peak", "resize", "hour", "ray", "node", "dcgm"}
-"""What panels need that these runs do not have: GPUs, another number of workers (test_elastic.py), an hour, other exporters."""
+NOT_HERE = {"gpu", "peak", "resize", "hour", "ray", "node", "dcgm", "validation"}
+"""What panels need that these runs do not have: GPUs, a validation split, another number of workers (test_elastic.py), an hour, other
+exporters."""
 ENDS = {"FinetuneRunFailed", "FinetuneRunVanished", "FinetuneRunStopped"}
 """FinetuneTargetDown is not among them: at this scale it fires after 1.2 s, and a rank that ends is a target for as long."""
 

@@ -139,6 +139,7 @@ def test_what_is_not_known_yet_is_no_problem() -> None:
         (replace(FINE, looked=looked_of(sizes=("4x4",))), "data.pad=4 is not below"),
         (replace(FINE, config=RunConfig(data=DataConfig(batch_size=10, class_weights="dgo=2"))), "did you mean dog?"),
         (LONG_WARM_UP, "optim.warmup_steps=200 does not end before the run's 20 steps do"),
+        (replace(FINE, config=replace(FINE.config, train=TrainConfig(patience=3))), "train.patience=3 needs a validation split"),
         (replace(FINE, model=Refused(kind="value", message="no such model")), "no such model"),
         (replace(FINE, config=replace(FINE.config, run="mine", resume="must"), has_checkpoint=False), "--resume must"),
         (replace(FINE, config=replace(FINE.config, run="mine", resume="never"), has_checkpoint=True), "--resume never"),
