@@ -30,7 +30,8 @@ def codec_of(backend: str = "auto", **settings: object) -> Codec:
 def test_decoding_fills_every_place_and_names_the_bad_ones() -> None:
     encoded = [case.data for case in (*good(), *bad())]
     out = np.full((len(encoded), *ROW.shape), 7, np.uint8)
-    with closing(codec_of()) as codec, Decoder(height=HEIGHT, width=WIDTH, fit="refuse", max_pixels=MAX_PIXELS) as decoder:
+    decoder = Decoder(height=HEIGHT, width=WIDTH, fit="refuse", background="white", max_pixels=MAX_PIXELS)
+    with closing(codec_of()) as codec, decoder:
         found = codec.decode(encoded, out)
         expected = decoder.decode(encoded)
     assert found == expected.bad
