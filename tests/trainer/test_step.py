@@ -1201,7 +1201,7 @@ def test_augmented_batches_meet_the_graph_that_was_compiled_ahead(monkeypatch: p
     monkeypatch.setattr("trainer.learn.gradients.COMPILER", compiler)
     torch._dynamo.reset()
     model, eager = Net(dropout=0.0), Net(dropout=0.0)
-    on = {"views": make_views(EVERYTHING, seed=SEED, image_size=24), "mix": Mix(seed=SEED, mixup=0.4, cutmix=1.0)}
+    on: dict[str, Any] = {"views": make_views(EVERYTHING, seed=SEED, image_size=24), "mix": Mix(seed=SEED, mixup=0.4, cutmix=1.0)}
     shape = (virtual_ranks, 40)
     compiled = make(model, sgd(model), virtual_ranks=virtual_ranks, compile_model=True, full_batches=(40 // virtual_ranks,), **on)
     assert compiled.compile_ahead((3, 28, 28)) > 0
