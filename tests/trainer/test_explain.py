@@ -104,7 +104,6 @@ NETWORKS: dict[str, tuple[ModelConfig, int, tuple[int, int], str]] = {
     "a folded stem": (ModelConfig(name="resnet18", weights="none", stem="folded"), 32, (4, 4), "NCHW"),
     "torchvision, no linear head": (ModelConfig(name="squeezenet1_1", weights="none"), 96, (5, 5), "NCHW"),
     "torchvision, squeeze and excitation": (ModelConfig(name="mobilenet_v3_small", weights="none"), 96, (3, 3), "NCHW"),
-    "torchvision, channels last inside": (ModelConfig(name="swin_t", weights="none"), 64, (2, 2), "NCHW"),
     "timm, a shortcut that is added in place": (ModelConfig(name="timm/test_resnet", weights="none"), 64, (2, 2), "NCHW"),
     "timm, convolutions": (ModelConfig(name="timm/test_convnext", weights="none"), 64, (2, 2), "NCHW"),
     "timm, no normalisation": (ModelConfig(name="timm/test_nfnet", weights="none"), 64, (2, 2), "NCHW"),

@@ -51,7 +51,7 @@ def _seen(learner: Learner, data: RankData, split: str, most: int, on_batch: Cal
     with features_of(learner.model) as features, torch.inference_mode():  # in float32, as `trainer.predict` asks the model
         for batch in data.loader.evaluate(split, ids, batch_size=BATCH):
             outputs = learner.model(learner.preprocess(batch.samples))
-            readable = batch.samples.flatten(1).any(1).cpu()  # a bad sample's row holds zeros
+            readable = (batch.samples != 0).flatten(1).any(1).cpu()  # a bad sample's row holds zeros
             found.append((features.taken().cpu()[readable], energies(learner.task, outputs).cpu()[readable]))
             on_batch()
     return torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])

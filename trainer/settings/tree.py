@@ -169,7 +169,7 @@ class TrainConfig:
     explain: Annotated[int, FREE, Ge(0), "0 explains none, 100 is the default"] = 100
     """Test images whose answer is explained at the end, by a map of where in the image it comes from: the worst mistakes and the cells of
     the confusion matrix, for the report. 0 explains none. Changes no result."""
-    novelty: Annotated[int, FREE, Ge(0), "0 remembers none, 300 is the default"] = 300
+    novelty: Annotated[int, FREE, Ge(0), "0 remembers none, 300 is usual"] = 0
     """Training images that the exported model remembers by their features (4 MB at most), so that `predict` can say what is unlike all of
     them. 0 remembers none. Changes no result."""
     ledger: Annotated[bool, FREE] = False
