@@ -21,7 +21,7 @@ from dataio.parquet import Dataset
 from dataio.terminal import prepare_output
 from trainer.drive.capability import here, settled
 from trainer.drive.data import open_data
-from trainer.drive.problems import refuse_if_wrong, with_balance, with_length
+from trainer.drive.problems import choice_for, refuse_if_wrong, with_balance, with_length
 from trainer.drive.start import with_balance as decided_balance
 from trainer.drive.survey import survey
 from trainer.models.vision import build_model, has_depthwise
@@ -41,6 +41,7 @@ from trainer.report.plots import curve_over_rates
 from trainer.settings.cli import Invocation, fail, parse
 from trainer.settings.fields import replaced
 from trainer.settings.length import length_of
+from trainer.settings.photos import choice_of
 from trainer.settings.programs import program
 from trainer.settings.rules import worker_count
 from trainer.settings.say import Terminal, complain, say, say_json
@@ -154,13 +155,17 @@ def find(invocation: Invocation, asked: Asked) -> Found:
     config = invocation.config
     console: Console = Terminal(stderr=True)
     facts = survey(config, workers=lambda: worker_count(config) or 1, in_job=False)
+    facts = replace(facts, config=choice_for(facts, invocation.given, invocation.recipes).config)
     facts, _ = with_balance(facts)
     facts, _ = with_length(facts, invocation.from_recipes)
     refuse_if_wrong(facts)
-    _, dataset = open_data(config, console)
-    balanced = decided_balance(config, dataset)
+    _, dataset = open_data(facts.config, console)
+    choice = choice_of(
+        config, dataset.manifest, given=invocation.given, recipes=invocation.recipes, workers=worker_count(config) or 1, saved=facts.saved
+    )
+    balanced = decided_balance(choice.config, dataset)
     length = length_of(balanced.config, dataset.manifest, workers=worker_count(config) or 1, from_recipes=invocation.from_recipes)
-    for line in (*balanced.said, *length.said):
+    for line in (*choice.said, *balanced.said, *length.said):
         console.print(line, soft_wrap=True)
     config = _with_virtual_ranks(length.config)
     use_gpu = torch.cuda.is_available() and config.cluster.gpus_per_worker != 0

@@ -217,9 +217,11 @@ def _images_below(folder: str) -> Iterator[str]:
 def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
     if as_json:
         result = {"error": prediction.error} if prediction.error else prediction.answer
-        unlike = {} if prediction.is_unlike is None else {"unlike_training": prediction.is_unlike}
-        why = {"explanation": prediction.explanation} if prediction.explanation else {}
-        say_json({"image": prediction.image, **result, **unlike, **why})
+        if prediction.is_unlike is not None:
+            result = {**result, "unlike_training": prediction.is_unlike}
+        if prediction.explanation:
+            result = {**result, "explanation": prediction.explanation}
+        say_json({"image": prediction.image, **result})
     elif prediction.error:
         complain(f"{shown(prediction.image, LONGEST_PATH)}: {shown(prediction.error)}")
     else:

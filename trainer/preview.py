@@ -24,9 +24,11 @@ from dataio.batch import Batch, Ids
 from dataio.codecs.codec import Codec
 from dataio.codecs.make import make_codec
 from dataio.loader import BAD, Loader
+from dataio.manifest import Manifest
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset
 from dataio.quarantine import BadSample
+from dataio.scan import look_at
 from dataio.terminal import prepare_output
 from trainer.drive.data import open_data
 from trainer.learn.augment.batches import augmented
@@ -34,8 +36,9 @@ from trainer.learn.augment.mix import make_mix
 from trainer.learn.build import preprocess_of, views_of
 from trainer.learn.own import own_augment
 from trainer.models.normalise import mean_and_std
-from trainer.settings.cli import DIR_RECIPE, SettingsLine, check, fail, parse_line
+from trainer.settings.cli import DIR_RECIPE, Invocation, SettingsLine, check, fail, parse_line
 from trainer.settings.length import length_of
+from trainer.settings.photos import Choice, choice_of
 from trainer.settings.programs import program
 from trainer.settings.rules import validate, worker_count
 from trainer.settings.say import Terminal, complain, say
@@ -83,8 +86,10 @@ def main(argv: Sequence[str]) -> int:
         _check_arguments(line)
         if invocation.takes_dir_recipe:
             say(f"settings of the recipe {DIR_RECIPE}; flags change them")
-        _, dataset = open_data(invocation.config, Terminal())
-        config = settled(invocation.config, dataset, from_recipes=invocation.from_recipes)
+        dataset, choice = opened(invocation)
+        for said in choice.said:
+            say(said)
+        config = settled(choice.config, dataset, from_recipes=invocation.from_recipes)
         previewer = Previewer(config, dataset, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         rows = previewer.rows(line.samples, line.epochs)
     except ValueError as error:
@@ -102,6 +107,18 @@ def main(argv: Sequence[str]) -> int:
     height, width = rows[0].epochs[0].shape[:2]
     say(f"{line.out}: {len(rows)} images as they are, and in epochs 1 to {line.epochs} as the model gets them, {width}x{height} pixels")
     return 0
+
+
+def opened(invocation: Invocation) -> tuple[Dataset, Choice]:
+    """The data, converted first if necessary, and the settings with what the rule for photographs chooses for them, as a run has them."""
+
+    def choice_for(manifest: Manifest) -> Choice:
+        config, workers = invocation.config, worker_count(invocation.config) or max(1, torch.cuda.device_count())
+        return choice_of(config, manifest, given=invocation.given, recipes=invocation.recipes, workers=workers)
+
+    seen = look_at(invocation.config.data).manifest
+    _, dataset = open_data(choice_for(seen).config if seen is not None else invocation.config, Terminal())
+    return dataset, choice_for(dataset.manifest)
 
 
 def _check_arguments(line: Arguments) -> None:

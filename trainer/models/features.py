@@ -28,7 +28,7 @@ class Features:
             given = given.mean((2, 3))
         elif given.ndim == 3:
             given = given.mean(1)
-        return given / given.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return nn.functional.normalize(given, dim=1)
 
 
 @contextmanager

@@ -111,9 +111,10 @@ def mixed(samples: Tensor, drawn: Mixing) -> Tensor:
         done = torch.empty_like(samples)
         # On a CPU in pieces that stay in its cache: at 224 pixels an image takes 600 us instead of 1,300.
         piece = len(samples) if samples.is_cuda else max(1, CHUNK_BYTES // samples[0].numel())
-        for own, theirs, into in zip(samples.split(piece), partners.split(piece), done.split(piece), strict=True):
-            both = own.int().mul_(drawn.share).add_(theirs, alpha=ONE - drawn.share)
-            into.copy_(both.add_(ONE // 2).bitwise_right_shift_(_HALF))
+        for first in range(0, len(samples), piece):
+            part = slice(first, first + piece)
+            both = samples[part].int().mul_(drawn.share).add_(partners[part], alpha=ONE - drawn.share)
+            done[part].copy_(both.add_(ONE // 2).bitwise_right_shift_(_HALF))
         return done
     top, bottom, left, right = drawn.box
     pasted = samples.clone()
