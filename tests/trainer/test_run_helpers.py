@@ -94,8 +94,10 @@ MAY_CHANGE = {
 }
 
 
-DECIDED = RunConfig(data=DataConfig(remainder="last", background="white"), optim=OptimConfig(warmup_fraction=0.0))
-"""Nothing is left at auto that the number of images decides (trainer.settings.length)."""
+DECIDED = RunConfig(
+    data=DataConfig(remainder="last", background="white"), optim=OptimConfig(warmup_fraction=0.0), train=TrainConfig(select="last")
+)
+"""Nothing is left at auto that the data decide (trainer.settings.length)."""
 
 
 @pytest.fixture
@@ -455,7 +457,7 @@ def test_a_run_of_a_release_that_knew_no_products_goes_on_without_them_and_under
 
 
 def test_auto_is_decided_once_and_kept_where_the_same_command_goes_on_elsewhere(tmp_path: Path) -> None:
-    asked = replace(DECIDED, storage=str(tmp_path), train=TrainConfig(precision="auto", channels_last="auto"))
+    asked = replace(DECIDED, storage=str(tmp_path), train=TrainConfig(precision="auto", channels_last="auto", select="last"))
 
     said: list[str] = []
     first = settled(ready(asked), of_gpu("H200", (9, 0)), has_depthwise=False, tell=said.append)
