@@ -28,7 +28,8 @@ class Features:
             given = given.mean((2, 3))
         elif given.ndim == 3:
             given = given.mean(1)
-        return given / given.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        length = given.square().sum(1, keepdim=True).sqrt()
+        return given / length.clamp(min=1e-12)
 
 
 @contextmanager
