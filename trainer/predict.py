@@ -225,9 +225,9 @@ def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
     elif prediction.error:
         complain(f"{shown(prediction.image, LONGEST_PATH)}: {shown(prediction.error)}")
     else:
-        why = f"  (why: {shown(prediction.explanation, LONGEST_PATH)})" if prediction.explanation else ""
-        unlike = "  (unlike anything seen in training)" if prediction.is_unlike else ""
-        say(f"{shown(prediction.image, LONGEST_PATH)}: {shown(task.sentence(prediction.answer), LONGEST_PATH)}{unlike}{why}")
+        drawn = f"  (why: {shown(prediction.explanation, LONGEST_PATH)})" if prediction.explanation else ""
+        strange = "  (unlike anything seen in training)" if prediction.is_unlike else ""
+        say(f"{shown(prediction.image, LONGEST_PATH)}: {shown(task.sentence(prediction.answer), LONGEST_PATH)}{strange}{drawn}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class Layer:
             case "NHWC":
                 return output
             case "tokens":
-                return output[:, output.shape[1] - rows * columns :].reshape(len(output), rows, columns, -1)
+                patches = output[:, output.shape[1] - rows * columns :]
+                return patches.reshape(len(patches), rows, columns, -1)
 
 
 @torch.inference_mode(False)
@@ -142,8 +143,8 @@ def _layers(seen: list[tuple[str, int, Tensor]], hw: tuple[int, int]) -> Iterato
                     grids.append(grid)
                     yield Layer(module=name, call=call, layout=layout, grid=grid), output
                     break
-        elif of_tokens := _token_grid(output.shape[1], grids, hw):
-            yield Layer(module=name, call=call, layout="tokens", grid=of_tokens), output
+        elif tokens := _token_grid(output.shape[1], grids, hw):
+            yield Layer(module=name, call=call, layout="tokens", grid=tokens), output
 
 
 def _is_like(grid: tuple[int, int], hw: tuple[int, int]) -> bool:

@@ -28,7 +28,8 @@ class Features:
             given = given.mean((2, 3))
         elif given.ndim == 3:
             given = given.mean(1)
-        return nn.functional.normalize(given, dim=1)
+        length = given.square().sum(1, keepdim=True).sqrt()
+        return given / length.clamp(min=1e-12)
 
 
 @contextmanager
