@@ -17,7 +17,7 @@ from cluster.versions import versions
 from dataio.codecs.image.decode import DECODER_VERSIONS
 from dataio.manifest import Manifest, resizes
 from trainer.settings.fields import declared
-from trainer.settings.identity import deciding_settings
+from trainer.settings.identity import EVALUATES, deciding_settings
 from trainer.settings.tree import RunConfig
 
 _DECIDE_BITS = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy")
@@ -83,6 +83,7 @@ def changes(then: Mapping[str, Any], now: Identity) -> dict[str, tuple[Any, Any]
     found = {
         key: (_value(before, key, defaults), _value(after, key, defaults))
         for key in sorted(before.keys() | after.keys())
+        if (key != EVALUATES or (key in before and key in after))  # where one of the two does not choose by it, that is the difference
         if _value(before, key, defaults) != _value(after, key, defaults)
     }
     if then["dataset"] != now.dataset:
