@@ -182,12 +182,12 @@ DECIDES = frozenset(
     f"{table}.{name}"
     for table, names in {
         "data": "batch_size remainder balance class_weights image_size fit background pad flip augment mean std shuffle_window "
-        "max_image_pixels",
+        "max_image_pixels crop crop_scale crop_ratio rotate policy policy_ops policy_magnitude jitter erase",
         "model": "name weights stem image_size interpolation normalise freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "layer_decay loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
-        "spike_factor ema select select_measure patience min_delta",
+        "spike_factor ema select select_measure patience min_delta mixup cutmix",
         "task": "name loss threshold head_weights weights",
     }.items()
     for name in names.split()
@@ -213,6 +213,8 @@ DOES_NOT_DECIDE = {
     "train.verify_every": "compares",
     "train.eval_every_epochs": "evaluation leaves the model as it was; it counts where evaluations choose (test_selection.py)",
     "train.ledger": "writes down",
+    "train.explain": "looks at the finished model",
+    "train.novelty": "looks at the finished model",
     "cluster.threads_per_worker": "in the identity record: it may change the last bits, and a change is told",
     "cluster.gpus_per_worker": "the type of device is in the identity record: it may change the last bits, and a change is told",
     **dict.fromkeys(
