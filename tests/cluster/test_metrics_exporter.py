@@ -172,7 +172,8 @@ def test_units_are_in_the_names() -> None:
     assert (units["step_seconds"], units["data_wait_seconds_total"], units["goodput_ratio"]) == ("seconds", "seconds", "ratio")
     assert (units["images_per_second"], units["samples_total"], units["restarts_total"]) == ("images/second", "samples", "restarts")
     assert (units["gpu_power_watts"], units["checkpoint_bytes"], units["read_bytes_total"]) == ("watts", "bytes", "bytes")
-    assert {name for name, unit in units.items() if not unit} == {"learning_rate", "gradient_norm", "test_measure", "run_state", "run_info"}
+    bare = {"learning_rate", "gradient_norm", "test_measure", "validation_measure", "run_state", "run_info"}
+    assert {name for name, unit in units.items() if not unit} == bare
 
 
 def test_a_value_that_is_not_known_any_more_is_gone_and_may_come_back() -> None:
