@@ -42,15 +42,18 @@ def explain(me: ThisRank, storage: Storage, learner: Learner, data: RankData, *,
     run, most = me.config.run, me.config.train.explain
     if not most:
         return
-    encoded = me.waits.call(lambda: storage.read(f"{run}/{PREDICTIONS_FILE}"), PREDICTIONS_FILE)
     try:
+        encoded = me.waits.call(lambda: storage.read(f"{run}/{PREDICTIONS_FILE}"), PREDICTIONS_FILE)
         found = Predictions.from_parquet(encoded or b"")
-    except ValueError:
+    except (FileNotFoundError, ValueError):  # they could not be written, which the journal says
         return
     if found.about.step != step:
         return
     written = explanations(found, learner, data, ema=ema, most=most, on_batch=lambda: me.heartbeat.tick(EXPORTING)).to_parquet()
-    me.waits.call(lambda: storage.write_atomic(f"{run}/{EXPLANATIONS_FILE}", written), EXPLANATIONS_FILE)
+    try:
+        me.waits.call(lambda: storage.write_atomic(f"{run}/{EXPLANATIONS_FILE}", written), EXPLANATIONS_FILE)
+    except OSError as error:
+        me.tell("explanations_not_written", message=str(error))
 
 
 def explanations(
