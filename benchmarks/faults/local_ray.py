@@ -42,7 +42,7 @@ from cluster.leftovers import FOLDER_VARIABLE
 from cluster.overseer import Overseer
 from cluster.zygote import Forked, Zygote
 from trainer.drive.check import Checked
-from trainer.rank import worker
+from trainer.rank import finishing, worker
 from trainer.tasks.info import CLASSIFICATION
 
 NODE = "node-of-this-process"
@@ -479,6 +479,7 @@ def install(strike: MessageStrike, *, on_actor: Callable[[Actor], None]) -> None
     vars(rank)["os"] = _Os()
     rank.RankContext.join_group = lambda self, join_seconds: None  # type: ignore[method-assign]
     worker.train_rank = small_rank.train_rank
+    vars(finishing)["export_model"] = small_rank.export_model
 
 
 def _done(value: Any) -> "Future[Any]":

@@ -26,7 +26,8 @@ from cluster.rank import Placement, RankContext
 from cluster.storage import open_storage
 from cluster.store import Commit, Store
 from dataio.convert import prepared
-from trainer.rank import evaluation, saving, worker
+from trainer.rank import evaluation, saving
+from trainer.rank.worker import train_rank
 from trainer.settings.cli import parse
 from trainer.settings.fields import replaced
 from trainer.settings.length import length_of
@@ -125,7 +126,7 @@ class Lives:
                 patch.object(evaluation, "evaluate", counted),
                 patch.object(saving.Saver, "save", saved),
             ):
-                worker.train_rank(spec, context)
+                train_rank(spec, context)
         except Killed:
             return False
         finally:
@@ -171,7 +172,7 @@ def be_rank_1(peer: Connection) -> None:
 
     spec: WorkerSpec = peer.recv()
     context = RankContext(rank=1, world_size=2, attempt=spec.attempt, place=PLACE, files={}, call=call)  # type: ignore[arg-type]
-    worker.train_rank(spec, context)
+    train_rank(spec, context)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -77,6 +77,7 @@ def test_a_samples_loss_is_the_mean_over_its_known_labels(n: int, labels: int, s
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 10_000), LOSSES, st.lists(st.integers(0, 12), max_size=3))
+@example(8, 4, 1, "asymmetric", [1])
 def test_any_cut_into_micro_batches_has_the_same_losses_and_gradients(
     n: int, labels: int, seed: int, loss: LabelsLoss, cuts: list[int]
 ) -> None:
@@ -87,9 +88,12 @@ def test_any_cut_into_micro_batches_has_the_same_losses_and_gradients(
     edges = [0, *sorted(min(cut, n) for cut in cuts), n]
     sums = [labels_loss_sum(parts[begin:end], values[begin:end], loss=loss) for begin, end in itertools.pairwise(edges)]
     torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
-    assert torch.equal(whole.grad, parts.grad)  # type: ignore[arg-type]
+    # Not to the bit: the CPU's vector instructions round exp and log otherwise than the scalar ones that do the last few numbers.
+    nearly = {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(parts.grad, whole.grad, **nearly)
     each = labels_losses(logits, values, loss=loss)
-    assert torch.equal(each, torch.cat([labels_losses(logits[b:e], values[b:e], loss=loss) for b, e in itertools.pairwise(edges)]))
+    cut = torch.cat([labels_losses(logits[b:e], values[b:e], loss=loss) for b, e in itertools.pairwise(edges)])
+    torch.testing.assert_close(cut, each, **nearly)
     assert (whole.grad[values == 255] == 0).all()  # type: ignore[index]
 
 
