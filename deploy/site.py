@@ -27,6 +27,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/tasks.md",
         "docs/photographs.md",
         "docs/augmentation.md",
+        "docs/distillation.md",
         "docs/rates.md",
         "docs/report.md",
         "docs/confidence.md",

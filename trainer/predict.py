@@ -21,10 +21,11 @@ from dataio.config import Colour, Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import JUNK, is_image_file
 from dataio.terminal import prepare_output
-from trainer.export.model_folder import find_model, load_export
+from trainer.export.model_folder import load_export
 from trainer.models.features import features_of
 from trainer.rank.explain import Explainer
 from trainer.runs.folder import RunFolder
+from trainer.runs.model_files import find_model
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say, say_json

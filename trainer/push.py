@@ -13,17 +13,9 @@ import tyro
 
 from dataio.terminal import prepare_output
 from trainer.export.elsewhere import library_of
-from trainer.export.model_folder import (
-    CARD_FILE,
-    CONFIG_FILE,
-    REMEMBERED_FILE,
-    WEIGHTS_FILE,
-    described,
-    find_model,
-    verified_remembered,
-    verified_weights,
-)
+from trainer.export.model_folder import CARD_FILE, REMEMBERED_FILE, verified_remembered, verified_weights
 from trainer.runs.folder import RunFolder
+from trainer.runs.model_files import CONFIG_FILE, WEIGHTS_FILE, described, find_model
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say

@@ -16,6 +16,15 @@ class Feature:
     tasks: tuple[str, ...] = tuple(TASKS)
     whole_run: bool = False
     """It lives outside the step and the evaluation (early stopping, best weights): measured by `trainer.run`, which costs Ray's start."""
+    teacher: tuple[str, ...] | None = None
+    """The task's run with these flags is done before, and what is on learns from it (`train.teacher`)."""
+
+
+FROM_SCRATCH = (
+    *("--model.name", "mobilenet_v3_small", "--model.weights", "none", "--optim.lr", "0.1", "--optim.head-lr-factor", "1"),
+    *("--train.epochs", "20"),
+)
+"""A small student that knows nothing yet."""
 
 
 LISTED = (
@@ -27,6 +36,13 @@ LISTED = (
     Feature(name="label_smoothing", on=("--optim.label-smoothing", "0.1"), off=("--optim.label-smoothing", "0")),
     Feature(name="ema", on=("--train.ema", "0.99")),
     Feature(name="lp_ft", on=("--model.freeze", "lp-ft")),
+    Feature(
+        name="distillation",
+        on=(*FROM_SCRATCH, "--train.teacher-weight", "0.9", "--train.teacher-temperature", "2"),
+        off=FROM_SCRATCH,
+        teacher=(),
+        tasks=("quickstart", "noise"),
+    ),
     Feature(name="weight_decay", on=("--optim.weight-decay", "0.0005"), off=("--optim.weight-decay", "0")),
 )
 FEATURES = {feature.name: feature for feature in LISTED}

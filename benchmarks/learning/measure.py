@@ -5,6 +5,7 @@ lives outside them (Feature.whole_run) is measured by `trainer.run` as a process
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import statistics
@@ -98,6 +99,7 @@ class Variant:
     task: str
     flags: tuple[str, ...]
     whole_run: bool
+    teacher: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -106,14 +108,8 @@ class Variant:
 
 def variants_of(features: Sequence[Feature], tasks: Sequence[str]) -> list[Variant]:
     """All that has to be trained, each once."""
-    found = {}
-    for feature in features:
-        for task in tasks:
-            if task in feature.tasks:
-                for flags in (feature.off, feature.on):
-                    variant = Variant(task=task, flags=flags, whole_run=feature.whole_run)
-                    found[variant] = variant
-    return list(found)
+    wanted = [(feature, task) for feature in features for task in tasks if task in feature.tasks]
+    return list(dict.fromkeys(variant for feature, task in wanted for variant in (_off(feature, task), _on(feature, task))))
 
 
 def measure(
@@ -148,6 +144,8 @@ def measure(
             continue
         flags = [*tasks[variant.task].flags, *sizes.flags, *variant.flags, "--data.path", str(data[variant.task, seed])]
         flags += ["--data.root", str(folder / "converted")]
+        if variant.teacher is not None:
+            flags += ["--train.teacher", str(_taught(variant, flags, seed=seed, folder=folder / "teachers", sizes=sizes, tasks=tasks))]
         place = folder / "runs" / f"{len(rows[name])}-{list(variants).index(name)}"
         rows[name][seed] = run_whole(flags, seed=seed, folder=place) if variant.whole_run else trained(flags, seed=seed, threads=threads)
         print(f"seed {seed}  {name}: {rows[name][seed]}", file=sys.stderr, flush=True)
@@ -167,6 +165,24 @@ def measure(
     }
 
 
+def _on(feature: Feature, task: str) -> Variant:
+    return Variant(task=task, flags=feature.on, whole_run=feature.whole_run, teacher=feature.teacher)
+
+
+def _off(feature: Feature, task: str) -> Variant:
+    return Variant(task=task, flags=feature.off, whole_run=feature.whole_run)
+
+
+def _taught(variant: Variant, flags: Sequence[str], *, seed: int, folder: Path, sizes: Sizes, tasks: Mapping[str, Task]) -> Path:
+    """The folder of the run that teaches `variant`, which is done if it is not there: of the task and the sizes, on the same data."""
+    place = folder / f"{variant.task}-{seed}-{hashlib.sha256(repr(variant.teacher).encode()).hexdigest()[:8]}"
+    if not (place / "measured").exists():
+        data = [flags[at + offset] for at, flag in enumerate(flags) if flag in ("--data.path", "--data.root") for offset in (0, 1)]
+        row = run_whole([*tasks[variant.task].flags, *sizes.flags, *(variant.teacher or ()), *data], seed=seed, folder=place)
+        print(f"seed {seed}  {variant.task}: the teacher: {row}", file=sys.stderr, flush=True)
+    return place / "measured"
+
+
 def kept_rows(keep: Path | None) -> list[dict[str, Any]]:
     """The rows of a file that `measure` has kept; none if there is no such file."""
     if keep is None or not keep.exists():
@@ -180,7 +196,7 @@ def cases_of(features: Sequence[Feature], measures: Mapping[str, str], rows: Map
         for task, measured in measures.items():
             if task not in feature.tasks:
                 continue
-            on, off = (rows[Variant(task=task, flags=flags, whole_run=feature.whole_run).name] for flags in (feature.on, feature.off))
+            on, off = rows[_on(feature, task).name], rows[_off(feature, task).name]
             gained = [100 * (a[measured] - b[measured]) for a, b in zip(on, off, strict=True)]
             interval = mean_interval(gained)
             yield {

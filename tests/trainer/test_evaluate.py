@@ -23,8 +23,9 @@ from dataio.resident import decode_split
 from dataio.sources import open_source
 from tests.trainer.small_run import train
 from trainer.evaluate import main
-from trainer.export.model_folder import find_model, load_export
+from trainer.export.model_folder import load_export
 from trainer.models.vision import Preprocess
+from trainer.runs.model_files import find_model
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.tasks.matching import class_mapping

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from cluster.storage import open_storage
 from dataio.schema import Target, single_label
-from trainer.export.model_folder import export_model, find_model, load_export
+from trainer.export.model_folder import export_model, load_export
 from trainer.models.stem import enlarging_of
 from trainer.predict import main
+from trainer.runs.model_files import find_model
 from trainer.settings.tree import DataConfig, ModelConfig, RunConfig
 from trainer.tasks.make import make_task
 

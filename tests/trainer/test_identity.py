@@ -187,7 +187,7 @@ DECIDES = frozenset(
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "layer_decay loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
-        "spike_factor ema select select_measure patience min_delta mixup cutmix",
+        "spike_factor ema select select_measure patience min_delta mixup cutmix teacher teacher_weight teacher_temperature",
         "task": "name loss threshold head_weights weights",
     }.items()
     for name in names.split()

@@ -18,7 +18,7 @@ from dataio.loader import Loader
 from dataio.parquet import open_dataset
 from dataio.schema import Target, single_label
 from tests.trainer.report_runs import SAMPLE
-from trainer.export.model_folder import REMEMBERED_FILE, export_model, find_model, load_export
+from trainer.export.model_folder import REMEMBERED_FILE, export_model, load_export
 from trainer.learn.build import Learner, build_learner, task_of
 from trainer.learn.step import train_steps
 from trainer.models.features import features_of
@@ -32,6 +32,7 @@ from trainer.rank.history import History, LossMean
 from trainer.rank.novelty import MOST_HELD_OUT, novelty_of
 from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank
+from trainer.runs.model_files import find_model
 from trainer.settings.spec import make_order
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
 from trainer.tasks.explanations import EXPLANATIONS_FILE, Explanations

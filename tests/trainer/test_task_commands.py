@@ -20,7 +20,8 @@ from dataio.parquet import open_dataset
 from dataio.schema import Target
 from dataio.sources import Sample
 from tests.trainer.small_run import train
-from trainer.export.model_folder import find_model, load_export
+from trainer.export.model_folder import load_export
+from trainer.runs.model_files import find_model
 from trainer.settings.tree import ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
 from trainer.tasks.multitask import Multitask
 from trainer.tasks.predictions import Predictions

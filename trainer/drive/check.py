@@ -34,6 +34,8 @@ class Question:
     """`data.augment`"""
     layer_decay: float = 1.0
     """`optim.layer_decay`"""
+    teacher: str = ""
+    """`train.teacher`, with the hash of the model there"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +124,7 @@ def built(question: Question) -> Checked | Refused:
     """Build the model that `question` asks for, in this process."""
     from trainer.learn.depth import depths_of
     from trainer.learn.own import try_own
+    from trainer.learn.teacher import try_teacher
     from trainer.models.vision import has_depthwise, head_of
     from trainer.tasks.make import make_task
 
@@ -134,6 +137,8 @@ def built(question: Question) -> Checked | Refused:
             try_own(task, loss=question.loss, augment=question.augment, outputs=outputs, image_hw=question.image_size)
         if question.layer_decay != 1:
             depths_of(model, question.model.name, head_of(model)[0])
+        if question.teacher:
+            try_teacher(question.teacher, task, image_hw=question.image_size)
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         return Checked(has_depthwise=has_depthwise(model), task=task.info, weights_bytes=weights_bytes, notes=tuple(notes.lines))
     except ValueError as error:

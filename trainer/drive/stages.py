@@ -20,6 +20,7 @@ from trainer.drive.check import Question
 from trainer.drive.identity import Found, find
 from trainer.drive.problems import Facts
 from trainer.drive.record import Identity
+from trainer.settings.identity import PIN
 from trainer.settings.packages import lacking
 from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.info import TaskInfo
@@ -59,6 +60,10 @@ class Asked:
     """The settings that flags have set."""
     said: tuple[str, ...] = ()
     """What was chosen for the data (trainer.settings.photos), a line each."""
+
+    def taught_by(self, teacher: str) -> "Asked":
+        """With the teacher as `survey` found it."""
+        return replace(self, config=replace(self.config, train=replace(self.config.train, teacher=teacher)))
 
     @property
     def address(self) -> str:
@@ -158,6 +163,8 @@ def question_of_facts(facts: Facts) -> Question:
         loss=config.optim.loss,
         augment=config.data.augment,
         layer_decay=config.optim.layer_decay,
+        # What is wrong with one that was not found, or with the data, is said already.
+        teacher=config.train.teacher if looked is not None and PIN in config.train.teacher else "",
     )
 
 
@@ -173,4 +180,5 @@ def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, in
         loss=config.optim.loss,
         augment=config.data.augment,
         layer_decay=config.optim.layer_decay,
+        teacher=config.train.teacher,
     )

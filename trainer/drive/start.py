@@ -86,6 +86,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
         signals.enter(Phase.PREPARING_DATA)
         set_up = SetUp(console)
         seen = look_first(asked, zygote, set_up)
+        asked = asked.taught_by(seen.facts.config.train.teacher)
         data = with_data(asked, console, set_up, seen.facts.config)
         signals.enter(Phase.SETTING_UP)
         placed, checked = None, None

@@ -7,6 +7,7 @@ Whatever cannot be found is a problem among the others, not the end of the searc
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -19,6 +20,7 @@ from cluster.store import Store
 from dataio.scan import look_at
 from trainer.drive.identity import find
 from trainer.drive.problems import Facts, Room
+from trainer.runs.model_files import pinned
 from trainer.settings.packages import lacking
 from trainer.settings.tree import RunConfig
 
@@ -66,6 +68,9 @@ def survey(config: RunConfig, *, workers: Callable[[], int | None], in_job: bool
     if storage is not None and config.train.ledger:
         search.tried(partial(storage.local_path, "", "--train.ledger"))
     search.wrong += lacking(config.model)
+    if config.train.teacher:
+        teacher = search.tried(lambda: call("the teacher", lambda: pinned_teacher(config)))
+        config = replace(config, train=replace(config.train, teacher=teacher or config.train.teacher))
     looked = search.tried(lambda: look_at(config.data))
     if looked is not None and not looked.is_converted:
         search.tried(lambda: check_can_convert(config.data.root))
@@ -90,6 +95,14 @@ def survey(config: RunConfig, *, workers: Callable[[], int | None], in_job: bool
         root_room=room_of(config.data.root),
         has_checkpoint=has_checkpoint,
     )
+
+
+def pinned_teacher(config: RunConfig) -> str:
+    """`train.teacher` as the location of a model with its hash. ValueError if there is no model."""
+    try:
+        return pinned(config.train.teacher, config.storage)
+    except ValueError as error:
+        raise ValueError(f"train.teacher={config.train.teacher}: {error}") from None
 
 
 def check_storage_outlives_job(storage: str) -> None:

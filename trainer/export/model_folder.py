@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from cluster.storage import Storage, join_uri
 from cluster.text import address, json_line, shown
 from dataio.config import Colour, Fit
-from dataio.foreign import json_of
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
 from trainer.export.elsewhere import keys_for_timm, opened_elsewhere
 from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess
-from trainer.runs.folder import RunFolder, find_run, located
+from trainer.runs.folder import RunFolder
+from trainer.runs.model_files import CONFIG_FILE, MODEL_FOLDER, WEIGHTS_FILE, described
+from trainer.settings.identity import PIN
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
 from trainer.tasks.calibration import Temperature, temperatures
@@ -34,9 +34,6 @@ from trainer.tasks.make import AUTO, make_task, name_for
 from trainer.tasks.novelty import Novelty, Thresholds
 from trainer.tasks.task import Task
 
-MODEL_FOLDER = "model"
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 REMEMBERED_FILE = "remembered.safetensors"
 """Features of training images (trainer.tasks.novelty), if the model remembers any."""
@@ -122,27 +119,6 @@ def export_model(
     if remembered is not None:
         storage.write_atomic(f"{folder}/{REMEMBERED_FILE}", remembered)
     storage.write_atomic(f"{folder}/{CONFIG_FILE}", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def find_model(given: str, storage: str = RunConfig().storage) -> RunFolder:
-    """The model folder that a person means: that of a run (its folder, or its name under `storage`), or a model folder itself, wherever it
-    was copied to. ValueError if there is neither."""
-    try:
-        return model_of(find_run(given, storage))
-    except ValueError:
-        with suppress(ValueError):
-            if is_model_folder(folder := located(given)):
-                return folder
-        raise
-
-
-def model_of(run: RunFolder) -> RunFolder:
-    """The model folder of a run."""
-    return RunFolder(storage=run.storage, name=f"{run.name}/{MODEL_FOLDER}")
-
-
-def is_model_folder(folder: RunFolder) -> bool:
-    return {CONFIG_FILE, WEIGHTS_FILE} <= {entry.name for entry in folder.storage.list(folder.name)}
 
 
 def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool = True) -> Exported:
@@ -294,6 +270,10 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summ
     yield "Trained on", f"`{_last_part(config.data.path)}`" + _optional(summary, "dataset_fingerprint", " (fingerprint `{}`)")
     steps = _optional(summary, "steps", ", {} steps")
     yield "Training", f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.train.precision}{steps}"
+    if config.train.teacher:
+        teacher = _last_part(config.train.teacher.partition(PIN)[0].removesuffix(f"/{MODEL_FOLDER}"))
+        share = f"{config.train.teacher_weight:g} of the loss, temperature {config.train.teacher_temperature:g}"
+        yield "Teacher", f"`{teacher}` ({share})"
     yield "Averaged", f"exponential moving average of the weights, decay {config.train.ema:g}" if config.train.ema else "no"
 
 
@@ -384,29 +364,6 @@ def _last_part(path: str) -> str:
 def _optional(summary: Mapping[str, Any], key: str, text: str) -> str:
     value = summary.get(key)
     return "" if value is None else text.format(value)
-
-
-def described(folder: RunFolder) -> Mapping[str, Any]:
-    """The content of a model folder's config.json."""
-    data = folder.read(CONFIG_FILE)
-    if data is None:
-        run, _, name = folder.name.rpartition("/")
-        raise ValueError(
-            f"{join_uri(folder.storage.uri, run)} has no {name}/{CONFIG_FILE}: a run exports its model when it finishes; "
-            "let it finish first"
-        )
-    try:
-        description = json_of(data)
-        outputs = ("task", "targets") if "task" in description else ("classes",)
-        needed = (*outputs, "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
-        missing = [key for key in needed if key not in description]
-        unknown = set(description.get("model", ())) - {each.name for each in dataclasses.fields(ModelConfig)}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} is damaged ({error}); finish the run again to export it anew") from None
-    if missing or unknown:
-        what = f"lacks {', '.join(missing)}" if missing else f"has settings that this version does not know: {', '.join(sorted(unknown))}"
-        raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} {what}; use the version of the program that wrote it")
-    return dict(description)
 
 
 def verified_weights(folder: RunFolder, description: Mapping[str, Any]) -> bytes:

@@ -24,10 +24,12 @@ from trainer.learn.objectives import autocast_for, supervised
 from trainer.learn.optim import build_optimizer, clip_gradients, set_learning_rate, set_trainable
 from trainer.learn.own import own_augment, own_loss
 from trainer.learn.step import UNOBSERVED, Stepper
+from trainer.learn.teacher import Teacher, load_teacher, taught_loss
 from trainer.learn.update import Update
 from trainer.models.im2col import use_im2col
 from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess, head_of
+from trainer.runs.model_files import pinned
 from trainer.settings.balance import asks_for_balance
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
@@ -49,6 +51,8 @@ class Learner:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     class_counts: tuple[int, ...] = ()
     """Training images of each class, if the settings balance classes."""
+    teacher: Teacher | None = None
+    """The model whose answers are learned beside the labels."""
 
     @property
     def heaviest(self) -> float:
@@ -78,6 +82,9 @@ class Learner:
         loss = loss or balanced_loss(self.config, self.task, self.class_counts, self.device)
         if (mix := make_mix(seed=train.seed, mixup=train.mixup, cutmix=train.cutmix)) is not None:
             loss = mixed_loss(loss or self.task.loss_sum)
+        if self.teacher is not None:
+            weight, temperature = train.teacher_weight, train.teacher_temperature
+            loss = taught_loss(loss or self.task.loss_sum, self.task, weight=weight, temperature=temperature)
         objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision), loss)
         # A single virtual rank has nothing to add up; the plain step gives the same bits without the tree's flat vector.
         is_tree = train.reduction == "tree" and train.virtual_ranks > 1
@@ -92,6 +99,7 @@ class Learner:
             augment=own_augment(self.config.data.augment, train.seed),
             views=views_of(self.config),
             mix=mix,
+            teacher=self.teacher,
         )
         wire = torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32
         if is_tree:
@@ -142,11 +150,38 @@ def class_counts_of(config: RunConfig, dataset: Dataset) -> tuple[int, ...]:
     return class_counts(dataset) if asks_for_balance(config) else ()
 
 
+def views_are_fixed(config: RunConfig) -> bool:
+    """Whether a sample looks the same in every epoch."""
+    data, train = config.data, config.train
+    is_moved = data.flip or data.padding or data.augment or train.mixup or train.cutmix
+    return not is_moved and views_of(config) is None
+
+
+def teacher_of(config: RunConfig, task: Task, image_hw: tuple[int, int], device: torch.device) -> Teacher | None:
+    """The teacher that the settings name. ValueError if it cannot teach `task`."""
+    if not config.train.teacher:
+        return None
+    return load_teacher(
+        pinned(config.train.teacher, config.storage),
+        task,
+        image_hw=image_hw,
+        device=device,
+        precision=config.train.precision,
+        channels_last=config.train.channels_last == "on",
+    )
+
+
 def build_learner(
-    config: RunConfig, task: Task, image_hw: tuple[int, int], device: torch.device, *, class_counts: Sequence[int] = ()
+    config: RunConfig,
+    task: Task,
+    image_hw: tuple[int, int],
+    device: torch.device,
+    *,
+    class_counts: Sequence[int] = (),
+    teacher: Teacher | None = None,
 ) -> Learner:
     """Build the learner for images of `image_hw` (H, W) on `device`, with the weights that the settings name. `class_counts`: from
-    `class_counts_of`."""
+    `class_counts_of`; `teacher`: from `teacher_of`, which is asked if it is not given."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
     model = task.build(config.model, image_hw=image_hw, seed=config.train.seed)
@@ -166,4 +201,5 @@ def build_learner(
         ema=Ema(model, config.train.ema) if config.train.ema else None,
         device=device,
         class_counts=tuple(class_counts),
+        teacher=teacher or teacher_of(config, task, image_hw, device),
     )

@@ -27,6 +27,7 @@ from trainer.learn.augment.mix import Mix, with_partners
 from trainer.learn.augment.views import Views
 from trainer.learn.objectives import Forward, Objective
 from trainer.learn.own import Augment
+from trainer.learn.teacher import Teacher, with_answers
 from trainer.tasks.task import Task
 
 COMPILER: str | Callable[..., Any] = "inductor"
@@ -119,6 +120,8 @@ class PassConfig:
     """The built-in augmentation, before it."""
     mix: Mix | None = None
     """Mixes the samples, after it. The objective's loss is to be `mixed_loss`."""
+    teacher: Teacher | None = None
+    """Answers the samples as the model gets them. The objective's loss is to be `taught_loss`."""
 
     def __post_init__(self) -> None:
         assert not self.cuda_graphs or (self.compile_model and self.accumulate == 1), "trainer.settings.cli has refused this"
@@ -169,8 +172,10 @@ class Passes:
     def _prepared(self, batch: Batch, share_of: int) -> MicroBatch:
         config = self._config
         samples, mixing = augmented(batch, views=config.views, own=config.augment, mix=config.mix, share_of=share_of)
+        answers = config.teacher.of(batch, samples) if config.teacher is not None else None
         samples, targets = self._task.prepare(samples, batch.targets)
-        return samples, targets if mixing is None else with_partners(targets, mixing)
+        targets = targets if mixing is None else with_partners(targets, mixing)
+        return samples, targets if answers is None else with_answers(targets, answers)
 
     def _cut(self, samples: Tensor, targets: Targets) -> list[MicroBatch]:
         parts = self._config.accumulate
@@ -227,7 +232,7 @@ class Passes:
     def _blank(self, size: int, image: Sequence[int]) -> Batch:
         """A batch of black images, (size, *image), as the loader makes them."""
         images = torch.zeros((size, *image), dtype=torch.uint8, device=self.device).contiguous(memory_format=torch.channels_last)
-        ids = np.arange(size)
+        ids = np.zeros(size, dtype=np.int64)
         return Batch(samples=images, targets=self._task.blank(size, self.device), ids=ids, epoch=0, step=0, virtual_rank=0)
 
     def compile_ahead(self, image: Sequence[int]) -> float:

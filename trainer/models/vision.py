@@ -135,6 +135,19 @@ class Preprocess(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
+    def resizing(self, side: int) -> "Preprocess":
+        """This one if it resizes already; else one that brings all images to `side`."""
+        if self._image_size:
+            return self
+        resizes = Preprocess(
+            mean=self.mean.flatten().tolist(),
+            std=self.std.flatten().tolist(),
+            image_size=side,
+            interpolation=self._interpolation,
+            channels_last=self._memory_format is torch.channels_last,
+        )
+        return resizes.to(self.mean.device)
+
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) uint8 -> (n, 3, S, S) float32 with S = image_size, or (n, 3, H, W) if that is 0."""
         pixels = images.float()

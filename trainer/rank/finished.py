@@ -23,11 +23,12 @@ from dataio.parquet import Dataset
 from dataio.quarantine import BadSample, Quarantine
 from dataio.reading import Repeats, described, warnings
 from dataio.remote import is_uri
-from trainer.export.model_folder import load_export, model_of
+from trainer.export.model_folder import load_export
 from trainer.rank.calibrating import calibration_record, measured_record
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder
+from trainer.runs.model_files import model_of
 from trainer.settings.fields import as_begun
 from trainer.settings.say import complain
 from trainer.settings.toml import from_toml

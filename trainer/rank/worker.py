@@ -44,6 +44,7 @@ from trainer.rank.observers import (
 )
 from trainer.rank.saving import Memory, Saver, restore, weights_check
 from trainer.rank.step_plan import StepPlan
+from trainer.rank.teaching import remember_answers, teacher_for
 from trainer.rank.this_rank import ThisRank, join
 from trainer.runs.choice import rule_of
 from trainer.settings.identity import deciding_settings, description_sha256, weights_sha256
@@ -62,7 +63,9 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     check_weights(spec)
     check_sources(spec)
     counts = class_counts_of(config, data.dataset)
-    learner = build_learner(config, task_of(config, data.dataset.manifest), data.loader.image_size, me.device, class_counts=counts)
+    task = task_of(config, data.dataset.manifest)
+    teacher = teacher_for(me, data, task)
+    learner = build_learner(config, task, data.loader.image_size, me.device, class_counts=counts, teacher=teacher)
     storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     store = Store.open(storage, config.run)
     state = TrainState(learner.model, learner.optimizer, learner.ema)
@@ -89,6 +92,8 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     gpu = GpuWatch(me.metrics, gpu_address(me.device))
 
     fill_cache(me.heartbeat, data.loader, watched)
+    if teacher is not None:
+        remember_answers(me, data, storage, teacher, task.outputs)
     me.heartbeat.tick(STEP)
     me.tell("training_started", step=plan.start_step, cache=data.loader.cache, backend=data.loader.backend_name)
     steps = Steps(me=me, data=data, learner=learner, plan=plan, meter=meter, profile=profile, ledger=ledger)

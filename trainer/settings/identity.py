@@ -3,7 +3,7 @@ trainer.drive.identity and trainer.drive.record.
 
 Marks at the fields decide (dataio.config.Mark). FREE settings do not count. LATER settings count only if they differ from their defaults,
 so a new setting renames no existing run. `train.eval_every_epochs` is free, but counts where evaluations choose the weights. A file of
-weights counts by its content. The data's content counts too; the caller adds it.
+weights counts by its content, and so does a teacher. The data's content counts too; the caller adds it.
 """
 
 import hashlib
@@ -18,6 +18,10 @@ from trainer.settings.tree import RunConfig
 
 WEIGHTS = "model.weights"
 EVALUATES = "train.eval_every_epochs"
+TEACHER = "train.teacher"
+
+PIN = "@sha256:"
+"""Between a model folder's location and the hash of the model there (trainer.runs.model_files)."""
 
 _FREE_IN_FIRST_NAMES = frozenset({"data.max_image_pixels"})
 
@@ -83,4 +87,7 @@ def _that_count(config: RunConfig, weights: str) -> dict[str, Any]:
     for key in OWN:
         if ":" in str(counted[key]):
             counted[key] = f"{counted[key]} sha256:{source_sha256(counted[key]) or 'missing'}"
+    _, is_pinned, sha256 = counted[TEACHER].rpartition(PIN)  # wherever the model lies now
+    if is_pinned:
+        counted[TEACHER] = f"sha256:{sha256}"
     return counted | {WEIGHTS: f"sha256:{weights}"} if weights else counted

@@ -166,6 +166,13 @@ class TrainConfig:
     cutmix: Annotated[float, LATER, Ge(0), "0 turns it off, 1 is usual"] = 0.0
     """Paste a rectangle of another image of the batch into each training image, and mix their losses by area: alpha as for `mixup`. With
     both, each gets half of the batches."""
+    teacher: Annotated[str, LATER] = ""
+    """A finished run (its folder or name) or a model folder whose answers are learned beside the labels: the teacher sees the same view of
+    each image. It is to have learned the data's own targets. Empty: none."""
+    teacher_weight: Annotated[float, LATER, Interval(gt=0, le=1), "1 learns from the teacher alone"] = 0.5
+    """The teacher's share of the loss; the labels have the rest."""
+    teacher_temperature: Annotated[float, LATER, Interval(gt=0, le=100), "2 is the default, 1 takes the answers as they are"] = 2.0
+    """Both models' outputs are divided by it before they are compared, so that what the teacher finds unlikely counts too."""
     explain: Annotated[int, FREE, Ge(0), "0 explains none, 100 is the default"] = 100
     """Test images whose answer is explained at the end, by a map of where in the image it comes from: the worst mistakes and the cells of
     the confusion matrix, for the report. 0 explains none. Changes no result."""
