@@ -1,0 +1,48 @@
+"""The comparison on photographs: what is laid out, and what is read of the peer."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks.photos import lay_out, pictures_of, rows_of_timm, targets_of
+
+
+def test_pictures_are_laid_out_once_each_on_white_and_the_same_each_time(tmp_path: Path) -> None:
+    for name, count in {"ant": 10, "bee": 4, "few": 2}.items():
+        for number in range(count):
+            path = tmp_path / "source" / name / "deep" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGBA", (5 + number, 7), (10 * number, 0, 0, 0)).save(path)
+    pictures = pictures_of(tmp_path / "source", least=3)
+    assert {name: len(paths) for name, paths in pictures.items()} == {"ant": 10, "bee": 4}
+    assert lay_out(tmp_path / "one", pictures) == {"train": 10, "test": 4}
+    lay_out(tmp_path / "two", pictures)
+    files = {
+        folder: {str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in (tmp_path / folder).rglob("*.*g")}
+        for folder in ("one", "two")
+    }
+    assert files["one"] == files["two"]
+    assert sorted(path.name for path in (tmp_path / "one" / "validation" / "ant").iterdir()) == ["0000.jpg", "0001.png", "0002.png"]
+    sizes = []
+    for path in (tmp_path / "one").rglob("*.*g"):
+        if "validation" not in path.parts:
+            with Image.open(path) as image:
+                sizes.append((path.parent.name, image.width))
+                if path.suffix == ".jpg":
+                    assert min(min(pair) for pair in image.getextrema()) > 250, "transparent: white, whatever lies below"
+    assert sorted(sizes) == [*(("ant", 5 + n) for n in range(10)), *(("bee", 5 + n) for n in range(4))]
+
+
+def test_the_peer_is_judged_by_its_last_epoch_and_its_best_one_is_told() -> None:
+    text = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n0,2.1,1.0,40.5,80,0.1\n1,1.1,.5,71.25,90,0.1\n2,1.0,.6,70.0,90,0.1\n"
+    assert rows_of_timm(text) == {"accuracy": 0.7, "best_accuracy": 0.7125, "epochs": 3}
+    with pytest.raises(ValueError, match="no epoch"):
+        rows_of_timm("epoch,eval_top1\n")
+
+
+def test_both_claims_are_judged() -> None:
+    own, theirs = [{"accuracy": 0.8, "seconds": 100.0}], [{"accuracy": 0.75, "seconds": 80.0}]
+    better, slower = targets_of(own, theirs, "timm")
+    assert (better["measured"], better["met"]) == (pytest.approx(5.0), True)
+    assert (slower["measured"], slower["met"]) == (pytest.approx(1.25), False)
