@@ -40,7 +40,7 @@ LISTED = (
         name="distillation",
         on=(*FROM_SCRATCH, "--train.teacher-weight", "0.9", "--train.teacher-temperature", "2"),
         off=FROM_SCRATCH,
-        teacher=(),
+        teacher=("--train.epochs", "4"),
         tasks=("quickstart", "noise"),
     ),
     Feature(name="weight_decay", on=("--optim.weight-decay", "0.0005"), off=("--optim.weight-decay", "0")),
