@@ -44,6 +44,12 @@ _LOCAL_RAY_ENVIRONMENT = {
 _VITAL = ("raylet", "gcs_server")
 
 
+class RayNotStarted(OSError):
+    """The local Ray did not come up."""
+
+    failure_kind = "infrastructure"
+
+
 @contextlib.contextmanager
 def ray_cluster(
     config: ClusterConfig,
@@ -93,8 +99,17 @@ def _start(folder: str, *, project: Path, cpus: int, verbose: bool, **common: An
     # Inherited, not in a runtime_env: the workers that Ray starts in advance would lack that, and would not be used.
     if is_checkout(project):  # what is installed is found without
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
-    with _signals_are_ours(), _without_helpers(logs=verbose):
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **common)
+    try:
+        with _signals_are_ours(), _without_helpers(logs=verbose):
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **common)
+    except (OSError, ValueError):  # said in a sentence already
+        raise
+    except Exception as error:  # Ray raises exactly that where its raylet is later than 30 s, which cannot be changed
+        raise RayNotStarted(
+            f"the local Ray did not start ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); "
+            "its processes have 30 s for that, which a machine that is busy or short of memory may not keep: give the same command again "
+            "when less runs here. FINETUNE_VERBOSE=1 shows what Ray says"
+        ) from error
 
 
 def _end(folder: str, *, local: bool) -> None:

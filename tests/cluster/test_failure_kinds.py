@@ -11,6 +11,7 @@ from cluster.coordinator import CoordinatorKeepsDying
 from cluster.failures import KINDS, BadNumbers, CheckpointNotSaved, WeightsDiffer, is_refusal
 from cluster.heartbeat import CoordinatorLost
 from cluster.rank import AgentLost, CallFailed, GroupIncomplete
+from cluster.ray_cluster import RayNotStarted
 from cluster.spill import ForeignSpillFolder, SpillDamaged
 from cluster.state import AttemptOver
 from cluster.storage import StorageOutage, StorageRefused
@@ -59,6 +60,7 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (CheckpointNotSaved("x"), "infrastructure"),
     (GroupIncomplete("x"), "infrastructure"),
     (ModelCheckDied("x"), "infrastructure"),
+    (RayNotStarted("x"), "infrastructure"),
     (CorruptCheckpoint("x"), "infrastructure"),  # the driver passes over it and names another
     (Fenced("x"), "user"),
     (NoSuchInterface("x"), "user"),

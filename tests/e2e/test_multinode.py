@@ -105,8 +105,10 @@ def test_a_job_outlives_a_drained_node_and_a_lost_one(cluster: Cluster, tmp_path
     cluster.tell(f"remove {rank_of(folder, 2, 1)['node_id']}")
     assert wait_for(cluster, folder, "attempt_failed")["kind"] == "infrastructure"
 
-    end = time.monotonic() + 120
+    end, told_before = time.monotonic() + 120, 0
     while (info := cluster.get(f"/api/jobs/{JOB}"))["status"] in ("PENDING", "RUNNING"):
+        if (count := len(events(folder))) > told_before:  # a busy machine takes longer, but gets on
+            end, told_before = time.monotonic() + 120, count
         assert time.monotonic() < end, cluster.output()
         time.sleep(0.2)
     assert (info["status"], info["driver_exit_code"]) == ("SUCCEEDED", 0), cluster.output()
