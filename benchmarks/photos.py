@@ -18,7 +18,8 @@ timm, tuned    the same epochs with what is usual for fine-tuning: batches of 32
 
 Nobody sees the test pictures before the end: our folder holds no validation split, and timm, which looks at them after each epoch, is
 judged by its last epoch (its best one, which only the test pictures can tell, is given beside it). Accuracies are compared picture by
-picture. CPU seconds are those of all processes that a run started. `--keep` keeps what was measured, and the same command goes on there.
+picture. CPU seconds are those of all processes that a run started; wall times are compared only where other work took little of the
+machine. `--keep` keeps what was measured, and the same command goes on there.
 """
 
 import argparse
@@ -56,6 +57,8 @@ PEERS: Mapping[str, tuple[str, ...]] = {
 }
 """Name -> flags."""
 RUN_SECONDS = 7200.0
+MOST_OTHERS = 0.15
+"""Of the machine's CPU time, what other work may take while wall times count."""
 Row = dict[str, Any]
 
 
@@ -164,12 +167,21 @@ def timed(words: Sequence[str]) -> Row:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
+    before = busy_seconds()
     try:
         done = run_process(words, timeout_seconds=RUN_SECONDS, environment={"BENCHMARK_PHOTOS": mark}).checked()
     finally:
         ended.set()
         thread.join()
-    return {"seconds": done.wall_seconds, "cpu_seconds": sum(cpu.values())}
+    own = sum(cpu.values())
+    others = (busy_seconds() - before - own) / (done.wall_seconds * (os.cpu_count() or 1))
+    return {"seconds": done.wall_seconds, "cpu_seconds": own, "others_share": round(max(0.0, others), 3)}
+
+
+def busy_seconds() -> float:
+    """CPU seconds that this machine has worked since it started."""
+    user, nice, system, _, _, irq, soft, stolen = (int(word) for word in Path("/proc/stat").read_text().split()[1:9])
+    return float(user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def look(mark: bytes, cpu: dict[tuple[str, str], float], strangers: set[tuple[str, str]]) -> None:
@@ -204,22 +216,21 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows: dict[str, list[Row]] = {name: [] for name in cases}
     keep: Path | None = options.keep
     kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep is not None and keep.exists() else []
-    known = {(row["name"], row["seed"]): row["row"] for row in kept}
+    known = {(row["name"], row["seed"], tuple(row["flags"])): row["row"] for row in kept}
     epochs = 0
     for seed in range(options.seeds):
         for name in cases:  # ours first: it chooses the epochs
-            if (row := known.get((name, seed))) is None:
+            flags = options.ours if name == OURS else PEERS[name]
+            if (row := known.get((name, seed, tuple(flags)))) is None:
                 place = folder / f"{seed}-{cases.index(name)}"
-                load = round(os.getloadavg()[0], 1)
                 if name == OURS:
-                    row = ours(folder, seed, place, options.ours)
+                    row = ours(folder, seed, place, flags)
                 else:
-                    row = timms(options.timm_script.resolve(), folder, seed, place, epochs=epochs, flags=PEERS[name])
-                row["load_average_before"] = load
+                    row = timms(options.timm_script.resolve(), folder, seed, place, epochs=epochs, flags=flags)
                 print(f"seed {seed}  {name}: {row}", file=sys.stderr, flush=True)
                 if keep is not None:
                     with keep.open("a") as file:
-                        file.write(json.dumps({"name": name, "seed": seed, "row": row}) + "\n")
+                        file.write(json.dumps({"name": name, "seed": seed, "flags": list(flags), "row": row}) + "\n")
             epochs = row["epochs"] if name == OURS else epochs
             rows[name].append(row)
     return {
@@ -241,7 +252,8 @@ def targets_of(own: Sequence[Row], theirs: Sequence[Row], peer: str, tested: int
         ratios = [one[key] / other[key] for one, other in zip(own, theirs, strict=True)]
         span = (min(ratios), max(ratios)) if len(ratios) > 1 else None
         name = f"photographs, without a flag: {what}, of that of {peer}"
-        lines.append(target(name, statistics.median(ratios), at_most=1.0, interval=span))
+        disturbed = key == "seconds" and max(row["others_share"] for row in (*own, *theirs)) > MOST_OTHERS
+        lines.append(target(name, None if disturbed else statistics.median(ratios), at_most=1.0, interval=None if disturbed else span))
     return lines
 
 
