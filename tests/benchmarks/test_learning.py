@@ -28,7 +28,8 @@ def test_every_features_flags_are_settings_that_differ() -> None:
     for feature in LISTED:
         flags = [*TASKS[feature.tasks[0]].flags, *SMALL.flags]
         assert set(feature.tasks) <= set(TASKS)
-        assert parse([*flags, *feature.on]).config != parse([*flags, *feature.off]).config, feature.name
+        taught = [] if feature.teacher is None else ["--train.teacher", "a run"]
+        assert parse([*flags, *feature.on, *taught]).config != parse([*flags, *feature.off]).config, feature.name
 
 
 def test_a_long_tail_shrinks_by_its_factor_and_is_another_one_for_each_seed() -> None:
