@@ -102,9 +102,9 @@ def _start(folder: str, *, project: Path, cpus: int, verbose: bool, **common: An
     try:
         with _signals_are_ours(), _without_helpers(logs=verbose):
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **common)
-    except (OSError, ValueError):  # said in a sentence already
-        raise
-    except Exception as error:  # Ray raises exactly that where its raylet is later than 30 s, which cannot be changed
+    except Exception as error:
+        if type(error) is not Exception:  # Ray raises exactly that where its raylet is later than 30 s, which cannot be changed
+            raise
         raise RayNotStarted(
             f"the local Ray did not start ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); "
             "its processes have 30 s for that, which a machine that is busy or short of memory may not keep: give the same command again "

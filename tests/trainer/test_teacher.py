@@ -23,6 +23,7 @@ from trainer.drive.stages import question_of_facts
 from trainer.drive.survey import survey
 from trainer.learn.build import views_are_fixed
 from trainer.learn.teacher import ANSWERS, Teacher, check_answers, divergence_sum, load_teacher, taught_loss
+from trainer.rank import teaching
 from trainer.rank.teaching import ANSWERS_FILE
 from trainer.runs.model_files import pinned, pinned_model
 from trainer.settings.cli import parse
@@ -287,6 +288,21 @@ def test_fixed_views_are_answered_once_and_by_any_number_of_workers_to_the_same_
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout.splitlines()[-1])["result"]["weights_sha256"] == whole.result["weights_sha256"]
     assert (tmp_path / "two" / "runs" / "run" / ANSWERS_FILE).read_bytes() == kept
+
+
+def test_answers_that_would_take_too_much_memory_are_asked_for_in_each_step(
+    teacher: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teaching, "MOST_REMEMBERED_BYTES", 60 * 3 * 4 - 1)
+    lives = run_of(tmp_path, photos, *FIXED, "--train.epochs", "1", "--train.teacher", str(teacher))
+    assert lives.live()
+    assert not (lives.folder / ANSWERS_FILE).exists()
+
+
+def test_a_teacher_that_nobody_pinned_is_an_error_of_the_driver(teacher: Path, photos: Path, tmp_path: Path) -> None:
+    lives = Lives.of(tmp_path, "--data.path", str(photos), *BATCHES, *TINY, "--train.teacher", str(teacher))
+    with pytest.raises(AssertionError, match="the driver pins the teacher"):
+        lives.live()
 
 
 @pytest.mark.parametrize(

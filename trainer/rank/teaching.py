@@ -37,6 +37,8 @@ def teacher_for(me: ThisRank, data: RankData, task: Task) -> Teacher | None:
     """The run's teacher, or None. WeightsError if it is not on this node, or is not the one that the driver saw."""
     if not me.config.train.teacher:
         return None
+    # By a name alone nobody could tell whether it is still the same model.
+    assert PIN in me.config.train.teacher, "the driver pins the teacher (trainer.drive.survey)"
     try:
         return me.waits.call(lambda: teacher_of(me.config, task, data.loader.image_size, me.device), "the teacher")
     except ValueError as error:
