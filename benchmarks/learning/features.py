@@ -26,6 +26,8 @@ FROM_SCRATCH = (
 )
 """A small student that knows nothing yet."""
 
+VALIDATED = ("--data.validation-fraction", "0.2", "--train.epochs", "20")
+"""Some images choose an evaluation, in a run that is long enough to learn wrong labels by heart."""
 
 LISTED = (
     Feature(name="balance_weights", on=("--data.balance", "weights"), tasks=("longtail", "folder")),
@@ -36,6 +38,19 @@ LISTED = (
     Feature(name="label_smoothing", on=("--optim.label-smoothing", "0.1"), off=("--optim.label-smoothing", "0")),
     Feature(name="ema", on=("--train.ema", "0.99")),
     Feature(name="lp_ft", on=("--model.freeze", "lp-ft")),
+    Feature(name="resized_crop", on=("--data.crop", "resized", "--data.crop-scale", "0.35", "1")),
+    Feature(name="trivial_augment", on=("--data.policy", "trivial")),
+    Feature(name="jitter", on=("--data.jitter", "0.4", "0.4", "0.4", "0")),
+    Feature(name="erase", on=("--data.erase", "0.25")),
+    Feature(name="mixup", on=("--train.mixup", "0.2")),
+    Feature(name="cutmix", on=("--train.cutmix", "1")),
+    Feature(
+        name="best_weights",
+        on=(*VALIDATED, "--train.select", "best"),
+        off=(*VALIDATED, "--train.select", "last"),
+        tasks=("quickstart", "noise"),
+        whole_run=True,
+    ),
     Feature(
         name="distillation",
         on=(*FROM_SCRATCH, "--train.teacher-weight", "0.9", "--train.teacher-temperature", "2"),

@@ -142,7 +142,7 @@ def measure(
         variant = variants[name]
         if seed in rows[name]:
             continue
-        flags = [*tasks[variant.task].flags, *sizes.flags, *variant.flags, "--data.path", str(data[variant.task, seed])]
+        flags = [*tasks[variant.task].at(sizes), *variant.flags, "--data.path", str(data[variant.task, seed])]
         flags += ["--data.root", str(folder / "converted")]
         if variant.teacher is not None:
             flags += ["--train.teacher", str(_taught(variant, flags, seed=seed, folder=folder / "teachers", sizes=sizes, tasks=tasks))]
@@ -178,7 +178,7 @@ def _taught(variant: Variant, flags: Sequence[str], *, seed: int, folder: Path, 
     place = folder / f"{variant.task}-{seed}-{hashlib.sha256(repr(variant.teacher).encode()).hexdigest()[:8]}"
     if not (place / "measured").exists():
         data = [flags[at + offset] for at, flag in enumerate(flags) if flag in ("--data.path", "--data.root") for offset in (0, 1)]
-        row = run_whole([*tasks[variant.task].flags, *sizes.flags, *(variant.teacher or ()), *data], seed=seed, folder=place)
+        row = run_whole([*tasks[variant.task].at(sizes), *(variant.teacher or ()), *data], seed=seed, folder=place)
         print(f"seed {seed}  {variant.task}: the teacher: {row}", file=sys.stderr, flush=True)
     return place / "measured"
 

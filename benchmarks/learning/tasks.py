@@ -3,7 +3,8 @@
 quickstart   the 2,000 images of Fashion-MNIST that are part of this repository, as in the recipe
 longtail     Fashion-MNIST whose classes shrink by a factor of 100 from the first to the last (Cao et al. 2019); all are tested alike
 noise        Fashion-MNIST of whose training labels 20 % are wrong, each any other class
-folder       photographs or stamps in a folder for each class: --folder DIR, or Debian's tuxpaint-stamps-default
+folder       pictures of many sizes in a folder for each class: --folder DIR, or Debian's tuxpaint-stamps-default, divided as in
+             benchmarks/photos.py
 """
 
 import gzip
@@ -17,13 +18,13 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.common import FASHION_MNIST, SAMPLE
+from benchmarks.photos import STAMPS, lay_out, pictures_of
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.uint8]
 Arrays = dict[str, tuple[Images, Labels]]
 """Split (train, t10k) -> images (n, 28, 28), labels (n,)."""
 
-STAMPS = Path("/usr/share/tuxpaint/stamps/animals")
 LONGTAIL_FACTOR = 100
 NOISE = 0.2
 NAMES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -37,9 +38,10 @@ class Sizes:
     train: int
     test: int
     flags: tuple[str, ...]
+    is_small: bool = False
 
 
-SMALL = Sizes(largest_class=500, train=1000, test=1000, flags=("--model.image-size", "32", "--train.epochs", "10"))
+SMALL = Sizes(largest_class=500, train=1000, test=1000, flags=("--model.image-size", "32", "--train.epochs", "10"), is_small=True)
 FULL = Sizes(largest_class=6000, train=60_000, test=10_000, flags=())
 
 
@@ -52,6 +54,11 @@ class Task:
     """The measure by which a feature is judged (trainer.tasks.info.Measure.name)."""
     make: Callable[[Path, int, Sizes, Path | None], Path | None]
     flags: tuple[str, ...] = ("--config", "quickstart")
+    small: tuple[str, ...] = ()
+    """Flags that win over those of the small sizes."""
+
+    def at(self, sizes: Sizes) -> tuple[str, ...]:
+        return (*self.flags, *sizes.flags, *(self.small if sizes.is_small else ()))
 
 
 def fashion_mnist() -> Arrays:
@@ -134,8 +141,12 @@ def _made(rule: Callable[[Arrays, int, Sizes], Arrays]) -> Callable[[Path, int, 
 
 
 def _folder(folder: Path, seed: int, sizes: Sizes, given: Path | None) -> Path | None:
-    where = given or STAMPS
-    return where if where.is_dir() else None
+    if given is not None:
+        return given
+    if not STAMPS.is_dir():
+        return None
+    lay_out(folder, pictures_of(STAMPS))
+    return folder / "ours"
 
 
 TASKS: Mapping[str, Task] = {
@@ -148,7 +159,11 @@ TASKS: Mapping[str, Task] = {
             name="folder",
             measure="balanced_accuracy",
             make=_folder,
-            flags=("--config", "quickstart", "--data.image-size", "96", "--data.fit", "crop", "--data.background", "white"),
+            flags=(
+                *("--config", "quickstart", "--data.image-size", "224", "--model.image-size", "224"),
+                *("--data.fit", "crop", "--data.background", "white"),
+            ),
+            small=("--data.image-size", "64", "--model.image-size", "64"),
         ),
     )
 }

@@ -26,7 +26,7 @@ def made(each: int = 120) -> Arrays:
 def test_every_features_flags_are_settings_that_differ() -> None:
     assert len(FEATURES) == len(LISTED)
     for feature in LISTED:
-        flags = [*TASKS[feature.tasks[0]].flags, *SMALL.flags]
+        flags = TASKS[feature.tasks[0]].at(SMALL)
         assert set(feature.tasks) <= set(TASKS)
         taught = [] if feature.teacher is None else ["--train.teacher", "a run"]
         assert parse([*flags, *feature.on, *taught]).config != parse([*flags, *feature.off]).config, feature.name
