@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
+from dataio.leaving import Leaving
 from dataio.terminal import prepare_output
 from trainer.settings.programs import FINETUNE
 from trainer.settings.words import did_you_mean
@@ -53,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             complain(f"error: {_unknown(words[0])}")
             return 2
     return 0
+
+
+def entry() -> NoReturn:
+    """`main` as a process: what pyproject.toml installs."""
+    Leaving().by(main)
 
 
 def usage() -> str:
@@ -200,4 +207,4 @@ _COMMANDS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -7,9 +7,11 @@ the driver.
 
 import signal
 
+from dataio.leaving import Leaving
 from dataio.terminal import prepare_output
 
 if __name__ == "__main__":
+    leaving = Leaving()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds: Ctrl-C ends them without a traceback
     prepare_output(survive=True)
 
@@ -100,4 +102,4 @@ def process_started() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leaving.by(main)

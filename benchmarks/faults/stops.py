@@ -130,6 +130,16 @@ def shared_memory() -> set[str]:
     return {entry.name for entry in os.scandir("/dev/shm") if entry.stat(follow_symlinks=False).st_uid == os.getuid()}
 
 
+def left_memory(before: set[str]) -> set[str]:
+    """Names that are new in /dev/shm, that nobody holds, and that stay: other programs on this machine make semaphores for a moment."""
+    end = time.monotonic() + GONE_SECONDS
+    left = shared_memory() - before - held_memory()
+    while left and time.monotonic() < end:
+        time.sleep(0.1)
+        left &= shared_memory() - held_memory()
+    return left
+
+
 def held_memory() -> set[str]:
     """Names in /dev/shm that a living process has mapped or open: other runs on this machine have theirs."""
     held = set[str]()
@@ -197,8 +207,8 @@ class Stops:
             wrong = what_is_untrue(first, status, which)
             if left := first.leftovers():
                 wrong = wrong or f"left behind: {', '.join(left)}"
-            if left_memory := shared_memory() - memory - held_memory():
-                wrong = wrong or f"left in /dev/shm: {', '.join(sorted(left_memory))}"
+            if names := left_memory(memory):
+                wrong = wrong or f"left in /dev/shm: {', '.join(sorted(names))}"
         finally:
             first.end()
         told = f"{which.name} after {share * self.seconds:.1f} s"
