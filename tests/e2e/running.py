@@ -1,5 +1,6 @@
 """Real runs for the end-to-end tests: `python -m trainer.run` as a process of its own, watched through its journal."""
 
+import contextlib
 import json
 import os
 import signal
@@ -144,6 +145,13 @@ def processes_of_session(leader: int) -> list[int]:
             if int(session) == leader and state != "Z":
                 found.append(int(folder.name))
     return found
+
+
+def kill_session(leader: int) -> None:
+    """SIGKILL to all processes of that session. They may end each other meanwhile."""
+    for pid in processes_of_session(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def once_agents_answer(

@@ -19,7 +19,7 @@ from ray._private.services import get_node_ip_address
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from benchmarks.faults.harness import throttled
-from tests.e2e.running import PROJECT, Run, processes_of_session
+from tests.e2e.running import PROJECT, Run, kill_session
 from tests.ports import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -112,8 +112,7 @@ class AutoscalingCluster:
         return sum(bundle.count for group in demands.placement_group_demand for bundle in group.bundles_by_count)
 
     def close(self) -> None:
-        for number in processes_of_session(self.process.pid):  # the provider's nodes would outlive the head
-            os.kill(number, signal.SIGKILL)
+        kill_session(self.process.pid)  # the provider's nodes would outlive the head
         self.process.wait()
         self.temp.cleanup()
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.running import PROJECT, SMALL, once_agents_answer, processes_of_session
+from tests.e2e.running import PROJECT, SMALL, kill_session, once_agents_answer
 from tests.ports import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -108,8 +107,7 @@ class RayCluster:
         raise AssertionError(f"job {job} did not end in {timeout} s:\n{self.output(job)}")
 
     def close(self) -> None:
-        for pid in processes_of_session(self.head.pid):
-            os.kill(pid, signal.SIGKILL)
+        kill_session(self.head.pid)
         self.head.wait()
         shutil.rmtree(self.temp, ignore_errors=True)
 
