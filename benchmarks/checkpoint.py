@@ -22,7 +22,7 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.common import cpu_model
+from benchmarks.common import cpu_model, told_words
 from cluster.checkpointer import Buffers, Checkpointer, Files
 from cluster.storage import open_storage
 from cluster.store import Receipt, Store
@@ -108,7 +108,7 @@ def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
     return {
         "hardware": f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": ["python", "-m", "benchmarks.checkpoint", *sys.argv[1:]],
+        "command": ["python", "-m", "benchmarks.checkpoint", *told_words(sys.argv[1:])],
         "load_average": [round(load_before, 1), round(os.getloadavg()[0], 1)],  # other work makes every figure larger and wider
         "rounds": rounds,
         "state_bytes": sum(receipt.size_bytes for receipt in staged),

@@ -29,6 +29,7 @@ SAMPLE = PROJECT / "dataio" / "samples" / "fashion_mnist"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Folder of Debian's package dataset-fashion-mnist."""
 _INSIDE = "FINETUNE_INSIDE_BENCHMARK"
+_NOT_TOLD = ("--out", "--hardware", "--keep")
 
 
 # -- repeating ------------------------------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def described(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The context of a result. Call it before measuring, so that `load_average` shows what else the machine was doing."""
     return {
         "benchmark": name,
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *_without_out(sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *told_words(sys.argv[1:])]),
         "hardware": options.hardware,
         "versions": versions(),
         "commit": commit(),
@@ -312,16 +313,18 @@ def cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
-def _without_out(arguments: Sequence[str]) -> list[str]:
-    """Drops where the result was written and what the machine was called; neither affects the result."""
+def told_words(arguments: Sequence[str]) -> list[str]:
+    """The words of a command as its result tells them: without where something is kept and what the machine was called, neither of which
+    affects the result, and with the names of files in place of their paths, which are of one machine."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument in ("--out", "--hardware"):
+        elif argument in _NOT_TOLD:
             skip = True
-        elif not argument.startswith(("--out=", "--hardware=")):
-            kept.append(argument)
+        elif argument.partition("=")[0] not in _NOT_TOLD:
+            flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+            kept.append(flag + equals + (Path(value).name if Path(value).is_absolute() else value))
     return kept
 
 

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks.common import told_words
 from cluster.reduce import TreeReducer
 from cluster.versions import versions
 from dataio.batch import Batch
@@ -221,7 +222,11 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     load = os.getloadavg()[0]
     result = measure(workers=options.workers, rounds=options.rounds, batch=options.batch, precision=options.precision)
-    result |= {"command": " ".join(["python -m benchmarks.reduction", *sys.argv[1:]]), "hardware": options.hardware, "versions": versions()}
+    result |= {
+        "command": " ".join(["python -m benchmarks.reduction", *told_words(sys.argv[1:])]),
+        "hardware": options.hardware,
+        "versions": versions(),
+    }
     result["load_average"] = {"before": load, "after": os.getloadavg()[0]}  # over one minute; `after` includes this benchmark's own ranks
     if options.json:
         print(json.dumps(result, indent=1))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -138,9 +139,18 @@ def test_what_a_result_says_is_json_even_where_nothing_was_measured():
     }
 
 
-def test_command_in_a_result_leaves_out_where_it_was_written():
-    given = ["--rounds", "3", "--out", "x.json", "--hardware=here", "--json", "--hardware", "there"]
-    assert common._without_out(given) == ["--rounds", "3", "--json"]
+def test_command_in_a_result_leaves_out_where_it_was_written_and_the_paths_of_the_machine():
+    given = ["--rounds", "3", "--out", "x.json", "--hardware=here", "--json", "--hardware", "there", "--keep", "/tmp/kept"]
+    assert common.told_words(given) == ["--rounds", "3", "--json"]
+    given = ["--script", "/somewhere/train.py", "--folder=/somewhere/else/pictures", "--cases", "one, two", "--", "here/below"]
+    assert common.told_words(given) == ["--script", "train.py", "--folder=pictures", "--cases", "one, two", "--", "here/below"]
+
+
+def test_no_result_names_a_path_of_the_machine_on_which_it_was_measured():
+    results = sorted((common.PROJECT / "benchmarks" / "results").glob("*.json"))
+    assert results
+    paths = re.compile(r"(?<![\w.:/])/(?:tmp|home|root|work|mnt|opt|Users)/")
+    assert [path.name for path in results if paths.search(path.read_text())] == []
 
 
 def test_a_process_is_timed_line_by_line_and_its_cpu_time_counted():
