@@ -157,7 +157,9 @@ def test_a_job_succeeds_stops_with_a_checkpoint_and_goes_on_from_it(cluster: Ray
         time.sleep(0.1)
     cluster.stop("first")
     assert cluster.end_of("first")["status"] == "STOPPED"
-    [stopped] = [event for event in events(runs / "stopped") if event["event"] == "run_stopped"]
+    ends = [event for event in events(runs / "stopped") if event["event"] == "run_stopped"]
+    assert len(ends) == 1, f"{events(runs / 'stopped')[-8:]}\n{cluster.job('first')}\n{cluster.output('first')}"
+    (stopped,) = ends
     assert f"stopped: step {stopped['step']} of 144 is saved" in cluster.output("first")
     assert json.loads((runs / "stopped" / "summary.json").read_text())["status"] == "stopped"
     assert stopped["step"] < 144
