@@ -13,7 +13,7 @@ from pathlib import Path
 from dataio.foreign import open_regular
 from dataio.manifest import MANIFEST_NAME
 from dataio.sources.cifar import CIFAR10, Cifar, download, torchvision_cifar10
-from dataio.sources.corrected import Applying, Corrected, Corrections, corrected, unique
+from dataio.sources.corrected import Applying, Corrected, Corrections, unique, with_corrections
 from dataio.sources.folder import ImageFolder, RefusedFolder
 from dataio.sources.hostile import CIFAR_MEMBERS, read_archive, read_batches, read_below
 from dataio.sources.huggingface import HuggingFace, find_parquet
@@ -98,7 +98,7 @@ def open_source(
     )
     source = _open_source(path, root, options)
     source = source if classes is None else Renamed(source, classes)
-    return corrected(source, corrections) if corrections else source
+    return with_corrections(source, corrections) if corrections else source
 
 
 def _open_source(path: str, root: Path, options: Options) -> Source:

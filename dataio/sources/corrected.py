@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
+from dataio.foreign import MAX_CORRECTIONS_BYTES
 from dataio.schema import LABEL, SPLITS, Target
 from dataio.sources.hostile import rows_of_text, text_bytes
 from dataio.sources.source import HasFiles, Sample, Source, SourceError, SourceFile, hashed
@@ -33,8 +34,6 @@ from dataio.sources.targets import is_finite_float32
 
 Action = Literal["keep", "relabel", "drop"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
-MAX_CORRECTIONS_BYTES = 64 << 20
-"""A million rows: more are no corrections by hand."""
 KEY, ACTION = "key", "action"
 _SHOWN_CLASSES = 20
 _KEEP = object()
@@ -187,7 +186,7 @@ class CorrectedFiles(Corrected):
         return self._files[split]
 
 
-def corrected(source: Source, path: str) -> Source:
+def with_corrections(source: Source, path: str) -> Source:
     """The source with the corrections of the file. SourceError that names the line of a row that cannot be applied."""
     corrections = read_corrections(path, source.targets, source.splits())
     return CorrectedFiles(source, corrections) if isinstance(source, HasFiles) else Corrected(source, corrections)
