@@ -83,7 +83,8 @@ class StopVote:
             if self._stop_at is not None:
                 self._margin = max(2 * self._margin, stride + 1)
             self._stop_at = begun + self._margin
-        self._confirmed = all(promise == self._stop_at for promise in self._promised.values())
+        # Every rank, and not only those whose promise is known: one that has promised nothing may be past the stop by now.
+        self._confirmed = all(self._promised.get(rank) == self._stop_at for rank in range(self._ranks))
 
 
 class Gate:

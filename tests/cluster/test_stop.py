@@ -38,17 +38,21 @@ class World:
                 rank.place = {False: "step", True: "stopped", None: "gate"}[passed]
             case "beat" if rank.answer is None:
                 rank.answer = self.vote.hear(which % self.size, rank.gate.steps_begun, rank.gate.stop_at)
+                self.vote.take_up(self.vote.agreement)  # as the coordinator's log does
             case "hear" if rank.answer is not None:
                 rank.gate.take(rank.answer)
                 rank.answer = None
             case "restart":  # a new coordinator that knows only that a stop was requested
                 self.vote = StopVote(self.size, requested=self.vote.requested)
+            case "succeed":  # one that has read the log
+                agreement, self.vote = self.vote.agreement, StopVote(self.size, requested=self.vote.requested)
+                self.vote.take_up(agreement)
             case _:
                 pass
 
 
 BEFORE = st.tuples(st.sampled_from(["step"] * 6 + ["beat", "hear"]), st.integers(0, 3))
-AFTER = st.tuples(st.sampled_from(["step"] * 5 + ["beat"] * 3 + ["hear"] * 3 + ["restart"]), st.integers(0, 3))
+AFTER = st.tuples(st.sampled_from(["step"] * 5 + ["beat"] * 3 + ["hear"] * 3 + ["restart", "succeed"]), st.integers(0, 3))
 
 
 @settings(max_examples=1000)
@@ -89,6 +93,18 @@ def test_a_new_coordinator_adopts_a_stop_that_some_ranks_have_already_taken() ->
     assert heir.hear(0, stop or 0, stop) == BeatReply(stop_at=None, confirmed=False, again_seconds=AGAIN_SECONDS)
     assert heir.hear(1, stop or 0, stop) == confirmed
     assert heir.hear(0, stop or 0, stop) == confirmed
+
+
+def test_a_rank_that_has_promised_nothing_is_not_taken_for_one_that_has() -> None:
+    vote = StopVote(2)
+    for rank in range(2):
+        vote.hear(rank, 9, None)
+    vote.request()
+    first = vote.hear(1, 9, None)
+    vote.take_up(vote.agreement)  # the log's
+    assert not vote.hear(1, 9, first.stop_at).confirmed  # rank 0 has not beaten since, and may be past that step
+    vote.take_up(vote.agreement)
+    assert vote.hear(0, 9, first.stop_at).confirmed
 
 
 @given(ranks=st.integers(1, 3), start=st.integers(0, 1000), calm=st.integers(0, 5000), pace=st.integers(0, 500))

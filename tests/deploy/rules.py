@@ -26,6 +26,8 @@ RAY_VERSION = next(line.partition("==")[2] for line in (PROJECT / "constraints.t
 VERSION = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
 IMAGE_TAG = rf"{re.escape(VERSION)}(-[0-9a-f]{{7,40}})?-ray{re.escape(RAY_VERSION)}-(cpu|gpu)(@sha256:[0-9a-f]{{64}})?"
 """The code's version and, in a build of one's own, its commit; a rebuild of other code has another tag."""
+ENDING_SECONDS = 20.0
+"""In which the agents of a stopped run end, and its summary and report are written."""
 PART_OF = {"app.kubernetes.io/part-of": "finetune"}
 NOBODY_ELSE = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 # What the operators' custom resources may hold here; their CRDs are not at hand.
@@ -220,7 +222,7 @@ def job_problems(job: Object) -> Iterator[str]:
         yield f"--storage {config.storage} goes with the pod"
     # Grace: the run's own, that of `ray job stop`, the hook's, the pod's: each at most the next.
     stop_wait = float(environment.get("env_vars", {}).get("RAY_JOB_STOP_WAIT_TIME_S", 3))
-    if config.cluster.stop_grace_seconds > stop_wait:
+    if config.cluster.stop_grace_seconds + ENDING_SECONDS > stop_wait:
         yield f"RAY_JOB_STOP_WAIT_TIME_S={stop_wait:g} kills the run before its cluster.stop_grace_seconds are over"
     for name, template in templates(job):
         if name == "submitter":

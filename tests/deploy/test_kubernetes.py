@@ -195,6 +195,10 @@ PLANTED: dict[str, tuple[Change, str]] = {
     "other CPUs": (lambda o: say(o, "--cluster.cpus-per-worker 4", "--cluster.cpus-per-worker 2"), "one worker"),
     "a setting that is none": (lambda o: say(o, "--cluster.discovery-port", "--discovery-port"), "does not take these arguments"),
     "stop wait too long for the hook": (lambda o: job(o).update(runtimeEnvYAML="env_vars: {RAY_JOB_STOP_WAIT_TIME_S: '100'}"), "stop wait"),
+    "stop wait that leaves no time for the end": (
+        lambda o: job(o).update(runtimeEnvYAML="env_vars: {RAY_JOB_STOP_WAIT_TIME_S: '60'}"),
+        "kills the run",
+    ),
     "Ray's own stop wait": (lambda o: job(o).update(runtimeEnvYAML="env_vars: {}"), "kills the run"),
     "grace shorter than the hook": (lambda o: pod(o).update(terminationGracePeriodSeconds=60), "terminationGracePeriodSeconds"),
     "no hook": (lambda o: pod(o)["containers"][0].pop("lifecycle"), "preStop"),

@@ -88,7 +88,7 @@ class RayCluster:
     def submit(self, job: str, *args: str) -> None:
         self.cli(
             *("job", "submit", "--address", self.address, "--no-wait", "--submission-id", job, "--working-dir", "."),
-            *("--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}'),
+            *("--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "80"}}'),
             *("--", "python", "-m", "trainer.run", *args),
         )
 

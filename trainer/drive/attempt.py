@@ -211,7 +211,7 @@ class Attempt:
             case Act.ASK_TO_STOP:
                 self._ask_to_stop("saving a checkpoint, then stopping (again to stop at once)")
             case Act.END_GRACE:
-                self._screen.message(f"no checkpoint within cluster.stop_grace_seconds={look.stop_grace_seconds:g}; stopping")
+                self._screen.message(f"the ranks have not ended within cluster.stop_grace_seconds={look.stop_grace_seconds:g}; ending them")
                 return self._end()
             case Act.ASK_TO_PAUSE:
                 assert look.pause is not None
