@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dataio.codecs.codec import Checker, Codec, Refusal, Row
 from dataio.codecs.image import augment
 from dataio.codecs.image.backends import NAMES
-from dataio.codecs.image.decode import DECODER_VERSIONS, Decoder
+from dataio.codecs.image.decode import DECODER_VERSIONS, SMALL_SIDE, Decoder
 from dataio.codecs.make import make_checker, make_codec
 from dataio.config import DataConfig
 
@@ -68,6 +68,14 @@ def test_a_batch_is_drawn_by_seed_epoch_and_id_and_without_an_epoch_is_what_is_s
 def test_a_codec_says_its_row_and_the_version_of_its_decoder() -> None:
     codec = codec_of()
     assert (codec.row, codec.row.nbytes, codec.version) == (ROW, HEIGHT * WIDTH * 3, DECODER_VERSIONS["cpu"])
+
+
+@pytest.mark.parametrize(("side", "decoder"), [(SMALL_SIDE, "cpu"), (SMALL_SIDE + 1, "cuda")])
+def test_a_codec_on_a_gpu_has_the_decoder_that_its_images_are_to_have(side: int, decoder: str) -> None:
+    row = Row(shape=(side, side, 3), dtype=np.uint8)
+    codec = make_codec(row, DataConfig(), device=torch.device("cuda", 0), cache="host", threads=1, batch_size=8, table_bytes=0)
+    assert codec.version == DECODER_VERSIONS[decoder]
+    assert codec._decoder._native._device_id == (None if decoder == "cpu" else 0)  # type: ignore[attr-defined]
 
 
 def test_a_checker_gives_sizes_and_refusals() -> None:

@@ -14,7 +14,7 @@ from dataio.codecs.codec import Bad, Encoded, Ids, Row, Store
 from dataio.codecs.device import exact_device, gather
 from dataio.codecs.image import augment
 from dataio.codecs.image.backends import Backend, choose_backend, make_backend
-from dataio.codecs.image.decode import DECODER_VERSIONS, Decoder
+from dataio.codecs.image.decode import DECODER_VERSIONS, Decoder, decoder_device
 from dataio.config import DataConfig
 
 
@@ -34,7 +34,8 @@ class ImageCodec:
         table_bytes: int = 0,
     ) -> None:
         self.row = Row(shape=(height, width, 3), dtype=np.uint8)
-        self.version = DECODER_VERSIONS[device.type]
+        decoder = decoder_device(height, width, fit=config.fit, device=device.type)
+        self.version = DECODER_VERSIONS[decoder]
         self.name = choose_backend(config.backend, device, cache)
         self._device = exact_device(device)
         self._config, self._threads, self._batch_size, self._table_bytes = config, threads, batch_size, table_bytes
@@ -44,7 +45,7 @@ class ImageCodec:
             fit=config.fit,
             background=config.behind,
             threads=threads,
-            device_id=self._device.index if self._device.type == "cuda" else None,
+            device_id=self._device.index if decoder == "cuda" else None,
             max_pixels=config.max_image_pixels,
         )
         self._backend: Backend | None = None

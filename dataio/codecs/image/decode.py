@@ -5,7 +5,8 @@ batch are sniffed, and those that pass are decoded together. Only if DALI fails 
 DALI's error rarely names them. The pipeline survives a failed batch. The caller chooses the samples and handles bad ones.
 
 On a CPU, DALI decodes and torch resizes: torch's kernel for uint8 takes 140 us, DALI's 800 (photographs of 256 to 500 pixels a side to
-224). On a GPU, DALI does both. Pixels differ between the two devices, because their JPEG decoders differ.
+224). On a GPU, DALI does both. Pixels differ between the two devices, because their JPEG decoders differ; `decoder_device` says which of
+them decodes a run's images.
 """
 
 import io
@@ -21,9 +22,12 @@ from dataio.codecs.image.sniff import Header, simple_webp, sniff
 from dataio.config import Colour, Fit
 from dataio.raw_lines import kept_off
 
-DECODER_VERSIONS = {"cpu": 2, "cuda": 1}
+DECODER_VERSIONS = {"cpu": 2, "cuda": 3}
 """Device type -> version of resized images. Raised when their pixels change, because the weights of runs then change too. Images of the
-right size are never resampled and are the same in all versions."""
+right size are never resampled and are the same in all versions. No two decoders bear the same number, so that it names one of them."""
+SMALL_SIDE = 64
+"""Images of up to this many pixels a side are decoded by the CPU on a GPU's machine too: of 95 us for a JPEG of 64 px, about 60 are calls,
+which decoding on a GPU does not save, and this way a run has the same pixels on both."""
 COLOURS: dict[Colour, tuple[int, int, int]] = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
 """Of `data.background`."""
 FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
@@ -33,6 +37,13 @@ FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
 _PROBE_BYTES = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c636064620600000e0007d76fe4780000000049454e44ae426082"
 )
+
+
+def decoder_device(height: int, width: int, *, fit: Fit, device: str) -> str:
+    """Type of device (cpu, cuda) that decodes to height x width for ranks that compute on `device`. The CPU also decodes for a GPU where
+    all images are small, which is known where other sizes are refused."""
+    is_small = fit == "refuse" and max(height, width) <= SMALL_SIDE
+    return "cpu" if is_small else device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,7 +304,12 @@ def _build(batch_size: int, threads: int, device_id: int | None, size: tuple[int
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
     def pipeline() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        image = fn.decoders.image(encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB)
+        if device_id is None:
+            image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        else:
+            # Otherwise DALI gives some JPEGs of a batch to the GPU's JPEG engine and the rest to a CUDA decoder with other pixels: an image
+            # would depend on its batch (https://github.com/NVIDIA/DALI/issues/6366, /2232).
+            image = fn.decoders.image(encoded, device="mixed", output_type=types.RGB, hw_decoder_load=0.0)
         if size is None:
             return image
         mode = "stretch" if fit == "stretch" else "not_smaller"
