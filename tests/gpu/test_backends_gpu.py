@@ -1,5 +1,6 @@
 """On a GPU: the three backends make the reference's batches, and a loader gives the bits that it gives on a CPU, wherever images stay."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,39 @@ def test_making_a_batch_does_not_synchronise_the_device(images: np.ndarray, name
         made.batch(held, rows, drawn)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_is_captured_while_dali_makes_and_frees_batches(images: np.ndarray) -> None:
+    """A free that synchronised the device, in any thread, would break the capture."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    made = make_backend("dali", height=HEIGHT, width=WIDTH, pad=2, batch_size=32, device=device)
+    held, rows = torch.from_numpy(images).to(device), np.arange(32)
+    drawn = draw(seed=5, epoch=0, ids=rows, pad=2, flip=True)
+    wanted = reference(images[rows], drawn, 2)
+    made.batch(held, rows, drawn)  # builds the pipeline
+    side, stop, wrong = torch.cuda.Stream(), threading.Event(), []
+
+    def work() -> None:
+        with torch.cuda.stream(side):
+            while not stop.is_set():
+                if not np.array_equal(made.batch(held, rows, drawn).cpu().numpy(), wanted):
+                    wrong.append("another batch")
+
+    numbers = torch.ones(1 << 20, device=device)
+    result = torch.empty_like(numbers)
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(20):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result.copy_(numbers * 2)
+            graph.replay()
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+    assert bool((result == 2).all())
 
 
 def no_bad_sample(bad: BadSample) -> None:
