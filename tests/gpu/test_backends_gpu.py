@@ -10,7 +10,7 @@ import torch
 from dataio.codecs.codec import Store
 from dataio.codecs.device import gather
 from dataio.codecs.image.augment import draw, reference
-from dataio.codecs.image.backends import make_backend
+from dataio.codecs.image.backends import _Torch, make_backend
 from dataio.config import DataConfig
 from dataio.loader import Loader
 from dataio.order import Order
@@ -49,6 +49,25 @@ def test_a_batch_on_the_gpu_equals_the_integer_reference(images: np.ndarray, nam
         assert batch.dtype == torch.uint8
         assert batch.is_contiguous()
         assert np.array_equal(batch.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize(("height", "width", "pad"), [(32, 32, 4), (1, 1, 1), (5, 7, 9), (224, 224, 0), (97, 131, 8)])
+def test_the_kernel_and_torchs_operations_make_the_same_bytes(height: int, width: int, pad: int) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    kernel, operations = (make_backend("torch", height=height, width=width, pad=pad, batch_size=64, device=device) for _ in range(2))
+    assert isinstance(kernel, _Torch)
+    assert isinstance(operations, _Torch)
+    assert kernel._kernel is not None  # Triton could compile it
+    operations._kernel = None
+    held = torch.randint(0, 256, (STORED, height, width, 3), dtype=torch.uint8, device=device)
+    for epoch, n in enumerate([64, 1, 0, 7, 300]):
+        rows = np.random.default_rng(epoch).integers(0, STORED, n)
+        drawn = draw(seed=5, epoch=epoch, ids=rows * 3, pad=pad, flip=True)
+        made = kernel.batch(held, rows, drawn)
+        assert made.is_contiguous()
+        assert torch.equal(made, operations.batch(held, rows, drawn))
+        if height <= 32:
+            assert np.array_equal(made.cpu().numpy(), reference(held.cpu().numpy()[rows], drawn, pad))
 
 
 @pytest.mark.parametrize("name", ["torch", "dali", "numpy"])

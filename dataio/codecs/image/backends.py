@@ -4,6 +4,9 @@ Called by the image codec, from the one thread that prepares batches: a backend 
 `augment.py` draws the crop and the flip; the trainer normalises on the device, the same way for all three.
 """
 
+import importlib.util
+import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +22,7 @@ NAMES = ("dali", "torch", "numpy")
 LARGE_PIXELS = 96 * 96  # CPU us an image, batched and one by one: 2 and 5 at 48 px, 4 and 6 at 64, 8 and 7 at 96, 65 and 17 at 224
 _SERIAL = 32767
 """Elements that torch processes in the calling thread, whatever its number of threads."""
+_log = logging.getLogger(__name__)
 _PIXEL = np.dtype("V3")  # moves three channels as one element: mirroring costs 1 us an image instead of 3
 
 
@@ -158,12 +162,14 @@ def _mirrored(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 class _Torch:
-    """Computes the source of each pixel and gathers once, on the device; pixels from outside the image become zero."""
+    """Computes the source of each pixel and gathers once, on the device; pixels from outside the image become zero. On a GPU one kernel
+    does all of it, where Triton can compile it (kernel.py); otherwise torch's operations do it in 22 launches."""
 
     name = "torch"
 
     def __init__(self, height: int, width: int, pad: int, device: torch.device) -> None:
         self._pad, self._device = pad, device
+        self._kernel = _kernel(height, width, pad, device)
         self._y = torch.arange(height, device=device)
         self._x = torch.arange(width, device=device)
 
@@ -175,6 +181,9 @@ class _Torch:
             source, picked = torch.from_numpy(images), rows
         else:
             source, picked = gather(images, rows, self._device), np.arange(n)
+        if self._kernel is not None:
+            wanted = np.stack([picked, drawn.dy, drawn.dx, drawn.flip], axis=1).astype(np.int64, copy=False)  # (n, 4)
+            return self._kernel(source.contiguous(), upload(wanted, self._device), self._pad)
         where = upload(np.stack([picked, drawn.dy, drawn.dx, drawn.flip]).astype(np.int64, copy=False), self._device)  # (4, n): one copy
         row, dy, dx, flip = where.unsqueeze(-1).unbind(0)  # (n, 1) each
         y = self._y + dy - self._pad  # (n, H)
@@ -184,6 +193,29 @@ class _Torch:
         pixel = line.unsqueeze(2) * width + x.clamp(0, width - 1).unsqueeze(1)  # (n, H, W) of N * H * W
         taken = source.reshape(-1, 3).index_select(0, pixel.reshape(-1)).view(n, height, width, 3)
         return taken.mul_(inside.unsqueeze(3))
+
+
+_Kernel = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""kernel.crop_and_flip."""
+
+
+def _kernel(height: int, width: int, pad: int, device: torch.device) -> _Kernel | None:
+    """The kernel for images of this size, compiled; None on a CPU, without Triton, and, with a warning, where Triton cannot compile it."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from dataio.codecs.image.kernel import crop_and_flip
+
+        image, where = torch.zeros((1, height, width, 3), dtype=torch.uint8, device=device), torch.zeros((1, 4), dtype=torch.int64)
+        crop_and_flip(image, where.to(device), pad)
+    except Exception as error:  # of the C compiler that Triton calls, of its cache's folder, of Triton itself: another way is there
+        _log.warning(
+            "Triton cannot compile the kernel that crops and flips, so torch's operations do it, with the same bytes and more launches. It "
+            "needs a C compiler, Python's headers and a folder it can write (TRITON_CACHE_DIR). It says: %s",
+            str(error)[:300] or type(error).__name__,
+        )
+        return None
+    return crop_and_flip
 
 
 class _Dali:
