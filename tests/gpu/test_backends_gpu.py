@@ -12,7 +12,7 @@ from dataio.codecs.device import gather
 from dataio.codecs.image.augment import draw, reference
 from dataio.codecs.image.backends import _Torch, make_backend
 from dataio.config import DataConfig
-from dataio.loader import Loader
+from dataio.loader import Loader, steps_a_block
 from dataio.order import Order
 from dataio.parquet import open_dataset
 from dataio.quarantine import BadSample
@@ -154,6 +154,9 @@ def test_a_loader_on_the_gpu_gives_the_bits_it_gives_on_a_cpu(cache: str, backen
 
     gpu, cpu = loader("cuda", cache, backend), loader("cpu", "host", "numpy")
     assert gpu.cache == cache
+    step_bytes = 128 * gpu.row.nbytes
+    assert gpu._steps_a_block == steps_a_block(cache, step_bytes)
+    assert cache != "device" or gpu._steps_a_block > cpu._steps_a_block
     steps = order.steps_per_epoch + 3
     for on_gpu, on_cpu in zip(gpu.train(0, steps), cpu.train(0, steps), strict=True):
         for one, other in zip(on_gpu, on_cpu, strict=True):
