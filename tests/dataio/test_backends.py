@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataio.codecs.device import gather
+from dataio.codecs.device import copied_from_dali, gather
 from dataio.codecs.image.augment import Draw, centre, draw, reference
-from dataio.codecs.image.backends import NAMES, Backend, _copied, _Dali, choose_backend, make_backend
+from dataio.codecs.image.backends import NAMES, Backend, _Dali, choose_backend, make_backend
 
 CPU = torch.device("cpu")
 GEOMETRIES = [(6, 6, 0), (6, 6, 2), (5, 9, 3), (9, 4, 1), (3, 2, 7), (1, 1, 1)]  # height, width, pad; also more padding than image
@@ -156,7 +156,7 @@ def test_a_copy_of_dalis_batch_is_torchs_own_and_is_made_on_the_given_stream(mon
     monkeypatch.setattr(plugin, "feed_ndarray", on_the_host)
     images = store((5, 9, 3), 3)
     made, stream = dali_batch(images), object()
-    copied = _copied(made, CPU, stream)  # type: ignore[arg-type]
+    copied = copied_from_dali(made, CPU, stream)  # type: ignore[arg-type]
     assert streams == [stream]
     assert np.array_equal(copied.numpy(), images)
     copied.fill_(7)
@@ -179,7 +179,7 @@ def test_dali_on_a_gpu_hands_out_copies_and_nothing_by_dlpack(monkeypatch: pytes
 
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: side)
     monkeypatch.setattr("torch.utils.dlpack.from_dlpack", no_dlpack)
-    monkeypatch.setattr("dataio.codecs.image.backends._copied", copied)
+    monkeypatch.setattr("dataio.codecs.image.backends.copied_from_dali", copied)
     device = torch.device("cuda", 0)
     made = _Dali(4, 4, 1, 8, device, 1)
     made._pipeline = SimpleNamespace(feed_input=lambda name, *_, **to: fed.append((name, to.get("cuda_stream"))), run=run)
@@ -232,6 +232,13 @@ def test_gather_takes_rows_in_the_order_asked_for_and_copies() -> None:
 )
 def test_auto_takes_numpy_on_the_host_and_torch_on_the_device(name: str, device: str, cache_place: str, chosen: str) -> None:
     assert choose_backend(name, torch.device(device), cache_place) == chosen
+
+
+def test_auto_takes_torch_where_a_gpu_decodes_each_steps_images() -> None:
+    assert choose_backend("auto", torch.device("cuda"), "none", decoder="cuda") == "torch"
+    assert choose_backend("auto", torch.device("cuda"), "host", decoder="cuda") == "numpy"  # decoded once, kept on the host
+    assert choose_backend("auto", torch.device("cuda"), "none", decoder="cpu") == "numpy"
+    assert choose_backend("numpy", torch.device("cuda"), "none", decoder="cuda") == "numpy"
 
 
 def test_impossible_backends_are_errors_that_name_the_fix() -> None:

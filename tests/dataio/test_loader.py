@@ -18,6 +18,7 @@ from PIL import Image
 from dataio.ahead import STEPS_AHEAD, run_ahead
 from dataio.batch import Batch
 from dataio.codecs.image import augment
+from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
 from dataio.loader import BLOCK_BYTES, GPU_BLOCK_BYTES, Loader, choose_cache, steps_a_block
 from dataio.manifest import Manifest, SplitInfo, image_size_of
@@ -194,6 +195,18 @@ def test_an_epoch_shows_each_sample_once_and_its_last_step_may_be_empty_for_some
         seen.update(sample for batch in step for sample in batch.ids.tolist())
     assert sizes == [[22, 22, 22, 22], [1, 1, 0, 0]]
     assert seen == Counter(range(90))
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_steps_decoded_into_a_tensor_as_on_a_gpu_are_those_decoded_into_an_array(
+    damaged: Dataset, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    found: list[list[BadSample]] = [[], []]
+    expected = contents(make(damaged, cache="none", backend=backend, window=32, on_bad=found[0].append).train(0, 9))
+    monkeypatch.setattr(ImageCodec, "room", lambda codec, n: torch.full((n, *codec.row.shape), 7, dtype=torch.uint8))
+    assert contents(make(damaged, cache="none", backend=backend, window=32, on_bad=found[1].append).train(0, 9)) == expected
+    assert found[0] == found[1]
+    assert len(found[0]) == len(BAD)
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 import torch.utils.dlpack
 
 from dataio.codecs.codec import Ids, Store
-from dataio.codecs.device import exact_device, gather, upload
+from dataio.codecs.device import copied_from_dali, exact_device, gather, upload
 from dataio.codecs.image.augment import Draw
 
 NAMES = ("dali", "torch", "numpy")
@@ -36,15 +36,16 @@ class Backend(Protocol):
         ...
 
 
-def choose_backend(name: str, device: torch.device, cache: str) -> str:
-    """Resolves `data.backend` for a device and a resolved cache (device, host, none).
+def choose_backend(name: str, device: torch.device, cache: str, *, decoder: str = "cpu") -> str:
+    """Resolves `data.backend` for a device, a resolved cache (device, host, none) and the type of device that decodes.
 
-    auto: torch where the images are already on the device (no host cost per sample), else numpy: 3 us an image on a CPU core against
-    7 for torch and 12 for DALI (batches of 100, 28x28 pixels; "backend alone" in `benchmarks/loader.py`).
+    auto: torch where the images are already on the device (no host cost per sample): those that stay there, and those that a GPU decodes
+    for each step. Else numpy: 3 us an image on a CPU core against 7 for torch and 12 for DALI (batches of 100, 28x28 pixels; "backend
+    alone" in `benchmarks/loader.py`).
     """
     on_device = cache == "device" and device.type != "cpu"
     if name == "auto":
-        return "torch" if on_device else "numpy"
+        return "torch" if on_device or (cache == "none" and decoder == "cuda") else "numpy"
     if name == "numpy" and on_device:
         raise ValueError("data.backend=numpy works on the host, data.cache=device is not there; use data.cache=host or data.backend=torch")
     if name not in NAMES:
@@ -273,7 +274,7 @@ class _Dali:
             self._pipeline.feed_input(name, each)
         (out,) = self._pipeline.run(stream)
         made = out.as_tensor()  # (n, H, W, 3)
-        return torch.utils.dlpack.from_dlpack(made) if stream is None else _copied(made, self._device, stream)
+        return torch.utils.dlpack.from_dlpack(made) if stream is None else copied_from_dali(made, self._device, stream)
 
     def _build(self) -> Any:
         from nvidia.dali import Pipeline, fn, types
@@ -308,17 +309,3 @@ class _Dali:
             pipeline.set_outputs(done)
         pipeline.build()
         return pipeline
-
-
-def _copied(made: Any, device: torch.device, stream: torch.cuda.Stream | None) -> torch.Tensor:
-    """A batch of DALI's, (n, H, W, 3) uint8, in memory of torch's own on `device`; copied on `stream`, and the host does not wait.
-
-    Were it handed over by DLPack, DALI would free it once torch is done with it, in a thread that calls cudaDeviceSynchronize. That
-    breaks any capture of a CUDA graph that is under way on this GPU. A buffer that stays DALI's is reused in the order of its stream, which
-    waits for the copy.
-    """
-    from nvidia.dali.plugin.pytorch import feed_ndarray  # here, like all of DALI
-
-    out = torch.empty(tuple(made.shape()), dtype=torch.uint8, device=device)
-    feed_ndarray(made, out, cuda_stream=stream)  # given a stream, it does not wait for the copy
-    return out

@@ -13,7 +13,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from dataio.codecs.image.sniff import Header, simple_webp, sniff
 from dataio.config import Colour, Fit
 from dataio.raw_lines import kept_off
 
+T = TypeVar("T")
+Put = Callable[[list[int], Any], None]
+"""Gets the indices of n images and the images, one tensor of DALI's, (n, H, W, 3) uint8 on the decoder's device. It is invalid after the
+call."""
 DECODER_VERSIONS = {"cpu": 2, "cuda": 3}
 """Device type -> version of resized images. Raised when their pixels change, because the weights of runs then change too. Images of the
 right size are never resampled and are the same in all versions. No two decoders bear the same number, so that it names one of them."""
@@ -96,27 +100,8 @@ class Decoder:
         shape = (len(encoded), self.height, self.width, 3)
         images = np.zeros(shape, np.uint8) if out is None else out[: len(encoded)]  # (n, H, W, 3)
         assert images.shape == shape, (images.shape, shape)
-        bad: dict[int, str] = {}
-        transparent: set[int] = set()
-        native: list[_Encoded] = []  # decoded at their own size
-        resized: list[_Encoded] = []  # resized by the pipeline
-        for index, data in enumerate(encoded):
-            header = sniff(data, max_pixels=self._max_pixels)
-            if isinstance(header, Refusal):
-                bad[index] = header.reason
-                continue
-            is_exact = (header.height, header.width) == (self.height, self.width)
-            if not is_exact and self._fit == "refuse":
-                bad[index] = f"wrong size: {header.height}x{header.width} instead of {self.height}x{self.width}"
-                continue
-            if header.has_alpha:
-                transparent.add(index)
-            prepared = _prepared(data, header, self._background)
-            if isinstance(prepared, Refusal):
-                bad[index] = prepared.reason
-                continue
-            given = _Encoded(index=index, data=prepared, height=header.height, width=header.width)
-            (native if is_exact or self._resized is None else resized).append(given)
+        sorted_out = self._sorted_out(encoded)
+        bad = sorted_out.bad
 
         def place(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
             other = []
@@ -133,12 +118,60 @@ class Decoder:
             for each, image in zip(batch, decoded, strict=True):
                 images[each.index] = image
 
-        self._native.decode(native, place, bad)
+        self._native.decode(sorted_out.native, place, bad)
         if self._resized is not None:
-            self._resized.decode(resized, place_resized, bad)
+            self._resized.decode(sorted_out.resized, place_resized, bad)
         if out is not None:
             images[list(bad)] = 0
-        return Decoded(images=images, bad=tuple(sorted(bad.items())), transparent=len(transparent - bad.keys()))
+        return Decoded(images=images, bad=tuple(sorted(bad.items())), transparent=len(sorted_out.transparent - bad.keys()))
+
+    def decode_there(self, encoded: Sequence[np.ndarray | bytes], put: Put, stream: Any = None) -> tuple[tuple[int, str], ...]:
+        """The same for images that stay where they are decoded, on the device: `put` gets them batch by batch, and not the bad ones. They
+        are made on the CUDA stream `stream`, and the host does not wait for it. Returns (index, reason) of each bad one, ordered by
+        index."""
+        assert self._fit == "refuse" or self._resized is not None, "on a CPU, torch resizes what DALI decodes"
+        sorted_out = self._sorted_out(encoded)
+        bad = sorted_out.bad
+        for pipeline, group in ((self._native, sorted_out.native), (self._resized, sorted_out.resized)):
+            if pipeline is not None:
+                self._decode_there(pipeline, group, put, stream, bad)
+        return tuple(sorted(bad.items()))
+
+    def _decode_there(self, pipeline: "_Pipeline", group: Sequence["_Encoded"], put: Put, stream: Any, bad: dict[int, str]) -> None:
+        def use(batch: Sequence[_Encoded], made: Any) -> None:
+            shapes = [tuple(shape) for shape in made.shape()]
+            others = [number for number, shape in enumerate(shapes) if shape != (self.height, self.width, 3)]
+            if not others:
+                put([each.index for each in batch], made.as_tensor())
+            elif len(batch) == 1:
+                bad[batch[0].index] = f"undecodable: decodes to {shapes[0]}, its header says {batch[0].height}x{batch[0].width}"
+            else:  # one of them is not what its header says, which is rare
+                for each in batch:
+                    self._decode_there(pipeline, [each], put, stream, bad)
+
+        pipeline.decode_there(group, use, bad, stream)
+
+    def _sorted_out(self, encoded: Sequence[np.ndarray | bytes]) -> "_SortedOut":
+        """Which images can be decoded by which pipeline, by their headers."""
+        found = _SortedOut()
+        for index, data in enumerate(encoded):
+            header = sniff(data, max_pixels=self._max_pixels)
+            if isinstance(header, Refusal):
+                found.bad[index] = header.reason
+                continue
+            is_exact = (header.height, header.width) == (self.height, self.width)
+            if not is_exact and self._fit == "refuse":
+                found.bad[index] = f"wrong size: {header.height}x{header.width} instead of {self.height}x{self.width}"
+                continue
+            if header.has_alpha:
+                found.transparent.add(index)
+            prepared = _prepared(data, header, self._background)
+            if isinstance(prepared, Refusal):
+                found.bad[index] = prepared.reason
+                continue
+            given = _Encoded(index=index, data=prepared, height=header.height, width=header.width)
+            (found.native if is_exact or self._resized is None else found.resized).append(given)
+        return found
 
     def _wanted(self, image: np.ndarray) -> np.ndarray:
         """(h, w, 3): the part of an image of another size that is to be resized."""
@@ -245,9 +278,25 @@ class _Encoded:
     """From the header."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SortedOut:
+    """Images by what is to be done with them."""
+
+    native: list[_Encoded] = field(default_factory=list)
+    """Decoded at their own size."""
+    resized: list[_Encoded] = field(default_factory=list)
+    """Resized by the pipeline."""
+    bad: dict[int, str] = field(default_factory=dict)
+    """Index -> reason; more are added while decoding."""
+    transparent: set[int] = field(default_factory=set)
+    """Indices of images with an alpha channel."""
+
+
 _PROBE = _Encoded(index=-1, data=np.frombuffer(_PROBE_BYTES, np.uint8), height=1, width=1)
 _Use = Callable[[Sequence[_Encoded], Sequence[np.ndarray]], None]
 """Gets the images that were decoded together, each (h, w, 3) uint8; they belong to DALI and are invalid after the call."""
+_UseThere = Callable[[Sequence[_Encoded], Any], None]
+"""The same, the images being one of DALI's lists of tensors."""
 
 
 class _Pipeline:
@@ -264,7 +313,16 @@ class _Pipeline:
     def decode(self, encoded: Sequence[_Encoded], use: _Use, bad: dict[int, str]) -> None:
         """Passes the decoded images to `use`, batch by batch; records the others in `bad`."""
         for begin in range(0, len(encoded), self._batch_size):
-            self._decode(encoded[begin : begin + self._batch_size], use, bad)
+            self._decode(encoded[begin : begin + self._batch_size], self._run, use, bad)
+
+    def decode_there(self, encoded: Sequence[_Encoded], use: _UseThere, bad: dict[int, str], stream: Any) -> None:
+        """The same for images that stay on the device; they are made on the CUDA stream `stream`."""
+
+        def run(batch: Sequence[_Encoded]) -> Any:
+            return self._output(batch, stream)
+
+        for begin in range(0, len(encoded), self._batch_size):
+            self._decode(encoded[begin : begin + self._batch_size], run, use, bad)
 
     def warm_up(self) -> None:
         self._run([_PROBE])
@@ -272,25 +330,35 @@ class _Pipeline:
     def close(self) -> None:
         self._pipeline = None
 
-    def _decode(self, batch: Sequence[_Encoded], use: _Use, bad: dict[int, str]) -> None:
+    def _decode(
+        self,
+        batch: Sequence[_Encoded],
+        run: Callable[[Sequence[_Encoded]], T],
+        use: Callable[[Sequence[_Encoded], T], None],
+        bad: dict[int, str],
+    ) -> None:
         try:
-            images = self._run(batch)
+            images = run(batch)
         except RuntimeError as error:
             if len(batch) > 1:
                 half = len(batch) // 2
-                self._decode(batch[:half], use, bad)
-                self._decode(batch[half:], use, bad)
+                self._decode(batch[:half], run, use, bad)
+                self._decode(batch[half:], run, use, bad)
                 return
             self._run([_PROBE])  # raises, and so ends the work, if the pipeline itself is broken
             bad[batch[0].index] = f"undecodable: {_cause(error)}"
             return
         use(batch, images)
 
-    def _run(self, batch: Sequence[_Encoded]) -> list[np.ndarray]:
+    def _output(self, batch: Sequence[_Encoded], stream: Any = None) -> Any:
         if self._pipeline is None:
             self._pipeline = _build(self._batch_size, self._threads, self._device_id, self._size, self._fit)
         with kept_off():
-            (output,) = self._pipeline.run(encoded=[each.data for each in batch])
+            (output,) = self._pipeline.run(stream, encoded=[each.data for each in batch])
+        return output
+
+    def _run(self, batch: Sequence[_Encoded]) -> list[np.ndarray]:
+        output = self._output(batch)
         if self._device_id is not None:
             output = output.as_cpu()
         # output[index] is a view; at() copies, which takes 20 us a photograph.
