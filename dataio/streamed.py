@@ -5,12 +5,11 @@ Called by the loader where `data.cache` is none. stream.py decides what to read 
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from dataio.codecs.codec import Codec, Ids
+from dataio.codecs.codec import Codec, Ids, Store
 from dataio.fetch import Fetched
 from dataio.parquet import Split
 from dataio.quarantine import BadSample
@@ -26,12 +25,13 @@ class Streamed:
         self.shelf = Shelf(split, memory_bytes)
         self.codec, self.report = codec, report
         self.decode_seconds = 0.0
-        self._decoded = np.empty((0, *codec.row.shape), codec.row.dtype)
+        self._decoded: Store = np.empty((0, *codec.row.shape), codec.row.dtype)
 
-    def room(self, n: int) -> npt.NDArray[Any]:
-        """(n, *row), the same buffer each time: the batch has gathered its samples before it is reused."""
+    def room(self, n: int) -> Store:
+        """(n, *row), the same buffer each time: the batch has gathered its samples before it is reused. On a GPU that is the order of the
+        stream, which is the one that this is called on: not that of the constructor."""
         if n > len(self._decoded):
-            self._decoded = np.empty((n, *self._decoded.shape[1:]), self._decoded.dtype)
+            self._decoded = self.codec.room(n)
         return self._decoded[:n]
 
     @property

@@ -77,8 +77,13 @@ class Codec(Protocol):
     name: str
     """Name of the backend that makes the batches, for display: numpy, torch, dali."""
 
-    def decode(self, encoded: Sequence[Encoded], out: npt.NDArray[Any]) -> Bad:
-        """Decodes n samples into `out`, (n, *row), with zeros for bad ones. An exception means that the codec is broken, not a sample."""
+    def room(self, n: int) -> Store:
+        """An uninitialised store of n samples, (n, *row), where the next step wants them: on the host, or on the device if it decodes."""
+        ...
+
+    def decode(self, encoded: Sequence[Encoded], out: Store) -> Bad:
+        """Decodes n samples into `out`, (n, *row): an array, or what `room` gave. Bad ones become zeros. An exception means that the codec
+        is broken, not a sample."""
         ...
 
     def batch(self, store: Store, rows: Ids, ids: Ids, *, seed: int, epoch: int | None) -> "torch.Tensor":

@@ -1,4 +1,5 @@
-"""Copies host arrays to the device without waiting. Called by codecs and by the loader, for samples and targets alike."""
+"""Copies host arrays, and what DALI made, to tensors on the device without waiting. Called by codecs and by the loader, for samples and
+targets alike."""
 
 from typing import Any
 
@@ -32,3 +33,17 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """Copies an array to the device; the host does not wait (torch frees a pinned buffer only after its copy is done)."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def copied_from_dali(made: Any, device: torch.device, stream: torch.cuda.Stream | None) -> torch.Tensor:
+    """A batch of DALI's, (n, H, W, 3) uint8, in memory of torch's own on `device`; copied on `stream`, and the host does not wait.
+
+    Were it handed over by DLPack, DALI would free it once torch is done with it, in a thread that calls cudaDeviceSynchronize. That
+    breaks any capture of a CUDA graph that is under way on this GPU. A buffer that stays DALI's is reused in the order of its stream, which
+    waits for the copy.
+    """
+    from nvidia.dali.plugin.pytorch import feed_ndarray  # here, like all of DALI
+
+    out = torch.empty(tuple(made.shape()), dtype=torch.uint8, device=device)
+    feed_ndarray(made, out, cuda_stream=stream)  # given a stream, it does not wait for the copy
+    return out

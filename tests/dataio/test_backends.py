@@ -1,6 +1,8 @@
 """dali, torch and numpy make the same uint8 batch, and it is the integer reference's."""
 
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataio.codecs.device import gather
+from dataio.codecs.device import copied_from_dali, gather
 from dataio.codecs.image.augment import Draw, centre, draw, reference
-from dataio.codecs.image.backends import NAMES, Backend, choose_backend, make_backend
+from dataio.codecs.image.backends import NAMES, Backend, _Dali, choose_backend, make_backend
 
 CPU = torch.device("cpu")
 GEOMETRIES = [(6, 6, 0), (6, 6, 2), (5, 9, 3), (9, 4, 1), (3, 2, 7), (1, 1, 1)]  # height, width, pad; also more padding than image
@@ -131,6 +133,61 @@ def test_kept_batches_are_not_overwritten_by_later_ones(name: str) -> None:
         assert np.array_equal(batch.numpy(), expected)
 
 
+def dali_batch(images: np.ndarray) -> Any:
+    """(n, H, W, 3) as DALI has it."""
+    from nvidia.dali import Pipeline, fn
+
+    pipeline = Pipeline(batch_size=len(images), num_threads=1, device_id=None)
+    with pipeline:
+        pipeline.set_outputs(fn.copy(fn.external_source(name="images", layout="HWC")))
+    pipeline.feed_input("images", images)
+    return pipeline.run()[0].as_tensor()
+
+
+def test_a_copy_of_dalis_batch_is_torchs_own_and_is_made_on_the_given_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvidia.dali.plugin import pytorch as plugin
+
+    copy, streams = plugin.feed_ndarray, []
+
+    def on_the_host(made: Any, out: torch.Tensor, *, cuda_stream: object) -> torch.Tensor:
+        streams.append(cuda_stream)
+        return copy(made, out)
+
+    monkeypatch.setattr(plugin, "feed_ndarray", on_the_host)
+    images = store((5, 9, 3), 3)
+    made, stream = dali_batch(images), object()
+    copied = copied_from_dali(made, CPU, stream)  # type: ignore[arg-type]
+    assert streams == [stream]
+    assert np.array_equal(copied.numpy(), images)
+    copied.fill_(7)
+    assert np.array_equal(np.asarray(made), images)
+
+
+def test_dali_on_a_gpu_hands_out_copies_and_nothing_by_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    side, fed, copies = object(), [], []
+
+    def run(stream: object) -> tuple[Any]:
+        fed.append(("run", stream))
+        return (SimpleNamespace(as_tensor=lambda: "a batch"),)
+
+    def no_dlpack(_: object) -> torch.Tensor:
+        raise AssertionError("DALI frees what it gave by DLPack with a synchronisation of the device")
+
+    def copied(made: object, device: torch.device, stream: object) -> torch.Tensor:
+        copies.append((made, device, stream))
+        return torch.zeros(1)
+
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: side)
+    monkeypatch.setattr("torch.utils.dlpack.from_dlpack", no_dlpack)
+    monkeypatch.setattr("dataio.codecs.image.backends.copied_from_dali", copied)
+    device = torch.device("cuda", 0)
+    made = _Dali(4, 4, 1, 8, device, 1)
+    made._pipeline = SimpleNamespace(feed_input=lambda name, *_, **to: fed.append((name, to.get("cuda_stream"))), run=run)
+    made._run("images", {"flip": np.zeros(8, np.int32)})
+    assert fed == [("images", side), ("flip", None), ("run", side)]
+    assert copies == [("a batch", device, side)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_padding_stays_black_after_a_larger_batch(name: str) -> None:
     geometry = (4, 4, 2)
@@ -175,6 +232,13 @@ def test_gather_takes_rows_in_the_order_asked_for_and_copies() -> None:
 )
 def test_auto_takes_numpy_on_the_host_and_torch_on_the_device(name: str, device: str, cache_place: str, chosen: str) -> None:
     assert choose_backend(name, torch.device(device), cache_place) == chosen
+
+
+def test_auto_takes_torch_where_a_gpu_decodes_each_steps_images() -> None:
+    assert choose_backend("auto", torch.device("cuda"), "none", decoder="cuda") == "torch"
+    assert choose_backend("auto", torch.device("cuda"), "host", decoder="cuda") == "numpy"  # decoded once, kept on the host
+    assert choose_backend("auto", torch.device("cuda"), "none", decoder="cpu") == "numpy"
+    assert choose_backend("numpy", torch.device("cuda"), "none", decoder="cuda") == "numpy"
 
 
 def test_impossible_backends_are_errors_that_name_the_fix() -> None:

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from dataio.ahead import STEPS_AHEAD, run_ahead
 from dataio.batch import Batch
 from dataio.codecs.image import augment
+from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
-from dataio.loader import Loader, choose_cache
+from dataio.loader import BLOCK_BYTES, GPU_BLOCK_BYTES, Loader, choose_cache, steps_a_block
 from dataio.manifest import Manifest, SplitInfo, image_size_of
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, ShardWriter, Split, open_dataset
@@ -196,6 +197,18 @@ def test_an_epoch_shows_each_sample_once_and_its_last_step_may_be_empty_for_some
     assert seen == Counter(range(90))
 
 
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_steps_decoded_into_a_tensor_as_on_a_gpu_are_those_decoded_into_an_array(
+    damaged: Dataset, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    found: list[list[BadSample]] = [[], []]
+    expected = contents(make(damaged, cache="none", backend=backend, window=32, on_bad=found[0].append).train(0, 9))
+    monkeypatch.setattr(ImageCodec, "room", lambda codec, n: torch.full((n, *codec.row.shape), 7, dtype=torch.uint8))
+    assert contents(make(damaged, cache="none", backend=backend, window=32, on_bad=found[1].append).train(0, 9)) == expected
+    assert found[0] == found[1]
+    assert len(found[0]) == len(BAD)
+
+
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read: list[int] = []
     original = Split.read_group
@@ -359,6 +372,43 @@ def test_steps_made_in_blocks_are_those_made_one_by_one(good: Dataset, monkeypat
     for others in made[1:]:
         assert [each[:-1] for each in others] == [each[:-1] for each in made[0]]
         assert all(torch.equal(one[-1], other[-1]) for one, other in zip(made[0], others, strict=True))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cache=st.sampled_from(["host", "none"]),
+    start=st.integers(0, 12),
+    steps=st.lists(st.integers(1, 40), min_size=2, max_size=2, unique=True),
+    window=st.sampled_from([0, 32]),
+    spread=st.booleans(),
+    ranks=st.sampled_from([range(4), range(1, 3)]),
+)
+def test_order_and_batches_do_not_depend_on_how_many_steps_are_made_at_once(
+    good: Dataset, cache: str, start: int, steps: list[int], window: int, spread: bool, ranks: range
+) -> None:
+    made = []
+    for number in steps:
+        loader = make(good, cache=cache, window=window, spread=spread, ranks=ranks)
+        loader._steps_a_block = number
+        made.append(contents(loader.train(start, 13)))  # more than two epochs
+    assert made[0] == made[1]
+
+
+def test_a_block_is_sized_for_where_samples_stay() -> None:
+    cifar = 512 * 32 * 32 * 3
+    assert steps_a_block("device", cifar) == 10
+    assert steps_a_block("host", cifar) == 1
+    assert steps_a_block("host", 100 * 32 * 32 * 3) == 6
+    assert steps_a_block("none", 1) == 1
+
+
+@given(cache=st.sampled_from(["device", "host", "none"]), step_bytes=st.integers(1, 2**30))
+def test_a_block_has_as_many_steps_as_fit_and_one_at_least(cache: str, step_bytes: int) -> None:
+    limit = {"device": GPU_BLOCK_BYTES, "host": BLOCK_BYTES, "none": 0}[cache]
+    steps = steps_a_block(cache, step_bytes)
+    assert steps >= 1
+    assert steps == 1 or steps * step_bytes <= limit
+    assert (steps + 1) * step_bytes > limit
 
 
 def test_the_thread_works_two_steps_ahead_and_no_further() -> None:

@@ -5,6 +5,7 @@ import io
 import struct
 import threading
 from collections.abc import Iterable
+from contextlib import nullcontext, suppress
 from functools import cache
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataio.codecs.codec import Refusal
-from dataio.codecs.image.decode import COLOURS, Checker, Decoder, window_of
+from dataio.codecs.image.decode import COLOURS, DECODER_VERSIONS, SMALL_SIDE, Checker, Decoder, decoder_device, window_of
 from dataio.codecs.image.sniff import KINDS, Header, simple_webp, sniff
 from dataio.config import Colour, Fit
 
@@ -130,6 +131,42 @@ def test_a_closed_decoder_builds_itself_anew():
     decoder.close()
     assert np.array_equal(decoder.decode([view(encode(picture(1)))]).images, before)
     decoder.close()
+
+
+@pytest.mark.parametrize("size", [None, (HEIGHT, WIDTH)])
+@pytest.mark.parametrize("device_id", [None, 0])
+def test_no_image_on_a_gpu_goes_to_its_jpeg_engine_whose_pixels_are_others(
+    monkeypatch: pytest.MonkeyPatch, device_id: int | None, size: tuple[int, int] | None
+):
+    from nvidia.dali import fn
+
+    from dataio.codecs.image.decode import _build
+
+    made, told = fn.decoders.image, []
+
+    def image(*inputs: object, **options: object) -> object:
+        told.append(options)
+        return made(*inputs, **options)
+
+    monkeypatch.setattr(fn.decoders, "image", image)
+    with suppress(RuntimeError) if device_id is not None else nullcontext():  # the pipeline needs a GPU once it is defined
+        _build(4, 1, device_id, size, "crop")
+    (options,) = told
+    if device_id is None:
+        assert options["device"] == "cpu"
+    else:
+        assert (options["device"], options["hw_decoder_load"]) == ("mixed", 0.0)
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 300), fit=st.sampled_from(["refuse", "stretch", "crop"]))
+def test_small_images_are_decoded_on_the_cpu_for_a_gpu_too_where_no_other_size_is_taken(height: int, width: int, fit: Fit):
+    assert decoder_device(height, width, fit=fit, device="cpu") == "cpu"
+    is_small = height <= SMALL_SIDE and width <= SMALL_SIDE and fit == "refuse"
+    assert decoder_device(height, width, fit=fit, device="cuda") == ("cpu" if is_small else "cuda")
+
+
+def test_a_version_of_the_decoder_names_its_device():
+    assert len(set(DECODER_VERSIONS.values())) == len(DECODER_VERSIONS)
 
 
 def test_a_broken_pipeline_is_not_blamed_on_the_images(monkeypatch: pytest.MonkeyPatch):

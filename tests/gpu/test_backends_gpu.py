@@ -1,5 +1,6 @@
 """On a GPU: the three backends make the reference's batches, and a loader gives the bits that it gives on a CPU, wherever images stay."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 from dataio.codecs.codec import Store
 from dataio.codecs.device import gather
 from dataio.codecs.image.augment import draw, reference
-from dataio.codecs.image.backends import make_backend
+from dataio.codecs.image.backends import _Torch, make_backend
 from dataio.config import DataConfig
-from dataio.loader import Loader
+from dataio.loader import Loader, steps_a_block
 from dataio.order import Order
 from dataio.parquet import open_dataset
 from dataio.quarantine import BadSample
@@ -50,6 +51,25 @@ def test_a_batch_on_the_gpu_equals_the_integer_reference(images: np.ndarray, nam
         assert np.array_equal(batch.cpu().numpy(), expected)
 
 
+@pytest.mark.parametrize(("height", "width", "pad"), [(32, 32, 4), (1, 1, 1), (5, 7, 9), (224, 224, 0), (97, 131, 8)])
+def test_the_kernel_and_torchs_operations_make_the_same_bytes(height: int, width: int, pad: int) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    kernel, operations = (make_backend("torch", height=height, width=width, pad=pad, batch_size=64, device=device) for _ in range(2))
+    assert isinstance(kernel, _Torch)
+    assert isinstance(operations, _Torch)
+    assert kernel._kernel is not None  # Triton could compile it
+    operations._kernel = None
+    held = torch.randint(0, 256, (STORED, height, width, 3), dtype=torch.uint8, device=device)
+    for epoch, n in enumerate([64, 1, 0, 7, 300]):
+        rows = np.random.default_rng(epoch).integers(0, STORED, n)
+        drawn = draw(seed=5, epoch=epoch, ids=rows * 3, pad=pad, flip=True)
+        made = kernel.batch(held, rows, drawn)
+        assert made.is_contiguous()
+        assert torch.equal(made, operations.batch(held, rows, drawn))
+        if height <= 32:
+            assert np.array_equal(made.cpu().numpy(), reference(held.cpu().numpy()[rows], drawn, pad))
+
+
 @pytest.mark.parametrize("name", ["torch", "dali", "numpy"])
 def test_a_backend_works_on_the_stream_it_is_called_on(images: np.ndarray, name: str) -> None:
     device = torch.device("cuda")
@@ -83,6 +103,39 @@ def test_making_a_batch_does_not_synchronise_the_device(images: np.ndarray, name
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_graph_is_captured_while_dali_makes_and_frees_batches(images: np.ndarray) -> None:
+    """A free that synchronised the device, in any thread, would break the capture."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    made = make_backend("dali", height=HEIGHT, width=WIDTH, pad=2, batch_size=32, device=device)
+    held, rows = torch.from_numpy(images).to(device), np.arange(32)
+    drawn = draw(seed=5, epoch=0, ids=rows, pad=2, flip=True)
+    wanted = reference(images[rows], drawn, 2)
+    made.batch(held, rows, drawn)  # builds the pipeline
+    side, stop, wrong = torch.cuda.Stream(), threading.Event(), []
+
+    def work() -> None:
+        with torch.cuda.stream(side):
+            while not stop.is_set():
+                if not np.array_equal(made.batch(held, rows, drawn).cpu().numpy(), wanted):
+                    wrong.append("another batch")
+
+    numbers = torch.ones(1 << 20, device=device)
+    result = torch.empty_like(numbers)
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(20):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result.copy_(numbers * 2)
+            graph.replay()
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+    assert bool((result == 2).all())
+
+
 def no_bad_sample(bad: BadSample) -> None:
     raise AssertionError(bad)
 
@@ -101,6 +154,9 @@ def test_a_loader_on_the_gpu_gives_the_bits_it_gives_on_a_cpu(cache: str, backen
 
     gpu, cpu = loader("cuda", cache, backend), loader("cpu", "host", "numpy")
     assert gpu.cache == cache
+    step_bytes = 128 * gpu.row.nbytes
+    assert gpu._steps_a_block == steps_a_block(cache, step_bytes)
+    assert cache != "device" or gpu._steps_a_block > cpu._steps_a_block
     steps = order.steps_per_epoch + 3
     for on_gpu, on_cpu in zip(gpu.train(0, steps), cpu.train(0, steps), strict=True):
         for one, other in zip(on_gpu, on_cpu, strict=True):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from trainer.drive.record import Identity, bit_changes, changes, identity_of, re
 from trainer.drive.set_up import SetUp
 from trainer.drive.stages import Begun, Decided, Environment
 from trainer.drive.start import begin
+from trainer.runs.events import words_of
 from trainer.settings.fields import as_begun
 from trainer.settings.identity import deciding_changes, deciding_settings
 from trainer.settings.spec import ResumePoint, WorkerSpec
@@ -317,6 +318,31 @@ def test_what_decides_must_be_equal_and_what_may_change_the_last_bits_is_told(id
         "threads of a worker: 8 before, 1 now; the weights may differ in their last bits from an uninterrupted run's "
         "(--cluster.threads-per-worker 8 keeps them)"
     ]
+
+
+def test_another_device_that_decodes_is_told_and_an_older_record_decoded_where_it_computed(identity: Identity) -> None:
+    cuda = replace(identity, device="cuda", decoded_on="cuda")
+    small = replace(cuda, decoded_on="cpu")
+    older = {key: value for key, value in cuda.record().items() if key != "decoded_on"}
+
+    def found(then: Mapping[str, Any], now: Identity) -> dict[str, tuple[Any, Any]]:
+        return bit_changes({"identity": then}, now, workers=1)
+
+    assert found(cuda.record(), identity) == {"device": ("cuda", "cpu"), "decoder": ("cuda", "cpu")}
+    assert found(small.record(), identity) == {"device": ("cuda", "cpu")}
+    assert found(cuda.record(), small) == found(older, small) == {"decoder": ("cuda", "cpu")}
+    assert found(older, cuda) == {}
+    assert found({}, cuda) == {}  # a commit without a record
+    (line,) = told_bit_changes({"decoder": ("cuda", "cpu")})
+    assert line.startswith("decoder: on the cuda before, on the cpu now; pixels of JPEGs and of resized images differ by a few levels")
+    assert "by more than their last bits" in words_of({"event": "versions_differ", "differs": {"decoder": ["cuda", "cpu"]}})
+    assert "in their last bits" in words_of({"event": "versions_differ", "differs": {"threads": [1, 2]}})
+
+
+def test_a_runs_decoder_is_compared_by_the_device_that_decodes(identity: Identity) -> None:
+    now = replace(identity, device="cuda", decoded_on="cpu", decoder={"cpu": 2, "cuda": 3})
+    assert changes({**now.record(), "decoder": {"cpu": 2, "cuda": 7}}, now) == {}
+    assert changes({**now.record(), "decoder": {"cpu": 1, "cuda": 3}}, now) == {"decoder": ("version 1", "version 2")}
 
 
 @pytest.mark.parametrize(

@@ -397,14 +397,18 @@ def test_a_commit_of_other_data_is_refused(storage: Storage) -> None:
 CROP = RunConfig(run="r", data=DataConfig(image_size=32, fit="crop"))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("meta", [{}, {"decoder": FIRST_VERSIONS}])  # of before versions were kept, and one that says so
-def test_only_a_run_that_resizes_is_refused_with_another_decoder_and_only_on_the_device_whose_pixels_changed(meta: dict[str, Any]) -> None:
+def test_only_a_run_that_resizes_is_refused_with_another_decoder_and_only_on_the_device_whose_pixels_changed(
+    meta: dict[str, Any], device: str
+) -> None:
     mixed, same = images_of("32x32", "64x48"), images_of("32x32", "32x32")
+    now = DECODER_VERSIONS[device]
     with pytest.raises(
-        ValueError, match=r"'r' has resized its images \(data\.fit=crop\) by version 1 of the cpu decoder.*version 2.*--run NAME"
+        ValueError, match=rf"'r' has resized its images \(data\.fit=crop\) by version 1 of the {device} decoder.*version {now}.*--run NAME"
     ):
-        check_same_decoder(CROP, meta, of(CROP, mixed))
-    check_same_decoder(CROP, meta, of(CROP, mixed, device="cuda"))
+        check_same_decoder(CROP, meta, of(CROP, mixed, device=device))
+    check_same_decoder(CROP, {"decoder": {**FIRST_VERSIONS, device: now}}, of(CROP, mixed, device=device))
     check_same_decoder(CROP, meta, of(CROP, same))  # never resampled
     refuses = RunConfig(run="r", data=DataConfig(image_size=32))
     check_same_decoder(refuses, meta, of(refuses, mixed))

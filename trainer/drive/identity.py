@@ -264,15 +264,16 @@ def check_same_data(config: RunConfig, saved: str, fingerprint: str) -> None:
 
 
 def check_same_decoder(config: RunConfig, meta: Mapping[str, Any], now: Identity) -> None:
-    """ValueError if another version of the decoder on this type of device resized the run's images before the commit with this meta."""
+    """ValueError if another version of the decoder that resizes the run's images resized them before the commit with this meta. Decoders of
+    other types of device are told (record.bit_changes)."""
     if not now.decoder:  # images of the right size are the same in all versions
         return
-    saved, version = meta.get("decoder", FIRST_VERSIONS)[now.device], now.decoder[now.device]
+    saved, version = meta.get("decoder", FIRST_VERSIONS)[now.decoded_on], now.decoder[now.decoded_on]
     if saved != version:
         raise ValueError(
-            f"run {config.run!r} has resized its images (data.fit={config.data.fit}) by version {saved} of the {now.device} decoder, this "
-            f"is version {version}: their pixels differ, and it would not be the same run; give another --run NAME to start anew, or go on "
-            "with the release that started it"
+            f"run {config.run!r} has resized its images (data.fit={config.data.fit}) by version {saved} of the {now.decoded_on} decoder, "
+            f"this is version {version}: their pixels differ, and it would not be the same run; give another --run NAME to start anew, or "
+            "go on with the release that started it"
         )
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.versions import versions
-from dataio.codecs.image.decode import DECODER_VERSIONS
-from dataio.manifest import Manifest, resizes
+from dataio.codecs.image.decode import DECODER_VERSIONS, decoder_device
+from dataio.manifest import Manifest, image_size_of, resizes
 from trainer.settings.fields import declared
 from trainer.settings.identity import EVALUATES, deciding_settings
 from trainer.settings.tree import RunConfig
@@ -44,6 +44,8 @@ class Identity:
     """Versions of the libraries that compute."""
     weights_about: str = ""
     """SHA-256 of the description that lies beside the weights file and says what its head was trained for; "" if there is none."""
+    decoded_on: str = ""
+    """Type of device that decodes the images: cpu or cuda. "" in the records of older releases, where it was `device`."""
 
     @property
     def digest(self) -> str:
@@ -65,6 +67,7 @@ def identity_of(config: RunConfig, manifest: Manifest, *, weights: str, device: 
         threads=threads,
         versions=_versions(config),
         weights_about=weights_about,
+        decoded_on=decoder_device(*image_size_of(manifest, config.data), fit=config.data.fit, device=device),
     )
 
 
@@ -77,7 +80,7 @@ def record_of(note: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def changes(then: Mapping[str, Any], now: Identity) -> dict[str, tuple[Any, Any]]:
     """By which settings, weights or data a run of the record `then` would not be that of `now`, each with its value then and now. A
     setting that one of the two does not name has its default there, or what runs did before there was it. The decoder is compared on
-    `now`'s device only."""
+    the device that decodes now only; `bit_changes` says whether it is another one."""
     defaults = {key: setting.before for key, setting in declared(RunConfig).items()}
     before, after = then["settings"], now.settings
     found = {
@@ -88,7 +91,7 @@ def changes(then: Mapping[str, Any], now: Identity) -> dict[str, tuple[Any, Any]
     }
     if then["dataset"] != now.dataset:
         found["data.path"] = (f"data set {then['dataset'][:_SHOWN]}", f"data set {now.dataset[:_SHOWN]}")
-    decoded, decodes = then["decoder"].get(now.device), now.decoder.get(now.device)
+    decoded, decodes = then["decoder"].get(now.decoded_on), now.decoder.get(now.decoded_on)
     if decoded is not None and decodes is not None and decoded != decodes:
         found["decoder"] = (f"version {decoded}", f"version {decodes}")
     return found
@@ -100,13 +103,15 @@ def told_changes(found: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def bit_changes(meta: Mapping[str, Any], now: Identity, *, workers: int) -> dict[str, tuple[Any, Any]]:
-    """What may change the last bits of a run that goes on from the commit with this meta: versions, threads, the type of device, and with
-    `train.reduction=ddp` the number of workers. Older commits do not say everything; what they do not say is not compared."""
+    """What may change the last bits of a run that goes on from the commit with this meta: versions, threads, the type of device, with
+    `train.reduction=ddp` the number of workers; and, by more than that, the type of device that decodes its images. Older commits do not
+    say everything; what they do not say is not compared."""
     record = record_of(meta) or {}
     before = {**meta.get("versions", {}), **record.get("versions", {})}
     pairs: dict[str, tuple[Any, Any]] = {name: (before.get(name), version) for name, version in now.versions.items()}
     pairs["threads"] = (record.get("threads", meta.get("threads")), now.threads)
     pairs["device"] = (record.get("device"), now.device)
+    pairs["decoder"] = (record.get("decoded_on") or record.get("device"), now.decoded_on or now.device)
     if now.settings.get("train.reduction") == "ddp":
         pairs["workers"] = (meta.get("world_size"), workers)
     return {name: (then, value) for name, (then, value) in pairs.items() if then is not None and then != value}
@@ -121,6 +126,12 @@ def told_bit_changes(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
                 what, keeps = "threads of a worker", f"--cluster.threads-per-worker {then} keeps them"
             case "device":
                 what, keeps = "type of device", "the other one keeps them"
+            case "decoder":
+                lines.append(
+                    f"decoder: on the {then} before, on the {now} now; pixels of JPEGs and of resized images differ by a few levels "
+                    f"between them, and so the weights differ from an uninterrupted run's (workers on a {then} keep them)"
+                )
+                continue
             case "workers":
                 what, keeps = "workers with train.reduction=ddp", f"--workers {then} keeps them"
             case _:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cluster.beat import DECODING, JOINING
 from cluster.storage import Storage
-from dataio.codecs.image.decode import DECODER_VERSIONS
+from dataio.codecs.image.decode import DECODER_VERSIONS, decoder_device
 from trainer.learn.build import teacher_of, views_are_fixed
 from trainer.learn.teacher import MOST_REMEMBERED_BYTES, Teacher
 from trainer.models.weights import WeightsError
@@ -86,7 +86,9 @@ def _what(me: ThisRank, data: RankData) -> str:
     """A hash of what the answers depend on, by which the file names them."""
     config = me.config
     sha256 = config.train.teacher.rpartition(PIN)[2]
-    images = [data.order.fingerprint, data.loader.image_size, config.data.fit, config.data.behind, DECODER_VERSIONS[me.device.type]]
+    height, width = data.loader.image_size
+    decoder = DECODER_VERSIONS[decoder_device(height, width, fit=config.data.fit, device=me.device.type)]
+    images = [data.order.fingerprint, (height, width), config.data.fit, config.data.behind, decoder]
     return hashlib.sha256(json.dumps([sha256, *images, config.train.precision]).encode()).hexdigest()
 
 

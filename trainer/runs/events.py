@@ -127,7 +127,8 @@ def _run_stopped(event: Event) -> str:
 
 def _versions_differ(event: Event) -> str:
     pairs = ", ".join(f"{name} {before} before, {now} now" for name, (before, now) in event["differs"].items())
-    return f"the weights may differ in their last bits: {pairs}"
+    how = "by more than their last bits, as pixels do" if "decoder" in event["differs"] else "in their last bits"
+    return f"the weights may differ {how}: {pairs}"
 
 
 def _straggler(event: Event) -> str:

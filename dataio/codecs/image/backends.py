@@ -4,6 +4,9 @@ Called by the image codec, from the one thread that prepares batches: a backend 
 `augment.py` draws the crop and the flip; the trainer normalises on the device, the same way for all three.
 """
 
+import importlib.util
+import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,13 +15,14 @@ import torch
 import torch.utils.dlpack
 
 from dataio.codecs.codec import Ids, Store
-from dataio.codecs.device import exact_device, gather, upload
+from dataio.codecs.device import copied_from_dali, exact_device, gather, upload
 from dataio.codecs.image.augment import Draw
 
 NAMES = ("dali", "torch", "numpy")
 LARGE_PIXELS = 96 * 96  # CPU us an image, batched and one by one: 2 and 5 at 48 px, 4 and 6 at 64, 8 and 7 at 96, 65 and 17 at 224
 _SERIAL = 32767
 """Elements that torch processes in the calling thread, whatever its number of threads."""
+_log = logging.getLogger(__name__)
 _PIXEL = np.dtype("V3")  # moves three channels as one element: mirroring costs 1 us an image instead of 3
 
 
@@ -32,15 +36,16 @@ class Backend(Protocol):
         ...
 
 
-def choose_backend(name: str, device: torch.device, cache: str) -> str:
-    """Resolves `data.backend` for a device and a resolved cache (device, host, none).
+def choose_backend(name: str, device: torch.device, cache: str, *, decoder: str = "cpu") -> str:
+    """Resolves `data.backend` for a device, a resolved cache (device, host, none) and the type of device that decodes.
 
-    auto: torch where the images are already on the device (no host cost per sample), else numpy: 3 us an image on a CPU core against
-    7 for torch and 12 for DALI (batches of 100, 28x28 pixels; "backend alone" in `benchmarks/loader.py`).
+    auto: torch where the images are already on the device (no host cost per sample): those that stay there, and those that a GPU decodes
+    for each step. Else numpy: 3 us an image on a CPU core against 7 for torch and 12 for DALI (batches of 100, 28x28 pixels; "backend
+    alone" in `benchmarks/loader.py`).
     """
     on_device = cache == "device" and device.type != "cpu"
     if name == "auto":
-        return "torch" if on_device else "numpy"
+        return "torch" if on_device or (cache == "none" and decoder == "cuda") else "numpy"
     if name == "numpy" and on_device:
         raise ValueError("data.backend=numpy works on the host, data.cache=device is not there; use data.cache=host or data.backend=torch")
     if name not in NAMES:
@@ -158,12 +163,14 @@ def _mirrored(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 class _Torch:
-    """Computes the source of each pixel and gathers once, on the device; pixels from outside the image become zero."""
+    """Computes the source of each pixel and gathers once, on the device; pixels from outside the image become zero. On a GPU one kernel
+    does all of it, where Triton can compile it (kernel.py); otherwise torch's operations do it in 22 launches."""
 
     name = "torch"
 
     def __init__(self, height: int, width: int, pad: int, device: torch.device) -> None:
         self._pad, self._device = pad, device
+        self._kernel = _kernel(height, width, pad, device)
         self._y = torch.arange(height, device=device)
         self._x = torch.arange(width, device=device)
 
@@ -175,6 +182,9 @@ class _Torch:
             source, picked = torch.from_numpy(images), rows
         else:
             source, picked = gather(images, rows, self._device), np.arange(n)
+        if self._kernel is not None:
+            wanted = np.stack([picked, drawn.dy, drawn.dx, drawn.flip], axis=1).astype(np.int64, copy=False)  # (n, 4)
+            return self._kernel(source.contiguous(), upload(wanted, self._device), self._pad)
         where = upload(np.stack([picked, drawn.dy, drawn.dx, drawn.flip]).astype(np.int64, copy=False), self._device)  # (4, n): one copy
         row, dy, dx, flip = where.unsqueeze(-1).unbind(0)  # (n, 1) each
         y = self._y + dy - self._pad  # (n, H)
@@ -186,12 +196,36 @@ class _Torch:
         return taken.mul_(inside.unsqueeze(3))
 
 
+_Kernel = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""kernel.crop_and_flip."""
+
+
+def _kernel(height: int, width: int, pad: int, device: torch.device) -> _Kernel | None:
+    """The kernel for images of this size, compiled; None on a CPU, without Triton, and, with a warning, where Triton cannot compile it."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from dataio.codecs.image.kernel import crop_and_flip
+
+        image, where = torch.zeros((1, height, width, 3), dtype=torch.uint8, device=device), torch.zeros((1, 4), dtype=torch.int64)
+        crop_and_flip(image, where.to(device), pad)
+    except Exception as error:  # of the C compiler that Triton calls, of its cache's folder, of Triton itself: another way is there
+        _log.warning(
+            "Triton cannot compile the kernel that crops and flips, so torch's operations do it, with the same bytes and more launches. It "
+            "needs a C compiler, Python's headers and a folder it can write (TRITON_CACHE_DIR). It says: %s",
+            str(error)[:300] or type(error).__name__,
+        )
+        return None
+    return crop_and_flip
+
+
 class _Dali:
-    """A DALI pipeline: external source -> crop -> flip, with results passed by DLPack. On a GPU it slices with zero padding, then flips;
-    on a CPU the batch is padded first and one crop_mirror_normalize does both: 6 us an image of 32 px instead of 11.
+    """A DALI pipeline: external source -> crop -> flip. On a GPU it slices with zero padding, then flips; on a CPU the batch is padded
+    first and one crop_mirror_normalize does both: 6 us an image of 32 px instead of 11.
 
     The pipeline is built at the first batch, inside the process that uses it, because it does not survive a fork. On a GPU it runs on
-    torch's current stream and the host does not wait.
+    torch's current stream and the host does not wait. There the result is copied into memory of torch's own; on a CPU it is passed by
+    DLPack.
     """
 
     name = "dali"
@@ -239,7 +273,8 @@ class _Dali:
         for name, each in where.items():
             self._pipeline.feed_input(name, each)
         (out,) = self._pipeline.run(stream)
-        return torch.utils.dlpack.from_dlpack(out.as_tensor())
+        made = out.as_tensor()  # (n, H, W, 3)
+        return torch.utils.dlpack.from_dlpack(made) if stream is None else copied_from_dali(made, self._device, stream)
 
     def _build(self) -> Any:
         from nvidia.dali import Pipeline, fn, types

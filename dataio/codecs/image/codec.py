@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dataio.codecs.codec import Bad, Encoded, Ids, Row, Store
-from dataio.codecs.device import exact_device, gather
+from dataio.codecs.device import copied_from_dali, exact_device, gather, upload
 from dataio.codecs.image import augment
 from dataio.codecs.image.backends import Backend, choose_backend, make_backend
-from dataio.codecs.image.decode import DECODER_VERSIONS, Decoder
+from dataio.codecs.image.decode import DECODER_VERSIONS, Decoder, decoder_device
 from dataio.config import DataConfig
 
 
@@ -34,8 +33,10 @@ class ImageCodec:
         table_bytes: int = 0,
     ) -> None:
         self.row = Row(shape=(height, width, 3), dtype=np.uint8)
-        self.version = DECODER_VERSIONS[device.type]
-        self.name = choose_backend(config.backend, device, cache)
+        decoder = decoder_device(height, width, fit=config.fit, device=device.type)
+        self.version = DECODER_VERSIONS[decoder]
+        self.name = choose_backend(config.backend, device, cache, decoder=decoder)
+        self._decodes_on_device = decoder == "cuda" and self.name != "numpy"  # which works on the host
         self._device = exact_device(device)
         self._config, self._threads, self._batch_size, self._table_bytes = config, threads, batch_size, table_bytes
         self._decoder = Decoder(
@@ -44,14 +45,30 @@ class ImageCodec:
             fit=config.fit,
             background=config.behind,
             threads=threads,
-            device_id=self._device.index if self._device.type == "cuda" else None,
+            device_id=self._device.index if decoder == "cuda" else None,
             max_pixels=config.max_image_pixels,
         )
         self._backend: Backend | None = None
 
-    def decode(self, encoded: Sequence[Encoded], out: npt.NDArray[Any]) -> Bad:
-        """Decodes each image into its row of `out`, (n, H, W, 3) uint8; a bad one becomes zeros."""
-        return self._decoder.decode(encoded, out=out).bad
+    def room(self, n: int) -> Store:
+        """(n, H, W, 3) uint8: on the device where that decodes and the backend works there, so that no image goes to the host and back."""
+        shape = (n, *self.row.shape)
+        return torch.empty(shape, dtype=torch.uint8, device=self._device) if self._decodes_on_device else np.empty(shape, np.uint8)
+
+    def decode(self, encoded: Sequence[Encoded], out: Store) -> Bad:
+        """Decodes each image into its row of `out`, (n, H, W, 3) uint8; a bad one becomes zeros. Into a tensor on the current stream."""
+        if isinstance(out, np.ndarray):
+            return self._decoder.decode(encoded, out=out).bad
+        images = out  # (n, H, W, 3)
+        stream = torch.cuda.current_stream(out.device) if out.device.type == "cuda" else None
+
+        def put(indices: list[int], made: Any) -> None:
+            images.index_copy_(0, upload(np.array(indices), images.device), copied_from_dali(made, images.device, stream))
+
+        bad = self._decoder.decode_there(encoded, put, stream)
+        if bad:
+            images.index_fill_(0, upload(np.array([index for index, _ in bad]), images.device), 0)
+        return bad
 
     def batch(self, store: Store, rows: Ids, ids: Ids, *, seed: int, epoch: int | None) -> torch.Tensor:
         """(n, 3, H, W) uint8, channels_last by its strides: cropped and flipped, or unchanged if `epoch` is None."""

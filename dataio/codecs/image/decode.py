@@ -5,14 +5,15 @@ batch are sniffed, and those that pass are decoded together. Only if DALI fails 
 DALI's error rarely names them. The pipeline survives a failed batch. The caller chooses the samples and handles bad ones.
 
 On a CPU, DALI decodes and torch resizes: torch's kernel for uint8 takes 140 us, DALI's 800 (photographs of 256 to 500 pixels a side to
-224). On a GPU, DALI does both. Pixels differ between the two devices, because their JPEG decoders differ.
+224). On a GPU, DALI does both. Pixels differ between the two devices, because their JPEG decoders differ; `decoder_device` says which of
+them decodes a run's images.
 """
 
 import io
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,9 +22,16 @@ from dataio.codecs.image.sniff import Header, simple_webp, sniff
 from dataio.config import Colour, Fit
 from dataio.raw_lines import kept_off
 
-DECODER_VERSIONS = {"cpu": 2, "cuda": 1}
+T = TypeVar("T")
+Put = Callable[[list[int], Any], None]
+"""Gets the indices of n images and the images, one tensor of DALI's, (n, H, W, 3) uint8 on the decoder's device. It is invalid after the
+call."""
+DECODER_VERSIONS = {"cpu": 2, "cuda": 3}
 """Device type -> version of resized images. Raised when their pixels change, because the weights of runs then change too. Images of the
-right size are never resampled and are the same in all versions."""
+right size are never resampled and are the same in all versions. No two decoders bear the same number, so that it names one of them."""
+SMALL_SIDE = 64
+"""Images of up to this many pixels a side are decoded by the CPU on a GPU's machine too: of 95 us for a JPEG of 64 px, about 60 are calls,
+which decoding on a GPU does not save, and this way a run has the same pixels on both."""
 COLOURS: dict[Colour, tuple[int, int, int]] = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
 """Of `data.background`."""
 FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
@@ -33,6 +41,13 @@ FIRST_VERSIONS = {"cpu": 1, "cuda": 1}
 _PROBE_BYTES = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c636064620600000e0007d76fe4780000000049454e44ae426082"
 )
+
+
+def decoder_device(height: int, width: int, *, fit: Fit, device: str) -> str:
+    """Type of device (cpu, cuda) that decodes to height x width for ranks that compute on `device`. The CPU also decodes for a GPU where
+    all images are small, which is known where other sizes are refused."""
+    is_small = fit == "refuse" and max(height, width) <= SMALL_SIDE
+    return "cpu" if is_small else device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,27 +100,8 @@ class Decoder:
         shape = (len(encoded), self.height, self.width, 3)
         images = np.zeros(shape, np.uint8) if out is None else out[: len(encoded)]  # (n, H, W, 3)
         assert images.shape == shape, (images.shape, shape)
-        bad: dict[int, str] = {}
-        transparent: set[int] = set()
-        native: list[_Encoded] = []  # decoded at their own size
-        resized: list[_Encoded] = []  # resized by the pipeline
-        for index, data in enumerate(encoded):
-            header = sniff(data, max_pixels=self._max_pixels)
-            if isinstance(header, Refusal):
-                bad[index] = header.reason
-                continue
-            is_exact = (header.height, header.width) == (self.height, self.width)
-            if not is_exact and self._fit == "refuse":
-                bad[index] = f"wrong size: {header.height}x{header.width} instead of {self.height}x{self.width}"
-                continue
-            if header.has_alpha:
-                transparent.add(index)
-            prepared = _prepared(data, header, self._background)
-            if isinstance(prepared, Refusal):
-                bad[index] = prepared.reason
-                continue
-            given = _Encoded(index=index, data=prepared, height=header.height, width=header.width)
-            (native if is_exact or self._resized is None else resized).append(given)
+        sorted_out = self._sorted_out(encoded)
+        bad = sorted_out.bad
 
         def place(batch: Sequence[_Encoded], decoded: Sequence[np.ndarray]) -> None:
             other = []
@@ -122,12 +118,60 @@ class Decoder:
             for each, image in zip(batch, decoded, strict=True):
                 images[each.index] = image
 
-        self._native.decode(native, place, bad)
+        self._native.decode(sorted_out.native, place, bad)
         if self._resized is not None:
-            self._resized.decode(resized, place_resized, bad)
+            self._resized.decode(sorted_out.resized, place_resized, bad)
         if out is not None:
             images[list(bad)] = 0
-        return Decoded(images=images, bad=tuple(sorted(bad.items())), transparent=len(transparent - bad.keys()))
+        return Decoded(images=images, bad=tuple(sorted(bad.items())), transparent=len(sorted_out.transparent - bad.keys()))
+
+    def decode_there(self, encoded: Sequence[np.ndarray | bytes], put: Put, stream: Any = None) -> tuple[tuple[int, str], ...]:
+        """The same for images that stay where they are decoded, on the device: `put` gets them batch by batch, and not the bad ones. They
+        are made on the CUDA stream `stream`, and the host does not wait for it. Returns (index, reason) of each bad one, ordered by
+        index."""
+        assert self._fit == "refuse" or self._resized is not None, "on a CPU, torch resizes what DALI decodes"
+        sorted_out = self._sorted_out(encoded)
+        bad = sorted_out.bad
+        for pipeline, group in ((self._native, sorted_out.native), (self._resized, sorted_out.resized)):
+            if pipeline is not None:
+                self._decode_there(pipeline, group, put, stream, bad)
+        return tuple(sorted(bad.items()))
+
+    def _decode_there(self, pipeline: "_Pipeline", group: Sequence["_Encoded"], put: Put, stream: Any, bad: dict[int, str]) -> None:
+        def use(batch: Sequence[_Encoded], made: Any) -> None:
+            shapes = [tuple(shape) for shape in made.shape()]
+            others = [number for number, shape in enumerate(shapes) if shape != (self.height, self.width, 3)]
+            if not others:
+                put([each.index for each in batch], made.as_tensor())
+            elif len(batch) == 1:
+                bad[batch[0].index] = f"undecodable: decodes to {shapes[0]}, its header says {batch[0].height}x{batch[0].width}"
+            else:  # one of them is not what its header says, which is rare
+                for each in batch:
+                    self._decode_there(pipeline, [each], put, stream, bad)
+
+        pipeline.decode_there(group, use, bad, stream)
+
+    def _sorted_out(self, encoded: Sequence[np.ndarray | bytes]) -> "_SortedOut":
+        """Which images can be decoded by which pipeline, by their headers."""
+        found = _SortedOut()
+        for index, data in enumerate(encoded):
+            header = sniff(data, max_pixels=self._max_pixels)
+            if isinstance(header, Refusal):
+                found.bad[index] = header.reason
+                continue
+            is_exact = (header.height, header.width) == (self.height, self.width)
+            if not is_exact and self._fit == "refuse":
+                found.bad[index] = f"wrong size: {header.height}x{header.width} instead of {self.height}x{self.width}"
+                continue
+            if header.has_alpha:
+                found.transparent.add(index)
+            prepared = _prepared(data, header, self._background)
+            if isinstance(prepared, Refusal):
+                found.bad[index] = prepared.reason
+                continue
+            given = _Encoded(index=index, data=prepared, height=header.height, width=header.width)
+            (found.native if is_exact or self._resized is None else found.resized).append(given)
+        return found
 
     def _wanted(self, image: np.ndarray) -> np.ndarray:
         """(h, w, 3): the part of an image of another size that is to be resized."""
@@ -234,9 +278,25 @@ class _Encoded:
     """From the header."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SortedOut:
+    """Images by what is to be done with them."""
+
+    native: list[_Encoded] = field(default_factory=list)
+    """Decoded at their own size."""
+    resized: list[_Encoded] = field(default_factory=list)
+    """Resized by the pipeline."""
+    bad: dict[int, str] = field(default_factory=dict)
+    """Index -> reason; more are added while decoding."""
+    transparent: set[int] = field(default_factory=set)
+    """Indices of images with an alpha channel."""
+
+
 _PROBE = _Encoded(index=-1, data=np.frombuffer(_PROBE_BYTES, np.uint8), height=1, width=1)
 _Use = Callable[[Sequence[_Encoded], Sequence[np.ndarray]], None]
 """Gets the images that were decoded together, each (h, w, 3) uint8; they belong to DALI and are invalid after the call."""
+_UseThere = Callable[[Sequence[_Encoded], Any], None]
+"""The same, the images being one of DALI's lists of tensors."""
 
 
 class _Pipeline:
@@ -253,7 +313,16 @@ class _Pipeline:
     def decode(self, encoded: Sequence[_Encoded], use: _Use, bad: dict[int, str]) -> None:
         """Passes the decoded images to `use`, batch by batch; records the others in `bad`."""
         for begin in range(0, len(encoded), self._batch_size):
-            self._decode(encoded[begin : begin + self._batch_size], use, bad)
+            self._decode(encoded[begin : begin + self._batch_size], self._run, use, bad)
+
+    def decode_there(self, encoded: Sequence[_Encoded], use: _UseThere, bad: dict[int, str], stream: Any) -> None:
+        """The same for images that stay on the device; they are made on the CUDA stream `stream`."""
+
+        def run(batch: Sequence[_Encoded]) -> Any:
+            return self._output(batch, stream)
+
+        for begin in range(0, len(encoded), self._batch_size):
+            self._decode(encoded[begin : begin + self._batch_size], run, use, bad)
 
     def warm_up(self) -> None:
         self._run([_PROBE])
@@ -261,25 +330,35 @@ class _Pipeline:
     def close(self) -> None:
         self._pipeline = None
 
-    def _decode(self, batch: Sequence[_Encoded], use: _Use, bad: dict[int, str]) -> None:
+    def _decode(
+        self,
+        batch: Sequence[_Encoded],
+        run: Callable[[Sequence[_Encoded]], T],
+        use: Callable[[Sequence[_Encoded], T], None],
+        bad: dict[int, str],
+    ) -> None:
         try:
-            images = self._run(batch)
+            images = run(batch)
         except RuntimeError as error:
             if len(batch) > 1:
                 half = len(batch) // 2
-                self._decode(batch[:half], use, bad)
-                self._decode(batch[half:], use, bad)
+                self._decode(batch[:half], run, use, bad)
+                self._decode(batch[half:], run, use, bad)
                 return
             self._run([_PROBE])  # raises, and so ends the work, if the pipeline itself is broken
             bad[batch[0].index] = f"undecodable: {_cause(error)}"
             return
         use(batch, images)
 
-    def _run(self, batch: Sequence[_Encoded]) -> list[np.ndarray]:
+    def _output(self, batch: Sequence[_Encoded], stream: Any = None) -> Any:
         if self._pipeline is None:
             self._pipeline = _build(self._batch_size, self._threads, self._device_id, self._size, self._fit)
         with kept_off():
-            (output,) = self._pipeline.run(encoded=[each.data for each in batch])
+            (output,) = self._pipeline.run(stream, encoded=[each.data for each in batch])
+        return output
+
+    def _run(self, batch: Sequence[_Encoded]) -> list[np.ndarray]:
+        output = self._output(batch)
         if self._device_id is not None:
             output = output.as_cpu()
         # output[index] is a view; at() copies, which takes 20 us a photograph.
@@ -293,7 +372,12 @@ def _build(batch_size: int, threads: int, device_id: int | None, size: tuple[int
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
     def pipeline() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        image = fn.decoders.image(encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB)
+        if device_id is None:
+            image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        else:
+            # Otherwise DALI gives some JPEGs of a batch to the GPU's JPEG engine and the rest to a CUDA decoder with other pixels: an image
+            # would depend on its batch (https://github.com/NVIDIA/DALI/issues/6366, /2232).
+            image = fn.decoders.image(encoded, device="mixed", output_type=types.RGB, hw_decoder_load=0.0)
         if size is None:
             return image
         mode = "stretch" if fit == "stretch" else "not_smaller"
