@@ -213,6 +213,14 @@ def learner_of(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
@@ -1278,3 +1286,50 @@ def test_a_second_process_takes_its_compiled_step_from_disk_and_gets_the_same_bi
     cold, warm = runs
     assert cold["from_disk"] == 0 < warm["from_disk"]
     assert cold["sha"] == warm["sha"]
+class Perceptron(nn.Module):
+    """Two products and what lies between them: quick to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 8), nn.ReLU())
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(images))
+        return logits
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("way", "parts"),
+    [("plain", {"virtual_ranks": 1}), ("tree", {"virtual_ranks": 2}), ("ddp", {"virtual_ranks": 1, "distributed": True})],
+)
+def test_inductor_chooses_nothing_by_timing_on_any_way_to_a_compiled_step(
+    monkeypatch: pytest.MonkeyPatch, way: str, parts: dict[str, Any]
+) -> None:
+    """The real compiler, up to where it would generate code; forward and backward."""
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor import compile_fx, config
+
+    seen: list[tuple[bool, bool]] = []
+
+    def compiled(graph: torch.fx.GraphModule, inputs: Sequence[Any], region: str | None = None, **how: Any) -> Any:
+        seen.append((how["is_backward"], config.deterministic))
+        return make_boxed_func(graph.forward)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", compiled)
+    torch._dynamo.reset()
+    model = Perceptron()
+    (batches,) = batches_of((parts["virtual_ranks"], 40), 0, 1)
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        make(model, sgd(model), compile_model=True, **parts).step(batches, global_count=40, step=0)
+    assert set(seen) == {(False, True), (True, True)}
+    assert not config.deterministic  # only inside
+
+
+def test_replaying_kernels_is_another_option_than_the_same_bits() -> None:
+    assert PassConfig(seed=0, compile_model=True).compiler_options == {"deterministic": True}
+    graphs = PassConfig(seed=0, compile_model=True, cuda_graphs=True)
+    assert graphs.compiler_options == {"deterministic": True, "triton.cudagraphs": True}
+
+

@@ -8,7 +8,7 @@ objective (trainer.learn.objectives) defines the loss; `trainer.learn.update` us
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,10 @@ from trainer.tasks.task import Task
 
 COMPILER: str | Callable[..., Any] = "inductor"
 """torch.compile's backend."""
+SAME_BITS: Mapping[str, Any] = {"deterministic": True}
+"""Inductor's option that keeps timings out of the bits. Without it Inductor times the configurations of a GPU's reductions, and the padding
+of products, in each process, and takes the fastest: a restart, or another rank, may add up in another order (pytorch#189121)."""
+CUDA_GRAPHS: Mapping[str, Any] = {"triton.cudagraphs": True}
 
 SummedLoss = Callable[[Tensor, Targets], Tensor]
 MicroBatch = tuple[Tensor, Targets]
@@ -127,8 +131,8 @@ class PassConfig:
         assert not self.cuda_graphs or (self.compile_model and self.accumulate == 1), "trainer.settings.cli has refused this"
 
     @property
-    def compiler_options(self) -> dict[str, Any] | None:
-        return {"triton.cudagraphs": True} if self.cuda_graphs else None
+    def compiler_options(self) -> dict[str, Any]:
+        return {**SAME_BITS, **(CUDA_GRAPHS if self.cuda_graphs else {})}
 
 
 def step_seed(seed: int, step: int, virtual_rank: int) -> int:
@@ -307,7 +311,9 @@ class DdpGradients:
             self._forward.register_comm_hook(None, bf16_compress_hook)
         compiled: SummedLoss | None = None
         if config.compile_model:
-            compiled = _bound(objective, torch.compile(self._forward, backend=COMPILER, dynamic=False))
+            # Without CUDA graphs: in DDP's pieces nobody has tried them.
+            forward = torch.compile(self._forward, backend=COMPILER, dynamic=False, options=dict(SAME_BITS))
+            compiled = _bound(objective, forward)
         self._passes = Passes(model, task, config, eager=_bound(objective, self._forward), compiled=compiled)
         on_cpu = self._passes.device.type == "cpu"
         self._waits = _DdpWaits(self._passes.parameters) if on_cpu else None
@@ -443,8 +449,7 @@ def _compiled_in_pieces(model: nn.Module, reducer: Reducer, config: PassConfig) 
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler: Any = lookup_backend(COMPILER)
-    if config.compiler_options is not None:
-        compiler = partial(compiler, config_patches=config.compiler_options)  # as torch.compile passes its options
+    compiler = partial(compiler, config_patches=config.compiler_options)  # as torch.compile passes its options
     small = min(reducer.small_bucket_bytes, reducer.bucket_bytes)
     backend = DDPOptimizer(reducer.bucket_bytes, compiler, first_bucket_cap=small).compile_fn
     compiled: Forward = torch.compile(model, backend=backend, dynamic=False)
