@@ -45,6 +45,7 @@ from trainer.learn.gradients import (
     StepObserver,
     TreeGradients,
     _DdpWaits,
+    _LastGradient,
     evaluating,
     step_seed,
 )
@@ -52,7 +53,7 @@ from trainer.learn.objectives import autocast_for, supervised
 from trainer.learn.optim import build_optimizer, set_learning_rate, set_trainable
 from trainer.learn.own import SummedLoss
 from trainer.learn.state import TrainState, weights_sha256
-from trainer.learn.step import UNOBSERVED, Stepper, StepStats, train_steps
+from trainer.learn.step import UNOBSERVED, Stepper, StepStats, Unobserved, train_steps
 from trainer.learn.update import Update
 from trainer.models.vision import Preprocess
 from trainer.rank.evaluation import evaluate
@@ -486,6 +487,28 @@ def test_ddp_waits_from_the_last_gradient_to_the_end_of_the_backward_pass() -> N
         model(torch.ones(1, 2)).sum().backward()  # four gradients, at four moments
         waits.backward_returned()  # the moment after the last
         assert waits.seconds == seconds
+
+
+def test_the_last_gradient_of_a_backward_pass_is_marked_from_the_second_step_on() -> None:
+    """The parameters' gradients come from the last layer to the first; within a layer the order is autograd's own."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    parameters, seen = list(model.parameters()), [""]
+
+    class Marks(Unobserved):
+        def part(self, part: str, /) -> None:
+            assert all(parameter.grad is not None for parameter in parameters)
+            seen.append(part)
+
+    last = _LastGradient(parameters)
+    for step in range(3):
+        model.zero_grad()
+        last.begin(Marks())
+        model(torch.ones(1, 2)).sum().backward()
+        seen.append(f"step {step}")
+    assert seen == ["", "step 0", "gradients", "step 1", "gradients", "step 2"]
+    del last
+    gc.collect()
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in parameters)  # type: ignore[attr-defined]
 
 
 def test_step_seeds_differ_between_steps_virtual_ranks_and_runs() -> None:

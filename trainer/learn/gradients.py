@@ -49,7 +49,9 @@ class StepObserver(Protocol):
         ...
 
     def part(self, part: str, /) -> None:
-        """Called when the host has queued a part of the step: data, forward, backward, reduction, optimizer."""
+        """Called when the host has queued a part of the step: other (what lies between two steps), data, forward, gradients (where DDP
+        on a GPU exchanges them inside the backward pass: the last one is there, and the wait for the other ranks begins), backward,
+        reduction, optimizer."""
         ...
 
     def takes_norm(self) -> bool:
@@ -374,6 +376,7 @@ class TreeGradients:
         parameters, first = self._passes.parameters, 1 + len(self._statistics)
         loss = torch.zeros((), device=self._passes.device)
         sums = reducer.lay_out([loss, *self._statistics, *reversed(parameters)], exact=first)
+        self._last = None if on_cpu else _LastGradient(self._passes.parameters)
         self._loss_sums, self._statistic_sums, self._gradient_sums = sums[0], sums[1:first], sums[first:][::-1]
         for part, parameter in enumerate(reversed(parameters), start=first):
             hook = _hand_over(weakref.ref(reducer), part, self._hands_over)
@@ -382,6 +385,8 @@ class TreeGradients:
 
     @property
     def wait_seconds(self) -> float:
+        if self._last is not None:
+            self._last.begin(observer)
         return self._reducer.wait_seconds
 
     def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
@@ -524,3 +529,32 @@ def _norms_at_rest(norms: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.training = True
+class _LastGradient:
+    """Marks the part "gradients" of a step when the last gradient of a backward pass is there, in the order of the device's work. What the
+    device does from there to the end of the backward pass is DDP's wait for other ranks.
+
+    The last gradient is that of the parameter that had it last in the pass before, so the first step has no such mark."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._newest = [-1]
+        self._mark: list[tuple[int, StepObserver]] = []
+        for number, parameter in enumerate(parameters):
+            hook = _note_last(number, self._newest, self._mark)
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            weakref.finalize(self, handle.remove)
+
+    def begin(self, observer: StepObserver) -> None:
+        """A step begins, which reports to `observer`."""
+        self._mark[:] = [(self._newest[0], observer)]
+
+
+def _note_last(number: int, newest: list[int], mark: list[tuple[int, StepObserver]]) -> Callable[[Tensor], None]:
+    def accumulated(parameter: Tensor) -> None:
+        newest[0] = number
+        for expected, observer in mark:
+            if expected == number:
+                observer.part("gradients")
+
+    return accumulated
+
+
