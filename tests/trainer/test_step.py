@@ -213,7 +213,6 @@ def learner_of(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optim
     return Learner(config=config, task=TASK, model=model, preprocess=PREPROCESS, optimizer=optimizer, head_name="head", ema=ema)
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process."""
@@ -222,6 +221,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
@@ -525,6 +525,123 @@ def test_evaluating_puts_each_module_back_into_the_mode_it_was_in() -> None:
         assert not any(module.training for module in model.modules())
         raise KeyError
     assert [module.training for module in model.modules()] == modes
+
+
+# --- counters -------------------------------------------------------------------------------------------------------------------------
+
+
+class Uncommon(nn.Module):
+    """Norms that a pass uses once, twice, only for an odd number of images, and never; and one that weighs by its counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.stem = nn.Conv2d(3, 4, 3, stride=4)
+            self.once, self.twice, self.odd, self.never = (nn.BatchNorm2d(4) for _ in range(4))
+            self.weighs = nn.BatchNorm2d(4, momentum=None)
+            self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.weighs(self.once(self.stem(images)))
+        maps = self.twice(F.relu(self.twice(maps)))
+        if len(images) % 2:
+            maps = self.odd(maps)
+        logits: Tensor = self.head(maps.mean((2, 3)))
+        return logits
+
+
+def counters_of(model: nn.Module) -> dict[str, int]:
+    return {name.split(".")[-2]: int(value) for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+
+
+COUNTED: dict[str, tuple[int, int, list[int]]] = {  # (virtual ranks, micro-batches, of once, twice, odd, never and weighs)
+    "plain": (1, 1, [5, 10, 4, 0, 5]),
+    "micro-batches": (1, 3, [12, 24, 12, 0, 12]),  # the two of the short batch are of one image each, with norms at rest
+    "tree": (3, 1, [5, 5, 5, 5, 5]),  # steps
+    "tree, micro-batches": (3, 2, [5, 5, 5, 5, 5]),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("case", COUNTED)
+def test_counters_that_stand_aside_during_passes_end_where_those_that_do_not_end(
+    monkeypatch: pytest.MonkeyPatch, case: str, compiled: bool
+) -> None:
+    """Over a short batch of two images. An evaluation in between counts for nothing."""
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", "eager")  # graphs as they are
+    virtual_ranks, accumulate, wanted = COUNTED[case]
+    models = []
+    for stand_aside in (True, False):
+        torch._dynamo.reset()
+        model = Uncommon()
+        with monkeypatch.context() as patch:
+            if not stand_aside:
+                patch.setattr("trainer.learn.gradients._only_counts", lambda norm: False)
+            full = (333 // virtual_ranks // accumulate,)
+            stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, accumulate=accumulate, compile_model=compiled, full_batches=full)
+        assert (stepper.compile_ahead((3, 28, 28)) > 0) == compiled
+        for step, batches in enumerate(batches_of((virtual_ranks, 333), 4, 9), start=4):  # step 6 is the short one
+            stepper.step(batches, global_count=count_of(batches), step=step)
+            with evaluating(model), torch.no_grad():
+                model(torch.zeros(3, 3, 28, 28))
+        models.append(model)
+    assert list(counters_of(models[0]).values()) == wanted
+    assert same_bits(*models)
+    assert list(models[0].state_dict()) == list(models[1].state_dict())
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("virtual_ranks", "distributed"), [(1, False), (4, False), (1, True)])
+def test_a_compiled_step_has_no_counter_in_it_and_is_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, virtual_ranks: int, distributed: bool
+) -> None:
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+        graphs.append([tensor for tensor in inputs if tensor.dim() == 0 and not tensor.is_floating_point()])
+        return graph.forward
+
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", compiler)
+    torch._dynamo.reset()
+    model = Net()
+    stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, distributed=distributed, compile_model=True)
+    for step, batches in enumerate(batches_of((virtual_ranks, 40), 0, 4)):
+        stepper.step(batches, global_count=40, step=step)
+    assert graphs == [[]]
+    assert list(counters_of(model).values()) == [4, 4]
+
+
+def test_counters_are_back_after_a_pass_that_failed() -> None:
+    model = Net()
+    stepper = make(model, sgd(model))
+    (batches,) = batches_of((1, 40), 0, 1)
+    names = list(model.state_dict())
+    handle = model.head.register_forward_hook(lambda *_: pytest.fail("in the middle of a pass"))
+    with pytest.raises(pytest.fail.Exception):
+        stepper.step(batches, global_count=40, step=0)
+    handle.remove()
+    assert list(model.state_dict()) == names
+    assert list(counters_of(model).values()) == [0, 0]
+    stepper.step(batches, global_count=40, step=0)
+    assert list(counters_of(model).values()) == [1, 1]
+
+
+class Unusual(nn.BatchNorm2d):
+    """Divides by its counter in a forward pass of its own."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = super().forward(images)
+        assert self.num_batches_tracked is not None
+        return out / float(self.num_batches_tracked)
+
+
+def test_a_norm_of_somebody_elses_keeps_its_counter_during_passes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 28), Unusual(4), nn.Flatten(), nn.Linear(4, CLASSES))
+    stepper = make(model, sgd(model))
+    for step, batches in enumerate(batches_of((1, 40), 0, 2)):
+        stepper.step(batches, global_count=40, step=step)
+    assert list(counters_of(model).values()) == [2]
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------------------------
@@ -1272,43 +1389,6 @@ def test_nothing_is_compiled_ahead_where_nothing_is_compiled() -> None:
     assert make(model, sgd(model), full_batches=(40,)).compile_ahead((3, 28, 28)) == 0.0
 
 
-COMPILED_RUN = """
-    import json, torch
-    from torch._dynamo.utils import counters
-    from tests.trainer.test_step import batches_of, loop, make, order_of, sgd
-    from trainer.learn.state import weights_sha256
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    shape, model = (1, 40), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 28 * 28, 10))
-    stepper = make(model, sgd(model), compile_model=True, full_batches=(40,))
-    seconds = stepper.compile_ahead((3, 28, 28))
-    for _ in loop(stepper, iter(batches_of(shape, 0, 3)), order_of(shape), 0, 3):
-        pass
-    found = {"sha": weights_sha256(model), "seconds": seconds}
-    found["from_disk"] = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
-    print(json.dumps(found))
-"""
-
-
-def test_a_second_process_takes_its_compiled_step_from_disk_and_gets_the_same_bits(tmp_path: Path) -> None:
-    """The real compiler."""
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    runs = []
-    for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(COMPILED_RUN)],
-            cwd=Path(__file__).resolve().parents[2],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
-        runs.append(json.loads(run.stdout.splitlines()[-1]))
-    cold, warm = runs
-    assert cold["from_disk"] == 0 < warm["from_disk"]
-    assert cold["sha"] == warm["sha"]
 class Perceptron(nn.Module):
     """Two products and what lies between them: quick to compile."""
 
@@ -1356,3 +1436,40 @@ def test_replaying_kernels_is_another_option_than_the_same_bits() -> None:
     assert graphs.compiler_options == {"deterministic": True, "triton.cudagraphs": True}
 
 
+COMPILED_RUN = """
+    import json, torch
+    from torch._dynamo.utils import counters
+    from tests.trainer.test_step import batches_of, loop, make, order_of, sgd
+    from trainer.learn.state import weights_sha256
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    shape, model = (1, 40), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 28 * 28, 10))
+    stepper = make(model, sgd(model), compile_model=True, full_batches=(40,))
+    seconds = stepper.compile_ahead((3, 28, 28))
+    for _ in loop(stepper, iter(batches_of(shape, 0, 3)), order_of(shape), 0, 3):
+        pass
+    found = {"sha": weights_sha256(model), "seconds": seconds}
+    found["from_disk"] = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+    print(json.dumps(found))
+"""
+
+
+def test_a_second_process_takes_its_compiled_step_from_disk_and_gets_the_same_bits(tmp_path: Path) -> None:
+    """The real compiler."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    runs = []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(COMPILED_RUN)],
+            cwd=Path(__file__).resolve().parents[2],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        runs.append(json.loads(run.stdout.splitlines()[-1]))
+    cold, warm = runs
+    assert cold["from_disk"] == 0 < warm["from_disk"]
+    assert cold["sha"] == warm["sha"]
