@@ -61,10 +61,11 @@ Upper bounds, and one without.
 
 ## Where a step's seconds go
 Of a step's wall time (`finetune_step_seconds`), `data_wait`, `reduce` and `compute` seconds are all there is. `compute` holds
-`forward_backward` and `optimizer` (with clipping and the moving average) and what the host does besides. On a GPU those two are measured
-on the device, by events that are read steps later: nothing waits for them. They add up to less than `compute` where the GPU waits for
-the host, and the newest steps are not in them yet. With `--train.reduction ddp` the exchange hides in the backward pass: on a CPU it is
-told apart, on a GPU `forward_backward` holds it. Checkpoint stalls and evaluations are between steps.
+`forward_backward` and `optimizer` (with clipping and the moving average) and what the host does besides. On a GPU these two and `data_wait`
+are measured on the device, by events that are read steps later: nothing waits for them, and the newest steps are not in them yet. A host
+that is steps ahead takes a batch at once that its GPU then waits for; that is a wait. `forward_backward` and `optimizer` add up to less
+than `compute` where the GPU waits for the host or for other ranks. With `--train.reduction ddp` the exchange hides in the backward pass,
+and is told apart: what follows a rank's last gradient is not its own. Checkpoint stalls and evaluations are between steps.
 
 `finetune_mfu_ratio` is images/s times the multiplications and additions (two operations) of an image's forward and backward pass, counted
 once on tensors without data, over the dense peak of the device in the run's precision by its data sheet

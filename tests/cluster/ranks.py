@@ -1,5 +1,6 @@
 """What ranks do in the tests of zygote and agent: small functions that a forked process calls."""
 
+import gc
 import os
 import re
 import signal
@@ -14,6 +15,12 @@ from cluster.rank import RankContext
 def say_hello(descriptors: list[int]) -> None:
     """Writes its process id, whether numpy was there already, and its niceness of mind: what it was handed."""
     os.write(descriptors[0], f"{os.getpid()} {'numpy' in sys.modules} {len(descriptors)}".encode())
+
+
+def count_frozen(descriptors: list[int]) -> None:
+    """Writes how many objects no garbage collection goes through, and whether one goes through numpy."""
+    numpy = sys.modules["numpy"]
+    os.write(descriptors[0], f"{gc.get_freeze_count()} {any(each is numpy for each in gc.get_objects())}".encode())
 
 
 def sleep(descriptors: list[int]) -> None:

@@ -46,6 +46,18 @@ def test_what_it_forks_has_the_imports_and_the_files_it_was_handed_and_its_end_i
         zygote.close()
 
 
+def test_what_is_imported_is_left_alone_by_the_garbage_collections_of_what_it_forks():
+    zygote = Zygote(["numpy"])
+    try:
+        reading, writing = os.pipe()
+        assert zygote.fork("tests.cluster.ranks:count_frozen", [writing]).wait(30) == 0
+        frozen, numpy_is_tracked = os.read(reading, 100).decode().split()
+        assert int(frozen) > 0
+        assert numpy_is_tracked == "False"
+    finally:
+        zygote.close()
+
+
 def test_it_forks_where_the_folder_that_its_user_worked_in_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Ray keeps a copy of the code for each node, and may remove one that a worker stands in."""
     folder = tmp_path / "package"

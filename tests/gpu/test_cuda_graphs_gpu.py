@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from dataio.batch import Batch
 from dataio.config import DataConfig
@@ -77,6 +78,10 @@ def trained(*, cuda_graphs: bool, virtual_ranks: int) -> tuple[list[Tensor], dic
 @pytest.mark.parametrize("virtual_ranks", [1, 2])
 def test_a_replayed_step_gives_the_same_bits_and_its_losses_stay_what_they_were(virtual_ranks: int) -> None:
     losses, weights = trained(cuda_graphs=False, virtual_ranks=virtual_ranks)
+    torch._dynamo.reset()
+    counters.clear()
     again, replayed = trained(cuda_graphs=True, virtual_ranks=virtual_ranks)
+    assert counters["inductor"]["cudagraph_skips"] == 0  # else the kernels would have been launched one by one here too
     assert [float(loss) for loss in again] == [float(loss) for loss in losses]
     assert all(torch.equal(value, replayed[name]) for name, value in weights.items())
+    assert int(replayed["body.1.num_batches_tracked"]) == 12  # a replay adds nothing; it is added up after it

@@ -20,6 +20,22 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def used_before() -> None:
+    """What runs for the first time may wait for the device: a kernel's module is loaded, pinned memory is taken. So all of it runs once."""
+    torch.cuda._sleep(1000)  # type: ignore[attr-defined]
+    value = torch.full((), math.nan, device="cuda")
+    Arriving(0, value, None, torch.cuda.Stream()).wait()
+    value.add_(1.0)
+    own = torch.randn(1000, 1000, device="cuda")
+    check = WeightsCheck([own], world_size=1)
+    first = check.start(1)
+    own[3, 3] = math.inf
+    first.wait()
+    check.poll()
+    torch.cuda.synchronize()
+
+
 @pytest.fixture
 def busy() -> Iterator[Tensor]:
     """A value on the device that is there after about a second of other work, queued already."""

@@ -1,6 +1,7 @@
 """What a rank tells of its steps: seconds by a clock that the test holds, norms by PyTorch's own, and no change of a run's bits."""
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,14 +10,21 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from cluster.metrics import Metrics
+from cluster.straggler import StragglerWatch
 from tests.trainer.test_step import CPU, FOUR, Net, Residual, batches_of, loop, make, order_of, same_bits, sgd
-from trainer.learn.step import Stepper, StepStats
-from trainer.rank.history import Speed
+from trainer.learn.gradients import StepObserver
+from trainer.learn.step import Stepper, StepStats, train_steps
+from trainer.learn.update import Update
+from trainer.rank.history import History, Speed
 from trainer.rank.meter import SLOW_SECONDS, Meter, Split, resident_bytes
+from trainer.rank.observers import BeatStats
 from trainer.rank.profile import FlopCount, count_work
+from trainer.tasks.info import CLASSIFICATION
 
 WHOLE = (1, 300)
 
@@ -98,6 +106,7 @@ def watched(meter: Meter, model: nn.Module, **changes: Any) -> Stepper:
 
 
 def a_step(mark: Callable[[str], None], passes: Callable[[float], None], *, passes_through_the_model: int, reduces: bool) -> None:
+    mark("other")
     passes(0.125)
     mark("data")
     for _ in range(passes_through_the_model):
@@ -127,6 +136,7 @@ def test_the_split_is_what_the_clock_says(passes: int, reduces: bool) -> None:
         advance(50.0)
     assert split.forward_backward_seconds == 4 * passes * 3.0
     assert split.optimizer_seconds == 4 * 0.25
+    assert split.own_seconds == 0.0  # the host's clock has it
 
 
 class Device:
@@ -171,13 +181,169 @@ def test_on_a_gpu_the_split_is_the_devices_and_nobody_waits_for_it(monkeypatch: 
         a_step(split.mark, queue, passes_through_the_model=2, reduces=True)
         device.done = device.queued - behind
     over = int((50 * 6.875 - behind) // 6.875)
-    split.mark("data")
+    split.mark("other")
     assert split.forward_backward_seconds == over * 6.0
     assert split.optimizer_seconds == over * 0.25
-    assert device.events <= 4 * (behind // 6.875 + 3)  # used again
+    assert split.own_seconds == over * (0.125 + 6.0 + 0.25)  # all but the reduction
+    assert device.events <= 5 * (behind // 6.875 + 3)  # used again
     device.done = device.queued
-    split.mark("data")
+    split.mark("other")
     assert split.forward_backward_seconds == 50 * 6.0
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_on_a_gpu_what_ddp_waits_for_inside_the_backward_pass_is_no_rank_s_own(monkeypatch: pytest.MonkeyPatch, marked: bool) -> None:
+    """Two micro-batches; the second one's backward pass ends with a wait of 7 s."""
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    split = Split(torch.device("cuda", 0))
+    for part, seconds in [
+        *[("other", 50.0), ("data", 0.5), ("forward", 1.0), ("gradients", 2.0), ("backward", 0.0)],
+        *[("forward", 1.0), ("gradients", 2.0), ("backward", 7.0), ("optimizer", 0.25)],
+    ]:
+        device.queued += seconds
+        if part != "gradients" or marked:
+            split.mark(part)
+    device.done = device.queued
+    split.mark("other")
+    waited = 0.0 if marked else 7.0  # the first step does not know yet which gradient is the last
+    assert split.forward_backward_seconds == 6.0 + waited
+    assert split.own_seconds == 0.5 + 6.0 + 0.25 + waited
+
+
+class Working:
+    """Gradients that a device takes its time for, while its host goes on. The last step's loss has been waited for."""
+
+    proves = True
+    wait_seconds = 0.0
+
+    def __init__(self, device: Device, seconds: float, stop: int) -> None:
+        self.device, self.seconds, self.stop = device, seconds, stop
+
+    def compute(self, batches: Any, *, global_count: int, step: int, observer: StepObserver) -> torch.Tensor:
+        self.device.queued += self.seconds
+        for part in ("forward", "backward"):
+            observer.part(part)
+        if step + 1 == self.stop:
+            self.device.done = self.device.queued
+        return torch.tensor(1.0)
+
+    def compile_ahead(self, image: Any) -> float:
+        return 0.0
+
+
+def steps_on(device: Device, makings: list[float], lag: float = 0.0) -> Iterator[StepStats]:
+    """Steps of a second each on a device, `lag` seconds behind its host. A batch takes `makings` seconds on the loader's stream."""
+    model, made = Net(), itertools.accumulate(makings)
+
+    def batches() -> Iterator[tuple[Any, ...]]:
+        for moment in made:
+            device.queued = max(device.queued, moment)  # the stream of the steps waits for the loader's
+            device.done = max(device.done, device.queued - lag)
+            yield ()
+
+    return train_steps(
+        Stepper(Working(device, 1.0, len(makings)), Update(model, sgd(model))),
+        batches(),
+        start_step=0,
+        stop_step=len(makings),
+        steps_per_epoch=10,
+        batch_count=lambda step: 100,
+        set_learning_rate=lambda step: 0.1,
+        device=torch.device("cuda", 0),
+        sum_over_ranks=False,
+        clock=lambda: 0.0,
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 12).map(lambda value: value / 4), min_size=1, max_size=12), st.integers(0, 20).map(float))
+def test_on_a_gpu_the_wait_for_data_is_the_devices_and_nobody_waits_for_it(makings: list[float], lag: float) -> None:
+    """Whose host takes no time at all, however late the batches are."""
+    device = Device()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Event", device.event)
+        patch.setattr(torch.cuda, "Stream", lambda device: None)
+        stats = list(steps_on(device, makings, lag))
+    wanted, done = [], 0.0
+    for moment in itertools.accumulate(makings):
+        wanted.append(max(0.0, moment - done))
+        done = max(done, moment) + 1.0
+    assert sum(each.data_wait_seconds for each in stats) == sum(wanted)
+    assert all(each.step_seconds == 0.0 for each in stats)
+    if lag == 0.0:
+        assert [each.data_wait_seconds for each in stats] == wanted
+
+
+def test_events_of_waits_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    assert len(list(steps_on(device, [0.5] * 100, lag=3.0))) == 100
+    assert device.events <= 2 * 6
+
+
+def test_of_several_gpus_the_slow_one_is_found_though_all_hosts_take_equally_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ddp mode: each backward pass ends when the slowest rank's does."""
+    ranks, watch = [GpuRank(seconds) for seconds in (1.0, 1.0, 3.0, 1.0)], StragglerWatch(4)
+    said = []
+    for step in range(60):
+        for rank in ranks:
+            monkeypatch.setattr(torch.cuda, "Event", rank.device.event)
+            rank.begin()
+        ends = max(rank.device.queued for rank in ranks)
+        for number, rank in enumerate(ranks):
+            monkeypatch.setattr(torch.cuda, "Event", rank.device.event)
+            rank.end(ends)
+            rank.beats.stepped(stats_of(step, step_seconds=3.0))
+            if (found := watch.hear(number, step + 1, rank.own_seconds)) is not None:
+                said.append((found.rank, found.begins))
+    assert said == [(2, True)]
+    assert watch.skew > 2.5
+
+
+def test_waits_of_a_gpu_that_are_told_late_are_taken_from_the_next_steps_seconds() -> None:
+    """The host queues two steps at once, then waits in the third."""
+    metrics = Metrics("run", 0, 1)
+    meter = meter_of(metrics)
+    for step, (seconds, waited, computed) in enumerate([(0.25, 0.0, 0.25), (0.25, 1.5, 0.25), (3.0, 0.5, 1.5)]):
+        meter.stepped(stats_of(step, step_seconds=seconds, data_wait_seconds=waited))
+        assert value(metrics, "compute_seconds_total") == computed
+    assert value(metrics, "data_wait_seconds_total") == 2.0
+
+
+class GpuRank:
+    """A rank whose gradients take its device `seconds`, and the heartbeat that it tells of them. The device is a step behind the host."""
+
+    def __init__(self, seconds: float) -> None:
+        self.device, self.seconds, self.own_seconds = Device(), seconds, 0.0
+        self.meter = meter_of(Metrics("run", 0, 1), device=torch.device("cuda", 0))
+        self.beats = BeatStats(
+            self,  # type: ignore[arg-type]
+            History(),
+            Speed(),
+            CLASSIFICATION,
+            device_seconds=lambda: self.meter.device_seconds,
+        )
+
+    def begin(self) -> None:
+        for part, seconds in {"other": 0.0, "data": 0.0, "gradients": self.seconds}.items():
+            self.device.queued += seconds
+            self.meter.mark(part)
+
+    def end(self, moment: float) -> None:
+        """The slowest rank's last gradient comes at `moment`."""
+        self.device.queued = moment
+        self.meter.mark("backward")
+        self.meter.mark("optimizer")
+        self.device.done = self.device.queued - 4.0
+
+    def progress(self, steps_done: int, stats: Any, *, totals: Any, own_seconds: float) -> None:
+        self.own_seconds = own_seconds
+
+
+def test_on_a_cpu_no_device_knows_a_ranks_own_seconds() -> None:
+    assert meter_of(Metrics("run", 0, 1)).device_seconds is None
 
 
 def test_a_real_steps_parts_are_no_more_than_the_step() -> None:

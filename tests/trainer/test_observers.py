@@ -44,6 +44,14 @@ def beat(info: TaskInfo, entry: dict[str, Any] | None) -> dict[str, float]:
     return newest
 
 
+def test_where_the_device_knows_a_ranks_own_seconds_the_hosts_do_not_count() -> None:
+    heartbeat, seconds = Calls(), iter([0.0, 0.75])
+    observer = BeatStats(heartbeat, History(), Speed(), CLASSIFICATION, device_seconds=lambda: next(seconds))  # type: ignore[arg-type]
+    for step in range(2):
+        observer.stepped(stats_of(step, step_seconds=2.0))
+    assert [dict(made[3:])["own_seconds"] for made in heartbeat.made] == [0.0, 0.75]
+
+
 def test_a_beat_carries_the_tasks_headline_and_an_accuracy_where_the_task_has_one() -> None:
     told = beat(CLASSIFICATION, {"test_loss": 0.5, "test_accuracy": 0.75})
     assert (told["test_headline"], told["test_accuracy"]) == (0.75, 0.75)

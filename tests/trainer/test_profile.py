@@ -130,6 +130,15 @@ def test_a_wait_that_the_device_did_not_see_is_no_wait() -> None:
     assert (parts["data"], parts["other"]) == (pytest.approx(0.1), 0.0)
 
 
+def test_on_a_gpu_waits_for_data_and_for_other_ranks_are_what_the_marks_say() -> None:
+    """Whose host has waited for neither. The last gradient of the newest micro-batch is there at 6.0."""
+    marks = [(0, "optimizer", 1.0), (1, "other", 1.25), (1, "data", 2.0), (1, "forward", 3.0), (1, "gradients", 3.5), (1, "backward", 3.5)]
+    marks += [(1, "forward", 5.0), (1, "gradients", 6.0), (1, "backward", 8.0), (1, "optimizer", 9.0)]
+    parts = step_parts(marks, {1: 0.0}, 0.0, lambda begin, end: end - begin)
+    assert parts == {"data": 0.75, "forward": 2.5, "backward": 1.5, "reduction": 2.0, "optimizer": 1.0, "other": 0.25}
+    assert sum(parts.values()) == 8.0
+
+
 def test_what_ddp_waits_for_on_a_cpu_is_taken_out_of_the_backward_pass() -> None:
     marks = [(0, "data", 0.0), (0, "forward", 1.0), (0, "backward", 4.0), (0, "optimizer", 5.0)]
     parts = step_parts(marks, {0: 0.0}, 1.5, lambda begin, end: end - begin)

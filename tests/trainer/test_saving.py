@@ -1,5 +1,6 @@
 """A rank that waits for its checkpoints is seen to wait for what it really waits for. Real heartbeat, checkpointer and hang watch."""
 
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,8 +20,11 @@ from cluster.hang import HangWatch, Sign
 from cluster.heartbeat import Heartbeat
 from cluster.storage import open_storage
 from cluster.store import Receipt, StorageFull
+from trainer.learn.state import MODEL_FILE, OPTIMIZER_FILE, TrainState
 from trainer.rank.data import read_wait
-from trainer.rank.saving import CheckpointNotSaved, Memory, Saver
+from trainer.rank.guard import Guard
+from trainer.rank.history import Curves
+from trainer.rank.saving import CURVES_FILE, HISTORY_FILE, CheckpointNotSaved, Memory, Saver, snapshot_files
 from trainer.settings.tree import RunConfig, TrainConfig
 
 
@@ -88,6 +93,41 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def test_the_curves_of_a_checkpoint_are_those_of_its_step_and_written_down_in_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"step": step, "attempt": 1, **dict.fromkeys(("epoch", "time", "train_loss", "learning_rate"), 0.5)} for step in range(3)]
+    memory, model = Memory(), torch.nn.Linear(2, 2)
+    state = TrainState(model, torch.optim.SGD(model.parameters()))
+    threads = []
+    to_parquet = Curves.to_parquet
+
+    def noted(curves: Curves) -> bytes:
+        threads.append(threading.current_thread())
+        return to_parquet(curves)
+
+    monkeypatch.setattr(Curves, "to_parquet", noted)
+    for row in rows[:2]:
+        memory.curves.add(**row)
+    files = snapshot_files(
+        state,
+        memory,
+        lambda: Guard(spike_factor=0.0, batch_size=1, samples_of=lambda step: 1),
+        lambda history, guard: history.to_json(),
+        rank=0,
+        step=2,
+        virtual_ranks=range(1),
+        threads=1,
+    )
+    assert threads == []  # nothing of it on the step path
+    memory.curves.add(**rows[2])
+    contents: dict[str, bytes] = {}
+    writer = threading.Thread(target=lambda: contents.update({name: b"".join(buffers) for name, buffers in files()}))
+    writer.start()
+    writer.join(20)
+    assert threads == [writer]
+    assert pq.read_table(io.BytesIO(contents[CURVES_FILE])).column("step").to_pylist() == [0, 1]
+    assert list(contents) == [MODEL_FILE, OPTIMIZER_FILE, "rank-00000.json", CURVES_FILE, HISTORY_FILE]
 
 
 def test_a_save_that_waits_for_a_stalled_disk_is_no_hang_however_long(rank: Rank) -> None:

@@ -1,5 +1,6 @@
 """A snapshot is the state to the bit, in files that anybody's safetensors reads; what does not fit is refused untouched."""
 
+import contextlib
 import itertools
 import json
 import struct
@@ -206,6 +207,106 @@ def test_memory_formats_survive_a_resume() -> None:
     weight = other.model[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert other.optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()
+
+
+# -- a GPU's way of it, on a CPU ---------------------------------------------------------------------------------------------------------
+
+
+class Queue:
+    """Stands for a stream and for an event of a device that has done all its work: everything comes at once here."""
+
+    def wait_stream(self, other: "Queue") -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Staged:
+    """Notes what is copied on the device at once."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[list[Tensor], list[Tensor]]] = []
+        copy = torch._foreach_copy_
+
+        def noted(into: list[Tensor], source: list[Tensor]) -> None:
+            self.calls.append((into, source))
+            copy(into, source)
+
+        patch.setattr(torch, "_foreach_copy_", noted)
+        patch.setattr(torch.cuda, "Stream", lambda device: Queue())
+        patch.setattr(torch.cuda, "Event", Queue)
+        patch.setattr(torch.cuda, "current_stream", lambda device: Queue())
+        patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        # Of AdamW's state the numbers of steps stay on the host.
+        patch.setattr("trainer.learn.state._is_on_gpu", lambda tensor: not (tensor.dim() == 0 and tensor.is_floating_point()))
+
+    @property
+    def is_one_kernel_each(self) -> bool:
+        """Whether each call is of one type, and pairs tensors that lie alike: PyTorch's conditions for copying many with one kernel."""
+        return all(
+            len({tensor.dtype for tensor in (*into, *source)}) == 1
+            and [tensor.stride() for tensor in into] == [tensor.stride() for tensor in source]
+            for into, source in self.calls
+        )
+
+
+@pytest.mark.parametrize("fields", RUNS, ids=str)
+def test_a_snapshot_by_way_of_a_gpu_is_that_of_a_cpu_and_its_tensors_are_copied_together(fields: dict[str, Any]) -> None:
+    run = Run(width=8, **fields)
+    for step in range(4):  # over a layout that grows, and buffers used again
+        run.train(step, step + 1)
+        wanted = run.bytes()
+        other = TrainState(run.model, run.optimizer, run.ema)
+        with pytest.MonkeyPatch.context() as patch:
+            staged = Staged(patch)
+            for _ in range(2):
+                snapshot = other.snapshot()
+                assert joined(snapshot) == wanted
+                snapshot.release()
+        assert staged.is_one_kernel_each
+        types = [{tensor.dtype for tensor in safetensors.torch.load(data).values() if tensor.dim()} for data in wanted.values()]
+        counters = 1 if run.ema is None else 2  # int64
+        assert len(staged.calls) == 2 * (sum(map(len, types)) + counters)
+
+
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [
+    lambda tensor: tensor,
+    lambda tensor: tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor,
+    lambda tensor: tensor.mT if tensor.dim() > 1 else tensor,  # without gaps, in no usual order
+    lambda tensor: tensor[..., ::2] if tensor.dim() else tensor,  # with gaps
+    lambda tensor: tensor.unsqueeze(0).transpose(0, -1).squeeze(0) if tensor.dim() else tensor,
+    lambda tensor: tensor[:1].expand(tensor.shape) if tensor.dim() and len(tensor) else tensor,  # one row, many times
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    drawn=st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=4), st.sampled_from(LAYOUTS), st.booleans()), max_size=8
+    ),
+    seed=st.integers(0, 99),
+)
+def test_a_snapshot_by_way_of_a_gpu_has_every_tensors_elements_in_their_places(
+    drawn: list[tuple[torch.dtype, list[int], Callable[[Tensor], Tensor], bool]], seed: int
+) -> None:
+    """Also where a dimension of size 1 has a stride of its own, as convolutions of one pixel have."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for dtype, shape, lay, is_odd in drawn:
+        tensor = lay(torch.randint(0, 2 if dtype == torch.bool else 100, shape, generator=generator).to(dtype))
+        strides = [7 * stride + 3 if size == 1 and is_odd else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        tensors.append(tensor.as_strided(tensor.shape, strides))
+    model = Bag(tensors)
+    state = TrainState(model, torch.optim.SGD(model.parameters()))
+    wanted = joined(state.snapshot())
+    with pytest.MonkeyPatch.context() as patch:
+        Staged(patch)
+        files = joined(TrainState(model, torch.optim.SGD(model.parameters())).snapshot())
+    assert files == wanted
+    read = safetensors.torch.load(files[MODEL_FILE])
+    for number, tensor in enumerate(tensors):
+        assert raw(read[f"t{number}"]) == raw(torch.zeros(tensor.shape, dtype=tensor.dtype).copy_(tensor))
 
 
 # -- what does not fit ----------------------------------------------------------------------------------------------------------------

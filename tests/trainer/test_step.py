@@ -45,6 +45,7 @@ from trainer.learn.gradients import (
     StepObserver,
     TreeGradients,
     _DdpWaits,
+    _LastGradient,
     evaluating,
     step_seed,
 )
@@ -52,7 +53,7 @@ from trainer.learn.objectives import autocast_for, supervised
 from trainer.learn.optim import build_optimizer, set_learning_rate, set_trainable
 from trainer.learn.own import SummedLoss
 from trainer.learn.state import TrainState, weights_sha256
-from trainer.learn.step import UNOBSERVED, Stepper, StepStats, train_steps
+from trainer.learn.step import UNOBSERVED, Stepper, StepStats, Unobserved, train_steps
 from trainer.learn.update import Update
 from trainer.models.vision import Preprocess
 from trainer.rank.evaluation import evaluate
@@ -210,6 +211,14 @@ def make(
 
 def learner_of(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> Learner:
     return Learner(config=config, task=TASK, model=model, preprocess=PREPROCESS, optimizer=optimizer, head_name="head", ema=ema)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -480,6 +489,28 @@ def test_ddp_waits_from_the_last_gradient_to_the_end_of_the_backward_pass() -> N
         assert waits.seconds == seconds
 
 
+def test_the_last_gradient_of_a_backward_pass_is_marked_from_the_second_step_on() -> None:
+    """The parameters' gradients come from the last layer to the first; within a layer the order is autograd's own."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    parameters, seen = list(model.parameters()), [""]
+
+    class Marks(Unobserved):
+        def part(self, part: str, /) -> None:
+            assert all(parameter.grad is not None for parameter in parameters)
+            seen.append(part)
+
+    last = _LastGradient(parameters)
+    for step in range(3):
+        model.zero_grad()
+        last.begin(Marks())
+        model(torch.ones(1, 2)).sum().backward()
+        seen.append(f"step {step}")
+    assert seen == ["", "step 0", "gradients", "step 1", "gradients", "step 2"]
+    del last
+    gc.collect()
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in parameters)  # type: ignore[attr-defined]
+
+
 def test_step_seeds_differ_between_steps_virtual_ranks_and_runs() -> None:
     seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(8)}
     assert len(seeds) == 3 * 50 * 8
@@ -494,6 +525,123 @@ def test_evaluating_puts_each_module_back_into_the_mode_it_was_in() -> None:
         assert not any(module.training for module in model.modules())
         raise KeyError
     assert [module.training for module in model.modules()] == modes
+
+
+# --- counters -------------------------------------------------------------------------------------------------------------------------
+
+
+class Uncommon(nn.Module):
+    """Norms that a pass uses once, twice, only for an odd number of images, and never; and one that weighs by its counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.stem = nn.Conv2d(3, 4, 3, stride=4)
+            self.once, self.twice, self.odd, self.never = (nn.BatchNorm2d(4) for _ in range(4))
+            self.weighs = nn.BatchNorm2d(4, momentum=None)
+            self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.weighs(self.once(self.stem(images)))
+        maps = self.twice(F.relu(self.twice(maps)))
+        if len(images) % 2:
+            maps = self.odd(maps)
+        logits: Tensor = self.head(maps.mean((2, 3)))
+        return logits
+
+
+def counters_of(model: nn.Module) -> dict[str, int]:
+    return {name.split(".")[-2]: int(value) for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+
+
+COUNTED: dict[str, tuple[int, int, list[int]]] = {  # (virtual ranks, micro-batches, of once, twice, odd, never and weighs)
+    "plain": (1, 1, [5, 10, 4, 0, 5]),
+    "micro-batches": (1, 3, [12, 24, 12, 0, 12]),  # the two of the short batch are of one image each, with norms at rest
+    "tree": (3, 1, [5, 5, 5, 5, 5]),  # steps
+    "tree, micro-batches": (3, 2, [5, 5, 5, 5, 5]),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("case", COUNTED)
+def test_counters_that_stand_aside_during_passes_end_where_those_that_do_not_end(
+    monkeypatch: pytest.MonkeyPatch, case: str, compiled: bool
+) -> None:
+    """Over a short batch of two images. An evaluation in between counts for nothing."""
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", "eager")  # graphs as they are
+    virtual_ranks, accumulate, wanted = COUNTED[case]
+    models = []
+    for stand_aside in (True, False):
+        torch._dynamo.reset()
+        model = Uncommon()
+        with monkeypatch.context() as patch:
+            if not stand_aside:
+                patch.setattr("trainer.learn.gradients._only_counts", lambda norm: False)
+            full = (333 // virtual_ranks // accumulate,)
+            stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, accumulate=accumulate, compile_model=compiled, full_batches=full)
+        assert (stepper.compile_ahead((3, 28, 28)) > 0) == compiled
+        for step, batches in enumerate(batches_of((virtual_ranks, 333), 4, 9), start=4):  # step 6 is the short one
+            stepper.step(batches, global_count=count_of(batches), step=step)
+            with evaluating(model), torch.no_grad():
+                model(torch.zeros(3, 3, 28, 28))
+        models.append(model)
+    assert list(counters_of(models[0]).values()) == wanted
+    assert same_bits(*models)
+    assert list(models[0].state_dict()) == list(models[1].state_dict())
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("virtual_ranks", "distributed"), [(1, False), (4, False), (1, True)])
+def test_a_compiled_step_has_no_counter_in_it_and_is_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, virtual_ranks: int, distributed: bool
+) -> None:
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+        graphs.append([tensor for tensor in inputs if tensor.dim() == 0 and not tensor.is_floating_point()])
+        return graph.forward
+
+    monkeypatch.setattr("trainer.learn.gradients.COMPILER", compiler)
+    torch._dynamo.reset()
+    model = Net()
+    stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, distributed=distributed, compile_model=True)
+    for step, batches in enumerate(batches_of((virtual_ranks, 40), 0, 4)):
+        stepper.step(batches, global_count=40, step=step)
+    assert graphs == [[]]
+    assert list(counters_of(model).values()) == [4, 4]
+
+
+def test_counters_are_back_after_a_pass_that_failed() -> None:
+    model = Net()
+    stepper = make(model, sgd(model))
+    (batches,) = batches_of((1, 40), 0, 1)
+    names = list(model.state_dict())
+    handle = model.head.register_forward_hook(lambda *_: pytest.fail("in the middle of a pass"))
+    with pytest.raises(pytest.fail.Exception):
+        stepper.step(batches, global_count=40, step=0)
+    handle.remove()
+    assert list(model.state_dict()) == names
+    assert list(counters_of(model).values()) == [0, 0]
+    stepper.step(batches, global_count=40, step=0)
+    assert list(counters_of(model).values()) == [1, 1]
+
+
+class Unusual(nn.BatchNorm2d):
+    """Divides by its counter in a forward pass of its own."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = super().forward(images)
+        assert self.num_batches_tracked is not None
+        return out / float(self.num_batches_tracked)
+
+
+def test_a_norm_of_somebody_elses_keeps_its_counter_during_passes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 28), Unusual(4), nn.Flatten(), nn.Linear(4, CLASSES))
+    stepper = make(model, sgd(model))
+    for step, batches in enumerate(batches_of((1, 40), 0, 2)):
+        stepper.step(batches, global_count=40, step=step)
+    assert list(counters_of(model).values()) == [2]
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------------------------
@@ -1239,6 +1387,53 @@ def test_compiling_ahead_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, virtua
 def test_nothing_is_compiled_ahead_where_nothing_is_compiled() -> None:
     model = Net()
     assert make(model, sgd(model), full_batches=(40,)).compile_ahead((3, 28, 28)) == 0.0
+
+
+class Perceptron(nn.Module):
+    """Two products and what lies between them: quick to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 8), nn.ReLU())
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(images))
+        return logits
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("way", "parts"),
+    [("plain", {"virtual_ranks": 1}), ("tree", {"virtual_ranks": 2}), ("ddp", {"virtual_ranks": 1, "distributed": True})],
+)
+def test_inductor_chooses_nothing_by_timing_on_any_way_to_a_compiled_step(
+    monkeypatch: pytest.MonkeyPatch, way: str, parts: dict[str, Any]
+) -> None:
+    """The real compiler, up to where it would generate code; forward and backward."""
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor import compile_fx, config
+
+    seen: list[tuple[bool, bool]] = []
+
+    def compiled(graph: torch.fx.GraphModule, inputs: Sequence[Any], region: str | None = None, **how: Any) -> Any:
+        seen.append((how["is_backward"], config.deterministic))
+        return make_boxed_func(graph.forward)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", compiled)
+    torch._dynamo.reset()
+    model = Perceptron()
+    (batches,) = batches_of((parts["virtual_ranks"], 40), 0, 1)
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        make(model, sgd(model), compile_model=True, **parts).step(batches, global_count=40, step=0)
+    assert set(seen) == {(False, True), (True, True)}
+    assert not config.deterministic  # only inside
+
+
+def test_replaying_kernels_is_another_option_than_the_same_bits() -> None:
+    assert PassConfig(seed=0, compile_model=True).compiler_options == {"deterministic": True}
+    graphs = PassConfig(seed=0, compile_model=True, cuda_graphs=True)
+    assert graphs.compiler_options == {"deterministic": True, "triton.cudagraphs": True}
 
 
 COMPILED_RUN = """

@@ -8,7 +8,8 @@ objective (trainer.learn.objectives) defines the loss; `trainer.learn.update` us
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,10 @@ from trainer.tasks.task import Task
 
 COMPILER: str | Callable[..., Any] = "inductor"
 """torch.compile's backend."""
+SAME_BITS: Mapping[str, Any] = {"deterministic": True}
+"""Inductor's option that keeps timings out of the bits. Without it Inductor times the configurations of a GPU's reductions, and the padding
+of products, in each process, and takes the fastest: a restart, or another rank, may add up in another order (pytorch#189121)."""
+CUDA_GRAPHS: Mapping[str, Any] = {"triton.cudagraphs": True}
 
 SummedLoss = Callable[[Tensor, Targets], Tensor]
 MicroBatch = tuple[Tensor, Targets]
@@ -45,7 +50,9 @@ class StepObserver(Protocol):
         ...
 
     def part(self, part: str, /) -> None:
-        """Called when the host has queued a part of the step: data, forward, backward, reduction, optimizer."""
+        """Called when the host has queued a part of the step: other (what lies between two steps), data, forward, gradients (where DDP
+        on a GPU exchanges them inside the backward pass: the last one is there, and the wait for the other ranks begins), backward,
+        reduction, optimizer."""
         ...
 
     def takes_norm(self) -> bool:
@@ -127,14 +134,66 @@ class PassConfig:
         assert not self.cuda_graphs or (self.compile_model and self.accumulate == 1), "trainer.settings.cli has refused this"
 
     @property
-    def compiler_options(self) -> dict[str, Any] | None:
-        return {"triton.cudagraphs": True} if self.cuda_graphs else None
+    def compiler_options(self) -> dict[str, Any]:
+        return {**SAME_BITS, **(CUDA_GRAPHS if self.cuda_graphs else {})}
 
 
 def step_seed(seed: int, step: int, virtual_rank: int) -> int:
     """63-bit seed of all random draws in one (step, virtual rank), such as dropout and stochastic depth."""
     digest = hashlib.blake2b(f"{seed}/{step}/{virtual_rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+class _StandIn:
+    """Stands for a norm's `num_batches_tracked` during a pass: notes on the host what is added. torch.compile does so outside of its
+    graph."""
+
+    def __init__(self, number: int, noted: list[int]) -> None:
+        self.number, self.noted = number, noted
+
+    def add_(self, one: int) -> None:
+        self.noted.append(self.number)
+
+
+class _Counters:
+    """The counters of BatchNorm that nothing reads during a pass. On a GPU each of their additions is a kernel of its own, in eager steps
+    and in compiled ones (20 a pass for ResNet-18). Here one kernel does them all after the passes, with the same result."""
+
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        self._norms = [norm for norm in norms if _only_counts(norm)]
+        self._noted: list[int] = []
+        self._stand_ins: list[Any] = [_StandIn(number, self._noted) for number in range(len(self._norms))]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside the context the norms' counters stand still, and what would be added to them is noted."""
+        self._noted.clear()  # so that it is empty whenever a compiled step begins: it would be compiled again for another length
+        counters = [norm.num_batches_tracked for norm in self._norms]
+        for norm, stand_in in zip(self._norms, self._stand_ins, strict=True):
+            norm._buffers["num_batches_tracked"] = None  # torch.compile wants nothing but tensors there; the place among the others stays
+            vars(norm)["num_batches_tracked"] = stand_in
+        try:
+            yield
+        finally:
+            for norm, counter in zip(self._norms, counters, strict=True):
+                del vars(norm)["num_batches_tracked"]
+                norm._buffers["num_batches_tracked"] = counter
+
+    def noted(self) -> Counter[int]:
+        """How often the newest pass added one, by the norm's number."""
+        return Counter(self._noted)
+
+    def add(self, times: Counter[int]) -> None:
+        """Make up for passes' additions."""
+        for count in set(times.values()):  # as a rule all norms have counted alike
+            counters = [self._norms[number].num_batches_tracked for number, own in times.items() if own == count]
+            torch._foreach_add_(counters, count)  # type: ignore[arg-type]
+
+
+def _only_counts(norm: _BatchNorm) -> bool:
+    """Whether the norm's forward pass is known to use its counter for counting alone. With momentum=None it weighs by it."""
+    is_known = type(norm).forward.__module__ in ("torch.nn.modules.batchnorm", "timm.layers.norm_act") and "forward" not in vars(norm)
+    return is_known and norm.momentum is not None and norm.num_batches_tracked is not None
 
 
 class Passes:
@@ -145,6 +204,7 @@ class Passes:
         self._eager, self._compiled = eager, compiled
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
+        self.counters = _Counters(self.norms)
         self.device = self.parameters[0].device
 
     def clear_gradients(self) -> None:
@@ -210,13 +270,16 @@ class Passes:
         """Accumulate the gradients of all `parts` in the parameters. Returns their loss, () float32. All parts but the last run inside
         `before_the_last`."""
         total: Tensor | None = None
+        counted: Counter[int] = Counter()
         for number, (samples, targets) in enumerate(parts, start=1):
-            with before_the_last() if number < len(parts) else nullcontext():
+            with before_the_last() if number < len(parts) else nullcontext(), self.counters.aside():
                 loss = self.loss(samples, targets, divisor)
                 observer.part("forward")
                 loss.backward()  # type: ignore[no-untyped-call]
                 observer.part("backward")
+            counted += self.counters.noted()
             total = loss.detach() if total is None else total + loss.detach()
+        self.counters.add(counted)
         assert total is not None
         return total
 
@@ -246,7 +309,7 @@ class Passes:
         before = [buffer.clone() for buffer in buffers]
         for size in self._config.full_batches:
             batch = self._blank(size, image)
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self.counters.aside():
                 loss = self.loss(*self._prepared(batch, 0), 1.0)
                 loss.backward()  # type: ignore[no-untyped-call]
             float(loss.detach())  # wait until the device has finished; this is not in a step
@@ -307,10 +370,13 @@ class DdpGradients:
             self._forward.register_comm_hook(None, bf16_compress_hook)
         compiled: SummedLoss | None = None
         if config.compile_model:
-            compiled = _bound(objective, torch.compile(self._forward, backend=COMPILER, dynamic=False))
+            # Without CUDA graphs: in DDP's pieces nobody has tried them.
+            forward = torch.compile(self._forward, backend=COMPILER, dynamic=False, options=dict(SAME_BITS))
+            compiled = _bound(objective, forward)
         self._passes = Passes(model, task, config, eager=_bound(objective, self._forward), compiled=compiled)
         on_cpu = self._passes.device.type == "cpu"
         self._waits = _DdpWaits(self._passes.parameters) if on_cpu else None
+        self._last = None if on_cpu else _LastGradient(self._passes.parameters)
 
     @property
     def wait_seconds(self) -> float:
@@ -319,6 +385,8 @@ class DdpGradients:
     def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
         passes = self._passes
         passes.clear_gradients()
+        if self._last is not None:
+            self._last.begin(observer)
         parts = passes.joined(batches)
         if parts:
             passes.seed(step, batches[0].virtual_rank)
@@ -361,8 +429,9 @@ class TreeGradients:
         norms = self._passes.norms
         self._statistics = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
         self._counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._weighing = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None and not _only_counts(m)]
         self._statistics_before = [torch.empty_like(b) for b in self._statistics]
-        self._counters_before = [torch.empty_like(c) for c in self._counters]
+        self._weighing_before = [torch.empty_like(c) for c in self._weighing]
         self._hands_over = _Gate()
         # Order of readiness: loss and statistics come before the backward pass, which goes from the last parameter to the first.
         parameters, first = self._passes.parameters, 1 + len(self._statistics)
@@ -382,7 +451,7 @@ class TreeGradients:
         reducer, passes = self._reducer, self._passes
         passes.clear_gradients()  # then autograd hands over its gradient as it is, without adding it to an old one
         _copy(self._statistics, self._statistics_before)
-        _copy(self._counters, self._counters_before)
+        _copy(self._weighing, self._weighing_before)
         for batch in batches:
             reducer.begin(batch.virtual_rank)
             n = len(batch.ids)
@@ -392,7 +461,7 @@ class TreeGradients:
             reducer.end()
             # Each virtual rank starts from the same statistics and counters: BatchNorm may weigh by its counter.
             _copy(self._statistics_before, self._statistics)
-            _copy(self._counters_before, self._counters)
+            _copy(self._weighing_before, self._weighing)
         observer.phase("exchange")
         sums = reducer.finish(lambda: observer.phase("step"))  # after the callback, a hang here is not a wait for other ranks
         observer.phase("step")
@@ -413,16 +482,17 @@ class TreeGradients:
         total: Tensor | None = None
         for number, (samples, targets) in enumerate(parts, start=1):
             self._hands_over.is_open = number == len(parts)
-            loss = passes.loss(samples, targets, global_count)
-            total = loss.detach() if total is None else total + loss.detach()
-            if self._hands_over.is_open:
-                reducer.put(0, total)
-                shares = torch._foreach_mul(self._statistics, share) if self._statistics else ()
-                for part, statistic in enumerate(shares, start=1):
-                    reducer.put(part, statistic)
-            observer.part("forward")
-            loss.backward()  # type: ignore[no-untyped-call]
-            observer.part("backward")
+            with passes.counters.aside():  # they count steps
+                loss = passes.loss(samples, targets, global_count)
+                total = loss.detach() if total is None else total + loss.detach()
+                if self._hands_over.is_open:
+                    reducer.put(0, total)
+                    shares = torch._foreach_mul(self._statistics, share) if self._statistics else ()
+                    for part, statistic in enumerate(shares, start=1):
+                        reducer.put(part, statistic)
+                observer.part("forward")
+                loss.backward()  # type: ignore[no-untyped-call]
+                observer.part("backward")
         if len(parts) > 1:  # parameters that the last micro-batch did not use, but an earlier one did
             first = 1 + len(self._statistics)
             for part, parameter in enumerate(reversed(passes.parameters), start=first):
@@ -443,8 +513,7 @@ def _compiled_in_pieces(model: nn.Module, reducer: Reducer, config: PassConfig) 
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler: Any = lookup_backend(COMPILER)
-    if config.compiler_options is not None:
-        compiler = partial(compiler, config_patches=config.compiler_options)  # as torch.compile passes its options
+    compiler = partial(compiler, config_patches=config.compiler_options)  # as torch.compile passes its options
     small = min(reducer.small_bucket_bytes, reducer.bucket_bytes)
     backend = DDPOptimizer(reducer.bucket_bytes, compiler, first_bucket_cap=small).compile_fn
     compiled: Forward = torch.compile(model, backend=backend, dynamic=False)
@@ -470,6 +539,35 @@ class _DdpWaits:
 
     def backward_returned(self) -> None:
         self.seconds += self._clock() - self._last_gradient[0]
+
+
+class _LastGradient:
+    """Marks the part "gradients" of a step when the last gradient of a backward pass is there, in the order of the device's work. What the
+    device does from there to the end of the backward pass is DDP's wait for other ranks.
+
+    The last gradient is that of the parameter that had it last in the pass before, so the first step has no such mark."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._newest = [-1]
+        self._mark: list[tuple[int, StepObserver]] = []
+        for number, parameter in enumerate(parameters):
+            hook = _note_last(number, self._newest, self._mark)
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            weakref.finalize(self, handle.remove)
+
+    def begin(self, observer: StepObserver) -> None:
+        """A step begins, which reports to `observer`."""
+        self._mark[:] = [(self._newest[0], observer)]
+
+
+def _note_last(number: int, newest: list[int], mark: list[tuple[int, StepObserver]]) -> Callable[[Tensor], None]:
+    def accumulated(parameter: Tensor) -> None:
+        newest[0] = number
+        for expected, observer in mark:
+            if expected == number:
+                observer.part("gradients")
+
+    return accumulated
 
 
 def _note_time(into: list[float], clock: Callable[[], float]) -> Callable[[Tensor], None]:

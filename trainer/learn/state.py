@@ -2,8 +2,8 @@
 cluster.checkpointer and cluster.store bring the files into the storage.
 
 A snapshot is a copy into private buffers on the step path. Another thread writes it out while steps go on. The buffers are laid out as
-safetensors files from the start, so nothing is serialised again, and nothing is ever pickled. On a CPU the step path copies tensors in
-their own memory order (channels_last); the writing thread brings them into the file's order.
+safetensors files from the start, so nothing is serialised again, and nothing is ever pickled. The step path copies tensors in their own
+memory order (channels_last); the writing thread brings them into the file's order.
 """
 
 import hashlib
@@ -219,20 +219,21 @@ class _FileImage:
             size += tensors[name].nbytes
         # Leave room for scalars that grow with the run, such as the digits of a step number.
         self._header_room = (len(self._header(metadata)) + 256 + 63) // 64 * 64 - 8
-        cuda = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-        self._file = torch.empty(8 + self._header_room + size, dtype=torch.uint8, pin_memory=cuda is not None)  # (bytes,)
+        gpu = next((tensor.device for tensor in tensors.values() if _is_on_gpu(tensor)), None)
+        is_pinned = gpu is not None and gpu.type == "cuda"
+        self._file = torch.empty(8 + self._header_room + size, dtype=torch.uint8, pin_memory=is_pinned)  # (bytes,)
         body = self._file[8 + self._header_room :]
         self._host = {name: _view(body, self._spans[name], tensors[name]) for name in order}
         # Tensors copied in their own memory order: name -> (span as bytes, view of it in that order; None if that is the file's order).
         self._as_they_lie: dict[str, tuple[np.ndarray[Any, Any], Tensor | None]] = {}
         self._is_in_file_order = True
         self._device: _DeviceCopy | None = None
-        if cuda is not None:
-            self._device = _DeviceCopy(body, {name: (self._spans[name], tensors[name]) for name in order}, cuda)
-        else:
-            for name in filter(lambda name: _is_dense(tensors[name]), order):
-                begin, end = self._spans[name]
-                own = None if tensors[name].is_contiguous() else self._host[name].as_strided(tensors[name].shape, tensors[name].stride())
+        if gpu is not None:
+            self._device = _DeviceCopy(body, {name: (self._spans[name], tensors[name]) for name in order}, gpu)
+        for name in order:
+            tensor, (begin, end) = tensors[name], self._spans[name]
+            if _is_dense(tensor) and (gpu is None or _is_on_gpu(tensor)):
+                own = None if tensor.is_contiguous() else self._host[name].as_strided(tensor.shape, tensor.stride())
                 self._as_they_lie[name] = body[begin:end].numpy(), own
 
     def fits(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
@@ -242,13 +243,13 @@ class _FileImage:
     def fill(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         header = self._header(metadata).ljust(self._header_room)
         self._file[: 8 + len(header)].copy_(torch.frombuffer(bytearray(struct.pack("<Q", len(header)) + header), dtype=torch.uint8))
+        self._is_in_file_order = False
         if self._device is not None:
             self._device.start(tensors, self._host)
             return
         for name in self._host.keys() - self._as_they_lie.keys():
             self._host[name].copy_(tensors[name])
         _copy_bytes([(into, _bytes_as_they_lie(tensors[name])) for name, (into, _) in self._as_they_lie.items()], torch.get_num_threads())
-        self._is_in_file_order = False
 
     def wait(self) -> None:
         if self._device is not None:
@@ -272,12 +273,22 @@ class _FileImage:
 
 class _DeviceCopy:
     """Copies from a GPU to the host in two hops. The first copies all tensors into one buffer on the device, in stream order with the
-    steps. The second transfers this buffer to pinned host memory on its own stream, during the next steps."""
+    steps. The second transfers this buffer to pinned host memory on its own stream, during the next steps.
+
+    The first hop is in the way of the steps. It copies tensors as they lie in memory, and each type by itself: only then does PyTorch copy
+    many tensors with one kernel, instead of each with its own (some 180 for ResNet-18)."""
 
     def __init__(self, body: Tensor, spans: Mapping[str, tuple[tuple[int, int], Tensor]], device: torch.device) -> None:
         self._body = body
         self._staging = torch.empty(body.numel(), dtype=torch.uint8, device=device)  # (bytes,)
-        self._staged = {name: _view(self._staging, span, tensor) for name, (span, tensor) in spans.items() if tensor.is_cuda}
+        self._staged: dict[str, Tensor] = {}
+        groups: dict[torch.dtype | None, list[str]] = {}  # by type; under None what has gaps, and is staged in the file's order
+        for name, (span, tensor) in spans.items():
+            if _is_on_gpu(tensor):
+                view, is_dense = _view(self._staging, span, tensor), _is_dense(tensor)
+                self._staged[name] = view.as_strided(tensor.shape, tensor.stride()) if is_dense else view
+                groups.setdefault(tensor.dtype if is_dense else None, []).append(name)
+        self._groups = list(groups.values())
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._late: list[tuple[Tensor, Tensor]] = []
@@ -285,7 +296,8 @@ class _DeviceCopy:
     def start(self, tensors: Mapping[str, Tensor], host: Mapping[str, Tensor]) -> None:
         steps = torch.cuda.current_stream(self._staging.device)
         steps.wait_stream(self._stream)  # for the previous snapshot's transfer, which ended long ago
-        torch._foreach_copy_(list(self._staged.values()), [tensors[name] for name in self._staged])
+        for names in self._groups:
+            torch._foreach_copy_([self._staged[name] for name in names], [tensors[name] for name in names])
         self._stream.wait_stream(steps)
         with torch.cuda.stream(self._stream):
             self._body.copy_(self._staging, non_blocking=True)
@@ -333,9 +345,13 @@ def _copy_bytes(pairs: Sequence[tuple["np.ndarray[Any, Any]", "np.ndarray[Any, A
     done.wait()
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, tuple[int, ...] | None]]:
-    """Each tensor's type, shape and, on the host, strides."""
-    return {name: (tensor.dtype, tensor.shape, None if tensor.is_cuda else tensor.stride()) for name, tensor in tensors.items()}
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, tuple[int, ...]]]:
+    """Each tensor's type, shape and strides."""
+    return {name: (tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in tensors.items()}
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -67,6 +67,39 @@ class Arriving:
         self._sent, self._host = sent, host  # in this order, because another thread may be in wait()
 
 
+class DeviceWaits:
+    """How long a GPU waited for batches, by events around each hand-over. A host that is steps ahead of its device takes a batch at once,
+    also one whose making is only queued, and no clock of the host shows how long the device then waits for it. Nothing here waits."""
+
+    def __init__(self) -> None:
+        self._begin: torch.cuda.Event | None = None
+        self._queued: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # hand-overs that the device may not have passed
+        self._free: list[torch.cuda.Event] = []
+
+    def asked(self) -> None:
+        """The host is about to take a batch: the device comes here once it has done the step before."""
+        self._begin = self._recorded()
+
+    def taken(self) -> None:
+        """The stream of the steps waits for the batch: the device comes here once it is made."""
+        assert self._begin is not None, "asked() comes first"
+        self._queued.append((self._begin, self._recorded()))
+
+    def arrived_seconds(self) -> float:
+        """Sum over the hand-overs that the device has passed since the last call."""
+        seconds = 0.0
+        while self._queued and self._queued[0][1].query():  # type: ignore[no-untyped-call]
+            begin, end = self._queued.popleft()
+            seconds += begin.elapsed_time(end) / 1e3
+            self._free += begin, end
+        return seconds
+
+    def _recorded(self) -> torch.cuda.Event:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepStats:
     """One step, seen from the host. `losses`: the (step, mean loss) that have arrived since the last stats."""
@@ -77,6 +110,7 @@ class StepStats:
     learning_rate: float
     step_seconds: float
     data_wait_seconds: float
+    """On a GPU those waits of the device that have ended since the last stats: of a few steps before, as a rule (DeviceWaits)."""
     losses: tuple[tuple[int, float], ...]
     late: tuple[Arriving, ...] = ()
     """Losses of this and earlier steps that have not arrived yet, in order."""
@@ -157,10 +191,16 @@ def train_steps(
     losses: deque[Arriving] = deque()
     norms: deque[Arriving] = deque()
     waited = stepper.wait_seconds
+    waits = DeviceWaits() if device.type == "cuda" else None
     aside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     for step in range(start_step, stop_step):
         begin = clock()
+        stepper.observer.part("other")
+        if waits is not None:
+            waits.asked()
         batch = next(batches)
+        if waits is not None:
+            waits.taken()
         loaded = clock()
         stepper.observer.part("data")
         count = batch_count(step % steps_per_epoch)
@@ -187,7 +227,7 @@ def train_steps(
             samples=count,
             learning_rate=rate,
             step_seconds=clock() - begin,
-            data_wait_seconds=loaded - begin,
+            data_wait_seconds=loaded - begin if waits is None else waits.arrived_seconds(),
             losses=tuple(arrived),
             late=tuple(losses),
             skipped=skipped,

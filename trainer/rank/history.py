@@ -194,6 +194,12 @@ class Curves:
     def add(self, **row: float) -> None:
         self._rows.append(row)
 
+    def copy(self) -> "Curves":
+        """A copy for a checkpoint. It shares the rows, which never change."""
+        curves = Curves()
+        curves._rows = list(self._rows)
+        return curves
+
     def to_parquet(self) -> bytes:
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self._rows, schema=CURVE_SCHEMA), sink)

@@ -46,15 +46,19 @@ class Split:
     """Adds up how long steps spend in forward and backward, and in the update after them. StepObserver.part calls `mark`.
 
     On a GPU these are the device's times: events go into its stream and are read steps later, when the device has passed them. A step
-    records at most four: the start of the forward pass, and the ends of the newest backward pass, the reduction and the optimiser."""
+    records at most six: the hand-over of its batch, the start of the forward pass, and the ends of the newest gradients (DDP), backward
+    pass, reduction and optimiser."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.forward_backward_seconds = self.optimizer_seconds = 0.0
+        self.own_seconds = 0.0
+        """On a GPU: the device's work on steps and its waits for batches, without its waits for other ranks. 0 on a CPU, where the host's
+        clock shows that."""
         self._is_cuda, self._clock = device.type == "cuda", clock
         self._begin = self._backward = self._reduced = 0.0
         self._open: dict[str, Any] = {}  # part -> event of the step that is being queued
         self._parts: set[str] = set()  # parts that this step has marked
-        self._queued: deque[dict[str, Any]] = deque()  # steps whose events the device may not have passed
+        self._queued: deque[tuple[dict[str, Any], set[str]]] = deque()  # steps whose events the device may not have passed
         self._free: list[dict[str, Any]] = []
 
     def mark(self, part: str) -> None:
@@ -72,7 +76,7 @@ class Split:
             self.optimizer_seconds += self._clock() - max(self._reduced, self._backward)
 
     def _record(self, part: str) -> None:
-        if part == "data":
+        if part == "other":
             self._collect()
             self._open, self._parts = self._free.pop() if self._free else {}, set()
         if part == "forward":
@@ -82,14 +86,18 @@ class Split:
         self._open[part].record()  # recording an event again, as for backward, keeps the newest time
         self._parts.add(part)
         if part == "optimizer" and "backward" in self._parts:
-            self._queued.append(self._open)
+            self._queued.append((self._open, self._parts))
 
     def _collect(self) -> None:
         """Add up the steps that the device has finished."""
-        while self._queued and self._queued[0]["optimizer"].query():
-            events = self._queued.popleft()
-            self.forward_backward_seconds += events["data"].elapsed_time(events["backward"]) / 1e3
-            self.optimizer_seconds += events.get("reduction", events["backward"]).elapsed_time(events["optimizer"]) / 1e3
+        while self._queued and self._queued[0][0]["optimizer"].query():
+            events, parts = self._queued.popleft()
+            gradients = events["gradients" if "gradients" in parts else "backward"]  # after it, DDP's backward pass waits for other ranks
+            reduced = events["reduction" if "reduction" in parts else "backward"]
+            self.forward_backward_seconds += events["data"].elapsed_time(gradients) / 1e3
+            optimizer_seconds = reduced.elapsed_time(events["optimizer"]) / 1e3
+            self.optimizer_seconds += optimizer_seconds
+            self.own_seconds += events["other"].elapsed_time(gradients) / 1e3 + optimizer_seconds
             self._free.append(events)
 
 
@@ -118,6 +126,7 @@ class Meter:
         self._share, self._steps_per_epoch, self._waits_in_backward = share, steps_per_epoch, waits_in_backward
         self._split = Split(device)
         self._takes_norm = True
+        self._left_seconds = 0.0  # below 0: waits of a GPU in earlier steps, of which the host's seconds have yet to come
         self._told = [0.0, 0.0]  # the split's seconds that Prometheus already has
         self._reads_told = [0.0, 0.0, 0.0]
         self._slow_at = -math.inf
@@ -128,6 +137,11 @@ class Meter:
         self.mark = self._split.mark
         """Marks the end of a part of a step, in the order of the device's work."""
         metrics.set("planned_steps", planned_steps)
+
+    @property
+    def device_seconds(self) -> float | None:
+        """A GPU's own work on the steps so far that it has told of, without its waits for other ranks. None on a CPU."""
+        return self._split.own_seconds if self._device.type == "cuda" else None
 
     def begin(self) -> None:
         """The next steps train other parameters, so their work differs: forget the count."""
@@ -167,7 +181,9 @@ class Meter:
         metrics.add("samples_total", stats.samples * self._share)
         metrics.add("data_wait_seconds_total", stats.data_wait_seconds)
         metrics.add("reduce_seconds_total", exchange_seconds)
-        metrics.add("compute_seconds_total", max(0.0, stats.step_seconds - stats.data_wait_seconds - exchange_seconds))
+        left = self._left_seconds + stats.step_seconds - stats.data_wait_seconds - exchange_seconds
+        metrics.add("compute_seconds_total", max(0.0, left))
+        self._left_seconds = min(0.0, left)
         forward_backward, optimizer = split.forward_backward_seconds, split.optimizer_seconds
         inside = exchange_seconds if self._waits_in_backward else 0.0
         metrics.add("forward_backward_seconds_total", max(0.0, forward_backward - self._told[0] - inside))

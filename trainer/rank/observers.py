@@ -143,8 +143,18 @@ class CurveLog:
 class BeatStats:
     """Fills the next heartbeat with the run's numbers for the driver's screen and account."""
 
-    def __init__(self, heartbeat: Heartbeat, history: History, speed: Speed, info: TaskInfo) -> None:
-        self._heartbeat, self._history, self._speed = heartbeat, history, speed
+    def __init__(
+        self,
+        heartbeat: Heartbeat,
+        history: History,
+        speed: Speed,
+        info: TaskInfo,
+        *,
+        device_seconds: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """`device_seconds`: the Meter's. Where it is known, that is the rank's own work: the host of a GPU does not wait for other ranks,
+        so that by its clock all of them would be equally slow."""
+        self._heartbeat, self._history, self._speed, self._device_seconds = heartbeat, history, speed, device_seconds
         self._info = info
         self._accuracies = tuple(measure.key for measure in info.measures if measure.name == "accuracy")
         self._own_seconds = 0.0
@@ -152,6 +162,7 @@ class BeatStats:
     def stepped(self, stats: StepStats) -> None:
         history, speed = self._history, self._speed
         self._own_seconds += stats.step_seconds - stats.exchange_seconds
+        of_device = self._device_seconds()
         newest = history.evaluations[-1] if history.evaluations else {}
         headline, _ = headline_of(newest, self._info)
         self._heartbeat.progress(
@@ -165,7 +176,7 @@ class BeatStats:
                 "test_headline": math.nan if headline is None else headline,
             },
             totals={name: getattr(history, name) for name in ACCOUNTED},
-            own_seconds=self._own_seconds,
+            own_seconds=self._own_seconds if of_device is None else of_device,
         )
 
 

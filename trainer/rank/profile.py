@@ -25,8 +25,8 @@ from trainer.learn.step import StepStats
 from trainer.settings.units import percent
 
 PARTS = ("data", "forward", "backward", "reduction", "optimizer", "other")
-"""Parts of a step. `reduction` is the time that exchanging gradients adds after the last backward pass (DDP on a GPU hides it in
-`backward`). `other` is the rest: the host's work between two steps, and the time a GPU idles for it."""
+"""Parts of a step. `reduction` is the time that exchanging gradients adds after the last one is there. `other` is the rest:
+the host's work between two steps, and the time a GPU idles for it."""
 WARM_UP_STEPS, WINDOW_STEPS = 10, 50
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices multiplied for the ceiling
 CONVOLUTION = (16, 256, 28)
@@ -266,6 +266,8 @@ class Profiler:
 
     def mark(self, part: str) -> None:
         """Mark the end of `part` of a step, in the order of the device's work."""
+        if part == "other" and not self._is_cuda:
+            return  # the host's own clock tells its waits for data from the rest (StepStats)
         if self._first - 1 <= self._step < self._stop:  # the step before the window shows when the first wait for data began
             self._marks.append((self._step, part, self._moment()))
 
@@ -322,19 +324,27 @@ def step_parts(
     """Seconds of each of PARTS over the steps in `data_waits`. `marks` are (step, part, when it ended) in order. A cut has part "" and when
     None: the time across it counts for no part.
 
-    The time from the previous mark to a step's "data" mark is its wait for data, as long as the host waited; the rest of it is `other`."""
+    The time from the previous mark to a step's "data" mark is its wait for data, as long as the host waited; the rest of it is `other`. On
+    a GPU, whose waits no host's clock shows, there is an "other" mark between the two."""
     parts = dict.fromkeys(PARTS, 0.0)
     before: Any = None
+    newest = ""
     for step, part, when in marks:
         if part and step in data_waits:
-            if part == "data":
+            if part == "other":
+                parts["other"] += between(before, when) if before is not None else 0.0
+            elif part == "data" and newest == "other":
+                parts["data"] += between(before, when)
+            elif part == "data":
                 waited = data_waits[step]
                 gap = between(before, when) if before is not None else waited
                 parts["data"] += min(gap, waited)
                 parts["other"] += max(0.0, gap - waited)
-            else:
-                parts[part] += between(before, when)
-        before = when
+            elif part == "gradients":
+                parts["backward"] += between(before, when)
+            else:  # from DDP's last gradient on, its backward pass waits for other ranks
+                parts["reduction" if newest == "gradients" else part] += between(before, when)
+        before, newest = when, part
     if parts["reduction"] == 0.0:  # DDP on a CPU waits inside the backward pass
         parts["reduction"] = min(exchange_seconds, parts["backward"])
         parts["backward"] -= parts["reduction"]

@@ -243,12 +243,12 @@ def snapshot_files(
             yield from own.items()
 
         return cursor_alone
-    snapshot, past = state.snapshot(), memory.history.copy()
-    own[CURVES_FILE] = [memory.curves.to_parquet()]
+    snapshot, past, curves = state.snapshot(), memory.history.copy(), memory.curves.copy()
 
     def files() -> Iterator[tuple[str, Buffers]]:
         try:
             snapshot.wait()
+            own[CURVES_FILE] = [curves.to_parquet()]  # here, as it takes some milliseconds
             own[HISTORY_FILE] = [settle(past, proven())]
             contents = snapshot.files()
             if memory.best is not None:

@@ -85,7 +85,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     )
     observers: list[Observer] = [FirstStep(me, plan.start_step), guard, totals, memory.history, mean, profile, speed, saver, meter]
     observers.append(CurveLog(memory.curves, speed, plan, attempt=spec.attempt))
-    observers.append(BeatStats(me.heartbeat, memory.history, speed, learner.task.info))
+    observers.append(BeatStats(me.heartbeat, memory.history, speed, learner.task.info, device_seconds=lambda: meter.device_seconds))
     if weights is not None:
         observers.append(Comparison(weights, every=config.train.verify_every))
     ledger = open_ledger(me, storage, start_step=plan.start_step)
