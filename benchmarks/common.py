@@ -366,13 +366,14 @@ def cifar_like(folder: Path, source: str, *, train: int, test: int) -> tuple[Pat
 
     archive = folder / "cifar-10-python.tar.gz"
     if is_converted(source):
-        _write_archive(archive, source, {"train": train, "test": test})
+        write_archive(archive, source, {"train": train, "test": test})
     else:
         write_cifar_archive(archive, source, train=train, test=test)
     return archive, prepare(DataConfig(path=str(archive), root=str(folder / "data")))
 
 
-def _write_archive(path: Path, data: str, counts: Mapping[str, int]) -> None:
+def write_archive(path: Path, data: str, counts: Mapping[str, int]) -> None:
+    """CIFAR-10's archive of the first images of converted `data`."""
     import io
     import pickle
     import tarfile

@@ -15,7 +15,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import common, compression, end_to_end, gpu_suite, kernels, loader, overhead, readme, remainder, startup, time_to_accuracy
+from benchmarks import (
+    article,
+    common,
+    compression,
+    end_to_end,
+    gpu_suite,
+    kernels,
+    loader,
+    overhead,
+    readme,
+    remainder,
+    startup,
+    time_to_accuracy,
+)
 from benchmarks.common import Taken, finite, interleave, median_interval, paired, spread, target, verdict
 
 numbers = st.floats(-1e6, 1e6)
@@ -441,8 +454,10 @@ def test_what_is_prepared_at_home_is_found_wherever_it_was_moved(tmp_path, capsy
     found = gpu_suite.prepared_in(tmp_path / "there")
     dataset = open_dataset(found.data)
     assert (dataset.split("train").count, dataset.split("test").count, found.images) == (20, 10, 20)
-    assert found.archive.parent == tmp_path / "there"
-    assert found.archive.is_file()
+    archive = gpu_suite.archive_of(found, tmp_path)
+    assert article.read_batches(archive).keys() >= {"data_batch_1", "data_batch_5", "test_batch"}
+    written = archive.stat().st_mtime_ns
+    assert gpu_suite.archive_of(found, tmp_path).stat().st_mtime_ns == written, "it is made once"
     monkeypatch.setattr(sys, "argv", ["gpu_suite", "--data", str(tmp_path / "home")])
     with pytest.raises(SystemExit):
         gpu_suite.main()
