@@ -35,7 +35,7 @@ numbers = st.floats(-1e6, 1e6)
 SMALL = ("--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--train.precision", "fp32")
 OWN = (
     *("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme", "compression"),
-    *("small_maps", "remainder", "learning", "augmentation"),
+    *("small_maps", "remainder", "learning", "augmentation", "peers"),
 )
 
 
@@ -538,7 +538,7 @@ def test_every_claim_is_in_the_page_of_claims():
 
 def test_every_module_is_in_the_readme():
     page = (common.PROJECT / "benchmarks" / "README.md").read_text()
-    for name in ("loader", "end_to_end", "overhead", "startup", "time_to_accuracy", "stems", "gpu_suite", "article", "bare"):
+    for name in ("loader", "end_to_end", "overhead", "startup", "time_to_accuracy", "stems", "gpu_suite", "article", "bare", "peers"):
         assert f"`{name}" in page, name
 
 
