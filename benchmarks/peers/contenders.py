@@ -13,7 +13,8 @@ from pathlib import Path
 
 PEERS = Path(__file__).parent
 OURS = "ours"
-LOG = "output.log"
+LOG, STARTED = "output.log", "--- started"
+"""What a command printed, and the line before each of its lives."""
 PEER_NAMES = ("timm", "hf trainer", "plain ray train", "tutorial")
 TUTORIAL_EPOCHS = 10
 
@@ -120,9 +121,19 @@ def of_journal(place: Path) -> list[float]:
 
 
 def of_log(place: Path) -> list[float]:
-    """From what a script prints: our peers' own line, or the Trainer's `'eval_accuracy': 0.8`."""
-    said = re.findall(r"(?:test accuracy |'eval_accuracy': '?)([0-9.]+(?:e-?[0-9]+)?)", text_of(place / LOG))
-    return [float(each) for each in said]
+    """From what a script prints: our peers' own line, or the Trainer's `'eval_accuracy': 0.8`. Ray hands some of a worker's lines on twice,
+    so an epoch counts once in a life."""
+    found, said = [], set()
+    for line in text_of(place / LOG).splitlines():
+        if line == STARTED:
+            said.clear()
+        elif match := re.search(r"(epoch [0-9]+): test accuracy ([0-9.]+)", line):
+            if match[1] not in said:
+                found.append(float(match[2]))
+            said.add(match[1])
+        elif match := re.search(r"'eval_accuracy': '?([0-9.]+(?:e-?[0-9]+)?)", line):
+            found.append(float(match[1]))
+    return found
 
 
 def of_summary(place: Path) -> list[float]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import PROJECT
-from benchmarks.peers.contenders import LOG, Contender, text_of
+from benchmarks.peers.contenders import LOG, STARTED, Contender, text_of
 
 MARK = "BENCHMARK_PEERS"
 LOOK_SECONDS = 0.2
@@ -46,6 +46,7 @@ def live(contender: Contender, place: Path, *, timeout_seconds: float, until: fl
     evaluations: list[tuple[float, float]] = []
     peak = 0
     with log.open("a") as output:
+        print(STARTED, file=output, flush=True)
         began = time.perf_counter()
         process = subprocess.Popen(
             contender.command(place),

@@ -38,6 +38,11 @@ def test_accuracies_are_read_as_each_tool_writes_them(tmp_path: Path) -> None:
         "{'eval_loss': '0.9', 'eval_accuracy': '0.81', 'epoch': '1.0'}\n{'eval_accuracy': 0.825, 'epoch': 2.0}\n{'loss': 1.2}\n"
     )
     assert of_log(tmp_path) == [0.75, 0.81, 0.825]
+    (tmp_path / "output.log").write_text(
+        "--- started\nepoch 1: test accuracy 0.5\n(pid=7) epoch 1: test accuracy 0.5\nepoch 2: test accuracy 0.5\n"
+        "--- started\nepoch 2: test accuracy 0.6\n"
+    )
+    assert of_log(tmp_path) == [0.5, 0.5, 0.6], "a line that is handed on twice counts once; an epoch done again counts again"
     (tmp_path / "run").mkdir()
     summary = tmp_path / "run" / "summary.csv"
     head = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n"
