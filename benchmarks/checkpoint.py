@@ -1,9 +1,15 @@
-"""What a checkpoint costs the steps: the stall of Checkpointer.save against torch.save + fsync of the same state, and the stages after it.
+"""What a checkpoint costs the steps: the stall of Checkpointer.save against torch.save + fsync of the same state, the stages after it, and
+by how much its writing lengthens the steps that follow.
 
-    python -m benchmarks.checkpoint [--rounds 15] [--folder DIR] [--json FILE|-]
+    python -m benchmarks.checkpoint [--rounds 15] [--turns 9] [--folder DIR] [--json FILE|-]
 
 The state is ResNet-18 with a head of 10 classes and SGD's momentum: 89.5 MB, channels_last as the trainer keeps it. The rounds are
 interleaved; each quantity is reported as median and quartiles. Stage, commit, verify and load are off the step path.
+
+The lengthening: the same steps in turns without a checkpoint, after one whose threads give way to the steps (as in a run), and after one
+whose threads do not. It is what the steps take more than those of the same turn without one, from the end of `save` until the checkpoint is
+staged, and at least `--steps` steps; its share is of an epoch of 500 such steps with one checkpoint. The steps are short (4 images), which
+makes the share large.
 """
 
 import argparse
@@ -13,27 +19,35 @@ import platform
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torchvision
 from torch import nn
 
-from benchmarks.common import cpu_model, told_words
-from cluster.checkpointer import Buffers, Checkpointer, Files
+from benchmarks.common import cpu_model, interleave, median_interval, spread, target, told_words, verdict
+from cluster import checkpointer as checkpointing
+from cluster.checkpointer import Buffers, Checkpointer, Files, give_way
 from cluster.storage import open_storage
 from cluster.store import Receipt, Store
 from trainer.learn.state import TrainState, weights_sha256
 
 GOAL = 0.1
+LENGTHENING_GOAL = 0.02
+EPOCH_STEPS = 500
+WITHOUT, GIVING_WAY, AS_URGENT = "no checkpoint", "threads give way", "threads as urgent as the steps"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The cost of a checkpoint.")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=9, help="rounds of the lengthening; 0 leaves it out (%(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="steps that are watched after a checkpoint, at least (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
     parser.add_argument("--folder", default="", help="where to write; the file system decides the times. Empty: the temporary folder")
     parser.add_argument("--json", default="", help="write the result there; - prints it")
@@ -42,6 +56,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="finetune-checkpoint-", dir=options.folder or None) as folder:
         result = measure(Path(folder), rounds=options.rounds)
+        if options.turns:
+            result |= lengthening(resnet18(), Path(folder) / "lengthening", turns=options.turns, steps=options.steps)
     text = json.dumps(result, indent=1)
     if options.json == "-":
         print(text)
@@ -53,13 +69,19 @@ def main() -> None:
         print(f"{name:22} {1e3 * row['median']:8.2f} ms  ({1e3 * low:.2f} to {1e3 * high:.2f})")
     for name in ("ratio", "ratio_to_save_alone"):
         print(f"{name:22} {result[name]:8.3f}     goal {GOAL}")
+    for name, row in result.get("lengthening", {}).items():
+        extra, share = row["extra_seconds"], row["share_of_an_epoch"]
+        shown = f"{1e3 * extra['median']:8.2f} ms  ({1e3 * extra['low']:.2f} to {1e3 * extra['high']:.2f})"
+        print(f"steps after it, {name}: {shown}, {share['median']:.2%} of {EPOCH_STEPS} steps")
+    for row in result.get("targets", ()):
+        print(verdict(row))
     if options.json:
         Path(options.json).write_text(text + "\n")
 
 
 def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
     """All measurements, JSON-able; `seconds` by stage."""
-    model = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
+    model = resnet18()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     step(model, optimizer)
     state = TrainState(model, optimizer)
@@ -117,6 +139,66 @@ def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
         "ratio_to_save_alone": rows["stall"]["median"] / rows["torch_save"]["median"],
         "goal": GOAL,
     }
+
+
+def lengthening(model: nn.Module, folder: Path, *, turns: int, steps: int) -> dict[str, Any]:
+    """What steps take more while a checkpoint is written, by whether its threads give way; the second half of the module's docstring."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+    step(model, optimizer)
+    state, store = TrainState(model, optimizer), Store.open(open_storage(folder), "run")
+    generation = store.claim_generation()
+    staged = threading.Event()
+    checkpointer = Checkpointer(
+        stage=lambda number, name, buffers: store.stage(number, generation, name, buffers, attempt=1),
+        ack=lambda number, receipts, meta: staged.set(),
+    )
+    taken: dict[str, list[tuple[float, int]]] = {WITHOUT: [], GIVING_WAY: [], AS_URGENT: []}
+    for number, (turn, name) in enumerate(interleave(list(taken), turns + 1), start=1):
+        for _ in range(3):
+            step(model, optimizer)
+        staged.clear()
+        with patch.object(checkpointing, "give_way", give_way if name == GIVING_WAY else lambda: None):
+            if name == WITHOUT:
+                staged.set()
+            else:
+                checkpointer.save(number, lambda: files_of(state), {})
+            done, begin = 0, time.perf_counter()
+            while done < steps or not staged.is_set():
+                step(model, optimizer)
+                done += 1
+            seconds = time.perf_counter() - begin
+            checkpointer.wait()
+        if turn:  # the first one allocates the buffers
+            taken[name].append((seconds, done))
+        store.prune(2, generation)
+    checkpointer.close()
+    return lengthened(taken)
+
+
+def lengthened(taken: Mapping[str, Sequence[tuple[float, int]]]) -> dict[str, Any]:
+    """From (seconds, steps) of each turn and case: the extra seconds, turn by turn, and their share of an epoch with one checkpoint."""
+    step_seconds = [seconds / steps for seconds, steps in taken[WITHOUT]]
+    rows = {}
+    for name in (GIVING_WAY, AS_URGENT):
+        extra = [seconds - steps * alone for (seconds, steps), alone in zip(taken[name], step_seconds, strict=True)]
+        shares = [more / (EPOCH_STEPS * alone) for more, alone in zip(extra, step_seconds, strict=True)]
+        rows[name] = {
+            "extra_seconds": median_interval(extra),
+            "share_of_an_epoch": median_interval(shares),
+            "steps_watched": spread([steps for _, steps in taken[name]]),
+        }
+    share = rows[GIVING_WAY]["share_of_an_epoch"]
+    claim = f"share of an epoch of {EPOCH_STEPS} steps by which a checkpoint's writing lengthens the steps"
+    return {
+        "lengthening": rows,
+        "step_seconds": spread(step_seconds),
+        "targets": [target(claim, share["median"], at_most=LENGTHENING_GOAL, interval=(share["low"], share["high"]))],
+    }
+
+
+def resnet18() -> nn.Module:
+    model: nn.Module = torchvision.models.resnet18(num_classes=10)
+    return model.to(memory_format=torch.channels_last)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

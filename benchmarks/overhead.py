@@ -1,6 +1,6 @@
 """What metrics, ledger, heartbeat, guard and checkpoints cost a step: our run against the same step in a bare loop, and under torchrun.
 
-    python -m benchmarks.overhead [--rounds 96] [--batch-size 100] [--processes 3] [--json] [--out FILE]
+    python -m benchmarks.overhead [--rounds 96] [--batch-size 100] [--steps-a-block 2] [--processes 3] [--json] [--out FILE]
 
 1. In one process, interleaved in blocks of a few steps: `trainer.rank.worker.train_rank` unchanged, with a real coordinator, ledger,
    metrics server, heartbeat, guard, weights check and checkpoints; the bare loop of benchmarks/bare.py; that loop with PyTorch's own
@@ -11,6 +11,8 @@
    check and blocks with a checkpoint (which is waited for, commit included, unlike in a run) are reported separately, and their price is
    divided by the steps between two of them in a run with default settings.
    The coordinator also runs in this process and its CPU time is counted; in a run it is another process.
+   On a GPU a block begins and ends with a wait for the device, after which the host has no lead over it: --steps-a-block 20 makes that
+   small beside the steps.
    The overhead hardly depends on the batch, but a step does: --batch-size 16 shows milliseconds more sharply; the share is that of a step
    with --full-batch images.
 2. With --processes N, N rounds of four separate commands: the bare loop, the bare loop under torchrun, the bare loop as a worker of plain
@@ -50,6 +52,7 @@ from benchmarks.common import (
     run_process,
     spread,
     target,
+    warm_clocks,
 )
 from cluster.coordinator import Coordinator
 from cluster.interval import steps_between
@@ -68,6 +71,7 @@ from trainer.settings.tree import RunConfig, TrainConfig
 
 GOAL = 0.01
 STEPS_A_BLOCK = 2
+"""Unless --steps-a-block says otherwise: on a CPU a step is long, and short blocks compare moments that are close."""
 CHECKPOINT_BLOCKS = 4
 """One in this many blocks of the run has a checkpoint; halfway between two of them, a block has a weights check."""
 WARM_BLOCKS = 3
@@ -80,9 +84,9 @@ ARMS = ("bare", "stepper", "stock")
 BARE, TORCHRUN, RAY_TRAIN, OURS = "bare loop", "bare loop under torchrun", "bare loop in plain Ray Train", "trainer.run"
 
 
-def settings_of(data: str, storage: Path, batch_size: int, extra: Sequence[str]) -> RunConfig:
+def settings_of(data: str, storage: Path, batch_size: int, extra: Sequence[str], *, steps_a_block: int = STEPS_A_BLOCK) -> RunConfig:
     """The run's settings: ResNet-18 with the tutorial's stem, and all monitoring on."""
-    every = CHECKPOINT_BLOCKS * STEPS_A_BLOCK
+    every = CHECKPOINT_BLOCKS * steps_a_block
     flags = [
         *("--data.path", data, "--data.batch-size", str(batch_size), "--model.weights", "none", "--model.stem", "article"),
         *("--optim.lr", "0.001", "--optim.schedule", "constant", "--train.virtual-ranks", "1", "--train.ledger"),
@@ -99,9 +103,11 @@ class Turns:
     everything that the worker does with a step.
     """
 
-    def __init__(self, arms: dict[str, Callable[[], None]], device: torch.device, settle: Callable[[], bool]) -> None:
+    def __init__(
+        self, arms: dict[str, Callable[[], None]], device: torch.device, settle: Callable[[], bool], *, steps_a_block: int
+    ) -> None:
         """`arms`: name -> does a block of steps. `settle`: waits until no checkpoint is pending; called where a block has one."""
-        self._arms, self._settle = arms, settle
+        self._arms, self._settle, self._steps_a_block = arms, settle, steps_a_block
         self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.checks = self.saves = self.evaluations = 0  # in the current block
         self.blocks: list[tuple[str, dict[str, Taken]]] = []
@@ -113,7 +119,7 @@ class Turns:
         for stats in TRAIN_STEPS(*args, **kwargs):
             yield stats
             steps += 1
-            if steps % STEPS_A_BLOCK:
+            if steps % self._steps_a_block:
                 continue
             if self.saves:
                 self._settle()
@@ -134,12 +140,15 @@ class Turns:
 TRAIN_STEPS = worker.train_steps
 
 
-def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full_batch: int, threads: int) -> dict[str, Any]:
+def in_one_process(
+    config: RunConfig, storage_folder: Path, *, rounds: int, full_batch: int, threads: int, steps_a_block: int = STEPS_A_BLOCK
+) -> dict[str, Any]:
     """Part 1 of the module's docstring."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dataset = open_dataset(config.data.path)
     worker.make_repeatable(threads)
-    steps = (rounds + WARM_BLOCKS) * STEPS_A_BLOCK
+    warm_clocks(device)
+    steps = (rounds + WARM_BLOCKS) * steps_a_block
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=steps))
     storage = open_storage(storage_folder)
     config = dataclasses.replace(config, storage=storage.uri)
@@ -156,7 +165,7 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
 
     def block(name: str, step: Callable[[Batch, int], object]) -> Callable[[], None]:
         def steps_of_block() -> None:
-            for _ in range(STEPS_A_BLOCK):
+            for _ in range(steps_a_block):
                 (batch,) = next(feeds[name])
                 step(batch, done[name])
                 done[name] += 1
@@ -164,7 +173,7 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
         return steps_of_block
 
     arms = {"bare": block("bare", bare.step), "stepper": block("stepper", alone), "stock": block("stock", stock.step)}
-    turns = Turns(arms, device, lambda: settle(watched, coordinator))
+    turns = Turns(arms, device, lambda: settle(watched, coordinator), steps_a_block=steps_a_block)
     watched: list[saving.Checkpointer] = []
 
     class Watched(saving.Checkpointer):
@@ -216,7 +225,7 @@ def in_one_process(config: RunConfig, storage_folder: Path, *, rounds: int, full
         for feed in feeds.values():
             feed.close()
     full = full_step_seconds(config, dataset, device, full_batch, bare)
-    return judged(turns.blocks, config, full, full_batch)
+    return judged(turns.blocks, config, full, full_batch, steps_a_block=steps_a_block)
 
 
 def stepper_alone(config: RunConfig, dataset: Any, image_size: tuple[int, int], device: torch.device) -> Callable[[Batch, int], Tensor]:
@@ -255,7 +264,9 @@ def full_step_seconds(config: RunConfig, dataset: Any, device: torch.device, bat
     )
 
 
-def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, full: Taken, full_batch: int) -> dict[str, Any]:
+def judged(
+    blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, full: Taken, full_batch: int, *, steps_a_block: int = STEPS_A_BLOCK
+) -> dict[str, Any]:
     """Prices in seconds a step, by cause, and their sum as a fraction of a bare step on `full_batch` images."""
     default = TrainConfig()
     every_checkpoint = steps_between(default.checkpoint_every, CIFAR_EPOCH_STEPS)
@@ -264,7 +275,7 @@ def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, fu
     result: dict[str, Any] = {
         "batch_size": config.data.batch_size,
         "full_batch": full_batch,
-        "steps_a_block": STEPS_A_BLOCK,
+        "steps_a_block": steps_a_block,
         "steps_between": between,
         "blocks": {kind: sum(each == kind for each, _ in blocks) for kind in (PLAIN, CHECK, CHECKPOINT)},
     }
@@ -273,7 +284,7 @@ def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, fu
 
         def difference(kind: str, arm: str, other: str, clock: str = clock) -> dict[str, Any]:
             values = [
-                (getattr(taken[arm], clock) - getattr(taken[other], clock)) / STEPS_A_BLOCK
+                (getattr(taken[arm], clock) - getattr(taken[other], clock)) / steps_a_block
                 for each, taken in blocks
                 if each == kind or kind == "any"
             ]
@@ -288,9 +299,9 @@ def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, fu
             price = difference(kind, "run", "bare")
             # An interval for a difference of two medians: the widest that both allow.
             each = {
-                "median": (price["median"] - plain["median"]) * STEPS_A_BLOCK,
-                "low": (price["low"] - plain["high"]) * STEPS_A_BLOCK,
-                "high": (price["high"] - plain["low"]) * STEPS_A_BLOCK,
+                "median": (price["median"] - plain["median"]) * steps_a_block,
+                "low": (price["low"] - plain["high"]) * steps_a_block,
+                "high": (price["high"] - plain["low"]) * steps_a_block,
             }
             parts[f"one {kind}"] = each | {"pairs": price["pairs"], "steps_between": between[kind]}
             for end in ("median", "low", "high"):
@@ -300,7 +311,7 @@ def judged(blocks: Sequence[tuple[str, dict[str, Taken]]], config: RunConfig, fu
         for end in ("median", "low", "high"):
             of_stock[end] += total[end] - plain[end]  # the rare costs
         result[clock] = {
-            "bare_step": {arm: spread([getattr(taken[arm], clock) / STEPS_A_BLOCK for _, taken in blocks]) for arm in ("bare", "run")},
+            "bare_step": {arm: spread([getattr(taken[arm], clock) / steps_a_block for _, taken in blocks]) for arm in ("bare", "run")},
             "bare_full_step": step,
             "parts": parts,
             "a_step": {end: total[end] for end in ("median", "low", "high")},
@@ -421,6 +432,7 @@ def main() -> int:
     parser = parser_of("overhead", __doc__)
     parser.add_argument("--data", default=str(SAMPLE), help="a converted data set whose images share one size")
     parser.add_argument("--rounds", type=int, default=96, help="rounds in one process; half of them without check and checkpoint")
+    parser.add_argument("--steps-a-block", type=int, default=STEPS_A_BLOCK, help="steps of a round and arm, in one process (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--full-batch", type=int, default=100, help="images of the step that the overhead is a share of")
     parser.add_argument("--processes", type=int, default=0, help="rounds with processes of their own, through Ray; 0 leaves them out")
@@ -430,13 +442,22 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("settings", nargs=argparse.REMAINDER, help="further settings of trainer.run, after --")
     options = parser.parse_args()
+    if options.steps_a_block < 1:
+        parser.error(f"--steps-a-block {options.steps_a_block}: a block has at least one step")
     extra = [each for each in options.settings if each != "--"]
     result = described("overhead", options)
     with tempfile.TemporaryDirectory(prefix="finetune-overhead-") as temp:
         targets = []
         if options.rounds:
-            config = settings_of(options.data, Path(temp), options.batch_size, extra)
-            inside = in_one_process(config, Path(temp), rounds=options.rounds, full_batch=options.full_batch, threads=options.threads)
+            config = settings_of(options.data, Path(temp), options.batch_size, extra, steps_a_block=options.steps_a_block)
+            inside = in_one_process(
+                config,
+                Path(temp),
+                rounds=options.rounds,
+                full_batch=options.full_batch,
+                threads=options.threads,
+                steps_a_block=options.steps_a_block,
+            )
             result["in_one_process"] = inside
             for clock, title in (("wall_seconds", "wall time"), ("cpu_seconds", "CPU time")):
                 share = inside[clock]["share"]

@@ -31,6 +31,7 @@ from benchmarks.common import (
     target,
 )
 from benchmarks.overhead import json_in
+from dataio.parquet import open_dataset
 
 GOAL = 0.1
 RECIPE = (
@@ -135,6 +136,9 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
 def main() -> int:
     parser = parser_of("time_to_accuracy", __doc__)
     parser.add_argument("--source", default="", help="a source of dataio.convert; empty: the full Fashion-MNIST if it is installed")
+    parser.add_argument(
+        "--made", nargs=2, type=Path, metavar=("ARCHIVE", "DATA"), help="CIFAR-10's archive and its conversion, in place of --source"
+    )
     parser.add_argument("--quick", action="store_true", help="the sample of this repository, 2 epochs of the tutorial's, for a CPU")
     parser.add_argument("--images", type=int, default=0, help="training images; 0 takes 60,000, with --quick or the sample 2,000")
     parser.add_argument("--tutorial-epochs", type=int, default=0, help="0 takes the tutorial's 10, with --quick 2")
@@ -154,7 +158,11 @@ def main() -> int:
     result = described("time_to_accuracy", options)
     with tempfile.TemporaryDirectory(prefix="finetune-accuracy-") as temp:
         folder = Path(temp)
-        archive, data = cifar_like(folder, source, train=options.images, test=500 if is_sample else 10_000)
+        if options.made:
+            archive, data = options.made
+            options.images = open_dataset(data).split("train").count
+        else:
+            archive, data = cifar_like(folder, source, train=options.images, test=500 if is_sample else 10_000)
         weights = adapted(options.weights, folder / "initial.pth") if options.weights else initial_weights(folder / "initial.pth")
         trials = [trial(options, folder, archive, data, weights, seed) for seed in options.seeds]
         result |= judged(trials, options.tutorial_epochs)

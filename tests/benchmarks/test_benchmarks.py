@@ -15,14 +15,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import common, compression, end_to_end, gpu_suite, loader, overhead, readme, remainder, startup, time_to_accuracy
+from benchmarks import (
+    article,
+    common,
+    compression,
+    end_to_end,
+    gpu_suite,
+    kernels,
+    loader,
+    overhead,
+    readme,
+    remainder,
+    startup,
+    time_to_accuracy,
+)
 from benchmarks.common import Taken, finite, interleave, median_interval, paired, spread, target, verdict
 
 numbers = st.floats(-1e6, 1e6)
 SMALL = ("--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--train.precision", "fp32")
 OWN = (
     *("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme", "compression"),
-    *("small_maps", "remainder", "learning", "augmentation"),
+    *("small_maps", "remainder", "learning", "augmentation", "peers"),
 )
 
 
@@ -221,6 +234,19 @@ def test_overhead_divides_what_is_rare_by_the_steps_between(tmp_path):
     assert found["wall_seconds"]["share_over_pytorchs_optimizer"]["median"] == pytest.approx((expected - 0.0015) / 0.5, rel=1e-6)
 
 
+def test_overhead_of_a_step_does_not_depend_on_how_many_make_a_block(tmp_path):
+    """The rare costs come once a block, whatever its length; what each step costs is divided by the steps of a block."""
+    config = overhead.settings_of(str(common.SAMPLE), tmp_path, 100, [], steps_a_block=20)
+    assert (config.train.checkpoint_every, config.train.verify_every) == (80, 40)
+    full = Taken(wall_seconds=0.5, cpu_seconds=1.0)
+    short = overhead.judged(blocks({overhead.PLAIN: 0.004, overhead.CHECK: 0.3, overhead.CHECKPOINT: 5.0}), config, full, 100)
+    made = blocks({overhead.PLAIN: 0.04, overhead.CHECK: 0.3, overhead.CHECKPOINT: 5.0})
+    long = overhead.judged(made, config, full, 100, steps_a_block=20)
+    assert long["steps_a_block"] == 20
+    for end in ("median", "low", "high"):
+        assert long["wall_seconds"]["a_step"][end] == pytest.approx(short["wall_seconds"]["a_step"][end], rel=1e-6)
+
+
 def test_run_and_bare_loop_take_turns_on_the_same_steps(tmp_path):
     """The whole measurement, small: a real run's steps, with checkpoints and checks where the settings want them, between bare ones."""
     config = overhead.settings_of(str(common.SAMPLE), tmp_path, 10, SMALL)
@@ -406,20 +432,113 @@ def test_a_claim_that_fails_is_a_result_and_costs_no_other(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access")
 
     monkeypatch.setattr(gpu_suite, "run_process", fails)
-    row = gpu_suite.run_claim("sustained", [], 1.0)
+    row = gpu_suite.run_claim("sustained", [], 1.0, {})
     assert "illegal memory access" in row["failed"]
     assert row["targets"] == []
 
 
+def test_all_claims_about_a_gpu_fit_nine_minutes_and_each_call_fits_ten():
+    assert sum(claim.budget_seconds for claim in gpu_suite.CLAIMS.values()) <= gpu_suite.SUITE_SECONDS == 540
+    assert next(iter(gpu_suite.CLAIMS)) == "sustained", "it compiles for the others"
+    parts = [claim.part for claim in gpu_suite.CLAIMS.values()]
+    assert parts == sorted(parts)
+    assert set(parts) == {1, 2}
+
+
+def test_what_is_prepared_at_home_is_found_wherever_it_was_moved(tmp_path, capsys, monkeypatch):
+    from dataio.parquet import open_dataset
+
+    made = gpu_suite.prepare_data(tmp_path / "home", str(common.SAMPLE), images=20, test=10)
+    assert not made.is_whole
+    (tmp_path / "home").rename(tmp_path / "there")
+    found = gpu_suite.prepared_in(tmp_path / "there")
+    dataset = open_dataset(found.data)
+    assert (dataset.split("train").count, dataset.split("test").count, found.images) == (20, 10, 20)
+    archive = gpu_suite.archive_of(found, tmp_path)
+    assert article.read_batches(archive).keys() >= {"data_batch_1", "data_batch_5", "test_batch"}
+    written = archive.stat().st_mtime_ns
+    assert gpu_suite.archive_of(found, tmp_path).stat().st_mtime_ns == written, "it is made once"
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--data", str(tmp_path / "home")])
+    with pytest.raises(SystemExit):
+        gpu_suite.main()
+    assert f"--prepare {tmp_path / 'home'}" in capsys.readouterr().err
+
+
+def test_all_commands_of_a_suite_share_one_folder_of_compiled_kernels(tmp_path, monkeypatch):
+    data = gpu_suite.prepare_data(tmp_path / "data", str(common.SAMPLE), images=20, test=10).data.parents[1]
+    seen = []
+
+    def notes(name: str, arguments: object, budget_seconds: float, environment: dict[str, str]) -> dict[str, object]:
+        seen.append((name, budget_seconds, environment))
+        return {"targets": [], "seconds": 0.0}
+
+    monkeypatch.setattr(gpu_suite, "gpu_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu_suite, "run_claim", notes)
+    for part in ("1", "2"):
+        monkeypatch.setattr(sys, "argv", ["gpu_suite", "--data", str(data), "--part", part, "--out", str(tmp_path / f"{part}.json")])
+        assert gpu_suite.main() == 0
+    whole = {"time_to_accuracy"}  # the sample's images do not do for it
+    assert [name for name, _, _ in seen] == [name for name in gpu_suite.CLAIMS if name not in whole]
+    assert "full Fashion-MNIST" in json.loads((tmp_path / "2.json").read_text())["claims"]["time_to_accuracy"]["needs"]
+    for name, budget, environment in seen:
+        assert budget == gpu_suite.CLAIMS[name].budget_seconds
+        assert environment == {"TORCHINDUCTOR_CACHE_DIR": f"{data}-kept/inductor", "TRITON_CACHE_DIR": f"{data}-kept/triton"}
+
+
+def test_the_device_waits_for_what_is_handed_late_and_for_nothing_else():
+    now = [0.0]
+
+    def slow():
+        for number in range(3):
+            now[0] += 7.0 * (number == 1)
+            yield number
+
+    handed = gpu_suite.Handed(slow(), torch.device("cpu"), clock=lambda: now[0])
+    assert next(handed) == 0
+    now[0] += 100.0  # a step's own time
+    assert next(handed) == 1
+    assert handed.take_seconds() == 7.0
+    assert next(handed) == 2
+    assert handed.take_seconds() == 0.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20), st.sampled_from("ab")), min_size=1, max_size=30), st.integers(1, 4))
+def test_a_table_of_kernels_loses_no_time_and_counts_what_overlaps_once(spans, rows):
+    seen = [kernels.Kernel(name=name, begin_seconds=float(begin), end_seconds=float(begin + length)) for begin, length, name in spans]
+    covered = {second for begin, length, _ in spans for second in range(begin, begin + length)}
+    assert kernels.busy_seconds(seen) == len(covered)
+    found = kernels.table(seen, 2, rows=rows)
+    whole = sum(length for _, length, _ in spans)
+    for part in ("kernels", "by_kind"):
+        assert sum(row["microseconds_a_step"] for row in found[part]) == pytest.approx(1e6 * whole / 2)
+        assert sum(row["launches_a_step"] for row in found[part]) == found["launches_a_step"] == len(spans) / 2
+    assert len(found["kernels"]) <= rows + 1
+
+
+def test_kernels_are_told_apart_by_their_names():
+    names = {
+        "sm90_xmma_fprop_implicit_gemm_bf16f32": "convolutions",
+        "triton_red_fused_native_batch_norm_3": "compiled",
+        "void at::native::multi_tensor_apply_kernel": "optimiser",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "nvjet_hsh_128x64": "matrix products",
+        "elementwise": "others",
+    }
+    assert {name: kernels.kind_of(name) for name in names} == names
+    with pytest.raises(ValueError, match="no kernel"):
+        kernels.table([], 20)
+
+
 def test_every_claim_is_in_the_page_of_claims():
     page = (common.PROJECT / "benchmarks" / "GPU.md").read_text()
-    for name in gpu_suite.CLAIMS:
+    for name, claim in gpu_suite.CLAIMS.items():
         assert f"--only {name}`" in page, name
+        assert re.search(rf"^\| `{name}` \| {claim.part} \| {claim.budget_seconds:.0f} s \|", page, re.MULTILINE), name
 
 
 def test_every_module_is_in_the_readme():
     page = (common.PROJECT / "benchmarks" / "README.md").read_text()
-    for name in ("loader", "end_to_end", "overhead", "startup", "time_to_accuracy", "stems", "gpu_suite", "article", "bare"):
+    for name in ("loader", "end_to_end", "overhead", "startup", "time_to_accuracy", "stems", "gpu_suite", "article", "bare", "peers"):
         assert f"`{name}" in page, name
 
 
