@@ -160,7 +160,7 @@ def planned_sizes(
     """The sizes with their settings, the largest last."""
     whole = manifest.splits["train"].count
     length = length_of(config, manifest, workers=ranks, from_recipes=from_recipes)
-    warmup = length.config.optim.warmup_of(length.total_steps) / length.total_steps
+    warmup = min(1.0, length.config.optim.warmup_of(length.total_steps) / length.total_steps)
     return tuple(size_of(config, images, whole=whole, ranks=ranks, warmup_fraction=round(warmup, 6)) for images in sizes_of(parts, whole))
 
 

@@ -182,18 +182,18 @@ def noise_words(curve: Curve) -> str:
         return ""
     of_what = f"the {number(curve.tested)} test {unit}" if curve.is_share else "the repeats"
     return (
-        f"One run on {number(outcome.now.images)} {unit} is off by {100 * outcome.noise:.2f} points (one standard deviation, from {of_what} "
-        f"and {outcome.runs} runs of {outcome.sizes} sizes). The interval is of one run, tested on the same {unit}: it holds that noise, the "
-        f"curves that fit the points, and what real curves differ from a power law by. It says nothing of other test {unit}, nor of labels "
-        f"of another kind than these."
+        f"One run on {number(outcome.now.images)} {unit} is off by {100 * outcome.noise:.2f} points (one standard deviation, from "
+        f"{of_what} and {outcome.runs} runs of {outcome.sizes} sizes). The interval is of one run, tested on the same {unit}: it holds "
+        "that noise, the curves that fit the points, and what real curves differ from a power law by. It says nothing of other test "
+        f"{unit}, nor of labels of another kind than these."
     )
 
 
 def wanted_words(curve: Curve) -> str:
     """What is needed to say which images to label next."""
     return (
-        f"Which {curve.info.unit} to label next cannot be said without {curve.info.unit} that have no label: with --unlabelled FOLDER the same "
-        "command lists in label-next.csv those of which the model is least sure and which differ from each other."
+        f"Which {curve.info.unit} to label next cannot be said without {curve.info.unit} that have no label: with --unlabelled FOLDER the "
+        "same command lists in label-next.csv those of which the model is least sure and which differ from each other."
     )
 
 
