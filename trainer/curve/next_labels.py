@@ -42,7 +42,8 @@ class Pool:
     def taken(self) -> tuple[Ints, Floats, Floats]:
         """(places, margins, features) of the `most` images of smallest margin, the smallest first. Places count all images from 0."""
         self._keep()
-        return self._places, self._margins, np.array(self._features, dtype=np.float32).reshape(len(self._places), -1)
+        features = np.stack(self._features) if self._features else np.zeros((0, 0), dtype=np.float32)
+        return self._places, self._margins, features
 
     def _keep(self) -> None:
         order = np.lexsort((self._places, self._margins))[: self._most]
