@@ -35,7 +35,7 @@ from trainer.runs.certainty import wilson
 PARTS = (0.125, 0.25, 0.5, 1.0)
 REPEATS = 3
 SIZES = (200, 400, 800, 1600, 3200)
-SIDE = 64
+SIDE = 32
 """Pixels that the frozen network sees."""
 DIMENSIONS = 256
 """Principal components of the features that the heads get."""
@@ -72,18 +72,19 @@ class Pictures:
     test_labels: Labels
 
 
-def cases_of(count: int, *, most: int, seed: int = 0) -> Iterator[Case]:
-    """Cases drawn at random; `most`: images that there are to train on."""
+def cases_of(count: int, *, train: int, test: int, seed: int = 0) -> Iterator[Case]:
+    """Cases drawn at random; `train`, `test`: images that there are."""
     random = np.random.default_rng(seed)
-    sizes = [size for size in SIZES if 4 * size <= most] or [most // 4]
     for number in range(count):
         classes = np.sort(random.permutation(len(NAMES))[: random.choice([3, 5, 10, 10])])
+        there = 0.9 * len(classes) / len(NAMES)  # classes are about equally large
+        sizes = [size for size in SIZES if 2 * size <= there * train] or [int(there * train) // 2]
         yield Case(
             features=("network", "network", "pixels")[number % 3],
             images=int(random.choice(sizes)),
             classes=tuple(int(each) for each in classes),
             wrong=float(random.choice([0.0, 0.0, 0.1])),
-            tested=int(random.choice([300, 1000, 3000])),
+            tested=min(int(random.choice([300, 1000, 3000])), int(there * test)),
             decay=float(random.choice([1e-3, 1e-2])),
             seed=number,
         )
@@ -98,6 +99,8 @@ def errors_of(case: Case, pictures: Pictures, threads: int = 1) -> dict[int, lis
     found: dict[int, list[float]] = {}
     for repeat in range(REPEATS):
         order = random.permutation(train)[: 2 * case.images]
+        assert len(order) == 2 * case.images
+        assert len(test) == case.tested
         labels = np.searchsorted(case.classes, pictures.train_labels[order])
         is_wrong = random.random(len(labels)) < case.wrong
         labels = np.where(is_wrong, (labels + random.integers(1, len(case.classes), len(labels))) % len(case.classes), labels)
@@ -202,7 +205,7 @@ def _network(images: npt.NDArray[np.uint8]) -> Floats:
     found = []
     with torch.inference_mode(), features_of(model) as features:
         for start in range(0, len(images), 250):
-            samples = torch.from_numpy(images[start : start + 250])[:, None].expand(-1, 3, -1, -1).contiguous()
+            samples = torch.from_numpy(images[start : start + 250].copy())[:, None].expand(-1, 3, -1, -1).contiguous()
             model(preprocess(samples))
             found.append(features.taken().numpy())
     return np.concatenate(found)
@@ -267,7 +270,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = {
         "features": [
             known_or(f"features {case.seed}", lambda case=case: features_case(case))  # type: ignore[misc]
-            for case in cases_of(options.cases, most=options.train)
+            for case in cases_of(options.cases, train=options.train, test=options.test)
         ],
         "runs": [
             known_or(
@@ -304,9 +307,9 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
             continue
         low, high = found["interval"]
         lines.append(
-            f"{name}: {found['inside']:.1%} of {found['told']} cases inside ({low:.1%} to {high:.1%}), {found['below']} better "
-            f"than the interval, {found['above']} worse; {found['cases'] - found['told']} could not be told. Median width {found['width_points']:.2f} points, "
-            f"median distance {found['off_points']:.2f} points"
+            f"{name}: {found['inside']:.1%} of {found['told']} cases inside ({low:.1%} to {high:.1%}), {found['below']} better than the "
+            f"interval, {found['above']} worse; {found['cases'] - found['told']} could not be told. Median width "
+            f"{found['width_points']:.2f} points, median distance {found['off_points']:.2f} points"
         )
     return lines
 
@@ -315,8 +318,8 @@ def main() -> int:
     parser = parser_of("curve", __doc__)
     parser.add_argument("--cases", type=int, default=120, help="of the series features (%(default)s)")
     parser.add_argument("--runs", type=int, default=0, help="of the series runs (%(default)s)")
-    parser.add_argument("--train", type=int, default=16_000, help="images from which the series features draws (%(default)s)")
-    parser.add_argument("--test", type=int, default=10_000, help="test images of that series (%(default)s)")
+    parser.add_argument("--train", type=int, default=12_800, help="images from which the series features draws (%(default)s)")
+    parser.add_argument("--test", type=int, default=3000, help="test images of that series (%(default)s)")
     parser.add_argument("--run-images", type=int, default=2000, help="training images of a case of the series runs (%(default)s)")
     parser.add_argument("--run-tested", type=int, default=2000, help="test images of it (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")

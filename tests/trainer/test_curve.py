@@ -14,7 +14,7 @@ from trainer.curve.page import drawn
 from trainer.curve.plan import LEAST_STEPS, Planned, cost_lines, planned, size_of, sizes_of
 from trainer.curve.power_law import CannotTell, Fit, Law
 from trainer.curve.results import check_measure, curve_of, noise_words, sentences, to_json, wanted_words
-from trainer.series import Member
+from trainer.series.train import Member
 from trainer.settings.fields import replaced, settings
 from trainer.settings.rules import validate
 from trainer.settings.tree import RunConfig

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cluster.storage import Storage, open_storage
-from trainer import series
-from trainer.series import Member, RunFailed, RunStopped, left_words, seconds_left, train, words_of
+from trainer.series import train as series
+from trainer.series.train import Member, RunFailed, RunStopped, left_words, seconds_left, train, words_of
 from trainer.settings.cli import parse
 from trainer.settings.fields import replaced, settings
 from trainer.settings.tree import RunConfig
@@ -99,7 +99,7 @@ def test_a_run_dies_with_the_job_that_was_killed(storage: Storage, tmp_path: Pat
     code = textwrap.dedent(
         f"""
         from cluster.storage import open_storage
-        from trainer import series
+        from trainer.series import train as series
         from trainer.settings.tree import RunConfig
         words = series.words_of
         series.words_of = lambda *given: [{str(tmp_path / "pretended.py")!r}, *words(*given)[2:]]

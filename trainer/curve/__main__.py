@@ -31,7 +31,7 @@ from trainer.drive.problems import choice_for, refuse_if_wrong, with_balance, wi
 from trainer.drive.survey import survey
 from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import model_of
-from trainer.series import Member, RunFailed, RunStopped, Summary, finished, left_words, train
+from trainer.series.train import Member, RunFailed, RunStopped, Summary, finished, left_words, train
 from trainer.settings.cli import DIR_RECIPE, Invocation, SettingsLine, check, fail, parse_line
 from trainer.settings.fields import replaced
 from trainer.settings.identity import weights_sha256
@@ -137,6 +137,7 @@ def prepared_job(invocation: Invocation, line: Arguments, console: Console) -> J
     refuse_if_wrong(facts)
     _, dataset = open_data(facts.config, console)
     ranks = config.train.virtual_ranks or _workers(config)
+    config = replaced(config, "train.teacher", facts.config.train.teacher)  # its place and its hash: a name would be one beside the runs
     choice = choice_of(config, dataset.manifest, given=invocation.given, recipes=invocation.recipes, workers=ranks)
     for said in choice.said:
         _tell(console, said)

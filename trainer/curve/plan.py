@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.series import Member
+from trainer.series.train import Member
 from trainer.settings.fields import replaced
 from trainer.settings.length import GOOD_STEPS
 from trainer.settings.tree import RunConfig
