@@ -152,7 +152,6 @@ def judged(errors: Mapping[int, Sequence[float]], tested: int) -> dict[str, Any]
         "high": twice.high,
         "seen": truth,
         "inside": twice.low <= truth <= twice.high,
-        "share_of_unchanged": abs(truth - twice.error) / max(1e-9, abs(truth - outcome.now.error)),
     }
 
 

@@ -10,7 +10,7 @@ What the points may be off by has two parts. Runs of one size differ by the imag
 by chance: noise, from the repeats of near sizes together, in units of the binomial variance of the test set (which is also where it stays
 without repeats). And no real curve is a power law: MISFIT, a share of the error that each size may be off by, and growing with the way
 beyond the last size. Nine of ten errors at twice the labels are to lie in the interval; benchmarks/curve.py counts them on real curves, by
-which MISFIT was chosen: 0.03 made the intervals a fifth wider and held two more cases of a hundred.
+which MISFIT was chosen: with linear heads half of it would do, but runs of whole networks are less regular than those.
 
 Sources: Cortes et al. 1994 (the law for learning curves), Hestness et al. 2017 and Rosenfeld et al. 2020 (exponents of deep networks, most
 between 0.07 and 0.7), Viering and Loog 2023 (curves that are no power laws).
@@ -156,7 +156,7 @@ def _variances(points: Sequence[Point], level: Values, tested: int | None) -> Va
     else:
         unit = np.maximum(level, 1e-3) ** 2
     freedom = np.array([len(point.errors) - 1 for point in points], dtype=np.float64)  # (sizes,)
-    squares = np.array([np.square(np.array(point.errors) - np.median(point.errors)).sum() for point in points]) / unit  # (sizes,)
+    squares = np.array([np.square(np.array(point.errors) - np.mean(point.errors)).sum() for point in points]) / unit  # (sizes,)
     repeated = freedom > 0
     if repeated.any():
         typical = float(np.median(squares[repeated] / freedom[repeated]))
@@ -220,7 +220,8 @@ class _Grid:
     def foretold(self, images: int, variance: float) -> Foretold:
         curve = self.at(images)
         doublings = np.log2(images / self.last) if images > self.last else 0.0
-        spread = np.sqrt(variance + (MISFIT * (1 + doublings) * curve) ** 2)
+        of_run = variance * curve / np.maximum(self.error, 1e-6)  # chance falls with the error
+        spread = np.sqrt(of_run + (MISFIT * (1 + doublings) * curve) ** 2)
         low, middle, high = (_mixture_quantile(curve, spread, self.weight, share) for share in _SHARES)
         return Foretold(images=images, error=middle, low=max(0.0, low), high=min(1.0, high))
 
