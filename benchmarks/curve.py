@@ -72,7 +72,7 @@ class Pictures:
     test_labels: Labels
 
 
-def cases_of(count: int, *, train: int, test: int, seed: int = 0) -> Iterator[Case]:
+def cases_of(count: int, *, train: int, test: int, seed: int = 1) -> Iterator[Case]:
     """Cases drawn at random; `train`, `test`: images that there are."""
     random = np.random.default_rng(seed)
     for number in range(count):
@@ -86,7 +86,7 @@ def cases_of(count: int, *, train: int, test: int, seed: int = 0) -> Iterator[Ca
             wrong=float(random.choice([0.0, 0.0, 0.1])),
             tested=min(int(random.choice([300, 1000, 3000])), int(there * test)),
             decay=float(random.choice([1e-3, 1e-2])),
-            seed=number,
+            seed=100_000 * seed + number,
         )
 
 
@@ -269,7 +269,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = {
         "features": [
             known_or(f"features {case.seed}", lambda case=case: features_case(case))  # type: ignore[misc]
-            for case in cases_of(options.cases, train=options.train, test=options.test)
+            for case in cases_of(options.cases, train=options.train, test=options.test, seed=options.seed)
         ],
         "runs": [
             known_or(
@@ -316,6 +316,7 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
 def main() -> int:
     parser = parser_of("curve", __doc__)
     parser.add_argument("--cases", type=int, default=120, help="of the series features (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the drawing of these; the fit's constants were chosen on 0 (%(default)s)")
     parser.add_argument("--runs", type=int, default=0, help="of the series runs (%(default)s)")
     parser.add_argument("--train", type=int, default=12_800, help="images from which the series features draws (%(default)s)")
     parser.add_argument("--test", type=int, default=3000, help="test images of that series (%(default)s)")

@@ -36,7 +36,7 @@ def _main(curve: Curve) -> Html:
     if isinstance(outcome, Fit):
         law = outcome.law
         rule = (
-            f"The line: error(n) = {law.a:.4g} + {law.b:.4g} n^-{law.c:.3g}, the likeliest of the curves through the points. The diamond "
+            f"The line: error(n) = {law.a:.4g} + {law.b:.4g} n^-{law.c:.3g}, the middle of the curves that fit the points. The diamond "
             f"is what twice the labels would bring, its bar the {LEVEL:.0%} interval of a run. "
         )
     return section("The curve", tag("figure", figure), tag("p", rule, noise_words(curve), class_="soft"))

@@ -57,7 +57,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Law:
-    """The best curve: error(n) = a + b n^-c."""
+    """A curve: error(n) = a + b n^-c."""
 
     a: float
     b: float
@@ -121,7 +121,7 @@ def fitted(points: Sequence[Point], *, tested: int | None) -> Fit | CannotTell:
     new_variance = float(of_run[-1])
     last = int(images[-1])
     return Fit(
-        law=grid.best(),
+        law=grid.middle(),
         now=grid.foretold(last, new_variance),
         twice=grid.foretold(2 * last, new_variance),
         gain=grid.gain(2 * last),
@@ -211,11 +211,12 @@ class _Grid:
         at: Values = self.floor + (self.error - self.floor) * fall
         return at
 
-    def best(self) -> Law:
-        """The mean of the likely curves' numbers would be no curve of theirs, so it is the likeliest."""
-        likeliest = int(self.weight.argmax())
-        a, c = float(self.floor[likeliest]), float(self.exponent[likeliest])
-        return Law(a=a, b=(float(self.error[likeliest]) - a) * self.last**c, c=c)
+    def middle(self) -> Law:
+        """The curve with the mean floor of all of them, and their mean errors at the largest size and at twice that: what is drawn agrees
+        with what is foretold, as the likeliest curve of a grid need not."""
+        a, now, twice = (float((self.weight * each).sum()) for each in (self.floor, self.error, self.at(2 * self.last)))
+        c = float(np.log2((now - a) / (twice - a)))  # a < twice < now, as in each of them
+        return Law(a=a, b=(now - a) * self.last**c, c=c)
 
     def foretold(self, images: int, variance: float) -> Foretold:
         curve = self.at(images)
