@@ -1,11 +1,12 @@
 """The image formats that are decoded here: how their files are called, and how they begin. One list for the codec, which judges the bytes,
-for the sources, which choose the files, and for `trainer.predict`.
+for the sources, which choose the files, and for the commands that take files (`trainer.predict`, `trainer.curve`).
 
 A file is an image if its name says so, or, where the name says nothing, if its first bytes do. Imports nothing of the project but foreign.
 """
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dataio.foreign import open_regular
@@ -66,3 +67,12 @@ def begins_like_image(start: bytes) -> bool:
     if start.startswith(b"BM"):  # two letters begin many texts: the four reserved bytes and the header's length must be a BMP's too
         return start[6:10] == bytes(4) and start[14:15] in (b"\x28", b"\x34", b"\x38", b"\x40", b"\x6c", b"\x7c")
     return _PNM.match(start) is not None
+
+
+def images_below(folder: str) -> Iterator[str]:
+    """The images that a data set of this folder would have, in any order."""
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name.lower() not in JUNK]
+        for name in names:
+            if not name.startswith(".") and name.lower() not in JUNK and is_image_file(Path(where, name)):
+                yield os.path.join(where, name)

@@ -30,6 +30,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/augmentation.md",
         "docs/distillation.md",
         "docs/rates.md",
+        "docs/curve.md",
         "docs/report.md",
         "docs/confidence.md",
         "docs/terminal.md",

@@ -19,7 +19,7 @@ from cluster.text import shown
 from dataio.codecs.image.decode import Decoder
 from dataio.config import Colour, Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
-from dataio.formats import JUNK, is_image_file
+from dataio.formats import images_below
 from dataio.terminal import prepare_output
 from trainer.export.model_folder import load_export
 from trainer.models.features import features_of
@@ -200,19 +200,10 @@ def image_paths(arguments: Sequence[str]) -> Iterator[str]:
         if not os.path.isdir(argument):
             yield argument
             continue
-        found = sorted(_images_below(argument))
+        found = sorted(images_below(argument))
         if not found:
             raise ValueError(f"{argument} holds no image (.jpg, .png, .webp, ...); name another folder, or the files themselves")
         yield from found
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    """The images that a data set of this folder would have, in any order."""
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name.lower() not in JUNK]
-        for name in names:
-            if not name.startswith(".") and name.lower() not in JUNK and is_image_file(Path(where, name)):
-                yield os.path.join(where, name)
 
 
 def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:

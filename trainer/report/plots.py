@@ -1,4 +1,5 @@
-"""Draws curves inside a page. Called by the report's parts and by the comparison of runs, which choose the curves.
+"""Draws curves inside a page. Called by the report's parts, by the comparison of runs and by the pages of other commands, which choose the
+curves.
 
 The page sets the colours, so a drawing follows its light and dark scheme.
 """
@@ -7,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
@@ -19,6 +21,7 @@ from trainer.report.page import Html, tag
 
 CURVE_POINTS = 600  # more would be closer than a pixel, and each costs bytes
 SCATTER_POINTS = 1000
+MOST_SIZES = 8  # written below an axis; more would overlap
 LOG_FROM = 20.0  # a loss that reaches this many times its median gets a logarithmic axis
 
 Values = npt.NDArray[np.float64]
@@ -91,6 +94,41 @@ def curve_over_rates(rates: Values, curves: Sequence[tuple[str, Values, str]], *
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("learning rate", color=_INK)
         axes.legend(frameon=False, labelcolor=_INK)
+        return svg(figure, ident)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CurveOverSizes:
+    """Percentages by a number of samples."""
+
+    label: str
+    seen: tuple[Values, Values]
+    """x, y of what was measured."""
+    line: tuple[Values, Values] | None = None
+    """x, y of the curve through it."""
+    foretold: tuple[float, float, float, float] | None = None
+    """x, y, and the interval of y, beyond what was measured."""
+
+
+def curves_over_sizes(curves: Sequence[CurveOverSizes], *, x: str, ident: str) -> Html:
+    """At most MOST_LINES of them, over a logarithmic axis."""
+    with _styled(ident) as (figure, axes):
+        for each, colour in zip(curves, _SERIES[: len(curves)], strict=True):
+            axes.plot(*each.seen, "o", color=colour, label=each.label, markersize=3.5)
+            if each.line is not None:
+                axes.plot(*each.line, "-", color=colour, linewidth=1.2)
+            if each.foretold is not None:
+                at, middle, low, high = each.foretold
+                axes.plot([at, at], [low, high], "-", color=colour, linewidth=2.4, alpha=0.5)
+                axes.plot([at], [middle], "D", color=colour, markersize=4.5)
+        axes.set_xscale("log")
+        sizes = sorted({float(size) for each in curves for size in (*each.seen[0], *([each.foretold[0]] if each.foretold else []))})
+        axes.set_xticks(sizes[-MOST_SIZES:], [f"{size:,.0f}" for size in sizes[-MOST_SIZES:]])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.set_xlabel(x, color=_INK)
+        if len(curves) > 1:
+            axes.legend(frameon=False, labelcolor=_INK)
         return svg(figure, ident)
 
 

@@ -1,0 +1,267 @@
+"""The command line `python -m trainer.curve DIR --SETTING VALUE ...` (`finetune curve`): how much more labels would help. Takes the
+settings of `trainer.run`, trains ordinary runs on nested parts of the images (plan.py, trainer.series), fits a power law through their
+errors (power_law.py) and says what twice the labels would bring, which classes gain, and which images to label next.
+
+Everything lies in a folder of its own in --storage, named after the settings and the data: the same command, killed anywhere, goes on
+there, and ends in the same curve.json to the byte. More --repeats or --parts add their runs to it.
+"""
+
+import csv
+import io
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from cluster.storage import Storage, join_uri, open_storage
+from dataio.manifest import Manifest
+from dataio.terminal import prepare_output
+from trainer.curve.next_labels import DEFAULT
+from trainer.curve.page import drawn
+from trainer.curve.plan import Planned, Size, cost_lines, planned, size_of, sizes_of
+from trainer.curve.results import Curve, check_measure, curve_of, noise_words, sentences, to_json, wanted_words
+from trainer.drive.data import open_data
+from trainer.drive.identity import automatic_name, run_prefix
+from trainer.drive.problems import choice_for, refuse_if_wrong, with_balance, with_length
+from trainer.drive.survey import survey
+from trainer.runs.folder import RunFolder
+from trainer.runs.model_files import model_of
+from trainer.series.train import Member, RunFailed, RunStopped, Summary, finished, left_words, train
+from trainer.settings.cli import DIR_RECIPE, Invocation, SettingsLine, check, fail, parse_line
+from trainer.settings.fields import replaced
+from trainer.settings.identity import weights_sha256
+from trainer.settings.length import length_of
+from trainer.settings.photos import choice_of
+from trainer.settings.programs import program
+from trainer.settings.rules import worker_count
+from trainer.settings.say import Terminal, complain, say, say_json
+from trainer.settings.tree import RunConfig
+from trainer.settings.units import duration, number, percent
+from trainer.tasks.info import info_of
+
+JSON_FILE, PAGE_FILE, NEXT_FILE = "curve.json", "curve.html", "label-next.csv"
+NEXT_HEAD = ("rank", "image", "guess", "margin")
+PARTS = (0.125, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(SettingsLine):
+    """Find out how much more labels would help: runs on parts of the images, a power law through their errors, and what twice the labels
+    would bring, with an interval.
+
+    All other arguments are those of a run: DIR as the first word, --config, and its settings. The runs are ordinary ones, in a folder of
+    their own in --storage (--run names it). The same command goes on after any kill.
+    """
+
+    parts: tuple[float, ...] = PARTS
+    """Sizes: up to 1 fractions of the training images, above it numbers of images. A smaller one lies within a larger one."""
+    repeats: int = 3
+    """Runs of each size, each with other images and another seed."""
+    unlabelled: str = ""
+    """A folder of images without a label: label-next.csv then says which of them to label next."""
+    next: Annotated[int, tyro.conf.arg(name="next")] = DEFAULT
+    """How many images label-next.csv names."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object instead of text: what curve.json holds, and where."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A curve to be made."""
+
+    name: str
+    storage: Storage
+    """The curve's own folder, in which each run has one."""
+    sizes: tuple[Size, ...]
+    runs: tuple[Planned, ...]
+    whole: int
+    """Training images that there are."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Return 0 if all runs have finished, also if the curve cannot tell; 1 if a run failed, 128 + signal if one stopped it. Exits with 2
+    (SystemExit) for what a run would refuse."""
+    console: Console = Terminal(stderr=True) if "--json" in argv else Terminal()
+    try:
+        invocation, line = parse_line(argv, Arguments, prog=program("curve"))
+        check(invocation.config)
+        _check_arguments(invocation.config, line)
+        if invocation.takes_dir_recipe:
+            _tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
+        job = prepared_job(invocation, line, console)
+        curve = curve_of(trained(job, line.repeats, console))
+        next_rows = asked_next(job, line, console) if line.unlabelled else None
+    except ValueError as error:
+        fail(str(error))
+    except RunStopped as stopped:
+        complain(f"{stopped}: stopped; the same command goes on")
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        complain("stopped; the same command goes on")
+        return 128 + signal.SIGINT
+    except (RunFailed, OSError) as error:
+        complain(f"error: {error}")
+        return 1
+    shown(job, curve, next_rows, line)
+    return 0
+
+
+def _check_arguments(config: RunConfig, line: Arguments) -> None:
+    if config.data.part != 1.0:
+        raise ValueError(f"data.part={config.data.part:g}: the curve chooses the parts itself; say which with --parts")
+    if line.repeats < 1:
+        raise ValueError(f"--repeats {line.repeats} trains nothing; use 1 or more, 3 is the default")
+    if line.next < 1:
+        raise ValueError(f"--next {line.next} names no image; use 1 or more, {DEFAULT} is the default")
+
+
+def _tell(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+# --- before the runs --------------------------------------------------------------------------------------------------------------------
+
+
+def prepared_job(invocation: Invocation, line: Arguments, console: Console) -> Job:
+    """Open the data, find what stands against a run on all of it, and plan the runs. ValueError that says what is wrong."""
+    config = invocation.config
+    facts = survey(config, workers=lambda: worker_count(config), in_job=False)
+    facts = replace(facts, config=choice_for(facts, invocation.given, invocation.recipes).config)
+    facts, _ = with_balance(facts)
+    facts, _ = with_length(facts, invocation.from_recipes)
+    refuse_if_wrong(facts)
+    _, dataset = open_data(facts.config, console)
+    ranks = config.train.virtual_ranks or _workers(config)
+    config = replaced(config, "train.teacher", facts.config.train.teacher)  # its place and its hash: a name would be one beside the runs
+    choice = choice_of(config, dataset.manifest, given=invocation.given, recipes=invocation.recipes, workers=ranks)
+    for said in choice.said:
+        _tell(console, said)
+    prefix = run_prefix(choice.config, (DIR_RECIPE,) if choice.takes_recipe else invocation.recipes)
+    sizes = planned_sizes(choice.config, dataset.manifest, line.parts, ranks=ranks, from_recipes=invocation.from_recipes)
+    largest = sizes[-1].config
+    name = config.run or automatic_name(
+        replaced(choice.config, "train.virtual_ranks", ranks),
+        dataset.manifest.fingerprint,
+        f"curve-{prefix}",
+        weights_sha256(config.model.weights),
+    )
+    storage = open_storage(join_uri(open_storage(config.storage).uri, name), largest.cluster.storage_retry_seconds)
+    runs = tuple(planned(sizes, line.repeats))
+    return Job(name=name, storage=storage, sizes=sizes, runs=runs, whole=dataset.manifest.splits["train"].count)
+
+
+def planned_sizes(
+    config: RunConfig, manifest: Manifest, parts: Sequence[float], *, ranks: int, from_recipes: frozenset[str]
+) -> tuple[Size, ...]:
+    """The sizes with their settings, the largest last."""
+    whole = manifest.splits["train"].count
+    length = length_of(config, manifest, workers=ranks, from_recipes=from_recipes)
+    warmup = min(1.0, length.config.optim.warmup_of(length.total_steps) / length.total_steps)
+    return tuple(size_of(config, images, whole=whole, ranks=ranks, warmup_fraction=round(warmup, 6)) for images in sizes_of(parts, whole))
+
+
+def _workers(config: RunConfig) -> int:
+    """How many workers a run has here."""
+    if (asked := worker_count(config)) is not None:
+        return asked
+    from cluster.launch import gpus_here  # imports Ray
+
+    return max(1, gpus_here())
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------------------------------
+
+
+def trained(job: Job, repeats: int, console: Console) -> list[tuple[Planned, Summary]]:
+    """Train what has not finished, and say what it costs, before and meanwhile. ValueError if the task's measure makes no curve."""
+    by_name = {planned.member.name: planned for planned in job.runs}
+    members = [planned.member for planned in job.runs]
+    known = [(member, summary) for member in members if (summary := finished(job.storage, member)) is not None]
+    for text in cost_lines(job.sizes, repeats, job.whole):
+        _tell(console, text)
+    if known:
+        there = {member.name for member, _ in known}
+        left = left_words(known, [member for member in members if member.name not in there])
+        _tell(console, f"{len(known)} of them have finished already{', ' + left if left else ''}")
+    done: list[tuple[Member, Summary]] = []
+
+    def on_run(member: Member, place: int) -> None:
+        folder = join_uri(job.storage.uri, member.name)
+        _tell(console, f"run {place + 1} of {len(members)}: {number(by_name[member.name].images)} images ({program('watch')} {folder})")
+
+    for member, summary in train(members, job.storage, on_run):
+        check_measure(summary)
+        done.append((member, summary))
+        if member.name in {each.name for each, _ in known}:
+            continue
+        left = left_words(done, [each for each in members[len(done) :] if all(each.name != one.name for one, _ in known)])
+        _tell(console, f"  {_measured(summary)} in {duration(summary.get('seconds'))}{'; ' + left if left else ''}")
+    return [(by_name[member.name], summary) for member, summary in done]
+
+
+def _measured(summary: Summary) -> str:
+    headline = info_of(summary).headline
+    return f"{headline.in_words} {percent(summary.get(headline.key), 2)}"
+
+
+# --- after them -------------------------------------------------------------------------------------------------------------------------
+
+
+def asked_next(job: Job, line: Arguments, console: Console) -> list[tuple[int, str, str, str]]:
+    """The images to label next, by the model of the first run on the most images."""
+    from trainer.curve.asking import asked  # imports torch
+
+    most = max(planned.images for planned in job.runs)
+    member = next(planned.member for planned in job.runs if planned.images == most)
+    with console.status("") as status:
+        found = asked(
+            line.unlabelled,
+            model_of(RunFolder(storage=job.storage, name=member.name)),
+            line.next,
+            lambda done, of: status.update(f"asked about {number(done)} of {number(of)} images"),
+        )
+    if found.unreadable:
+        _tell(console, f"{number(found.unreadable)} of {number(found.images)} images in {line.unlabelled} cannot be read and are left out")
+    return found.rows
+
+
+def shown(job: Job, curve: Curve, next_rows: list[tuple[int, str, str, str]] | None, line: Arguments) -> None:
+    """Write the files and say the result."""
+    result = to_json(curve)
+    files = {JSON_FILE: (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode(), PAGE_FILE: drawn(curve, next_rows).encode()}
+    if next_rows is not None:
+        files[NEXT_FILE] = _csv(next_rows)
+    where = {name: _written(job.storage, name, data) for name, data in files.items()}
+    if line.json:
+        named = {"folder": job.storage.uri, "page": where[PAGE_FILE], "label_next": where.get(NEXT_FILE)}
+        say_json({**result, **named})
+        return
+    for text in sentences(curve):
+        say(text)
+    if words := noise_words(curve):
+        say(words)
+    say(f"the curve: {where[PAGE_FILE]}")
+    say(f"{len(next_rows)} images to label next: {where[NEXT_FILE]}" if next_rows is not None else wanted_words(curve))
+
+
+def _written(storage: Storage, name: str, data: bytes) -> str:
+    storage.write_atomic(name, data)
+    return join_uri(storage.uri, name)
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(NEXT_HEAD)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+if __name__ == "__main__":
+    prepare_output(survive=True)
+    sys.exit(main(sys.argv[1:]))

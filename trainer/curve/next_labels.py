@@ -1,0 +1,88 @@
+"""Which images to label next: those of which the model is least sure, and among these such as differ from each other. Pure, numpy only.
+asking.py asks the model; __main__.py writes the list.
+
+Uncertainty alone picks many copies of one hard case, diversity alone picks odd images that teach nothing. So the POOL times as many images
+of the smallest margin (the difference of the two highest probabilities, Scheffer et al. 2001) are taken, and of those the wanted number
+one after the other, each the one that lies farthest from all taken before, its distance counting by how unsure the model is (k-center
+greedy, Sener and Savarese 2018; the weighing after Ash et al. 2020). Ties fall to the image that was given first, so the list is a function
+of the images and of the model.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+POOL = 10
+DEFAULT = 100
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+class Pool:
+    """The most uncertain of any number of images, in bounded memory."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._seen = 0
+        self._places: Ints = np.zeros(0, dtype=np.int64)
+        self._margins: Floats = np.zeros(0, dtype=np.float32)
+        self._features: list[Floats] = []
+
+    def add(self, margins: Floats, features: Floats) -> None:
+        """The next n images: margins (n,), features (n, f)."""
+        self._places = np.concatenate([self._places, np.arange(self._seen, self._seen + len(margins))])
+        self._margins = np.concatenate([self._margins, margins])
+        self._features += list(features)
+        self._seen += len(margins)
+        if len(self._margins) > 4 * self._most:
+            self._keep()
+
+    def taken(self) -> tuple[Ints, Floats, Floats]:
+        """(places, margins, features) of the `most` images of smallest margin, the smallest first. Places count all images from 0."""
+        self._keep()
+        features = np.stack(self._features) if self._features else np.zeros((0, 0), dtype=np.float32)
+        return self._places, self._margins, features
+
+    def _keep(self) -> None:
+        order = np.lexsort((self._places, self._margins))[: self._most]
+        self._places, self._margins = self._places[order], self._margins[order]
+        self._features = [self._features[each] for each in order.tolist()]
+
+
+def margins_of(probabilities: npt.NDArray[np.floating]) -> Floats:
+    """(n, classes) -> (n,): the highest probability minus the second."""
+    if probabilities.shape[1] < 2:
+        return np.ones(len(probabilities), dtype=np.float32)
+    two = np.partition(probabilities, -2, axis=1)[:, -2:]
+    return (two[:, 1] - two[:, 0]).astype(np.float32)
+
+
+def chosen(margins: Floats, features: Floats, count: int) -> list[int]:
+    """At most `count` places among n images, in the order in which to label them. margins: (n,), ascending; features: (n, f)."""
+    if not len(margins):
+        return []
+    unsure = np.maximum(1 - margins.astype(np.float64), 1e-6)  # (n,)
+    points = features.astype(np.float64)
+    taken = [0]
+    distance = _distances(points, points[0])  # (n,) to the nearest that is taken
+    left = np.ones(len(margins), dtype=bool)
+    left[0] = False
+    while len(taken) < min(count, len(margins)):
+        gain = np.where(left, distance * unsure, -1.0)
+        best = int(gain.argmax())
+        taken.append(best)
+        left[best] = False
+        distance = np.minimum(distance, _distances(points, points[best]))
+    return taken
+
+
+def _distances(points: npt.NDArray[np.float64], one: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    found: npt.NDArray[np.float64] = np.sqrt(np.square(points - one).sum(axis=1))
+    return found
+
+
+def rows_of(names: Sequence[str], guesses: Sequence[str], margins: Floats, order: Sequence[int]) -> list[tuple[int, str, str, str]]:
+    """(rank, image, what the model guesses, margin) of the chosen ones, for label-next.csv."""
+    return [(rank, names[place], guesses[place], f"{margins[place]:.4f}") for rank, place in enumerate(order, start=1)]
