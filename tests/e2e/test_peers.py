@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.__main__ import lay_out, write_weights
+from benchmarks.peers.__main__ import lay_out
 from benchmarks.peers.contenders import STARTED, Contender, Job, contenders
 from benchmarks.peers.watch import live
+from benchmarks.timm_weights import write_weights
 
 
 @pytest.mark.ray
