@@ -121,6 +121,12 @@ def _preview(argv: list[str]) -> int:
     return main(argv)
 
 
+def _audit(argv: list[str]) -> int:
+    from trainer.audit.__main__ import main
+
+    return main(argv)
+
+
 def _predict(argv: list[str]) -> int:
     from trainer.predict import main
 
@@ -195,6 +201,7 @@ _COMMANDS = {
         Command(name="run", takes="DIR [--SETTING VALUE ...]", about="fine-tune on a folder of images", main=_run, outlives_output=True),
         Command(name="preview", takes="DIR [--SETTING VALUE ...]", about="show images as the model will get them", main=_preview),
         Command(name="find-rate", takes="DIR [--SETTING VALUE ...]", about="find a learning rate for such a run", main=_find_rate),
+        Command(name="audit", takes="DIR|RUN [--folds N]", about="find leaks, copies and wrong labels in the images", main=_audit),
         Command(name="predict", takes="RUN IMAGE...", about="ask a finished run's model about images", main=_predict),
         Command(name="evaluate", takes="RUN", about="measure it again, or on other data", main=_evaluate),
         Command(name="watch", takes="[RUN]", about="follow a run", main=_watch),

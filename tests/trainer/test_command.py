@@ -18,7 +18,7 @@ from trainer.settings.toml import load
 from trainer.settings.tree import RunConfig
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("run", "preview", "find-rate", "predict", "evaluate", "watch", "report", "push", "runs", "convert", "completion")
+COMMANDS = ("run", "preview", "find-rate", "audit", "predict", "evaluate", "watch", "report", "push", "runs", "convert", "completion")
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
