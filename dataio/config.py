@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Interval, MinLen
 
 from dataio.balance import balance_of, class_weights_of
+from dataio.fold import fold_of, part_of
 
 Backend = Literal["auto", "dali", "torch", "numpy"]
 Cache = Literal["auto", "device", "host", "none"]
@@ -192,6 +193,14 @@ class DataConfig:
     validation_fraction: Annotated[float, FREE, Interval(ge=0, lt=1), "it is a fraction of the training samples, 0 holds out none"] = 0.0
     """Fraction of the training split held out as the validation split, class by class, where the source has none; 0 holds out none. Applied
     when a source is converted."""
+    part: Annotated[float, LATER, part_of] = 1.0
+    """Train on a part of the training images: up to 1 a fraction of them, above it a number of images; 1 is everything. Each class has its
+    share, and a smaller part lies in a larger one (docs/labels.md)."""
+    fold: Annotated[str, LATER, fold_of] = ""
+    """Train on all but one fold of the training images, as `NUMBER/FOLDS`: `2/5` holds out the second of five folds, which is scored as the
+    validation split. Each class has its share of every fold. Empty holds out none. `part` takes a part of what is left."""
+    choice_seed: Annotated[int, LATER, Ge(0), "0 is the default"] = 0
+    """Seed of the choices of `part` and `fold`, apart from `train.seed`: the same images for several seeds, or others for the same one."""
     max_image_pixels: Annotated[int, LATER, Ge(1)] = 89_478_485
     """Images with more pixels (by their header) are quarantined before decoding: protection against decompression bombs."""
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from dataio.config import DataConfig
@@ -93,6 +93,15 @@ class Manifest:
         described = [[target.name, target.kind, list(target.classes)] for target in self.targets]
         shards = [[shard.rows, shard.sha256] for shard in self.splits[split].shards]
         return hashlib.sha256(json.dumps(["split", 1, described, shards]).encode()).hexdigest()
+
+    def with_counts(self, counts: Mapping[str, int]) -> "Manifest":
+        """Of a data set of which some samples are chosen: with these splits, of so many samples. It is never written."""
+        splits = {
+            name: SplitInfo(count=counts[name], shards=self.splits[name].shards if name in self.splits else ())
+            for name in SPLITS
+            if name in counts
+        }
+        return replace(self, splits=splits)
 
     def to_json(self) -> str:
         value: dict[str, Any] = {name: content for name, content in asdict(self).items() if name != "targets"}

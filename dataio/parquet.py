@@ -8,14 +8,16 @@ read, and only that range stays in memory. Arrow's own reader copies images into
 reaches 1.6 GB/s instead of 2.2.
 """
 
+import copy
 import hashlib
+import itertools
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +30,9 @@ from dataio.quarantine import BadSample
 from dataio.reading import READING_NAME, Reading
 from dataio.remote import RETRY_SECONDS, Remote, RemoteFile, is_remote, is_uri, local_path
 from dataio.schema import LABEL, Target, is_single_label, single_label
+
+if TYPE_CHECKING:
+    from dataio.selection import Selected
 
 ROWS_PER_GROUP = 512
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -146,6 +151,16 @@ class Split:
         for group in range(self.groups):
             yield from self._read(group, "sha256")[0]
 
+    def marks(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The values of one target (count, *shape), and the first 8 bytes of each sample's SHA-256 (count,) uint64."""
+        index = [target.name for target in self.schema].index(name)
+        target = self.schema[index]
+        values, hashes = np.empty((self.count, *target.shape), target.dtype), np.empty(self.count, np.uint64)
+        for group, (begin, end) in enumerate(itertools.pairwise(self.group_offsets.tolist())):
+            values[begin:end], sha256 = self._read(group, self._target_columns[index], "sha256")
+            hashes[begin:end] = np.frombuffer(b"".join(each[:8] for each in sha256), "<u8")
+        return values, hashes
+
     def verify(self) -> None:
         """Reads all bytes of all shards and compares their hashes. Raises CorruptShard."""
         for shard in self._shards:
@@ -164,6 +179,33 @@ class Split:
         return self._place[group]
 
 
+class PartOfSplit(Split):
+    """Some samples of a split as a split of their own, numbered anew in the order in which they are stored. Row groups are read as those of
+    the whole split, and those without any of the samples are not. It holds a bit for each sample of the whole split."""
+
+    def __init__(self, name: str, whole: Split, is_chosen: np.ndarray) -> None:
+        """`is_chosen`: (whole.count,) bool."""
+        assert is_chosen.shape == (whole.count,)
+        assert is_chosen.dtype == bool
+        vars(self).update(vars(whole))
+        self.name, self._targets = name, None
+        before = np.concatenate(([0], np.cumsum(is_chosen, dtype=np.int64)))[whole.group_offsets]  # (groups + 1,)
+        rows = np.diff(before)
+        self._chosen_groups = np.flatnonzero(rows)
+        self._place = [whole._place[group] for group in self._chosen_groups.tolist()]
+        self.group_offsets = np.concatenate(([0], np.cumsum(rows[self._chosen_groups], dtype=np.int64)))
+        self.count = int(before[-1])
+        self._bits = np.packbits(is_chosen)
+        self._stored_offsets = whole.group_offsets
+
+    def _read(self, group: int, *columns: str) -> list[Any]:
+        values = super()._read(group, *columns)
+        begin, end = self._stored_offsets[self._chosen_groups[group]], self._stored_offsets[self._chosen_groups[group] + 1]
+        bits = np.unpackbits(self._bits[begin // 8 : -(-end // 8)])[begin % 8 :][: end - begin]
+        rows = np.flatnonzero(bits)
+        return [column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows.tolist()] for column in values]
+
+
 class Dataset:
     """A converted data set: `manifest` and its splits."""
 
@@ -176,6 +218,18 @@ class Dataset:
             name: Split(name, [(shard, self._files[shard.name]) for shard in info.shards], manifest.targets)
             for name, info in manifest.splits.items()
         }
+        self._class_counts: Mapping[str, tuple[int, ...]] = {}
+        self.selected: Selected | None = None
+        """Which of the training samples are in the training split; None: all of them."""
+
+    def with_parts(self, parts: Mapping[str, Split], *, class_counts: Mapping[str, tuple[int, ...]], selected: "Selected") -> "Dataset":
+        """With these splits in the place of its own, or beside them, and with what the conversion would have counted of them. For
+        dataio.selection, whose promises they keep."""
+        view = copy.copy(self)
+        view._splits = self._splits | dict(parts)
+        view.manifest = self.manifest.with_counts({name: split.count for name, split in view._splits.items()})
+        view._class_counts, view.selected = class_counts, selected
+        return view
 
     def split(self, name: str) -> Split:
         if name not in self._splits:
@@ -196,7 +250,10 @@ class Dataset:
     def reading(self) -> Reading | None:
         """What the conversion found besides the samples; None where that was not written down."""
         file = self._files.get(READING_NAME)
-        return None if file is None else Reading.from_json(_read_all(file))
+        reading = None if file is None else Reading.from_json(_read_all(file))
+        if reading is None or self.selected is None:
+            return reading
+        return replace(reading, class_counts={**reading.class_counts, **self._class_counts})
 
     @property
     def is_remote(self) -> bool:

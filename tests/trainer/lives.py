@@ -26,6 +26,7 @@ from cluster.rank import Placement, RankContext
 from cluster.storage import open_storage
 from cluster.store import Commit, Store
 from dataio.convert import prepared
+from dataio.selection import selected
 from trainer.rank import evaluation, saving
 from trainer.rank.worker import train_rank
 from trainer.settings.cli import parse
@@ -59,7 +60,7 @@ class Lives:
             config = replaced(config, key, value)
         config = replaced(config, "train.virtual_ranks", config.train.virtual_ranks or 2)
         config = replaced(config, "storage", open_storage(config.storage).uri)
-        return cls(config=length_of(config, prepared(config.data).dataset.manifest, workers=workers).config)
+        return cls(config=length_of(config, selected(prepared(config.data).dataset, config.data).manifest, workers=workers).config)
 
     @property
     def store(self) -> Store:

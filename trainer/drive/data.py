@@ -19,13 +19,15 @@ from dataio.convert import Prepared, prepared
 from dataio.convert import Progress as ConvertProgress
 from dataio.parquet import QUARANTINE_NAME, Dataset
 from dataio.reading import described, warnings
+from dataio.selection import Selected, selected
 from trainer.settings.tree import RunConfig
 
 CONVERT_LINE_SECONDS = 5.0
 
 
 def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
-    """The folder or URI of the run's converted data set, and the data set. A source not converted yet is converted into `data.root`."""
+    """The folder or URI of the run's converted data set, and the data set with the training samples that the run chooses. A source not
+    converted yet is converted into `data.root`. ValueError if there are fewer samples than are asked for."""
     shown_at: float | None = None
 
     def on_progress(progress: ConvertProgress) -> None:
@@ -37,9 +39,10 @@ def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
     found = prepared(config.data, on_progress=on_progress)
     if shown_at is not None:
         console.print(f"converted into {found.dataset.where}", soft_wrap=True, markup=False)
-    for line in lines_about(found, config):
+    dataset = selected(found.dataset, config.data)
+    for line in (*lines_about(found, config), *about_choice(dataset.selected)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-    return found.location, found.dataset
+    return found.location, dataset
 
 
 def lines_about(found: Prepared, config: RunConfig) -> Iterator[str]:
@@ -52,6 +55,15 @@ def lines_about(found: Prepared, config: RunConfig) -> Iterator[str]:
         what = "image that could not be used is" if manifest.quarantined == 1 else "images that could not be used are"
         yield f"{manifest.quarantined:,} {what} left out: {dataset.where}/{QUARANTINE_NAME}"
     for line in warnings(manifest, reading, dataset.where):
+        yield f"warning: {line}"
+
+
+def about_choice(chosen: Selected | None) -> Iterator[str]:
+    """What the user should know of the choice among the training images."""
+    if chosen is None:
+        return
+    yield chosen.line
+    for line in chosen.warnings:
         yield f"warning: {line}"
 
 

@@ -21,6 +21,7 @@ from cluster.text import shown as on_one_line
 from dataio.scan import Looked
 from trainer.drive.capability import here, settled
 from trainer.drive.check import Checked, Refused, built
+from trainer.drive.data import about_choice
 from trainer.drive.identity import check_same_run, resolved, run_prefix
 from trainer.drive.plan import Devices, ModelFacts, counted, describe, model_facts, table
 from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, with_balance, with_length
@@ -52,14 +53,14 @@ def dry_run(
     gpus = torch.cuda.device_count()
     facts = survey(config, workers=partial(_workers, config, gpus, config.cluster.address or ray_address), in_job=in_job)
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-    if facts.looked is not None and not facts.looked.is_converted and facts.manifest is not None:
+    if facts.looked is not None and not facts.looked.is_converted and facts.looked.manifest is not None:
         console.print(data_table(facts.looked, facts.config))
     choice = choice_for(facts, given, recipes)
     facts = dataclasses.replace(facts, config=choice.config)
     facts, of_classes = with_balance(facts)  # it is part of the name
     facts = with_name(facts, (RECIPE,) if choice.takes_recipe else recipes)
     facts, said = with_length(facts, from_recipes)
-    for line in (*choice.said, *of_classes, *said):
+    for line in (*choice.said, *about_choice(facts.selected), *of_classes, *said):
         tell(line)
     facts, counts = with_model(facts)
     for line in facts.model.notes if isinstance(facts.model, Checked) else ():

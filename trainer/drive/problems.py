@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from dataio.manifest import Manifest, image_size_of
 from dataio.quarantine import Quarantine, TooManyBadSamples
 from dataio.scan import Looked
+from dataio.selection import Selected, selected_counts
 from trainer.drive.check import Checked, Refused
 from trainer.drive.disk_room import judge, state_bytes
 from trainer.runs.choice import rule_of
@@ -57,7 +58,30 @@ class Facts:
 
     @property
     def manifest(self) -> Manifest | None:
-        return self.looked.manifest if self.looked is not None else None
+        """Of the data as the run sees them: with the chosen training images, if some are chosen."""
+        return self._selected[0]
+
+    @property
+    def train_counts(self) -> Sequence[int]:
+        """Training images of each class, as the run sees them; empty where nobody knows."""
+        return self._selected[1]
+
+    @property
+    def selected(self) -> Selected | None:
+        """What is chosen of the training images; None: all of them, or nobody knows."""
+        return self._selected[2]
+
+    @property
+    def _selected(self) -> tuple[Manifest | None, Sequence[int], Selected | None]:
+        whole = self.looked.manifest if self.looked is not None else None
+        counts = (self.looked.class_counts or {}).get("train", ()) if self.looked is not None else ()
+        if whole is None:
+            return None, counts, None
+        try:
+            manifest, by_class, found = selected_counts(whole, counts, self.config.data)
+        except ValueError:  # `choice` says so
+            return whole, counts, None
+        return manifest, (by_class[0] if found is not None else counts), found
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -117,6 +141,17 @@ def splits(facts: Facts) -> str | None:
     if lacking := [name for name in ("train", "test") if name in there and not there[name].count]:
         fix = "hold out more (--data.test-fraction)" if lacking == ["test"] else "look at why they are left out"
         return f"{facts.config.data.path} has no usable {' and no usable '.join(lacking)} image; {fix}"
+    return None
+
+
+def choice(facts: Facts) -> str | None:
+    whole = facts.looked.manifest if facts.looked is not None else None
+    if whole is None or "train" not in whole.splits or not whole.splits["train"].count:
+        return None
+    try:
+        selected_counts(whole, (), facts.config.data)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -203,7 +238,19 @@ def room_for_data(facts: Facts) -> str | None:
     )
 
 
-CHECKS: tuple[Check, ...] = (bad_samples, splits, sizes, settings, balance, selection, model, resume, room_for_checkpoints, room_for_data)
+CHECKS: tuple[Check, ...] = (
+    bad_samples,
+    splits,
+    choice,
+    sizes,
+    settings,
+    balance,
+    selection,
+    model,
+    resume,
+    room_for_checkpoints,
+    room_for_data,
+)
 
 
 def with_balance(facts: Facts) -> tuple[Facts, tuple[str, ...]]:
@@ -213,7 +260,7 @@ def with_balance(facts: Facts) -> tuple[Facts, tuple[str, ...]]:
     if looked is None:
         return facts, ()
     try:
-        found = balanced(facts.config, looked.targets, (looked.class_counts or {}).get("train", ()))
+        found = balanced(facts.config, looked.targets, facts.train_counts)
     except ValueError:
         return facts, ()
     return replace(facts, config=found.config), found.said

@@ -395,6 +395,8 @@ def begin(decided: Decided, environment: Environment, console: Console, set_up: 
     )
     if decided.said:
         journal.write("settings_chosen", message="; ".join(decided.said))
+    if (chosen := decided.dataset.selected) is not None:
+        journal.write("samples_chosen", message="; ".join((chosen.line, *chosen.warnings)))
     set_up.tell(journal)
     console.print(f"run {config.run} in {redact(storage.uri)}: {described(resources.workers, decided.hardware)}", soft_wrap=True)
     if start is not None and (differs := bit_changes(start.meta, decided.identity, workers=resources.workers)):

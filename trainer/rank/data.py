@@ -19,6 +19,7 @@ from dataio.loader import Loader
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples, allowed
+from dataio.selection import selected
 from trainer.rank.this_rank import ThisRank
 from trainer.settings.spec import make_order
 
@@ -45,7 +46,7 @@ class RankData:
 
 def open_data(me: ThisRank) -> RankData:
     config, spec = me.config, me.spec
-    dataset = open_dataset(me.files if spec.dataset is None else spec.dataset)
+    dataset = selected(open_dataset(me.files if spec.dataset is None else spec.dataset), config.data)
     order = make_order(config, dataset)
     virtual_ranks = blocks_of_virtual_ranks(order.virtual_ranks, me.world_size, me.rank)
     loader = Loader(

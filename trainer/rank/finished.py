@@ -23,6 +23,7 @@ from dataio.parquet import Dataset
 from dataio.quarantine import BadSample, Quarantine
 from dataio.reading import Repeats, described, warnings
 from dataio.remote import is_uri
+from dataio.selection import selected
 from trainer.export.model_folder import load_export
 from trainer.rank.calibrating import calibration_record, measured_record
 from trainer.rank.evaluation import evaluate_share, share_of
@@ -162,6 +163,8 @@ def _found(own: DataConfig, data: DataConfig, split: str) -> tuple[Prepared, str
     """The data set, the split of it to evaluate, and whether that is all that it holds. ValueError if there is no such split."""
     is_own = _same_place(own.path, data.path)
     found = prepared(data, on_progress=_progress(data.path), whole=split == "auto" and not is_own)
+    if is_own:  # with the samples that the run chose, and its fold; of other data it has chosen nothing
+        found = replace(found, dataset=selected(found.dataset, data))
     splits, reading = found.dataset.manifest.splits, found.dataset.reading
     if split != "auto":
         if split not in splits or not splits[split].count:
@@ -185,7 +188,7 @@ def _about(own: DataConfig, data: DataConfig, dataset: Dataset, split: str) -> I
     if trained is None or trained.manifest.fingerprint == manifest.fingerprint:
         return
     repeats = Repeats()
-    for name, part in (("train", trained.split("train")), ("evaluated", dataset.split(split))):
+    for name, part in (("train", selected(trained, own).split("train")), ("evaluated", dataset.split(split))):
         for _, values, sha256 in part.content():
             repeats.add(name, values, sha256)
     if copies := len(repeats.pairs(labels=False)):

@@ -101,7 +101,9 @@ def _headed(run: RunFiles) -> Html:
 
 
 def _notes(run: RunFiles) -> Html:
-    notes = [*run.missing, *class_warnings(run.summary, run.info.unit)]
+    chosen = last(run.events, "samples_chosen", "message")
+    told = [f"{capital(str(chosen))}."] if chosen else []
+    notes = [*told, *run.missing, *class_warnings(run.summary, run.info.unit)]
     return tag("ul", *(tag("li", short(note)) for note in notes), class_="notes") if notes else NOTHING
 
 

@@ -21,6 +21,7 @@ from dataio.config import DataConfig
 from dataio.manifest import MANIFEST_NAME, Manifest, ManifestError
 from dataio.parquet import Dataset, Split, open_dataset
 from dataio.remote import is_remote, is_uri, local_path
+from dataio.selection import selected
 from trainer.report.overlay import overlay, seen
 from trainer.settings.units import number, size
 from trainer.tasks.explanations import Explanations
@@ -81,7 +82,7 @@ def find_dataset(config: DataConfig, fingerprint: str) -> Dataset:
     for where in candidates:
         dataset = open_dataset(where)
         if dataset.manifest.fingerprint == fingerprint:
-            return dataset
+            return selected(dataset, config)  # a run numbers the samples that it chose
     raise ValueError("the data set of this run is not there any more (no converted folder has its fingerprint)")
 
 
