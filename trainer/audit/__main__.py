@@ -88,7 +88,7 @@ def _carry_out(asked: Asked) -> int:
                 f"a fold ended with status {status}; what the images say by themselves is in {asked.out / PAGE}; the same command goes on"
             )
             return status
-        findings = replace(judged(job, dataset, findings), notes=tuple(notes))
+        findings = judged(job, dataset, replace(findings, notes=tuple(notes)))
         write(findings, dataset, asked.out)
     _tell_result(findings, asked.out)
     return 0
@@ -172,19 +172,15 @@ def judged(job: Folds, dataset: Dataset, findings: Findings) -> Findings:
     train, test = folds.collect(job, say)
     answers = {"train": train} | ({"test": test} if test is not None else {})
     left_out = [] if test is not None else ["Labels of the test images: the folds have not recorded their answers to all of them."]
-    rows = {}
-    for split in answers:
-        keys = dataset.split(split).keys(range(dataset.split(split).count))
-        times = Counter(keys)
-        rows[split] = {key: row for row, key in enumerate(keys) if times[key] == 1}
-        if (unclear := len(keys) - len(rows[split])) > 0:
-            left_out.append(f"Labels of {number(unclear)} {split} images whose keys occur more than once.")
-    return replace(with_labels(findings, answers, rows, folds=job.count), left_out=(*findings.left_out, *left_out))
+    rows = {split: {key: row for row, key in enumerate(dataset.split(split).keys(range(dataset.split(split).count)))} for split in answers}
+    found = with_labels(findings, answers, rows, folds=job.count)
+    notes = folds.notes_on_answers(found.right) if found.right is not None else []
+    return replace(found, left_out=(*findings.left_out, *left_out), notes=(*findings.notes, *notes))
 
 
 def write(findings: Findings, dataset: Dataset, out: Path) -> None:
     """Write findings, proposals and page. Proposals that somebody has edited stay: the new ones then have another name."""
-    proposed = to_csv(changes_of(findings)).encode(errors="replace")
+    proposed = to_csv(changes_of(findings), dataset.manifest.targets).encode(errors="replace")
     there, mark = out / CHANGES, out / WRITTEN
     is_edited = there.is_file() and (not mark.is_file() or mark.read_text() != _sha256(there.read_bytes()))
     name = OTHER_CHANGES if is_edited and there.read_bytes() != proposed else CHANGES

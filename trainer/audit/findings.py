@@ -8,12 +8,13 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from dataio.manifest import Manifest
+from dataio.schema import LABEL, Target
 from trainer.audit.copies import Group, How
 from trainer.audit.gather import Gathered
 from trainer.audit.labels import Answers, judge
@@ -22,7 +23,6 @@ from trainer.settings.units import percent
 
 Action = Literal["drop", "relabel", "keep"]
 ACTIONS: Sequence[Action] = ("drop", "relabel", "keep")
-COLUMNS = ("key", "action", "label", "reason")
 SURE_MARGIN = 0.5
 """A doubted label is proposed to be changed if the answer is so much more probable than it."""
 SHOULD_DIFFER = ("test", "validation", "train")
@@ -115,7 +115,9 @@ class Findings:
     """Parts of the audit that were not done, and why."""
     folds: int = 0
     """That were trained for the labels; 0: none."""
-    notes: tuple[str, ...] = field(default=())
+    right: float | None = None
+    """The share of the training images that they answered as labelled, not having seen them."""
+    notes: tuple[str, ...] = ()
 
     @property
     def leaks(self) -> tuple[Copies, ...]:
@@ -141,6 +143,7 @@ class Findings:
             "fingerprint": self.fingerprint,
             "images": dict(self.counts),
             "folds": self.folds,
+            "answered_as_labelled": self.right,
             "copies": [
                 {
                     "is_leak": each.is_leak,
@@ -226,18 +229,16 @@ def of_images(manifest: Manifest, data: str, found: Gathered, groups: Sequence[G
 
 def with_labels(findings: Findings, answers: Mapping[str, Answers], rows: Mapping[str, Mapping[str, int]], *, folds: int) -> Findings:
     """With what the folds say of the labels. `answers`: split -> what models said that have not seen its images; `rows`: split -> row of
-    each key that occurs once."""
+    each key."""
     classes = findings.classes
     doubts = []
     for split, found in answers.items():
         judged = judge(found, len(classes))
         for place in judged.doubted.tolist():
             key = found.keys[place]
-            if (row := rows[split].get(key)) is None:
-                continue
             doubts.append(
                 Doubt(
-                    image=Image(split=split, row=row, key=key, label=classes[found.given[place]]),
+                    image=Image(split=split, row=rows[split][key], key=key, label=classes[found.given[place]]),
                     answer=classes[found.answers[place]],
                     of_answer=float(found.of_answer[place]),
                     of_label=float(found.of_given[place]),
@@ -249,6 +250,7 @@ def with_labels(findings: Findings, answers: Mapping[str, Answers], rows: Mappin
         doubts=tuple(sorted(doubts, key=lambda doubt: -doubt.margin)),  # stable: by split, then as they were judged
         overlaps=tuple(overlaps(train.given, train.answers, len(classes))),
         folds=folds,
+        right=float((train.given == train.answers).mean()),
     )
 
 
@@ -259,6 +261,7 @@ def with_labels(findings: Findings, answers: Mapping[str, Answers], rows: Mappin
 class Change:
     """A row of changes.csv."""
 
+    split: str
     key: str
     action: Action
     label: str = ""
@@ -269,21 +272,23 @@ class Change:
 def changes_of(findings: Findings) -> list[Change]:
     """One row for each image that something was found of: the strongest action, with all reasons. Those to drop first, then those to
     relabel, each in the order in which they were found."""
-    found: dict[str, Change] = {}
+    found: dict[tuple[str, str], Change] = {}
     for change in _proposed(findings):
-        if (known := found.get(change.key)) is None:
-            found[change.key] = change
+        place = (change.split, change.key)
+        if (known := found.get(place)) is None:
+            found[place] = change
             continue
         first = min(known, change, key=lambda each: ACTIONS.index(each.action))
-        found[change.key] = replace(first, reason=f"{known.reason}; {change.reason}")
+        found[place] = replace(first, reason=f"{known.reason}; {change.reason}")
     return sorted(found.values(), key=lambda change: ACTIONS.index(change.action))
 
 
-def to_csv(changes: Sequence[Change]) -> str:
+def to_csv(changes: Sequence[Change], targets: Sequence[Target]) -> str:
+    """In the form of `data.corrections`, whose reader passes over the reason. Of several targets, one names the column of labels."""
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows((change.key, change.action, change.label, change.reason) for change in changes)
+    writer.writerow(("key", "split", "action", LABEL if len(targets) == 1 else targets[0].name, "reason"))
+    writer.writerows((change.key, change.split, change.action, change.label, change.reason) for change in changes)
     return sink.getvalue()
 
 
@@ -293,9 +298,15 @@ def _proposed(findings: Findings) -> Iterator[Change]:
     for doubt in findings.doubts:
         reason = f"models that have not seen it say {doubt.answer} ({percent(doubt.of_answer)}), not {doubt.image.label}"
         is_sure = doubt.margin >= SURE_MARGIN
-        yield Change(key=doubt.image.key, action="relabel" if is_sure else "keep", label=doubt.answer if is_sure else "", reason=reason)
+        yield Change(
+            split=doubt.image.split,
+            key=doubt.image.key,
+            action="relabel" if is_sure else "keep",
+            label=doubt.answer if is_sure else "",
+            reason=reason,
+        )
     for odd in findings.oddities:
-        yield Change(key=odd.image.key, action="keep", reason=f"it is {odd.what}")
+        yield Change(split=odd.image.split, key=odd.image.key, action="keep", reason=f"it is {odd.what}")
 
 
 def _of_copies(copies: Copies) -> Iterator[Change]:
@@ -303,15 +314,16 @@ def _of_copies(copies: Copies) -> Iterator[Change]:
     first = next((image for image in copies.images if image.split == stays), copies.images[0])
     for image, how in zip(copies.images, copies.how, strict=True):
         if copies.is_leak and image.split != stays and image.split in SHOULD_DIFFER:
-            yield Change(key=image.key, action="drop", reason=f"{SAME[how]} as {first.key} of the {stays} split")
+            yield Change(split=image.split, key=image.key, action="drop", reason=f"{SAME[how]} as {first.key} of the {stays} split")
         elif copies.is_contradictory:
             other = next(each for each in copies.images if each.label != image.label)
             is_sure = copies.is_exact and image.split == "train"
             yield Change(
+                split=image.split,
                 key=image.key,
                 action="drop" if is_sure else "keep",
                 reason=f"{SAME[how]} as {other.key}, which is labelled {other.label or 'nothing'} and not {image.label or 'nothing'}",
             )
         elif image != first:
             is_sure = how in ("bytes", "pixels") and image.split == first.split == "train"
-            yield Change(key=image.key, action="drop" if is_sure else "keep", reason=f"{SAME[how]} as {first.key}")
+            yield Change(split=image.split, key=image.key, action="drop" if is_sure else "keep", reason=f"{SAME[how]} as {first.key}")

@@ -21,13 +21,15 @@ from trainer.settings.fields import replaced
 from trainer.settings.identity import deciding_changes, names_file
 from trainer.settings.toml import from_toml, to_toml
 from trainer.settings.tree import RunConfig
-from trainer.settings.units import duration, number
+from trainer.settings.units import duration, number, percent
 from trainer.tasks.predictions import PREDICTIONS_FILE, Predictions
 
 SETTINGS_FILE = "folds.toml"
 DATA_FILE = "data.json"
 HELD_OUT = "validation"
 """The split as which a run scores the fold that it has not seen."""
+GOOD_ENOUGH = 0.5
+"""Models that answer fewer images as labelled doubt most labels."""
 OWN_SETTINGS: Mapping[str, Any] = {
     "run": "",
     "resume": "auto",
@@ -95,6 +97,16 @@ def notes_on(config: RunConfig) -> list[str]:
             f"the folds begin with model.weights={config.model.weights}: if it was trained on these images, it may know their wrong labels"
         )
     return told
+
+
+def notes_on_answers(right: float) -> list[str]:
+    """What the user should know of answers of which this share is as labelled."""
+    if right >= GOOD_ENOUGH:
+        return []
+    return [
+        f"the models answered only {percent(right)} of the images as they are labelled, so what they doubt says little: train longer, or "
+        "from pretrained weights, in another --out"
+    ]
 
 
 def cost(folds: Folds, manifest: Manifest, *, run_seconds: float | None = None) -> str:

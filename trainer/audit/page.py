@@ -95,9 +95,9 @@ def _what_to_do(findings: Findings, changes: str) -> Html:
     told = tag(
         "p",
         "Proposals, a row for each image, are in ",
-        tag("code", changes),
+        tag("code", changes, class_="wrap"),
         ": drop, relabel or keep, with the reason. They are guesses: look at the images below, change the rows, then train with ",
-        tag("code", f"--data.corrections {changes}"),
+        tag("code", f"--data.corrections {changes}", class_="wrap"),
         ".",
     )
     return section("What to do", told)
@@ -118,7 +118,8 @@ def _group(copies: Copies, pictures: Mapping[Image, str]) -> Html:
     more = [tag("span", f"and {number(len(copies.images) - IN_GROUP)} more")] if len(copies.images) > IN_GROUP else []
     sure = "" if copies.is_exact else f", {copies.ratio:.2f} of the way to the next"
     heading = tag("span", f"{SAME[max(copies.how, key=list(SAME).index)]}{sure}")
-    return tag("figure", tag("div", *images, class_="pair"), tag("figcaption", heading, *lines, *more), class_="explained")
+    row = tag("div", *images, style="display:flex;flex-wrap:wrap;gap:.3rem")
+    return tag("figure", row, tag("figcaption", heading, *lines, *more), style="grid-column:span 2")
 
 
 def _label_of(each: Image, copies: Copies) -> Html:
@@ -132,7 +133,8 @@ def _doubts(findings: Findings, pictures: Mapping[Image, str]) -> Html:
         return NOTHING
     about = (
         "What the label says, then what models say that were not trained on the image, with the probabilities that they give to "
-        f"their answer and to the label. {number(findings.folds)} models, each asked about the images that the others were trained on."
+        f"their answer and to the label: {number(findings.folds)} models, each asked about the images that the others were trained on. "
+        f"They answered {percent(findings.right)} of the training images as labelled."
     )
     return _listed("Labels that are doubted", about, [_doubt(each, pictures) for each in findings.doubts[:MOST]], len(findings.doubts))
 
