@@ -193,6 +193,9 @@ class DataConfig:
     validation_fraction: Annotated[float, FREE, Interval(ge=0, lt=1), "it is a fraction of the training samples, 0 holds out none"] = 0.0
     """Fraction of the training split held out as the validation split, class by class, where the source has none; 0 holds out none. Applied
     when a source is converted."""
+    corrections: Annotated[str, FREE, PATH] = ""
+    """CSV file with the columns `key`, `action` and `label`: samples to `relabel` or to `drop`, and those to `keep` as they are
+    (docs/labels.md). What it changes makes another data set. Applied when a source is converted."""
     part: Annotated[float, LATER, part_of] = 1.0
     """Train on a part of the training images: up to 1 a fraction of them, above it a number of images; 1 is everything. Each class has its
     share, and a smaller part lies in a larger one (docs/labels.md)."""

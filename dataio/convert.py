@@ -38,7 +38,7 @@ from dataio.quarantine import BadSample, Quarantine
 from dataio.reading import READING_NAME, REPEATS_NAME, Reading, Repeats, described, examples_of, lines_of, repeats_text, warnings
 from dataio.remote import is_remote, is_uri, local_path
 from dataio.schema import SPLITS, UNLABELLED, Target, fault_of_targets, is_known, is_single_label, value_of
-from dataio.sources import Balanced, Sample, Source, open_source
+from dataio.sources import Applying, Balanced, Corrected, Sample, Source, SourceError, open_source, unique
 from dataio.terminal import prepare_output, tell
 from dataio.text import address
 
@@ -186,6 +186,7 @@ def prepared(config: DataConfig, on_progress: Callable[[Progress], None] | None 
     A remote location (s3://...) must be converted already; `prepare` handles all others. Raises what `prepare` and open_dataset raise.
     """
     if is_remote(config.path):
+        refuse_corrections(config)
         return Prepared(location=config.path, dataset=open_dataset(config.path))
     folder, by_earlier_rule = _prepare(config, on_progress, whole=whole)
     location = str(folder.resolve())
@@ -223,12 +224,15 @@ def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None,
     path = (local_path(config.path) if is_uri(config.path) else None) or Path(config.path).expanduser()
     if (path / MANIFEST_NAME).is_file():
         open_dataset(path)  # raises if it is damaged
+        refuse_corrections(config)
         return path, False
     root = Path(config.root).expanduser()
     source = source_of(config, whole=whole)
     dests = [root / f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels)]
     dest = next((made for made in dests if _intact(made) is not None), dests[0])
     origin = str(path.resolve()) if path.exists() else config.path
+    if isinstance(source, Corrected) and _intact(dest) is None:
+        _check_keys(source, root, config.max_image_pixels)
     convert(
         source,
         dest,
@@ -244,6 +248,35 @@ def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None,
     return dest, dest != dests[0]
 
 
+def refuse_corrections(config: DataConfig) -> None:
+    """ValueError if corrections are asked for, of data that are converted already."""
+    if config.corrections:
+        raise ValueError(
+            f"data.corrections={config.corrections!r:.300} is applied when a source is converted, and data.path={address(config.path)} is "
+            "converted already; give the source that it was made of as data.path, or leave the corrections out"
+        )
+
+
+def _check_keys(source: Corrected, root: Path, max_image_pixels: int) -> None:
+    """Raises SourceError for a correction of a sample that is not there, before anything is converted: where the same source without
+    corrections was converted already, its keys are known."""
+    for identity in conversion_identities(source.source, max_image_pixels):
+        try:
+            dataset = open_dataset(root / f"{source.kind}-{identity[:16]}")
+            left_out = dataset.left_out()
+        except (ValueError, OSError):
+            continue
+        applying = Applying(source.corrections)
+        for name in dataset.manifest.splits:
+            split = dataset.split(name)
+            for key in split.keys(range(split.count)):
+                applying.met(name, key)
+        for bad in left_out:
+            applying.met(bad.split, bad.key)
+        applying.finish()
+        return
+
+
 def source_of(config: DataConfig, *, whole: bool = False) -> Source:
     """The source at `config.path`, read according to the settings. Raises what open_source raises."""
     return open_source(
@@ -255,6 +288,7 @@ def source_of(config: DataConfig, *, whole: bool = False) -> Source:
         image_column=config.image_column,
         label_column=config.label_column,
         whole=whole,
+        corrections=config.corrections,
     )
 
 
@@ -296,6 +330,8 @@ class _Part:
     image_sizes: dict[str, int]
     transparent: int
     """Samples of the shard that have an alpha channel."""
+    dropped: tuple[str, ...] = ()
+    """Keys of samples that corrections drop."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -307,6 +343,7 @@ class _Part:
         return cls(
             shard=ShardInfo(**(shard | {"row_group_rows": tuple(shard["row_group_rows"])})) if shard else None,
             bad=tuple(BadSample.from_json(record) for record in value.pop("bad")),
+            dropped=tuple(value.pop("dropped", ())),
             **value,
         )
 
@@ -330,6 +367,8 @@ class _Conversion:
         self._known, self._max_image_pixels = known, max_image_pixels
         self._on_progress, self._shard_bytes = on_progress, shard_bytes
         self._splits = sorted(source.splits(), key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
+        self._corrections = source.corrections if isinstance(source, Corrected) else None
+        self._applying = Applying(self._corrections)
         self._checker = make_checker(max_image_pixels=max_image_pixels, threads=threads)
         self._max_bad_fraction = max_bad_fraction
 
@@ -346,6 +385,12 @@ class _Conversion:
                 parts += self._convert_split(split, [part for part in parts if part.split == split])
         finally:
             self._checker.close()
+        try:
+            self._applying.finish()
+        except SourceError:
+            for path in self._staging.glob("*.part.json"):  # a corrected file is another conversion, and would not go on with these
+                path.unlink()
+            raise
         self._quarantine.finish(sum(part.consumed for part in parts if part.last))
         return self._finish(parts)
 
@@ -383,10 +428,16 @@ class _Conversion:
 
     def _convert_split(self, split: str, done: list[_Part]) -> list[_Part]:
         """Converts the rest of a split; returns its new parts."""
-        if done and done[-1].last:
+        is_done = bool(done and done[-1].last)
+        if is_done and self._corrections is None:
             return []
         resumed = done[-1].consumed if done else 0
         seen = {record.key for part in done for record in part.bad} | self._stored_keys(split, done)
+        seen.update(key for part in done for key in part.dropped)
+        for key in seen if self._corrections is not None else ():
+            self._applying.met(split, key)
+        if is_done:
+            return []
         reading = _Reading(split=split, samples=self._source.samples(split, resumed), seen=seen, consumed=resumed, resumed=resumed)
         total = self._source.count(split)
         parts: list[_Part] = []
@@ -403,6 +454,7 @@ class _Conversion:
         path = self._staging / _shard_name(reading.split, index)
         writer = ShardWriter(path, self._source.targets)
         bad: list[BadSample] = []
+        dropped: list[str] = []
         sizes: Counter[str] = Counter()
         rows = transparent = 0
         try:
@@ -410,8 +462,10 @@ class _Conversion:
                 group: list[_Good] = []
                 while len(group) < ROWS_PER_GROUP and not reading.last:
                     place = reading.consumed
-                    batch = reading.next(ROWS_PER_GROUP - len(group))
-                    for offset, (sample, verdict) in enumerate(zip(batch, self._check(reading.split, batch), strict=True)):
+                    batch, left_out = self._corrected(reading.split, reading.next(ROWS_PER_GROUP - len(group)))
+                    dropped += left_out.values()
+                    offsets = (offset for offset in range(len(batch) + len(left_out)) if offset not in left_out)
+                    for offset, sample, verdict in zip(offsets, batch, self._check(reading.split, batch), strict=True):
                         if isinstance(verdict, _Good):
                             group.append(verdict)
                             sizes[verdict.size] += 1
@@ -437,7 +491,21 @@ class _Conversion:
             bad=tuple(bad),
             image_sizes=dict(sorted(sizes.items())),
             transparent=transparent,
+            dropped=tuple(dropped),
         )
+
+    def _corrected(self, split: str, batch: list[Sample]) -> tuple[list[Sample], dict[int, str]]:
+        """The samples that corrections leave, with their corrected values; and place in the batch -> key of those that they drop."""
+        if self._corrections is None:
+            return batch, {}
+        left: list[Sample] = []
+        dropped: dict[int, str] = {}
+        for place, sample in enumerate(batch):
+            if (values := self._applying.values(split, sample.key, sample.values)) is None:
+                dropped[place] = sample.key
+            else:
+                left.append(replace(sample, values=values))
+        return left, dropped
 
     def _write_group(self, writer: ShardWriter, group: Sequence["_Good"]) -> None:
         targets = self._source.targets
@@ -535,6 +603,7 @@ class _Conversion:
             not_read=self._source.ignored,
             class_counts=_class_counts(splits, targets),
             transparent=transparent,
+            corrected=self._corrections.counts if self._corrections is not None else {},
             copies=dict(Counter(pair.split for pair in pairs if pair.is_copy)),
             contradictory=sum(pair.differs for pair in pairs),
             copied=examples_of([line for pair, line in zip(pairs, lines, strict=True) if pair.is_copy]),
@@ -583,10 +652,14 @@ class _Reading:
 
     def next(self, wanted: int) -> list[Sample]:
         """The next `wanted` samples, or all that are left, with unique keys."""
-        batch = [_unique(sample, self._seen) for sample in itertools.islice(self._samples, wanted)]
+        batch = [_named(sample, unique(sample.key, self._seen)) for sample in itertools.islice(self._samples, wanted)]
         self.consumed += len(batch)
         self.last = len(batch) < wanted
         return batch
+
+
+def _named(sample: Sample, key: str) -> Sample:
+    return sample if key == sample.key else replace(sample, key=key)
 
 
 def checked_values(targets: Sequence[Target], given: Sequence[Any], *, may_be_unknown: bool) -> list[np.ndarray]:
@@ -673,15 +746,6 @@ def _locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _unique(sample: Sample, seen: set[str]) -> Sample:
-    key, number = sample.key, 1
-    while key in seen:
-        number += 1
-        key = f"{sample.key}#{number}"
-    seen.add(key)
-    return sample if number == 1 else replace(sample, key=key)
-
-
 def _shard_name(split: str, index: int) -> str:
     return f"{split}-{index:05d}.parquet"
 
@@ -739,6 +803,9 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m dataio.co
         "--max-bad-fraction", type=float, default=defaults.max_bad_fraction, help="bad images tolerated, of all (%(default)s)"
     )
     parser.add_argument("--max-image-pixels", type=int, default=defaults.max_image_pixels, help="larger images are bad (%(default)s)")
+    parser.add_argument(
+        "--corrections", default="", metavar="FILE", help="CSV of key,action,label: what to relabel or drop (docs/labels.md)"
+    )
     parser.add_argument("--classes", help="class names in order, separated by commas, in place of the source's")
     parser.add_argument("--sample", type=int, metavar="N", help="take N training images only, the same number of each class")
     parser.add_argument("--sample-test", type=int, metavar="M", help="and M test images (N/4)")
@@ -758,7 +825,10 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m dataio.co
             targets=options.targets,
             image_column=options.image_column,
             label_column=options.label_column,
+            corrections=options.corrections,
         )
+        if options.sample is not None and options.corrections:
+            raise ValueError(f"--corrections {options.corrections} is about samples of which --sample may leave out some; give one of them")
         if options.sample is not None:
             held_out = options.sample // 4 if options.sample_test is None else options.sample_test
             sizes = {split: options.sample if split == "train" else held_out for split in source.splits()}

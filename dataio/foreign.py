@@ -18,6 +18,8 @@ MAX_MANIFEST_BYTES = 256 << 20
 MAX_SETTINGS_BYTES = 1 << 20
 """A TOML file, or a list of class names."""
 MAX_TABLE_BYTES = 1 << 30
+MAX_CORRECTIONS_BYTES = 64 << 20
+"""Of data.corrections: a million rows."""
 MAX_ROW_BYTES = 1 << 20
 MAX_MEMBER_BYTES = 256 << 20
 """A member of an archive."""

@@ -35,6 +35,8 @@ class Reading:
     """Files, or groups of files, of the source that are no part of the data."""
     class_counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Split -> samples of each class of the only target that has any."""
+    corrected: Mapping[str, int] = field(default_factory=dict)
+    """"relabelled" and "dropped" -> samples that corrections relabelled and left out, over all splits."""
     transparent: int = 0
     """Images with an alpha channel, over all splits."""
     copies: Mapping[str, int] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class Reading:
                 held_out={str(split): float(fraction) for split, fraction in known.get("held_out", {}).items()},
                 not_read=tuple(map(str, known.get("not_read", ()))),
                 class_counts={str(split): tuple(map(int, counts)) for split, counts in known.get("class_counts", {}).items()},
+                corrected={str(word): int(count) for word, count in known.get("corrected", {}).items()},
                 transparent=int(known.get("transparent", 0)),
                 copies={str(split): int(count) for split, count in known.get("copies", {}).items()},
                 contradictory=int(known.get("contradictory", 0)),
@@ -82,12 +85,19 @@ def described(manifest: Manifest, reading: Reading | None) -> str:
         parts[0] += f" ({least:,} of each class to train)" if least == most else f" ({least:,} to {most:,} of a class to train)"
     if reading.held_out:
         parts.append(", ".join(f"{split} held out of train ({fraction:.0%})" for split, fraction in reading.held_out.items()))
+    if reading.corrected:
+        parts.append(corrections_told(reading.corrected))
     if manifest.quarantined:
         parts.append(f"{manifest.quarantined:,} could not be used")
     if reading.not_read:
         more = f" and {len(reading.not_read) - _SHOWN_CLASSES} more" if len(reading.not_read) > _SHOWN_CLASSES else ""
         parts.append(f"not read: {', '.join(map(shown, reading.not_read[:_SHOWN_CLASSES]))}{more}")
     return "; ".join(parts)
+
+
+def corrections_told(counts: Mapping[str, int]) -> str:
+    """`3 relabelled and 2 dropped by corrections`."""
+    return f"{' and '.join(f'{count:,} {word}' for word, count in counts.items())} by corrections"
 
 
 def targets_described(targets: Sequence[Target]) -> str:

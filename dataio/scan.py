@@ -9,21 +9,21 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataio.balance import known_class_counts
 from dataio.codecs.codec import Refusal
 from dataio.codecs.make import looked_at
 from dataio.config import DataConfig
-from dataio.convert import checked_values, conversion_identities, source_of
+from dataio.convert import checked_values, conversion_identities, refuse_corrections, source_of
 from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, SplitInfo
 from dataio.parquet import Dataset, open_dataset
 from dataio.quarantine import BadSample
 from dataio.remote import is_remote, is_uri, local_path
 from dataio.schema import SPLITS, UNLABELLED, Target, single_label
-from dataio.sources import HasFiles, Source, SourceFile
+from dataio.sources import Corrected, HasFiles, Source, SourceFile
 
 THREADS = 8
 GLANCE_BYTES = 1 << 20
@@ -50,6 +50,8 @@ class Looked:
     """Of the files to convert."""
     not_read: Sequence[str] = ()
     """Files of the source that are not read."""
+    corrected: Mapping[str, int] = field(default_factory=dict)
+    """Samples that corrections relabel and drop (Reading.corrected)."""
 
     @property
     def samples(self) -> int:
@@ -60,18 +62,21 @@ class Looked:
 def look_at(config: DataConfig) -> Looked:
     """Looks at `config.path`; converts and downloads nothing. Raises what open_source and open_dataset raise."""
     if is_remote(config.path):
+        refuse_corrections(config)
         return _given(open_dataset(config.path))
     path = (local_path(config.path) if is_uri(config.path) else None) or Path(config.path).expanduser()
     if (path / MANIFEST_NAME).is_file():
+        refuse_corrections(config)
         return _given(open_dataset(path))
     source = source_of(config)
     if (made := _conversion_of(source, config)) is not None:
         return replace(_given(made), bad=made.left_out())
+    corrected = source.corrections.counts if isinstance(source, Corrected) else {}
     if isinstance(source, HasFiles):
-        return scan(source, max_image_pixels=config.max_image_pixels)
+        return replace(scan(source, max_image_pixels=config.max_image_pixels), corrected=corrected)
     # Counting CIFAR's classes would need a download.
     targets = single_label(tuple(map(str, range(10)))) if source.kind.startswith("cifar") else source.targets
-    return Looked(targets=targets, manifest=None, is_converted=False)
+    return Looked(targets=targets, manifest=None, is_converted=False, corrected=corrected)
 
 
 def scan(source: Source, *, max_image_pixels: int, threads: int = THREADS) -> Looked:
@@ -125,6 +130,7 @@ def _given(dataset: Dataset) -> Looked:
         manifest=dataset.manifest,
         is_converted=True,
         class_counts={"train": counts} if counts else None,
+        corrected=reading.corrected if (reading := dataset.reading) is not None else {},
     )
 
 

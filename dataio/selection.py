@@ -186,7 +186,8 @@ def selected(dataset: Dataset, config: DataConfig) -> Dataset:
     """The data set with the chosen samples as its training split, and with the fold as its validation split; the very same data set if
     nothing is chosen. ValueError if there are not enough samples.
 
-    The chosen samples are numbered anew, in the order in which they are stored. Row groups are read as before. It reads the first target's
+    The chosen samples are numbered anew, in the order in which they are stored. Row groups are read as before, and with a `shuffle_window`
+    its samples lie in as many row groups as it takes to hold them. It reads the first target's
     column and the hashes of the training split; choosing takes some 40 bytes a sample for a moment, and the result keeps a bit for each."""
     choice = Choice.of(config)
     if choice.is_all:

@@ -27,6 +27,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/tasks.md",
         "docs/photographs.md",
         "docs/audit.md",
+        "docs/labels.md",
         "docs/augmentation.md",
         "docs/distillation.md",
         "docs/rates.md",

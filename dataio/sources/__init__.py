@@ -1,10 +1,10 @@
 """Sources of labelled images, under one interface: CIFAR-10, Hugging Face Parquet, folders by class, tables, IDX files.
 
 What lives here: `open_source`, which recognises the kind of a path; a file for each kind of source (cifar, idx, huggingface, folder,
-table); `layout`, the splits and classes of a folder; `source`, their common interface; `targets`, the labels to read; `splits`, the
-held-out samples; `hostile` and `pickled`, which read archives, tables and pickles as if an attacker had written them. Imported by convert,
-and by code that needs the classes of a source before its conversion. Outside of the package, import only the names below. Codecs decide
-whether bytes are a usable image; convert and parquet store them.
+table); `corrected`, labels that a person has put right; `layout`, the splits and classes of a folder; `source`, their common interface;
+`targets`, the labels to read; `splits`, the held-out samples; `hostile` and `pickled`, which read archives, tables and pickles as if an
+attacker had written them. Imported by convert, and by code that needs the classes of a source before its conversion. Outside of the
+package, import only the names below. Codecs decide whether bytes are a usable image; convert and parquet store them.
 """
 
 import functools
@@ -13,6 +13,7 @@ from pathlib import Path
 from dataio.foreign import open_regular
 from dataio.manifest import MANIFEST_NAME
 from dataio.sources.cifar import CIFAR10, Cifar, download, torchvision_cifar10
+from dataio.sources.corrected import Applying, Corrected, Corrections, unique, with_corrections
 from dataio.sources.folder import ImageFolder, RefusedFolder
 from dataio.sources.hostile import CIFAR_MEMBERS, read_archive, read_batches, read_below
 from dataio.sources.huggingface import HuggingFace, find_parquet
@@ -37,7 +38,10 @@ from dataio.sources.table import DELIMITERS, Table, find_table
 
 __all__ = [
     "ACCEPTED",
+    "Applying",
     "Balanced",
+    "Corrected",
+    "Corrections",
     "HasFiles",
     "Sample",
     "Source",
@@ -47,6 +51,7 @@ __all__ = [
     "name_of",
     "open_source",
     "read_below",
+    "unique",
 ]
 
 
@@ -61,6 +66,7 @@ def open_source(
     image_column: str = "",
     label_column: str = "",
     whole: bool = False,
+    corrections: str = "",
 ) -> Source:
     """Recognises the kind of source at `path`. Downloads go to `root`.
 
@@ -68,8 +74,9 @@ def open_source(
     `validation_fraction` of the rest (0: none). Both are chosen by class and by a hash of the key: see splits. With `whole`, for a source
     to be evaluated, nothing is held out if it stores `train` alone. `targets` names the targets to learn, as
     NAME[:label|labels|number],...; empty means the source's own label, which `label_column` names where it
-    has another name than usual, as `image_column` does for the images. `classes` replaces the source's class names. Raises SourceError (a
-    ValueError) that lists what is accepted and says what was found.
+    has another name than usual, as `image_column` does for the images. `classes` replaces the source's class names. `corrections` is a file
+    of changed labels and dropped samples (corrected.py). Raises SourceError (a ValueError) that lists what is accepted and says what was
+    found.
     """
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(
@@ -90,7 +97,8 @@ def open_source(
         whole=whole,
     )
     source = _open_source(path, root, options)
-    return source if classes is None else Renamed(source, classes)
+    source = source if classes is None else Renamed(source, classes)
+    return with_corrections(source, corrections) if corrections else source
 
 
 def _open_source(path: str, root: Path, options: Options) -> Source:

@@ -115,25 +115,47 @@ def _members(path: Path, limited: _Limited) -> dict[str, bytes]:
 
 def table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yields (line number, cells) of each row of a table in UTF-8, the header first; empty lines are skipped."""
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
+                raise SourceError(f"{path} has more than {MAX_TABLE_BYTES} bytes, the most of a table; a row an image takes some 50")
+            yield from _rows(path, file, delimiter)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def text_bytes(path: Path, most_bytes: int) -> bytes:
+    """The whole of a small table, which is to be hashed as well as read. Raises FileNotFoundError, and SourceError for anything else."""
+    try:
+        return read_regular(path, most_bytes)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def rows_of_text(path: Path | str, content: bytes, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """`table_rows` of a table that was read already."""
+    return _rows(path, io.BytesIO(content), delimiter)
+
+
+def _rows(path: Path | str, file: BinaryIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     line, row_bytes = 0, 0
 
     def lines() -> Iterator[str]:
         nonlocal line, row_bytes
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
-                raise SourceError(f"{path} has more than {MAX_TABLE_BYTES} bytes, the most of a table; a row an image takes some 50")
-            while raw := file.readline(MAX_ROW_BYTES + 1):
-                line += 1
-                row_bytes += len(raw)
-                if row_bytes > MAX_ROW_BYTES:  # an unclosed quotation mark swallows all following lines
-                    raise SourceError(f"{path}, line {line}: the row has more than {MAX_ROW_BYTES} bytes; is a quotation mark left open?")
-                if b"\0" in raw:
-                    raise SourceError(f"{path}, line {line}: there is a NUL byte, which is in no text; save the table as text in UTF-8")
-                try:
-                    yield raw.removeprefix(b"\xef\xbb\xbf" if line == 1 else b"").decode()
-                except UnicodeDecodeError as error:
-                    found = raw[error.start : error.start + 4]
-                    raise SourceError(f"{path}, line {line}: {found!r} is not UTF-8; save the table in UTF-8") from None
+        while raw := file.readline(MAX_ROW_BYTES + 1):
+            line += 1
+            row_bytes += len(raw)
+            if row_bytes > MAX_ROW_BYTES:  # an unclosed quotation mark swallows all following lines
+                raise SourceError(f"{path}, line {line}: the row has more than {MAX_ROW_BYTES} bytes; is a quotation mark left open?")
+            if b"\0" in raw:
+                raise SourceError(f"{path}, line {line}: there is a NUL byte, which is in no text; save the table as text in UTF-8")
+            try:
+                yield raw.removeprefix(b"\xef\xbb\xbf" if line == 1 else b"").decode()
+            except UnicodeDecodeError as error:
+                found = raw[error.start : error.start + 4]
+                raise SourceError(f"{path}, line {line}: {found!r} is not UTF-8; save the table in UTF-8") from None
 
     try:
         first = 1
@@ -141,8 +163,6 @@ def table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             if cells:
                 yield first, cells
             first, row_bytes = line + 1, 0
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
     except csv.Error as error:
         raise SourceError(f"{path}, line {line}: {error}; write the table as the csv module does, quoted where needed") from error
 

@@ -39,7 +39,7 @@ _MORE_LABEL_COLUMNS = (*LABEL_COLUMNS, "class", "classname", "classlabel", "labe
 """Tried if there is none of those, as above; then the only other column."""
 SEPARATOR = "|"
 UNKNOWN_LABELS = "?"
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
 class Table:
@@ -303,7 +303,7 @@ def _typed(content: _Content, number: int) -> "tuple[Target, npt.NDArray[Any]]":
 def _inferred(cells: Collection[str]) -> Kind:
     if any(SEPARATOR in cell for cell in cells):
         return "labels"
-    return "number" if all("." in cell and _NUMBER.fullmatch(cell) for cell in cells) else "label"
+    return "number" if all("." in cell and NUMBER.fullmatch(cell) for cell in cells) else "label"
 
 
 def _label(content: _Content, number: int, cells: set[str]) -> "tuple[Target, npt.NDArray[Any]]":
@@ -345,7 +345,7 @@ def _number(content: _Content, number: int) -> "tuple[Target, npt.NDArray[Any]]"
     for row, cell in enumerate(content.cells[number]):
         if not cell:
             continue
-        if not _NUMBER.fullmatch(cell) or not is_finite_float32(float(cell)):
+        if not NUMBER.fullmatch(cell) or not is_finite_float32(float(cell)):
             content.refuse(
                 number, row, "is not a number of at most 3.4e38; write it like -1.5, or leave the cell empty where it is unknown"
             )

@@ -205,6 +205,7 @@ DOES_NOT_DECIDE = {
     "data.max_bad_fraction": "whether the run fails; which samples are bad does not depend on it",
     "data.image_column": "asked of a conversion: the data's fingerprint counts",
     "data.label_column": "asked of a conversion: the data's fingerprint counts",
+    "data.corrections": "asked of a conversion: the data's fingerprint counts",
     "data.test_fraction": "asked of a conversion: the data's fingerprint counts",
     "data.validation_fraction": "asked of a conversion: the data's fingerprint counts",
     "train.cuda_graphs": "launches the same kernels",

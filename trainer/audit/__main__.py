@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +153,7 @@ def look(asked: Asked, dataset: Dataset, console: Console) -> Findings:
 def equal_by(dataset: Dataset, data: DataConfig, gathered: Gathered) -> Callable[[int, int], bool]:
     """Whether two images of one size have the same pixels, by decoding them at that size."""
     group_of = lru_cache(maxsize=4)(lambda split, group: dataset.split(split).read_group(group).encoded)
+    decoder_of = lru_cache(maxsize=4)(partial(Decoder, fit="refuse", background=data.behind, max_pixels=data.max_image_pixels))
 
     def pixels(image: int) -> Bytes:
         name, row = gathered.place(image)
@@ -160,8 +161,7 @@ def equal_by(dataset: Dataset, data: DataConfig, gathered: Gathered) -> Callable
         group = int(np.searchsorted(offsets, row, side="right")) - 1
         height, width = gathered.sizes[image].tolist()
         encoded = group_of(name, group)[row - int(offsets[group])]
-        with Decoder(height=height, width=width, fit="refuse", background=data.behind, max_pixels=data.max_image_pixels) as decoder:
-            decoded: Bytes = decoder.decode([encoded]).images[0]
+        decoded: Bytes = decoder_of(height=height, width=width).decode([encoded]).images[0]
         return decoded
 
     return lambda first, second: np.array_equal(pixels(first), pixels(second))
@@ -172,6 +172,8 @@ def judged(job: Folds, dataset: Dataset, findings: Findings) -> Findings:
     train, test = folds.collect(job, say)
     answers = {"train": train} | ({"test": test} if test is not None else {})
     left_out = [] if test is not None else ["Labels of the test images: the folds have not recorded their answers to all of them."]
+    if folds.HELD_OUT in dataset.manifest.splits:
+        left_out.append(f"Labels of the {folds.HELD_OUT} images, in whose place a run has its fold.")
     rows = {split: {key: row for row, key in enumerate(dataset.split(split).keys(range(dataset.split(split).count)))} for split in answers}
     found = with_labels(findings, answers, rows, folds=job.count)
     notes = folds.notes_on_answers(found.right) if found.right is not None else []

@@ -18,25 +18,27 @@ _HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_child(arguments: Sequence[str]) -> int:
-    """Run `trainer.run` with these arguments to its end. Returns its exit status, 128 + signal if one killed it. Signals to this process
-    meanwhile are the child's: the first asks it to save and end, a second one ends it at once. Only in the main thread."""
+    """Run `trainer.run` with these arguments to its end. Returns its exit status, or 128 + signal if one ended it, or came too late for
+    it. Signals to this process meanwhile are the child's: the first asks it to save and end, a second one ends it at once. Only in the main
+    thread."""
     # A group of its own, so that Ctrl-C in a terminal reaches it once, by us.
     command = [sys.executable, "-m", "trainer.audit.child", str(os.getpid()), *arguments]
     process: subprocess.Popen[bytes] | None = None
-    early: list[int] = []
+    heard: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        if process is None:
-            early.append(number)
-        else:
+        heard.append(number)
+        if process is not None:
             process.send_signal(number)
 
     with _hearing(pass_on):
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-        for number in early:
-            process.send_signal(number)
+        if heard:  # before there was a child
+            process.send_signal(heard[0])
         status = process.wait()
-    return 128 - status if status < 0 else status
+    if status < 0:
+        return 128 - status
+    return status or (128 + heard[0] if heard else 0)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from cluster.launch import ClusterHardware, plan_resources
 from cluster.machine import usable_cpus
 from cluster.storage import open_storage
 from cluster.text import shown as on_one_line
+from dataio.reading import corrections_told
 from dataio.scan import Looked
 from trainer.drive.capability import here, settled
 from trainer.drive.check import Checked, Refused, built
@@ -60,7 +61,9 @@ def dry_run(
     facts, of_classes = with_balance(facts)  # it is part of the name
     facts = with_name(facts, (RECIPE,) if choice.takes_recipe else recipes)
     facts, said = with_length(facts, from_recipes)
-    for line in (*choice.said, *about_choice(facts.selected), *of_classes, *said):
+    corrected = facts.looked.corrected if facts.looked is not None else {}
+    of_data = [f"the data: {corrections_told(corrected)} (data.corrections)"] if corrected else []
+    for line in (*of_data, *choice.said, *about_choice(facts.selected), *of_classes, *said):
         tell(line)
     facts, counts = with_model(facts)
     for line in facts.model.notes if isinstance(facts.model, Checked) else ():

@@ -29,6 +29,7 @@ from cluster.zygote import Zygote
 from dataio.balance import class_counts, known_class_counts
 from dataio.manifest import image_size_of
 from dataio.parquet import Dataset, open_dataset
+from dataio.reading import corrections_told
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck, Question, Refused
 from trainer.drive.data import about_transparency, check_can_ship, open_data, record_left_out
@@ -395,6 +396,8 @@ def begin(decided: Decided, environment: Environment, console: Console, set_up: 
     )
     if decided.said:
         journal.write("settings_chosen", message="; ".join(decided.said))
+    if (reading := decided.dataset.reading) is not None and reading.corrected:
+        journal.write("data_corrected", message=corrections_told(reading.corrected))
     if (chosen := decided.dataset.selected) is not None:
         journal.write("samples_chosen", message="; ".join((chosen.line, *chosen.warnings)))
     set_up.tell(journal)

@@ -98,6 +98,8 @@ def evaluate_finished(
     config, summary = _config(folder), _summary(folder)
     exported = load_export(model_of(folder), device, channels_last=config.train.channels_last == "on")
     data = replace(config.data, **changes)
+    if not _same_place(config.data.path, data.path):
+        data = replace(data, corrections=str(changes.get("corrections", "")))  # the run's are about its own data
     found, split, is_all = _found(config.data, data, split)
     dataset, manifest = found.dataset, found.dataset.manifest
     as_learned = match_targets(exported.task.targets, manifest.targets, where=data.path, device=device)

@@ -101,8 +101,8 @@ def _headed(run: RunFiles) -> Html:
 
 
 def _notes(run: RunFiles) -> Html:
-    chosen = last(run.events, "samples_chosen", "message")
-    told = [f"{capital(str(chosen))}."] if chosen else []
+    said = (last(run.events, "data_corrected", "message"), last(run.events, "samples_chosen", "message"))
+    told = [f"{capital(str(message))}." for message in said if message]
     notes = [*told, *run.missing, *class_warnings(run.summary, run.info.unit)]
     return tag("ul", *(tag("li", short(note)) for note in notes), class_="notes") if notes else NOTHING
 

@@ -162,6 +162,7 @@ KINDS: Mapping[str, Kind] = {
     "notice_stands": Kind(words=lambda event: f"training on in spite of a notice of preemption: {event.get('reason')}"),
     "workers_asked_for": Kind(words=lambda event: f"asked the cluster for {number(event.get('workers'))} more"),
     "settings_chosen": Kind(words=_message),
+    "data_corrected": Kind(words=lambda event: f"the data: {_message(event)}", is_unusual=False),
     "samples_chosen": Kind(words=_message, is_unusual=False),
     "versions_differ": Kind(words=_versions_differ),
     "resumed": Kind(words=lambda event: f"going on from the checkpoint of step {_step(event)}"),
