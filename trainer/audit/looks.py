@@ -14,8 +14,8 @@ import numpy.typing as npt
 from trainer.audit.gather import Gathered, Ints
 from trainer.settings.units import percent
 
-FAR = 5.0
-"""Robust standard deviations. Of normally distributed values one in 1.7 million is farther."""
+FAR = 3.5
+"""Robust standard deviations, as they advise. A black photograph among usual ones is four away, and not five."""
 ONE_COLOUR = 2.0
 """Levels of 255 between the darkest and the brightest pixel of an image that counts as one of a single colour: as much as compression makes
 of one."""
