@@ -17,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataio.config import DataConfig
+from dataio.convert import prepared
+from dataio.parquet import open_dataset
 from dataio.schema import single_label
 from tests.trainer.planted import SAMPLE, Plant, changed, groups_of, real
 from trainer.audit import copies, folds
@@ -109,6 +111,22 @@ def test_what_is_sure_is_to_be_dropped_and_the_test_split_stays(audited: Path) -
     assert actions["copy-of-0002"] == "keep", "nearly the same within train is for a person to judge"
     assert not any(row["action"] == "drop" and row["split"] == "test" for row in rows)
     assert [row["action"] for row in rows] == sorted((row["action"] for row in rows), key=ACTIONS.index)
+
+
+def test_what_is_proposed_can_be_given_to_a_run_as_it_is(audited: Path) -> None:
+    """By `data.corrections`: what was to be dropped is not in the data any more, and all else is."""
+    rows = list(csv.DictReader(io.StringIO((audited / "changes.csv").read_text())))
+    source, root = str(audited.with_name("images")), str(audited.with_name("converted"))
+    before, after = (
+        prepared(DataConfig(path=source, root=root, fit="stretch", corrections=corrections)).dataset
+        for corrections in ("", str(audited / "changes.csv"))
+    )
+    dropped = {(row["split"], row["key"]) for row in rows if row["action"] == "drop"}
+    keys = [
+        {(name, key) for name in ("train", "test") for key in of.split(name).keys(range(of.split(name).count))} for of in (before, after)
+    ]
+    assert len(dropped) > 10
+    assert keys[1] == keys[0] - dropped
 
 
 def test_it_says_what_it_did_not_do_and_leaves_no_working_files(audited: Path) -> None:
@@ -388,8 +406,6 @@ def test_doubts_are_of_images_the_surest_first_and_classes_that_overlap_are_told
 
 
 def test_an_edited_file_of_changes_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dataio.parquet import open_dataset
-
     dataset = open_dataset(SAMPLE)
     first = findings_of(oddities=(Oddity(image=image_of("train", 1), what="dark", far=7.0),))
     second = findings_of(oddities=(Oddity(image=image_of("train", 2), what="dark", far=7.0),))
@@ -463,8 +479,6 @@ def test_folds_of_other_settings_or_data_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_the_cost_and_the_time_left_are_told(tmp_path: Path) -> None:
-    from dataio.parquet import open_dataset
-
     job = folds_of(RunConfig(), tmp_path, 5)
     said = cost(job, open_dataset(SAMPLE).manifest, run_seconds=100.0)
     assert said == (
