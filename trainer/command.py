@@ -127,6 +127,12 @@ def _curve(argv: list[str]) -> int:
     return main(argv)
 
 
+def _audit(argv: list[str]) -> int:
+    from trainer.audit.__main__ import main
+
+    return main(argv)
+
+
 def _predict(argv: list[str]) -> int:
     from trainer.predict import main
 
@@ -204,6 +210,7 @@ _COMMANDS = {
         Command(
             name="curve", takes="DIR [--SETTING VALUE ...]", about="say what more labels would bring", main=_curve, outlives_output=True
         ),
+        Command(name="audit", takes="DIR|RUN [--folds N]", about="find leaks, copies and wrong labels in the images", main=_audit),
         Command(name="predict", takes="RUN IMAGE...", about="ask a finished run's model about images", main=_predict),
         Command(name="evaluate", takes="RUN", about="measure it again, or on other data", main=_evaluate),
         Command(name="watch", takes="[RUN]", about="follow a run", main=_watch),

@@ -18,7 +18,21 @@ from trainer.settings.toml import load
 from trainer.settings.tree import RunConfig
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("run", "preview", "find-rate", "curve", "predict", "evaluate", "watch", "report", "push", "runs", "convert", "completion")
+COMMANDS = (
+    "run",
+    "preview",
+    "find-rate",
+    "curve",
+    "audit",
+    "predict",
+    "evaluate",
+    "watch",
+    "report",
+    "push",
+    "runs",
+    "convert",
+    "completion",
+)
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:

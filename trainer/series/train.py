@@ -3,31 +3,25 @@ needs a handful of runs to answer one question; the caller says which runs, and 
 
 Each run is a process `python -m trainer.run` with a name of its own in the series' storage. One that has finished is not started again, one
 that was under way goes on as any run does. So the same job, killed anywhere and given again, ends in the same runs to the last bit. A run
-dies with this process, also by SIGKILL. Signals go on to the run, which commits first.
+ends when this process dies, also by SIGKILL, and signals go on to it: it commits first (child.py).
 """
 
-import contextlib
-import ctypes
 import json
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Any
 
 from cluster.storage import Storage
+from trainer.series.child import run_child
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration
 
-_PR_SET_PDEATHSIG = 1
 _BESIDE = ".series"
 _LAST_BYTES = 4000
 """Of a failed run's output, what is shown."""
@@ -144,54 +138,8 @@ def _folder(storage: Storage) -> Iterator[Path]:
 
 def _process(words: Sequence[str], log: Path) -> int:
     """Runs `python WORDS` to its end and returns its status. RunStopped if a signal came meanwhile."""
-    parent, libc = os.getpid(), ctypes.CDLL(None)
-
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    with log.open("wb") as output, _signals() as came:
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C of the terminal comes once, from here
-            preexec_fn=die_with_parent,
-        )
-        told = 0
-        while (status := _waited(process)) is None:
-            for number in came[told:]:  # the second one ends a run at once
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(number)
-            told = len(came)
-    if came:
-        raise RunStopped(came[0])
-    return status
-
-
-def _waited(process: "subprocess.Popen[bytes]") -> int | None:
-    try:
-        return process.wait(0.2)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that come inside the context, in place of what they did before. Only in the main thread."""
-    came: list[int] = []
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, hear) for number in numbers}
-    try:
-        yield came
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    with log.open("wb") as output:
+        ended = run_child(words, output=output)
+    if ended.signal:
+        raise RunStopped(ended.signal)
+    return ended.status
