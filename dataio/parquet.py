@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -181,6 +181,12 @@ class Dataset:
         if name not in self._splits:
             raise ValueError(f"there is no split {name!r}; the data set has {', '.join(self._splits)}")
         return self._splits[name]
+
+    def only(self, split: str, *, called: str) -> "Dataset":
+        """A data set of this split alone, under another name. Its fingerprint is still that of all splits."""
+        self.split(split)
+        manifest = replace(self.manifest, splits={called: self.manifest.splits[split]})
+        return Dataset(manifest, self._files, self.where)
 
     def left_out(self) -> tuple[BadSample, ...]:
         """The samples that the conversion left out. Raises OSError or ValueError if the file with them cannot be read."""

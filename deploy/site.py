@@ -28,6 +28,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/photographs.md",
         "docs/augmentation.md",
         "docs/distillation.md",
+        "docs/unlabelled.md",
         "docs/rates.md",
         "docs/report.md",
         "docs/confidence.md",

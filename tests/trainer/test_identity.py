@@ -182,12 +182,13 @@ DECIDES = frozenset(
     f"{table}.{name}"
     for table, names in {
         "data": "batch_size remainder balance class_weights image_size fit background pad flip augment mean std shuffle_window "
-        "max_image_pixels crop crop_scale crop_ratio rotate policy policy_ops policy_magnitude jitter erase",
+        "max_image_pixels crop crop_scale crop_ratio rotate policy policy_ops policy_magnitude jitter erase unlabelled",
         "model": "name weights stem image_size interpolation normalise freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "layer_decay loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
-        "spike_factor ema select select_measure patience min_delta mixup cutmix teacher teacher_weight teacher_temperature",
+        "spike_factor ema select select_measure patience min_delta mixup cutmix teacher teacher_weight teacher_temperature semi "
+        "unlabelled_ratio unlabelled_weight unlabelled_policy threshold semi_decay",
         "task": "name loss threshold head_weights weights",
     }.items()
     for name in names.split()
@@ -215,6 +216,7 @@ DOES_NOT_DECIDE = {
     "train.ledger": "writes down",
     "train.explain": "looks at the finished model",
     "train.novelty": "looks at the finished model",
+    "train.control": "another run, for the report",
     "cluster.threads_per_worker": "in the identity record: it may change the last bits, and a change is told",
     "cluster.gpus_per_worker": "the type of device is in the identity record: it may change the last bits, and a change is told",
     **dict.fromkeys(
