@@ -13,7 +13,7 @@ from hypothesis import example, given
 from dataio.config import FREE, LATER, PATH, Mark
 from tests.trainer.configs import configs
 from trainer.settings.fields import declared, settings
-from trainer.settings.identity import deciding_changes, deciding_settings, weights_sha256
+from trainer.settings.identity import PINNED, deciding_changes, deciding_settings, weights_sha256
 from trainer.settings.sources import OWN
 from trainer.settings.toml import load, recipe_names
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
@@ -250,9 +250,9 @@ def test_every_setting_decides_the_weights_or_has_a_reason_why_it_does_not() -> 
 
 
 def test_no_other_file_decides_by_its_name() -> None:
-    """A file that decides needs a hash of its content, as the weights have."""
+    """A file that decides needs a hash of its content, as the weights have, and what the driver pins."""
     known = declared(RunConfig)
-    assert {key for key in DECIDES if PATH in known[key].notes} == {"model.weights"}
+    assert {key for key in DECIDES if PATH in known[key].notes} - set(PINNED) == {"model.weights"}
 
 
 def test_every_mark_is_used() -> None:

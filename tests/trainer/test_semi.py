@@ -1,6 +1,7 @@
 """Learning from images without labels: the rules against the papers' formulas, the running averages, and whole runs in this process."""
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -19,15 +20,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from cluster.reduce import tree_sum
+from cluster.storage import open_storage
 from dataio.batch import Batch
 from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
+from dataio.convert import prepared
 from dataio.schema import UNLABELLED, single_label
 from dataio.unlabelled import pin, prepare_unlabelled
 from tests.trainer.lives import TINY, Killed, Lives, write_images
+from trainer.drive.data import open_second, record_left_out
 from trainer.drive.identity import identity
 from trainer.drive.problems import problems_of
 from trainer.drive.survey import survey
@@ -61,7 +66,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """70 images in class folders, one of which the run does not know."""
-    folder = write_images(tmp_path_factory.mktemp("more"), {"all": 70}) / "all"
+    folder = write_images(tmp_path_factory.mktemp("more"), {"all": 70}, noise=50.0) / "all"
     (folder / "class-2").rename(folder / "something else")
     return folder
 
@@ -432,8 +437,9 @@ def test_a_run_without_the_images_is_another_and_has_no_trace_of_them(photos: Pa
     assert 0 < told_of["unlabelled_weight"] <= 1
     state = beside.newest
     assert state is not None
+    model = torch.nn.Linear(2, 2)
     with pytest.raises(StateError, match="was made with unlabelled images, and this run goes on without them"):
-        TrainState(torch.nn.Linear(2, 2), torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1)).load(state.read)
+        TrainState(model, torch.optim.SGD(model.parameters(), lr=1)).load(state.read)
 
 
 def test_a_bad_image_is_quarantined_by_key_and_changes_nothing_else(photos: Path, unlabelled: Path, tmp_path: Path) -> None:
@@ -506,12 +512,11 @@ def weights_after(learner: Learner, sizes: tuple[int, ...], steps: int = 3) -> l
     return [parameter.detach().clone() for parameter in learner.model.parameters()]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_compiled_step_does_what_the_plain_one_does(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_does_what_the_plain_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "COMPILER", "aot_eager")
     torch._dynamo.reset()
     for virtual_ranks, sizes in ((1, (8,)), (2, (4, 4))):
-        plain, compiled = (learner_of(method, virtual_ranks=virtual_ranks, compile=compiles) for compiles in (False, True))
+        plain, compiled = (learner_of("freematch", virtual_ranks=virtual_ranks, compile=compiles) for compiles in (False, True))
         assert compiled.stepper().compile_ahead((3, 8, 8)) > 0
         assert compiled.semi is not None
         assert plain.semi is not None
@@ -547,3 +552,30 @@ def test_the_step_s_loss_is_that_of_its_virtual_ranks_together_and_judged_by_the
     expected = F.cross_entropy(torch.cat(outputs), labels) + (kept * F.cross_entropy(strong, weak.argmax(1), reduction="none")).sum() / 8
     loss = learner.stepper().step(batches, global_count=8, step=0)
     torch.testing.assert_close(loss, expected)
+
+
+# --- what the driver says -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_found_and_warns_of_test_images(photos: Path, unlabelled: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    shutil.copytree(unlabelled, more)
+    (more / "bad.png").write_bytes(b"no image")
+    said: list[str] = []
+    console = Console(file=io.StringIO(), width=500)
+    data = DataConfig(path=str(photos), root=str(tmp_path / "root"), unlabelled=str(more))
+    labelled = prepared(data).dataset
+    found = open_second(RunConfig(data=data), labelled, console)
+    assert found is not None
+    assert "70 images without labels, learned by softmatch; 1 that could not be used are left out" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "warning" not in console.file.getvalue()  # type: ignore[attr-defined]
+    for index, image in enumerate(sorted((photos / "test").rglob("*.png"))[:3]):
+        shutil.copy(image, more / f"copied-{index}.png")
+    found = open_second(RunConfig(data=data), labelled, console)
+    assert "warning: 3 of the images without labels are test images too" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert found is not None
+    storage = open_storage(tmp_path / "runs")
+    record_left_out(storage, "run", labelled, said.append, found.dataset)
+    (line,) = storage.read("run/quarantine.jsonl").splitlines()
+    assert {"key": "bad.png", "split": UNLABELLED, "stage": "conversion"}.items() <= json.loads(line).items()
+    assert said == []

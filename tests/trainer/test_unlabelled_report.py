@@ -76,7 +76,7 @@ def test_the_report_says_what_the_images_gained_over_the_same_run_without_them(t
     assert problems == []
     assert found.sentence() in html
     assert "Compared with without, which did the same 160 steps" in html
-    assert "75 % of the images were used, and an image counted 0.80 on average" in html
+    assert "75.0 % of the images were used, and an image counted 0.80 on average" in html
     assert "Guesses at unlabelled images" in html
     assert "How many guesses were right is not known" in html
     assert "Unlabelled images" not in rendered(read_files(located(str(tmp_path / "without")), pictures=False))[0]
@@ -126,5 +126,5 @@ def test_what_is_known_of_guesses_is_told_and_starved_classes_are_named() -> Non
     assert starved({**SEEN, "unlabelled_used_guesses": [0.0] * 10}, classes, even) == [], "nothing was used, so nothing is left out"
     known = {**SEEN, "unlabelled_known": 800.0, "unlabelled_right": 0.5, "unlabelled_used_right": 0.9}
     told = sentences(known, classes, even)
-    assert "Of 800 guesses at images whose class is known, 50 % were right; of those that were used, 90 %." in told
+    assert "Of 800 guesses at images whose class is known, 50.0 % were right; of those that were used, 90.0 %." in told
     assert told[-1].startswith("Hardly guessed: class 9, class 8. ")

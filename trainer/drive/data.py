@@ -25,6 +25,8 @@ from trainer.settings.tree import RunConfig
 from trainer.settings.units import number
 
 CONVERT_LINE_SECONDS = 5.0
+MOST_COMPARED = 5_000_000
+"""Images without labels; their hashes take a microsecond each to read."""
 
 
 def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
@@ -55,21 +57,39 @@ class _Told:
             self._console.print(f"converting {self._source}: {progress.describe()}", soft_wrap=True, markup=False)
 
 
-def open_second(config: RunConfig, console: Console) -> Prepared | None:
+def open_second(config: RunConfig, labelled: Dataset, console: Console) -> Prepared | None:
     """The images of `data.unlabelled`, if there are any. A source not converted yet is converted into `data.root`."""
     if not config.data.unlabelled:
         return None
     found = prepare_unlabelled(config.data, _Told(config.data.unlabelled, console))
-    console.print(about_second(found.dataset, config), soft_wrap=True, markup=False, highlight=False)
+    for line in about_second(found.dataset, labelled, config):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     return found
 
 
-def about_second(dataset: Dataset, config: RunConfig) -> str:
-    """What the user should know of the images without labels."""
+def about_second(dataset: Dataset, labelled: Dataset, config: RunConfig) -> Iterator[str]:
+    """What the user should know of the images without labels, a line each."""
     manifest = dataset.manifest
     count = manifest.splits[UNLABELLED].count
     left_out = f"; {number(manifest.quarantined)} that could not be used are left out" if manifest.quarantined else ""
-    return f"{number(count)} image{'' if count == 1 else 's'} without labels, learned by {config.train.semi}{left_out}"
+    yield f"{number(count)} image{'' if count == 1 else 's'} without labels, learned by {config.train.semi}{left_out}"
+    for split in ("test", "validation"):
+        if copies := _copies(dataset, labelled, split):
+            yield (
+                f"warning: {number(copies)} of the images without labels {'is' if copies == 1 else 'are'} {split} images too: the model "
+                f"sees them in training, and what the {split} split says of it flatters it; take them out"
+            )
+
+
+def _copies(dataset: Dataset, labelled: Dataset, split: str) -> int:
+    """How many images without labels have the bytes of one of this split; 0 where nobody looks: far away, or among very many."""
+    if split not in labelled.manifest.splits or dataset.is_remote or labelled.is_remote:
+        return 0
+    here = dataset.split(UNLABELLED)
+    if here.count > MOST_COMPARED:
+        return 0
+    tested = set(labelled.split(split).hashes())
+    return sum(sha256 in tested for sha256 in here.hashes())
 
 
 def lines_about(found: Prepared, config: RunConfig) -> Iterator[str]:

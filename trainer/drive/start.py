@@ -210,7 +210,7 @@ def with_data(asked: Asked, console: Console, set_up: SetUp, seen: RunConfig | N
         )
     asked = set_up.call("the run's folder", partial(with_choice, asked, dataset, storage))
     image_size = image_size_of(dataset.manifest, asked.config.data)
-    second = open_second(seen or config, console)
+    second = open_second(seen or config, dataset, console)
     if second is not None:
         check_unlabelled(asked.config, dataset.manifest.targets)
         if problem := problem_of_sizes(second.dataset.manifest, asked.config.data, image_size):

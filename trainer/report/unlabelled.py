@@ -43,7 +43,7 @@ def unlabelled_section(run: RunFiles) -> Html:
     lines = [line for line in (_line(run, *each) for each in _LINES) if len(line[1])]
     if lines:
         title = tag("figcaption", "Guesses at unlabelled images since the evaluation before, %")
-        parts.append(tag("div", tag("figure", title, plot(lines, x="epoch", ident="u0")), class_="figures"))
+        parts.append(tag("div", tag("figure", title, plot(lines, marks=(), x="epoch", log=False, ident="u0")), class_="figures"))
     return section("Unlabelled images", *parts, tag("p", _EXPLAINED, class_="soft"))
 
 
