@@ -131,7 +131,7 @@ def trained(config: RunConfig, *, threads: int) -> dict[str, float]:
             device=device,
             sum_over_ranks=False,
         ):
-            if learner.semi is not None and stats.steps_done == total - total // 10:
+            if learner.semi is not None and stats.steps_done == total - max(1, total // 10):
                 learner.semi.taken()  # so that the last tenth is told
     result = evaluate(learner.task, learner.model, learner.preprocess, dataset, loader, precision=config.train.precision)
     told = {name: value for name, value in (learner.semi.taken() if learner.semi is not None else {}).items() if isinstance(value, float)}
