@@ -23,3 +23,6 @@ class Batch:
     step: int
     """Global step; in evaluation, the batch's number."""
     virtual_rank: int
+    unlabelled: "Batch | None" = None
+    """What the virtual rank sees of the second stream in this step, if the run has one (data.unlabelled). Its epoch is that stream's
+    own."""

@@ -52,6 +52,16 @@ class Before:
     value: Any
 
 
+PIN = "@sha256:"
+"""In a setting that the driver has looked up: between a place and the hash of what is there."""
+
+
+def unpinned(given: str) -> tuple[str, str]:
+    """(place, hash) of a setting that may be pinned; without a pin the hash is ""."""
+    place, is_pinned, sha256 = given.rpartition(PIN)
+    return (place, sha256) if is_pinned else (given, "")
+
+
 def targets_of(text: str) -> tuple[tuple[str, str], ...]:
     """Parses `data.targets` into (column, kind) pairs in order; the kind is empty where the data decide it. ValueError for other text."""
     from dataio.schema import KINDS  # here: it needs numpy, which would slow down --help
@@ -125,6 +135,10 @@ class DataConfig:
     """Column of a table or of Parquet files that has the images, or names their files; empty finds it by its usual names."""
     label_column: Annotated[str, FREE] = ""
     """Column of a table or of Parquet files that has the one label to learn; empty finds it by its usual names. Instead of `targets`."""
+    unlabelled: Annotated[str, LATER, PATH] = ""
+    """More images of the same kind, without labels, from which a classification learns too (docs/unlabelled.md): a folder of images,
+    Parquet files, any other source, or a folder or URI made by `dataio.convert`. Empty: none. If they lie in class folders, these are used
+    to say in the report how good the model's guesses were, and for nothing else."""
     batch_size: Annotated[int, Ge(1), "100 is the default"] = 100
     """Images a step over all workers (global); a multiple of `train.virtual_ranks`."""
     remainder: Annotated[Remainder, LATER, Before("last")] = "auto"

@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,15 +181,22 @@ def open_prepared(config: DataConfig, on_progress: Callable[[Progress], None] | 
     return found.location, found.dataset
 
 
-def prepared(config: DataConfig, on_progress: Callable[[Progress], None] | None = None, *, whole: bool = False) -> Prepared:
+def prepared(
+    config: DataConfig,
+    on_progress: Callable[[Progress], None] | None = None,
+    *,
+    whole: bool = False,
+    source: Callable[[], Source] | None = None,
+) -> Prepared:
     """Opens the converted data set of `config.path`. With `whole`, nothing is held out of a source that has no split to be tested on.
+    `source` opens the source in another way than `source_of`.
 
     A remote location (s3://...) must be converted already; `prepare` handles all others. Raises what `prepare` and open_dataset raise.
     """
     if is_remote(config.path):
         refuse_corrections(config)
         return Prepared(location=config.path, dataset=open_dataset(config.path))
-    folder, by_earlier_rule = _prepare(config, on_progress, whole=whole)
+    folder, by_earlier_rule = _prepare(config, on_progress, source or partial(source_of, config, whole=whole))
     location = str(folder.resolve())
     return Prepared(location=location, dataset=open_dataset(location), by_earlier_rule=by_earlier_rule)
 
@@ -214,10 +222,10 @@ def prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None =
 
     Raises what convert and open_source raise, and ValueError for a remote URI (see open_prepared).
     """
-    return _prepare(config, on_progress, whole=False)[0]
+    return _prepare(config, on_progress, partial(source_of, config))[0]
 
 
-def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None, *, whole: bool) -> tuple[Path, bool]:
+def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None, open_it: Callable[[], Source]) -> tuple[Path, bool]:
     """The converted folder, and whether it was made by an earlier rule."""
     if is_remote(config.path):
         raise ValueError(f"data.path={address(config.path)} is remote: it has no folder here; open it where it is")
@@ -227,7 +235,7 @@ def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None,
         refuse_corrections(config)
         return path, False
     root = Path(config.root).expanduser()
-    source = source_of(config, whole=whole)
+    source = open_it()
     dests = [root / f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels)]
     dest = next((made for made in dests if _intact(made) is not None), dests[0])
     origin = str(path.resolve()) if path.exists() else config.path

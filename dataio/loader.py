@@ -24,7 +24,7 @@ import torch
 
 from dataio.ahead import batches_ahead
 from dataio.batch import Batch, Ids
-from dataio.codecs.codec import Codec
+from dataio.codecs.codec import Codec, Row
 from dataio.codecs.device import exact_device, upload
 from dataio.codecs.make import make_codec, row_of
 from dataio.config import DataConfig
@@ -62,6 +62,9 @@ class Loader:
     `on_read_wait(True)` is called in the consumer's thread about every second in which the next batch waits for a read of the data, and
     `on_read_wait(False)` when that wait is over.
     Only one thread may ask for batches.
+
+    For a second stream beside the first: `split` is the one to train on, `row` the form of the first one's samples, and `device_fraction`
+    what of the free device memory it may take.
     """
 
     def __init__(
@@ -77,11 +80,15 @@ class Loader:
         on_bad: Callable[[BadSample], None],
         memory_bytes: int = 1 << 30,
         on_read_wait: Callable[[bool], None] = lambda waits: None,
+        split: str = "train",
+        row: Row | None = None,
+        device_fraction: float = DEVICE_FRACTION,
     ) -> None:
-        assert order.count == dataset.split("train").count, (order.count, dataset.split("train").count)
+        assert order.count == dataset.split(split).count, (order.count, dataset.split(split).count)
         assert 0 <= virtual_ranks.start < virtual_ranks.stop <= order.virtual_ranks, virtual_ranks
         self.targets = dataset.manifest.targets
-        self.row = row_of(dataset.manifest, config)
+        self.row = row or row_of(dataset.manifest, config)
+        self._split = split
         self.device = exact_device(device)
         self._dataset, self._order, self._virtual_ranks, self._seed = dataset, order, virtual_ranks, seed
         self._memory_bytes, self._on_read_wait = memory_bytes, on_read_wait
@@ -95,6 +102,7 @@ class Loader:
             decoded_bytes=decoded_bytes,
             memory_bytes=self._memory_bytes,
             free_device_bytes=torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0,
+            device_fraction=device_fraction,
         )
         step_samples = order.batch_per_virtual_rank * len(virtual_ranks)
         self._steps_a_block = steps_a_block(self.cache, step_samples * self.row.nbytes)
@@ -115,7 +123,7 @@ class Loader:
         self.wait_seconds = 0.0
         """Total time that the consumer of `train` waited."""
         self.evaluation_wait_seconds = 0.0
-        encoded_bytes = sum(shard.size_bytes for shard in dataset.manifest.splits["train"].shards)
+        encoded_bytes = sum(shard.size_bytes for shard in dataset.manifest.splits[split].shards)
         if self.cache == "none" and order.window == 0 and encoded_bytes > self._memory_bytes * TRAIN_PART:
             _log.warning(
                 "data.shuffle_window=0 shuffles all of a data set of %.1f GB, of which %.1f GB fit in memory: each sample costs a row "
@@ -172,7 +180,7 @@ class Loader:
         A background thread prepares ahead.STEPS_AHEAD blocks of steps. It ends with the iterator, so close the iterator
         (`contextlib.closing`) when leaving early. One training iterator at a time.
         """
-        supply = self._supply("train", "train")
+        supply = self._supply(self._split, "train")
 
         def wait(seconds: float) -> None:
             self.wait_seconds += seconds
@@ -295,11 +303,19 @@ class Loader:
         )
 
 
-def choose_cache(config: DataConfig, device: torch.device, *, decoded_bytes: int, memory_bytes: int, free_device_bytes: int) -> str:
+def choose_cache(
+    config: DataConfig,
+    device: torch.device,
+    *,
+    decoded_bytes: int,
+    memory_bytes: int,
+    free_device_bytes: int,
+    device_fraction: float = DEVICE_FRACTION,
+) -> str:
     """Resolves `data.cache` to "device", "host" or "none". Without a GPU the device's memory is the host's."""
     if config.cache != "auto":
         return "host" if config.cache == "device" and device.type == "cpu" else config.cache
-    if device.type != "cpu" and config.backend != "numpy" and decoded_bytes <= free_device_bytes * DEVICE_FRACTION:
+    if device.type != "cpu" and config.backend != "numpy" and decoded_bytes <= free_device_bytes * device_fraction:
         return "device"
     return "host" if decoded_bytes <= memory_bytes else "none"
 

@@ -7,8 +7,9 @@ There are two versions, and the data decide which one applies. Version 1 is for 
 the splits train and test: it names the classes, and its form never changed. Version 2 is for everything else: it names the targets. A
 program that knows only version 1 refuses version 2, so none mistakes a validation split for another one.
 
-Splits are a set: `train` must exist, the other splits of schema.SPLITS are optional. A run needs `test` too, and says so; data that are
-only evaluated need it not. `parquet.Dataset.split` lists the existing splits when asked for a missing one.
+Splits are a set: `train` must exist, the other splits of schema.SPLITS are optional; a set of images without labels has `unlabelled`
+alone. A run needs `test` too, and says so; data that are only evaluated need it not. `parquet.Dataset.split` lists the existing splits
+when asked for a missing one.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from typing import Any
 
 from dataio.config import DataConfig
 from dataio.foreign import json_of
-from dataio.schema import KINDS, SPLITS, Kind, Target, fault_of_targets, is_single_label, single_label
+from dataio.schema import KINDS, SPLITS, UNLABELLED, Kind, Target, fault_of_targets, is_single_label, single_label
 
 VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
@@ -152,7 +153,7 @@ def fault_of_splits(splits: Collection[str]) -> str | None:
     """What is wrong with this set of splits; None if nothing is."""
     if unknown := sorted(set(splits) - set(SPLITS)):
         return f"there is a split {unknown[0]!r:.60}; those that there may be are {', '.join(SPLITS)}"
-    if "train" not in splits:
+    if "train" not in splits and set(splits) != {UNLABELLED}:
         return f"the splits are {', '.join(splits) or 'none'}: there is none to train on, named train"
     return None
 

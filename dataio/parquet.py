@@ -236,6 +236,12 @@ class Dataset:
             raise ValueError(f"there is no split {name!r}; the data set has {', '.join(self._splits)}")
         return self._splits[name]
 
+    def only(self, split: str, *, called: str) -> "Dataset":
+        """A data set of this split alone, under another name. Its fingerprint is still that of all splits."""
+        self.split(split)
+        manifest = replace(self.manifest, splits={called: self.manifest.splits[split]})
+        return Dataset(manifest, self._files, self.where)
+
     def left_out(self) -> tuple[BadSample, ...]:
         """The samples that the conversion left out. Raises OSError or ValueError if the file with them cannot be read."""
         file = self._files.get(QUARANTINE_NAME)

@@ -30,6 +30,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/labels.md",
         "docs/augmentation.md",
         "docs/distillation.md",
+        "docs/unlabelled.md",
         "docs/rates.md",
         "docs/curve.md",
         "docs/report.md",

@@ -167,6 +167,8 @@ def find(invocation: Invocation, asked: Asked) -> Found:
     length = length_of(balanced.config, dataset.manifest, workers=worker_count(config) or 1, from_recipes=invocation.from_recipes)
     for line in (*choice.said, *balanced.said, *length.said):
         console.print(line, soft_wrap=True)
+    if config.data.unlabelled:
+        console.print("the test looks at the labelled images alone", soft_wrap=True)
     config = _with_virtual_ranks(length.config)
     use_gpu = torch.cuda.is_available() and config.cluster.gpus_per_worker != 0
     config = settled(

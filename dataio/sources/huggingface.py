@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dataio.schema import LABEL
+from dataio.schema import LABEL, UNLABELLED, single_label
 from dataio.sources.columns import Column, batches_of, columns_of, open_parquet
 from dataio.sources.source import Options, Sample, SourceError, former_identity, hashed, identities_of, plan_of, stat_hash, text_of
 from dataio.sources.splits import ALIASES, Rows, chosen, divide, formerly_read, recognised, strata
@@ -116,6 +116,55 @@ class HuggingFace:
             if data is None:
                 refusal = "no image: null" if paths[index] is None else "no image: the row holds a path, but no bytes"
             yield Sample(key=key, data=data or b"", values=tuple(column[index][0] for column in known), refusal=refusal)
+
+
+class UnlabelledRows:
+    """The images of Parquet files, as the split `unlabelled`: of the files of that name if there are any, else of those for training, else
+    of all. A column of labels may be there; it is read for what it is worth."""
+
+    kind = "unlabelled-rows"
+    ignored: tuple[str, ...] = ()
+    held_out: Mapping[str, float] = {}
+
+    def __init__(self, folder: Path, files: Mapping[str, list[Path]], image_column: str = "") -> None:
+        """`files` is the result of find_parquet."""
+        named = recognised(files)
+        chosen = named.get("unlabelled") or named.get("train")
+        self._files = files[chosen] if chosen is not None else sorted(path for paths in files.values() for path in paths)
+        schema = _schema(self._files[0])
+        self._image = _image_column(self._files[0], schema, image_column)
+        self._label: Column | None = None
+        try:
+            asked = (Asked(name=_label_column(self._files[0], schema, ""), kind="label"),)
+            (self._label,) = columns_of(schema, asked, self._files, null_is_unknown=True, called=LABEL)
+        except SourceError:  # none that could be read, and none is needed
+            self._label = None
+        self.targets = (self._label.target,) if self._label is not None else single_label(("unknown",))
+        self.classes = self.targets[0].classes
+        self.identity = hashed(stat_hash(folder, self._files), image_column)
+        self.identities = (self.identity,)
+
+    def splits(self) -> tuple[str, ...]:
+        return (UNLABELLED,)
+
+    def count(self, split: str) -> int | None:
+        return sum(_row_count(path) for path in self._files)
+
+    def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
+        names = [self._label.name] if self._label is not None else []
+        for path, row, batch in _batches(self._files, [self._image, *names], 128, start):
+            images = batch.column(self._image)
+            keys, paths = _keys(path, row, images, len(batch)), _paths(images, len(batch))
+            if pa.types.is_struct(images.type):
+                images = _children(images)["bytes"]
+            values = [-1] * len(batch)
+            if self._label is not None:
+                read = self._label.read(path, batch.column(self._label.name))
+                values = [value if why is None and 0 <= value < len(self.classes) else -1 for value, why in read]
+            for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+                data = images[index].as_py()
+                lacking = "no image: null" if paths[index] is None else "no image: the row holds a path, but no bytes"
+                yield Sample(key=key, data=data or b"", values=(value,), refusal=lacking if data is None else None)
 
 
 def find_parquet(folder: Path) -> dict[str, list[Path]]:

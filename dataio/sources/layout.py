@@ -125,6 +125,13 @@ def _scan(folder: Path, *, depth: int, follow: bool, is_link: bool = False, is_j
     return Tree(path=folder, images=tuple(images), others=tuple(others), folders=tuple(folders), is_link=is_link, is_junk=is_junk)
 
 
+def without_labels(root: Tree) -> Tree:
+    """The part of a folder to read images from whose labels do not matter: its split `unlabelled` if it has one, else `train`, so that no
+    image of a test split is among them; else all of it."""
+    found = _splits(root)
+    return found.get("unlabelled") or found.get("train") or root
+
+
 def find_layout(root: Tree, *, nested: bool = True) -> Layout | None:
     """The splits and classes; None if no folder below holds an image. SourceError for a folder that can be read in two ways. With `nested`,
     a lone folder between the given one and the class folders is passed through."""

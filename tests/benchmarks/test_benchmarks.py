@@ -28,6 +28,7 @@ from benchmarks import (
     remainder,
     startup,
     time_to_accuracy,
+    unlabelled,
 )
 from benchmarks.common import Taken, finite, interleave, median_interval, paired, spread, target, verdict
 
@@ -35,7 +36,7 @@ numbers = st.floats(-1e6, 1e6)
 SMALL = ("--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--train.precision", "fp32")
 OWN = (
     *("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme", "compression"),
-    *("small_maps", "remainder", "learning", "augmentation", "peers", "audit"),
+    *("small_maps", "remainder", "learning", "augmentation", "peers", "audit", "unlabelled"),
 )
 
 
@@ -328,6 +329,30 @@ def test_a_loss_of_accuracy_is_counted_seed_by_seed_and_in_points(accuracies):
         assert found["targets"][0]["met"] is False
     if lost[-1] < compression.GOAL_POINTS:
         assert found["targets"][0]["met"] is True
+
+
+def test_images_without_labels_are_judged_seed_by_seed_against_the_control_of_as_many_labels():
+    def rows(*accuracies, **more):
+        return [{"seed": seed, "accuracy": value, **more} for seed, value in enumerate(accuracies)]
+
+    few = {"4/control": rows(0.5, 0.7, 0.6), "4/softmatch": rows(0.6, 0.8, 0.7, unlabelled_right=0.75, unlabelled_weight=0.5)}
+    (case, other) = unlabelled.judged({**few, "25/control": rows(0.9, 0.8, 0.7), "25/softmatch": rows(0.8, 0.9, 0.7)})
+    assert (case["task"], case["feature"], case["verdict"], case["guesses_right"]) == ("4 labels a class", "softmatch", "pays", 0.75)
+    assert case["points"]["mean"] == pytest.approx(10)
+    assert (other["labels"], other["verdict"]) == (25, "undecided")
+    assert len(unlabelled.lines_of({"cases": [case, other]})) == 3
+
+
+def test_the_control_and_the_others_share_no_image():
+    random = np.random.default_rng(0)
+    images = np.arange(200, dtype=np.uint8)[:, None, None].repeat(2, 1)
+    arrays = {"train": (images, (np.arange(200) % 10).astype(np.uint8)), "t10k": (images[:50], random.integers(0, 10, 50, dtype=np.uint8))}
+    sizes = unlabelled.Sizes(steps=1, unlabelled=100, test=20, side=32, batch=20)
+    few, others = unlabelled.divided(arrays, 3, 4, sizes)
+    assert np.bincount(few["train"][1]).tolist() == [4] * 10
+    assert len(few["t10k"][0]) == 20
+    assert len(others["train"][0]) == 100
+    assert not set(few["train"][0][:, 0, 0].tolist()) & set(others["train"][0][:, 0, 0].tolist())
 
 
 def test_a_run_is_ruined_against_the_same_images_without_the_remainder():

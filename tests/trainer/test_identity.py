@@ -13,7 +13,7 @@ from hypothesis import example, given
 from dataio.config import FREE, LATER, PATH, Mark
 from tests.trainer.configs import configs
 from trainer.settings.fields import declared, settings
-from trainer.settings.identity import deciding_changes, deciding_settings, weights_sha256
+from trainer.settings.identity import PINNED, deciding_changes, deciding_settings, weights_sha256
 from trainer.settings.sources import OWN
 from trainer.settings.toml import load, recipe_names
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
@@ -182,12 +182,14 @@ DECIDES = frozenset(
     f"{table}.{name}"
     for table, names in {
         "data": "batch_size remainder balance class_weights image_size fit background pad flip augment mean std shuffle_window "
-        "max_image_pixels part fold choice_seed crop crop_scale crop_ratio rotate policy policy_ops policy_magnitude jitter erase",
+        "max_image_pixels part fold choice_seed crop crop_scale crop_ratio rotate policy policy_ops policy_magnitude jitter erase "
+        "unlabelled",
         "model": "name weights stem image_size interpolation normalise freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "layer_decay loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
-        "spike_factor ema select select_measure patience min_delta mixup cutmix teacher teacher_weight teacher_temperature",
+        "spike_factor ema select select_measure patience min_delta mixup cutmix teacher teacher_weight teacher_temperature semi "
+        "unlabelled_ratio unlabelled_weight unlabelled_policy threshold semi_decay",
         "task": "name loss threshold head_weights weights",
     }.items()
     for name in names.split()
@@ -216,6 +218,7 @@ DOES_NOT_DECIDE = {
     "train.ledger": "writes down",
     "train.explain": "looks at the finished model",
     "train.novelty": "looks at the finished model",
+    "train.control": "another run, for the report",
     "cluster.threads_per_worker": "in the identity record: it may change the last bits, and a change is told",
     "cluster.gpus_per_worker": "the type of device is in the identity record: it may change the last bits, and a change is told",
     **dict.fromkeys(
@@ -249,9 +252,9 @@ def test_every_setting_decides_the_weights_or_has_a_reason_why_it_does_not() -> 
 
 
 def test_no_other_file_decides_by_its_name() -> None:
-    """A file that decides needs a hash of its content, as the weights have."""
+    """A file that decides needs a hash of its content, as the weights have, and what the driver pins."""
     known = declared(RunConfig)
-    assert {key for key in DECIDES if PATH in known[key].notes} == {"model.weights"}
+    assert {key for key in DECIDES if PATH in known[key].notes} - set(PINNED) == {"model.weights"}
 
 
 def test_every_mark_is_used() -> None:

@@ -16,7 +16,7 @@ from dataio.convert import open_prepared, source_of
 from dataio.manifest import Manifest, SplitInfo
 from dataio.quarantine import BadSample
 from dataio.scan import GLANCE_BYTES, Looked, look_at, scan
-from dataio.schema import single_label
+from dataio.schema import Target, single_label
 from trainer.drive.check import Checked, Refused
 from trainer.drive.dry_run import dry_run
 from trainer.drive.problems import CHECKS, Facts, Room, problems_of, refuse
@@ -120,6 +120,8 @@ def looked_of(train: int = 100, test: int = 10, sizes: tuple[str, ...] = ("32x32
 
 FINE = Facts(config=RunConfig(data=DataConfig(batch_size=10)), workers=1, looked=looked_of())
 LONG_WARM_UP = replace(FINE, config=replace(FINE.config, optim=OptimConfig(warmup_steps=200), train=TrainConfig(epochs=2)))
+MORE = RunConfig(data=DataConfig(batch_size=10, unlabelled="more"))
+NUMBER = (Target(name="weight", kind="number"),)
 MODEL = Checked(has_depthwise=False, task=CLASSIFICATION, weights_bytes=1_000_000)
 
 
@@ -144,6 +146,9 @@ def test_what_is_not_known_yet_is_no_problem() -> None:
         (replace(FINE, model=Refused(kind="value", message="no such model")), "no such model"),
         (replace(FINE, config=replace(FINE.config, run="mine", resume="must"), has_checkpoint=False), "--resume must"),
         (replace(FINE, config=replace(FINE.config, run="mine", resume="never"), has_checkpoint=True), "--resume never"),
+        (replace(FINE, config=MORE, unlabelled=looked_of(bad=30)), "data.unlabelled: 30 of 140 samples are bad"),
+        (replace(FINE, config=MORE, unlabelled=looked_of(sizes=("9x8",))), "data.unlabelled=more holds images of 9x8 pixels"),
+        (replace(FINE, config=MORE, looked=looked_of(targets=NUMBER)), "is for a classification with one label an image"),
         (
             replace(FINE, model=MODEL, storage_room=Room(where="/x", free_bytes=999)),
             "has 999 B free, and a checkpoint of this run takes 2 MB",

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dataio.config import PIN
 from dataio.schema import Target, single_label
 from tests.trainer.lives import TINY, Killed, Lives, write_images
 from trainer.drive.check import Refused, built
@@ -27,7 +28,6 @@ from trainer.rank import teaching
 from trainer.rank.teaching import ANSWERS_FILE
 from trainer.runs.model_files import pinned, pinned_model
 from trainer.settings.cli import parse
-from trainer.settings.identity import PIN
 from trainer.settings.rules import validate
 from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.make import make_task

@@ -6,7 +6,7 @@ set."""
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,80 @@ from dataio.convert import Prepared, prepared
 from dataio.convert import Progress as ConvertProgress
 from dataio.parquet import QUARANTINE_NAME, Dataset
 from dataio.reading import described, warnings
+from dataio.schema import UNLABELLED
 from dataio.selection import Selected, selected
+from dataio.unlabelled import prepare_unlabelled
 from trainer.settings.tree import RunConfig
+from trainer.settings.units import number
 
 CONVERT_LINE_SECONDS = 5.0
+MOST_COMPARED = 5_000_000
+"""Images without labels; their hashes take a microsecond each to read."""
 
 
 def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
     """The folder or URI of the run's converted data set, and the data set with the training samples that the run chooses. A source not
     converted yet is converted into `data.root`. ValueError if there are fewer samples than are asked for."""
-    shown_at: float | None = None
-
-    def on_progress(progress: ConvertProgress) -> None:
-        nonlocal shown_at
-        if shown_at is None or time.monotonic() - shown_at > CONVERT_LINE_SECONDS:
-            shown_at = time.monotonic()
-            console.print(f"converting {config.data.path}: {progress.describe()}", soft_wrap=True, markup=False)
-
+    on_progress = _Told(config.data.path, console)
     found = prepared(config.data, on_progress=on_progress)
-    if shown_at is not None:
+    if on_progress.has_told:
         console.print(f"converted into {found.dataset.where}", soft_wrap=True, markup=False)
     dataset = selected(found.dataset, config.data)
     for line in (*lines_about(found, config), *about_choice(dataset.selected)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     return found.location, dataset
+
+
+class _Told:
+    """Says from time to time how far a conversion is."""
+
+    def __init__(self, source: str, console: Console) -> None:
+        self._source, self._console = source, console
+        self._told_at: float | None = None
+
+    @property
+    def has_told(self) -> bool:
+        return self._told_at is not None
+
+    def __call__(self, progress: ConvertProgress) -> None:
+        if self._told_at is None or time.monotonic() - self._told_at > CONVERT_LINE_SECONDS:
+            self._told_at = time.monotonic()
+            self._console.print(f"converting {self._source}: {progress.describe()}", soft_wrap=True, markup=False)
+
+
+def open_second(config: RunConfig, labelled: Dataset, console: Console) -> Prepared | None:
+    """The images of `data.unlabelled`, if there are any. A source not converted yet is converted into `data.root`."""
+    if not config.data.unlabelled:
+        return None
+    found = prepare_unlabelled(config.data, _Told(config.data.unlabelled, console))
+    for line in about_second(found.dataset, labelled, config):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return found
+
+
+def about_second(dataset: Dataset, labelled: Dataset, config: RunConfig) -> Iterator[str]:
+    """What the user should know of the images without labels, a line each."""
+    manifest = dataset.manifest
+    count = manifest.splits[UNLABELLED].count
+    left_out = f"; {number(manifest.quarantined)} that could not be used are left out" if manifest.quarantined else ""
+    yield f"{number(count)} image{'' if count == 1 else 's'} without labels, learned by {config.train.semi}{left_out}"
+    for split in ("test", "validation"):
+        if copies := _copies(dataset, labelled, split):
+            yield (
+                f"warning: {number(copies)} of the images without labels {'is' if copies == 1 else 'are'} {split} images too: the model "
+                f"sees them in training, and what the {split} split says of it flatters it; take them out"
+            )
+
+
+def _copies(dataset: Dataset, labelled: Dataset, split: str) -> int:
+    """How many images without labels have the bytes of one of this split; 0 where nobody looks: far away, or among very many."""
+    if split not in labelled.manifest.splits or dataset.is_remote or labelled.is_remote:
+        return 0
+    here = dataset.split(UNLABELLED)
+    if here.count > MOST_COMPARED:
+        return 0
+    tested = set(labelled.split(split).hashes())
+    return sum(sha256 in tested for sha256 in here.hashes())
 
 
 def lines_about(found: Prepared, config: RunConfig) -> Iterator[str]:
@@ -78,17 +128,20 @@ def about_transparency(dataset: Dataset, config: RunConfig) -> tuple[str, ...]:
     return (f"{what}, which is dropped: what is transparent shows the colour stored below it; a new run puts them on white",)
 
 
-def record_left_out(storage: Storage, run: str, dataset: Dataset, tell: Callable[[str], None]) -> None:
+def record_left_out(storage: Storage, run: str, dataset: Dataset, tell: Callable[[str], None], second: Dataset | None = None) -> None:
     """Write the samples that the conversion left out into the run's quarantine.jsonl, once, above those that the run itself sets aside: so
-    nothing that was left out is lost when the converted folder is. Call it before the coordinator reads the file."""
-    if not dataset.manifest.quarantined:
+    nothing that was left out is lost when the converted folder is. `second`: the images without labels. Call it before the coordinator
+    reads the file."""
+    if not dataset.manifest.quarantined and (second is None or not second.manifest.quarantined):
         return
     path = f"{run}/{QUARANTINE}"
     there = storage.read(path) if storage.exists(path) else b""
     if f'"{STAGE}"'.encode() in there:
         return
     try:
-        records = dataset.left_out()
+        records = list(dataset.left_out())
+        if second is not None:
+            records += [replace(record, split=UNLABELLED) for record in second.left_out() if record.split in (UNLABELLED, "train")]
     except (OSError, ValueError) as error:
         tell(f"warning: what the conversion left out is not listed in the run's folder: {error}")
         return

@@ -18,8 +18,10 @@ from cluster.launch import ClusterHardware, plan_resources
 from cluster.machine import usable_cpus
 from cluster.storage import open_storage
 from cluster.text import shown as on_one_line
+from dataio.config import PIN, unpinned
 from dataio.reading import corrections_told
 from dataio.scan import Looked
+from dataio.schema import UNLABELLED
 from trainer.drive.capability import here, settled
 from trainer.drive.check import Checked, Refused, built
 from trainer.drive.data import about_choice
@@ -28,6 +30,7 @@ from trainer.drive.plan import Devices, ModelFacts, counted, describe, model_fac
 from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, with_balance, with_length
 from trainer.drive.stages import question_of_facts
 from trainer.drive.survey import survey
+from trainer.settings.fields import replaced
 from trainer.settings.identity import weights_sha256
 from trainer.settings.photos import RECIPE
 from trainer.settings.rules import worker_count
@@ -63,7 +66,7 @@ def dry_run(
     facts, said = with_length(facts, from_recipes)
     corrected = facts.looked.corrected if facts.looked is not None else {}
     of_data = [f"the data: {corrections_told(corrected)} (data.corrections)"] if corrected else []
-    for line in (*of_data, *choice.said, *about_choice(facts.selected), *of_classes, *said):
+    for line in (*of_data, *choice.said, *about_choice(facts.selected), *of_classes, *said, *of_unlabelled(facts)):
         tell(line)
     facts, counts = with_model(facts)
     for line in facts.model.notes if isinstance(facts.model, Checked) else ():
@@ -76,12 +79,27 @@ def dry_run(
     return 0
 
 
+def of_unlabelled(facts: Facts) -> list[str]:
+    """What the images without labels would come to."""
+    manifest = facts.unlabelled.manifest if facts.unlabelled is not None else None
+    if manifest is None:
+        return []
+    train = facts.config.train
+    count, a_step = manifest.splits[UNLABELLED].count, facts.config.data.batch_size * train.unlabelled_ratio
+    return [f"{counted(count, 'image')} without labels, {number(min(a_step, count))} a step, learned by {train.semi}"]
+
+
 def with_name(facts: Facts, recipes: tuple[str, ...]) -> Facts:
     """With the name that the run will have, and what is there of it. Data that are not converted yet have no fingerprint to name it by."""
     if facts.looked is None or not facts.looked.is_converted or facts.image_size is None:
         return facts
     manifest, size, config = facts.looked.manifest, facts.image_size, facts.config
     assert manifest is not None
+    if (unlabelled := facts.unlabelled) is not None:
+        if not unlabelled.is_converted or unlabelled.manifest is None:
+            return facts
+        place, _ = unpinned(config.data.unlabelled)
+        config = replaced(config, "data.unlabelled", f"{place}{PIN}{unlabelled.manifest.fingerprint}")
     try:
         weights = weights_sha256(config.model.weights)
         named = resolved(

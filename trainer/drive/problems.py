@@ -12,6 +12,7 @@ from dataio.manifest import Manifest, image_size_of
 from dataio.quarantine import Quarantine, TooManyBadSamples
 from dataio.scan import Looked
 from dataio.selection import Selected, selected_counts
+from dataio.unlabelled import problem_of_sizes
 from trainer.drive.check import Checked, Refused
 from trainer.drive.disk_room import judge, state_bytes
 from trainer.runs.choice import rule_of
@@ -19,6 +20,7 @@ from trainer.settings.balance import balanced, check_balance
 from trainer.settings.length import length_of
 from trainer.settings.photos import Choice, choice_of
 from trainer.settings.rules import validate
+from trainer.settings.second_stream import check_unlabelled
 from trainer.settings.selection import problem_of_splits
 from trainer.settings.spec import order_of, total_steps_of
 from trainer.settings.tree import RunConfig
@@ -47,6 +49,8 @@ class Facts:
     found_wrong: tuple[str, ...] = ()
     """Problems that came up while the facts were looked for: a storage that cannot be written to, data that are not there."""
     looked: Looked | None = None
+    unlabelled: Looked | None = None
+    """The images of `data.unlabelled`."""
     model: Checked | Refused | None = None
     storage_room: Room | None = None
     """None for a remote storage."""
@@ -118,15 +122,37 @@ def refuse_if_wrong(facts: Facts) -> None:
 
 
 def bad_samples(facts: Facts) -> str | None:
-    if facts.looked is None:
+    return _too_many(facts, facts.looked)
+
+
+def bad_unlabelled(facts: Facts) -> str | None:
+    problem = _too_many(facts, facts.unlabelled)
+    return f"data.unlabelled: {problem}" if problem else None
+
+
+def _too_many(facts: Facts, looked: Looked | None) -> str | None:
+    if looked is None:
         return None
     quarantine = Quarantine(facts.config.data.max_bad_fraction, None)
-    quarantine.restore(facts.looked.bad)
+    quarantine.restore(looked.bad)
     try:
-        quarantine.finish(facts.looked.samples)
+        quarantine.finish(looked.samples)
     except TooManyBadSamples as error:
         return str(error)
     return None
+
+
+def unlabelled(facts: Facts) -> str | None:
+    """Images without labels are for one label, and come in the labelled images' size."""
+    if facts.looked is None:
+        return None
+    try:
+        check_unlabelled(facts.config, facts.looked.targets)
+    except ValueError as error:
+        return str(error)
+    if facts.unlabelled is None or facts.unlabelled.manifest is None or facts.image_size is None:
+        return None
+    return problem_of_sizes(facts.unlabelled.manifest, facts.config.data, facts.image_size)
 
 
 def splits(facts: Facts) -> str | None:
@@ -240,11 +266,13 @@ def room_for_data(facts: Facts) -> str | None:
 
 CHECKS: tuple[Check, ...] = (
     bad_samples,
+    bad_unlabelled,
     splits,
     choice,
     sizes,
     settings,
     balance,
+    unlabelled,
     selection,
     model,
     resume,

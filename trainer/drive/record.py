@@ -56,13 +56,23 @@ class Identity:
         return {"digest": self.digest, **dataclasses.asdict(self)}
 
 
-def identity_of(config: RunConfig, manifest: Manifest, *, weights: str, device: str, threads: int, weights_about: str = "") -> Identity:
-    """The identity of the run with these settings, in which all autos are decided, on this data."""
+def identity_of(
+    config: RunConfig,
+    manifest: Manifest,
+    *,
+    weights: str,
+    device: str,
+    threads: int,
+    weights_about: str = "",
+    more_is_resized: bool = False,
+) -> Identity:
+    """The identity of the run with these settings, in which all autos are decided, on this data. `more_is_resized`: so are images without
+    labels, which are resized."""
     return Identity(
         settings=_plain(deciding_settings(config, weights)),
         weights=weights,
         dataset=manifest.fingerprint,
-        decoder=dict(DECODER_VERSIONS) if resizes(manifest, config.data) else {},
+        decoder=dict(DECODER_VERSIONS) if more_is_resized or resizes(manifest, config.data) else {},
         device=device,
         threads=threads,
         versions=_versions(config),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cluster.journal import Journal
 from cluster.storage import Storage
 from cluster.store import Commit, Store
+from dataio.config import PIN
 from dataio.manifest import USUAL_SIDE, Manifest
 from dataio.parquet import Dataset
 from dataio.schema import single_label
@@ -20,7 +21,6 @@ from trainer.drive.check import Question
 from trainer.drive.identity import Found, find
 from trainer.drive.problems import Facts
 from trainer.drive.record import Identity
-from trainer.settings.identity import PIN
 from trainer.settings.packages import lacking
 from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.info import TaskInfo
@@ -65,6 +65,10 @@ class Asked:
         """With the teacher as `survey` found it."""
         return replace(self, config=replace(self.config, train=replace(self.config.train, teacher=teacher)))
 
+    def with_unlabelled(self, pinned: str) -> "Asked":
+        """With the images without labels as they were found and converted."""
+        return replace(self, config=replace(self.config, data=replace(self.config.data, unlabelled=pinned)))
+
     @property
     def address(self) -> str:
         """Address of the cluster to join; "" starts a Ray for this run alone."""
@@ -83,6 +87,8 @@ class WithData:
     storage: Storage
     weights: str
     """SHA-256 of the weights file; "" if `model.weights` names none."""
+    second: Dataset | None = None
+    """The images without labels."""
 
     @property
     def fingerprint(self) -> str:
@@ -131,6 +137,8 @@ class Decided:
     identity: Identity
     said: tuple[str, ...] = ()
     """What was chosen for the data of a new run, a line each."""
+    second: Dataset | None = None
+    """The images without labels."""
 
     @property
     def fingerprint(self) -> str:

@@ -30,9 +30,10 @@ from dataio.balance import class_counts, known_class_counts
 from dataio.manifest import image_size_of
 from dataio.parquet import Dataset, open_dataset
 from dataio.reading import corrections_told
+from dataio.unlabelled import is_resized, pin, problem_of_sizes
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck, Question, Refused
-from trainer.drive.data import about_transparency, check_can_ship, open_data, record_left_out
+from trainer.drive.data import about_transparency, check_can_ship, open_data, open_second, record_left_out
 from trainer.drive.disk_room import check_room
 from trainer.drive.identity import (
     check_may_show,
@@ -60,6 +61,7 @@ from trainer.settings.identity import description_sha256, weights_sha256
 from trainer.settings.length import length_of
 from trainer.settings.photos import RECIPE, choice_of
 from trainer.settings.rules import worker_count
+from trainer.settings.second_stream import check_unlabelled
 from trainer.settings.spec import RANK_MODULES, make_order
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
@@ -208,13 +210,21 @@ def with_data(asked: Asked, console: Console, set_up: SetUp, seen: RunConfig | N
             "again, which holds one out of train where there is none"
         )
     asked = set_up.call("the run's folder", partial(with_choice, asked, dataset, storage))
+    image_size = image_size_of(dataset.manifest, asked.config.data)
+    second = open_second(seen or config, dataset, console)
+    if second is not None:
+        check_unlabelled(asked.config, dataset.manifest.targets)
+        if problem := problem_of_sizes(second.dataset.manifest, asked.config.data, image_size):
+            raise ValueError(problem)
+        asked = asked.with_unlabelled(pin(second))
     return WithData(
         asked=asked,
         dataset=dataset,
         location=location,
-        image_size=image_size_of(dataset.manifest, asked.config.data),
+        image_size=image_size,
         storage=storage,
         weights=weights,
+        second=second.dataset if second is not None else None,
     )
 
 
@@ -365,7 +375,9 @@ def decide(
             weights_about=description_sha256(config.model.weights),
             device="cuda" if use_gpus else "cpu",
             threads=resources.threads_per_worker,
+            more_is_resized=data.second is not None and is_resized(data.second.manifest, config.data, data.image_size),
         ),
+        second=data.second,
         said=data.asked.said if placed.found.is_new else (),
     )
 
@@ -383,7 +395,7 @@ def begin(decided: Decided, environment: Environment, console: Console, set_up: 
     settings = redact(to_toml(config)).encode()
     set_up.call("config.toml", partial(storage.write_atomic, f"{config.run}/config.toml", settings))
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-    set_up.call("quarantine.jsonl", partial(record_left_out, storage, config.run, decided.dataset, tell))
+    set_up.call("quarantine.jsonl", partial(record_left_out, storage, config.run, decided.dataset, tell, decided.second))
     journal.write(
         "run_started",
         generation=generation,

@@ -18,6 +18,7 @@ from cluster.spill import is_another_disk
 from cluster.storage import Storage, is_outage, open_storage
 from cluster.store import Store
 from dataio.scan import look_at
+from dataio.unlabelled import look_at_unlabelled
 from trainer.drive.identity import find
 from trainer.drive.problems import Facts, Room
 from trainer.runs.model_files import pinned
@@ -72,6 +73,9 @@ def survey(config: RunConfig, *, workers: Callable[[], int | None], in_job: bool
         teacher = search.tried(lambda: call("the teacher", lambda: pinned_teacher(config)))
         config = replace(config, train=replace(config.train, teacher=teacher or config.train.teacher))
     looked = search.tried(lambda: look_at(config.data))
+    unlabelled = (
+        search.tried(lambda: call("the unlabelled images", lambda: look_at_unlabelled(config.data))) if config.data.unlabelled else None
+    )
     if looked is not None and not looked.is_converted:
         search.tried(lambda: check_can_convert(config.data.root))
     most = search.tried(workers)
@@ -90,6 +94,7 @@ def survey(config: RunConfig, *, workers: Callable[[], int | None], in_job: bool
         saved=saved,
         found_wrong=tuple(search.wrong),
         looked=looked,
+        unlabelled=unlabelled,
         storage_room=room_of(storage.root) if storage is not None and is_local else None,
         has_spill=storage is not None and is_local and is_another_disk(config.cluster.spill_dir, storage),
         root_room=room_of(config.data.root),

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from cluster.storage import Storage, join_uri
 from cluster.text import address, json_line, shown
-from dataio.config import Colour, Fit
+from dataio.config import PIN, Colour, Fit, unpinned
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
 from trainer.export.elsewhere import keys_for_timm, opened_elsewhere
 from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import CONFIG_FILE, MODEL_FOLDER, WEIGHTS_FILE, described
-from trainer.settings.identity import PIN
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
 from trainer.tasks.calibration import Temperature, temperatures
@@ -274,6 +273,8 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summ
         teacher = _last_part(config.train.teacher.partition(PIN)[0].removesuffix(f"/{MODEL_FOLDER}"))
         share = f"{config.train.teacher_weight:g} of the loss, temperature {config.train.teacher_temperature:g}"
         yield "Teacher", f"`{teacher}` ({share})"
+    if config.data.unlabelled:
+        yield "Images without labels", f"`{_last_part(unpinned(config.data.unlabelled)[0])}` ({config.train.semi})"
     yield "Averaged", f"exponential moving average of the weights, decay {config.train.ema:g}" if config.train.ema else "no"
 
 

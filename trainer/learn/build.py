@@ -3,7 +3,7 @@ benchmarks that measure the same step without the rest.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -14,6 +14,8 @@ from dataio.balance import class_counts
 from dataio.manifest import Manifest
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset
+from dataio.schema import Target
+from dataio.unlabelled import known_classes
 from trainer.learn.augment.mix import make_mix, mixed_loss
 from trainer.learn.augment.views import Views, make_views
 from trainer.learn.balance import balanced_loss, heaviest_of
@@ -23,6 +25,7 @@ from trainer.learn.gradients import DdpGradients, Gradients, PassConfig, PlainGr
 from trainer.learn.objectives import autocast_for, supervised
 from trainer.learn.optim import build_optimizer, clip_gradients, set_learning_rate, set_trainable
 from trainer.learn.own import own_augment, own_loss
+from trainer.learn.semi import STRONG_ERASE, STRONG_MAGNITUDE, STRONG_OPS, Rule, Semi
 from trainer.learn.step import UNOBSERVED, Stepper
 from trainer.learn.teacher import Teacher, load_teacher, taught_loss
 from trainer.learn.update import Update
@@ -31,6 +34,7 @@ from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess, head_of
 from trainer.runs.model_files import pinned
 from trainer.settings.balance import asks_for_balance
+from trainer.settings.second_stream import stream_seed
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
 from trainer.tasks.task import Task
@@ -53,6 +57,8 @@ class Learner:
     """Training images of each class, if the settings balance classes."""
     teacher: Teacher | None = None
     """The model whose answers are learned beside the labels."""
+    semi: Semi | None = None
+    """What learns from images without labels."""
 
     @property
     def heaviest(self) -> float:
@@ -85,15 +91,20 @@ class Learner:
         if self.teacher is not None:
             weight, temperature = train.teacher_weight, train.teacher_temperature
             loss = taught_loss(loss or self.task.loss_sum, self.task, weight=weight, temperature=temperature)
+        if self.semi is not None:
+            loss = self.semi.loss(loss or self.task.loss_sum)
         objective = supervised(self.task, self.preprocess, autocast_for(self.device, train.precision), loss)
         # A single virtual rank has nothing to add up; the plain step gives the same bits without the tree's flat vector.
         is_tree = train.reduction == "tree" and train.virtual_ranks > 1
         # In tree mode each virtual rank goes through the model by itself; otherwise all of this rank's go through together.
         blocks = [blocks_of_virtual_ranks(train.virtual_ranks, world_size, each) for each in range(world_size)]
+        at_once = [range(v, v + 1) for v in blocks[rank]] if is_tree else [blocks[rank]]
         passes = PassConfig(
             seed=train.seed,
             accumulate=train.accumulate,
-            full_batches=self._full_batches([range(v, v + 1) for v in blocks[rank]] if is_tree else [blocks[rank]], order),
+            full_batches=self._full_batches(at_once, order),
+            semi=self.semi,
+            full_unlabelled=self._full_batches(at_once, self.semi.order) if self.semi is not None else (),
             compile_model=train.compile,
             cuda_graphs=train.cuda_graphs,
             augment=own_augment(self.config.data.augment, train.seed),
@@ -145,6 +156,44 @@ def task_of(config: RunConfig, manifest: Manifest) -> Task:
     return make_task(config.task, manifest.targets, label_smoothing=config.optim.label_smoothing)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SecondStream:
+    """What `build_learner` wants of the images without labels."""
+
+    order: Order
+    target: Target
+    """What their own folders say of classes."""
+
+
+def semi_of(config: RunConfig, task: Task, stream: SecondStream, device: torch.device) -> Semi:
+    """What learns from the images of `stream`, by the run's settings."""
+    train, data = config.train, config.data
+    (target,) = task.targets
+    mean, _ = mean_and_std(config)
+    plain = replace(data, policy="none", jitter=(0.0, 0.0, 0.0, 0.0), erase=0.0, rotate=0.0)
+    changed = replace(
+        plain,
+        crop="pad",  # the weak view is cropped already
+        policy=train.unlabelled_policy,
+        policy_ops=STRONG_OPS,
+        policy_magnitude=STRONG_MAGNITUDE,
+        erase=STRONG_ERASE,
+    )
+    seed, side = stream_seed(train.seed), config.model.image_size
+    strong = make_views(changed, seed=seed, image_size=side, mean=mean)
+    assert strong is not None
+    return Semi(
+        Rule(method=train.semi, classes=len(target.classes), threshold=train.threshold, decay=train.semi_decay),
+        stream.order,
+        weight=train.unlabelled_weight,
+        weak=make_views(plain, seed=seed, image_size=side, mean=mean),
+        strong=strong,
+        known=known_classes(stream.target, target.classes),
+        labels=stream.target.name,
+        device=device,
+    )
+
+
 def class_counts_of(config: RunConfig, dataset: Dataset) -> tuple[int, ...]:
     """What `build_learner` wants of the data: the classes' training images if the settings balance them."""
     return class_counts(dataset) if asks_for_balance(config) else ()
@@ -179,9 +228,10 @@ def build_learner(
     *,
     class_counts: Sequence[int] = (),
     teacher: Teacher | None = None,
+    stream: SecondStream | None = None,
 ) -> Learner:
     """Build the learner for images of `image_hw` (H, W) on `device`, with the weights that the settings name. `class_counts`: from
-    `class_counts_of`; `teacher`: from `teacher_of`, which is asked if it is not given."""
+    `class_counts_of`; `teacher`: from `teacher_of`, which is asked if it is not given. Without `stream` it learns from labels alone."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
     model = task.build(config.model, image_hw=image_hw, seed=config.train.seed)
@@ -202,4 +252,5 @@ def build_learner(
         device=device,
         class_counts=tuple(class_counts),
         teacher=teacher or teacher_of(config, task, image_hw, device),
+        semi=semi_of(config, task, stream, device) if stream is not None else None,
     )

@@ -6,6 +6,7 @@ objective (trainer.learn.objectives) defines the loss; `trainer.learn.update` us
 """
 
 import hashlib
+import itertools
 import time
 import weakref
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +30,7 @@ from trainer.learn.augment.mix import Mix, with_partners
 from trainer.learn.augment.views import Views
 from trainer.learn.objectives import Forward, Objective
 from trainer.learn.own import Augment
+from trainer.learn.semi import SUMS, Semi, assembled, together
 from trainer.learn.teacher import Teacher, with_answers
 from trainer.tasks.task import Task
 
@@ -129,9 +132,18 @@ class PassConfig:
     """Mixes the samples, after it. The objective's loss is to be `mixed_loss`."""
     teacher: Teacher | None = None
     """Answers the samples as the model gets them. The objective's loss is to be `taught_loss`."""
+    semi: Semi | None = None
+    """Learns from the batches' unlabelled images as well. The objective's loss is to be its `loss`."""
+    full_unlabelled: tuple[int, ...] = ()
+    """As `full_batches`: unlabelled images that go through the model beside those, each in two views."""
 
     def __post_init__(self) -> None:
         assert not self.cuda_graphs or (self.compile_model and self.accumulate == 1), "trainer.settings.cli has refused this"
+
+    @property
+    def full_passes(self) -> frozenset[int]:
+        """The sizes of what goes through the model at once in a full step."""
+        return frozenset(size + 2 * more for size in self.full_batches for more in self.full_unlabelled or (0,))
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -206,6 +218,8 @@ class Passes:
         self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
         self.counters = _Counters(self.norms)
         self.device = self.parameters[0].device
+        self.semi = config.semi
+        self._full_passes = config.full_passes
 
     def clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -214,20 +228,40 @@ class Passes:
     def seed(self, step: int, virtual_rank: int) -> None:
         torch.manual_seed(step_seed(self._config.seed, step, virtual_rank))
 
-    def cut(self, batch: Batch) -> list[MicroBatch]:
-        """A virtual rank's non-empty micro-batches, in order. A short batch is cut as evenly as possible."""
-        return self._cut(*self._prepared(batch, batch.virtual_rank))
+    def cut(self, batch: Batch, common: Targets | None = None) -> list[MicroBatch]:
+        """A virtual rank's non-empty micro-batches, in order. A short batch is cut as evenly as possible. `common`: from Semi.begin."""
+        samples, targets = self._prepared(batch, batch.virtual_rank)
+        if common is not None and self.semi is not None and batch.unlabelled is not None:
+            return assembled(samples, targets, self.semi.views(batch.unlabelled), common, self._config.accumulate)
+        return self._cut(samples, targets)
 
-    def joined(self, batches: Sequence[Batch]) -> list[MicroBatch]:
-        """The micro-batches of several virtual ranks that go through the model together; empty if no batch holds a sample."""
+    def joined(self, batches: Sequence[Batch], common: Targets | None = None) -> list[MicroBatch]:
+        """The micro-batches of several virtual ranks that go through the model together; empty if no batch holds a sample. `common`: as for
+        `cut`."""
         full = [self._prepared(batch, batches[0].virtual_rank) for batch in batches if len(batch.ids)]
+        views = [self.semi.views(batch.unlabelled) for batch in batches if batch.unlabelled is not None] if self.semi is not None else []
+        if common is not None and views:
+            full = full or [self._prepared(batches[0], batches[0].virtual_rank)]
         if not full:
             return []
         samples, targets = full[0]
         if len(full) > 1:
             samples = torch.cat([each for each, _ in full])  # (n, 3, H, W), n over all virtual ranks
             targets = {name: torch.cat([their[name] for _, their in full]) for name in targets}
+        if common is not None and views:
+            return assembled(samples, targets, together(views), common, self._config.accumulate)
         return self._cut(samples, targets)
+
+    def begin(self, step: int, global_count: int) -> Targets | None:
+        """What the unlabelled images of the next batch need; None if the run has none."""
+        return self.semi.begin(step, global_count) if self.semi is not None else None
+
+    def share(self, batch: Batch, step: int, global_count: int) -> float:
+        """The part of the step's samples that a virtual rank's batch holds, unlabelled ones included."""
+        n = len(batch.ids)
+        if self.semi is None or batch.unlabelled is None:
+            return n / global_count
+        return (n + 2 * len(batch.unlabelled.ids)) / (global_count + 2 * self.semi.count(step))
 
     def _prepared(self, batch: Batch, share_of: int) -> MicroBatch:
         config = self._config
@@ -251,7 +285,7 @@ class Passes:
     def loss(self, samples: Tensor, targets: Targets, divisor: float) -> Tensor:
         """The summed loss of n samples divided by `divisor`: () float32, with its graph."""
         n = len(samples)
-        if self._compiled is not None and n in (self._config.full_batches or (n,)):
+        if self._compiled is not None and n in (self._full_passes or (n,)):
             if self._config.cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # the last replay's outputs are used up
             return self._compiled(samples, targets) / divisor
@@ -298,6 +332,15 @@ class Passes:
         ids = np.zeros(size, dtype=np.int64)
         return Batch(samples=images, targets=self._task.blank(size, self.device), ids=ids, epoch=0, step=0, virtual_rank=0)
 
+    def _blank_pass(self, size: int, unlabelled: int, image: Sequence[int]) -> MicroBatch:
+        """`size` labelled images and so many unlabelled ones, all black."""
+        samples, targets = self._prepared(self._blank(size, image), 0)
+        if self.semi is None:
+            return samples, targets
+        views = self.semi.views(self.semi.like(self._blank(unlabelled, image)))
+        (only,) = assembled(samples, targets, views, self.semi.begin(0, size), 1)
+        return only
+
     def compile_ahead(self, image: Sequence[int]) -> float:
         """Compile now, outside of any step, for full batches of (3, H, W) uint8. Returns the seconds it took, 0 if nothing is compiled.
 
@@ -307,10 +350,9 @@ class Passes:
         begin = time.perf_counter()
         buffers = list(self._model.buffers())
         before = [buffer.clone() for buffer in buffers]
-        for size in self._config.full_batches:
-            batch = self._blank(size, image)
+        for size, more in itertools.product(self._config.full_batches, self._config.full_unlabelled or (0,)):
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self.counters.aside():
-                loss = self.loss(*self._prepared(batch, 0), 1.0)
+                loss = self.loss(*self._blank_pass(size, more, image), 1.0)
                 loss.backward()  # type: ignore[no-untyped-call]
             float(loss.detach())  # wait until the device has finished; this is not in a step
             self.clear_gradients()
@@ -347,9 +389,13 @@ class PlainGradients:
     def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
         passes = self._passes
         passes.clear_gradients()
-        parts = passes.joined(batches)
+        common = passes.begin(step, global_count)
+        parts = passes.joined(batches, common)
         passes.seed(step, batches[0].virtual_rank)
-        return passes.backward(parts, global_count, observer)
+        loss = passes.backward(parts, global_count, observer)
+        if passes.semi is not None and common is not None:
+            passes.semi.end(common[SUMS])
+        return loss
 
     def compile_ahead(self, image: Sequence[int]) -> float:
         return self._passes.compile_ahead(image)
@@ -387,7 +433,8 @@ class DdpGradients:
         passes.clear_gradients()
         if self._last is not None:
             self._last.begin(observer)
-        parts = passes.joined(batches)
+        common = passes.begin(step, global_count)
+        parts = passes.joined(batches, common)
         if parts:
             passes.seed(step, batches[0].virtual_rank)
             # DDP averages over ranks, but the sum is wanted. It exchanges the last part's gradients, which include the other parts'.
@@ -398,6 +445,9 @@ class DdpGradients:
             loss = passes.backward_of_nothing(samples.shape[1:], samples.dtype, observer)
         if self._waits is not None:
             self._waits.backward_returned()
+        if passes.semi is not None and common is not None:
+            dist.all_reduce(common[SUMS])
+            passes.semi.end(common[SUMS])
         return loss
 
     def compile_ahead(self, image: Sequence[int]) -> float:
@@ -434,10 +484,14 @@ class TreeGradients:
         self._weighing_before = [torch.empty_like(c) for c in self._weighing]
         self._hands_over = _Gate()
         # Order of readiness: loss and statistics come before the backward pass, which goes from the last parameter to the first.
-        parameters, first = self._passes.parameters, 1 + len(self._statistics)
+        semi = self._passes.semi
+        guesses = [torch.zeros(semi.rule.sums, device=self._passes.device)] if semi is not None else []
+        parameters, statistics = self._passes.parameters, 1 + len(guesses)
+        self._first = first = statistics + len(self._statistics)
         loss = torch.zeros((), device=self._passes.device)
-        sums = reducer.lay_out([loss, *self._statistics, *reversed(parameters)], exact=first)
-        self._loss_sums, self._statistic_sums, self._gradient_sums = sums[0], sums[1:first], sums[first:][::-1]
+        sums = reducer.lay_out([loss, *guesses, *self._statistics, *reversed(parameters)], exact=first)
+        self._loss_sums, self._guess_sums, self._statistic_sums = sums[0], sums[1:statistics], sums[statistics:first]
+        self._gradient_sums = sums[first:][::-1]
         for part, parameter in enumerate(reversed(parameters), start=first):
             hook = _hand_over(weakref.ref(reducer), part, self._hands_over)
             handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -454,10 +508,11 @@ class TreeGradients:
         _copy(self._weighing, self._weighing_before)
         for batch in batches:
             reducer.begin(batch.virtual_rank)
-            n = len(batch.ids)
-            if n:
+            common = passes.begin(step, global_count)
+            if len(batch.ids) or (batch.unlabelled is not None and len(batch.unlabelled.ids)):
                 passes.seed(step, batch.virtual_rank)
-                self._put_in(passes.cut(batch), global_count, observer, share=n / global_count)
+                parts = passes.cut(batch, common)
+                self._put_in(parts, global_count, observer, share=passes.share(batch, step, global_count), common=common)
             reducer.end()
             # Each virtual rank starts from the same statistics and counters: BatchNorm may weigh by its counter.
             _copy(self._statistics_before, self._statistics)
@@ -471,13 +526,17 @@ class TreeGradients:
         _copy(self._statistic_sums, self._statistics)
         if self._counters:
             torch._foreach_add_(self._counters, 1)  # counts steps instead of forward passes
+        if passes.semi is not None:
+            passes.semi.end(self._guess_sums[0])
         # Make the loss NaN if any sum is not finite.
         if self._looks_at_gradients:
             return self._loss_sums + 0.0 * sums.sum()
         return self._loss_sums + 0.0 * torch.stack([total.sum() for total in (self._loss_sums, *self._statistic_sums)]).sum()
 
-    def _put_in(self, parts: Sequence[MicroBatch], global_count: int, observer: StepObserver, *, share: float) -> None:
-        """Hand the loss, the statistics and the gradients of one virtual rank to the reducer."""
+    def _put_in(
+        self, parts: Sequence[MicroBatch], global_count: int, observer: StepObserver, *, share: float, common: Targets | None
+    ) -> None:
+        """Hand the loss, the statistics and the gradients of one virtual rank to the reducer, and the sums over its guesses (`common`)."""
         reducer, passes = self._reducer, self._passes
         total: Tensor | None = None
         for number, (samples, targets) in enumerate(parts, start=1):
@@ -487,15 +546,16 @@ class TreeGradients:
                 total = loss.detach() if total is None else total + loss.detach()
                 if self._hands_over.is_open:
                     reducer.put(0, total)
+                    if common is not None:
+                        reducer.put(1, common[SUMS])
                     shares = torch._foreach_mul(self._statistics, share) if self._statistics else ()
-                    for part, statistic in enumerate(shares, start=1):
+                    for part, statistic in enumerate(shares, start=self._first - len(self._statistics)):
                         reducer.put(part, statistic)
                 observer.part("forward")
                 loss.backward()  # type: ignore[no-untyped-call]
                 observer.part("backward")
         if len(parts) > 1:  # parameters that the last micro-batch did not use, but an earlier one did
-            first = 1 + len(self._statistics)
-            for part, parameter in enumerate(reversed(passes.parameters), start=first):
+            for part, parameter in enumerate(reversed(passes.parameters), start=self._first):
                 if parameter.grad is not None:
                     reducer.put(part, parameter.grad)
                     parameter.grad = None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trainer.learn.ema import Ema
 
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+SEMI_FILE = "semi.safetensors"
 
 _DTYPES = {
     torch.float64: "F64",
@@ -82,9 +83,12 @@ class Snapshot:
 class TrainState:
     """The state that a run needs to go on with the same bits. Build it after model, optimiser and average are on their device."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None, semi: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """`semi`: the averages by which a run with unlabelled images judges its guesses (trainer.learn.semi), by reference."""
         assert isinstance(optimizer, tuple(_SLOTS)), f"state of {type(optimizer).__name__} is not known here"
-        self._model, self._optimizer, self._ema = model, optimizer, ema
+        self._model, self._optimizer, self._ema, self._semi = model, optimizer, ema, semi
         # The optimisers of trainer.learn.cpu_optim keep the state of the PyTorch optimiser that they replace.
         self._optimizer_type = next(known for known in _SLOTS if isinstance(optimizer, known))
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -117,7 +121,14 @@ class TrainState:
             raise StateError(
                 f"the checkpoint has {has} average of the weights and train.ema {sets}; resume with the train.ema it was made with"
             )
+        if (SEMI_FILE in saved_files) != (self._semi is not None):
+            was, now = ("with", "without") if SEMI_FILE in saved_files else ("without", "with")
+            raise StateError(
+                f"the checkpoint was made {was} unlabelled images, and this run goes on {now} them; give the same data.unlabelled"
+            )
         copies = _match(model_tensors, _model_tensors(self._model), MODEL_FILE)
+        if self._semi is not None:
+            copies += _match(_parse(read(SEMI_FILE), SEMI_FILE)[0], self._semi, SEMI_FILE)
         if self._ema is not None:
             copies += _match(_parse(read(EMA_FILE), EMA_FILE)[0], self._ema.state(), EMA_FILE)
         slots = self._parse_optimizer(*_parse(read(OPTIMIZER_FILE), OPTIMIZER_FILE))
@@ -151,6 +162,8 @@ class TrainState:
         files = {MODEL_FILE: (_model_tensors(self._model), {}), OPTIMIZER_FILE: (optimizer_tensors, about)}
         if self._ema is not None:
             files[EMA_FILE] = (self._ema.state(), {})
+        if self._semi is not None:
+            files[SEMI_FILE] = (dict(self._semi), {})
         files[MODEL_FILE][1].update(files=json.dumps(list(files)), scalars=json.dumps(dict(scalars), sort_keys=True))
         return files
 

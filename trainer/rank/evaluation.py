@@ -78,6 +78,8 @@ class Evaluator:
         seconds = time.perf_counter() - begin
         entry = self._entry(self._split, steps_done, result)
         self._history.evaluated(entry if self._split == TEST else numbers_of(entry), seconds)
+        if self._learner.semi is not None:
+            self._history.unlabelled = self._learner.semi.taken()
         self._tell(self._split, entry, result, seconds)
 
     def final(self, split: str, step: int, *, ema: Ema | None, predictions_of: int | None = None) -> dict[str, Any]:
@@ -180,6 +182,8 @@ class Evaluator:
         brief = {key: entry[key] for key in keys}
         if split != TEST or is_final:
             brief["split"] = split
+        if not is_final:
+            brief |= numbers_of(history.unlabelled)
         self._me.tell("evaluation", train_loss=history.train_loss, mean_train_loss=history.mean_train_loss, **brief)
 
 

@@ -34,6 +34,10 @@ CURVE_SCHEMA = pa.schema(
     ]
 )
 
+GUESS_CURVES = ("unlabelled_used", "unlabelled_weight")
+"""Columns of a run with unlabelled images: of its step, the share whose guess counts by more than one half, and the mean of what they
+count."""
+
 
 @dataclass(kw_only=True, slots=True)
 class History:
@@ -54,6 +58,7 @@ class History:
     losses_before: int = 0  # the step from which on losses are not in these sums yet
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     first_classes: dict[str, Any] = field(default_factory=dict)  # what the first evaluation found of each class; see `classes_of`
+    unlabelled: dict[str, Any] = field(default_factory=dict)  # what guesses at unlabelled images came to before the last evaluation
     guard: dict[str, Any] = field(default_factory=dict)  # state of trainer.rank.guard.Guard; `settled` fills it in
 
     def stepped(self, stats: StepStats) -> None:
@@ -201,8 +206,10 @@ class Curves:
         return curves
 
     def to_parquet(self) -> bytes:
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=CURVE_SCHEMA), sink)
+        sink, schema = io.BytesIO(), CURVE_SCHEMA
+        if any(GUESS_CURVES[0] in row for row in self._rows):
+            schema = pa.schema([*schema, *((name, pa.float64()) for name in GUESS_CURVES)])
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=schema), sink)
         return sink.getvalue()
 
     @classmethod

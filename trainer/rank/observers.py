@@ -11,10 +11,11 @@ from cluster.beat import COMPILING, STEP
 from cluster.heartbeat import Heartbeat
 from cluster.verify import WeightsCheck
 from trainer.learn.build import Learner
-from trainer.learn.step import StepStats
+from trainer.learn.semi import COUNT, USED, WEIGHT, Semi
+from trainer.learn.step import Arriving, StepStats
 from trainer.rank.data import RankData
 from trainer.rank.device_metrics import device_peak
-from trainer.rank.history import Curves, History, Speed
+from trainer.rank.history import GUESS_CURVES, Curves, History, Speed
 from trainer.rank.meter import Meter
 from trainer.rank.profile import FlopCount, Profiler, count_work, measure_ceilings
 from trainer.rank.step_plan import StepPlan
@@ -117,12 +118,38 @@ class StepProfile:
             self._me.tell("profiled", profile=found)
 
 
+class GuessWatch:
+    """Follows what the guesses at unlabelled images come to, in the steps that have a row in the run's curves. On all ranks, as all
+    observers; it must be shown a step before CurveLog is."""
+
+    def __init__(self, semi: Semi, plan: StepPlan) -> None:
+        self._semi, self._every = semi, curve_every(plan)
+        self._late: dict[int, tuple[Arriving, ...]] = {}
+
+    def stepped(self, stats: StepStats) -> None:
+        step = stats.steps_done - 1
+        if not stats.skipped and step % self._every == 0:
+            sums = self._semi.newest
+            count = sums[COUNT].clamp(min=1.0)
+            self._late[step] = tuple(Arriving(step, sums[which] / count) for which in (USED, WEIGHT))
+
+    def at(self, step: int) -> dict[str, float]:
+        """Columns of the curves for a step whose loss has arrived; the numbers are right behind it."""
+        known = self._late.pop(step, None)
+        return dict(zip(GUESS_CURVES, (each.wait() for each in known), strict=True)) if known is not None else {}
+
+
+def curve_every(plan: StepPlan) -> int:
+    """Steps from one row of the curves to the next."""
+    return max(1, plan.total_steps // CURVE_ROWS)
+
+
 class CurveLog:
     """Adds rows to the run's curves as losses arrive."""
 
-    def __init__(self, curves: Curves, speed: Speed, plan: StepPlan, *, attempt: int) -> None:
-        self._curves, self._speed, self._attempt = curves, speed, attempt
-        self._every, self._steps_per_epoch = max(1, plan.total_steps // CURVE_ROWS), plan.steps_per_epoch
+    def __init__(self, curves: Curves, speed: Speed, plan: StepPlan, *, attempt: int, guesses: GuessWatch | None = None) -> None:
+        self._curves, self._speed, self._attempt, self._guesses = curves, speed, attempt, guesses
+        self._every, self._steps_per_epoch = curve_every(plan), plan.steps_per_epoch
 
     def stepped(self, stats: StepStats) -> None:
         for step, loss in stats.losses:
@@ -137,6 +164,7 @@ class CurveLog:
                     images_per_second=self._speed.images_per_second,
                     data_wait_seconds=stats.data_wait_seconds,
                     step_seconds=stats.step_seconds,
+                    **(self._guesses.at(step) if self._guesses is not None else {}),
                 )
 
 

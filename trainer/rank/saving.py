@@ -71,6 +71,7 @@ def weights_check(me: ThisRank, learner: Learner) -> WeightsCheck | None:
     same: list[Tensor] = list(model.parameters())
     if train.reduction == "tree" or me.world_size == 1:  # in ddp mode the ranks' BatchNorm statistics differ by design
         same += [*model.buffers(), *(ema.weights().values() if ema is not None else ())]
+        same += [learner.semi.running] if learner.semi is not None else []
     return WeightsCheck(same, world_size=me.world_size) if train.verify_every else None
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from cluster.beat import DECODING, JOINING
 from cluster.storage import Storage
 from dataio.codecs.image.decode import DECODER_VERSIONS, decoder_device
+from dataio.config import PIN
 from trainer.learn.build import teacher_of, views_are_fixed
 from trainer.learn.teacher import MOST_REMEMBERED_BYTES, Teacher
 from trainer.models.weights import WeightsError
 from trainer.rank.data import RankData
 from trainer.rank.this_rank import ThisRank
-from trainer.settings.identity import PIN
 from trainer.tasks.task import Task
 
 ANSWERS_FILE = "teacher.safetensors"

@@ -17,13 +17,13 @@ from cluster.ledger import LedgerWriter
 from cluster.rank import RankContext
 from cluster.storage import open_storage
 from cluster.store import Store
-from trainer.learn.build import Learner, build_learner, class_counts_of, task_of
+from trainer.learn.build import Learner, SecondStream, build_learner, class_counts_of, task_of
 from trainer.learn.state import TrainState
 from trainer.learn.step import Stepper, StepStats, train_steps
 from trainer.models.own import OwnCodeError
 from trainer.models.weights import WeightsError
 from trainer.rank.best import BestWeights
-from trainer.rank.data import Batches, RankData, fill_cache, open_data, open_ledger, recorded
+from trainer.rank.data import Batches, RankData, fill_cache, open_data, open_ledger, open_second_ledger, recorded
 from trainer.rank.device_metrics import GpuWatch, gpu_address
 from trainer.rank.evaluation import TEST, Evaluator
 from trainer.rank.final import test_kept
@@ -36,6 +36,7 @@ from trainer.rank.observers import (
     Comparison,
     CurveLog,
     FirstStep,
+    GuessWatch,
     Observer,
     StepProfile,
     StepWatch,
@@ -65,10 +66,11 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     counts = class_counts_of(config, data.dataset)
     task = task_of(config, data.dataset.manifest)
     teacher = teacher_for(me, data, task)
-    learner = build_learner(config, task, data.loader.image_size, me.device, class_counts=counts, teacher=teacher)
+    stream = SecondStream(order=data.second.order, target=data.second.dataset.manifest.targets[0]) if data.second is not None else None
+    learner = build_learner(config, task, data.loader.image_size, me.device, class_counts=counts, teacher=teacher, stream=stream)
     storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     store = Store.open(storage, config.run)
-    state = TrainState(learner.model, learner.optimizer, learner.ema)
+    state = TrainState(learner.model, learner.optimizer, learner.ema, learner.semi.state() if learner.semi is not None else None)
     watched, rule = watched_split(data.dataset.manifest), rule_of(config.train, learner.task.info)
     best = BestWeights(rule, is_averaged=learner.ema is not None) if rule.keeps_best and me.rank == 0 else None
     memory = restore(store, spec.resume, state, me.waits, best)
@@ -84,19 +86,23 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         me, data, learner, plan, history=memory.history, mean=mean, storage=storage, split=watched, rule=rule, on_begin=profile.cut
     )
     observers: list[Observer] = [FirstStep(me, plan.start_step), guard, totals, memory.history, mean, profile, speed, saver, meter]
-    observers.append(CurveLog(memory.curves, speed, plan, attempt=spec.attempt))
+    guesses = GuessWatch(learner.semi, plan) if learner.semi is not None else None
+    if guesses is not None:
+        observers.append(guesses)
+    observers.append(CurveLog(memory.curves, speed, plan, attempt=spec.attempt, guesses=guesses))
     observers.append(BeatStats(me.heartbeat, memory.history, speed, learner.task.info, device_seconds=lambda: meter.device_seconds))
     if weights is not None:
         observers.append(Comparison(weights, every=config.train.verify_every))
     ledger = open_ledger(me, storage, start_step=plan.start_step)
+    second = open_second_ledger(me, storage, start_step=plan.start_step)
     gpu = GpuWatch(me.metrics, gpu_address(me.device))
 
-    fill_cache(me.heartbeat, data.loader, watched)
+    fill_cache(me.heartbeat, data.loader, watched, data.second)
     if teacher is not None:
         remember_answers(me, data, storage, teacher, task.outputs)
     me.heartbeat.tick(STEP)
     me.tell("training_started", step=plan.start_step, cache=data.loader.cache, backend=data.loader.backend_name)
-    steps = Steps(me=me, data=data, learner=learner, plan=plan, meter=meter, profile=profile, ledger=ledger)
+    steps = Steps(me=me, data=data, learner=learner, plan=plan, meter=meter, profile=profile, ledger=ledger, second=second)
     try:
         stopped = train(steps, observers, evaluator, saver)
         totals.stalled(saver.stall_seconds)
@@ -116,8 +122,9 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         me.heartbeat.close()
         meter.close()
         gpu.close()
-        if ledger:
-            ledger.close()
+        for each in (ledger, second):
+            if each is not None:
+                each.close()
         me.server.close()
 
 
@@ -190,6 +197,8 @@ class Steps:
     meter: Meter
     profile: StepProfile
     ledger: LedgerWriter | None
+    second: LedgerWriter | None = None
+    """For the images without labels."""
 
     def stepper(self, first: int, last: int) -> Stepper:
         """The stepper for the parameters that this phase trains. Compiling and measuring the device happen here, outside of any step."""
@@ -211,7 +220,7 @@ class Steps:
         return stepper
 
     def batches(self, first: int, last: int) -> Batches:
-        return recorded(self.data.loader.train(first, last), self.ledger, self.me)
+        return recorded(self.data.train(first, last), self.ledger, self.me, self.second)
 
     def run(self, stepper: Stepper, batches: Batches, first: int, last: int) -> Iterator[StepStats]:
         me, plan = self.me, self.plan

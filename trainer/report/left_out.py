@@ -21,6 +21,7 @@ from dataio.manifest import MANIFEST_NAME
 from dataio.parquet import Dataset
 from dataio.quarantine import BadSample
 from dataio.remote import is_remote, is_uri, local_path
+from dataio.schema import UNLABELLED
 from trainer.report.thumbnails import FORMATS, thumbnail
 
 SHOWN_PICTURES = 24
@@ -53,7 +54,10 @@ def with_pictures(records: Sequence[Record], dataset: Dataset, data: DataConfig)
     `data` are the run's settings: they say where the source was."""
     if not any(record.get("stage") == CONVERSION for record in records):
         records = [*(asdict(bad) | {"stage": CONVERSION} for bad in _of_conversion(dataset)), *records]
-    return LeftOut(records=records, pictures=_pictures(records, dataset, source_folder(data)))
+    source = source_folder(data)
+    # Images without labels are in other data, or in another folder.
+    elsewhere = UNLABELLED if data.unlabelled else ""
+    return LeftOut(records=records, pictures=_pictures(records, dataset, source, elsewhere))
 
 
 def _of_conversion(dataset: Dataset) -> Sequence[BadSample]:
@@ -63,10 +67,12 @@ def _of_conversion(dataset: Dataset) -> Sequence[BadSample]:
         return ()
 
 
-def _pictures(records: Sequence[Record], dataset: Dataset, source: Path | None) -> dict[int, str]:
+def _pictures(records: Sequence[Record], dataset: Dataset, source: Path | None, elsewhere: str) -> dict[int, str]:
     pictures: dict[int, str] = {}
     left = READ_BYTES
     for index, record in enumerate(records):
+        if elsewhere and record.get("split") == elsewhere:
+            continue
         if len(pictures) == SHOWN_PICTURES or left <= 0:
             break
         encoded = _encoded(record, dataset, source)

@@ -19,6 +19,7 @@ from trainer.report.page import NOTHING, Html, image, join, number_or_none, page
 from trainer.report.panels import panels_of
 from trainer.report.reliability import reliability_section
 from trainer.report.timeline import colour, ranks_section, timeline_section
+from trainer.report.unlabelled import unlabelled_section
 from trainer.report.verdict import verdict
 from trainer.runs.certainty import class_warnings, interval_words
 from trainer.runs.events import is_told_whole, is_unusual, plainly, words_of
@@ -84,6 +85,7 @@ def rendered(run: RunFiles) -> tuple[str, list[str]]:
         part("Curves", lambda: curves_section(run)),
         part("Evaluation", panels),
         part("Confidence", lambda: reliability_section(run)),
+        part("Unlabelled images", lambda: unlabelled_section(run)),
         part("Timeline", lambda: timeline_section(run.events)),
         part("Where the time went", lambda: _times(run)),
         part("Ranks", lambda: ranks_section(run.summary, run.events, run.info.unit)),

@@ -52,6 +52,15 @@ def difference_interval(one: tuple[float, int], other: tuple[float, int]) -> Int
     return middle - math.hypot(share - low, high_2 - share_2), middle + math.hypot(high - share, share_2 - low_2)
 
 
+def paired_interval(only_one: int, only_other: int, count: int) -> Interval:
+    """The 95 % interval of the difference of two shares of the same `count` samples, one minus other: `only_one` samples are right in one
+    alone, `only_other` in the other alone (Bonett and Price 2012: Wald's interval with one added to both)."""
+    assert count > 0, "nothing was measured"
+    first, second = (only_one + 1) / (count + 2), (only_other + 1) / (count + 2)
+    half = Z * math.sqrt((first + second - (first - second) ** 2) / (count + 2))
+    return max(-1.0, first - second - half), min(1.0, first - second + half)
+
+
 def is_within_noise(one: tuple[float, int], other: tuple[float, int]) -> bool:
     """Whether two shares, each (share, samples), may well be equal: the interval of their difference holds 0."""
     low, high = difference_interval(one, other)

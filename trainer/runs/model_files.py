@@ -10,9 +10,9 @@ from contextlib import suppress
 from typing import Any
 
 from cluster.storage import join_uri
+from dataio.config import PIN
 from dataio.foreign import json_of
 from trainer.runs.folder import RunFolder, find_run, located
-from trainer.settings.identity import PIN
 from trainer.settings.tree import ModelConfig, RunConfig
 
 MODEL_FOLDER = "model"

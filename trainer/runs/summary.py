@@ -235,6 +235,7 @@ def summarise(
         "threads_per_worker": facts.get("threads"),
         "backend": result.get("backend"),
         "cache": result.get("cache"),
+        **({"unlabelled": history["unlabelled"]} if history.get("unlabelled") else {}),
         "classes": facts.get("classes"),
         "test_count": evaluation.get("test_count"),
         "train_counts": facts.get("train_counts"),

@@ -3,14 +3,14 @@ trainer.drive.identity and trainer.drive.record.
 
 Marks at the fields decide (dataio.config.Mark). FREE settings do not count. LATER settings count only if they differ from their defaults,
 so a new setting renames no existing run. `train.eval_every_epochs` is free, but counts where evaluations choose the weights. A file of
-weights counts by its content, and so does a teacher. The data's content counts too; the caller adds it.
+weights counts by its content, and so do a teacher and images without labels. The data's content counts too; the caller adds it.
 """
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
-from dataio.config import FREE, LATER, PATH
+from dataio.config import FREE, LATER, PATH, PIN
 from dataio.foreign import MAX_SETTINGS_BYTES, read_regular
 from trainer.settings.fields import declared, settings
 from trainer.settings.sources import OWN, source_sha256
@@ -18,10 +18,8 @@ from trainer.settings.tree import RunConfig
 
 WEIGHTS = "model.weights"
 EVALUATES = "train.eval_every_epochs"
-TEACHER = "train.teacher"
-
-PIN = "@sha256:"
-"""Between a model folder's location and the hash of the model there (trainer.runs.model_files)."""
+PINNED = ("train.teacher", "data.unlabelled")
+"""Settings that the driver pins: they name a place and the hash of what is there (trainer.runs.model_files, dataio.unlabelled)."""
 
 _FREE_IN_FIRST_NAMES = frozenset({"data.max_image_pixels"})
 
@@ -87,7 +85,8 @@ def _that_count(config: RunConfig, weights: str) -> dict[str, Any]:
     for key in OWN:
         if ":" in str(counted[key]):
             counted[key] = f"{counted[key]} sha256:{source_sha256(counted[key]) or 'missing'}"
-    _, is_pinned, sha256 = counted[TEACHER].rpartition(PIN)  # wherever the model lies now
-    if is_pinned:
-        counted[TEACHER] = f"sha256:{sha256}"
+    for key in PINNED:
+        _, is_pinned, sha256 = str(settings(config)[key]).rpartition(PIN)  # wherever it lies now
+        if is_pinned:
+            counted[key] = f"sha256:{sha256}"
     return counted | {WEIGHTS: f"sha256:{weights}"} if weights else counted

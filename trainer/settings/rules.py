@@ -26,6 +26,7 @@ from trainer.settings.augmentation import augmentation_problems
 from trainer.settings.fields import Setting, declared, settings
 from trainer.settings.identity import names_file
 from trainer.settings.tree import RunConfig, TrainConfig
+from trainer.settings.unlabelled import unlabelled_problems
 from trainer.settings.values import workers_of
 from trainer.settings.words import did_you_mean
 
@@ -110,6 +111,7 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
     for name in ("teacher_weight", "teacher_temperature"):
         if not train.teacher and getattr(train, name) != getattr(TrainConfig(), name):
             yield f"train.{name} is set, but there is no teacher; give the run that teaches (--train.teacher RUN), or leave it out"
+    yield from unlabelled_problems(config)
     if model.freeze == "lp-ft" and model.lp_epochs >= train.epochs:
         yield (
             f"model.lp_epochs={model.lp_epochs} leaves nothing of train.epochs={train.epochs} to train the whole model in; "

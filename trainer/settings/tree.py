@@ -173,6 +173,25 @@ class TrainConfig:
     """The teacher's share of the loss; the labels have the rest."""
     teacher_temperature: Annotated[float, LATER, Interval(gt=0, le=100), "2 is the default, 1 takes the answers as they are"] = 2.0
     """Both models' outputs are divided by it before they are compared, so that what the teacher finds unlikely counts too."""
+    semi: Annotated[Literal["softmatch", "fixmatch", "freematch"], LATER] = "softmatch"
+    """How images without labels (`data.unlabelled`) are learned: the model's guess at a mildly changed image is the label of a strongly
+    changed one. `softmatch` weighs each guess by how sure it is among the guesses so far, `fixmatch` takes those above `threshold`,
+    `freematch` those above a threshold that follows the model's progress, class by class."""
+    unlabelled_ratio: Annotated[int, LATER, Ge(1), "1 takes as many as there are labelled ones"] = 1
+    """Images without labels in a step for each labelled one."""
+    unlabelled_weight: Annotated[float, LATER, Gt(0), "1 is usual"] = 1.0
+    """What their loss counts beside that of the labels, each being a mean over its images."""
+    unlabelled_policy: Annotated[Literal["rand", "trivial"], LATER] = "rand"
+    """The strong change of an image without a label: RandAugment with three operations, or TrivialAugment. A rectangle is erased after
+    it."""
+    threshold: Annotated[float, LATER, Interval(gt=0, lt=1), "0.95 is usual"] = 0.95
+    """How sure a guess must be for `semi=fixmatch`."""
+    semi_decay: Annotated[float, LATER, Interval(ge=0, lt=1), "0.999 is usual, 0 looks at the last step alone"] = 0.999
+    """Decay of the averages by which `softmatch` and `freematch` judge a guess. Early steps take a smaller one, so that a short run soon
+    forgets the values that it began with."""
+    control: Annotated[str, FREE] = ""
+    """A finished run (its folder or name) that did the same without `data.unlabelled`: the report says by how much the two differ. Empty:
+    one that lies in the same storage, if there is one."""
     explain: Annotated[int, FREE, Ge(0), "0 explains none, 100 is the default"] = 100
     """Test images whose answer is explained at the end, by a map of where in the image it comes from: the worst mistakes and the cells of
     the confusion matrix, for the report. 0 explains none. Changes no result."""
