@@ -32,7 +32,7 @@ from trainer.models.own import OwnCodeError
 from trainer.models.weights import WeightsError
 
 PROJECT = Path(__file__).resolve().parents[2]
-INSIDE = {"cluster.controller.RunFailed", "dataio.stream.Stopped"}
+INSIDE = {"cluster.controller.RunFailed", "dataio.stream.Stopped", "trainer.series.train.RunFailed", "trainer.series.train.RunStopped"}
 """Caught by those who call what raises them; RunFailed carries a Failure. So are classes with a private name."""
 
 KIND_OF: list[tuple[BaseException, str]] = [

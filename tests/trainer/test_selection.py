@@ -69,7 +69,7 @@ def test_a_measure_that_the_task_does_not_have_is_refused_before_the_run_starts(
     model = Checked(has_depthwise=False, task=CLASSIFICATION, weights_bytes=1)
 
     class Looked:
-        manifest = WITH
+        manifest, class_counts = WITH, None
 
     facts = Facts(config=config_of(select="best", select_measure="map"), looked=Looked(), model=model)  # type: ignore[arg-type]
     assert "select_measure='map' is no measure of the task classification; it must be one of accuracy, " in str(selection(facts))
