@@ -24,6 +24,7 @@ from dataio.parquet import CorruptShard
 from dataio.quarantine import TooManyBadSamples
 from dataio.remote import DataOutage, DataRefused
 from dataio.sources import SourceError
+from dataio.unlabelled import UnlabelledError
 from tests.cluster.told import failure_on_a_rank
 from trainer.drive.check import ModelCheckDied
 from trainer.learn.state import StateError
@@ -49,6 +50,7 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (DataRefused("x"), "storage"),
     (ManifestError("x"), "user"),
     (SourceError("x"), "user"),
+    (UnlabelledError("x"), "user"),
     (DiskFull(28, "x"), "storage"),
     (StorageOutage("x"), "infrastructure"),
     (StorageRefused("x"), "storage"),
