@@ -6,10 +6,9 @@ by how much its writing lengthens the steps that follow.
 The state is ResNet-18 with a head of 10 classes and SGD's momentum: 89.5 MB, channels_last as the trainer keeps it. The rounds are
 interleaved; each quantity is reported as median and quartiles. Stage, commit, verify and load are off the step path.
 
-The lengthening: the same steps in turns without a checkpoint, after one whose threads give way to the steps (as in a run), and after one
-whose threads do not. It is what the steps take more than those of the same turn without one, from the end of `save` until the checkpoint is
-staged, and at least `--steps` steps; its share is of an epoch of 500 such steps with one checkpoint. The steps are short (4 images), which
-makes the share large.
+The lengthening: the same steps in turns without a checkpoint and after one. It is what the steps take more than those of the same turn
+without one, from the end of `save` until the checkpoint is staged, and at least `--steps` steps; its share is of an epoch of 500 such steps
+with one checkpoint. The steps are short (4 images), which makes the share large.
 """
 
 import argparse
@@ -24,15 +23,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torchvision
 from torch import nn
 
 from benchmarks.common import cpu_model, interleave, median_interval, spread, target, told_words, verdict
-from cluster import checkpointer as checkpointing
-from cluster.checkpointer import Buffers, Checkpointer, Files, give_way
+from cluster.checkpointer import Buffers, Checkpointer, Files
 from cluster.storage import open_storage
 from cluster.store import Receipt, Store
 from trainer.learn.state import TrainState, weights_sha256
@@ -40,7 +37,7 @@ from trainer.learn.state import TrainState, weights_sha256
 GOAL = 0.1
 LENGTHENING_GOAL = 0.02
 EPOCH_STEPS = 500
-WITHOUT, GIVING_WAY, AS_URGENT = "no checkpoint", "threads give way", "threads as urgent as the steps"
+WITHOUT, AFTER = "no checkpoint", "a checkpoint"
 
 
 def main() -> None:
@@ -142,7 +139,7 @@ def measure(folder: Path, *, rounds: int) -> dict[str, Any]:
 
 
 def lengthening(model: nn.Module, folder: Path, *, turns: int, steps: int) -> dict[str, Any]:
-    """What steps take more while a checkpoint is written, by whether its threads give way; the second half of the module's docstring."""
+    """What steps take more while a checkpoint is written; the second half of the module's docstring."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     step(model, optimizer)
     state, store = TrainState(model, optimizer), Store.open(open_storage(folder), "run")
@@ -152,22 +149,21 @@ def lengthening(model: nn.Module, folder: Path, *, turns: int, steps: int) -> di
         stage=lambda number, name, buffers: store.stage(number, generation, name, buffers, attempt=1),
         ack=lambda number, receipts, meta: staged.set(),
     )
-    taken: dict[str, list[tuple[float, int]]] = {WITHOUT: [], GIVING_WAY: [], AS_URGENT: []}
+    taken: dict[str, list[tuple[float, int]]] = {WITHOUT: [], AFTER: []}
     for number, (turn, name) in enumerate(interleave(list(taken), turns + 1), start=1):
         for _ in range(3):
             step(model, optimizer)
         staged.clear()
-        with patch.object(checkpointing, "give_way", give_way if name == GIVING_WAY else lambda: None):
-            if name == WITHOUT:
-                staged.set()
-            else:
-                checkpointer.save(number, lambda: files_of(state), {})
-            done, begin = 0, time.perf_counter()
-            while done < steps or not staged.is_set():
-                step(model, optimizer)
-                done += 1
-            seconds = time.perf_counter() - begin
-            checkpointer.wait()
+        if name == WITHOUT:
+            staged.set()
+        else:
+            checkpointer.save(number, lambda: files_of(state), {})
+        done, begin = 0, time.perf_counter()
+        while done < steps or not staged.is_set():
+            step(model, optimizer)
+            done += 1
+        seconds = time.perf_counter() - begin
+        checkpointer.wait()
         if turn:  # the first one allocates the buffers
             taken[name].append((seconds, done))
         store.prune(2, generation)
@@ -179,7 +175,7 @@ def lengthened(taken: Mapping[str, Sequence[tuple[float, int]]]) -> dict[str, An
     """From (seconds, steps) of each turn and case: the extra seconds, turn by turn, and their share of an epoch with one checkpoint."""
     step_seconds = [seconds / steps for seconds, steps in taken[WITHOUT]]
     rows = {}
-    for name in (GIVING_WAY, AS_URGENT):
+    for name in (AFTER,):
         extra = [seconds - steps * alone for (seconds, steps), alone in zip(taken[name], step_seconds, strict=True)]
         shares = [more / (EPOCH_STEPS * alone) for more, alone in zip(extra, step_seconds, strict=True)]
         rows[name] = {
@@ -187,7 +183,7 @@ def lengthened(taken: Mapping[str, Sequence[tuple[float, int]]]) -> dict[str, An
             "share_of_an_epoch": median_interval(shares),
             "steps_watched": spread([steps for _, steps in taken[name]]),
         }
-    share = rows[GIVING_WAY]["share_of_an_epoch"]
+    share = rows[AFTER]["share_of_an_epoch"]
     claim = f"share of an epoch of {EPOCH_STEPS} steps by which a checkpoint's writing lengthens the steps"
     return {
         "lengthening": rows,

@@ -10,12 +10,8 @@ storage, it spills that one at once. The rules:
   - While any checkpoint is spilled, every later one is spilled behind it. They are uploaded and acknowledged one after the other.
   - Two are kept. A third one drops the oldest that is not being uploaded, and reports it: a newer complete checkpoint replaces it.
 So no checkpoint is acknowledged before an older one that will still be acknowledged, and the newest is never dropped.
-
-All threads here run at a lower priority than the steps (`give_way`): where all cores are at work, writing takes time from the steps.
 """
 
-import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -39,19 +35,6 @@ REFUSED_PAUSE_SECONDS = 5.0
 STALL_SECONDS = 20.0
 """After this time a local disk that is to take one file counts as stalled, if the next checkpoint waits for it."""
 _CLOSE_SECONDS = 5.0
-NICENESS = 10
-"""How much nicer these threads are than their process: 110 shares of a core to 1,024 of each thread that does steps (sched(7))."""
-_NICEST = 19
-
-
-def give_way() -> None:
-    """Make the calling thread nicer than its process by NICENESS. On Linux each thread has a nice value of its own, and hands it down to
-    the threads that it starts."""
-    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    wanted = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, _NICEST)  # the process's id is its main thread's
-    if wanted > own:  # the other way would take a privilege
-        with contextlib.suppress(PermissionError):  # a sandbox that forbids even this: it costs time, and no checkpoint may fail for it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), wanted)
 
 
 class _SpillQueue:
@@ -170,7 +153,6 @@ class _Staging:
 
         def run() -> None:
             try:
-                give_way()
                 outcome.set_result(self._stage(step, name, buffers))
             except BaseException as error:
                 outcome.set_exception(error)
@@ -316,7 +298,6 @@ class Checkpointer:
 
     def _write(self, step: int, files: Files, meta: dict[str, Any]) -> None:
         try:
-            give_way()
             begin = time.perf_counter()
             spilled: Spilled | None = None
             receipts: list[Receipt] = []
@@ -392,7 +373,6 @@ class Checkpointer:
 
     def _upload_all(self) -> None:
         try:
-            give_way()
             while (spilled := self._next()) is not None:
                 begin = time.perf_counter()
                 try:

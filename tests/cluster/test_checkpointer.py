@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.beat import EXCHANGE, STORAGE
-from cluster.checkpointer import NICENESS, STALL_SECONDS, Buffers, Checkpointer, Files, give_way
+from cluster.checkpointer import STALL_SECONDS, Buffers, Checkpointer, Files
 from cluster.owned_folder import LOCK_FILE
 from cluster.spill import Spill, is_another_disk
 from cluster.storage import StorageOutage, StorageRefused, open_storage
@@ -418,47 +418,6 @@ def test_a_local_disk_that_stalls_does_not_hold_up_the_steps_where_there_is_anot
     assert recorder.acked_steps == sorted(recorder.acked_steps)
     checkpointer.close()
     assert os.listdir(tmp_path) == []
-
-
-def niceness() -> int:
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-
-@pytest.mark.parametrize("may_stall", [True, False])
-def test_threads_that_write_and_upload_give_way_to_the_steps(tmp_path: Path, may_stall: bool) -> None:
-    own = niceness()
-    recorder, nice = Recorder(), []
-    recorder.error = StorageOutage("down")
-
-    def stage(step: int, name: str, buffers: Buffers) -> Receipt:
-        nice.append(niceness())
-        if len(nice) == 4:  # the first is the checkpoint's own, the others are the upload's
-            recorder.error = None
-        return recorder.stage(step, name, buffers)
-
-    recorder.stage_now = stage
-    checkpointer = recorder.checkpointer(spill_in(tmp_path), may_stall=may_stall)
-    checkpointer.save(1, lambda: snapshot_of(bytearray(b"1")), {})
-    checkpointer.wait()
-    checkpointer.close()
-    assert recorder.acked_steps == [1]
-    assert len(nice) >= 4
-    assert set(nice) == {min(own + NICENESS, 19)}
-    assert niceness() == own, "the steps' thread keeps its priority"
-
-
-def test_a_thread_that_is_nicer_already_is_left_as_it_is() -> None:
-    found = []
-
-    def thread() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        give_way()
-        found.append(niceness())
-
-    other = threading.Thread(target=thread)
-    other.start()
-    other.join()
-    assert found == [19]
 
 
 @pytest.mark.parametrize("is_remote", [True, False])
