@@ -34,6 +34,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/rates.md",
         "docs/curve.md",
         "docs/report.md",
+        "docs/export.md",
         "docs/confidence.md",
         "docs/terminal.md",
         "docs/streaming.md",

@@ -157,6 +157,12 @@ def _report(argv: list[str]) -> int:
     return main(argv)
 
 
+def _export(argv: list[str]) -> int:
+    from trainer.formats.__main__ import main
+
+    return main(argv)
+
+
 def _push(argv: list[str]) -> int:
     from trainer.push import main
 
@@ -215,6 +221,7 @@ _COMMANDS = {
         Command(name="evaluate", takes="RUN", about="measure it again, or on other data", main=_evaluate),
         Command(name="watch", takes="[RUN]", about="follow a run", main=_watch),
         Command(name="report", takes="RUN", about="write a run's page; --compare RUN RUN", main=_report),
+        Command(name="export", takes="RUN [--to FORMAT]", about="write its model as ONNX and others, and compare", main=_export),
         Command(name="push", takes="RUN OWNER/NAME", about="upload its model to a Hugging Face hub", main=_push),
         Command(name="runs", takes="[PATTERN]", about="list all runs", main=_runs),
         Command(name="convert", takes="SOURCE DEST", about="convert images once, ahead of runs", main=_convert, outlives_output=True),

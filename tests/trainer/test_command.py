@@ -28,6 +28,7 @@ COMMANDS = (
     "evaluate",
     "watch",
     "report",
+    "export",
     "push",
     "runs",
     "convert",

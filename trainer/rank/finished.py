@@ -1,5 +1,5 @@
 """Evaluates a finished run's model outside the run, on the run's own data or on other data with the same targets. `trainer.evaluate` calls
-it and prints the result.
+it and prints the result; trainer.formats opens model and data by it.
 
 It uses the run's own evaluation (trainer.rank.evaluation), with the same batches and precision.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cluster.machine import available_memory_bytes
+from dataio.batch import Targets
 from dataio.config import DataConfig
 from dataio.convert import Prepared, Progress, already_prepared, prepared
 from dataio.loader import Loader
@@ -24,7 +25,7 @@ from dataio.quarantine import BadSample, Quarantine
 from dataio.reading import Repeats, described, warnings
 from dataio.remote import is_uri
 from dataio.selection import selected
-from trainer.export.model_folder import load_export
+from trainer.export.model_folder import Exported, load_export
 from trainer.rank.calibrating import calibration_record, measured_record
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
@@ -86,15 +87,31 @@ class Evaluated:
         }
 
 
-def evaluate_finished(
-    folder: RunFolder, changes: Mapping[str, Any], *, split: str, device: torch.device, predictions: str = ""
-) -> Evaluated:
-    """Load the run's model and evaluate it. ValueError if model, data and run do not fit together.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A finished run's model with the data to evaluate it on, ready to read."""
 
-    `changes` are data settings that differ from the run's. `split` may be `auto`: of the run's own data the test split, of others what is
-    not there to be trained on, or all of them if they have no splits. `predictions` is a file to write each sample's prediction to. Its
-    labels are indices of the model's outputs, whatever the order of the data set's classes."""
-    begin = time.perf_counter()
+    config: RunConfig
+    summary: Mapping[str, Any]
+    exported: Exported
+    data: DataConfig
+    dataset: Dataset
+    split: str
+    is_all: bool
+    """The data have no splits, and all of them are evaluated."""
+    count: int
+    """Samples of the split."""
+    loader: Loader
+    as_learned: Callable[[Targets], Targets]
+    """Converts the data set's targets to those that the model was trained on."""
+    quarantine: Quarantine
+    device: torch.device
+    threads: int
+
+
+def open_finished(folder: RunFolder, changes: Mapping[str, Any], *, split: str, device: torch.device) -> Opened:
+    """Load the run's model and open the data. ValueError if model, data and run do not fit together. The arguments are those of
+    `evaluate_finished`."""
     config, summary = _config(folder), _summary(folder)
     exported = load_export(model_of(folder), device, channels_last=config.train.channels_last == "on")
     data = replace(config.data, **changes)
@@ -109,11 +126,38 @@ def evaluate_finished(
     make_repeatable(threads)
     count = manifest.splits[split].count
     quarantine = Quarantine(data.max_bad_fraction, count)
-    task = exported.task
+    return Opened(
+        config=config,
+        summary=summary,
+        exported=exported,
+        data=data,
+        dataset=dataset,
+        split=split,
+        is_all=is_all,
+        count=count,
+        loader=_loader(dataset, data, device, threads, quarantine),
+        as_learned=as_learned,
+        quarantine=quarantine,
+        device=device,
+        threads=threads,
+    )
+
+
+def evaluate_finished(
+    folder: RunFolder, changes: Mapping[str, Any], *, split: str, device: torch.device, predictions: str = ""
+) -> Evaluated:
+    """Load the run's model and evaluate it. ValueError if model, data and run do not fit together.
+
+    `changes` are data settings that differ from the run's. `split` may be `auto`: of the run's own data the test split, of others what is
+    not there to be trained on, or all of them if they have no splits. `predictions` is a file to write each sample's prediction to. Its
+    labels are indices of the model's outputs, whatever the order of the data set's classes."""
+    begin = time.perf_counter()
+    opened = open_finished(folder, changes, split=split, device=device)
+    config, summary, exported, split = opened.config, opened.summary, opened.exported, opened.split
+    manifest, task = opened.dataset.manifest, opened.exported.task
     evaluation = task.evaluation(device)
     log = PredictionLog(task.columns, rows_to_keep(task.columns), device) if predictions else None
-    scores = ScoreLog(task, count, device)
-    loader = _loader(dataset, data, device, threads, quarantine)
+    scores = ScoreLog(task, opened.count, device)
     # Use the shares that the run's ranks had: the last bits of a sample's outputs may depend on the batch that it is in.
     ranks = int(summary.get("workers") or 1)
     for rank in range(ranks):
@@ -122,30 +166,30 @@ def evaluate_finished(
             evaluation,
             exported.model,
             exported.preprocess,
-            loader,
+            opened.loader,
             split=split,
-            share=share_of(count, rank, ranks),
+            share=share_of(opened.count, rank, ranks),
             precision=config.train.precision,
-            as_learned=as_learned,
+            as_learned=opened.as_learned,
             log=log,
             scores=scores,
         )
     result = evaluation.result()
     if log is not None and (rows := log.gathered(0, 1)) is not None:
         about = About(step=int(summary.get("steps") or 0), split=split, dataset_fingerprint=manifest.fingerprint, count=result.count)
-        Path(predictions).write_bytes(named(rows, dataset.split(split), about).to_parquet())
+        Path(predictions).write_bytes(named(rows, opened.dataset.split(split), about).to_parquet())
     is_runs_own = split == "test" and summary.get("dataset_fingerprint") == manifest.fingerprint
     return Evaluated(
         run=folder.name,
-        data=data.path,
-        about_data=tuple(_about(config.data, data, dataset, split)),
-        split="all" if is_all else split,
+        data=opened.data.path,
+        about_data=tuple(_about(config.data, opened.data, opened.dataset, split)),
+        split="all" if opened.is_all else split,
         dataset_fingerprint=manifest.fingerprint,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         precision=config.train.precision,
         task=task,
         result=result,
-        quarantined=quarantine.records,
+        quarantined=opened.quarantine.records,
         recorded=summary.get(task.info.headline.key) if is_runs_own else None,
         calibration=_calibration(scores, exported.temperatures, is_fitted_here=is_runs_own),
         seconds=time.perf_counter() - begin,

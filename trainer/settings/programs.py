@@ -8,7 +8,7 @@ import os
 import sys
 
 FINETUNE = "finetune"
-_MODULES = {"convert": "dataio.convert", "find-rate": "trainer.find_rate", "watch": "trainer.runs watch"}
+_MODULES = {"convert": "dataio.convert", "export": "trainer.formats", "find-rate": "trainer.find_rate", "watch": "trainer.runs watch"}
 _STARTED_AS = (FINETUNE, "command.py")  # the installed script, and `python -m trainer.command`
 
 
