@@ -75,6 +75,15 @@ class Prediction:
     explanation: str = ""
     """The file that shows where the answer comes from, if that was asked for."""
 
+    def to_json(self) -> dict[str, Any]:
+        """A line of `--json`."""
+        found: dict[str, Any] = {"image": self.image, **({"error": self.error} if self.error else self.answer)}
+        if self.is_unlike is not None:
+            found["unlike_training"] = self.is_unlike
+        if self.explanation:
+            found["explanation"] = self.explanation
+        return found
+
 
 class Predictor:
     """Holds the model of a model folder on its device and predicts batches of image files."""
@@ -208,12 +217,7 @@ def image_paths(arguments: Sequence[str]) -> Iterator[str]:
 
 def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
     if as_json:
-        result = {"error": prediction.error} if prediction.error else prediction.answer
-        if prediction.is_unlike is not None:
-            result = {**result, "unlike_training": prediction.is_unlike}
-        if prediction.explanation:
-            result = {**result, "explanation": prediction.explanation}
-        say_json({"image": prediction.image, **result})
+        say_json(prediction.to_json())
     elif prediction.error:
         complain(f"{shown(prediction.image, LONGEST_PATH)}: {shown(prediction.error)}")
     else:

@@ -22,15 +22,17 @@ from dataio.config import DataConfig
 from dataio.loader import Loader
 from dataio.order import Order
 from dataio.parquet import open_dataset
+from dataio.schema import Target
 from tests.trainer.small_run import train
 from tests.trainer.test_evaluate import BASE, SAMPLE
 from trainer.export.model_folder import Exported, load_export
 from trainer.formats import manifest, quantise
 from trainer.formats.__main__ import main
-from trainer.formats.check import decisions
+from trainer.formats.check import decisions, is_decision
 from trainer.formats.library import make_weights
 from trainer.runs.model_files import find_model
-from trainer.settings.tree import ModelConfig
+from trainer.settings.tree import ModelConfig, TaskConfig
+from trainer.tasks.make import make_task
 
 pytest.importorskip("onnxruntime")
 
@@ -276,6 +278,28 @@ def test_an_unfinished_run_has_nothing_to_export(runs: Path, tmp_path: Path, cap
     with pytest.raises(SystemExit):
         main([str(tmp_path / "begun")])
     assert "a run exports its model when it finishes; let it finish first" in capsys.readouterr().err
+
+
+def test_each_output_of_several_targets_is_told() -> None:
+    targets = (
+        Target(name="animal", kind="label", classes=("ant", "bee", "cat")),
+        Target(name="seen", kind="labels", classes=("wing", "tail")),
+        Target(name="age", kind="number", mean=4.0, std=2.0),
+    )
+    task = make_task(TaskConfig(), targets)
+    told = manifest.targets_of(task, task.outputs)
+    assert [each["outputs"] for each in told] == [[0, 3], [3, 5], [5, 6]]
+    assert (told[2]["mean"], told[2]["std"], told[2]["formula"]) == (4.0, 2.0, "output * std + mean")
+    assert "outputs" not in manifest.targets_of(task, 9)[0]  # a task that has more outputs than its targets
+
+
+def test_an_answer_is_compared_without_its_probabilities_and_a_number_not_at_all() -> None:
+    classes = make_task(TaskConfig(), (Target(name="animal", kind="label", classes=("ant", "bee", "cat")),))
+    one, near, other = decisions(classes, torch.tensor([[3.0, 1, 0], [2.9, 1, 0.1], [0, 1, 0]]))
+    assert one == near != other
+    assert is_decision(one)
+    age = make_task(TaskConfig(), (Target(name="age", kind="number", mean=4.0, std=2.0),))
+    assert not any(map(is_decision, decisions(age, torch.tensor([[0.5], [7.0]]))))
 
 
 def test_images_to_calibrate_by_are_spread_over_the_data() -> None:

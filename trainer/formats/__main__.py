@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from typing import Annotated
 
 import torch
@@ -132,41 +133,25 @@ def _place(run: RunFolder, out: str) -> tuple[Storage, str]:
 
 
 def _jobs(arguments: Arguments, run: RunFolder, opened: Opened) -> Iterator[_Job]:
-    inside, exported, threads = arguments.preprocessing, opened.exported, opened.threads
+    inside, exported = arguments.preprocessing, opened.exported
     for each in dict.fromkeys(arguments.to):
         match each:
             case "onnx":
-                made = _Once(lambda: make_onnx(exported, is_prepared_inside=inside, threads=threads))
-                yield _Job(name="onnx", make=made, is_exact=True)
+                graph = cache(partial(make_onnx, exported, is_prepared_inside=inside, threads=opened.threads))  # int8 is made of it too
+                yield _Job(name="onnx", make=graph, is_exact=True)
                 if arguments.int8:
-                    yield _Job(
-                        name=INT8,
-                        make=lambda made=made: quantise.quantised(  # type: ignore[misc]
-                            made(),
-                            exported,
-                            list(_calibration(arguments, opened)),
-                            is_prepared_inside=inside,
-                            threads=threads,
-                        ),
-                        is_exact=False,
-                    )
+                    yield _Job(name=INT8, make=partial(_quantised, graph, arguments, opened), is_exact=False)
             case "torch":
-                yield _Job(name="torch", make=lambda: make_program(exported, is_prepared_inside=inside), is_exact=True)
+                yield _Job(name="torch", make=partial(make_program, exported, is_prepared_inside=inside), is_exact=True)
             case "safetensors":
                 config = ModelConfig(**described(model_of(run))["model"])
-                yield _Job(name="safetensors", make=lambda config=config: make_weights(exported, config), is_exact=True)  # type: ignore[misc]
+                yield _Job(name="safetensors", make=partial(make_weights, exported, config), is_exact=True)
 
 
-class _Once:
-    """A graph that two formats are made of is made once."""
-
-    def __init__(self, make: Callable[[], Made]) -> None:
-        self._make, self._made = make, None
-
-    def __call__(self) -> Made:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+def _quantised(graph: Callable[[], Made], arguments: Arguments, opened: Opened) -> Made:
+    images = list(_calibration(arguments, opened))
+    inside = arguments.preprocessing
+    return quantise.quantised(graph(), opened.exported, images, is_prepared_inside=inside, threads=opened.threads)
 
 
 def _calibration(arguments: Arguments, opened: Opened) -> Iterator[Tensor]:
@@ -212,8 +197,9 @@ def refusal(job: _Job, compared: Compared, arguments: Arguments, opened: Opened)
         if compared.largest_difference <= arguments.max_difference:
             return ""
         return (
-            f"outputs differ by {compared.largest_difference:.2g} of the largest output, and {compared.changed} of {compared.images} "
-            f"answers with them; --max-difference allows {arguments.max_difference:g}"
+            f"outputs differ by {compared.largest_difference:.2g} of the largest output"
+            + ("" if compared.changed is None else f", and {compared.changed} of {compared.images} answers with them")
+            + f"; --max-difference allows {arguments.max_difference:g}"
         )
     own, theirs = compared.own.measures[headline.name], compared.result.measures[headline.name]
     lost = (own - theirs) * (1 if headline.higher_is_better else -1)

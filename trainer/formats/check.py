@@ -28,9 +28,9 @@ class Compared:
     images: int
     largest_difference: float
     """Of an output from the float32 model's, as a fraction of the largest output."""
-    changed: int
-    """Images whose answer is not the float32 model's."""
-    changed_from_run: int
+    changed: int | None
+    """Images whose answer is not the float32 model's; None where an answer is a number, and nothing but the outputs can be compared."""
+    changed_from_run: int | None
     """Images whose answer is not the model's in the run's own precision."""
     precision: str
     result: Result
@@ -62,6 +62,7 @@ def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callab
     scale = torch.zeros(())
     changed = changed_from_run = done = 0
     only_theirs = only_own = known = 0
+    decides = False
     precision = opened.config.train.precision
     with evaluating(exported.model):
         for batch in opened.loader.evaluate(opened.split, range(opened.count), batch_size=EVALUATION_BATCH):
@@ -78,6 +79,7 @@ def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callab
             difference = (given - expected).abs().nan_to_num(torch.inf)
             largest, scale = torch.maximum(largest, difference.max()), torch.maximum(scale, expected.abs().max())
             said = decisions(task, given)
+            decides = decides or any(map(is_decision, said))
             changed += sum(one != other for one, other in zip(said, decisions(task, expected), strict=True))
             changed_from_run += sum(one != other for one, other in zip(said, decisions(task, as_run), strict=True))
             if (right := right_of(task, given, targets)) is not None and (right_own := right_of(task, expected, targets)) is not None:
@@ -90,8 +92,8 @@ def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callab
         split=opened.split,
         images=done,
         largest_difference=float(largest / scale) if float(scale) else float(largest),
-        changed=changed,
-        changed_from_run=changed_from_run,
+        changed=changed if decides else None,
+        changed_from_run=changed_from_run if decides else None,
         precision=precision,
         result=theirs.result(),
         own=own.result(),
@@ -102,6 +104,16 @@ def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callab
 def decisions(task: Task, outputs: Tensor) -> Sequence[Any]:
     """The answers without their probabilities: what somebody acts on."""
     return [_without_numbers(answer) for answer in task.answers(outputs, top=1)]
+
+
+def is_decision(said: Any) -> bool:
+    """Whether anything but a number was said."""
+    match said:
+        case Mapping():
+            return any(map(is_decision, said.values()))
+        case list():
+            return any(map(is_decision, said))
+    return said is not None
 
 
 def _without_numbers(value: Any) -> Any:

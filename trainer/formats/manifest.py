@@ -11,11 +11,12 @@ from typing import Any
 
 from cluster.storage import Storage, join_uri
 from cluster.text import json_line
-from trainer.export.model_folder import Exported, output_names
+from trainer.export.model_folder import Exported, output_names, outputs_of
 from trainer.formats.check import Compared
 from trainer.formats.made import BATCH, OUTPUT, Made
 from trainer.settings.units import number, percent, size
 from trainer.tasks.info import Measure
+from trainer.tasks.task import Task
 
 MANIFEST_FILE, CARD_FILE = "manifest.json", "README.md"
 FORMAT_VERSION = 1
@@ -25,7 +26,6 @@ _PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxruntime", "onnxscript"
 def manifest_of(made: Made, compared: Compared, exported: Exported, *, run: str, model_sha256: str, outputs: int) -> dict[str, Any]:
     """The content of manifest.json."""
     headline = exported.task.info.headline
-    targets = [{"name": target.name, "kind": target.kind, "classes": list(target.classes)} for target in exported.task.targets]
     names = output_names(exported.task)
     return {
         "manifest_version": FORMAT_VERSION,
@@ -36,12 +36,29 @@ def manifest_of(made: Made, compared: Compared, exported: Exported, *, run: str,
         "input": dict(made.takes),
         "output": {"name": OUTPUT, "shape": [BATCH, outputs], "type": "float32", "meaning": "before softmax or sigmoid"},
         **({"classes": names} if names is not None else {}),
-        "targets": targets,
+        "targets": targets_of(exported.task, outputs),
         "temperatures": {name: temperature.value for name, temperature in exported.temperatures.items()},
         **made.about,
         "compared": compared.to_json(headline.name),
         "versions": dict(_versions()),
     }
+
+
+def targets_of(task: Task, outputs: int) -> list[dict[str, Any]]:
+    """What each output means: of each target its outputs, as [first, after the last]; of a number also how it comes to its own unit. A task
+    of the user's own may have outputs that are no target's: then they are not told apart."""
+    counts = [len(target.classes) or 1 for target in task.targets]
+    is_known = sum(counts) == outputs
+    found, first = [], 0
+    for target, count in zip(task.targets, counts, strict=True):
+        told: dict[str, Any] = {"name": target.name, "kind": target.kind, "classes": list(target.classes)}
+        if is_known:
+            told["outputs"] = [first, first + count]
+        if target.kind == "number":
+            told |= {"mean": target.mean, "std": target.std or 1.0, "formula": "output * std + mean"}
+        found.append(told)
+        first += count
+    return found
 
 
 def write(storage: Storage, folder: str, made: Made, manifest: Mapping[str, Any], card: str) -> str:
@@ -84,12 +101,10 @@ def card_of(made: Made, compared: Compared, exported: Exported, *, run: str) -> 
 def in_words(compared: Compared, headline: Measure) -> Iterator[str]:
     """What a comparison found, in parts of a sentence."""
     unit = f"{number(compared.images)} images of the {compared.split} split"
-    yield (
-        f"all answers are the model's on {unit}"
-        if not compared.changed
-        else f"{number(compared.changed)} of the answers on {unit} are not the model's"
-    )
-    yield f"outputs differ by {compared.largest_difference:.2g} of the largest"
+    if compared.changed is not None:
+        same = f"all answers are the model's on {unit}"
+        yield f"{number(compared.changed)} of the answers on {unit} are not the model's" if compared.changed else same
+    yield f"outputs{'' if compared.changed is not None else f' on {unit}'} differ by {compared.largest_difference:.2g} of the largest"
     value, own = compared.result.measures[headline.name], compared.own.measures[headline.name]
     if headline.unit == "ratio":
         low, high = compared.drop or (0.0, 0.0)
@@ -115,10 +130,17 @@ def _input_in_words(takes: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _outputs(exported: Exported) -> Iterator[str]:
-    for target in exported.task.targets:
-        if target.classes:
-            names = json_line(list(target.classes)).replace("`", "\\u0060")
-            yield from ("```json", names, "```", "")
+    for target in targets_of(exported.task, outputs_of(exported.task)):
+        named = target["name"].replace("`", "'")
+        first, after = target.get("outputs", (0, 0))
+        where = f", outputs {first} to {after - 1}" if after else ""
+        if target["classes"]:
+            what = "labels (a sigmoid each)" if target["kind"] == "labels" else "classes (a softmax over all)"
+            # Names come from the data. As JSON in a code block, with the closing character escaped, they stay plain text.
+            names = json_line(target["classes"]).replace("`", "\\u0060")
+            yield from (f"`{named}`{where}: {what}", "", "```json", names, "```", "")
+        else:
+            yield from (f"`{named}`{where}: a number, output * {target['std']:g} + {target['mean']:g}", "")
     for name, temperature in exported.temperatures.items():
         of = f" of `{name.replace('`', chr(39))}`" if len(exported.temperatures) > 1 else ""
         yield f"Divide the outputs{of} by {temperature.value:g} before the softmax or sigmoid, for probabilities that can be believed."
