@@ -18,18 +18,17 @@ import torch
 from PIL import Image
 
 from cluster.storage import open_storage
-from dataio.config import DataConfig
-from dataio.loader import Loader
-from dataio.order import Order
-from dataio.parquet import open_dataset
 from dataio.schema import Target
 from tests.trainer.small_run import train
-from tests.trainer.test_evaluate import BASE, SAMPLE
+from tests.trainer.test_evaluate import BASE
 from trainer.export.model_folder import Exported, load_export
 from trainer.formats import manifest, quantise
 from trainer.formats.__main__ import main
 from trainer.formats.check import decisions, is_decision
 from trainer.formats.library import make_weights
+from trainer.formats.traced import traced
+from trainer.rank.finished import open_finished
+from trainer.runs.folder import find_run
 from trainer.runs.model_files import find_model
 from trainer.settings.tree import ModelConfig, TaskConfig
 from trainer.tasks.make import make_task
@@ -61,13 +60,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def images() -> np.ndarray:
+def images(runs: Path) -> np.ndarray:
     """(32, 3, 28, 28) uint8 test images, decoded as the run decodes them."""
-    dataset = open_dataset(SAMPLE)
-    order = Order(seed=0, fingerprint=dataset.manifest.fingerprint, count=1, batch_size=1, virtual_ranks=1)
-    config = DataConfig(path=str(SAMPLE))
-    loader = Loader(dataset, config, order=order, virtual_ranks=range(1), device=torch.device("cpu"), seed=0, on_bad=lambda bad: None)
-    (batch,) = loader.evaluate("test", range(32), batch_size=32)
+    opened = open_finished(find_run(str(runs / "plain")), {}, split="test", device=torch.device("cpu"))
+    (batch,) = opened.loader.evaluate("test", range(32), batch_size=32)
     return batch.samples.contiguous().numpy()
 
 
@@ -144,6 +140,28 @@ def test_the_graph_resizes_as_the_model_does(format: str, runs: Path, images: np
     for count in (1, 7, 32):  # the batch is free
         found = torch.from_numpy(elsewhere(tmp_path / format, images[:count]))
         assert float((found - own[:count]).abs().max()) <= 1e-4 * float(own.abs().max())
+
+
+class OneBatch(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.reshape(2, -1)
+
+
+class TwoInputs(torch.nn.Module):
+    def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        return images * sizes
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (OneBatch(), r"torch.export cannot trace the network \(.*\); export its weights: --to safetensors"),
+        (TwoInputs(), "the network's forward takes images, sizes; only one of a single input can be exported"),
+    ],
+)
+def test_a_network_of_one_batch_or_of_two_inputs_is_refused(network: torch.nn.Module, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        traced(network, torch.zeros(2, 3, 4, 4))
 
 
 def test_int8_keeps_the_accuracy_and_is_smaller(runs: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.export.model_folder import Exported
 from trainer.models.stem import enlarging_of
+from trainer.models.vision import Preprocess
 
 Format = Literal["onnx", "torch", "safetensors"]
 FORMATS: tuple[Format, ...] = ("onnx", "torch", "safetensors")
@@ -63,6 +64,7 @@ def takes_of(exported: Exported, example: Tensor, *, is_prepared_inside: bool) -
     height, width = exported.image_size
     _, _, sees_height, sees_width = example.shape
     preprocess = exported.preprocess
+    assert isinstance(preprocess, Preprocess)
     mean, std = (buffer.flatten().tolist() for buffer in (preprocess.mean, preprocess.std))
     decoded = {
         "decoded_to": [height, width],

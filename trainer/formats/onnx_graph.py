@@ -4,7 +4,6 @@ torch.export traces the network and its exporter writes the graph, with a free b
 to be written, on a CPU, and it is that session which is checked.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from trainer.export.model_folder import Exported
-from trainer.formats.made import BATCH, INPUT, MOST_IN_A_BATCH, OUTPUT, Made, graph_of, takes_of
+from trainer.formats.made import INPUT, OUTPUT, Made, graph_of, takes_of
 from trainer.formats.quiet import quietly
+from trainer.formats.traced import first_line, traced
 
 ONNX_FILE = "model.onnx"
 OPSET = 20
@@ -26,27 +26,20 @@ def make_onnx(exported: Exported, *, is_prepared_inside: bool, threads: int) -> 
     """ValueError if the network cannot be written as ONNX."""
     require_onnx()
     graph, example = graph_of(exported, is_prepared_inside=is_prepared_inside)
-    batch = torch.export.Dim(BATCH, min=1, max=MOST_IN_A_BATCH)
-    (name,) = parameter_names(graph)
+    program = traced(graph, example)
     try:
-        with quietly(), torch.inference_mode():
-            program = torch.onnx.export(
-                graph,
-                (example,),
-                dynamo=True,
-                dynamic_shapes={name: {0: batch}},
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                opset_version=OPSET,
-                verbose=False,
-            )
-        assert program is not None
-        data = program.model_proto.SerializeToString()
-    except Exception as error:
+        with quietly():
+            written = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], opset_version=OPSET, verbose=False)
+        assert written is not None
+        proto = written.model_proto
+        data = proto.SerializeToString()
+    except Exception as error:  # of many kinds, which the exporter does not name
         raise ValueError(
-            f"{first_line(error)}: the network cannot be written as ONNX; export it for PyTorch (--to torch), or its weights "
+            f"the network cannot be written as ONNX ({first_line(error)}); export it for PyTorch (--to torch), or its weights "
             "(--to safetensors)"
         ) from error
+    if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise ValueError("the ONNX graph takes batches of one size alone; export the network for PyTorch: --to torch")
     if len(data) > LARGEST_BYTES:
         raise ValueError(f"the model takes {len(data):,} bytes, and one ONNX file holds at most {LARGEST_BYTES:,}; use --to torch")
     return made_of_onnx(data, exported, example=example, is_prepared_inside=is_prepared_inside, threads=threads)
@@ -91,28 +84,9 @@ def run(session: Any, images: Tensor) -> Tensor:
     return torch.from_numpy(found)
 
 
-def parameter_names(graph: torch.nn.Module) -> Sequence[str]:
-    """The names of what `forward` takes, which torch.export wants for its dynamic shapes. ValueError for more than one."""
-    import inspect
-
-    names = [
-        name
-        for name, parameter in inspect.signature(graph.forward).parameters.items()
-        if parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    ]
-    if len(names) != 1:
-        raise ValueError(f"the network's forward takes {', '.join(names) or 'nothing'}; only one of a single input can be exported")
-    return names
-
-
 def require_onnx() -> None:
     """ValueError if a package of the extra is missing."""
     from importlib.util import find_spec
 
     if any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
         raise ValueError(NEEDS)
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

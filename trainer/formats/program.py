@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from trainer.export.model_folder import Exported
-from trainer.formats.made import BATCH, MOST_IN_A_BATCH, Made, graph_of, takes_of
-from trainer.formats.onnx_graph import first_line, parameter_names
+from trainer.formats.made import Made, graph_of, takes_of
 from trainer.formats.quiet import quietly
+from trainer.formats.traced import traced
 
 PROGRAM_FILE = "model.pt2"
 
@@ -18,16 +18,12 @@ PROGRAM_FILE = "model.pt2"
 def make_program(exported: Exported, *, is_prepared_inside: bool) -> Made:
     """ValueError if torch.export cannot trace the network."""
     graph, example = graph_of(exported, is_prepared_inside=is_prepared_inside)
-    (name,) = parameter_names(graph)
-    batch = torch.export.Dim(BATCH, min=1, max=MOST_IN_A_BATCH)
+    program = traced(graph, example)
     buffer = io.BytesIO()
-    try:
-        with quietly(), torch.no_grad():
-            torch.export.save(torch.export.export(graph, (example,), dynamic_shapes={name: {0: batch}}), buffer)
-            buffer.seek(0)
-            opened = torch.export.load(buffer).module()
-    except Exception as error:
-        raise ValueError(f"{first_line(error)}: torch.export cannot trace the network; export its weights (--to safetensors)") from error
+    with quietly():
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        opened = torch.export.load(buffer).module()
 
     def ask(images: Tensor) -> Tensor:
         outputs: Tensor = opened(images if is_prepared_inside else exported.preprocess(images))

@@ -25,8 +25,9 @@ from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import images_below
 from trainer.export.model_folder import Exported
 from trainer.formats.made import INPUT, Made, graph_of
-from trainer.formats.onnx_graph import ONNX_FILE, first_line, made_of_onnx
+from trainer.formats.onnx_graph import ONNX_FILE, made_of_onnx
 from trainer.formats.quiet import quietly
+from trainer.formats.traced import first_line
 
 IMAGES = 256
 """To calibrate by. The scales are the extremes seen, which more images barely move."""
