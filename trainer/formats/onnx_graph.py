@@ -19,7 +19,7 @@ ONNX_FILE = "model.onnx"
 OPSET = 20
 LARGEST_BYTES = 2_000_000_000
 """Of a model in one file: protobuf, in which ONNX is written, ends at 2 GiB."""
-NEEDS = 'ONNX needs the packages onnx, onnxscript and onnxruntime; install the extra: pip install "ray-finetune[onnx]"'
+NEEDS = "ONNX needs three packages: pip install onnx onnxruntime onnxscript (extra `onnx`); --to torch and --to safetensors need none"
 
 
 def make_onnx(exported: Exported, *, is_prepared_inside: bool, threads: int) -> Made:
