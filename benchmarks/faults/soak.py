@@ -5,8 +5,8 @@
 The run is one process (local_ray.py): driver, coordinator, agents and two ranks together, so its memory is that of all of them. Every few
 steps rank 0 writes an event, as evaluations, bad samples and outages do, and each evaluation has the confusion matrix of `CLASSES` classes.
 Promised: the driver's loop never waits long, its requests per loop (it reads each event of the journal once) and the memory do not grow
-from the first quarter to the last, and no checkpoint is larger than its curves (4,000 rows at most), one confusion matrix and a line for each evaluation. Called by
-benchmarks.faults.
+from the first quarter to the last, and no checkpoint is larger than its curves (4,000 rows at most), one confusion matrix and a line for
+each evaluation. Called by benchmarks.faults.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ EVENT_EVERY, EVALUATION_EVERY, SAVE_EVERY = 5, 250, 250
 CLASSES = 100
 SAMPLE_SECONDS = 1.0
 ACCOUNT_SECONDS = 2.0
-"""How often the driver reads what is new in the journal: often enough that each quarter has many of these reads, whatever the machine's pace."""
+"""How often the driver reads what is new in the journal: often enough that each quarter has many of these reads, at any machine's pace."""
 MOST_LOOP_SECONDS = 5.0
 """The longest that the driver may look at nothing, in a quiet network."""
 MOST_GROWTH = 1.25
