@@ -2,6 +2,7 @@
 refused before anything is written."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -327,3 +328,14 @@ def test_images_to_calibrate_by_are_spread_over_the_data() -> None:
     steps = np.diff(found)
     assert set(steps.tolist()) == {234, 235}  # so of data that are stored by class, each has its share
     assert (found[0], found[-1]) == (117, 59_882)
+
+
+def test_without_the_extra_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "onnx" else find(name, package))
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path)])
+    assert stop.value.code == 2
+    assert "ONNX needs three packages: pip install onnx onnxruntime onnxscript (extra `onnx`)" in capsys.readouterr().err
