@@ -6,8 +6,10 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +36,8 @@ from trainer.runs.model_files import find_model
 from trainer.settings.tree import ModelConfig, TaskConfig
 from trainer.tasks.make import make_task
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime.quantization")
 
 NETWORKS = {
     "resized": ModelConfig(name="timm/test_efficientnet", weights="none", stem="native", image_size=40, interpolation="bicubic"),
@@ -339,3 +342,19 @@ def test_without_the_extra_it_says_what_to_install(
         main([str(tmp_path)])
     assert stop.value.code == 2
     assert "ONNX needs three packages: pip install onnx onnxruntime onnxscript (extra `onnx`)" in capsys.readouterr().err
+
+
+def test_a_signal_ends_it_with_a_line_and_leaves_no_folder(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*given: Any, **options: Any) -> None:
+        assert list((tmp_path / "tmp").iterdir())  # its folder is there
+        signal.raise_signal(signal.SIGTERM)
+
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(onnxruntime.quantization, "quantize_static", interrupted)
+    assert main([str(runs / "plain"), "--int8", "--out", str(tmp_path / "out")]) == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped; a format has its manifest.json, or it is not whole" in capfd.readouterr().err
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["onnx"]

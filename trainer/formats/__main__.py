@@ -5,6 +5,7 @@ a manifest that says what was compared.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from cluster.storage import Storage, open_storage
 from dataio.terminal import prepare_output
+from trainer.drive.signals import Phase, Signals, tell
 from trainer.export.model_folder import outputs_of
 from trainer.formats import quantise
 from trainer.formats.check import Compared, compare
 from trainer.formats.library import make_weights
 from trainer.formats.made import FORMATS, Format, Made
-from trainer.formats.manifest import card_of, in_words, manifest_of, write
+from trainer.formats.manifest import MANIFEST_FILE, card_of, in_words, manifest_of, write
 from trainer.formats.onnx_graph import make_onnx, require_onnx
 from trainer.formats.program import make_program
 from trainer.rank.finished import Opened, open_finished
@@ -57,7 +59,7 @@ class Arguments:
     to: tuple[Format, ...] = ("onnx",)
     """onnx: a graph for ONNX Runtime. torch: a program for PyTorch alone. safetensors: weights for timm or torchvision."""
     int8: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Also an ONNX graph with int8 weights and activations, at a quarter of the size."""
+    """Also an ONNX graph with int8 weights and activations, of little more than a quarter of the size."""
     preprocessing: tyro.conf.FlagCreatePairsOff[bool] = False
     """Resize and normalise inside the graph, which then takes decoded images as uint8 (onnx and torch)."""
     out: str = ""
@@ -87,24 +89,34 @@ class _Job:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 if all formats were written; 1 if one was refused or cannot be written. Exits with 2 (SystemExit) for wrong arguments or a run
-    whose model cannot be exported."""
+    """0 if all formats were written; 1 if one was refused or cannot be written, 128 + signal if one stopped it. Exits with 2 (SystemExit)
+    for wrong arguments or a run whose model cannot be exported."""
     arguments = tyro.cli(Arguments, prog=program("export"), args=argv)
-    try:
-        _check_arguments(arguments)
-        run = find_run(arguments.run, arguments.storage)
-        described(model_of(run))  # says first what is missing of an unfinished run
-        storage, base = _place(run, arguments.out)
-        changes = {name: value for name, value in asdict(arguments.data).items() if value}
-        opened = open_finished(run, changes, split="auto", device=torch.device("cpu"))
-        refused = 0
-        for job in _jobs(arguments, run, opened):
-            refused += not _export(job, arguments, run, opened, storage, f"{base}/{job.name}")
-    except ValueError as error:
-        fail(str(error))
-    except OSError as error:
-        complain(f"error: {error}")
-        return 1
+    signals = Signals()
+    with signals.heard():
+        signals.enter(Phase.PREPARING_DATA)  # a signal raises KeyboardInterrupt, so that no temporary folder stays
+        try:
+            return _carry_out(arguments)
+        except ValueError as error:
+            fail(str(error))
+        except OSError as error:
+            complain(f"error: {error}")
+            return 1
+        except KeyboardInterrupt:
+            tell(f"{signals.name or 'SIGINT'}: stopped; a format has its {MANIFEST_FILE}, or it is not whole")
+            return 128 + (signals.number or signal.SIGINT)
+
+
+def _carry_out(arguments: Arguments) -> int:
+    _check_arguments(arguments)
+    run = find_run(arguments.run, arguments.storage)
+    described(model_of(run))  # says first what is missing of an unfinished run
+    storage, base = _place(run, arguments.out)
+    changes = {name: value for name, value in asdict(arguments.data).items() if value}
+    opened = open_finished(run, changes, split="auto", device=torch.device("cpu"))
+    refused = 0
+    for job in _jobs(arguments, run, opened):
+        refused += not _export(job, arguments, run, opened, storage, f"{base}/{job.name}")
     return 1 if refused else 0
 
 
@@ -118,7 +130,7 @@ def _check_arguments(arguments: Arguments) -> None:
         if not 0 <= value < float("inf"):
             raise ValueError(f"--{name} {value} is a limit; give a number of 0 or more")
     if arguments.calibration_images < 1:
-        raise ValueError(f"--calibration-images {arguments.calibration_images}: scales come from images; use 1 or more (256 are enough)")
+        raise ValueError(f"--calibration-images {arguments.calibration_images}: scales come from images; use 1 or more")
     if arguments.calibration and not arguments.int8:
         raise ValueError(f"--calibration {arguments.calibration} is for --int8, which is not asked for; add it")
     if "onnx" in arguments.to:
@@ -155,7 +167,7 @@ def _quantised(graph: Callable[[], Made], arguments: Arguments, opened: Opened) 
 
 
 def _calibration(arguments: Arguments, opened: Opened) -> Iterator[Tensor]:
-    """Batches of (n, 3, H, W) uint8 to calibrate by. Images that cannot be read are left out."""
+    """Batches of (n, 3, H, W) uint8 to calibrate by. One that cannot be read is black."""
     if arguments.calibration:
         yield from quantise.images_of_folder(opened.exported, arguments.calibration, arguments.calibration_images)
         return

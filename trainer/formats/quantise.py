@@ -30,7 +30,7 @@ from trainer.formats.quiet import quietly
 from trainer.formats.traced import first_line
 
 IMAGES = 256
-"""To calibrate by. The scales are the extremes seen, which more images barely move."""
+"""To calibrate by. The scales are the extremes seen in them."""
 BATCH = 32
 _LEARNED = ("Conv", "Gemm", "MatMul")
 """Operations with weights. What lies between the input and the first of them is preparation, and stays exact."""
