@@ -1,0 +1,163 @@
+"""Opens an ONNX export that `finetune export` wrote: reads and checks its manifest, verifies the model by its SHA-256. Called by `app`,
+which looks at the manifest alone, by the command line, and by `predictor`, which opens the model.
+
+The folder may be anyone's: nothing is parsed that was not hashed, and no file outside of it is read.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import join_uri, open_storage
+from cluster.text import address, shown
+from dataio.foreign import json_of
+from dataio.schema import Target, fault_of_targets
+from trainer.formats.manifest import FORMAT_VERSION, MANIFEST_FILE
+from trainer.formats.onnx_graph import LARGEST_BYTES
+
+MOST_MANIFEST_BYTES = 64 << 20
+AGAIN = "export the run again (`finetune export RUN`)"
+_PUBLIC = ("of", "format", "file", "files", "input", "output", "classes", "targets", "temperatures", "compared")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """An export's manifest, checked."""
+
+    folder: str
+    """Where it lies, as the user may see it: without secrets."""
+    location: str
+    manifest: Mapping[str, Any]
+    targets: tuple[Target, ...]
+
+    @property
+    def file(self) -> str:
+        return str(self.manifest["file"])
+
+    @property
+    def sha256(self) -> str:
+        """Of the model's file."""
+        return str(self.manifest["files"][self.file]["sha256"])
+
+    def public(self) -> dict[str, Any]:
+        """The manifest's part that clients get."""
+        return {key: self.manifest[key] for key in _PUBLIC if key in self.manifest}
+
+
+def open_export(location: str) -> Export:
+    """Read the manifest. ValueError for what is no ONNX export, for a part of one, and for one that cannot be served exactly."""
+    folder = address(location)
+    try:
+        text = _read(location, MANIFEST_FILE, MOST_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} is no export: there is no {MANIFEST_FILE} in it, which is written last; give the folder that `finetune export`"
+            " names, such as exports/onnx in the run's folder"
+        ) from None
+    try:
+        manifest = json_of(text)
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{folder}/{MANIFEST_FILE} is damaged ({shown(error)}); {AGAIN}") from None
+    if manifest.get("manifest_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}/{MANIFEST_FILE} has the version {shown(manifest.get('manifest_version'))}, and this program reads {FORMAT_VERSION}; "
+            "use the version of the program that wrote it, or export the run again"
+        )
+    if manifest.get("format") != "onnx":
+        raise ValueError(
+            f"{folder} has the format {shown(manifest.get('format'))}, and only onnx is served; export the run with --to onnx "
+            "and give that folder"
+        )
+    try:
+        targets = _targets(manifest)
+        _check_files(manifest)
+        _check_input(manifest["input"])
+    except _Unservable as error:
+        raise ValueError(f"{folder}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder}/{MANIFEST_FILE} is damaged ({type(error).__name__}: {shown(error)}); {AGAIN}") from None
+    return Export(folder=folder, location=location, manifest=manifest, targets=targets)
+
+
+def read_model(export: Export) -> bytes:
+    """The model's file, verified by the manifest's SHA-256. ValueError if it is missing or is another one."""
+    where = f"{export.folder}/{export.file}"
+    try:
+        data = _read(export.location, export.file, LARGEST_BYTES)
+    except FileNotFoundError:
+        raise ValueError(f"{where} is missing, which the manifest names; copy the whole folder, or {AGAIN}") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != export.sha256:
+        raise ValueError(
+            f"{where} is damaged or another file: its SHA-256 is {found[:16]}..., the manifest says {shown(export.sha256)[:16]}...; "
+            f"copy the whole folder, or {AGAIN}"
+        )
+    return data
+
+
+class _Unservable(Exception):
+    """An export that is whole, and that cannot be served."""
+
+
+def _read(location: str, name: str, most_bytes: int) -> bytes:
+    pieces, size = [], 0
+    for piece in open_storage(location).read_chunks(name):
+        pieces.append(piece)
+        if (size := size + len(piece)) > most_bytes:
+            raise ValueError(f"{address(join_uri(location, name))} has more than {most_bytes:,} bytes, the most that is read; {AGAIN}")
+    return b"".join(pieces)
+
+
+def _targets(manifest: Mapping[str, Any]) -> tuple[Target, ...]:
+    told = manifest["targets"]
+    targets = tuple(
+        Target(
+            name=each["name"],
+            kind=each["kind"],
+            classes=tuple(each["classes"]),
+            mean=float(each.get("mean", 0.0)),
+            std=float(each.get("std", 1.0)),
+        )
+        for each in told
+    )
+    if fault := fault_of_targets(targets):
+        raise ValueError(fault)
+    if any("outputs" not in each for each in told):
+        raise _Unservable(
+            "the model's task is one of its own, whose outputs no manifest explains; serve it by a program of yours, as README.md in the "
+            "export shows"
+        )
+    ends = [0, *(each["outputs"][1] for each in told)]
+    if [each["outputs"][0] for each in told] != ends[:-1] or ends[-1] != manifest["output"]["shape"][1]:
+        raise ValueError("the targets' outputs do not follow each other")
+    return targets
+
+
+def _check_files(manifest: Mapping[str, Any]) -> None:
+    name, digest = manifest["file"], manifest["files"][manifest["file"]]["sha256"]
+    if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
+        raise ValueError("file is no name")
+    if not isinstance(digest, str):
+        raise ValueError("sha256 is no text")
+    temperatures = manifest["temperatures"].values()
+    if not all(isinstance(value, int | float) and 0 < value < float("inf") for value in temperatures):
+        raise ValueError("a temperature is no number above 0")
+
+
+def _check_input(takes: Mapping[str, Any]) -> None:
+    height, width = takes["decoded_to"]
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)):
+        raise ValueError("decoded_to is no size")
+    if takes["prepared"] == "in the graph":
+        return
+    if len(takes["mean"]) != 3 or len(takes["std"]) != 3 or min(takes["std"]) <= 0:
+        raise ValueError("mean and std are not three numbers")
+    if "resized_to" in takes:
+        sees_height, sees_width = takes["resized_to"]
+        raise _Unservable(
+            f"images are to be resized to {sees_width}x{sees_height} before the graph sees them, and the manifest does not say by which"
+            " filter; export the run with --preprocessing, which puts that into the graph"
+        )
