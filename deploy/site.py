@@ -35,6 +35,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/curve.md",
         "docs/report.md",
         "docs/export.md",
+        "docs/serve.md",
         "docs/python.md",
         "docs/confidence.md",
         "docs/terminal.md",

@@ -8,6 +8,8 @@ On a cluster, a Ray Serve config file or deploy/kubernetes/serve does the same b
 """
 
 import argparse
+import contextlib
+import http.client
 import importlib.util
 import ipaddress
 import os
@@ -32,6 +34,8 @@ from trainer.settings.cli import fail
 from trainer.settings.say import complain, say
 
 PROJECT = Path(__file__).resolve().parents[2]
+_PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
+"""Ray Serve would replace a proxy that is not up within 5 s, again and again, and on a busy machine none is."""
 KEEP_ALIVE_SECONDS = 60
 """An idle connection is closed after that."""
 
@@ -137,6 +141,8 @@ def _serve(config: ServeConfig, export: Export, host: str, port: int, ours: Belo
         complain(f"Ray's {what} died, and the server with it; start it again")
         ours.end_at_once(1)
 
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
     say(f"{export.folder}: verified; starting Ray Serve")
     with ray_cluster(
         ClusterConfig(),
@@ -149,19 +155,37 @@ def _serve(config: ServeConfig, export: Export, host: str, port: int, ours: Belo
         verbose=bool(os.environ.get("FINETUNE_VERBOSE")),
     ):
         from ray import serve
+        from ray.exceptions import RayActorError, RayError
 
         from deploy.serve.app import APPLICATION, build
 
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_SECONDS})
+        options = {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_SECONDS}
         try:
+            with contextlib.suppress(TimeoutError, RayActorError):  # the proxy is late, which is waited for below
+                serve.start(proxy_location="HeadOnly", http_options=options)
             serve.run(build(config), name=APPLICATION, route_prefix="/")
-        except RuntimeError as error:
+        except (RuntimeError, RayError) as error:
             raise OSError(f"the model could not be started: {error}") from error
+        _wait_until_it_answers(host, port)
         asked = "" if config.allow_unauthenticated and read_tokens(config.token_file) is None else ", with a token"
         shown = f"[{host}]" if ":" in host else host
         say(f"listening on http://{shown}:{port} (POST /predict, GET /health, /model, /metrics{asked}); Ctrl-C ends it")
         while True:
             time.sleep(3600)
+
+
+def _wait_until_it_answers(host: str, port: int) -> None:
+    """Until /health says that it is ready, however long a busy machine takes."""
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    while True:
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            contextlib.closing(http.client.HTTPConnection(here, port, timeout=30)) as connection,
+        ):
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        time.sleep(0.2)
 
 
 def _is_loopback(host: str) -> bool:

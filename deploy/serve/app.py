@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -94,6 +94,8 @@ class Ingress:
     async def _called(self, method: str, *arguments: Any) -> Any:
         try:
             return await getattr(self._model, method).remote(*arguments)
+        except RequestCancelledError as error:  # the client has left
+            raise asyncio.CancelledError from error
         except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
             await asyncio.sleep(0.1)  # Ray Serve may not know yet that a replica is gone
             raise ModelAway from error

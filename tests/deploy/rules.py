@@ -14,6 +14,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
+from deploy.serve.settings import settings_of
 from trainer.settings.cli import parse
 from trainer.settings.rules import validate
 from trainer.settings.tree import RunConfig
@@ -26,6 +27,8 @@ RAY_VERSION = next(line.partition("==")[2] for line in (PROJECT / "constraints.t
 VERSION = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
 IMAGE_TAG = rf"{re.escape(VERSION)}(-[0-9a-f]{{7,40}})?-ray{re.escape(RAY_VERSION)}-(cpu|gpu)(@sha256:[0-9a-f]{{64}})?"
 """The code's version and, in a build of one's own, its commit; a rebuild of other code has another tag."""
+SERVICE = {"serveConfigV2", "rayClusterConfig", "serveService", "upgradeStrategy", "excludeHeadPodFromServeSvc"}
+RUNS_PRIORITY = 1000
 ENDING_SECONDS = 20.0
 """In which the agents of a stopped run end, and its summary and report are written."""
 PART_OF = {"app.kubernetes.io/part-of": "finetune"}
@@ -74,6 +77,9 @@ def _close(schema: Object) -> None:
 
 
 def schema_problems(one: Object) -> list[str]:
+    if one["kind"] == "RayService":  # its own CRD is not at hand; its cluster's is
+        unknown = [f"RayService: unknown field {field}" for field in set(one["spec"]) - SERVICE]
+        return unknown or schema_problems({**one, "kind": "RayCluster", "spec": one["spec"].get("rayClusterConfig", {})})
     return [f"{one['kind']} {error.json_path}: {error.message[:200]}" for error in crd(one["kind"]).iter_errors(one)]
 
 
@@ -86,7 +92,8 @@ def core_problems(one: Object) -> list[str]:
 
 
 def cluster_spec(one: Object) -> Object:
-    spec: Object = one["spec"]["rayClusterSpec"] if one["kind"] == "RayJob" else one["spec"]
+    fields = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+    spec: Object = one["spec"][fields[one["kind"]]] if one["kind"] in fields else one["spec"]
     return spec
 
 
@@ -112,8 +119,9 @@ def invocation(job: Object) -> RunConfig:
 
 def ray_problems(one: Object) -> list[str]:
     """Of the cluster; of the job only where its cluster has none."""
+    more = {"RayJob": job_problems, "RayService": service_problems}
     found = list(cluster_problems(one))
-    return found or (list(job_problems(one)) if one["kind"] == "RayJob" else [])
+    return found or (list(more[one["kind"]](one)) if one["kind"] in more else [])
 
 
 def cluster_problems(one: Object) -> Iterator[str]:
@@ -244,6 +252,46 @@ def job_problems(job: Object) -> Iterator[str]:
         yield "metrics: Prometheus reaches neither ranks nor discovery"
 
 
+def service_problems(service: Object) -> Iterator[str]:
+    """Of what is served, and of the room for it."""
+    from ray.serve.schema import ServeDeploySchema
+
+    text, cluster = service["spec"].get("serveConfigV2"), cluster_spec(service)
+    config = yaml.safe_load(text) if isinstance(text, str) else None
+    if not isinstance(config, dict):
+        yield "serveConfigV2 is a string of YAML that holds a map"
+        return
+    try:
+        asked = ServeDeploySchema.model_validate(config)
+        [application] = asked.applications
+        settings = settings_of(application.args)
+    except ValueError as error:
+        yield f"serveConfigV2: {error}"
+        return
+    if application.import_path != "deploy.serve.app:build":
+        yield f"serveConfigV2: import_path {application.import_path} is none of ours"
+    if asked.http_options.host != "0.0.0.0":
+        yield "serveConfigV2: nobody outside of the pod reaches http_options.host"
+    if "://" not in settings.export:
+        yield f"export {settings.export} goes with the pod"
+    if settings.allow_unauthenticated or not settings.token_file:
+        yield "serveConfigV2: everybody may ask; name a token_file"
+    [group] = cluster["workerGroupSpecs"]
+    if not group["minReplicas"] == group["replicas"] == group["maxReplicas"] == settings.replicas:
+        yield f"replicas: {settings.replicas} of the model and {group['minReplicas']}:{group['maxReplicas']} workers do not agree"
+    for name, template in templates(service):
+        pod = template["spec"]
+        container = pod["containers"][0]
+        if asked.http_options.port not in [port["containerPort"] for port in container["ports"] if port["name"] == "serve"]:
+            yield f"{name}: the port {asked.http_options.port} of http_options is none of the container's"
+        secrets = {volume["name"] for volume in pod["volumes"] if "secret" in volume}
+        mounted = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in secrets]
+        if not any(settings.token_file.startswith(f"{path}/") for path in mounted):
+            yield f"{name}: token_file {settings.token_file} lies in no secret that is mounted"
+        if name != "head" and int(container["resources"]["limits"]["cpu"]) != settings.threads:
+            yield f"{name}: a pod is to hold one replica of the model: threads is its CPUs"
+
+
 def _claimed(template: Object, volume: str) -> bool:
     return any(one["name"] == volume and _is_claim(one) for one in template["spec"].get("volumes", ()))
 
@@ -261,6 +309,13 @@ def together_problems(objects: list[Object]) -> list[str]:
     claims = {one["metadata"]["name"]: one for one in by_kind.get("PersistentVolumeClaim", ())}
     modes = [claim["spec"]["accessModes"] for claim in claims.values()]
     found += ["PersistentVolumeClaim: several pods write to it, ReadWriteMany" for mode in modes if mode != ["ReadWriteMany"]]
+    for service in by_kind.get("RayService", ()):
+        [policy], [priority] = by_kind["NetworkPolicy"], by_kind["PriorityClass"]
+        found += policy_problems(policy["spec"], service)
+        if priority["value"] <= RUNS_PRIORITY:
+            found.append("PriorityClass: runs are as urgent as what serves users")
+        if any("finetune-serve-client" not in str(rule["from"]) for rule in policy["spec"]["ingress"] if _is_for_clients(rule)):
+            found.append("NetworkPolicy: clients without the label reach the server")
     for ray in [*by_kind.get("RayJob", ()), *by_kind.get("RayCluster", ())]:
         group = cluster_spec(ray)["workerGroupSpecs"][0]
         for _, template in templates(ray):
@@ -274,6 +329,13 @@ def together_problems(objects: list[Object]) -> list[str]:
         [policy] = by_kind["NetworkPolicy"]
         found += policy_problems(policy["spec"], ray)
     return found
+
+
+def _is_for_clients(rule: Object) -> bool:
+    """Whether a rule opens the server's port to others than the operator, Prometheus and the pods themselves."""
+    peers = str(rule.get("from"))
+    ours = ("kuberay-operator", "'monitoring'", str(PART_OF))
+    return any(port["port"] == 8000 for port in rule.get("ports", ())) and not any(one in peers for one in ours)
 
 
 def egress_problems(rules: list[Object]) -> Iterator[str]:
@@ -315,7 +377,7 @@ def policy_problems(policy: Object, ray: Object) -> Iterator[str]:
             yield f"NetworkPolicy: {', '.join(sorted(missing))} would be a random port, among those that are open"
         sysctls = {one["name"]: one["value"] for one in group["template"]["spec"]["securityContext"].get("sysctls", ())}
         low, high = map(int, sysctls.get("net.ipv4.ip_local_port_range", "32768 60999").split())
-        if (low, high) not in opened:
+        if ray["kind"] != "RayService" and (low, high) not in opened:
             yield "NetworkPolicy: the ranks' metrics are on ports that the system chooses, which are not what is open"
     if found := [port for port in sorted(fixed) if any(low <= port <= high for low, high in opened)]:
         yield f"NetworkPolicy: Ray's ports {found} are open"

@@ -19,6 +19,7 @@ from tests.deploy.rules import IMAGE_TAG, PROJECT, RAY_VERSION, SCHEMAS, VERSION
 ROOT = PROJECT / "deploy" / "kubernetes"
 JOBS = ["overlays/cpu", "overlays/gpu", "overlays/spot", "overlays/kueue"]
 CLUSTERS = ["clusters/cpu", "clusters/gpu", "clusters/spot"]
+SERVICES = ["serve"]
 HAS_CRDS = SCHEMAS.is_dir()
 NO_CRDS = "the CRDs of KubeRay are not beside the project (../shared/schemas)"
 
@@ -28,12 +29,12 @@ def ray(objects: list[Object]) -> Object:
     return one
 
 
-@pytest.mark.parametrize("name", [*JOBS, *CLUSTERS])
+@pytest.mark.parametrize("name", [*JOBS, *CLUSTERS, *SERVICES])
 def test_manifests_follow_kubernetes_and_kuberays_rules(name: str) -> None:
     assert problems(render(ROOT / name)) == []
 
 
-@pytest.mark.parametrize("name", [*JOBS, *CLUSTERS])
+@pytest.mark.parametrize("name", [*JOBS, *CLUSTERS, *SERVICES])
 @pytest.mark.skipif(not HAS_CRDS, reason=NO_CRDS)
 def test_manifests_have_nothing_that_the_crds_do_not_name(name: str) -> None:
     assert schema_problems(ray(render(ROOT / name))) == []
@@ -77,7 +78,7 @@ def test_a_cluster_is_the_jobs_cluster_and_nothing_else(name: str) -> None:
     assert others[0] == others[1]
 
 
-@pytest.mark.parametrize("name", [*JOBS, *CLUSTERS])
+@pytest.mark.parametrize("name", [*JOBS, *CLUSTERS, *SERVICES])
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed: nothing to compare the tests' own rendering with")
 def test_our_rendering_is_kustomizes(name: str) -> None:
     done = subprocess.run(["kubectl", "kustomize", str(ROOT / name)], capture_output=True, text=True, timeout=60, check=True)
@@ -252,3 +253,70 @@ def test_a_planted_error_is_caught_by_the_crds(what: str, manifests: list[Object
     objects = copy.deepcopy(manifests)
     change(objects)
     assert said in "\n".join(problems(objects))
+
+
+def served(objects: list[Object]) -> Any:
+    return ray(objects)["spec"]["rayClusterConfig"]
+
+
+def serve(objects: list[Object], old: str, new: str) -> None:
+    spec = ray(objects)["spec"]
+    assert old in spec["serveConfigV2"]
+    spec["serveConfigV2"] = spec["serveConfigV2"].replace(old, new)
+
+
+def serving_pod(objects: list[Object]) -> Any:
+    return served(objects)["workerGroupSpecs"][0]["template"]["spec"]
+
+
+def priority(objects: list[Object]) -> Any:
+    [one] = [one for one in objects if one["kind"] == "PriorityClass"]
+    return one
+
+
+PLANTED_IN_SERVICE: dict[str, tuple[Change, str]] = {
+    "a map in place of a string": (lambda o: ray(o)["spec"].update(serveConfigV2={"applications": []}), "serveConfigV2 is a string"),
+    "a field that Ray Serve does not know": (lambda o: serve(o, "route_prefix: /", "route_prefixes: /"), "route_prefixes"),
+    "a setting that is none": (lambda o: serve(o, "max_batch: 16", "max_batches: 16"), "max_batches is no setting"),
+    "a setting that breaks its rule": (lambda o: serve(o, "max_batch: 16", "max_batch: 0"), "max_batch=0"),
+    "another application": (lambda o: serve(o, "deploy.serve.app:build", "deploy.serve:app"), "is none of ours"),
+    "everybody": (lambda o: serve(o, "token_file: /etc/finetune/tokens", "allow_unauthenticated: true"), "everybody may ask"),
+    "a token that is not mounted": (lambda o: serving_pod(o)["containers"][0]["volumeMounts"].pop(), "lies in no secret"),
+    "a token of another place": (lambda o: serve(o, "/etc/finetune/tokens", "/etc/tokens"), "lies in no secret"),
+    "an export of the pod": (lambda o: serve(o, "s3://bucket/runs/quickstart/exports/onnx", "/tmp/onnx"), "goes with the pod"),
+    "loopback": (lambda o: serve(o, "host: 0.0.0.0", "host: 127.0.0.1"), "nobody outside"),
+    "another port": (lambda o: serve(o, "port: 8000", "port: 8001"), "none of the container's"),
+    "more replicas than workers": (lambda o: serve(o, "replicas: 2", "replicas: 3"), "do not agree"),
+    "other CPUs": (lambda o: serve(o, "threads: 4", "threads: 2"), "threads is its CPUs"),
+    "another Ray": (lambda o: served(o).update(rayVersion="2.52.0"), "rayVersion"),
+    "no token for Ray": (lambda o: served(o).pop("authOptions"), "token"),
+    "root": (lambda o: serving_pod(o)["securityContext"].update(runAsUser=0), "root"),
+    "latest": (lambda o: serving_pod(o)["containers"][0].update(image="registry.example.com/ray-finetune:latest"), "no tag"),
+    "no memory limit": (lambda o: serving_pod(o)["containers"][0]["resources"].pop("limits"), "limited"),
+    "open to everyone": (lambda o: policy(o)["ingress"][2].pop("from"), "everyone"),
+    "open to every namespace": (lambda o: policy(o)["ingress"][2].update({"from": [{"namespaceSelector": {}}]}), "without the label"),
+    "Ray's ports open": (lambda o: policy(o)["ingress"][2]["ports"].append({"port": 10001}), "10001"),
+    "the node's keys": (lambda o: policy(o)["egress"][2]["to"][0]["ipBlock"].pop("except"), "metadata service"),
+    "less urgent than runs": (lambda o: priority(o).update(value=1000), "as urgent"),
+    "a token in plain text": (
+        lambda o: serving_pod(o)["containers"][0]["env"].append({"name": "FINETUNE_SERVE_TOKEN", "value": "abc"}),
+        "plain text",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED_IN_SERVICE)
+def test_a_planted_error_in_the_service_is_caught(what: str) -> None:
+    pytest.importorskip("ray.serve", reason="the extra serve is not installed", exc_type=ImportError)
+    change, said = PLANTED_IN_SERVICE[what]
+    objects = render(ROOT / "serve")
+    change(objects)
+    assert said in "\n".join(problems(objects, with_crds=False))
+
+
+@pytest.mark.skipif(not HAS_CRDS, reason=NO_CRDS)
+def test_an_unknown_field_of_the_service_is_caught() -> None:
+    for change in (lambda o: ray(o)["spec"].update(serveConfig=""), lambda o: served(o).update(workers=2)):
+        objects = render(ROOT / "serve")
+        change(objects)
+        assert problems(objects)
