@@ -17,8 +17,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.belongings import Belongings, belongings
 from cluster.config import ClusterConfig
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         return 128 + (signals.number or signal.SIGINT)
 
 
-def _parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, object]]:
+def _parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Where to listen, and the settings that are given."""
     parser = argparse.ArgumentParser(
         prog="python -m deploy.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,7 +77,7 @@ def _parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, object]]
     for name, help_ in _FLAGS.items():
         default = getattr(defaults, name)
         shown = "" if default == "" else f" ({'the CPUs, shared by the replicas' if name == 'threads' else f'{default:g}'})"
-        kind = str if isinstance(default, str) else float if isinstance(default, float) else int
+        kind: Callable[[str], Any] = str if isinstance(default, str) else float if isinstance(default, float) else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=help_ + shown)
     parser.add_argument(
         "--allow-unauthenticated", action="store_true", help="answer everybody who reaches --host, where that is not this machine alone"

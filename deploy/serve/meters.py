@@ -66,7 +66,7 @@ MODEL_INFO = Row(
     help="Always 1; which run's model is served, and the first 16 digits of its weights' and its file's SHA-256.",
 )
 ROWS = (REQUESTS, REQUEST_SECONDS, BATCH_SECONDS, BATCH_IMAGES, QUEUED, MOST_QUEUED, READY, START_TIME, MODEL_INFO)
-_CLASSES = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+_CLASSES: Mapping[str, Any] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 
 
 class Meters:

@@ -254,13 +254,16 @@ def job_problems(job: Object) -> Iterator[str]:
 
 def service_problems(service: Object) -> Iterator[str]:
     """Of what is served, and of the room for it."""
-    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
     text, cluster = service["spec"].get("serveConfigV2"), cluster_spec(service)
     config = yaml.safe_load(text) if isinstance(text, str) else None
     if not isinstance(config, dict):
         yield "serveConfigV2 is a string of YAML that holds a map"
         return
+    for fields, schema in [(config, ServeDeploySchema), *((each, ServeApplicationSchema) for each in config.get("applications", ()))]:
+        if unknown := set(fields) - set(schema.model_fields):  # Ray Serve itself says nothing of them
+            yield f"serveConfigV2: unknown field {', '.join(sorted(unknown))}"
     try:
         asked = ServeDeploySchema.model_validate(config)
         [application] = asked.applications
@@ -314,7 +317,7 @@ def together_problems(objects: list[Object]) -> list[str]:
         found += policy_problems(policy["spec"], service)
         if priority["value"] <= RUNS_PRIORITY:
             found.append("PriorityClass: runs are as urgent as what serves users")
-        if any("finetune-serve-client" not in str(rule["from"]) for rule in policy["spec"]["ingress"] if _is_for_clients(rule)):
+        if any("finetune-serve-client" not in str(rule.get("from")) for rule in policy["spec"]["ingress"] if _is_for_clients(rule)):
             found.append("NetworkPolicy: clients without the label reach the server")
     for ray in [*by_kind.get("RayJob", ()), *by_kind.get("RayCluster", ())]:
         group = cluster_spec(ray)["workerGroupSpecs"][0]

@@ -276,7 +276,7 @@ def priority(objects: list[Object]) -> Any:
 
 PLANTED_IN_SERVICE: dict[str, tuple[Change, str]] = {
     "a map in place of a string": (lambda o: ray(o)["spec"].update(serveConfigV2={"applications": []}), "serveConfigV2 is a string"),
-    "a field that Ray Serve does not know": (lambda o: serve(o, "route_prefix: /", "route_prefixes: /"), "route_prefixes"),
+    "a field that Ray Serve does not know": (lambda o: serve(o, "route_prefix: /", "route_prefixes: /"), "unknown field route_prefixes"),
     "a setting that is none": (lambda o: serve(o, "max_batch: 16", "max_batches: 16"), "max_batches is no setting"),
     "a setting that breaks its rule": (lambda o: serve(o, "max_batch: 16", "max_batch: 0"), "max_batch=0"),
     "another application": (lambda o: serve(o, "deploy.serve.app:build", "deploy.serve:app"), "is none of ours"),
