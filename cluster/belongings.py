@@ -1,11 +1,14 @@
 """What a driver has on this machine besides its run's storage: a temporary folder and the processes it starts. Both go when the driver
 does, however it ends. Called by trainer/drive/start.py; ray_cluster.py puts Ray into the folder.
 
-At an orderly end the driver removes both itself. If the driver is killed, reaper.py does, a process that was started first.
-leftovers.py says which processes are meant.
+If the driver is killed, reaper.py removes both, a process that was started first. At an orderly end a command's process leaves both to it
+too, and waits: a shell takes the driver's place, and ends with its exit status once the reaper is done. So none of Ray's code runs in the
+driver while Ray is taken down, and none can end it with another status: it does so by itself where a thread still asks it something. A
+driver inside another program (a test) removes both itself. leftovers.py says which processes are meant.
 """
 
 import contextlib
+import fcntl
 import getpass
 import glob
 import os
@@ -14,15 +17,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from cluster.leftovers import FOLDER_VARIABLE, end_all
 from cluster.machine import raise_open_files
 from cluster.owned_folder import OwnedFolder, create, remove_abandoned
-from cluster.reaper import TOLD
+from cluster.reaper import NOW, TOLD
 from cluster.target_list import take_back_noted
 
 PREFIX = "finetune-ray-"
@@ -32,6 +36,9 @@ _BELOW_FOLDER = len("/session_2026-11-28_17-33-33_123456_4194304/sockets/plasma_
 _RANDOM_BYTES = 9  # mkdtemp's letters and a dash
 _LEAST_FREE_BYTES = 64 << 20
 _PROJECT = str(Path(__file__).resolve().parents[1])
+_SHELL = "/bin/sh"
+LeaveBy = Callable[[Callable[[int], None]], bool]
+"""Takes what ends the process, given its exit status; False if the process does not end here (dataio/leaving.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +57,10 @@ class Belongings:
 
 
 @contextlib.contextmanager
-def belongings(candidates: Sequence[str] | None = None) -> Iterator[Belongings]:
-    """Make a folder for this driver and start its reaper; at the end, kill the processes that belong to it and remove it. All processes
-    started inside inherit FOLDER_VARIABLE. ValueError if no folder can be used; `candidates` are the places to try."""
+def belongings(candidates: Sequence[str] | None = None, *, leave_by: LeaveBy = lambda last: False) -> Iterator[Belongings]:
+    """Make a folder for this driver and start its reaper; at the end, kill the processes that belong to it and remove it, at once or, if
+    `leave_by` takes it, when the process ends. All processes started inside inherit FOLDER_VARIABLE. ValueError if no folder can be used;
+    `candidates` are the places to try."""
     raise_open_files()
     folder = temp_folder(temp_places() if candidates is None else candidates)
     reaper = None
@@ -61,12 +69,33 @@ def belongings(candidates: Sequence[str] | None = None) -> Iterator[Belongings]:
         with _environment({FOLDER_VARIABLE: folder.path, **stand_ins(folder.path)}):
             yield Belongings(folder=folder.path, reaper=reaper)
     finally:
-        end_all(folder.path)
-        take_back_noted(folder.path)
-        folder.remove()
-        if reaper is not None:
-            reaper.kill()
-            reaper.communicate()
+        if reaper is None or not leave_by(partial(_leave, folder, reaper)):
+            _end(folder, reaper)
+
+
+def _end(folder: OwnedFolder, reaper: "subprocess.Popen[bytes] | None") -> None:
+    end_all(folder.path)
+    take_back_noted(folder.path)
+    folder.remove()
+    if reaper is not None:
+        reaper.kill()
+        reaper.communicate()
+
+
+def _leave(folder: OwnedFolder, reaper: "subprocess.Popen[bytes]", status: int) -> None:
+    """Become a shell that ends with `status` once the reaper has ended the rest. Signals can change nothing any more. Returns only if there
+    is no reaper or no shell; then the rest is ended here."""
+    assert reaper.stdin is not None
+    assert reaper.stdout is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if reaper.poll() is None and os.access(_SHELL, os.X_OK):
+        os.write(reaper.stdin.fileno(), TOLD)  # should the shell be killed
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 3) for end in (reaper.stdout.fileno(), reaper.stdin.fileno())]
+        for place, end in enumerate(ends):
+            os.dup2(end, place)
+        os.execv(_SHELL, ["sh", "-c", f"{{ echo {NOW.decode().strip()}; }} 2>/dev/null; read -r done; exit {status & 0xFF}"])
+    _end(folder, reaper)
 
 
 def _start_reaper(folder: str) -> "subprocess.Popen[bytes]":
@@ -76,7 +105,7 @@ def _start_reaper(folder: str) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             [sys.executable, "-S", "-m", "cluster.reaper", str(os.getpid()), folder],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,  # at its end the driver waits for this to be closed
             env={"PYTHONPATH": _PROJECT, "PYTHONDONTWRITEBYTECODE": "1"},
             process_group=0,
         )

@@ -2,8 +2,12 @@
 
 A local Ray lives in the run's folder (belongings.py), which also ends what is left of it. It ends with the driver. If its raylet or its GCS
 dies, nothing can go on, and Ray itself would take a minute to notice: a thread watches both.
+
+`ray.shutdown` ends the process with status 1, without a word, if another thread is in one of Ray's calls or makes one later ("The core
+worker has already been shutdown"), as Ray Train does for seconds while its workers start. So a process that ends anyway does not call it.
 """
 
+import atexit
 import contextlib
 import ipaddress
 import os
@@ -62,8 +66,10 @@ def ray_cluster(
     on_lost: Callable[[str], None],
     packages: Sequence[str] = (),
     verbose: bool = False,
+    process_ends: bool = False,
 ) -> Iterator[ClusterHardware]:
-    """Join the cluster at `address`, or start a Ray for this run alone in `folder` and end it afterwards.
+    """Join the cluster at `address`, or start a Ray for this run alone in `folder` and end it afterwards, unless `process_ends`: then it
+    ends with this process, whose belongings it is, and a cluster notices that its driver has gone.
 
     `project` is what workers import from: a checkout, or the folder of installed packages. A cluster joined from outside a job gets a copy
     of the checkout, or of those `packages`. `on_lost(name)` is called in a thread if a vital process of the local Ray dies.
@@ -88,7 +94,10 @@ def ray_cluster(
             with _watched(on_lost):
                 yield hardware_now(local=True)
     finally:
-        _end(folder, local=not address)
+        if process_ends:
+            atexit.unregister(ray.shutdown)
+        else:
+            _end(folder, local=not address)
 
 
 def _start(folder: str, *, project: Path, cpus: int, verbose: bool, **common: Any) -> None:

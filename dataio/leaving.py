@@ -4,6 +4,9 @@ After the last line of Python, native libraries take themselves down: threads of
 are destroyed. A run that Ctrl-C had stopped while Ray was starting, with everything tidied up and said, ended with a segmentation fault
 there in one of ten cases, so that its status was 139 and not 130. So the process leaves without that, after Python's own ending: threads
 joined, what atexit has, output written out.
+
+What a library must not do itself at the end (Ray ends the process with status 1 if it is shut down while a thread still asks it
+something) is left to `last`, which takes the process's place.
 """
 
 import atexit
@@ -15,6 +18,24 @@ from collections.abc import Callable
 from typing import NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT
+Last = Callable[[int], None]
+"""Ends what the process has started, and the process with this exit status. Does not return, unless it fails."""
+
+_this: "Leaving | None" = None
+
+
+def leave_by(last: Last) -> bool:
+    """Have this process end by `last(status)`, in the main thread, after all else that Python does at its end. False, and nothing is
+    changed, where the process goes on after its main function: in a test or a notebook."""
+    if _this is None:
+        return False
+    _this.last = last
+    return True
+
+
+def leaves() -> bool:
+    """Whether this process ends after its main function."""
+    return _this is not None
 
 
 class Leaving:
@@ -22,10 +43,13 @@ class Leaving:
 
     def __init__(self) -> None:
         self._status = 1  # of what ends by an exception that nobody catches, after Python has shown it
+        self.last: Last = os._exit
         atexit.register(self._leave)
 
     def by(self, main: Callable[[], int]) -> NoReturn:
         """Run `main` and end the process with what it returns, or with the status of the SystemExit that it raises."""
+        global _this
+        _this = self
         try:
             self._status = main()
         except SystemExit as error:
@@ -40,4 +64,6 @@ class Leaving:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
+        with contextlib.suppress(OSError):
+            self.last(self._status)
         os._exit(self._status)

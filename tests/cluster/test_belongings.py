@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,28 @@ with belongings([sys.argv[1]]) as ours:
     print(ours.folder, ours.reaper.pid, flush=True)
     END
 """
+# A command's process, which ends with the driver. Its last words are said, and a thread runs, when the belongings are left already.
+LEAVING = """
+import os, signal, sys, threading, time
+from dataio.leaving import Leaving, leave_by
+leaving = Leaving()
+from cluster.belongings import belongings
+import subprocess
+
+def main():
+    try:
+        with belongings([sys.argv[1]], leave_by=leave_by) as ours:
+            subprocess.Popen(["sleep", "600"], start_new_session=True)
+            subprocess.run(["sh", "-c", "sleep 600 >/dev/null & "])
+            open(ours.folder + "/file", "w").close()
+            print(ours.folder, ours.reaper.pid, flush=True)
+            END
+    finally:
+        print("last words", file=sys.stderr)
+    return 143
+
+leaving.by(main)
+"""
 
 
 @pytest.fixture
@@ -40,10 +63,10 @@ def place() -> Iterator[Path]:
     shutil.rmtree(place)
 
 
-def driver(place: Path, end: str) -> "tuple[subprocess.Popen[str], str, int]":
+def driver(place: Path, end: str, program: str = DRIVER) -> "tuple[subprocess.Popen[str], str, int]":
     """A driver that does `end` last. Returns it, its folder and its reaper."""
     process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER.replace("END", end), str(place)],
+        [sys.executable, "-c", program.replace("END", end), str(place)],
         cwd=PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -76,6 +99,50 @@ def test_an_orderly_end_is_complete_when_the_driver_has_ended(place: Path, end: 
     assert list(place.iterdir()) == []
     assert processes_of(folder) == set()
     assert not Path(f"/proc/{reaper}").exists()
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("pass", 143),
+        ("return 0", 0),
+        ("sys.exit(3)", 3),
+        ("raise KeyboardInterrupt", 130),
+        ("os.kill(ours.reaper.pid, 9); ours.reaper.wait()", 143),  # then the driver does it itself
+        ("os.close(0); os.close(1)", 143),
+        ("ours.end_at_once(7)", 7),
+    ],
+)
+def test_a_process_that_ends_with_its_driver_has_ended_all_and_has_its_status(place: Path, end: str, status: int) -> None:
+    process, folder, reaper = driver(place, end, LEAVING)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert list(place.iterdir()) == []
+    assert processes_of(folder) == set()
+    assert ("last words\n" in said) == ("at_once" not in end)
+    assert "killed" not in said
+    while Path(f"/proc/{reaper}").exists():  # it has closed its output and is on its way out
+        time.sleep(0.01)
+
+
+def test_a_killed_process_that_is_about_to_end_is_told_as_such(place: Path) -> None:
+    process, folder, _ = driver(place, "os.kill(os.getpid(), 9)", LEAVING)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, list(place.iterdir()), processes_of(folder)) == (-signal.SIGKILL, [], set())
+    assert "was killed" in said
+
+
+def test_signals_change_nothing_once_the_rest_is_being_ended(place: Path) -> None:
+    """The reaper is held up meanwhile."""
+    process, folder, reaper = driver(place, "pass; os.kill(ours.reaper.pid, signal.SIGSTOP)", LEAVING)
+    while Path(f"/proc/{process.pid}/comm").read_text() != "sh\n":
+        time.sleep(0.01)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(process.pid, number)
+    assert len(processes_of(folder)) == 2
+    os.kill(reaper, signal.SIGCONT)
+    process.communicate(timeout=20)
+    assert (process.returncode, list(place.iterdir()), processes_of(folder)) == (143, [], set())
 
 
 def test_an_end_at_once_leaves_the_rest_to_the_reaper_which_says_nothing_more(place: Path) -> None:

@@ -33,8 +33,12 @@ from trainer.models.own import OwnCodeError
 from trainer.models.weights import WeightsError
 
 PROJECT = Path(__file__).resolve().parents[2]
-INSIDE = {"cluster.controller.RunFailed", "dataio.stream.Stopped", "trainer.series.train.RunFailed", "trainer.series.train.RunStopped"}
-"""Caught by those who call what raises them; RunFailed carries a Failure. So are classes with a private name."""
+INSIDE = {
+    *("cluster.controller.RunFailed", "dataio.stream.Stopped", "trainer.series.train.RunFailed", "trainer.series.train.RunStopped"),
+    *("trainer.handle.RunFailed", "trainer.handle.RunStopped"),
+}
+"""Caught by those who call what raises them; the controller's RunFailed carries a Failure, a handle's is for a notebook that started a run.
+So are classes with a private name."""
 
 KIND_OF: list[tuple[BaseException, str]] = [
     (BadNumbers(7, 1.0, "the loss is nan"), "numbers"),
@@ -147,6 +151,7 @@ MAY_BE_BARE = {
     ("cluster/storage.py", "open_regular"): "likewise, for files of a run that somebody else may have made",
     ("cluster/store.py", "_verify"): "the system's own errno, whose kind it keeps, with what to do",
     ("dataio/sources/hostile.py", "read_below"): "an errno says why a sample cannot be read; the source turns it into a bad sample",
+    ("trainer/handle.py", "wait"): "a caller's own limit in a notebook; nothing has failed, and the run goes on",
     ("dataio/convert.py", "convert"): "as the system would raise it; caught five lines below and put into words",
 }
 

@@ -63,3 +63,26 @@ def test_without_it_the_crash_is_the_exit_status() -> None:
 def test_output_that_nobody_reads_any_more_is_no_error() -> None:
     closed = "import os, sys; os.close(1); sys.stdout = None\n"
     assert run(LEAVES, closed, "leaving.by(lambda: 5)").returncode == 5
+
+
+@pytest.mark.parametrize(("last", "status"), [("os._exit(status + 1)", 8), ("open('/nowhere/at/all')", 7), ("pass", 7)])
+def test_what_ends_the_process_in_its_place_comes_last_and_is_given_the_status(last: str, status: int) -> None:
+    ends = f"""
+import atexit, os
+from dataio.leaving import leave_by, leaves
+
+def last(status):
+    print("last", status, flush=True)
+    {last}
+
+assert not leaves() and not leave_by(last)
+
+def main():
+    atexit.register(lambda: print("atexit"))
+    assert leaves() and leave_by(last)
+    return 7
+
+leaving.by(main)
+"""
+    done = run(LEAVES, ends)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "atexit\nlast 7\n", "")

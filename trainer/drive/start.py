@@ -27,6 +27,7 @@ from cluster.storage import Storage, is_outage, open_storage
 from cluster.store import Commit, Store
 from cluster.zygote import Zygote
 from dataio.balance import class_counts, known_class_counts
+from dataio.leaving import leave_by, leaves
 from dataio.manifest import image_size_of
 from dataio.parquet import Dataset, open_dataset
 from dataio.reading import corrections_told
@@ -76,7 +77,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 def run(asked: Asked, console: Console, signals: Signals) -> int:
     """Do one run from its data to its report. Returns the exit status."""
     zygote_name = uuid.uuid4().hex
-    with belongings() as ours, signals.leaving_by(ours.end_at_once), _zygote(zygote_name) as zygote:
+    with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once), _zygote(zygote_name) as zygote:
         signals.enter(Phase.SETTING_UP)
         from cluster.demand import wait_for_hardware
         from cluster.launch import plan_resources
@@ -111,6 +112,7 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             on_lost=without_ray.end,
             packages=PACKAGES,
             verbose=asked.environment.is_verbose,
+            process_ends=leaves(),
         ) as hardware:
             workers_asked, cluster = asked.config.workers, asked.config.cluster
             hardware = wait_for_hardware(workers_asked, cluster, hardware, lambda line: console.print(line, soft_wrap=True))
