@@ -25,6 +25,7 @@ from cluster.belongings import Belongings, belongings
 from cluster.config import ClusterConfig
 from cluster.machine import usable_cpus
 from cluster.storage import is_uri
+from dataio.leaving import Leaving, leave_by, leaves
 from dataio.terminal import prepare_output
 from deploy.serve.exports import Export, open_export, read_model
 from deploy.serve.limits import TOKEN_VARIABLE, read_tokens
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
             _check(config, options.host, options.port)
             export = open_export(config.export)
             read_model(export)  # before Ray starts: each replica verifies it again
-            with belongings() as ours, signals.leaving_by(ours.end_at_once):
+            with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once):
                 _serve(config, export, options.host, options.port, ours)
         except ValueError as error:
             fail(str(error))
@@ -154,6 +155,7 @@ def _serve(config: ServeConfig, export: Export, host: str, port: int, ours: Belo
         folder=ours.folder,
         on_lost=lost,
         verbose=bool(os.environ.get("FINETUNE_VERBOSE")),
+        process_ends=leaves(),
     ):
         from ray import serve
         from ray.exceptions import RayActorError, RayError
@@ -197,5 +199,6 @@ def _is_loopback(host: str) -> bool:
 
 
 if __name__ == "__main__":
+    leaving = Leaving()
     prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))
