@@ -188,11 +188,16 @@ class Coordinator:
         self._outbox.write()
         self._discovery.write()  # without the ranks of the previous attempt
 
-    def adopt(self, attempt: int, fleet: int, payload: Payload) -> None:
-        """Give a coordinator that was started again what it cannot know: the attempt's payload, and its fleet if the log is lost."""
+    def adopt(self, attempt: int, world_size: int, start_step: int, fleet: int, payload: Payload) -> None:
+        """Give a coordinator that was started again what it cannot know: the attempt's payload, its fleet if the log is lost, and the attempt
+        itself if it had not reached the journal then. An older attempt than the newest is none of its business."""
         with self._changed:
+            before = self._state.roster.attempt
+            if before is None or attempt > before.number:
+                self._do("begin", Attempt(number=attempt, world_size=world_size, start_step=start_step, fleet=fleet))
             self._do("adopt", attempt, fleet)
             self._state.roster.adopt(attempt, fleet, payload)
+            self._changed.notify_all()
 
     def request_stop(self, reason: str) -> None:
         """Have all ranks stop after the same number of steps, as soon as they can agree on one, and start no new ones. The first reason

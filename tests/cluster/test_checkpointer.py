@@ -148,7 +148,8 @@ def test_an_outage_is_waited_out_on_the_nodes_disk_and_the_order_of_steps_is_kep
     recorder.error = StorageOutage("nobody answers")
     for step in (1, 2):
         checkpointer.save(step, lambda step=step: parts(step), {"step": step})  # type: ignore[misc]
-    until(lambda: len(files_in(tmp_path)) == 6)
+    until(lambda: [name for name, _ in recorder.events].count("checkpoint_spilled") == 2)
+    assert len(files_in(tmp_path)) == 6
     assert recorder.acked == []
     assert recorder.failed == []
     recorder.error = None

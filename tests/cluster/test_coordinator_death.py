@@ -459,6 +459,32 @@ def test_without_its_log_it_believes_the_highest_attempt_whatever_the_clock_says
     heir.close()
 
 
+@pytest.mark.parametrize("known", [0, 1])
+def test_an_attempt_that_neither_log_nor_journal_holds_is_told_by_the_driver(local: tuple[Storage, Path], known: int) -> None:
+    """It had answered start_attempt of the attempt after `known`, without a log, in an outage."""
+    storage, _ = local
+    if known:
+        dead = bare(storage, None)
+        dead.start_attempt(known, 2, 0, 1, PAYLOAD)
+        dead.rank_ended(known, 0, KILLED)
+        dead.rank_ended(known, 1, KILLED)
+        dead.close()
+    heir, ours = bare(storage, None), known + 1
+    assert heir.status().attempt == known
+    for _ in range(2):  # Ray repeats a call
+        heir.adopt(ours, 3, 7, 2, PAYLOAD)
+        status = heir.status()
+        assert (status.attempt, status.world_size, status.start_step, status.is_orphan) == (ours, 3, 7, False)
+    heir.register(ours, 2, info(2))
+    heir.rank_ended(ours, 1, WELL)
+    heir.adopt(known, 2, 0, 1, PAYLOAD)  # of an attempt that is over
+    status = heir.status()
+    assert (status.attempt, set(status.ranks), status.ended_ranks) == (ours, {2}, frozenset({1}))
+    assert heir.order(2, 0, REPORT).attempt == ours
+    heir.close()
+    assert [event["attempt"] for event in named(storage, "attempt_started")] == [*range(1, known + 1), ours]
+
+
 class Away:
     """A storage that answers nothing, or refuses everything, as long as `error` is set; and `gone` for good to who has it by this URI."""
 
@@ -499,7 +525,7 @@ def test_with_its_log_it_comes_back_while_the_storage_is_away(tmp_path: Path, mo
     heir = bare(storage, log)
     status = heir.status()
     assert (status.attempt, status.quarantined, status.ended_ranks) == (1, 1, frozenset({1}))
-    heir.adopt(1, 1, PAYLOAD)
+    heir.adopt(1, 2, 0, 1, PAYLOAD)
     heir.event("written_by_the_heir", call_id="b")
     assert not heir.wait_committed(4, 0.05)
     assert "nobody answers" in heir.status().checkpoints.waiting

@@ -19,8 +19,9 @@ from rich.console import Console
 from benchmarks.faults.storage import Group
 from cluster import journal as journal_module
 from cluster import patience as patience_module
-from cluster.agent import RankEnd
+from cluster.agent import Payload, RankEnd
 from cluster.controller import RunFailed
+from cluster.coordinator import Coordinator
 from cluster.failures import Failure
 from cluster.heartbeat import CoordinatorLost
 from cluster.journal import Journal, JournalReader, read_journal
@@ -363,6 +364,46 @@ def test_a_storage_that_is_silent_holds_up_no_look_at_the_ranks(monkeypatch: pyt
         assert asked.acquire(timeout=30)  # both questions were put: who drives the run, and what the account is made of
         assert outcome == Outcome(result=None)
         answers.set()
+        play.mend(session)
+
+
+@pytest.mark.parametrize("believes", [0, 1])
+def test_a_coordinator_that_lost_the_attempt_is_told_of_it_and_not_taken_at_its_word(
+    believes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was started again without its log and could not tell the journal of attempt 2: it knows attempt 1, all of whose ranks have ended,
+    or none. On the old code the driver took that for the end of attempt 2, or went round for ever."""
+    monkeypatch.setattr(attempt_module, "poll_seconds", lambda *_: 0.001)
+    monkeypatch.setattr(attempt_module, "living_nodes", set)
+    play = Play(lambda number: "")
+    with play.group:
+        session = play.session()
+        handle: Any = session.coordinator
+        lost = Coordinator(play.healthy, "other", 1, 2, log=None)  # which finds nothing in its journal
+        if believes:
+            lost.start_attempt(believes, 1, 0, 1, Payload(target="m:f", spec=b""))
+            lost.rank_ended(believes, 0, RankEnd(status=-9, error=None, killed_by_order=False))
+        shown = []
+
+        def show(status: Any, *_: Any, **__: Any) -> None:
+            shown.append(status.attempt)
+            if len(shown) == 1:
+                handle._coordinator = lost
+            if len(shown) == 3:
+                lost.rank_ended(2, 0, RankEnd(status=0, error=None, killed_by_order=False))
+
+        parts: Any = {
+            "fleets": SimpleNamespace(seen=lambda status: None),
+            "room": SimpleNamespace(reason_to_pause=lambda *_, **__: None),
+            "signals": Signals(),
+            "screen": SimpleNamespace(show=show, message=lambda text: None),
+            "account": Account(session),
+        }
+        fleet: Any = SimpleNamespace(workers=1, number=1, wait=lambda seconds: False)
+        outcome = Attempt(session, position=Position(attempt=2), fleet=fleet, **parts).run()
+        assert (shown, outcome) == ([2, 2, 2], Outcome(result=None))
+        lost.finish(20)
+        assert [event["attempt"] for event in read_journal(play.healthy, "other") if event["event"] == "coordinator_restarted"] == [2]
         play.mend(session)
 
 

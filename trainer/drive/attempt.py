@@ -137,7 +137,7 @@ class Attempt:
         self._session, self._position, self._fleet = session, position, fleet
         self._fleets, self._room, self._signals = fleets, room, signals
         self._screen, self._account = screen, account
-        self._payload = payload_of(session, position)
+        self._known = (position.attempt, fleet.workers, position.start_step, fleet.number, payload_of(session, position))
         self._stop_asked_at: float | None = None
         self._pause: Pause | None = None  # the ranks were asked for it
         self._ended = 0  # number of ended ranks in the last status
@@ -145,9 +145,8 @@ class Attempt:
 
     def run(self) -> Outcome:
         """Run the attempt from its first order to its end."""
-        position, cluster = self._position, self._session.config.cluster
-        begin = (position.attempt, self._fleet.workers, position.start_step, self._fleet.number, self._payload)
-        self._session.patiently("the list of checkpoints", lambda: self._session.ask("start_attempt", *begin))
+        cluster = self._session.config.cluster
+        self._session.patiently("the list of checkpoints", lambda: self._session.ask("start_attempt", *self._known))
         watch = HangWatch(hang_seconds=cluster.hang_seconds, start_seconds=cluster.start_seconds, now=time.monotonic())
         is_taken_over = Lately(TAKEN_OVER_POLL_SECONDS, self._session.seems_taken_over, False)
         outcome = None
@@ -164,7 +163,10 @@ class Attempt:
         return status
 
     def _look(self, status: Status, watch: HangWatch, fleet_ended: bool, is_taken_over: bool) -> Look:
-        ranks_ended = len(status.ended_ranks) == self._fleet.workers
+        # Without its log, and cut off from the journal when it died, it believes in an attempt that is over.
+        knows_ours = status.attempt >= self._position.attempt
+        ranks_ended = knows_ours and len(status.ended_ranks) == self._fleet.workers
+        is_orphan = status.is_orphan or not knows_ours
         silent = silent_agents(status)
         signal, pause = self._signals.number, None
         self._saw_signal = signal != 0
@@ -174,10 +176,10 @@ class Attempt:
         return Look(
             fleet_ended=fleet_ended,
             ranks_ended=ranks_ended,
-            is_orphan=status.is_orphan,
+            is_orphan=is_orphan,
             lost_agents=lost_agents(status, silent, living_nodes()) if silent else (),
             # A restarted coordinator knows nothing of the ranks at first; the watch would take that change for progress.
-            hang=None if ranks_ended or status.is_orphan else watch.look(time.monotonic(), signs(status)),
+            hang=None if ranks_ended or is_orphan else watch.look(time.monotonic(), signs(status)),
             is_taken_over=is_taken_over,
             signal=signal,
             may_begin=signal != 0 and may_begin(status, self._signals.seconds, heartbeat_seconds),
@@ -226,7 +228,7 @@ class Attempt:
 
     def _adopt(self) -> None:
         attempt = self._position.attempt
-        self._session.ask("adopt", attempt, self._fleet.number, self._payload)
+        self._session.ask("adopt", *self._known)
         self._session.tell("coordinator_restarted", attempt=attempt)
         self._screen.message("the coordinator died and was started again; the ranks trained on")
 
