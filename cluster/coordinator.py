@@ -189,8 +189,8 @@ class Coordinator:
         self._discovery.write()  # without the ranks of the previous attempt
 
     def adopt(self, attempt: int, world_size: int, start_step: int, fleet: int, payload: Payload) -> None:
-        """Give a coordinator that was started again what it cannot know: the attempt's payload, its fleet if the log is lost, and the attempt
-        itself if it had not reached the journal then. An older attempt than the newest is none of its business."""
+        """Give a coordinator that was started again what it cannot know: the attempt's payload, its fleet if the log is lost, and the
+        attempt itself if that had not reached the journal either. An attempt older than the newest changes nothing."""
         with self._changed:
             before = self._state.roster.attempt
             if before is None or attempt > before.number:
