@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import importlib.util
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -162,6 +163,8 @@ def _serve(config: ServeConfig, export: Export, host: str, port: int, ours: Belo
 
         from deploy.serve.app import APPLICATION, build
 
+        if not os.environ.get("FINETUNE_VERBOSE"):
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it would say that its own second call changes nothing
         options = {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_SECONDS}
         try:
             with contextlib.suppress(TimeoutError, RayActorError):  # the proxy is late, which is waited for below
