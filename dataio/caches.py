@@ -8,6 +8,13 @@ removed by itself. Only what a conversion made is listed and removed here, nothi
 again when it is needed.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import argparse
 import fcntl
 import os
@@ -24,7 +31,7 @@ from dataio.convert import ORIGIN_NAME
 from dataio.foreign import MAX_MANIFEST_BYTES, MAX_SETTINGS_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, ManifestError
 from dataio.reading import targets_described
-from dataio.terminal import prepare_output, tell
+from dataio.terminal import tell
 from dataio.text import shown
 
 _PARTIAL = ".partial"
@@ -140,5 +147,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    prepare_output()
-    raise SystemExit(main())
+    leaving.by(main)

@@ -7,6 +7,13 @@ DEST.partial, shard after shard. Each complete shard is recorded next to it, so 
 shard. DEST appears complete, by one rename. The codec judges the samples, schema the values of targets, and sources reads both.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output(survive=True)
+
 import argparse
 import contextlib
 import errno
@@ -40,7 +47,7 @@ from dataio.reading import READING_NAME, REPEATS_NAME, Reading, Repeats, describ
 from dataio.remote import is_remote, is_uri, local_path
 from dataio.schema import SPLITS, UNLABELLED, Target, fault_of_targets, is_known, is_single_label, value_of
 from dataio.sources import Applying, Balanced, Corrected, Sample, Source, SourceError, open_source, unique
-from dataio.terminal import prepare_output, tell
+from dataio.terminal import tell
 from dataio.text import address
 
 SHARD_BYTES = 64 << 20
@@ -919,5 +926,4 @@ def _plain_lines(every_seconds: float = 5.0) -> Callable[[Progress], None]:
 
 
 if __name__ == "__main__":
-    prepare_output(survive=True)
-    raise SystemExit(main())
+    leaving.by(main)

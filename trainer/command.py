@@ -11,15 +11,17 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from dataio.leaving import Leaving
+from dataio.leaving import Leaving, hear_interrupts
 from dataio.terminal import prepare_output
 from trainer.settings.programs import FINETUNE
 from trainer.settings.words import did_you_mean
 
 DISTRIBUTION = "ray-finetune"
+Main = Callable[[list[str]], int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +32,8 @@ class Command:
     takes: str
     """Its words, as in a line of help."""
     about: str
-    main: Callable[[list[str]], int]
+    load: Callable[[], Main]
+    """Imports its module; gives its main function."""
     outlives_output: bool = False
     """Its work does not depend on who reads along (dataio.terminal)."""
 
@@ -43,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_output(survive=command is not None and command.outlives_output)
     if command is not None:
         _import_from_here()
-        return command.main(words[1:])
+        command_main = command.load()
+        hear_interrupts()
+        return command_main(words[1:])
     from trainer.settings.say import complain, say
 
     match words:
@@ -103,85 +108,89 @@ def _import_from_here() -> None:
         sys.path.append(here)
 
 
-def _run(argv: list[str]) -> int:
+def _run() -> Main:
     from trainer.run import main
 
-    return main(argv)
+    return main
 
 
-def _find_rate(argv: list[str]) -> int:
+def _find_rate() -> Main:
     from trainer.find_rate import main
 
-    return main(argv)
+    return main
 
 
-def _preview(argv: list[str]) -> int:
+def _preview() -> Main:
     from trainer.preview import main
 
-    return main(argv)
+    return main
 
 
-def _curve(argv: list[str]) -> int:
+def _curve() -> Main:
     from trainer.curve.__main__ import main
 
-    return main(argv)
+    return main
 
 
-def _audit(argv: list[str]) -> int:
+def _audit() -> Main:
     from trainer.audit.__main__ import main
 
-    return main(argv)
+    return main
 
 
-def _predict(argv: list[str]) -> int:
+def _predict() -> Main:
     from trainer.predict import main
 
-    return main(argv)
+    return main
 
 
-def _evaluate(argv: list[str]) -> int:
+def _evaluate() -> Main:
     from trainer.evaluate import main
 
-    return main(argv)
+    return main
 
 
-def _watch(argv: list[str]) -> int:
+def _watch() -> Main:
     from trainer.runs.__main__ import main
 
-    return main(["watch", *argv])
+    return lambda argv: main(["watch", *argv])
 
 
-def _report(argv: list[str]) -> int:
+def _report() -> Main:
     from trainer.report.__main__ import main
 
-    return main(argv)
+    return main
 
 
-def _export(argv: list[str]) -> int:
+def _export() -> Main:
     from trainer.formats.__main__ import main
 
-    return main(argv)
+    return main
 
 
-def _push(argv: list[str]) -> int:
+def _push() -> Main:
     from trainer.push import main
 
-    return main(argv)
+    return main
 
 
-def _convert(argv: list[str]) -> int:
+def _convert() -> Main:
     from dataio.convert import main
 
-    return main(argv, prog=f"{FINETUNE} convert")
+    return partial(main, prog=f"{FINETUNE} convert")
 
 
-def _runs(argv: list[str]) -> int:
+def _runs() -> Main:
     from trainer.runs.__main__ import main
 
-    return main(argv)
+    return main
 
 
-def _completion(argv: list[str]) -> int:
+def _completion() -> Main:
+    return _complete
+
+
+def _complete(argv: list[str]) -> int:
     from trainer.settings.completion import SHELLS, script
     from trainer.settings.say import complain, say
     from trainer.settings.toml import recipe_names
@@ -201,8 +210,8 @@ def _helps() -> dict[str, str]:
     texts = {}
     for command in _COMMANDS.values():
         with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-            if command.main is not _completion:
-                command.main(["--help"])
+            if command.load is not _completion:
+                command.load()(["--help"])
         texts[command.name] = text.getvalue()
     return texts
 
@@ -210,22 +219,22 @@ def _helps() -> dict[str, str]:
 _COMMANDS = {
     command.name: command
     for command in (
-        Command(name="run", takes="DIR [--SETTING VALUE ...]", about="fine-tune on a folder of images", main=_run, outlives_output=True),
-        Command(name="preview", takes="DIR [--SETTING VALUE ...]", about="show images as the model will get them", main=_preview),
-        Command(name="find-rate", takes="DIR [--SETTING VALUE ...]", about="find a learning rate for such a run", main=_find_rate),
+        Command(name="run", takes="DIR [--SETTING VALUE ...]", about="fine-tune on a folder of images", load=_run, outlives_output=True),
+        Command(name="preview", takes="DIR [--SETTING VALUE ...]", about="show images as the model will get them", load=_preview),
+        Command(name="find-rate", takes="DIR [--SETTING VALUE ...]", about="find a learning rate for such a run", load=_find_rate),
         Command(
-            name="curve", takes="DIR [--SETTING VALUE ...]", about="say what more labels would bring", main=_curve, outlives_output=True
+            name="curve", takes="DIR [--SETTING VALUE ...]", about="say what more labels would bring", load=_curve, outlives_output=True
         ),
-        Command(name="audit", takes="DIR|RUN [--folds N]", about="find leaks, copies and wrong labels in the images", main=_audit),
-        Command(name="predict", takes="RUN IMAGE...", about="ask a finished run's model about images", main=_predict),
-        Command(name="evaluate", takes="RUN", about="measure it again, or on other data", main=_evaluate),
-        Command(name="watch", takes="[RUN]", about="follow a run", main=_watch),
-        Command(name="report", takes="RUN", about="write a run's page; --compare RUN RUN", main=_report),
-        Command(name="export", takes="RUN [--to FORMAT]", about="write its model as ONNX and others, and compare", main=_export),
-        Command(name="push", takes="RUN OWNER/NAME", about="upload its model to a Hugging Face hub", main=_push),
-        Command(name="runs", takes="[PATTERN]", about="list all runs", main=_runs),
-        Command(name="convert", takes="SOURCE DEST", about="convert images once, ahead of runs", main=_convert, outlives_output=True),
-        Command(name="completion", takes="bash|zsh", about="print a script that completes these words", main=_completion),
+        Command(name="audit", takes="DIR|RUN [--folds N]", about="find leaks, copies and wrong labels in the images", load=_audit),
+        Command(name="predict", takes="RUN IMAGE...", about="ask a finished run's model about images", load=_predict),
+        Command(name="evaluate", takes="RUN", about="measure it again, or on other data", load=_evaluate),
+        Command(name="watch", takes="[RUN]", about="follow a run", load=_watch),
+        Command(name="report", takes="RUN", about="write a run's page; --compare RUN RUN", load=_report),
+        Command(name="export", takes="RUN [--to FORMAT]", about="write its model as ONNX and others, and compare", load=_export),
+        Command(name="push", takes="RUN OWNER/NAME", about="upload its model to a Hugging Face hub", load=_push),
+        Command(name="runs", takes="[PATTERN]", about="list all runs", load=_runs),
+        Command(name="convert", takes="SOURCE DEST", about="convert images once, ahead of runs", load=_convert, outlives_output=True),
+        Command(name="completion", takes="bash|zsh", about="print a script that completes these words", load=_completion),
     )
 }
 

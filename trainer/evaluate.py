@@ -5,6 +5,13 @@ On the run's own test split the result equals the one in its summary.json. train
 arguments and prints the result. For single images use `trainer.predict`.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import math
 import os
 import sys
@@ -19,7 +26,6 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.text import shown
-from dataio.terminal import prepare_output
 from trainer.rank.finished import Evaluated, evaluate_finished
 from trainer.runs.certainty import NOT_MEASURED, given_of, interval_words, measured_scores
 from trainer.runs.folder import find_run
@@ -206,5 +212,4 @@ def _confused_with(confusion: Sequence[Sequence[int]], classes: Sequence[str], i
 
 
 if __name__ == "__main__":
-    prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))

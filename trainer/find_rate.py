@@ -5,6 +5,13 @@ It takes the run's own flags and makes the run's own checks. It writes the drawi
 checkpoint, no weights.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +25,6 @@ from rich.console import Console
 from cluster.machine import usable_cpus
 from dataio.manifest import image_size_of
 from dataio.parquet import Dataset
-from dataio.terminal import prepare_output
 from trainer.drive.capability import here, settled
 from trainer.drive.data import open_data
 from trainer.drive.problems import choice_for, refuse_if_wrong, with_balance, with_length
@@ -261,5 +267,4 @@ def _has_depthwise(config: RunConfig, dataset: Dataset) -> bool:
 
 
 if __name__ == "__main__":
-    prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))

@@ -4,6 +4,13 @@ or a copy of it anywhere.
 Images are decoded and resized by the same code and rules as in training. trainer.export writes and loads the model folder.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +27,6 @@ from dataio.codecs.image.decode import Decoder
 from dataio.config import Colour, Fit
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import images_below
-from dataio.terminal import prepare_output
 from trainer.export.model_folder import load_export
 from trainer.models.features import features_of
 from trainer.rank.explain import Explainer
@@ -227,5 +233,4 @@ def _show(prediction: Prediction, task: Task, *, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))

@@ -6,6 +6,13 @@ that a step calls (trainer.learn), the picture from undoing the normalisation. W
 user's own), each image is taken out of the batch in which it is in that epoch.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,7 +36,6 @@ from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset
 from dataio.quarantine import BadSample
 from dataio.scan import look_at
-from dataio.terminal import prepare_output
 from trainer.drive.data import open_data
 from trainer.learn.augment.batches import augmented
 from trainer.learn.augment.mix import make_mix
@@ -262,5 +268,4 @@ def _cell(pixels: Pixels) -> Image.Image:
 
 
 if __name__ == "__main__":
-    prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))

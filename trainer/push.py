@@ -4,6 +4,13 @@ pushed is the model folder as it is (trainer.export), verified, in one commit: a
 Token and address are the hub client's own business: `hf auth login` or HF_TOKEN, and HF_ENDPOINT for another hub.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +18,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from dataio.terminal import prepare_output
 from trainer.export.elsewhere import library_of
 from trainer.export.model_folder import CARD_FILE, REMEMBERED_FILE, verified_remembered, verified_weights
 from trainer.runs.folder import RunFolder
@@ -100,5 +106,4 @@ def _network_error(hub: Any) -> type[Exception]:
 
 
 if __name__ == "__main__":
-    prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))

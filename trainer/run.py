@@ -5,18 +5,16 @@ The run itself is trainer/drive/start.py's job, a dry run trainer/drive/dry_run.
 the driver.
 """
 
-import signal
-
 from dataio.leaving import Leaving
 from dataio.terminal import prepare_output
 
 if __name__ == "__main__":
     leaving = Leaving()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds: Ctrl-C ends them without a traceback
     prepare_output(survive=True)
 
 import os
 import shlex
+import signal
 import sys
 
 from cluster.machine import usable_cpus

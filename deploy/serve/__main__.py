@@ -7,6 +7,13 @@
 On a cluster, a Ray Serve config file or deploy/kubernetes/serve does the same by `deploy.serve.app:build`.
 """
 
+from dataio.leaving import Leaving, leave_by, leaves
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import argparse
 import contextlib
 import http.client
@@ -26,8 +33,6 @@ from cluster.belongings import Belongings, belongings
 from cluster.config import ClusterConfig
 from cluster.machine import usable_cpus
 from cluster.storage import is_uri
-from dataio.leaving import Leaving, leave_by, leaves
-from dataio.terminal import prepare_output
 from deploy.serve.exports import Export, open_export, read_model
 from deploy.serve.limits import TOKEN_VARIABLE, read_tokens
 from deploy.serve.predictor import NEEDS
@@ -202,6 +207,4 @@ def _is_loopback(host: str) -> bool:
 
 
 if __name__ == "__main__":
-    leaving = Leaving()
-    prepare_output()
     leaving.by(lambda: main(sys.argv[1:]))

@@ -483,7 +483,8 @@ def test_ctrl_c_says_that_the_same_command_goes_on(folder: Path, tmp_path: Path,
     assert "run the same command again" in capsys.readouterr().err
 
 
-def test_a_real_interrupt_of_the_real_command_goes_on_to_the_same_dataset(tmp_path: Path):
+@pytest.mark.parametrize("program", [["dataio.convert"], ["trainer.command", "convert"]], ids=["module", "finetune"])
+def test_a_real_interrupt_of_the_real_command_goes_on_to_the_same_dataset(program: list[str], tmp_path: Path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6000, 28, 28)).astype(np.uint8)
     labels = (np.arange(6000) % 10).astype(np.uint8)
@@ -493,7 +494,7 @@ def test_a_real_interrupt_of_the_real_command_goes_on_to_the_same_dataset(tmp_pa
         for what, array in (("images", images), ("labels", labels)):
             header = bytes([0, 0, 8, array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
             (source / f"{split}-{what}-idx{array.ndim}-ubyte").write_bytes(header + array.tobytes())
-    command = [sys.executable, "-m", "dataio.convert", str(source), str(tmp_path / "dest")]
+    command = [sys.executable, "-m", *program, str(source), str(tmp_path / "dest")]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -509,7 +510,7 @@ def test_a_real_interrupt_of_the_real_command_goes_on_to_the_same_dataset(tmp_pa
     assert process.returncode == 130, errors
     assert "run the same command again" in errors
     assert not (tmp_path / "dest").exists()
-    assert main(command[3:]) == 0
+    assert main(command[-2:]) == 0
     assert open_dataset(tmp_path / "dest").manifest.splits["train"].count == 6000
 
 

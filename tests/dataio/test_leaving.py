@@ -1,5 +1,7 @@
 """A command's exit status is what its main function says, whatever native libraries do when the process is taken down. Real processes."""
 
+import ast
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,58 @@ def test_a_crash_of_native_code_at_the_end_changes_no_exit_status(end: str, stat
 def test_without_it_the_crash_is_the_exit_status() -> None:
     done = run(CRASHES, ENDS.format(end="return 130"), "sys.exit(main())")
     assert done.returncode == -11
+
+
+INTERRUPTS = """
+import os, signal
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        pass
+"""
+
+
+@pytest.mark.parametrize("inherited", ["SIG_DFL", "SIG_IGN"])
+def test_ctrl_c_that_a_command_has_no_words_for_ends_it_with_a_line(inherited: str) -> None:
+    before = f"import signal; signal.signal(signal.SIGINT, signal.{inherited})\n"  # SIG_IGN: in the background of a shell's script
+    done = run(before, LEAVES, INTERRUPTS, ENDS.format(end="interrupt()"), "leaving.by(main)")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "no end of linea thread\natexit\n", "SIGINT: stopped\n")
+
+
+@pytest.mark.parametrize(
+    "late", ["interrupt()", "atexit.register(interrupt); leaving.by(lambda: 0)"], ids=["while it imports", "at its end"]
+)
+def test_ctrl_c_outside_the_main_function_ends_the_process_without_a_traceback(late: str) -> None:
+    done = run(LEAVES, INTERRUPTS, "import atexit\n", late)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def is_main(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
+
+
+COMMANDS = sorted(
+    str(path.relative_to(PROJECT))
+    for package in ("dataio", "trainer", "deploy/serve")
+    for path in (PROJECT / package).rglob("*.py")
+    if any(is_main(statement) for statement in ast.parse(path.read_text()).body)
+)
+
+
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path not in ("trainer/command.py", "trainer/series/child.py")])
+def test_every_command_ends_so(path: str) -> None:
+    """trainer/command.py is the entry point of them all; trainer/series/child.py becomes another program."""
+    body = ast.parse((PROJECT / path).read_text()).body
+    first = next(index for index, statement in enumerate(body) if is_main(statement))
+    before = [ast.unparse(statement) for statement in body[1:first]]
+    assert [line for line in before if not line.startswith(("from dataio.leaving import", "from dataio.terminal import"))] == []
+    assert ast.unparse(body[first]).startswith("if __name__ == '__main__':\n    leaving = Leaving()\n    prepare_output(")
+    assert "leaving.by(" in ast.unparse(body[-1])
+
+
+def test_the_commands_are_found() -> None:
+    assert {"trainer/run.py", "trainer/predict.py", "dataio/convert.py", "deploy/serve/__main__.py"} <= set(COMMANDS)
 
 
 def test_output_that_nobody_reads_any_more_is_no_error() -> None:

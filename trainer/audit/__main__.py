@@ -4,6 +4,13 @@ Copies and looks need one pass over the images. Wrong labels need answers of mod
 folds, which are told with their cost before they start. This file goes from part to part, and writes what was found; asked.py parses.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import hashlib
 import os
 import shutil
@@ -25,7 +32,6 @@ from dataio.manifest import Manifest
 from dataio.parquet import Dataset
 from dataio.scan import look_at
 from dataio.schema import is_single_label
-from dataio.terminal import prepare_output
 from trainer.audit import folds, page
 from trainer.audit.asked import Asked, asked_of, settled_for, to_open
 from trainer.audit.copies import find_copies
@@ -218,5 +224,4 @@ def _tell_result(findings: Findings, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))

@@ -6,6 +6,13 @@ Everything lies in a folder of its own in --storage, named after the settings an
 there, and ends in the same curve.json to the byte. More --repeats or --parts add their runs to it.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output(survive=True)
+
 import csv
 import io
 import json
@@ -20,7 +27,6 @@ from rich.console import Console
 
 from cluster.storage import Storage, join_uri, open_storage
 from dataio.manifest import Manifest
-from dataio.terminal import prepare_output
 from trainer.curve.next_labels import DEFAULT
 from trainer.curve.page import drawn
 from trainer.curve.plan import Planned, Size, cost_lines, planned, size_of, sizes_of
@@ -263,5 +269,4 @@ def _csv(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 if __name__ == "__main__":
-    prepare_output(survive=True)
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))

@@ -4,6 +4,13 @@ What is made is first asked about every image of the run's test set, and compare
 a manifest that says what was compared.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import os
 import signal
 import sys
@@ -17,7 +24,6 @@ import tyro
 from torch import Tensor
 
 from cluster.storage import Storage, open_storage
-from dataio.terminal import prepare_output
 from trainer.drive.signals import Phase, Signals, tell
 from trainer.export.model_folder import outputs_of
 from trainer.formats import quantise
@@ -233,5 +239,4 @@ def refusal(job: _Job, compared: Compared, arguments: Arguments, opened: Opened)
 
 if __name__ == "__main__":
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))

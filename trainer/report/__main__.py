@@ -1,5 +1,12 @@
 """`python -m trainer.report`: the page of a run, or of two runs compared. Only the command line; sections and compare make the pages."""
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +15,6 @@ from typing import Annotated
 
 import tyro
 
-from dataio.terminal import prepare_output
 from trainer.report.compare import render_comparison
 from trainer.report.files import read_files
 from trainer.report.sections import Report, make_report
@@ -65,5 +71,4 @@ def _compare(arguments: Arguments) -> str:
 
 
 if __name__ == "__main__":
-    prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))

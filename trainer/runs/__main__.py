@@ -4,6 +4,13 @@ status.py reads the runs' folders; this file is the command line and the table. 
 find a run's folder.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import os
 import signal
 import sys
@@ -17,7 +24,6 @@ from rich.text import Text
 
 from cluster.storage import open_storage
 from cluster.text import shown as on_one_line
-from dataio.terminal import prepare_output
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.measures import shown
 from trainer.runs.status import RunStatus, moment, run_folders, statuses
@@ -243,5 +249,4 @@ def cut(text: str, width: int | None) -> str:
 
 
 if __name__ == "__main__":
-    prepare_output()
-    sys.exit(main(sys.argv[1:]))
+    leaving.by(lambda: main(sys.argv[1:]))
