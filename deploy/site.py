@@ -34,6 +34,8 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/rates.md",
         "docs/curve.md",
         "docs/report.md",
+        "docs/track.md",
+        "docs/predict.md",
         "docs/export.md",
         "docs/serve.md",
         "docs/python.md",

@@ -156,6 +156,12 @@ def _watch() -> Main:
     return lambda argv: main(["watch", *argv])
 
 
+def _track() -> Main:
+    from trainer.track.__main__ import main
+
+    return main
+
+
 def _report() -> Main:
     from trainer.report.__main__ import main
 
@@ -229,6 +235,13 @@ _COMMANDS = {
         Command(name="predict", takes="RUN IMAGE...", about="ask a finished run's model about images", load=_predict),
         Command(name="evaluate", takes="RUN", about="measure it again, or on other data", load=_evaluate),
         Command(name="watch", takes="[RUN]", about="follow a run", load=_watch),
+        Command(
+            name="track",
+            takes="RUN --to TRACKER",
+            about="copy a run into TensorBoard, MLflow or W&B",
+            load=_track,
+            outlives_output=True,
+        ),
         Command(name="report", takes="RUN", about="write a run's page; --compare RUN RUN", load=_report),
         Command(name="export", takes="RUN [--to FORMAT]", about="write its model as ONNX and others, and compare", load=_export),
         Command(name="push", takes="RUN OWNER/NAME", about="upload its model to a Hugging Face hub", load=_push),

@@ -147,7 +147,8 @@ class Run:
     def predict(self, *images: str | os.PathLike[str], top: int = 3) -> list[Mapping[str, Any]]:
         """The model's answers for image files, or folders of them, in order: {"image": path, ...} as `finetune predict --json` prints it.
         An image that cannot be read has an `error`. ValueError if the run has not finished, or if a folder holds no image."""
-        from trainer.predict import Predictor, image_paths
+        from trainer.inference.predictor import Predictor
+        from trainer.predict import image_paths
 
         paths = list(image_paths([os.fspath(image) for image in images]))
         if self._predictor is None:

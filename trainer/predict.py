@@ -1,10 +1,9 @@
 """The command line `python -m trainer.predict RUN IMAGE...`: a finished run's predictions for images. Reads `model/` in the run's folder,
-or a copy of it anywhere.
-
-Images are decoded and resized by the same code and rules as in training. trainer.export writes and loads the model folder.
+or a copy of it anywhere. With --out it answers any number of images, on this machine or a cluster, and writes Parquet files
+(trainer.inference).
 """
 
-from dataio.leaving import Leaving
+from dataio.leaving import Leaving, leave_by, leaves
 from dataio.terminal import prepare_output
 
 if __name__ == "__main__":
@@ -12,35 +11,40 @@ if __name__ == "__main__":
     prepare_output()
 
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
+from cluster.machine import usable_cpus
+from cluster.storage import is_uri
 from cluster.text import shown
-from dataio.codecs.image.decode import Decoder
-from dataio.config import Colour, Fit
-from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import images_below
-from trainer.export.model_folder import load_export
-from trainer.models.features import features_of
-from trainer.rank.explain import Explainer
-from trainer.runs.folder import RunFolder
-from trainer.runs.model_files import find_model
+from dataio.text import address as address_of
+from trainer.drive.signals import Phase, Signals, tell
+from trainer.inference.job import Asked, Begun, Ended, begin, carry_out
+from trainer.inference.predictor import Prediction, Predictor
+from trainer.inference.shard import Job
+from trainer.runs.model_files import described, find_model
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say, say_json
 from trainer.settings.tree import RunConfig
-from trainer.tasks.score_log import calibrated_answers
+from trainer.settings.units import number, percent
 from trainer.tasks.task import Task
 
-BATCH = 64
+if TYPE_CHECKING:
+    from cluster.belongings import Belongings
+
 LONGEST_PATH = 4096
+MOST_CLASSES = 10
+PROJECT = Path(__file__).resolve().parents[1]
+PACKAGES = ("cluster", "dataio", "trainer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,10 @@ class Arguments:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder (path or URI), or its name under --storage; or its model folder, wherever that was copied to."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Image files, or folders of them."""
+    """Image files, or folders of them. With --out also Parquet files, folders of them, and URIs of all these."""
+    out: str = ""
+    """Folder or URI, new or empty, for Parquet files with the answers to any number of images, by Ray on this machine or a cluster. Stopped
+    or killed, the same command goes on."""
     top: int = 3
     """Number of classes or labels to show for each image."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -66,120 +73,21 @@ class Arguments:
     """Folder or URI that holds the runs' folders."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a GPU if there is one."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """The model's answer for one image, or the reason why there is none."""
-
-    image: str
-    answer: Mapping[str, Any] = field(default_factory=dict)
-    """In the task's own format. A classification has `predictions`: classes with their probabilities, the most probable first."""
-    error: str = ""
-    is_unlike: bool | None = None
-    """Whether the image is unlike anything seen in training; None if the model cannot tell (train.novelty)."""
-    explanation: str = ""
-    """The file that shows where the answer comes from, if that was asked for."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A line of `--json`."""
-        found: dict[str, Any] = {"image": self.image, **({"error": self.error} if self.error else self.answer)}
-        if self.is_unlike is not None:
-            found["unlike_training"] = self.is_unlike
-        if self.explanation:
-            found["explanation"] = self.explanation
-        return found
-
-
-class Predictor:
-    """Holds the model of a model folder on its device and predicts batches of image files."""
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        *,
-        fit: Fit | None = None,
-        device: torch.device | None = None,
-        is_calibrated: bool = True,
-        explain: str = "",
-    ) -> None:
-        """`explain`: a folder, into which each answer's explanation is drawn. NoPlacesError if the model has none."""
-        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        exported = load_export(folder, self._device)
-        self.task = exported.task
-        self._model, self._preprocess, self._size = exported.model, exported.preprocess, exported.image_size
-        self._temperatures = exported.temperatures if is_calibrated else {}
-        self._fit: Fit = fit or exported.fit
-        height, width = self._size
-        self._novelty = exported.novelty
-        self._explainer = Explainer(exported, Path(explain), self._device) if explain else None
-        self.background: Colour = exported.background
-        self.transparent = 0
-        """Images with an alpha channel that were predicted so far."""
-        self._decoder = Decoder(
-            height=height,
-            width=width,
-            fit=self._fit,
-            background=self.background,
-            max_pixels=exported.max_image_pixels,
-            batch_size=BATCH,
-        )
-
-    def predict(self, paths: Sequence[str], *, top: int) -> Iterator[Prediction]:
-        """One Prediction for each of `paths`, in order, batch by batch."""
-        for start in range(0, len(paths), BATCH):
-            yield from self._batch(paths[start : start + BATCH], top=top)
-
-    @torch.inference_mode()
-    def _batch(self, paths: Sequence[str], *, top: int) -> Iterator[Prediction]:
-        results: dict[str, Prediction] = {}
-        encoded: dict[str, bytes] = {}
-        for path in paths:
-            try:
-                encoded[path] = read_regular(path, MAX_IMAGE_BYTES)
-            except OSError as error:
-                results[path] = Prediction(image=path, error=f"cannot be read: {error.strerror or error}")
-        if encoded:
-            decoded = self._decoder.decode(list(encoded.values()))
-            reasons = dict(decoded.bad)
-            self.transparent += decoded.transparent
-            images = torch.from_numpy(decoded.images).permute(0, 3, 1, 2).to(self._device)  # (n, 3, H, W) uint8 channels_last
-            outputs, unlike = self._asked(images)
-            answers = calibrated_answers(self.task, outputs, self._temperatures, top=top)
-            good = [index for index in range(len(encoded)) if index not in reasons]
-            names = list(encoded)
-            drawn = self._explainer.draw(decoded.images[good], [names[index] for index in good]) if self._explainer else [""] * len(good)
-            for index, explanation in zip(good, drawn, strict=True):
-                results[names[index]] = Prediction(
-                    image=names[index], answer=answers[index], is_unlike=unlike[index], explanation=explanation
-                )
-            for index, reason in reasons.items():
-                results[names[index]] = Prediction(image=names[index], error=self._explained(reason))
-        for path in paths:
-            yield results[path]
-
-    def _asked(self, images: Tensor) -> tuple[Tensor, Sequence[bool | None]]:
-        """The outputs, and of each image whether it is unlike anything seen in training."""
-        if self._novelty is None:
-            return self._model(self._preprocess(images)), [None] * len(images)
-        with features_of(self._model) as features:
-            outputs = self._model(self._preprocess(images))
-        return outputs, self._novelty.told(self.task, outputs.cpu(), features.taken().cpu()).tolist()
-
-    def _explained(self, reason: str) -> str:
-        """The decoder's reason. If only the image's size is wrong, it also names the flag that resizes it."""
-        if reason.startswith("wrong size") and self._fit == "refuse":
-            height, width = self._size
-            return f"{reason}; the model was trained on {width}x{height}: add --fit crop or --fit stretch to have it resized"
-        return reason
+    workers: int = 0
+    """With --out: processes that answer. 0: one a GPU, or one for 4 CPUs."""
+    shard_images: int = 2048
+    """With --out: images a file. What is killed loses at most the files that are under way."""
+    image_column: str = ""
+    """With --out: of Parquet files, the column with the images, where its name does not say so."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Return 0 if all images were classified, 1 if some could not be. Exits with 2 (SystemExit) for wrong arguments or an unusable run."""
     arguments = tyro.cli(Arguments, prog=program("predict"), args=argv)
     try:
-        if arguments.top < 1:
-            raise ValueError(f"--top {arguments.top} shows nothing; use 1 or more")
+        _check(arguments)
+        if arguments.out:
+            return _to_files(arguments)
         paths = list(image_paths(arguments.images))
         folder = find_model(arguments.run, arguments.storage)
         if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -205,6 +113,125 @@ def main(argv: Sequence[str]) -> int:
     if bad:
         complain(f"{bad} of {len(paths)} images could not be classified")
     return 1 if bad else 0
+
+
+def _check(arguments: Arguments) -> None:
+    if arguments.top < 1:
+        raise ValueError(f"--top {arguments.top} shows nothing; use 1 or more")
+    if arguments.workers < 0:
+        raise ValueError(f"--workers {arguments.workers} is no number of processes; use 1 or more, or 0 to have it chosen")
+    if arguments.shard_images < 1:
+        raise ValueError(f"--shard-images {arguments.shard_images} is no number of images; use 1 or more")
+    if arguments.out and arguments.explain:
+        raise ValueError("--explain draws a picture for each image, and --out is for any number of them; give one of the two")
+    if not arguments.out and (arguments.workers or arguments.image_column):
+        flag = "--workers" if arguments.workers else "--image-column"
+        raise ValueError(f"{flag} goes with --out FOLDER, where the answers are written to")
+
+
+def _to_files(arguments: Arguments) -> int:
+    """Answer all images into files of --out: 0; 1 if some could not be read, or if Ray or a storage was lost; 128 + signal if stopped."""
+    from cluster.belongings import belongings
+
+    prepare_output(survive=True)  # it may take hours: the work does not depend on who reads along
+    signals = Signals()
+    with signals.heard():
+        signals.enter(Phase.SETTING_UP)  # from here on a signal raises KeyboardInterrupt
+        try:
+            asked = _asked(arguments)
+            begun = begin(asked, _progress)
+            with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once):
+                ended = _with_ray(asked, begun, ours)
+        except OSError as error:
+            complain(f"error: {error}; the same command goes on")
+            return 1
+        except KeyboardInterrupt:
+            tell(f"{signals.name or 'SIGINT'}: stopped; the same command goes on")
+            return 128 + (signals.number or signal.SIGINT)
+    _show_ended(ended, asked, begun, as_json=arguments.json)
+    return 1 if ended.counts.bad else 0
+
+
+def _asked(arguments: Arguments) -> Asked:
+    folder = find_model(arguments.run, arguments.storage)
+    is_local_out = not is_uri(arguments.out) and not arguments.out.startswith("file:")
+    out = os.path.abspath(os.path.expanduser(arguments.out)) if is_local_out else arguments.out
+    job = Job(
+        out=out,
+        model=folder.storage.uri,
+        model_name=folder.name,
+        model_sha256=described(folder)["file_sha256"],
+        fit="" if arguments.fit == "run" else arguments.fit,
+        top=arguments.top,
+        calibrated=not arguments.raw,
+        device=arguments.device,
+        threads=1,
+    )
+    return Asked(
+        out=out,
+        inputs=arguments.images,
+        image_column=arguments.image_column,
+        job=job,
+        shard_images=arguments.shard_images,
+        workers=arguments.workers,
+    )
+
+
+def _with_ray(asked: Asked, begun: Begun, ours: "Belongings") -> Ended:
+    from cluster.config import ClusterConfig
+    from cluster.ray_cluster import ray_cluster
+
+    def lost(name: str) -> None:
+        tell(f"error: the {name} of this command's Ray died; the same command goes on")
+        ours.end_at_once(1)
+
+    is_verbose = bool(os.environ.get("FINETUNE_VERBOSE"))
+    if not is_verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it calls it an error that Ray Data's workers may be started again
+    address = os.environ.get("RAY_ADDRESS", "")
+    if begun.left:
+        _progress(f"joining the Ray cluster at {address}" if address else "starting a local Ray")
+    with ray_cluster(
+        ClusterConfig(),
+        project=PROJECT,
+        address=address,
+        in_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ,
+        cpus=usable_cpus(),
+        folder=ours.folder,
+        on_lost=lost,
+        packages=PACKAGES,
+        verbose=is_verbose,
+        process_ends=leaves(),
+    ) as hardware:
+        return carry_out(asked, begun, hardware, _progress)
+
+
+def _progress(line: str) -> None:
+    complain(line)
+
+
+def _show_ended(ended: Ended, asked: Asked, begun: Begun, *, as_json: bool) -> None:
+    if as_json:
+        say_json(ended.to_json())
+        return
+    counts = ended.counts
+    say(f"{number(counts.images)} images in {number(begun.plan.shards)} Parquet files in {address_of(asked.out)}")
+    if ended.here:
+        spent = asdict(ended.spent)
+        whole = sum(spent.values()) or 1.0
+        words = ("waiting for images", "the model", "writing")
+        shares = ", ".join(f"{percent(seconds / whole, 0)} {word}" for word, seconds in zip(words, spent.values(), strict=True))
+        say(f"  {number(ended.here)} of them now, {ended.here / ended.seconds:.0f} images/s; of the workers' time {shares}")
+    largest = sorted(counts.answers.items(), key=lambda item: -item[1])[:MOST_CLASSES]
+    if largest:
+        more = f", and {len(counts.answers) - len(largest)} more classes" if len(counts.answers) > len(largest) else ""
+        say("  " + ", ".join(f"{shown(name)} {number(count)}" for name, count in largest) + more)
+    if counts.unlike:
+        say(f"  {number(counts.unlike)} unlike anything seen in training (column unlike_training)")
+    if counts.transparent:
+        say(f"  {number(counts.transparent)} with transparency, treated as in this run's training (data.background)")
+    if counts.bad:
+        complain(f"{number(counts.bad)} of {number(counts.images)} images could not be read (column error says why)")
 
 
 def image_paths(arguments: Sequence[str]) -> Iterator[str]:

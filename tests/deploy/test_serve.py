@@ -22,7 +22,7 @@ from dataio.codecs.image.sniff import KINDS
 from tests.deploy.exported import by_hand, export
 from tests.deploy.rules import PROJECT
 from trainer.export.model_folder import load_export
-from trainer.predict import Predictor as RunsPredictor
+from trainer.inference.predictor import Predictor as RunsPredictor
 from trainer.runs.model_files import find_model
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")

@@ -13,8 +13,9 @@ from PIL import Image
 from cluster.storage import open_storage
 from dataio.schema import Target, single_label
 from trainer.export.model_folder import export_model, load_export
+from trainer.inference.predictor import Predictor
 from trainer.models.vision import build_model
-from trainer.predict import Predictor, main
+from trainer.predict import main
 from trainer.rank.calibrating import calibration_record, measured_record, with_calibration
 from trainer.runs.model_files import described, find_model
 from trainer.settings.tree import DataConfig, ModelConfig, RunConfig, TaskConfig

@@ -27,6 +27,7 @@ COMMANDS = (
     "predict",
     "evaluate",
     "watch",
+    "track",
     "report",
     "export",
     "push",

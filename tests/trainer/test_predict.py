@@ -15,8 +15,9 @@ from PIL import Image
 from cluster.storage import open_storage
 from dataio.schema import single_label
 from trainer.export.model_folder import export_model, model_card
+from trainer.inference.predictor import Predictor
 from trainer.models.vision import Preprocess, build_model
-from trainer.predict import Predictor, image_paths, main
+from trainer.predict import image_paths, main
 from trainer.runs.model_files import find_model
 from trainer.settings.tree import DataConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.tasks.make import make_task

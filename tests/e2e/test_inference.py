@@ -1,0 +1,146 @@
+"""Answers to any number of images on real Ray: whatever is killed, each image is answered once, in files that are the same to the byte."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as pads
+import pytest
+from PIL import Image
+
+from cluster.process import process_stat
+from tests.e2e.running import PROJECT, kill_session
+from tests.trainer.test_predict import SIDE, export
+from trainer.inference.plan import PLAN, SUMMARY
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
+COUNT, SHARD = 600, 30
+
+
+def children_of(pid: int) -> list[int]:
+    """All processes below this one."""
+    parents = {int(name): stat.parent for name in os.listdir("/proc") if name.isdigit() and (stat := process_stat(int(name))) is not None}
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return sorted(below - {pid})
+
+
+def title_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+class Command:
+    """One `trainer.predict` process, in a session of its own."""
+
+    def __init__(self, run: Path, images: Path, out: Path) -> None:
+        self.out, self.log = out, out.parent / f"{out.name}.{time.monotonic_ns()}.log"
+        words = [str(run), str(images), "--out", str(out), "--shard-images", str(SHARD), "--workers", "2", "--json"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "trainer.predict", *words],
+                cwd=PROJECT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ},
+                start_new_session=True,
+            )
+
+    def parts(self) -> set[str]:
+        return {path.name for path in self.out.glob("predictions-*.parquet")}
+
+    def wait_for_parts(self, count: int) -> None:
+        self._wait(lambda: len(self.parts()) >= count)
+
+    def kill_worker(self) -> None:
+        """SIGKILL to a process that answers."""
+        found: list[int] = []
+
+        def look() -> bool:
+            found.extend(pid for pid in children_of(self.process.pid) if "ray::MapWorker" in title_of(pid))
+            return bool(found)
+
+        self._wait(look)
+        os.kill(found[0], signal.SIGKILL)
+
+    def _wait(self, is_there: Callable[[], bool], timeout: float = 300) -> None:
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if is_there():
+                return
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+        raise AssertionError(self.log.read_text())
+
+    def finish(self, timeout: float = 900) -> int:
+        try:
+            return self.process.wait(timeout)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        kill_session(self.process.pid)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    storage = tmp_path_factory.mktemp("runs")
+    export(storage)
+    return storage / "pets"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for index in range(COUNT):
+        Image.fromarray(generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / f"{index:05d}.png")
+    (folder / "00400.png").write_bytes(b"damaged")
+    return folder
+
+
+def files_in(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("predictions-*.parquet")}
+
+
+def test_killed_in_every_way_each_image_is_answered_once_in_the_same_bytes(run: Path, photos: Path, tmp_path: Path) -> None:
+    whole = Command(run, photos, tmp_path / "whole")
+    assert whole.finish() == 1, whole.log.read_text()
+    expected = files_in(whole.out)
+    assert len(expected) == COUNT // SHARD
+
+    killed = Command(run, photos, tmp_path / "killed")
+    killed.wait_for_parts(3)
+    killed.kill()
+    assert len(killed.parts()) < COUNT // SHARD
+
+    interrupted = Command(run, photos, tmp_path / "killed")
+    interrupted.wait_for_parts(len(killed.parts()) + 1)
+    interrupted.process.send_signal(signal.SIGINT)
+    assert interrupted.finish() == 130, interrupted.log.read_text()
+    assert "SIGINT: stopped; the same command goes on" in interrupted.log.read_text()
+    assert "Traceback" not in interrupted.log.read_text()
+
+    last = Command(run, photos, tmp_path / "killed")
+    last.wait_for_parts(len(interrupted.parts()) + 1)
+    last.kill_worker()
+    assert last.finish() == 1, last.log.read_text()
+    assert files_in(last.out) == expected
+    assert {path.name for path in last.out.iterdir()} == {*expected, PLAN, SUMMARY}
+
+    found = pads.dataset(last.out).to_table()
+    assert found.column("row").to_pylist() == list(range(COUNT))
+    assert found.column("key").to_pylist() == sorted(str(path) for path in photos.iterdir())
+    counts = json.loads((last.out / SUMMARY).read_text())["counts"]
+    assert (counts["images"], counts["bad"]) == (COUNT, 1)
+    assert counts == json.loads((whole.out / SUMMARY).read_text())["counts"]
