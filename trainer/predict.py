@@ -11,7 +11,6 @@ if __name__ == "__main__":
     prepare_output()
 
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,8 @@ from cluster.storage import is_uri
 from cluster.text import shown
 from dataio.formats import images_below
 from dataio.text import address as address_of
-from trainer.drive.signals import Phase, Signals, tell
+from trainer.drive.guarded import guarded
+from trainer.drive.signals import Signals, tell
 from trainer.inference.job import Asked, Begun, Ended, begin, carry_out
 from trainer.inference.predictor import Prediction, Predictor
 from trainer.inference.shard import Job
@@ -134,22 +134,16 @@ def _to_files(arguments: Arguments) -> int:
     from cluster.belongings import belongings
 
     prepare_output(survive=True)  # it may take hours: the work does not depend on who reads along
-    signals = Signals()
-    with signals.heard():
-        signals.enter(Phase.SETTING_UP)  # from here on a signal raises KeyboardInterrupt
-        try:
-            asked = _asked(arguments)
-            begun = begin(asked, _progress)
-            with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once):
-                ended = _with_ray(asked, begun, ours)
-        except OSError as error:
-            complain(f"error: {error}; the same command goes on")
-            return 1
-        except KeyboardInterrupt:
-            tell(f"{signals.name or 'SIGINT'}: stopped; the same command goes on")
-            return 128 + (signals.number or signal.SIGINT)
-    _show_ended(ended, asked, begun, as_json=arguments.json)
-    return 1 if ended.counts.bad else 0
+
+    def work(signals: Signals) -> int:
+        asked = _asked(arguments)
+        begun = begin(asked, complain)
+        with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once):
+            ended = _with_ray(asked, begun, ours)
+        _show_ended(ended, asked, begun, as_json=arguments.json)
+        return 1 if ended.counts.bad else 0
+
+    return guarded(work, stopped="stopped; the same command goes on", goes_on="; the same command goes on")
 
 
 def _asked(arguments: Arguments) -> Asked:
@@ -190,7 +184,7 @@ def _with_ray(asked: Asked, begun: Begun, ours: "Belongings") -> Ended:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it calls it an error that Ray Data's workers may be started again
     address = os.environ.get("RAY_ADDRESS", "")
     if begun.left:
-        _progress(f"joining the Ray cluster at {address}" if address else "starting a local Ray")
+        complain(f"joining the Ray cluster at {address}" if address else "starting a local Ray")
     with ray_cluster(
         ClusterConfig(),
         project=PROJECT,
@@ -203,11 +197,7 @@ def _with_ray(asked: Asked, begun: Begun, ours: "Belongings") -> Ended:
         verbose=is_verbose,
         process_ends=leaves(),
     ) as hardware:
-        return carry_out(asked, begun, hardware, _progress)
-
-
-def _progress(line: str) -> None:
-    complain(line)
+        return carry_out(asked, begun, hardware, complain)
 
 
 def _show_ended(ended: Ended, asked: Asked, begun: Begun, *, as_json: bool) -> None:

@@ -21,13 +21,12 @@ import importlib.util
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cluster.belongings import Belongings, belongings
 from cluster.config import ClusterConfig
@@ -37,8 +36,8 @@ from deploy.serve.exports import Export, open_export, read_model
 from deploy.serve.limits import TOKEN_VARIABLE, read_tokens
 from deploy.serve.predictor import NEEDS
 from deploy.serve.settings import ServeConfig, settings_of
-from trainer.drive.signals import Phase, Signals
-from trainer.settings.cli import fail
+from trainer.drive.guarded import guarded
+from trainer.drive.signals import Signals
 from trainer.settings.say import complain, say
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -52,24 +51,16 @@ def main(argv: Sequence[str]) -> int:
     """Serve until a signal: 128 + its number; 1 if Ray does not come up or is lost. Exits with 2 (SystemExit) for wrong arguments, for what
     is no export, and for a model that is damaged."""
     options, given = _parsed(argv)
-    signals = Signals()
-    with signals.heard():
-        signals.enter(Phase.SETTING_UP)  # from here on a signal raises KeyboardInterrupt
-        try:
-            config = settings_of(given, flags=True)
-            _check(config, options.host, options.port)
-            export = open_export(config.export)
-            read_model(export)  # before Ray starts: each replica verifies it again
-            with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once):
-                _serve(config, export, options.host, options.port, ours)
-        except ValueError as error:
-            fail(str(error))
-        except OSError as error:
-            complain(f"error: {error}")
-            return 1
-        except KeyboardInterrupt:
-            complain(f"{signals.name or 'SIGINT'}: stopped serving")
-        return 128 + (signals.number or signal.SIGINT)
+
+    def work(signals: Signals) -> int:
+        config = settings_of(given, flags=True)
+        _check(config, options.host, options.port)
+        export = open_export(config.export)
+        read_model(export)  # before Ray starts: each replica verifies it again
+        with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once):
+            _serve(config, export, options.host, options.port, ours)
+
+    return guarded(work, stopped="stopped serving")
 
 
 def _parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -83,8 +74,8 @@ def _parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     defaults = ServeConfig(export="-")
     for name, help_ in _FLAGS.items():
         default = getattr(defaults, name)
-        shown = "" if default == "" else f" ({'the CPUs, shared by the replicas' if name == 'threads' else f'{default:g}'})"
-        kind: Callable[[str], Any] = str if isinstance(default, str) else float if isinstance(default, float) else int
+        shown = "" if default in ("", None) else f" ({'the CPUs, shared by the replicas' if name == 'threads' else f'{default:g}'})"
+        kind: Callable[[str], Any] = str if isinstance(default, str) else int if isinstance(default, int) else float
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=help_ + shown)
     parser.add_argument(
         "--allow-unauthenticated", action="store_true", help="answer everybody who reaches --host, where that is not this machine alone"
@@ -111,12 +102,12 @@ _FLAGS = {
     "max_batch": "most images that the network is asked about at once",
     "batch_wait_ms": "how long a batch that is not full waits for more images",
     "max_body_bytes": "a longer body is refused (413)",
-    "max_image_pixels": "an image of more pixels is refused (413)",
+    "max_image_pixels": "an image of more pixels is refused (413); 0 for the run's own limit",
     "max_queued": "requests under way at once; the next one is refused (503)",
     "requests_per_second": "of each token; 0 for no limit; more are refused (429)",
     "body_seconds": "how long a client may take to send its body (408)",
     "answer_seconds": "how long a request may wait for the model (503)",
-    "threshold": "for models of several labels: the run's task.threshold",
+    "threshold": "for models of several labels: how probable an answered label is at least (the run's own)",
     "token_file": f"file with a bearer token a line; without it {TOKEN_VARIABLE} may hold them; with none of them everybody is answered",
 }
 
@@ -141,7 +132,7 @@ def _check(config: ServeConfig, host: str, port: int) -> None:
         raise ValueError(f"--host {host} --port {port} cannot be listened on ({error.strerror or error}); choose another --port") from None
 
 
-def _serve(config: ServeConfig, export: Export, host: str, port: int, ours: Belongings) -> None:
+def _serve(config: ServeConfig, export: Export, host: str, port: int, ours: Belongings) -> NoReturn:
     """Start Ray and the application, say where it is, wait for a signal (KeyboardInterrupt)."""
     from cluster.ray_cluster import ray_cluster
 

@@ -17,6 +17,7 @@ from trainer.formats.manifest import FORMAT_VERSION, MANIFEST_FILE
 from trainer.formats.onnx_graph import LARGEST_BYTES
 
 MOST_MANIFEST_BYTES = 64 << 20
+FILTERS = ("bilinear", "bicubic", "nearest")
 AGAIN = "export the run again (`finetune export RUN`)"
 _PUBLIC = ("of", "format", "file", "files", "input", "output", "classes", "targets", "temperatures", "compared")
 
@@ -142,6 +143,8 @@ def _check_files(manifest: Mapping[str, Any]) -> None:
         raise ValueError("file is no name")
     if not isinstance(digest, str):
         raise ValueError("sha256 is no text")
+    if not 0 < float(manifest.get("threshold", 0.5)) < 1:
+        raise ValueError("threshold is no number between 0 and 1")
     temperatures = manifest["temperatures"].values()
     if not all(isinstance(value, int | float) and 0 < value < float("inf") for value in temperatures):
         raise ValueError("a temperature is no number above 0")
@@ -157,7 +160,10 @@ def _check_input(takes: Mapping[str, Any]) -> None:
         raise ValueError("mean and std are not three numbers")
     if "resized_to" in takes:
         sees_height, sees_width = takes["resized_to"]
-        raise _Unservable(
-            f"images are to be resized to {sees_width}x{sees_height} before the graph sees them, and the manifest does not say by which"
-            " filter; export the run with --preprocessing, which puts that into the graph"
-        )
+        if "resized_by" not in takes:  # of a release before it was told
+            raise _Unservable(
+                f"images are to be resized to {sees_width}x{sees_height} before the graph sees them, and the manifest does not say by which"
+                " filter; export the run again"
+            )
+        if takes["resized_by"] not in FILTERS or sees_height != sees_width or not isinstance(sees_width, int) or sees_width < 1:
+            raise ValueError(f"resized_to and resized_by are no square and one of {', '.join(FILTERS)}")

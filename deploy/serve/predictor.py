@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from dataio.codecs.image.decode import Decoder
+from dataio.config import DataConfig
 from deploy.serve.exports import Export, read_model
 from deploy.serve.settings import ServeConfig
 from trainer.models.vision import Preprocess
@@ -54,7 +55,8 @@ class Predictor:
     def __init__(self, export: Export, config: ServeConfig) -> None:
         """ValueError if the model's file is missing, is not the manifest's, or is no graph."""
         self._input = export.manifest["input"]
-        self._task = make_task(TaskConfig(threshold=config.threshold), export.targets)
+        threshold = config.threshold if config.threshold is not None else export.manifest.get("threshold", TaskConfig().threshold)
+        self._task = make_task(TaskConfig(threshold=threshold), export.targets)
         self._classes = {target.name: {name: index for index, name in enumerate(target.classes)} for target in export.targets}
         self._temperatures = {name: Temperature(value=value, split="", count=0) for name, value in export.manifest["temperatures"].items()}
         height, width = self._input["decoded_to"]
@@ -65,13 +67,19 @@ class Predictor:
             fit=self._input["fit"],
             background=self._input.get("background", ""),
             threads=config.threads,
-            max_pixels=config.max_image_pixels,
+            max_pixels=config.max_image_pixels or self._input.get("max_image_pixels", DataConfig().max_image_pixels),
             batch_size=config.max_batch,
         )
         self._preprocess = (
             None
             if self._input["prepared"] == "in the graph"
-            else Preprocess(mean=self._input["mean"], std=self._input["std"], channels_last=True)
+            else Preprocess(
+                mean=self._input["mean"],
+                std=self._input["std"],
+                image_size=self._input.get("resized_to", (0,))[0],
+                interpolation=self._input.get("resized_by", "bilinear"),
+                channels_last=True,
+            )
         )
         self._session = session_of(read_model(export), config.threads)
         outputs = self.outputs(np.zeros((1, height, width, 3), np.uint8))  # also the first run, which is slower than all others

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.text import shown
-from dataio.config import DataConfig
 from dataio.foreign import MAX_IMAGE_BYTES
 from trainer.formats.made import MOST_IN_A_BATCH
 
@@ -28,8 +27,8 @@ class ServeConfig(BaseModel):
     """How long a batch that is not full waits for more images."""
     max_body_bytes: Annotated[int, Field(ge=1, le=MAX_IMAGE_BYTES)] = 8 << 20
     """A longer body is refused (413)."""
-    max_image_pixels: Annotated[int, Field(ge=1)] = DataConfig().max_image_pixels
-    """An image of more pixels, by its header, is refused (413)."""
+    max_image_pixels: Annotated[int, Field(ge=0)] = 0
+    """An image of more pixels, by its header, is refused (413). 0: the run's own limit."""
     max_queued: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Requests that may be under way at once, being read, waiting or computed, over all replicas. The next one is refused (503)."""
     requests_per_second: Annotated[float, Field(ge=0, le=1e6)] = 0.0
@@ -38,8 +37,8 @@ class ServeConfig(BaseModel):
     """How long a client may take to send its body (408)."""
     answer_seconds: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """How long a request may wait for the model (503)."""
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """For several labels: one is answered if its probability is at least this. The run's `task.threshold`, which no export tells."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """For several labels: one is answered if its probability is at least this. None: the run's own `task.threshold`."""
     token_file: str = ""
     """File with a token a line. Empty: the tokens of the environment variable FINETUNE_SERVE_TOKEN."""
     allow_unauthenticated: bool = False

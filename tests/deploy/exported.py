@@ -16,16 +16,18 @@ from trainer.settings.tree import ModelConfig
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
 
 
-def export(folder: Path, *flags: str) -> Path:
-    """An ONNX export, in a folder of its own for these flags, of a run of some steps on the sample's images in `folder`/runs/plain."""
-    out = folder / "-".join(["out", *flags])
+def export(folder: Path, *flags: str, run: str = "plain", image_size: int = 0) -> Path:
+    """An ONNX export, in a folder of its own for these flags, of a run of some steps on the sample's images in `folder`/runs/`run`."""
+    out = folder / "-".join(["out", run, *flags])
     before = torch.get_num_threads()
     try:
-        if not (folder / "runs" / "plain").exists():
-            network = ModelConfig(name="timm/test_efficientnet", weights="none", stem="native")
-            train(folder / "runs", replace(BASE, run="plain", model=network, train=replace(BASE.train, precision="fp32")), 5)
+        if not (folder / "runs" / run).exists():
+            network = ModelConfig(
+                name="timm/test_efficientnet", weights="none", stem="native", image_size=image_size, interpolation="bicubic"
+            )
+            train(folder / "runs", replace(BASE, run=run, model=network, train=replace(BASE.train, precision="fp32")), 5)
         if not out.exists():
-            assert main([str(folder / "runs" / "plain"), *flags, "--out", str(out)]) == 0
+            assert main([str(folder / "runs" / run), *flags, "--out", str(out)]) == 0
     finally:
         torch.set_num_threads(before)
     return out / "onnx"

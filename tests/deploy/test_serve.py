@@ -199,6 +199,9 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
         (lambda m: m["targets"][0].update(outputs=[0, 9]), "the targets' outputs do not follow each other"),
         (lambda m: m.update(temperatures={"label": 0}), "a temperature is no number above 0"),
         (lambda m: m["input"].update(resized_to=[40, 40]), "resized to 40x40 before the graph sees them"),
+        (lambda m: m["input"].update(resized_to=[40, 40], resized_by="lanczos"), "resized_by are no square and one of bilinear,"),
+        (lambda m: m["input"].update(resized_to=[40, 50], resized_by="bilinear"), "resized_by are no square and one of bilinear,"),
+        (lambda m: m.update(threshold=1.5), "threshold is no number between 0 and 1"),
         (lambda m: m["input"].update(decoded_to=["a", 3]), "decoded_to is no size"),
         (lambda m: m["input"].update(std=[0, 1, 1]), "mean and std are not three numbers"),
     ],
@@ -321,6 +324,41 @@ def test_several_targets_are_answered_as_predict_does(copied: Path) -> None:
     assert [each["index"] for each in heads["animal"]["predictions"]] == np.argsort(-row[:3])[:2].tolist()
     assert [each["class"] for each in heads["seen"]["labels"]] == [f"label {index}" for index in np.argsort(-row[3:9])[:2]]
     assert heads["age"]["value"] == pytest.approx(float(row[9]) * 2 + 4, rel=1e-5)
+
+
+def test_images_are_resized_by_the_filter_that_the_manifest_names(folder: Path, tmp_path: Path) -> None:
+    where = export(folder, run="resized", image_size=40)
+    opened = open_export(str(where))
+    assert (opened.manifest["input"]["resized_to"], opened.manifest["input"]["resized_by"]) == ([40, 40], "bicubic")
+    served = Predictor(opened, ServeConfig(export=str(where)))
+    images = pictures(5)
+    paths = [tmp_path / f"{number}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        path.write_bytes(image)
+    runs = RunsPredictor(find_model(str(folder / "runs" / "resized")), device=torch.device("cpu"))
+    expected = list(runs.predict(list(map(str, paths)), top=3))
+    answers = served.answers([Question(image=image, top=3) for image in images])
+    for answer, own in zip(answers, expected, strict=True):
+        assert [each["class"] for each in answer.said["predictions"]] == [each["class"] for each in own.answer["predictions"]]
+        probabilities = [each["probability"] for each in own.answer["predictions"]]
+        assert [each["probability"] for each in answer.said["predictions"]] == pytest.approx(probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 700), ({"max_image_pixels": 5000}, 5000)])
+def test_the_limit_of_an_image_is_the_runs_own_unless_one_is_given(given: dict[str, Any], expected: int, copied: Path) -> None:
+    changed(copied, lambda m: m["input"].update(max_image_pixels=700))
+    served = Predictor(open_export(str(copied)), ServeConfig(export=str(copied), **given))
+    (answer,) = served.answers([Question(image=pictures(1)[0], top=3)])  # 28x28
+    assert answer.refusal.startswith("too large") == (expected < 28 * 28)
+
+
+@pytest.mark.parametrize(("own", "given", "labels"), [(0.01, {}, 10), (0.99999, {}, 0), (0.99999, {"threshold": 0.01}, 10)])
+def test_the_threshold_is_the_runs_own_unless_one_is_given(own: float, given: dict[str, Any], labels: int, copied: Path) -> None:
+    targets = [{"name": "seen", "kind": "labels", "classes": [f"label {number}" for number in range(10)], "outputs": [0, 10]}]
+    changed(copied, lambda m: m.update(targets=targets, temperatures={}, threshold=own))
+    served = Predictor(open_export(str(copied)), ServeConfig(export=str(copied), **given))
+    (answer,) = served.answers([Question(image=pictures(1)[0], top=10)])
+    assert len(answer.said["labels"]) == labels
 
 
 def test_every_reason_of_the_codec_has_a_status() -> None:

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import hashlib
 import os
 import shutil
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,9 +39,9 @@ from trainer.audit.folds import Folds
 from trainer.audit.gather import Bytes, Gathered, gather
 from trainer.audit.looks import odd_images
 from trainer.drive.data import open_data
-from trainer.drive.signals import Phase, Signals, tell
+from trainer.drive.guarded import guarded
 from trainer.settings.balance import is_classification
-from trainer.settings.cli import DIR_RECIPE, fail
+from trainer.settings.cli import DIR_RECIPE
 from trainer.settings.programs import program
 from trainer.settings.say import Terminal, complain, say
 from trainer.settings.units import number
@@ -56,19 +55,7 @@ WRITTEN = ".changes.sha256"
 def main(argv: Sequence[str]) -> int:
     """Write the page and return 0; 1 if a fold failed, 128 + signal if one stopped it. Exits with 2 (SystemExit) for what is wrong with
     the arguments, the data or the settings."""
-    signals = Signals()
-    with signals.heard():
-        signals.enter(Phase.PREPARING_DATA)  # a signal raises KeyboardInterrupt
-        try:
-            return _carry_out(asked_of(argv))
-        except ValueError as error:
-            fail(str(error))
-        except OSError as error:
-            complain(f"error: {error}")
-            return 1
-        except KeyboardInterrupt:
-            tell(f"{signals.name or 'SIGINT'}: stopped; the same command goes on")
-            return 128 + (signals.number or signal.SIGINT)
+    return guarded(lambda _: _carry_out(asked_of(argv)), stopped="stopped; the same command goes on")
 
 
 def _carry_out(asked: Asked) -> int:

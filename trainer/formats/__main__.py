@@ -12,7 +12,6 @@ if __name__ == "__main__":
     prepare_output()
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,7 @@ import tyro
 from torch import Tensor
 
 from cluster.storage import Storage, open_storage
-from trainer.drive.signals import Phase, Signals, tell
+from trainer.drive.guarded import guarded
 from trainer.export.model_folder import outputs_of
 from trainer.formats import quantise
 from trainer.formats.check import Compared, compare
@@ -36,7 +35,6 @@ from trainer.formats.program import make_program
 from trainer.rank.finished import Opened, open_finished
 from trainer.runs.folder import RunFolder, find_run
 from trainer.runs.model_files import described, model_of, model_sha256
-from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say, say_json
 from trainer.settings.tree import ModelConfig, RunConfig
@@ -98,19 +96,8 @@ def main(argv: Sequence[str]) -> int:
     """0 if all formats were written; 1 if one was refused or cannot be written, 128 + signal if one stopped it. Exits with 2 (SystemExit)
     for wrong arguments or a run whose model cannot be exported."""
     arguments = tyro.cli(Arguments, prog=program("export"), args=argv)
-    signals = Signals()
-    with signals.heard():
-        signals.enter(Phase.PREPARING_DATA)  # a signal raises KeyboardInterrupt, so that no temporary folder stays
-        try:
-            return _carry_out(arguments)
-        except ValueError as error:
-            fail(str(error))
-        except OSError as error:
-            complain(f"error: {error}")
-            return 1
-        except KeyboardInterrupt:
-            tell(f"{signals.name or 'SIGINT'}: stopped; a format has its {MANIFEST_FILE}, or it is not whole")
-            return 128 + (signals.number or signal.SIGINT)
+    # An interrupt is an exception, so that no temporary folder stays.
+    return guarded(lambda _: _carry_out(arguments), stopped=f"stopped; a format has its {MANIFEST_FILE}, or it is not whole")
 
 
 def _carry_out(arguments: Arguments) -> int:
@@ -190,12 +177,14 @@ def _export(job: _Job, arguments: Arguments, run: RunFolder, opened: Opened, sto
     if why := refusal(job, compared, arguments, opened):
         complain(f"{job.name}: refused, nothing was written: {why}")
         return False
+    description = described(model_of(run))
     manifest = manifest_of(
         made,
         compared,
         opened.exported,
+        description,
         run=run.name,
-        model_sha256=model_sha256(described(model_of(run))),
+        model_sha256=model_sha256(description),
         outputs=outputs_of(opened.exported.task),
     )
     where = write(storage, folder.lstrip("/"), made, manifest, card_of(made, compared, opened.exported, run=run.name))

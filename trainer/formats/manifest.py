@@ -23,8 +23,17 @@ FORMAT_VERSION = 1
 _PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxruntime", "onnxscript", "ray-finetune")
 
 
-def manifest_of(made: Made, compared: Compared, exported: Exported, *, run: str, model_sha256: str, outputs: int) -> dict[str, Any]:
-    """The content of manifest.json."""
+def manifest_of(
+    made: Made,
+    compared: Compared,
+    exported: Exported,
+    description: Mapping[str, Any],
+    *,
+    run: str,
+    model_sha256: str,
+    outputs: int,
+) -> dict[str, Any]:
+    """The content of manifest.json. `description`: the model folder's config.json."""
     headline = exported.task.info.headline
     names = output_names(exported.task)
     return {
@@ -33,15 +42,22 @@ def manifest_of(made: Made, compared: Compared, exported: Exported, *, run: str,
         "file": made.main,
         "files": {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in made.files.items()},
         "of": {"run": run, "model_sha256": model_sha256},
-        "input": dict(made.takes),
+        "input": input_of(made.takes, description),
         "output": {"name": OUTPUT, "shape": [BATCH, outputs], "type": "float32", "meaning": "before softmax or sigmoid"},
         **({"classes": names} if names is not None else {}),
         "targets": targets_of(exported.task, outputs),
+        **({"threshold": description["task"]["threshold"]} if any(each.kind == "labels" for each in exported.task.targets) else {}),
         "temperatures": {name: temperature.value for name, temperature in exported.temperatures.items()},
         **made.about,
         "compared": compared.to_json(headline.name),
         "versions": dict(_versions()),
     }
+
+
+def input_of(takes: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model takes, with what only the run's settings say: the filter of a resizing, and the limit of an image."""
+    resized = {"resized_by": description["model"]["interpolation"]} if "resized_to" in takes else {}
+    return {**takes, **resized, "max_image_pixels": description["max_image_pixels"]}
 
 
 def targets_of(task: Task, outputs: int) -> list[dict[str, Any]]:
@@ -122,7 +138,7 @@ def _input_in_words(takes: Mapping[str, Any]) -> Iterator[str]:
         yield f"`images` is (n, 3, {height}, {width}) uint8: the pixels as they are. Resizing and normalising are in the graph."
         return
     if "resized_to" in takes:
-        yield "It is then resized, with antialiasing, to {1}x{0} pixels.".format(*takes["resized_to"])
+        yield "It is then resized to {1}x{0} pixels, by the filter that `resized_by` names, with antialiasing.".format(*takes["resized_to"])
     yield f"Each pixel becomes {takes['formula']}, with mean {takes['mean']} and std {takes['std']} for red, green, blue."
     if "enlarged" in takes:
         yield f"It is then enlarged {takes['enlarged']['times']} times ({takes['enlarged']['by']})."
