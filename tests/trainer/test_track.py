@@ -1,6 +1,7 @@
 """Trackers have what the run has, each point once, whatever is killed or away in between; the run's folder is the only source."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -525,6 +526,74 @@ def test_a_server_that_is_away_ends_the_command_with_1_and_leaves_the_run_alone(
 def test_names_and_numbers_are_what_mlflow_takes() -> None:
     assert named("test/f1 (mean)=0.5") == "test/f1 _mean__0.5"
     assert [as_json(value) for value in (1.5, float("nan"), float("inf"), float("-inf"))] == [1.5, "NaN", "Infinity", "-Infinity"]
+
+
+# --- Weights & Biases -----------------------------------------------------------------------------------------------------------------
+
+
+def offline_records(folder: Path) -> list[list[Any]]:
+    """What each offline run's file holds, in order of time."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    return [[Record.FromString(data) for data in leveldb_log(path.read_bytes())] for path in files]
+
+
+def leveldb_log(data: bytes) -> Iterator[bytes]:
+    """The records of a file in the format of LevelDB's log: blocks of 32 KiB, each piece with checksum, length and kind."""
+    block, header = 32768, 7
+    at, whole = header, b""  # the file's own header comes first
+    while at + header <= len(data):
+        if block - at % block < header:
+            at += block - at % block
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole = data[at + header : at + header + length] if kind in (1, 2) else whole + data[at + header : at + header + length]
+        if kind in (1, 4):
+            yield whole
+        at += header + length
+
+
+def test_wandb_offline_has_each_point_once_in_the_same_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = tmp_path / "out"
+    out.mkdir()
+    assert main([str(run), "--to", "wandb", "--at", str(out), "--once"]) == 0
+    finish(run)
+    assert main([str(run), "--to", "wandb", "--at", str(out), "--project", "finetune"]) == 0
+    both = offline_records(out)
+    assert len(both) == 2
+    assert len({record.run.run_id for records in both for record in records if record.HasField("run")}) == 1
+    told = []
+    for record in (record for records in both for record in records if record.HasField("history")):
+        row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        told += [(row["step"], name) for name in row if name not in ("step", "time") and not name.startswith("_")]
+    assert sorted(told) == ALL
+    settings = {
+        item.key or ".".join(item.nested_key): item.value_json
+        for records in both
+        for record in records
+        if record.HasField("run")
+        for item in record.run.config.update
+    }
+    assert settings["train.epochs"] == "2"
+    assert "secret" not in str(settings)
+    summary = {
+        item.key or ".".join(item.nested_key): item.value_json
+        for record in both[1]
+        if record.HasField("summary")
+        for item in record.summary.update
+    }
+    assert (summary["result/test_accuracy"], summary["status"]) == ("0.9", '"finished"')
+
+
+def test_wandb_that_is_not_installed_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), "--to", "wandb"])
+    assert stop.value.code == 2
+    assert "pip install 'ray-finetune[wandb]'" in capsys.readouterr().err
 
 
 # --- the command line -----------------------------------------------------------------------------------------------------------------

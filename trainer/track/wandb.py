@@ -39,7 +39,9 @@ class WandB:
                 dir=self._folder or None,
                 config=dict(run.settings),
                 job_type=run.task or None,
-                settings=self._wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=60),
+                settings=self._wandb.Settings(
+                    console="off", silent=True, init_timeout=60, disable_git=True, x_disable_stats=True, x_disable_meta=True
+                ),  # they would be this process's, not the run's
             )
         except self._wandb.errors.CommError as error:
             raise Away(f"wandb does not answer: {error}") from error
@@ -67,11 +69,13 @@ class WandB:
         self._run = None
 
     def where(self) -> str:
-        return str(getattr(self._run, "url", None) or f"{self._folder or os.getcwd()}/wandb (wandb sync uploads it)")
+        if self._run is None or self._run.offline:
+            return f"{self._folder or os.getcwd()}/wandb (wandb sync uploads it)"
+        return str(self._run.url)
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
             self._run = None
 
 
