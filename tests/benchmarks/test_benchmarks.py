@@ -36,7 +36,7 @@ numbers = st.floats(-1e6, 1e6)
 SMALL = ("--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--train.precision", "fp32")
 OWN = (
     *("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme", "compression"),
-    *("small_maps", "remainder", "learning", "augmentation", "peers", "audit", "unlabelled", "exported", "serving"),
+    *("small_maps", "remainder", "learning", "augmentation", "peers", "audit", "unlabelled", "exported", "serving", "inference"),
 )
 
 

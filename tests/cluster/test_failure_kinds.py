@@ -35,10 +35,11 @@ from trainer.models.weights import WeightsError
 PROJECT = Path(__file__).resolve().parents[2]
 INSIDE = {
     *("cluster.controller.RunFailed", "dataio.stream.Stopped", "trainer.series.train.RunFailed", "trainer.series.train.RunStopped"),
-    *("trainer.handle.RunFailed", "trainer.handle.RunStopped"),
+    *("trainer.handle.RunFailed", "trainer.handle.RunStopped", "trainer.track.place.Away", "trainer.track.mlflow.Refused"),
+    "trainer.inference.job.WorkersLost",
 }
-"""Caught by those who call what raises them; the controller's RunFailed carries a Failure, a handle's is for a notebook that started a run.
-So are classes with a private name."""
+"""Caught by those who call what raises them; the controller's RunFailed carries a Failure, a handle's is for a notebook that started a run;
+a tracker's and a job's of answers are never in a run. So are classes with a private name."""
 
 KIND_OF: list[tuple[BaseException, str]] = [
     (BadNumbers(7, 1.0, "the loss is nan"), "numbers"),

@@ -27,6 +27,10 @@ SAY_SECONDS = 5.0
 Say = Callable[[str], None]
 
 
+class WorkersLost(OSError):
+    """Workers died, or their files are not there. The same command goes on."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
     """What a command asks for."""
@@ -160,7 +164,7 @@ def carry_out(asked: Asked, begun: Begun, hardware: ClusterHardware, say: Say) -
             say(f"{number(counts.images)} of {number(plan.images)} images, {rate:.0f} images/s{left_words}")
     lacking = [shard for shard in range(plan.shards) if shard not in _done(storage, plan)]
     if lacking:
-        raise OSError(
+        raise WorkersLost(
             f"{len(lacking)} files are not in {storage.address}, {part_name(lacking[0])} the first of them, though workers wrote them: "
             "--out must be storage that all nodes share"
         )
@@ -210,4 +214,4 @@ def _as_ours(error: BaseException) -> Exception:
             break
         seen = cause
     text = str(error).strip().splitlines()
-    return OSError(f"the workers could not go on: {text[-1] if text else type(error).__name__}")
+    return WorkersLost(f"the workers could not go on: {text[-1] if text else type(error).__name__}")
