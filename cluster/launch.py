@@ -199,8 +199,10 @@ def start_coordinator(**kwargs: Any) -> Any:
     meanwhile, so each call may run twice. It counts its restarts itself, and gives up after too many in a short time: a number over the
     whole run would end a long one."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    folder = tempfile.mkdtemp(prefix="coordinator-", dir=os.environ.get(FOLDER_VARIABLE))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    ours = os.environ.get(FOLDER_VARIABLE)
+    folder = tempfile.mkdtemp(prefix="coordinator-", dir=ours)
+    if ours is None:  # else it goes with the driver's belongings, after Prometheus' list was taken back by the note in it
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     actor = ray.remote(
         num_cpus=0,
         max_concurrency=64,

@@ -3,7 +3,6 @@
 dataio.config checks the settings with it, and dataio.selection chooses by it. No numpy: `--help` need not wait for it.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dataio.config import DataConfig
 
+_MOST = 1 << 53  # whole numbers beyond it are not told apart
 MAX_FOLDS = 1000
 _FOLD = re.compile(r"([0-9]{1,4})/([0-9]{1,4})")
 
@@ -51,9 +51,10 @@ def fold_of(text: str) -> Fold | None:
 
 def part_of(value: float) -> float:
     """`data.part` as it is. ValueError if it is neither a fraction nor a number of samples."""
-    if not (math.isfinite(value) and value > 0) or (value > 1 and value != int(value)):
+    if not 0 < value <= _MOST or (value > 1 and value != int(value)):
+        given = f"{value:g}" if isinstance(value, float) else value
         raise ValueError(
-            f"data.part={value:g} is neither a fraction (above 0, up to 1, which is everything) nor a whole number of training images "
+            f"data.part={given} is neither a fraction (above 0, up to 1, which is everything) nor a whole number of training images "
             "(2 or more); use 0.1 for a tenth, or 600 for so many"
         )
     return value

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.names import FILE_SD
 from dataio.parquet import open_dataset
 
 Row = dict[str, Any]
@@ -103,6 +104,9 @@ class Command:
 
     def _leftovers(self) -> list[str]:
         found = [f"process {pid} ({command})" for pid, command in processes_of(self.process.pid)]
+        with contextlib.suppress(FileNotFoundError):
+            listed = json.loads((self.folder / FILE_SD).read_text())
+            found += [f"{', '.join(target['targets'])} in {FILE_SD}" for target in listed]
         found += [f"folder {path}" for path in Path(tempfile.gettempdir()).glob(f"finetune-*{self.process.pid}*")]
         return found
 

@@ -1,6 +1,7 @@
 """A run leaves no process and no folder of Ray behind, however it ends."""
 
 import contextlib
+import json
 import os
 import pty
 import select
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.names import FILE_SD
 from cluster.process import process_stat
 from tests.e2e.running import Run, processes_of_session
 
@@ -29,6 +31,9 @@ def assert_nothing_left(run: Run) -> None:
     assert folders_of(run.process.pid) == []
     # The run was a session of its own: whoever is still in it was left behind.
     assert processes_of_session(run.process.pid) == []
+    # Prometheus is not sent to processes that are gone.
+    listed = run.folder / FILE_SD
+    assert not listed.exists() or json.loads(listed.read_text()) == []
 
 
 def commands_of(session: int) -> list[str]:
