@@ -1,8 +1,13 @@
 """A signal may come at any moment of a command: what it does and what is said of it depend on the phase, and what is said is true."""
 
+import select
 import signal
+import sys
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -52,6 +57,79 @@ def test_the_first_signal_interrupts_what_can_be_done_again_and_lets_the_rest_be
             signal.raise_signal(number)
     assert (signals.number, signals.name, signals.phase) == (number, number.name, phase)
     assert {Phase.BEGINNING, Phase.TRAINING, Phase.ENDING, Phase.OVER}.isdisjoint(INTERRUPTIBLE)
+
+
+class Interrupted:
+    """A signal comes while it is destroyed."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class Plain:
+    """Can be referred to weakly."""
+
+
+def drop_in_a_destructor() -> None:
+    Interrupted()
+
+
+def drop_in_a_callback() -> None:
+    plain = Plain()
+    reference = weakref.ref(plain, lambda _: signal.raise_signal(signal.SIGINT))
+    del plain
+    assert reference() is None
+
+
+def waited_on(drop: Callable[[], None]) -> None:
+    """As work that the signal is to interrupt: for a minute at most."""
+    drop()
+    for _ in range(60_000):
+        select.select([], [], [], 0.001)
+
+
+@pytest.mark.parametrize("drop", [drop_in_a_destructor, drop_in_a_callback])
+@pytest.mark.parametrize("phase", sorted(INTERRUPTIBLE, key=lambda phase: phase.name))
+def test_an_interrupt_that_python_drops_is_raised_again_and_nothing_is_printed(
+    signals: Signals, phase: Phase, drop: Callable[[], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    dropped: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", dropped.append)
+        with signals.heard():
+            signals.enter(phase)
+            with pytest.raises(KeyboardInterrupt):
+                waited_on(drop)
+    assert (dropped, signals.name) == ([], "SIGINT")
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_that_was_dropped_is_raised_once_where_a_phase_ends_first(signals: Signals) -> None:
+    with signals.heard():
+        signals.enter(Phase.PREPARING_DATA)
+        drop_in_a_destructor()
+        with pytest.raises(KeyboardInterrupt):
+            signals.enter(Phase.SETTING_UP)
+        for _ in range(20):
+            select.select([], [], [], 0.005)  # no second one comes
+
+
+def test_other_exceptions_that_python_drops_are_shown_as_ever(signals: Signals) -> None:
+    dropped: list[Any] = []
+
+    class Faulty:
+        """Its destructor fails."""
+
+        def __del__(self) -> None:
+            raise ValueError("x")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", dropped.append)
+        with signals.heard():
+            signals.enter(Phase.SETTING_UP)
+            Faulty()
+        assert sys.unraisablehook == dropped.append
+    assert [each.exc_type for each in dropped] == [ValueError]
 
 
 @pytest.mark.parametrize("phase", Phase)

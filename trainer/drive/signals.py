@@ -4,21 +4,32 @@ ending.py say which phase the command is in, and the phase decides what a signal
 SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) mean the same: keep what there is, then end. In most phases they raise
 KeyboardInterrupt in the main thread. While the ranks train they only ask for a checkpoint, which the driver sees by `number` and its alarm.
 A second signal ends the command at once. `nohup` works: a SIGHUP that was ignored at the start stays ignored.
+
+Python drops a KeyboardInterrupt that is raised in a destructor or in the callback of a weak reference, and prints a traceback: a signal may
+come just there. It is raised again a moment later, where it is not dropped, and nothing is printed.
 """
 
+import _thread
+import ctypes
 import math
 import os
+import select
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
+from functools import partial
 from queue import Empty, SimpleQueue
 from types import FrameType
 
 from trainer.settings.programs import program
 
 SAME_SIGNAL_SECONDS = 0.3
+AGAIN_SECONDS = 0.01
+"""After a KeyboardInterrupt was dropped."""
 
 
 class Phase(Enum):
@@ -77,6 +88,8 @@ class Signals:
         self._number, self._at = 0, 0.0
         self._phase, self._came_in = Phase.BEGINNING, Phase.BEGINNING
         self._leave: Callable[[int], None] = _leave
+        self._raising = threading.Lock()  # of what is raised again; no signal handler takes it
+        self._was_dropped = False
         self._alarm: SimpleQueue[None] = SimpleQueue()  # not a threading.Event: a signal handler may find its lock taken
 
     @property
@@ -102,6 +115,8 @@ class Signals:
         """The command is in this phase from now on. KeyboardInterrupt if a signal waits: it came at the beginning, or while the end was
         written down and what follows can be left out, or it raised one before that something swallowed."""
         self._phase = phase
+        with self._raising:
+            self._was_dropped = False
         if self.cuts_short and phase is not Phase.OVER:
             raise KeyboardInterrupt
 
@@ -132,12 +147,17 @@ class Signals:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
+        shown = sys.unraisablehook
+        sys.unraisablehook = partial(self._dropped, shown)
         before = {number: signal.signal(number, self._hear) for number in numbers}
         try:
             yield
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
+            with self._raising:
+                self._was_dropped = False
+            sys.unraisablehook = shown
 
     @contextmanager
     def leaving_by(self, leave: Callable[[int], None]) -> Iterator[None]:
@@ -160,6 +180,22 @@ class Signals:
         self.wake()
         if self._phase in INTERRUPTIBLE:
             raise KeyboardInterrupt
+
+    def _dropped(self, show: Callable[["sys.UnraisableHookArgs"], object], what: "sys.UnraisableHookArgs") -> None:
+        """Python's hook for an exception that it drops: of a destructor, for instance."""
+        if what.exc_type is not KeyboardInterrupt or not self._number:
+            show(what)
+        elif self._phase in INTERRUPTIBLE:
+            self._was_dropped = True
+            _thread.start_new_thread(self._raise_again, ())  # a threading.Thread takes locks, which the interrupted code may hold
+
+    def _raise_again(self) -> None:
+        select.select([], [], [], AGAIN_SECONDS)
+        with self._raising:
+            if self._was_dropped:  # and the main thread is still where it may be interrupted
+                self._was_dropped = False
+                main = ctypes.c_ulong(threading.main_thread().ident or 0)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
 
 
 def tell(sentence: str) -> None:
