@@ -189,6 +189,8 @@ def test_the_only_binary_column_holds_the_images_and_a_column_of_names_their_key
 def test_what_names_nothing_or_two_kinds_or_is_damaged_is_refused(images: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no IMAGE given"):
         listed([])
+    with pytest.raises(ValueError, match=r"nothing\.png does not exist; name image files"):
+        listed([str(images), str(tmp_path / "nothing.png")])
     with pytest.raises(ValueError, match="holds no image"):
         listed([str(tmp_path)])
     with pytest.raises(ValueError, match="150 image files and 2 Parquet files"):

@@ -96,6 +96,8 @@ def listed(given: Sequence[str], *, column: str = "") -> Listed:
         else:
             place = places.setdefault("", len(places))
             where = os.path.expanduser(open_storage(word).root if word.startswith("file:") else word)
+            if not os.path.lexists(where):
+                raise ValueError(f"{word} does not exist; name image files, folders of them, or Parquet files")
             if os.path.isdir(where):
                 parquet += [(place, os.fsencode(os.path.abspath(path)), path) for path in sorted(_parquet_below(where))]
                 images = sorted(images_below(where))

@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
 
 def place_of(arguments: Arguments, folder: RunFolder) -> Place:
     """The tracker that is asked for. ValueError if it cannot be used."""
-    options = Options(at=arguments.at, project=arguments.project, models=arguments.model)
+    options = Options(at=arguments.at, project=arguments.project)
     match arguments.to:
         case "tensorboard":
             from trainer.track import tensorboard

@@ -19,8 +19,6 @@ class Options:
     """Folder or address; "" for the tracker's own default."""
     project: str = ""
     """Experiment or project."""
-    models: bool = False
-    """Whether the model's files go there too."""
 
 
 class Place(Protocol):
