@@ -17,7 +17,7 @@ from cluster.launch import ClusterHardware
 from cluster.storage import Storage, is_uri, open_storage
 from trainer.inference.inputs import listed
 from trainer.inference.plan import PLAN, SUMMARY, Plan, differences, part_name, read_plan, shard_of, write_plan
-from trainer.inference.shard import UNDER_WAY, Counts, Job, Spent, Worker, counts_in
+from trainer.inference.shard import UNDER_WAY, Counts, Job, Reporting, Spent, counts_in
 from trainer.settings.units import duration, number
 
 MAX_THREADS = 4
@@ -189,7 +189,7 @@ def _answers(job: Job, shards: Sequence[int], workers: int, cpus: int, gpus: int
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     listed_shards = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     answered = listed_shards.map_batches(
-        Worker,
+        Reporting,
         fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
@@ -198,7 +198,10 @@ def _answers(job: Job, shards: Sequence[int], workers: int, cpus: int, gpus: int
     )
     try:
         for row in answered.iter_rows():
-            yield json.loads(str(row["done"]))
+            told = json.loads(str(row["done"]))
+            if "message" in told:
+                raise ValueError(told["message"]) if told["refused"] else WorkersLost(told["message"])
+            yield told
     except RayError as error:
         raise _as_ours(error) from error
 

@@ -215,3 +215,19 @@ class Worker:
             each.error or (self._predictor.explained(reasons[index]) if index in reasons else None) for index, each in enumerate(batch)
         ]
         return [each.key for each in batch], decoded, errors
+
+
+class Reporting:
+    """A Worker that says what went wrong as its answer: Ray Data would wrap an exception in words of its own."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._worker: Worker | None = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            if self._worker is None:
+                self._worker = Worker(self._job)
+            return self._worker(batch)
+        except (ValueError, OSError) as error:
+            return {"done": np.array([json.dumps({"refused": isinstance(error, ValueError), "message": str(error)})])}
