@@ -132,6 +132,12 @@ def _curve() -> Main:
     return main
 
 
+def _search() -> Main:
+    from trainer.search.__main__ import main
+
+    return main
+
+
 def _audit() -> Main:
     from trainer.audit.__main__ import main
 
@@ -228,6 +234,13 @@ _COMMANDS = {
         Command(name="run", takes="DIR [--SETTING VALUE ...]", about="fine-tune on a folder of images", load=_run, outlives_output=True),
         Command(name="preview", takes="DIR [--SETTING VALUE ...]", about="show images as the model will get them", load=_preview),
         Command(name="find-rate", takes="DIR [--SETTING VALUE ...]", about="find a learning rate for such a run", load=_find_rate),
+        Command(
+            name="search",
+            takes="DIR [--SETTING VALUE ...]",
+            about="try other settings, and say which are better",
+            load=_search,
+            outlives_output=True,
+        ),
         Command(
             name="curve", takes="DIR [--SETTING VALUE ...]", about="say what more labels would bring", load=_curve, outlives_output=True
         ),

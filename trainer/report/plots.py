@@ -132,6 +132,47 @@ def curves_over_sizes(curves: Sequence[CurveOverSizes], *, x: str, ident: str) -
         return svg(figure, ident)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parallel:
+    """A line of a picture in parallel coordinates."""
+
+    places: tuple[float, ...]
+    """On each axis, from 0 to 1; NaN for none."""
+    score: float
+    is_marked: bool = False
+    is_whole: bool = True
+    """Drawn through; if not, dashed."""
+
+
+def parallel(
+    axes_of: Sequence[tuple[str, Sequence[tuple[float, str]]]], lines: Sequence[Parallel], *, score: str, is_ratio: bool, ident: str
+) -> Html:
+    """Lines over parallel axes, each (name, marks as (place, text)), the last one being the score."""
+    low, high = min(line.score for line in lines), max(line.score for line in lines)
+    wide = high - low or 1.0
+
+    def score_words(value: float) -> str:
+        return f"{100 * value:.1f} %" if is_ratio else f"{value:.4g}"
+
+    with _styled(ident) as (figure, axes):
+        figure.set_size_inches(5.2 if len(axes_of) < 5 else min(12.0, 1.1 * len(axes_of)), 2.9)
+        for line in sorted(lines, key=lambda line: line.is_marked):
+            ys = [*line.places, (line.score - low) / wide]
+            style = "-" if line.is_whole else "--"
+            colour, width, alpha = (_SERIES[1], 2.0, 1.0) if line.is_marked else (_SERIES[0], 1.0, 0.55)
+            axes.plot(range(len(ys)), ys, style, color=colour, linewidth=width, alpha=alpha)
+        for x, (_, marks) in enumerate([*axes_of, (score, [(0.0, score_words(low)), (1.0, score_words(high))])]):
+            axes.axvline(x, color=_INK, linewidth=0.8)
+            for place, text in marks:
+                axes.annotate(text, (x, place), xytext=(4, 0), textcoords="offset points", color=_INK, fontsize=7.5, va="center")
+        axes.set_xticks(range(len(axes_of) + 1), [*(name for name, _ in axes_of), score])
+        axes.set_xlim(-0.15, len(axes_of) + 0.6)
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        return svg(figure, ident)
+
+
 def heat(share: Values) -> Html:
     """A large confusion matrix as a picture: rows are true classes, columns predictions, darker is more."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "heat", "font.size": 9.0}):

@@ -33,19 +33,16 @@ class Ended:
 def run_child(words: Sequence[str], *, output: IO[bytes] | None = None) -> Ended:
     """Run `python WORDS` to its end; what it says goes to `output`, or where this process's words go. Signals to this process meanwhile are
     the child's: the first asks it to save and end, a second one ends it at once. Only in the main thread."""
-    # A group of its own, so that Ctrl-C in a terminal reaches it once, by us.
-    command = [sys.executable, "-m", "trainer.series.child", str(os.getpid()), *words]
     process: subprocess.Popen[bytes] | None = None
     heard: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int) -> None:
         heard.append(number)
         if process is not None:
             process.send_signal(number)
 
-    errors = None if output is None else subprocess.STDOUT
-    with _hearing(pass_on):
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, process_group=0)
+    with hearing(pass_on):
+        process = start_child(words, output=output)
         if heard:  # before there was a child
             process.send_signal(heard[0])
         status = process.wait()
@@ -55,10 +52,23 @@ def run_child(words: Sequence[str], *, output: IO[bytes] | None = None) -> Ended
     return Ended(status=status or (128 + first if first else 0), signal=first)
 
 
+def start_child(words: Sequence[str], *, output: IO[bytes] | None = None) -> "subprocess.Popen[bytes]":
+    """Start `python WORDS`, which is sent SIGTERM when the thread that calls this ends. Signals of a terminal do not reach it."""
+    command = [sys.executable, "-m", "trainer.series.child", str(os.getpid()), *words]
+    errors = None if output is None else subprocess.STDOUT
+    # A group of its own, so that Ctrl-C in a terminal reaches it once, by us.
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, process_group=0)
+
+
 @contextmanager
-def _hearing(pass_on: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def hearing(pass_on: Callable[[int], None]) -> Iterator[None]:
+    """Meanwhile `pass_on(number)` is called for each signal that asks this process to end. Only in the main thread."""
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        pass_on(number)
+
     numbers = [number for number in _HEARD if signal.getsignal(number) != signal.SIG_IGN]  # nohup works
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+    before = {number: signal.signal(number, heard) for number in numbers}
     try:
         yield
     finally:

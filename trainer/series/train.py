@@ -114,7 +114,7 @@ def words_of(member: Member, storage: Storage, settings: Path) -> list[str]:
 
 
 def _run(member: Member, storage: Storage) -> None:
-    with _folder(storage) as folder:
+    with folder_beside(storage) as folder:
         settings, log = folder / f"{member.name}.toml", folder / f"{member.name}.log"
         settings.touch(mode=0o600)  # a URI among the settings may hold credentials
         settings.write_text(to_toml(member.config), encoding="utf-8")
@@ -125,7 +125,7 @@ def _run(member: Member, storage: Storage) -> None:
 
 
 @contextmanager
-def _folder(storage: Storage) -> Iterator[Path]:
+def folder_beside(storage: Storage) -> Iterator[Path]:
     """Where settings and output of the runs lie: beside them, hidden, so that nothing stays elsewhere of a job that was killed; for a
     remote storage on this machine, for as long as the run lasts."""
     if storage.is_local:

@@ -83,6 +83,11 @@ def resolve_paths(config: RunConfig, folder: Path, only: Sequence[str]) -> RunCo
     return config
 
 
+def checked_value(value: Any, key: str, *, origin: str) -> Any:
+    """A TOML value of the setting `key` as the setting's type. ValueError, which begins with `origin`, for one that it cannot be."""
+    return _checked(value, declared(RunConfig)[key].type, origin=origin, key=key)
+
+
 # --- merging a table into a config ------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,340 @@
+"""The command line `python -m trainer.search DIR --SETTING VALUE ...` (`finetune search`): which settings make a better model. Takes the
+settings of `trainer.run`, tries others around them (space.py), trains the promising trials further (ladder.py, running.py), and says what
+that has brought (results.py).
+
+Everything lies in a folder of its own in --storage, named after the settings, the data and the space: the same command, killed anywhere,
+goes on there, and ends in the same search.json to the byte. More --trials add theirs to it."""
+
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output(survive=True)
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import tyro
+from rich.console import Console
+
+from cluster.storage import Storage, join_uri, open_storage
+from dataio.manifest import Manifest
+from trainer.drive.data import open_data
+from trainer.drive.guarded import guarded
+from trainer.drive.identity import automatic_name, run_prefix
+from trainer.drive.problems import choice_for, refuse_if_wrong, with_balance, with_length
+from trainer.drive.signals import Signals
+from trainer.drive.survey import survey
+from trainer.runs.choice import Rule, rule_of
+from trainer.search.found import search_of, seconds_of
+from trainer.search.ladder import Job, Ladder, Score, rungs_of
+from trainer.search.page import drawn
+from trainer.search.plan import Plan, agreed
+from trainer.search.results import Search, score_words, sentences, time_words, to_json, values_words
+from trainer.search.running import Running, searched
+from trainer.search.space import DEFAULT_SPACE, Space, load_space, trial_config, values_of
+from trainer.search.trials import Trial
+from trainer.series.train import RunFailed, RunStopped
+from trainer.settings.cli import DIR_RECIPE, Invocation, SettingsLine, check, parse_line
+from trainer.settings.fields import replaced
+from trainer.settings.identity import weights_sha256
+from trainer.settings.length import length_of
+from trainer.settings.photos import choice_of
+from trainer.settings.programs import program
+from trainer.settings.rules import worker_count
+from trainer.settings.say import Terminal, complain, say, say_json
+from trainer.settings.selection import has_validation
+from trainer.settings.toml import to_toml
+from trainer.settings.tree import RunConfig
+from trainer.settings.units import number
+from trainer.tasks.info import TaskInfo
+
+JSON_FILE, PAGE_FILE, BEST_FILE = "search.json", "search.html", "best.toml"
+FOLD = "1/5"
+"""Held out where the data have no validation split."""
+MOST_TRIALS = 999
+OF_TRIALS = {"run": "", "resume": "auto", "train.explain": 0, "train.novelty": 0, "train.ledger": False, "train.profile": False}
+"""What the trials do not take from the run's settings: none of it changes a result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(SettingsLine):
+    """Find better settings: trials around the given ones, of which the promising are trained further (ASHA).
+
+    All other arguments are those of a run: DIR as the first word, --config, and its settings, which are trial 0. The trials are ordinary
+    runs, in a folder of their own in --storage (--run names it). The same command goes on after any kill, and ends in the same result.
+    """
+
+    trials: int = 12
+    """How many settings are tried, those that were given included."""
+    space: str = DEFAULT_SPACE
+    """What is tried: a shipped space (rates, augmentation) or a TOML file (docs/search.md)."""
+    eta: int = 3
+    """One in so many trials is trained further, so many times as long."""
+    least_epochs: int = 1
+    """Epochs after which the first trials are stopped, at the least."""
+    jobs: int = 1
+    """Trials at once. Each is a run with its --workers; on a cluster they share it."""
+    image_epochs: int = 0
+    """No new trial begins once all together have seen an epoch's images so many times as they hold images; 0: no limit."""
+    minutes: float = 0.0
+    """No new trial begins after so many minutes; 0: no limit. What follows then depends on the machine's speed."""
+    search_seed: int = 0
+    """Seed of the trials' settings, apart from train.seed, which all trials share."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object instead of text: what search.json holds, and where."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A search to be made."""
+
+    storage: Storage
+    """The search's own folder, in which each trial has one."""
+    space: Space
+    trials: tuple[Trial, ...]
+    rule: Rule
+    info: TaskInfo
+    ladder: Ladder
+    images: int
+    """In an epoch."""
+    given: RunConfig
+    """Trial 0's settings without what is the search's: what best.toml changes."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Return 0 if the search has come to its end; 1 if a run failed, 128 + signal if one stopped it. Exits with 2 (SystemExit) for what a
+    run would refuse."""
+    console: Console = Terminal(stderr=True) if "--json" in argv else Terminal()
+
+    def work(signals: Signals) -> int:
+        try:
+            invocation, line = parse_line(argv, Arguments, prog=program("search"))
+            check(invocation.config)
+            _check_arguments(invocation.config, line)
+            if invocation.takes_dir_recipe:
+                _tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
+            prepared = prepare(invocation, line, console)
+            search, seconds = trained(prepared, line, console)
+        except RunStopped as stopped:
+            complain(f"{stopped}: stopped; the same command goes on")
+            return 128 + stopped.number
+        except RunFailed as error:
+            complain(f"error: {error}")
+            return 1
+        shown(prepared, search, seconds, line)
+        return 0
+
+    return guarded(work, stopped="stopped; the same command goes on", goes_on="; the same command goes on")
+
+
+def _check_arguments(config: RunConfig, line: Arguments) -> None:
+    for flag, value, least, usual in (
+        ("--trials", line.trials, 2, "12 is the default"),
+        ("--eta", line.eta, 2, "3 is the default"),
+        ("--least-epochs", line.least_epochs, 1, "1 is the default"),
+        ("--jobs", line.jobs, 1, "1 is the default"),
+        ("--image-epochs", line.image_epochs, 0, "0 is no limit"),
+        ("--minutes", line.minutes, 0, "0 is no limit"),
+        ("--search-seed", line.search_seed, 0, "0 is the default"),
+    ):
+        if not value >= least:
+            raise ValueError(f"{flag} {value:g} must be at least {least}; {usual}")
+    if line.trials > MOST_TRIALS:
+        raise ValueError(f"--trials {line.trials} is more than {MOST_TRIALS}, the most; 12 is the default")
+    if config.train.max_steps:
+        raise ValueError(
+            f"train.max_steps={config.train.max_steps}: a search stops trials after whole epochs; say with --train.epochs how long a run is"
+        )
+
+
+def _tell(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+# --- before the trials ------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(invocation: Invocation, line: Arguments, console: Console) -> Prepared:
+    """Open the data, find what stands against a run with each trial's settings, and plan the trials. ValueError that says what is wrong."""
+    config = invocation.config
+    facts = survey(config, workers=lambda: worker_count(config), in_job=False)
+    if facts.manifest is not None and not has_validation(facts.manifest) and not config.data.fold:
+        _tell(
+            console,
+            f"the data have no validation split, which a search chooses by: a fifth of the training images is held out (fold {FOLD})",
+        )
+        config = replaced(config, "data.fold", FOLD)
+        facts = survey(config, workers=lambda: worker_count(config), in_job=False)
+    facts = replace(facts, config=choice_for(facts, invocation.given, invocation.recipes).config)
+    facts, _ = with_balance(facts)
+    facts, _ = with_length(facts, invocation.from_recipes)
+    refuse_if_wrong(facts)
+    _, dataset = open_data(facts.config, console)
+    ranks = config.train.virtual_ranks or _workers(config)
+    config = replaced(config, "train.teacher", facts.config.train.teacher)  # its place and its hash: a name would be one beside the runs
+    choice = choice_of(config, dataset.manifest, given=invocation.given, recipes=invocation.recipes, workers=ranks)
+    for said in choice.said:
+        _tell(console, said)
+    own = choice.config
+    for key, value in {**OF_TRIALS, "train.virtual_ranks": ranks}.items():
+        own = replaced(own, key, value)
+    length = length_of(own, dataset.manifest, workers=ranks, from_recipes=invocation.from_recipes)
+    own = replaced(own, "optim.warmup_fraction", length.config.optim.warmup_fraction)
+    info = _info(own, dataset.manifest)
+    space = load_space(line.space, own)
+    configs = [trial_config(own, space, trial, line.search_seed) for trial in range(line.trials)]
+    steps = [_steps_per_epoch(each, trial, space, dataset.manifest, ranks) for trial, each in enumerate(configs)]
+    trials = tuple(Trial(number=trial, config=each, steps_per_epoch=steps[trial]) for trial, each in enumerate(configs))
+    rungs = rungs_of(own.train.epochs, line.eta, own.train.eval_every_epochs, line.least_epochs)
+    images = dataset.manifest.splits["train"].count
+    ladder = Ladder(rungs, trials=line.trials, slots=line.jobs, eta=line.eta, epochs=_budget(line, images, rungs[-1]))
+    plan = Plan.of(own, space, line.search_seed, rungs, line.eta, dataset.manifest.fingerprint)
+    prefix = run_prefix(own, (DIR_RECIPE,) if choice.takes_recipe else invocation.recipes)
+    base = automatic_name(own, dataset.manifest.fingerprint, f"search-{prefix}", weights_sha256(config.model.weights))
+    name = config.run or f"{base}-{hashlib.sha256(plan.text.encode()).hexdigest()[:6]}"
+    storage = open_storage(join_uri(open_storage(config.storage).uri, name), own.cluster.storage_retry_seconds)
+    agreed(storage, plan)
+    _tell(console, _plan_words(rungs, line, space, storage))
+    return Prepared(
+        storage=storage,
+        space=space,
+        trials=trials,
+        rule=rule_of(length.config.train, info),
+        info=info,
+        ladder=ladder,
+        images=images,
+        given=choice.config if invocation.config.data.fold else replaced(choice.config, "data.fold", ""),
+    )
+
+
+def _info(config: RunConfig, manifest: Manifest) -> TaskInfo:
+    from trainer.learn.build import task_of  # imports torch
+
+    return task_of(config, manifest).info
+
+
+def _steps_per_epoch(config: RunConfig, trial: int, space: Space, manifest: Manifest, ranks: int) -> int:
+    """ValueError that names the trial if its settings do not fit each other or the data."""
+    try:
+        check(config)
+        return length_of(config, manifest, workers=ranks).steps_per_epoch
+    except ValueError as error:
+        raise ValueError(f"trial {trial} ({values_words(values_of(config, space))}) cannot be trained: {error}; change the space") from None
+
+
+def _budget(line: Arguments, images: int, epochs: int) -> int | None:
+    """--image-epochs as epochs. ValueError for one that is too small."""
+    if not line.image_epochs:
+        return None
+    if (found := line.image_epochs // images) < 2 * epochs:
+        raise ValueError(
+            f"--image-epochs {line.image_epochs} are {found} epochs of {number(images)} images, less than the two whole runs of {epochs} "
+            f"epochs that a search trains in any case; give {2 * epochs * images} or more, or fewer --train.epochs"
+        )
+    return found
+
+
+def _plan_words(rungs: Sequence[int], line: Arguments, space: Space, storage: Storage) -> str:
+    ladder = " -> ".join(map(str, rungs))
+    return (
+        f"{line.trials} trials over {', '.join(axis.key for axis in space)}; epochs {ladder}, the best of {line.eta} goes on; "
+        f"whole runs would be {line.trials * rungs[-1]} epochs; {storage.address}"
+    )
+
+
+def _workers(config: RunConfig) -> int:
+    """How many workers a run has here."""
+    if (asked := worker_count(config)) is not None:
+        return asked
+    from cluster.launch import gpus_here  # imports Ray
+
+    return max(1, gpus_here())
+
+
+# --- the trials -------------------------------------------------------------------------------------------------------------------------
+
+
+def trained(prepared: Prepared, line: Arguments, console: Console) -> tuple[Search, dict[str, float]]:
+    """Run the search to its end; the result, and the seconds of all trials by cause."""
+    ladder, until = prepared.ladder, time.monotonic() + 60 * line.minutes if line.minutes else None
+    with Running.open(prepared.storage, prepared.trials, prepared.rule) as running:
+
+        def on_score(job: Job, score: Score) -> None:
+            trial = prepared.trials[job.trial]
+            measured = score_words(prepared.rule.measure, score if prepared.rule.measure.higher_is_better or score is None else -score)
+            what = values_words(values_of(trial.config, prepared.space))
+            _tell(console, f"{trial.name}, epoch {ladder.rungs[job.rung]} of {ladder.rungs[-1]}: {measured}   {what}")
+
+        searched(ladder, running, on_score=on_score, is_over=_over(prepared.storage, ladder, until))
+        found = {trial: running.seen(trial) for trial in range(ladder.begun)}
+    search = search_of(
+        ladder, {trial: (prepared.trials[trial], seen) for trial, seen in found.items()}, prepared.storage,
+        rule=prepared.rule, info=prepared.info, space=prepared.space, images=prepared.images,
+    )  # fmt: skip
+    return search, seconds_of(prepared.storage, [prepared.trials[trial].name for trial in found])
+
+
+def _over(storage: Storage, ladder: Ladder, until: float | None) -> Callable[[], bool]:
+    """Whether no new trial is to begin. What a search with --minutes decided by the clock is written down: it stays so when it goes on."""
+    name = ".series/closed.json"
+
+    def is_over() -> bool:
+        try:
+            return ladder.begun >= int(json.loads(storage.read(name))["trials"])
+        except FileNotFoundError:
+            pass
+        if until is None or time.monotonic() < until or not ladder.begun:
+            return False
+        storage.write_atomic(name, json.dumps({"trials": ladder.begun}).encode())
+        return True
+
+    return is_over
+
+
+# --- after them -------------------------------------------------------------------------------------------------------------------------
+
+
+def shown(prepared: Prepared, search: Search, seconds: dict[str, float], line: Arguments) -> None:
+    """Write the files and say the result."""
+    result, wall = to_json(search), sum(seconds.values())
+    files = {
+        JSON_FILE: (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode(),
+        PAGE_FILE: drawn(search, seconds, wall).encode(),
+    }
+    if search.winner is not None:
+        files[BEST_FILE] = best_toml(prepared, search.winner.number).encode()
+    where = {name: _written(prepared.storage, name, data) for name, data in files.items()}
+    if line.json:
+        say_json({**result, "folder": prepared.storage.uri, "page": where[PAGE_FILE], "seconds": seconds})
+        return
+    for text in sentences(search):
+        say(text)
+    if words := time_words(seconds, wall):
+        say(words)
+    say(f"all trials: {where[PAGE_FILE]}")
+    if search.winner is not None:
+        say(f"the model: {join_uri(prepared.storage.uri, search.winner.name)}")
+        say(f"a run with its settings on all images: {program('run')} --config {where[BEST_FILE]}")
+
+
+def best_toml(prepared: Prepared, trial: int) -> str:
+    """The trial's settings as a recipe, without what was the search's own: a run with it learns from all training images."""
+    config = prepared.given
+    for key, value in values_of(prepared.trials[trial].config, prepared.space).items():
+        config = replaced(config, key, value)
+    return to_toml(config)
+
+
+def _written(storage: Storage, name: str, data: bytes) -> str:
+    storage.write_atomic(name, data)
+    return join_uri(storage.uri, name)
+
+
+if __name__ == "__main__":
+    leaving.by(lambda: main(sys.argv[1:]))
