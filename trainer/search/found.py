@@ -15,7 +15,7 @@ from trainer.search.importance import importance
 from trainer.search.ladder import OWN, Ladder
 from trainer.search.results import Cost, Gain, Search, Tried
 from trainer.search.space import Space, values_of
-from trainer.search.trials import Seen, Trial, end_of
+from trainer.search.trials import Seen, Trial
 from trainer.series.train import Summary
 from trainer.tasks.info import TaskInfo
 
@@ -36,7 +36,9 @@ def search_of(
         trial, found = trials[number]
         rung = max(0, ladder.rung_of(number))
         score = ladder.scores(rung).get(number)
-        summary = found.summary or {}
+        # A run may have gone further before it heard that it was to stop. What it did there is not the search's.
+        is_whole = rung == len(ladder.rungs) - 1 and score is not None
+        summary = found.summary or {} if is_whole else {}
         test = summary.get(info.headline.key)
         tried.append(
             Tried(
@@ -45,8 +47,8 @@ def search_of(
                 values=values_of(trial.config, space),
                 epochs=ladder.rungs[rung],
                 score=score if score is None or rule.measure.higher_is_better else -score,
-                end=end_of(found),
-                diverged=found.diverged,
+                end="diverged" if score is None else "finished" if is_whole else "stopped",
+                diverged=found.diverged or "it was never evaluated" if score is None else "",
                 test=float(test) if isinstance(test, int | float) else None,
                 weights_sha256=str(summary.get("weights_sha256") or ""),
             )

@@ -13,7 +13,7 @@ from trainer.search.space import Axis
 from trainer.settings.units import duration, number, percent
 
 PAGE_TITLE = "A search for better settings"
-_ENDS = {"finished": "trained to the end", "paused": "stopped", "diverged": "diverged", "waiting": "not begun"}
+_ENDS = {"finished": "trained to the end", "stopped": "stopped", "diverged": "diverged"}
 
 
 def drawn(search: Search, seconds: Mapping[str, float], wall_seconds: float) -> str:

@@ -7,15 +7,16 @@ split, which every whole run reads once at its end, chose nothing: there the bes
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from trainer.runs.certainty import Interval, in_percent
 from trainer.runs.measures import in_words, shown
 from trainer.search.importance import Matters
 from trainer.search.space import Axis
-from trainer.search.trials import End
 from trainer.settings.units import duration, number
 from trainer.tasks.info import Measure, TaskInfo
+
+End = Literal["finished", "stopped", "diverged"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +34,7 @@ class Tried:
     end: End
     diverged: str = ""
     test: float | None = None
-    """The task's headline, of the test split; of whole runs only."""
+    """The task's headline, of the test split; of those that the search has trained to the end."""
     weights_sha256: str = ""
 
 

@@ -9,9 +9,9 @@ own; __main__.py calls it. Pure but for the reading.
     [optim.label_smoothing]
     values = [0.0, 0.05, 0.1]           # one of these
 
-Trial 0 has the run's own settings. The others lie at the points of an additive recurrence (Roberts 2018, "The Unreasonable Effectiveness of
-Quasirandom Sequences"), shifted by the seed: they cover the space more evenly than chance does, more trials leave those before as they are,
-and trial n is a function of the space, the seed and n.
+Trial 0 has the run's own settings. The others lie at the points of a Halton sequence whose digits are permuted by the seed (Braaten and
+Weller 1979): they cover the space more evenly than chance does, more trials leave those before as they are, and trial n is a function of
+the space, the seed and n.
 """
 
 import hashlib
@@ -44,6 +44,7 @@ NOT_SEARCHED = {
     "train.select": "trials that are scored in different ways do not compare",
     "train.select_measure": "trials that are scored in different ways do not compare",
 }
+_FINEST = 2.0**-40
 _NAMED = ("values", "times", "low", "high", "scale")
 
 
@@ -131,11 +132,7 @@ def space_of(text: str, base: RunConfig, *, origin: str) -> Space:
 
 def point(trial: int, seed: int, axes: Sequence[Axis]) -> list[float]:
     """Where trial `trial` (from 1) lies on each axis, in [0, 1)."""
-    # The root of x^(d+1) = x + 1, which for one axis is the golden ratio.
-    root = 2.0
-    for _ in range(64):
-        root = (1 + root) ** (1 / (len(axes) + 1))
-    return [(_shift(seed, axis.key) + trial * root ** -(place + 1)) % 1.0 for place, axis in enumerate(axes)]
+    return [_radical_inverse(trial, base, _permutation(base, seed, axis.key)) for base, axis in zip(_primes(len(axes)), axes, strict=True)]
 
 
 def trial_config(base: RunConfig, axes: Sequence[Axis], trial: int, seed: int) -> RunConfig:
@@ -153,8 +150,29 @@ def values_of(config: RunConfig, axes: Sequence[Axis]) -> dict[str, Any]:
     return {axis.key: known[axis.key] for axis in axes}
 
 
-def _shift(seed: int, key: str) -> float:
-    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:6], "big") / 2**48
+def _radical_inverse(number: int, base: int, permutation: Sequence[int]) -> float:
+    """The digits of `number`, permuted, in reverse order behind the point."""
+    found, weight = 0.0, 1.0 / base
+    while weight > _FINEST:
+        number, digit = divmod(number, base)
+        found += permutation[digit] * weight
+        weight /= base
+    return min(found, 1.0 - _FINEST)
+
+
+def _permutation(base: int, seed: int, key: str) -> list[int]:
+    """A function of its arguments on every machine and in every release of Python."""
+    return sorted(range(base), key=lambda digit: hashlib.sha256(f"{seed} {key} {digit}".encode()).digest())
+
+
+def _primes(count: int) -> list[int]:
+    found: list[int] = []
+    number = 2
+    while len(found) < count:
+        if all(number % prime for prime in found):
+            found.append(number)
+        number += 1
+    return found
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ while it waits, and by results.py. Pure but for the reading."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from trainer.runs.choice import Rule, choose
 from trainer.search.ladder import Score
@@ -45,15 +45,12 @@ class Seen:
     """Why the run cannot go on, if its numbers are to blame: the same settings would come to the same end."""
 
     def score(self, rule: Rule, epochs: int, whole: int) -> tuple[Score, bool]:
-        """(score after `epochs` of the `whole`, whether it is known by now)."""
-        if self.diverged:
-            return None, True
-        until = [event for event in self.evaluations if float(event.get("epoch", 0)) <= epochs + _NEARLY]
-        if epochs >= whole:
-            if self.summary is None:
-                return None, False
-        elif self.summary is None and not any(float(event["epoch"]) >= epochs - _NEARLY for event in until):
-            return None, False
+        """(score after `epochs` of the `whole`, whether it is known by now). What the run did beyond them does not count."""
+        until = [event for event in self.evaluations if float(event["epoch"]) <= epochs + _NEARLY]
+        if self.summary is None:
+            has_come = epochs < whole and any(float(event["epoch"]) >= epochs - _NEARLY for event in until)
+            if not has_come:
+                return None, bool(self.diverged)
         if not until:
             return None, True
         best = choose(rule, until).best if rule.keeps_best else until[-1]
@@ -65,7 +62,7 @@ def seen_in(events: Iterable[Event], summary: Summary | None, rule: Rule) -> See
     diverged = ""
     for event in events:
         match event:
-            case {"event": "evaluation", "step": int(step), "split": "validation"} if rule.key in event:
+            case {"event": "evaluation", "step": int(step), "epoch": float() | int(), "split": "validation"} if rule.key in event:
                 by_step[step] = event  # a run that went back to a checkpoint evaluates again, and comes to the same
             case {"event": "run_failed", "kind": "numbers"}:
                 diverged = str(event.get("message", "")) or "its loss is not finite"
@@ -76,15 +73,6 @@ def seen_in(events: Iterable[Event], summary: Summary | None, rule: Rule) -> See
         summary=summary,
         diverged="" if summary is not None else diverged,
     )
-
-
-End = Literal["finished", "paused", "diverged", "waiting"]
-
-
-def end_of(found: Seen) -> End:
-    if found.summary is not None:
-        return "finished"
-    return "diverged" if found.diverged else "paused" if found.evaluations else "waiting"
 
 
 def last_failure(events: Sequence[Event]) -> str:
