@@ -18,7 +18,7 @@ from typing import IO
 
 from cluster.journal import JournalReader
 from cluster.patience import Patience
-from cluster.storage import Storage
+from cluster.storage import Storage, StorageOutage
 from trainer.runs.choice import Rule
 from trainer.search.ladder import Job, Ladder, Score
 from trainer.search.trials import Seen, Trial, last_failure, seen_in
@@ -167,10 +167,15 @@ class Running:
         run = self._trials[trial]
         reader = self._readers.setdefault(trial, JournalReader(self._storage, run.name))
         before = len(reader.known)
-        events = self._patience.call(f"the journal of {run.name}", reader.read)
-        if trial in self._seen and len(events) == before:
-            return
-        summary = self._patience.call(f"the summary of {run.name}", lambda: finished(self._storage, run.member))
+        try:
+            events = self._patience.call(f"the journal of {run.name}", reader.read)
+            if trial in self._seen and len(events) == before:
+                return
+            summary = self._patience.call(f"the summary of {run.name}", lambda: finished(self._storage, run.member))
+        except StorageOutage:
+            if self._heard:
+                raise RunStopped(self._heard[0]) from None
+            raise
         self._seen[trial] = seen_in(events, summary, self._rule)
 
     def _hear(self, number: int) -> None:
