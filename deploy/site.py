@@ -32,6 +32,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/distillation.md",
         "docs/unlabelled.md",
         "docs/rates.md",
+        "docs/search.md",
         "docs/curve.md",
         "docs/report.md",
         "docs/track.md",

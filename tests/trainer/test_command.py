@@ -22,6 +22,7 @@ COMMANDS = (
     "run",
     "preview",
     "find-rate",
+    "search",
     "curve",
     "audit",
     "predict",
