@@ -35,7 +35,7 @@ from trainer.search.found import search_of, seconds_of
 from trainer.search.ladder import Job, Ladder, Score, rungs_of
 from trainer.search.page import drawn
 from trainer.search.plan import Plan, agreed
-from trainer.search.results import Search, score_words, sentences, time_words, to_json, values_words
+from trainer.search.results import SOUP, Search, Souped, score_words, sentences, time_words, to_json, values_words
 from trainer.search.running import Running, searched
 from trainer.search.space import DEFAULT_SPACE, Space, load_space, trial_config, values_of
 from trainer.search.trials import Trial
@@ -84,6 +84,8 @@ class Arguments(SettingsLine):
     """No new trial begins once all together have seen an epoch's images so many times as they hold images; 0: no limit."""
     minutes: float = 0.0
     """No new trial begins after so many minutes; 0: no limit. What follows then depends on the machine's speed."""
+    soup: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Average the weights of the trials that were trained to the end, as far as the validation split likes it (a greedy soup)."""
     search_seed: int = 0
     """Seed of the trials' settings, apart from train.seed, which all trials share."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -277,7 +279,22 @@ def trained(prepared: Prepared, line: Arguments, console: Console) -> tuple[Sear
         ladder, {trial: (prepared.trials[trial], seen) for trial, seen in found.items()}, prepared.storage,
         rule=prepared.rule, info=prepared.info, space=prepared.space, images=prepared.images,
     )  # fmt: skip
+    if line.soup:
+        search = replace(search, soup=_soup(prepared, search))
     return search, seconds_of(prepared.storage, [prepared.trials[trial].name for trial in found])
+
+
+def _soup(prepared: Prepared, search: Search) -> Souped | None:
+    ended = [each for each in search.tried if each.end == "finished"]
+    if len(ended) < 2:
+        return None
+    import torch
+
+    from trainer.search.soup import soup
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    configs = [prepared.trials[each.number].config for each in ended]
+    return soup(prepared.storage, [each.name for each in ended], configs, prepared.rule, device)
 
 
 def _over(storage: Storage, ladder: Ladder, until: float | None) -> Callable[[], bool]:
@@ -320,6 +337,8 @@ def shown(prepared: Prepared, search: Search, seconds: dict[str, float], line: A
     say(f"all trials: {where[PAGE_FILE]}")
     if search.winner is not None:
         say(f"the model: {join_uri(prepared.storage.uri, search.winner.name)}")
+        if search.soup is not None and len(search.soup.members) > 1:
+            say(f"the soup: {join_uri(prepared.storage.uri, SOUP)}")
         say(f"a run with its settings on all images: {program('run')} --config {where[BEST_FILE]}")
 
 

@@ -16,6 +16,8 @@ from trainer.search.space import Axis
 from trainer.settings.units import duration, number
 from trainer.tasks.info import Measure, TaskInfo
 
+SOUP = "soup"
+"""The name of the soup's folder."""
 End = Literal["finished", "stopped", "diverged"]
 
 
@@ -55,6 +57,21 @@ class Gain:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Souped:
+    """What the average has come to."""
+
+    members: tuple[str, ...]
+    """The trials in it, the best first. One alone is that trial: the others made it worse."""
+    tried: int
+    """Trials that could have been in it."""
+    score: float | None
+    """The measure by which trials are chosen, of the validation split."""
+    test: float | None = None
+    """The task's headline, of the test split; None for a trial alone."""
+    weights_sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
     """What a search cost."""
 
@@ -86,6 +103,8 @@ class Search:
     gain: Gain | None
     matters: tuple[Matters, ...]
     cost: Cost
+    soup: Souped | None = None
+    """If one was asked for, and there were two trials to make it of."""
 
     def trial(self, number: int) -> Tried:
         return next(each for each in self.tried if each.number == number)
@@ -139,6 +158,8 @@ def sentences(search: Search) -> list[str]:
             f"they were given {score_words(measure, own.score)}. {_gain_words(search)}"
         )
         lines.append(f"Its settings: {values_words(winner.values)}.")
+    if search.soup is not None:
+        lines.append(soup_words(search, search.soup))
     if ends:
         lines.append(f"{number(ends)} trial{' has' if ends == 1 else 's have'} diverged.")
     lines.append(
@@ -146,6 +167,16 @@ def sentences(search: Search) -> list[str]:
         "all trials would have needed to the end."
     )
     return lines
+
+
+def soup_words(search: Search, soup: Souped) -> str:
+    """What the average of several trials has come to."""
+    if len(soup.members) == 1:
+        return f"A soup of the {number(soup.tried)} trials that were trained to the end is no better than {soup.members[0]} alone."
+    head = search.info.headline
+    test = "" if soup.test is None else f", {in_words(head)} {shown(head.unit, soup.test, 2)}"
+    score = score_words(search.measure, soup.score)
+    return f"The soup of {', '.join(soup.members)}: {in_words(search.measure, 'validation')} {score}{test}."
 
 
 def _gain_words(search: Search) -> str:
@@ -210,5 +241,13 @@ def to_json(search: Search) -> dict[str, Any]:
         "rungs": list(search.rungs),
         "trials": [tried(each) for each in search.tried],
         "importance": [{"setting": each.key, "share": each.share, "chance": each.chance} for each in search.matters],
+        "soup": None
+        if search.soup is None
+        else {
+            "members": list(search.soup.members),
+            "score": search.soup.score,
+            search.info.headline.key: search.soup.test,
+            "weights_sha256": search.soup.weights_sha256 or None,
+        },
         "cost": {"epochs": search.cost.epochs, "whole_epochs": search.cost.whole_epochs, "images_per_epoch": search.cost.images},
     }
