@@ -344,7 +344,7 @@ def shown(prepared: Prepared, search: Search, seconds: dict[str, float], line: A
 
 def best_toml(prepared: Prepared, trial: int) -> str:
     """The trial's settings as a recipe, without what was the search's own: a run with it learns from all training images."""
-    config = prepared.given
+    config = replace(prepared.given, run="", storage=RunConfig().storage)  # of the next run the user's command says them
     for key, value in values_of(prepared.trials[trial].config, prepared.space).items():
         config = replaced(config, key, value)
     return to_toml(config)

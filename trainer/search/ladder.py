@@ -54,8 +54,8 @@ class Ladder:
     nothing."""
 
     def __init__(self, rungs: Sequence[int], *, trials: int, slots: int, eta: int, epochs: int | None = None) -> None:
-        """`rungs`: epochs, rising. `trials`: how many there are, OWN included. `slots`: jobs at once. `epochs`: after so many, together, no
-        new trial begins; what is needed to train two to the end is kept back. ValueError if that is more than all."""
+        """`rungs`: epochs, rising. `trials`: how many there are, OWN included. `slots`: jobs at once. `epochs`: what all together may take;
+        what is needed to train two to the end is kept back. ValueError if that is more than all."""
         if not rungs or list(rungs) != sorted({*rungs}) or min(trials, slots, rungs[0]) < 1 or eta < 2:
             raise ValueError(f"no ladder: rungs={rungs}, trials={trials}, slots={slots}, eta={eta}")
         if epochs is not None and epochs < 2 * rungs[-1]:
@@ -69,6 +69,7 @@ class Ladder:
         self._under_way: list[Job] = []
         self._scores: list[dict[int, Score]] = [{} for _ in rungs]
         self._promoted: list[set[int]] = [set() for _ in rungs]
+        self._reached: dict[int, int] = {}  # by trial, the highest rung that it has begun
 
     # --- what is known ---
 
@@ -130,9 +131,10 @@ class Ladder:
         for rung in range(len(self.rungs) - 2, -1, -1):
             ranked = _ranked(self._scores[rung])
             best = ranked[: len(self._scores[rung]) // self.eta]
-            if (trial := next((each for each in best if each not in self._promoted[rung]), None)) is not None:
+            trial = next((each for each in best if each not in self._promoted[rung]), None)
+            if trial is not None and self._affords(trial, rung + 1):
                 return self._promote(trial, rung)
-        if self._begun < self.trials and self._may_begin():
+        if self._begun < self.trials and self._affords(self._begun, 0):
             self._begun += 1
             return self._begin(self._begun - 1, 0)
         return None if self._under_way else self._last()
@@ -148,26 +150,33 @@ class Ladder:
             return self._promote(OWN, rung)
         return None
 
-    def _may_begin(self) -> bool:
+    def _affords(self, trial: int, rung: int) -> bool:
+        """Whether the budget has enough for this job, and then for what is trained to the end in any case: OWN, and the best of all."""
         if self.epochs is None:
             return True
-        kept_back = 2 * self.rungs[-1]
-        if OWN in self._scores[-1]:
-            kept_back -= self.rungs[-1]
-        return self._begun < 1 or self._spent + self.rungs[0] + kept_back <= self.epochs
+        top = len(self.rungs) - 1
+        begun = {**self._reached, trial: rung}
+        own = self.rungs[-1] - (self.rungs[begun[OWN]] if OWN in begun else 0)
+        best = 0 if any(each == top for other, each in begun.items() if other != OWN) else self.rungs[-1]
+        return self._spent + self._length(rung) + own + best <= self.epochs
 
     def _promote(self, trial: int, rung: int) -> Job:
         self._promoted[rung].add(trial)
         return self._begin(trial, rung + 1)
 
     def _begin(self, trial: int, rung: int) -> Job:
-        length = self.rungs[rung] - (self.rungs[rung - 1] if rung else 0)
+        length = self._length(rung)
+        self._reached[trial] = rung
         job = Job(end=self._clock + length, number=self._jobs, trial=trial, rung=rung)
         self._jobs += 1
         self._spent += length
         self._free -= 1
         heapq.heappush(self._under_way, job)
         return job
+
+    def _length(self, rung: int) -> int:
+        """Epochs from the rung below."""
+        return self.rungs[rung] - (self.rungs[rung - 1] if rung else 0)
 
     def _way(self, trial: int) -> int:
         """The highest rung at which the trial has a score."""
