@@ -165,7 +165,8 @@ def parallel(
             axes.axvline(x, color=_INK, linewidth=0.8)
             for place, text in marks:
                 axes.annotate(text, (x, place), xytext=(4, 0), textcoords="offset points", color=_INK, fontsize=7.5, va="center")
-        axes.set_xticks(range(len(axes_of) + 1), [*(name for name, _ in axes_of), score])
+        names = [name.replace(".", ".\n").replace("_", "_\n") for name, _ in axes_of]
+        axes.set_xticks(range(len(axes_of) + 1), [*names, score.replace(" ", "\n")], fontsize=7.5)
         axes.set_xlim(-0.15, len(axes_of) + 0.6)
         axes.set_yticks([])
         axes.grid(visible=False)

@@ -74,7 +74,7 @@ def _trials(search: Search) -> Html:
     headline = search.info.headline
     rows = [
         (
-            tag("b", each.name) if each.number == search.best else each.name,
+            tag("b" if each.number == search.best else "span", each.name, style="white-space:nowrap"),
             *(value_words(each.values[axis.key]) for axis in search.space),
             number(each.epochs),
             score_words(search.measure, each.score),
