@@ -9,14 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow.dataset as pads
 import pytest
-from PIL import Image
 
 from cluster.process import process_stat
+from tests.answering import parts_in, put_noise
 from tests.e2e.running import PROJECT, kill_session
-from tests.trainer.test_predict import SIDE, export
 from trainer.inference.plan import PLAN, SUMMARY
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -93,49 +91,36 @@ class Command:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    storage = tmp_path_factory.mktemp("runs")
-    export(storage)
-    return storage / "pets"
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    for index in range(COUNT):
-        Image.fromarray(generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / f"{index:05d}.png")
+    put_noise(folder / f"{index:05d}.png" for index in range(COUNT))
     (folder / "00400.png").write_bytes(b"damaged")
     return folder
 
 
-def files_in(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("predictions-*.parquet")}
-
-
-def test_killed_in_every_way_each_image_is_answered_once_in_the_same_bytes(run: Path, photos: Path, tmp_path: Path) -> None:
-    whole = Command(run, photos, tmp_path / "whole")
+def test_killed_in_every_way_each_image_is_answered_once_in_the_same_bytes(exported_run: Path, photos: Path, tmp_path: Path) -> None:
+    whole = Command(exported_run, photos, tmp_path / "whole")
     assert whole.finish() == 1, whole.log.read_text()
-    expected = files_in(whole.out)
+    expected = parts_in(whole.out)
     assert len(expected) == COUNT // SHARD
 
-    killed = Command(run, photos, tmp_path / "killed")
+    killed = Command(exported_run, photos, tmp_path / "killed")
     killed.wait_for_parts(3)
     killed.kill()
     assert len(killed.parts()) < COUNT // SHARD
 
-    interrupted = Command(run, photos, tmp_path / "killed")
+    interrupted = Command(exported_run, photos, tmp_path / "killed")
     interrupted.wait_for_parts(len(killed.parts()) + 1)
     interrupted.process.send_signal(signal.SIGINT)
     assert interrupted.finish() == 130, interrupted.log.read_text()
     assert "SIGINT: stopped; the same command goes on" in interrupted.log.read_text()
     assert "Traceback" not in interrupted.log.read_text()
 
-    last = Command(run, photos, tmp_path / "killed")
+    last = Command(exported_run, photos, tmp_path / "killed")
     last.wait_for_parts(len(interrupted.parts()) + 1)
     last.kill_worker()
     assert last.finish() == 1, last.log.read_text()
-    assert files_in(last.out) == expected
+    assert parts_in(last.out) == expected
     assert {path.name for path in last.out.iterdir()} == {*expected, PLAN, SUMMARY}
 
     found = pads.dataset(last.out).to_table()
