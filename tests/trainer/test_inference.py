@@ -1,6 +1,7 @@
 """Answers to any number of images: each exactly once, in files that are the same to the byte whoever writes them. Without Ray; a whole job
 on Ray is in tests/e2e/test_inference.py."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.launch import ClusterHardware
-from cluster.storage import open_storage
+from cluster.storage import StorageOutage, StorageRefused, open_storage
 from dataio.schema import Target
 from tests.answering import parts_in, put_noise
 from tests.s3 import Server, serving
@@ -31,7 +32,8 @@ from trainer.inference.inputs import FILES, ROWS, Listed, encoded, listed
 from trainer.inference.job import Asked, begin, carry_out, placed
 from trainer.inference.plan import PLAN, SUMMARY, parts_of, read_plan, write_plan
 from trainer.inference.predictor import Predictor
-from trainer.inference.shard import TRIES, UNDER_WAY, Job, Worker
+from trainer.inference.refusals import is_refusal, writing_to
+from trainer.inference.shard import TRIES, UNDER_WAY, Job, Reporting, Worker
 from trainer.predict import main
 from trainer.runs.model_files import described, find_model
 from trainer.settings.tree import TaskConfig
@@ -193,11 +195,37 @@ def test_what_names_nothing_or_two_kinds_or_is_damaged_is_refused(images: Path, 
         listed([str(tmp_path)])
 
 
-def test_a_file_that_is_not_the_one_that_was_listed_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"image": [b"x"]},
+        {"image": [b"x", b"other"]},
+        {"photo": [b"x", b"y"]},
+        {"image": ["x", "y"]},
+        {"key": ["a", "b"], "image": [b"x", b"y"]},
+    ],
+    ids=["fewer rows", "another image", "the column is gone", "it holds text", "another column"],
+)
+def test_a_file_that_is_not_the_one_that_was_listed_is_refused(changed: dict[str, list[Any]], tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"x", b"y"]}), tmp_path / "x.parquet")
     found = listed([str(tmp_path)])
-    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="not the file any more that was listed"):
+    (batch,) = encoded(found.kind, found.places, found.column, found.table)
+    assert [each.data for each in batch] == [b"x", b"y"]
+    pq.write_table(pa.table(changed), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet is not the file any more that was listed; put that one back"):
+        list(encoded(found.kind, found.places, found.column, found.table))
+
+
+def test_a_file_that_is_gone_or_damaged_by_now_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x", b"y"]}), tmp_path / "x.parquet")
+    found = listed([str(tmp_path)])
+    whole = (tmp_path / "x.parquet").read_bytes()
+    for piece in (whole[:-1], b"PAR1" + bytes(len(whole) - 12) + whole[-8:]):  # the latter is a bare OSError to Arrow
+        (tmp_path / "x.parquet").write_bytes(piece)
+        with pytest.raises(ValueError, match=r"x\.parquet is no readable Parquet file \(.*\); give another file in its place"):
+            list(encoded(found.kind, found.places, found.column, found.table))
+    (tmp_path / "x.parquet").unlink()
+    with pytest.raises(ValueError, match=r"x\.parquet is not there any more; put it back, and the same command goes on"):
         list(encoded(found.kind, found.places, found.column, found.table))
 
 
@@ -209,7 +237,8 @@ def test_a_file_that_is_not_the_one_that_was_listed_is_refused(tmp_path: Path) -
 def test_each_row_is_in_one_shard_in_order(groups: list[int], size: int) -> None:
     starts = np.cumsum([0, *groups])[:-1].tolist()
     count = len(groups)
-    columns = {"where": [0] * count, "path": [b"x"] * count, "group": range(count), "first": starts, "rows": groups, "start": starts}
+    columns = {"where": [0] * count, "path": [b"x"] * count, "group": range(count), "first": starts, "rows": groups}
+    columns |= {"start": starts, "mark": [0] * count}
     table = pa.table(columns, ROWS)
     parts = parts_of(Listed(kind="rows", places=("",), table=table), size)
     covered = [row for part in parts for each in part.to_pylist() for row in range(each["start"], each["start"] + each["rows"])]
@@ -396,6 +425,52 @@ def test_a_shard_that_takes_its_worker_down_again_and_again_ends_the_job_by_name
         worker.answer(1)
     assert begin(asked, quiet).left == [0, 1, 2, 3]  # a new command tries anew
     assert worker_of(asked).answer(1)["counts"]["images"] == 40
+
+
+def test_what_a_worker_cannot_do_is_told_as_a_refusal_or_as_what_passes(exported_run: Path, images: Path, tmp_path: Path) -> None:
+    asked = asked_for(exported_run, tmp_path / "out", images)
+    begun = begin(asked, quiet)
+    job = replace(asked.job, plan=begun.plan.ident)
+
+    def told(job: Job) -> Mapping[str, Any]:
+        (line,) = Reporting(job)({"shard": np.array([0])})["done"]
+        found: Mapping[str, Any] = json.loads(line)
+        return found
+
+    for other, words in (
+        (replace(job, plan="0" * 16), "holds the list of another command by now"),
+        (replace(job, model_sha256="0" * 64), "holds another model by now"),
+        (replace(job, model_name="nobody/model"), "let it finish first"),
+        (replace(job, out=str(tmp_path / "gone")), "cannot be used"),
+    ):
+        assert told(other)["refused"], words
+        assert words in told(other)["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (ValueError("x"), True),
+        (StorageRefused("403"), True),
+        (PermissionError(errno.EACCES, "no", "x"), True),
+        (OSError(errno.EROFS, "read-only", "x"), True),
+        (FileNotFoundError(errno.ENOENT, "no", "x"), True),
+        (StorageOutage("away"), False),
+        (OSError(errno.ENOSPC, "full", "x"), False),
+        (OSError(errno.EIO, "broken", "x"), False),
+        (OSError(errno.ESTALE, "NFS", "x"), False),
+        (TimeoutError("x"), False),
+    ],
+    ids=lambda each: type(each).__name__ + str(getattr(each, "errno", "") or ""),
+)
+def test_what_is_the_users_to_mend_is_a_refusal_and_what_passes_is_none(error: Exception, refused: bool, tmp_path: Path) -> None:
+    assert is_refusal(error) == refused
+    with pytest.raises(ValueError if refused else OSError) as told, writing_to(open_storage(tmp_path)):
+        raise error
+    if not isinstance(error, ValueError) and refused:
+        assert f"--out {tmp_path} cannot be used" in str(told.value)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        assert str(told.value) == f"--out {tmp_path} has no room (full): make some"
 
 
 # --- on an object store ---------------------------------------------------------------------------------------------------------------

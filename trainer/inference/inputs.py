@@ -4,6 +4,8 @@ A list is a table, so that millions of names are cheap to keep and each worker r
 such a part. How a column of images is told and read is dataio's, as for training.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -35,10 +37,11 @@ ROWS = pa.schema(
         ("first", pa.int64()),
         ("rows", pa.int64()),
         ("start", pa.int64()),
+        ("mark", pa.int64()),
     ]
 )
-"""A row is a row group of a Parquet file: its number there, the number of its first row in the file, how many it has, and how many the
-list has before it."""
+"""A row is a row group of a Parquet file: its number there, the number of its first row in the file, how many it has, how many the list
+has before it, and a mark by which it is known again."""
 KEY_COLUMNS = ("key", "id", "image_id", "path", "file_name", "filename", "file", "name", "url")
 PARQUET = ".parquet"
 MAX_GROUP_BYTES = 4 << 30
@@ -169,11 +172,19 @@ def _rows(places: tuple[str, ...], parquet: Sequence[tuple[int, bytes, str]], co
                 )
             first = 0
             for group in range(file.metadata.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                for key, value in zip(ROWS.names, (place, path, group, first, rows, start), strict=True):
+                about = file.metadata.row_group(group)
+                rows = about.num_rows
+                for key, value in zip(ROWS.names, (place, path, group, first, rows, start, _mark_of(about)), strict=True):
                     table[key].append(value)
                 first, start = first + rows, start + rows
     return Listed(kind="rows", places=places, table=pa.table(table, ROWS), column=column)
+
+
+def _mark_of(group: pq.RowGroupMetaData) -> int:
+    """Differs where a row group was written anew with other images: where its columns lie in the file, and how long they are."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    where = [[each.path_in_schema, each.data_page_offset, each.total_compressed_size, each.num_values] for each in columns]
+    return int.from_bytes(hashlib.sha256(json.dumps(where).encode()).digest()[:8], signed=True)
 
 
 def _image_column(schema: Any, name: str) -> str:
@@ -249,7 +260,7 @@ def _group(place: str, column: str, row: dict[str, Any]) -> Iterator[list[Encode
         with _parquet(place, row["path"], name) as file:
             schema = file.schema_arrow
             has_column = column in schema.names and holds_images(schema.field(column).type)
-            has_group = row["group"] < file.metadata.num_row_groups and file.metadata.row_group(row["group"]).num_rows == row["rows"]
+            has_group = row["group"] < file.metadata.num_row_groups and _mark_of(file.metadata.row_group(row["group"])) == row["mark"]
             if not (has_column and has_group):
                 raise ValueError(
                     f"{name} is not the file any more that was listed; put that one back, and the same command goes on, "

@@ -25,11 +25,16 @@ def opened_parquet(storage: Storage | None, path: str, name: str, *, fix: str) -
         with source, pq.ParquetFile(source) as file:
             yield file
     except pa.ArrowException as error:
-        raise ValueError(f"{name} is no readable Parquet file ({error}); {fix}") from error
+        raise _damaged(error, name, fix) from error
     except OSError as error:
         if type(error) is not OSError or error.errno is not None:
             raise  # the storage's; what Arrow says of a damaged file is a bare OSError
-        raise ValueError(f"{name} is no readable Parquet file ({error}); {fix}") from error
+        raise _damaged(error, name, fix) from error
+
+
+def _damaged(error: Exception, name: str, fix: str) -> ValueError:
+    said = " ".join(str(error).split())  # Arrow's may have several lines
+    return ValueError(f"{name} is no readable Parquet file ({said}); {fix}")
 
 
 class _Remote(io.RawIOBase):
