@@ -1,11 +1,23 @@
-"""What all tests share: hypothesis without deadlines, as speed is shown in benchmarks and never asserted in a test.
+"""What all tests share: hypothesis without deadlines, as speed is shown in benchmarks and never asserted in a test; a finished run's model.
 
 CI tries the same examples each time, so that its verdict is about the change; everywhere else they are new ones.
 """
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("finetune", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("finetune")
+
+
+@pytest.fixture(scope="session")
+def exported_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has its model, a small one, and nothing else."""
+    from tests.trainer.test_predict import export  # needs torch, which most tests do without
+
+    storage = tmp_path_factory.mktemp("runs")
+    export(storage)
+    return storage / "pets"

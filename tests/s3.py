@@ -72,8 +72,8 @@ def uri_of(port: int, path: str) -> str:
 
 
 @contextlib.contextmanager
-def answering(status: int, code: str, path: str) -> Iterator[str]:
-    """The URI of `path` at a service that answers everything with one error; an empty `code` has no body."""
+def answering(status: int, code: str, path: str, port: int = 0) -> Iterator[str]:
+    """The URI of `path` at a service that answers everything with one error; an empty `code` has no body. `port`: in a Server's place."""
     body = f"<Error><Code>{code}</Code><Message>told so</Message></Error>".encode() if code else b""
 
     class Handler(BaseHTTPRequestHandler):
@@ -90,7 +90,7 @@ def answering(status: int, code: str, path: str) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    service = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    service = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

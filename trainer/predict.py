@@ -29,6 +29,7 @@ from trainer.drive.guarded import guarded
 from trainer.drive.signals import Signals, tell
 from trainer.inference.job import Asked, Begun, Ended, begin, carry_out
 from trainer.inference.predictor import Prediction, Predictor
+from trainer.inference.refusals import reading
 from trainer.inference.shard import Job
 from trainer.runs.model_files import described, find_model
 from trainer.settings.cli import fail
@@ -136,7 +137,8 @@ def _to_files(arguments: Arguments) -> int:
     prepare_output(survive=True)  # it may take hours: the work does not depend on who reads along
 
     def work(signals: Signals) -> int:
-        asked = _asked(arguments)
+        with reading(f"RUN {address_of(arguments.run)}", "give this user, or these credentials, the right to read it"):
+            asked = _asked(arguments)
         begun = begin(asked, complain)
         with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once):
             ended = _with_ray(asked, begun, ours)

@@ -5,7 +5,7 @@ can read.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import pyarrow as pa
 
 from dataio.schema import LABEL, UNLABELLED, single_label
 from dataio.sources.columns import Column, batches_of, columns_of, open_parquet
-from dataio.sources.source import Options, Sample, SourceError, former_identity, hashed, identities_of, plan_of, stat_hash, text_of
+from dataio.sources.image_column import IMAGE_COLUMNS, holds_images, images_in, key_of_row, paths_in, why_no_image
+from dataio.sources.source import Options, Sample, SourceError, former_identity, hashed, identities_of, plan_of, stat_hash
 from dataio.sources.splits import ALIASES, Rows, chosen, divide, formerly_read, recognised, strata
 from dataio.sources.targets import FLAG, Asked, parse_targets
 
 _SPLIT_NAME = re.compile(rf"({'|'.join(name for names in ALIASES.values() for name in names)})(?![A-Za-z])")
-_IMAGE_COLUMNS = ("image", "img", "pixel_values", "picture", "photo", "bytes", "content")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "category", "label_name", "class_name", "y")
 
 
@@ -86,7 +86,8 @@ class HuggingFace:
         values: list[Any] = []
         first = self._columns[0]
         for path, row, batch in _batches(self._files["train"], [first.name], 1 << 14, part=f"{self._image}.path"):
-            keys += _keys(path, row, batch.column(self._image) if self._image in batch.schema.names else None, len(batch))
+            images = batch.column(self._image) if self._image in batch.schema.names else None
+            keys += _keys(path, row, paths_in(images, len(batch)))
             values += [value for value, _ in first.read(path, batch.column(first.name))]
         if first.target.kind == "label":  # values that are no class are refused later
             values = [value if 0 <= value < len(self.classes) else first.unknown for value in values]
@@ -100,10 +101,9 @@ class HuggingFace:
 
     def _batch(self, path: Path, row: int, batch: pa.RecordBatch, *, labelled: bool) -> Iterator[Sample]:
         images = batch.column(self._image)
-        keys = _keys(path, row, images, len(batch))
-        paths = _paths(images, len(batch))
-        if pa.types.is_struct(images.type):
-            images = _children(images)["bytes"]
+        paths = paths_in(images, len(batch))
+        keys = _keys(path, row, paths)
+        images = images_in(images)
         known = [
             list(column.read(path, batch.column(column.name))) if labelled else [(column.unknown, None)] * len(batch)
             for column in self._columns
@@ -114,7 +114,7 @@ class HuggingFace:
             if labelled and all(batch.column(column.name)[index].as_py() is None for column in self._columns):
                 refusal = "bad label: null"
             if data is None:
-                refusal = "no image: null" if paths[index] is None else "no image: the row holds a path, but no bytes"
+                refusal = why_no_image(paths[index])
             yield Sample(key=key, data=data or b"", values=tuple(column[index][0] for column in known), refusal=refusal)
 
 
@@ -154,17 +154,16 @@ class UnlabelledRows:
         names = [self._label.name] if self._label is not None else []
         for path, row, batch in _batches(self._files, [self._image, *names], 128, start):
             images = batch.column(self._image)
-            keys, paths = _keys(path, row, images, len(batch)), _paths(images, len(batch))
-            if pa.types.is_struct(images.type):
-                images = _children(images)["bytes"]
+            paths = paths_in(images, len(batch))
+            keys, images = _keys(path, row, paths), images_in(images)
             values = [-1] * len(batch)
             if self._label is not None:
                 read = self._label.read(path, batch.column(self._label.name))
                 values = [value if why is None and 0 <= value < len(self.classes) else -1 for value, why in read]
             for index, (key, value) in enumerate(zip(keys, values, strict=True)):
                 data = images[index].as_py()
-                lacking = "no image: null" if paths[index] is None else "no image: the row holds a path, but no bytes"
-                yield Sample(key=key, data=data or b"", values=(value,), refusal=lacking if data is None else None)
+                refusal = why_no_image(paths[index]) if data is None else None
+                yield Sample(key=key, data=data or b"", values=(value,), refusal=refusal)
 
 
 def find_parquet(folder: Path) -> dict[str, list[Path]]:
@@ -207,18 +206,8 @@ def _batches(
         at += count
 
 
-def _keys(path: Path, row: int, images: Any, count: int) -> list[str]:
-    return [text_of(name or f"{path.stem}/{row + index:08d}") for index, name in enumerate(_paths(images, count))]
-
-
-def _paths(images: Any, count: int) -> list[str | None]:
-    """The paths in the image column."""
-    children = _children(images) if images is not None and pa.types.is_struct(images.type) else {}
-    return children["path"].to_pylist() if "path" in children else [None] * count
-
-
-def _children(images: Any) -> dict[str, Any]:
-    return dict(zip([field.name for field in images.type], images.flatten(), strict=True))  # flatten applies the struct's nulls
+def _keys(path: Path, row: int, paths: Sequence[str | None]) -> list[str]:
+    return [key_of_row(name, path.stem, row + index) for index, name in enumerate(paths)]
 
 
 def _row_count(path: Path) -> int:
@@ -232,15 +221,9 @@ def _schema(path: Path) -> Any:
 
 
 def _image_column(path: Path, schema: Any, given: str) -> str:
-    def is_image(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return any(field.name == "bytes" and is_image(field.type) for field in kind)
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
     what = f"column {given or 'image or img'} of struct{{bytes, path}} or binary"
-    return _pick(
-        path, schema, (given,) if given else _IMAGE_COLUMNS, is_image, what, "say which one has the images: --data.image-column NAME"
-    )
+    names = (given,) if given else IMAGE_COLUMNS
+    return _pick(path, schema, names, holds_images, what, "say which one has the images: --data.image-column NAME")
 
 
 def _label_column(path: Path, schema: Any, given: str) -> str:

@@ -1,6 +1,7 @@
 """Answers to any number of images: each exactly once, in files that are the same to the byte whoever writes them. Without Ray; a whole job
 on Ray is in tests/e2e/test_inference.py."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.launch import ClusterHardware
-from cluster.storage import open_storage
+from cluster.storage import StorageOutage, StorageRefused, open_storage
 from dataio.schema import Target
+from tests.answering import parts_in, put_noise
 from tests.s3 import Server, serving
-from tests.trainer.test_predict import CLASSES, SIDE, export
+from tests.trainer.test_predict import CLASSES, export
 from trainer.inference import job as job_module
 from trainer.inference import plan as plan_module
 from trainer.inference.columns import columns_of, schema_of
@@ -30,7 +32,8 @@ from trainer.inference.inputs import FILES, ROWS, Listed, encoded, listed
 from trainer.inference.job import Asked, begin, carry_out, placed
 from trainer.inference.plan import PLAN, SUMMARY, parts_of, read_plan, write_plan
 from trainer.inference.predictor import Predictor
-from trainer.inference.shard import TRIES, UNDER_WAY, Job, Worker
+from trainer.inference.refusals import is_refusal, writing_to
+from trainer.inference.shard import TRIES, UNDER_WAY, Job, Reporting, Worker
 from trainer.predict import main
 from trainer.runs.model_files import described, find_model
 from trainer.settings.tree import TaskConfig
@@ -45,21 +48,10 @@ def quiet(line: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    storage = tmp_path_factory.mktemp("runs")
-    export(storage)
-    return storage / "pets"
-
-
-@pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """150 images in two folders, one of which is damaged, beside what is no image."""
     folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for index in range(COUNT):
-        path = folder / ("a" if index < 70 else "b") / f"{index:03d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(path)
+    put_noise(folder / ("a" if index < 70 else "b") / f"{index:03d}.png" for index in range(COUNT))
     (folder / "b" / "100.png").write_bytes(b"damaged")
     (folder / "notes.txt").write_text("no image")
     (folder / ".hidden").mkdir()
@@ -122,12 +114,15 @@ def do(asked: Asked) -> Any:
     return carry_out(asked, begin(asked, quiet), HERE, quiet)
 
 
+def worker_of(asked: Asked) -> Worker:
+    """A worker of the job whose plan is there."""
+    plan = read_plan(open_storage(asked.out))
+    assert plan is not None
+    return Worker(replace(asked.job, plan=plan.ident))
+
+
 def table_of(out: Path) -> pa.Table:
     return pads.dataset(out).to_table()
-
-
-def files_in(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix == ".parquet"}
 
 
 # --- what is listed -------------------------------------------------------------------------------------------------------------------
@@ -200,11 +195,37 @@ def test_what_names_nothing_or_two_kinds_or_is_damaged_is_refused(images: Path, 
         listed([str(tmp_path)])
 
 
-def test_a_file_that_is_not_the_one_that_was_listed_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"image": [b"x"]},
+        {"image": [b"x", b"other"]},
+        {"photo": [b"x", b"y"]},
+        {"image": ["x", "y"]},
+        {"key": ["a", "b"], "image": [b"x", b"y"]},
+    ],
+    ids=["fewer rows", "another image", "the column is gone", "it holds text", "another column"],
+)
+def test_a_file_that_is_not_the_one_that_was_listed_is_refused(changed: dict[str, list[Any]], tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"x", b"y"]}), tmp_path / "x.parquet")
     found = listed([str(tmp_path)])
-    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="not the file any more that was listed"):
+    (batch,) = encoded(found.kind, found.places, found.column, found.table)
+    assert [each.data for each in batch] == [b"x", b"y"]
+    pq.write_table(pa.table(changed), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet is not the file any more that was listed; put that one back"):
+        list(encoded(found.kind, found.places, found.column, found.table))
+
+
+def test_a_file_that_is_gone_or_damaged_by_now_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x", b"y"]}), tmp_path / "x.parquet")
+    found = listed([str(tmp_path)])
+    whole = (tmp_path / "x.parquet").read_bytes()
+    for piece in (whole[:-1], b"PAR1" + bytes(len(whole) - 12) + whole[-8:]):  # the latter is a bare OSError to Arrow
+        (tmp_path / "x.parquet").write_bytes(piece)
+        with pytest.raises(ValueError, match=r"x\.parquet is no readable Parquet file \(.*\); give another file in its place"):
+            list(encoded(found.kind, found.places, found.column, found.table))
+    (tmp_path / "x.parquet").unlink()
+    with pytest.raises(ValueError, match=r"x\.parquet is not there any more; put it back, and the same command goes on"):
         list(encoded(found.kind, found.places, found.column, found.table))
 
 
@@ -216,7 +237,8 @@ def test_a_file_that_is_not_the_one_that_was_listed_is_refused(tmp_path: Path) -
 def test_each_row_is_in_one_shard_in_order(groups: list[int], size: int) -> None:
     starts = np.cumsum([0, *groups])[:-1].tolist()
     count = len(groups)
-    columns = {"where": [0] * count, "path": [b"x"] * count, "group": range(count), "first": starts, "rows": groups, "start": starts}
+    columns = {"where": [0] * count, "path": [b"x"] * count, "group": range(count), "first": starts, "rows": groups}
+    columns |= {"start": starts, "mark": [0] * count}
     table = pa.table(columns, ROWS)
     parts = parts_of(Listed(kind="rows", places=("",), table=table), size)
     covered = [row for part in parts for each in part.to_pylist() for row in range(each["start"], each["start"] + each["rows"])]
@@ -238,17 +260,17 @@ def test_each_file_is_in_one_shard_in_order(count: int, size: int) -> None:
 def test_parquet_files_without_a_row_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match="hold no row"):
-        write_plan(open_storage(tmp_path / "out"), "", listed([str(tmp_path)]), {}, 10)
+        write_plan(open_storage(tmp_path / "out"), listed([str(tmp_path)]), {}, 10)
 
 
 # --- what is answered -----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_answers_are_those_of_predict_each_image_once(run: Path, images: Path, tmp_path: Path, here: list[int]) -> None:
-    ended = do(asked_for(run, tmp_path / "out", images))
+def test_the_answers_are_those_of_predict_each_image_once(exported_run: Path, images: Path, tmp_path: Path, here: list[int]) -> None:
+    ended = do(asked_for(exported_run, tmp_path / "out", images))
     assert here == [0, 1, 2, 3]
     paths = sorted(str(path) for path in images.rglob("[0-9]*.png"))
-    expected = [each.to_json() for each in Predictor(find_model(str(run)), device=torch.device("cpu")).predict(paths, top=3)]
+    expected = [each.to_json() for each in Predictor(find_model(str(exported_run)), device=torch.device("cpu")).predict(paths, top=3)]
     found = table_of(tmp_path / "out").to_pylist()
     assert [row["row"] for row in found] == list(range(COUNT))
     assert [row["key"] for row in found] == paths
@@ -267,30 +289,32 @@ def test_the_answers_are_those_of_predict_each_image_once(run: Path, images: Pat
     assert json.loads((tmp_path / "out" / SUMMARY).read_text())["counts"] == asdict(ended.counts)
 
 
-def test_rows_are_answered_as_files_are(run: Path, images: Path, rows: Path, tmp_path: Path, here: list[int]) -> None:
-    do(asked_for(run, tmp_path / "files", images, shard_images=75))
-    do(asked_for(run, tmp_path / "rows", rows, shard_images=75))
+def test_rows_are_answered_as_files_are(exported_run: Path, images: Path, rows: Path, tmp_path: Path, here: list[int]) -> None:
+    do(asked_for(exported_run, tmp_path / "files", images, shard_images=75))
+    do(asked_for(exported_run, tmp_path / "rows", rows, shard_images=75))
     files, of_rows = table_of(tmp_path / "files"), table_of(tmp_path / "rows")
     assert of_rows.column("key").to_pylist() == [str(Path(key).relative_to(images)) for key in files.column("key").to_pylist()]
     for name in ("row", "label", "error"):
         assert of_rows.column(name) == files.column(name)
 
 
-def test_a_file_is_the_same_whoever_writes_it(run: Path, images: Path, tmp_path: Path, here: list[int]) -> None:
-    asked = asked_for(run, tmp_path / "out", images)
+def test_a_file_is_the_same_whoever_writes_it(exported_run: Path, images: Path, tmp_path: Path, here: list[int]) -> None:
+    asked = asked_for(exported_run, tmp_path / "out", images)
     do(asked)
-    before = files_in(tmp_path / "out")
-    assert len(before) == 5
-    Worker(asked.job).answer(2)
-    assert files_in(tmp_path / "out") == before
+    before = parts_in(tmp_path / "out")
+    assert len(before) == 4
+    worker_of(asked).answer(2)
+    assert parts_in(tmp_path / "out") == before
 
 
-def test_a_command_that_was_killed_goes_on_and_ends_in_the_same_bytes(run: Path, images: Path, tmp_path: Path, here: list[int]) -> None:
-    do(asked_for(run, tmp_path / "whole", images))
+def test_a_command_that_was_killed_goes_on_and_ends_in_the_same_bytes(
+    exported_run: Path, images: Path, tmp_path: Path, here: list[int]
+) -> None:
+    do(asked_for(exported_run, tmp_path / "whole", images))
     here.clear()
-    asked = asked_for(run, tmp_path / "killed", images)
+    asked = asked_for(exported_run, tmp_path / "killed", images)
     begun = begin(asked, quiet)
-    answers = job_module._answers(asked.job, begun.left, 1, 1, 0)
+    answers = job_module._answers(replace(asked.job, plan=begun.plan.ident), begun.left, 1, 1, 0)
     next(answers)
     next(answers)
     said: list[str] = []
@@ -298,17 +322,16 @@ def test_a_command_that_was_killed_goes_on_and_ends_in_the_same_bytes(run: Path,
     assert here == [0, 1, 2, 3]
     assert said == [f"80 of 150 images are done; going on with the list in {PLAN}, as it was made at first"]
     assert (ended.counts.images, ended.here, ended.counts.bad) == (COUNT, 70, 1)
-    whole, killed = files_in(tmp_path / "whole"), files_in(tmp_path / "killed")
-    assert {name: data for name, data in killed.items() if name != PLAN} == {name: data for name, data in whole.items() if name != PLAN}
+    assert parts_in(tmp_path / "killed") == parts_in(tmp_path / "whole")
     assert not (tmp_path / "killed" / UNDER_WAY).exists()
 
 
 def test_a_finished_command_answers_nothing_again_and_a_damaged_file_is_made_again(
-    run: Path, images: Path, tmp_path: Path, here: list[int]
+    exported_run: Path, images: Path, tmp_path: Path, here: list[int]
 ) -> None:
-    asked = asked_for(run, tmp_path / "out", images)
+    asked = asked_for(exported_run, tmp_path / "out", images)
     first = do(asked)
-    whole = files_in(tmp_path / "out")
+    whole = parts_in(tmp_path / "out")
     here.clear()
     again = do(asked)
     assert (here, again.here, again.counts) == ([], 0, first.counts)
@@ -316,15 +339,15 @@ def test_a_finished_command_answers_nothing_again_and_a_damaged_file_is_made_aga
     damaged.write_bytes(damaged.read_bytes()[:500])
     assert do(asked).counts == first.counts
     assert here == [1]
-    assert files_in(tmp_path / "out") == whole
+    assert parts_in(tmp_path / "out") == whole
 
 
-def test_the_list_is_that_of_the_first_command(run: Path, images: Path, tmp_path: Path, here: list[int]) -> None:
+def test_the_list_is_that_of_the_first_command(exported_run: Path, images: Path, tmp_path: Path, here: list[int]) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for path in sorted(images.rglob("00*.png")):
         (folder / path.name).write_bytes(path.read_bytes())
-    asked = asked_for(run, tmp_path / "out", folder, shard_images=4)
+    asked = asked_for(exported_run, tmp_path / "out", folder, shard_images=4)
     begin(asked, quiet)
     (folder / "0000.png").write_bytes((folder / "001.png").read_bytes())
     (folder / "009.png").unlink()
@@ -343,26 +366,28 @@ def test_the_list_is_that_of_the_first_command(run: Path, images: Path, tmp_path
         ({"model_sha256": "0" * 64}, "the model was"),
     ],
 )
-def test_another_job_is_refused_by_name(changes: dict[str, Any], words: str, run: Path, images: Path, tmp_path: Path) -> None:
-    begin(asked_for(run, tmp_path / "out", images), quiet)
+def test_another_job_is_refused_by_name(changes: dict[str, Any], words: str, exported_run: Path, images: Path, tmp_path: Path) -> None:
+    begin(asked_for(exported_run, tmp_path / "out", images), quiet)
     with pytest.raises(ValueError, match=f"holds predictions of another job: {words}"):
-        begin(asked_for(run, tmp_path / "out", images, **changes), quiet)
+        begin(asked_for(exported_run, tmp_path / "out", images, **changes), quiet)
 
 
-def test_other_images_and_another_folder_are_refused(run: Path, images: Path, tmp_path: Path) -> None:
-    begin(asked_for(run, tmp_path / "out", images), quiet)
+def test_other_images_and_another_folder_are_refused(exported_run: Path, images: Path, tmp_path: Path) -> None:
+    begin(asked_for(exported_run, tmp_path / "out", images), quiet)
     with pytest.raises(ValueError, match=r"IMAGE... was .*images\d+ and is .*/a"):
-        begin(asked_for(run, tmp_path / "out", images / "a"), quiet)
+        begin(asked_for(exported_run, tmp_path / "out", images / "a"), quiet)
     with pytest.raises(ValueError, match="--shard-images was 40 and is 50"):
-        begin(asked_for(run, tmp_path / "out", images, shard_images=50), quiet)
+        begin(asked_for(exported_run, tmp_path / "out", images, shard_images=50), quiet)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"holds thesis.tex, and no predictions"):
-        begin(asked_for(run, tmp_path / "other", images), quiet)
+        begin(asked_for(exported_run, tmp_path / "other", images), quiet)
 
 
-def test_a_plan_of_another_version_or_damaged_is_refused(run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = asked_for(run, tmp_path / "out", images)
+def test_a_plan_of_another_version_or_damaged_is_refused(
+    exported_run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asked_for(exported_run, tmp_path / "out", images)
     with monkeypatch.context() as later:
         later.setattr(plan_module, "FORMAT", 9)
         begin(asked, quiet)
@@ -370,21 +395,21 @@ def test_a_plan_of_another_version_or_damaged_is_refused(run: Path, images: Path
         begin(asked, quiet)
     plan = tmp_path / "out" / PLAN
     plan.write_bytes(plan.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=r"_plan.parquet is no readable Parquet file .*; give another --out"):
         begin(asked, quiet)
 
 
-def test_another_model_in_its_place_is_noticed_by_the_worker(run: Path, images: Path, tmp_path: Path) -> None:
-    asked = asked_for(run, tmp_path / "out", images)
+def test_another_model_in_its_place_is_noticed_by_the_worker(exported_run: Path, images: Path, tmp_path: Path) -> None:
+    asked = asked_for(exported_run, tmp_path / "out", images)
     begin(asked, quiet)
     with pytest.raises(ValueError, match="holds another model by now"):
-        Worker(replace(asked.job, model_sha256="0" * 64))
+        worker_of(replace(asked, job=replace(asked.job, model_sha256="0" * 64)))
 
 
-def test_a_shard_that_takes_its_worker_down_again_and_again_ends_the_job_by_name(run: Path, images: Path, tmp_path: Path) -> None:
-    asked = asked_for(run, tmp_path / "out", images)
+def test_a_shard_that_takes_its_worker_down_again_and_again_ends_the_job_by_name(exported_run: Path, images: Path, tmp_path: Path) -> None:
+    asked = asked_for(exported_run, tmp_path / "out", images)
     begin(asked, quiet)
-    worker = Worker(asked.job)
+    worker = worker_of(asked)
 
     class Dies(BaseException):
         """The process, which leaves nothing done behind."""
@@ -399,7 +424,53 @@ def test_a_shard_that_takes_its_worker_down_again_and_again_ends_the_job_by_name
     with pytest.raises(ValueError, match=rf"shard 1 \(row 40 of {PLAN} on\) has taken {TRIES} workers down"):
         worker.answer(1)
     assert begin(asked, quiet).left == [0, 1, 2, 3]  # a new command tries anew
-    assert Worker(asked.job).answer(1)["counts"]["images"] == 40
+    assert worker_of(asked).answer(1)["counts"]["images"] == 40
+
+
+def test_what_a_worker_cannot_do_is_told_as_a_refusal_or_as_what_passes(exported_run: Path, images: Path, tmp_path: Path) -> None:
+    asked = asked_for(exported_run, tmp_path / "out", images)
+    begun = begin(asked, quiet)
+    job = replace(asked.job, plan=begun.plan.ident)
+
+    def told(job: Job) -> Mapping[str, Any]:
+        (line,) = Reporting(job)({"shard": np.array([0])})["done"]
+        found: Mapping[str, Any] = json.loads(line)
+        return found
+
+    for other, words in (
+        (replace(job, plan="0" * 16), "holds the list of another command by now"),
+        (replace(job, model_sha256="0" * 64), "holds another model by now"),
+        (replace(job, model_name="nobody/model"), "let it finish first"),
+        (replace(job, out=str(tmp_path / "gone")), "cannot be used"),
+    ):
+        assert told(other)["refused"], words
+        assert words in told(other)["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (ValueError("x"), True),
+        (StorageRefused("403"), True),
+        (PermissionError(errno.EACCES, "no", "x"), True),
+        (OSError(errno.EROFS, "read-only", "x"), True),
+        (FileNotFoundError(errno.ENOENT, "no", "x"), True),
+        (StorageOutage("away"), False),
+        (OSError(errno.ENOSPC, "full", "x"), False),
+        (OSError(errno.EIO, "broken", "x"), False),
+        (OSError(errno.ESTALE, "NFS", "x"), False),
+        (TimeoutError("x"), False),
+    ],
+    ids=lambda each: type(each).__name__ + str(getattr(each, "errno", "") or ""),
+)
+def test_what_is_the_users_to_mend_is_a_refusal_and_what_passes_is_none(error: Exception, refused: bool, tmp_path: Path) -> None:
+    assert is_refusal(error) == refused
+    with pytest.raises(ValueError if refused else OSError) as told, writing_to(open_storage(tmp_path)):
+        raise error
+    if not isinstance(error, ValueError) and refused:
+        assert f"--out {tmp_path} cannot be used" in str(told.value)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        assert str(told.value) == f"--out {tmp_path} has no room (full): make some"
 
 
 # --- on an object store ---------------------------------------------------------------------------------------------------------------
@@ -529,7 +600,7 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 def test_wrong_flags_end_with_their_rule_before_anything_is_written(
     flags: list[str],
     words: str,
-    run: Path,
+    exported_run: Path,
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -537,16 +608,16 @@ def test_wrong_flags_end_with_their_rule_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main([str(run), str(images), *flags])
+        main([str(exported_run), str(images), *flags])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_read_plan_says_what_was_written(run: Path, images: Path, tmp_path: Path) -> None:
-    asked = asked_for(run, tmp_path / "out", images)
-    assert read_plan(open_storage(tmp_path / "out"), "") is None
+def test_read_plan_says_what_was_written(exported_run: Path, images: Path, tmp_path: Path) -> None:
+    asked = asked_for(exported_run, tmp_path / "out", images)
+    assert read_plan(open_storage(tmp_path / "out")) is None
     begun = begin(asked, quiet)
-    assert read_plan(open_storage(tmp_path / "out"), "") == begun.plan
+    assert read_plan(open_storage(tmp_path / "out")) == begun.plan
     assert begun.plan.settings == asked.settings
     assert (begun.plan.images, begun.plan.shards) == (COUNT, 4)

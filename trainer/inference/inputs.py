@@ -1,13 +1,16 @@
 """Lists the images that a command names, wherever they are: image files, folders of them, and the rows of Parquet files, local or at a URI.
 
 A list is a table, so that millions of names are cheap to keep and each worker reads its own part of them. `encoded` reads the images of
-such a part.
+such a part. How a column of images is told and read is dataio's, as for training.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,10 +18,12 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from cluster.storage import Storage, is_uri, open_storage
-from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
+from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import JUNK, SUFFIXES, images_below
-from dataio.sources.source import key_of
+from dataio.sources.image_column import IMAGE_COLUMNS, holds_images, images_in, key_of_row, paths_in, why_no_image
+from dataio.sources.source import key_of, text_of
 from dataio.text import address
+from trainer.inference.parquet import opened_parquet
 
 Kind = Literal["files", "rows"]
 
@@ -32,11 +37,11 @@ ROWS = pa.schema(
         ("first", pa.int64()),
         ("rows", pa.int64()),
         ("start", pa.int64()),
+        ("mark", pa.int64()),
     ]
 )
-"""A row is a row group of a Parquet file: its number there, the number of its first row in the file, how many it has, and how many the
-list has before it."""
-IMAGE_COLUMNS = ("image", "img", "pixel_values", "picture", "photo", "bytes", "content")
+"""A row is a row group of a Parquet file: its number there, the number of its first row in the file, how many it has, how many the list
+has before it, and a mark by which it is known again."""
 KEY_COLUMNS = ("key", "id", "image_id", "path", "file_name", "filename", "file", "name", "url")
 PARQUET = ".parquet"
 MAX_GROUP_BYTES = 4 << 30
@@ -88,7 +93,7 @@ def listed(given: Sequence[str], *, column: str = "") -> Listed:
             storage = open_storage(word)
             place = places.setdefault(word, len(places))
             for path in _remote_paths(storage, word):
-                name = f"{address(word).partition('?')[0].rstrip('/')}/{path}".rstrip("/")
+                name = _name_at(word, path)
                 if path.lower().endswith(PARQUET) or (not path and word.partition("?")[0].lower().endswith(PARQUET)):
                     parquet.append((place, path.encode(), name))
                 else:
@@ -121,7 +126,12 @@ def listed(given: Sequence[str], *, column: str = "") -> Listed:
 
 
 def _parquet_below(folder: str) -> Iterator[str]:
-    for where, folders, names in os.walk(folder):
+    """OSError for a folder that cannot be listed: its files would be left out in silence."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for where, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith((".", "_")) and name.lower() not in JUNK]
         yield from (os.path.join(where, name) for name in names if name.lower().endswith(PARQUET) and not name.startswith((".", "_")))
 
@@ -150,36 +160,38 @@ def _rows(places: tuple[str, ...], parquet: Sequence[tuple[int, bytes, str]], co
     table: dict[str, list[Any]] = {name: [] for name in ROWS.names}
     start = 0
     for place, path, name in parquet:
-        with _opened(places[place], path, name) as file:
+        with _parquet(places[place], path, name) as file:
             column = column or _image_column(file.schema_arrow, name)
             if column not in file.schema_arrow.names:
                 found = ", ".join(file.schema_arrow.names)
                 raise ValueError(f"{name} has no column {column!r}; its columns are {found:.300}: give --image-column NAME")
-            if not _holds_images(file.schema_arrow.field(column).type):
+            if not holds_images(file.schema_arrow.field(column).type):
                 kind = file.schema_arrow.field(column).type
                 raise ValueError(
                     f"column {column!r} of {name} is {kind}; it must be binary or struct{{bytes, path}}: give --image-column NAME"
                 )
             first = 0
             for group in range(file.metadata.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                for key, value in zip(ROWS.names, (place, path, group, first, rows, start), strict=True):
+                about = file.metadata.row_group(group)
+                rows = about.num_rows
+                for key, value in zip(ROWS.names, (place, path, group, first, rows, start, _mark_of(about)), strict=True):
                     table[key].append(value)
                 first, start = first + rows, start + rows
     return Listed(kind="rows", places=places, table=pa.table(table, ROWS), column=column)
 
 
-def _holds_images(kind: Any) -> bool:
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+def _mark_of(group: pq.RowGroupMetaData) -> int:
+    """Differs where a row group was written anew with other images: where its columns lie in the file, and how long they are."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    where = [[each.path_in_schema, each.data_page_offset, each.total_compressed_size, each.num_values] for each in columns]
+    return int.from_bytes(hashlib.sha256(json.dumps(where).encode()).digest()[:8], signed=True)
 
 
 def _image_column(schema: Any, name: str) -> str:
     for column in IMAGE_COLUMNS:
-        if column in schema.names and _holds_images(schema.field(column).type):
+        if column in schema.names and holds_images(schema.field(column).type):
             return column
-    binary = [field.name for field in schema if _holds_images(field.type)]
+    binary = [field.name for field in schema if holds_images(field.type)]
     if len(binary) == 1:
         return str(binary[0])
     found = ", ".join(f"{field.name}: {field.type}" for field in schema)
@@ -188,28 +200,15 @@ def _image_column(schema: Any, name: str) -> str:
     )
 
 
-class _opened:
-    """A Parquet file at a place. ValueError for one that is damaged."""
+def _parquet(place: str, path: bytes, name: str) -> AbstractContextManager[pq.ParquetFile]:
+    storage = open_storage(place) if place else None
+    where = path.decode() if place else os.fsdecode(path)
+    return opened_parquet(storage, where, name, fix="give another file in its place, or leave it out")
 
-    def __init__(self, place: str, path: bytes, name: str) -> None:
-        self._name = name
-        try:
-            if place:
-                storage = open_storage(place)
-                where = storage.at(path.decode())
-                self._source: Any = storage.retry.call(lambda: storage.fs.open_input_file(where), name)
-            else:
-                self._source = open_regular(Path(os.fsdecode(path)))
-            self._file = pq.ParquetFile(self._source)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{name} is no readable Parquet file: {error}") from error
 
-    def __enter__(self) -> pq.ParquetFile:
-        return self._file
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._source.close()
+def _name_at(place: str, path: str) -> str:
+    """What a file at a URI is called."""
+    return f"{address(place)}/{path}".rstrip("/")
 
 
 def encoded(kind: Kind, places: Sequence[str], column: str, part: pa.Table) -> Iterator[list[Encoded]]:
@@ -255,28 +254,37 @@ def _read(storage: Storage, path: str) -> bytes:
 
 
 def _group(place: str, column: str, row: dict[str, Any]) -> Iterator[list[Encoded]]:
-    name = key_of(row["path"]) if not place else f"{address(place).partition('?')[0].rstrip('/')}/{row['path'].decode()}".rstrip("/")
-    with _opened(place, row["path"], name) as file:
-        if row["group"] >= file.metadata.num_row_groups or file.metadata.row_group(row["group"]).num_rows != row["rows"]:
-            raise ValueError(f"{name} is not the file any more that was listed; give another --out for the new one")
-        keys = next((key for key in KEY_COLUMNS if key != column and key in file.schema_arrow.names), None)
-        unpacked = seen = 0
-        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[row["group"]], columns=[column, *([keys] if keys else [])]):
-            unpacked += batch.nbytes
-            if unpacked > MAX_GROUP_BYTES:
-                raise ValueError(f"row group {row['group']} of {name} unpacks to more than {MAX_GROUP_BYTES} bytes")
-            images = batch.column(column)
-            paths: Sequence[str | None] = [None] * len(batch)
-            if pa.types.is_struct(images.type):
-                parts = dict(
-                    zip([field.name for field in images.type], images.flatten(), strict=True)
-                )  # flatten applies the struct's nulls
-                images = parts["bytes"]
-                paths = parts["path"].to_pylist() if "path" in parts else paths
-            named = batch.column(keys).to_pylist() if keys else paths
-            found = []
-            for index, (key, data) in enumerate(zip(named, images.to_pylist(), strict=True)):
-                shown = str(key) if key is not None else f"{PurePosixPath(name).stem}/{row['first'] + seen + index:08d}"
-                found.append(Encoded(key=shown, data=data or b"", error="" if data is not None else "no image: null"))
-            seen += len(batch)
-            yield found
+    """The images of a row group, which is the one that was listed."""
+    name = _name_at(place, row["path"].decode()) if place else key_of(row["path"])
+    try:
+        with _parquet(place, row["path"], name) as file:
+            schema = file.schema_arrow
+            has_column = column in schema.names and holds_images(schema.field(column).type)
+            has_group = row["group"] < file.metadata.num_row_groups and _mark_of(file.metadata.row_group(row["group"])) == row["mark"]
+            if not (has_column and has_group):
+                raise ValueError(
+                    f"{name} is not the file any more that was listed; put that one back, and the same command goes on, "
+                    "or give another --out for the new one"
+                )
+            keys = next((key for key in KEY_COLUMNS if key != column and key in schema.names), None)
+            yield from _rows_of(file, name, row, column, keys)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{name} is not there any more; put it back, and the same command goes on, or give another --out for what is there now"
+        ) from None
+
+
+def _rows_of(file: pq.ParquetFile, name: str, row: dict[str, Any], column: str, keys: str | None) -> Iterator[list[Encoded]]:
+    unpacked, at = 0, row["first"]
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[row["group"]], columns=[column, *([keys] if keys else [])]):
+        unpacked += batch.nbytes
+        if unpacked > MAX_GROUP_BYTES:
+            raise ValueError(f"row group {row['group']} of {name} unpacks to more than {MAX_GROUP_BYTES} bytes; write smaller row groups")
+        images, paths = images_in(batch.column(column)), paths_in(batch.column(column), len(batch))
+        named = batch.column(keys).to_pylist() if keys else [None] * len(batch)
+        found = []
+        for index, (key, path, data) in enumerate(zip(named, paths, images.to_pylist(), strict=True)):
+            called = text_of(str(key)) if key is not None else key_of_row(path, PurePosixPath(name).stem, at + index)
+            found.append(Encoded(key=called, data=data or b"", error="" if data is not None else why_no_image(path)))
+        at += len(batch)
+        yield found

@@ -2,21 +2,22 @@
 what is killed, a worker, a node or the command, costs the shards that were under way, and the same command goes on with the others.
 """
 
+import errno
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import pyarrow as pa
 
 from cluster.launch import ClusterHardware
 from cluster.storage import Storage, is_uri, open_storage
 from trainer.inference.inputs import listed
 from trainer.inference.plan import PLAN, SUMMARY, Plan, differences, part_name, read_plan, shard_of, write_plan
+from trainer.inference.refusals import reading, writing_to
 from trainer.inference.shard import UNDER_WAY, Counts, Job, Reporting, Spent, counts_in
 from trainer.settings.units import duration, number
 
@@ -87,36 +88,51 @@ class Ended:
 
 
 def begin(asked: Asked, say: Say) -> Begun:
-    """Write the plan, or read the one that is there. ValueError if that is of another job; OSError if a storage does not answer."""
+    """Write the plan, or read the one that is there. ValueError if that is of another job, or for what the user has to mend; OSError if a
+    storage does not answer."""
     storage = open_storage(asked.out)
-    plan = read_plan(storage, "")
+    with writing_to(storage):
+        plan = read_plan(storage)
+        strange = next((entry.name for entry in storage.list("") if not entry.name.startswith(".")), None) if plan is None else None
+    if strange is not None:
+        raise ValueError(f"--out {storage.address} holds {strange}, and no predictions; name a folder that is new or empty")
     if plan is None:
-        if strange := [entry.name for entry in storage.list("") if not entry.name.startswith(".")]:
-            raise ValueError(f"--out {storage.address} holds {strange[0]}, and no predictions; name a folder that is new or empty")
         say("listing the images")
-        found = listed(asked.inputs, column=asked.image_column)
-        plan = write_plan(storage, "", found, asked.settings, asked.shard_images)
-        return Begun(plan=plan, done={})
+        with reading("IMAGE...", "name what you may read"):
+            found = listed(asked.inputs, column=asked.image_column)
+        with writing_to(storage):
+            mine = None if storage.exists(PLAN) else write_plan(storage, found, asked.settings, asked.shard_images)
+            plan = read_plan(storage)  # another command may have written one since, before this one or after it
+        if mine is not None and mine == plan:
+            return Begun(plan=mine, done={})
+        if plan is None:
+            raise OSError(f"--out {storage.address} lost {PLAN} as soon as that was written")
     if different := differences(plan, asked.settings):
         raise ValueError(f"--out {storage.address} holds predictions of another job: {'; '.join(different)}. Name another folder")
-    storage.delete_dir(UNDER_WAY)
-    done = _done(storage, plan)
+    with writing_to(storage):
+        _forget_under_way(storage)
+        done = _done(storage, plan)
     images = sum(counts.images for counts in done.values())
     say(f"{number(images)} of {number(plan.images)} images are done; going on with the list in {PLAN}, as it was made at first")
     return Begun(plan=plan, done=done)
+
+
+def _forget_under_way(storage: Storage) -> None:
+    """How often shards were begun: a new command tries anew, and nothing of it is left beside the answers."""
+    try:
+        storage.delete_dir(UNDER_WAY)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another command on the same --out notes one just now, and deletes it
+            raise
 
 
 def _done(storage: Storage, plan: Plan) -> dict[int, Counts]:
     """The counts of the shards that are complete, from the footers of their files. A file that is damaged is made again."""
 
     def look(name: str) -> Counts | None:
-        source = storage.retry.call(lambda: storage.fs.open_input_file(storage.at(name)), name)
-        try:
-            return counts_in(source)
-        except (ValueError, pa.ArrowException):
-            return None
-        finally:
-            source.close()
+        with suppress(ValueError, FileNotFoundError):
+            return counts_in(storage, name)
+        return None
 
     names = [entry.name for entry in storage.list("") if (shard := shard_of(entry.name)) is not None and shard < plan.shards]
     with ThreadPoolExecutor(READERS) as pool:
@@ -146,7 +162,7 @@ def carry_out(asked: Asked, begun: Begun, hardware: ClusterHardware, say: Say) -
         say(f"note: {storage.address} has to be the same folder on all {hardware.nodes} nodes")
     workers, cpus, gpus = placed(hardware, asked.workers, asked.job.device)
     workers = min(workers, max(1, len(left)))
-    job = replace(asked.job, threads=cpus, device="cuda" if gpus else "cpu")
+    job = replace(asked.job, plan=plan.ident, threads=cpus, device="cuda" if gpus else "cpu")
     counts = sum(begun.done.values(), Counts())
     before, spent = counts.images, Spent()
     began, said_at = time.monotonic(), -SAY_SECONDS
@@ -162,15 +178,17 @@ def carry_out(asked: Asked, begun: Begun, hardware: ClusterHardware, say: Say) -
             remaining = (plan.images - counts.images) / rate
             left_words = "" if counts.images == plan.images else f", {duration(remaining)} left"
             say(f"{number(counts.images)} of {number(plan.images)} images, {rate:.0f} images/s{left_words}")
-    lacking = [shard for shard in range(plan.shards) if shard not in _done(storage, plan)]
-    if lacking:
+    with writing_to(storage):
+        done = _done(storage, plan)
+    if lacking := [shard for shard in range(plan.shards) if shard not in done]:
         raise WorkersLost(
             f"{len(lacking)} files are not in {storage.address}, {part_name(lacking[0])} the first of them, though workers wrote them: "
             "--out must be storage that all nodes share"
         )
     ended = Ended(counts=counts, here=counts.images - before, seconds=time.monotonic() - began, workers=workers, spent=spent)
-    storage.delete_dir(UNDER_WAY)
-    storage.write_atomic(SUMMARY, json.dumps(ended.to_json(), indent=1).encode())
+    with writing_to(storage):
+        _forget_under_way(storage)
+        storage.write_atomic(SUMMARY, json.dumps(ended.to_json(), indent=1).encode())
     return ended
 
 
@@ -202,19 +220,6 @@ def _answers(job: Job, shards: Sequence[int], workers: int, cpus: int, gpus: int
             if "message" in told:
                 raise ValueError(told["message"]) if told["refused"] else WorkersLost(told["message"])
             yield told
-    except RayError as error:
-        raise _as_ours(error) from error
-
-
-def _as_ours(error: BaseException) -> Exception:
-    """What a worker raised, if it raised something; else that workers died."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None) or seen.__cause__
-        if isinstance(cause, ValueError | OSError) and not isinstance(cause, RuntimeError):
-            return type(cause)(str(cause)) if isinstance(cause, ValueError) else OSError(str(cause))
-        if cause is seen:
-            break
-        seen = cause
-    text = str(error).strip().splitlines()
-    return WorkersLost(f"the workers could not go on: {text[-1] if text else type(error).__name__}")
+    except RayError as error:  # what a worker refuses comes as a row
+        text = str(error).strip().splitlines()
+        raise WorkersLost(f"the workers could not go on: {text[-1] if text else type(error).__name__}") from error

@@ -11,7 +11,9 @@ Names that begin with `_` are none of a data set's to pyarrow, pandas, Spark and
 import io
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.storage import Storage
+from dataio.foreign import json_of
 from trainer.inference.inputs import FILES, ROWS, Kind, Listed
+from trainer.inference.parquet import opened_parquet
 
 PLAN, SUMMARY = "_plan.parquet", "_summary.json"
 FORMAT = 1
@@ -41,6 +45,8 @@ _IN_WORDS = {
 class Plan:
     """What a job does."""
 
+    ident: str
+    """Of this list: two commands may have made one at once, and a worker must not answer the images of the other's."""
     settings: Mapping[str, Any]
     kind: Kind
     places: tuple[str, ...]
@@ -75,13 +81,14 @@ def parts_of(listed: Listed, shard_images: int) -> list[pa.Table]:
     return parts
 
 
-def write_plan(storage: Storage, folder: str, listed: Listed, settings: Mapping[str, Any], shard_images: int) -> Plan:
+def write_plan(storage: Storage, listed: Listed, settings: Mapping[str, Any], shard_images: int) -> Plan:
     """Write the plan of a new job. ValueError if there is nothing to answer."""
     parts = parts_of(listed, shard_images)
     if not parts:
         raise ValueError("the Parquet files hold no row")
     about = {
         "format": FORMAT,
+        "ident": secrets.token_hex(8),
         "settings": dict(settings),
         "kind": listed.kind,
         "places": list(listed.places),
@@ -94,30 +101,26 @@ def write_plan(storage: Storage, folder: str, listed: Listed, settings: Mapping[
     with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
         for part in parts:
             writer.write_table(part.cast(schema), row_group_size=max(1, part.num_rows))
-    storage.make_dir(folder)
-    storage.write_atomic(f"{folder}/{PLAN}".lstrip("/"), buffer.getvalue())
+    storage.make_dir("")
+    storage.write_atomic(PLAN, buffer.getvalue())
     return _plan(about)
 
 
-def read_plan(storage: Storage, folder: str) -> Plan | None:
+def read_plan(storage: Storage) -> Plan | None:
     """The plan that is there, if there is one. ValueError for one that another version wrote, or that is damaged."""
-    path = f"{folder}/{PLAN}".lstrip("/")
-    if not storage.exists(path):
+    if not storage.exists(PLAN):
         return None
-    with _open(storage, path) as file:
-        about = json.loads((file.schema_arrow.metadata or {}).get(_METADATA, b"{}"))
-        if about.get("format") != FORMAT or file.metadata.num_row_groups != about["shards"]:
-            raise ValueError(f"{storage.address}/{path} is of another version, or damaged; give another --out")
-    return _plan(about)
+    with _opened(storage) as file:
+        return _plan_in(file, storage)
 
 
 class Parts:
-    """The list of a plan, for a worker that reads one shard's part after the other."""
+    """The list of a plan, for a worker that reads one shard's part after the other. ValueError as for `read_plan`."""
 
-    def __init__(self, storage: Storage, folder: str) -> None:
-        self._file = _open(storage, f"{folder}/{PLAN}".lstrip("/")).__enter__()
-        about = json.loads(self._file.schema_arrow.metadata[_METADATA])
-        self.plan = _plan(about)
+    def __init__(self, storage: Storage) -> None:
+        self._open = ExitStack()  # for the worker's life: a footer of many shards is not read for each of them
+        self._file = self._open.enter_context(_opened(storage))
+        self.plan = _plan_in(self._file, storage)
 
     def part(self, shard: int) -> tuple[pa.Table, int]:
         """A shard's part of the list, and how many images the shards before it have."""
@@ -144,8 +147,23 @@ def _shown(value: Any) -> str:
     return str(value) if value != "" else "not given"
 
 
+def _opened(storage: Storage) -> AbstractContextManager[pq.ParquetFile]:
+    return opened_parquet(storage, PLAN, f"{storage.address}/{PLAN}", fix="give another --out")
+
+
+def _plan_in(file: pq.ParquetFile, storage: Storage) -> Plan:
+    try:
+        about = json_of((file.schema_arrow.metadata or {}).get(_METADATA, b"{}"))
+        if about["format"] == FORMAT and file.metadata.num_row_groups == about["shards"]:
+            return _plan(about)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{storage.address}/{PLAN} is of another version, or damaged; give another --out")
+
+
 def _plan(about: Mapping[str, Any]) -> Plan:
     return Plan(
+        ident=about["ident"],
         settings=about["settings"],
         kind=about["kind"],
         places=tuple(about["places"]),
@@ -153,21 +171,3 @@ def _plan(about: Mapping[str, Any]) -> Plan:
         shards=about["shards"],
         images=about["images"],
     )
-
-
-class _open:
-    """A Parquet file of ours. ValueError for one that is damaged."""
-
-    def __init__(self, storage: Storage, path: str) -> None:
-        self._source = storage.retry.call(lambda: storage.fs.open_input_file(storage.at(path)), path)
-        try:
-            self._file = pq.ParquetFile(self._source)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{storage.address}/{path} is damaged ({error}); give another --out") from error
-
-    def __enter__(self) -> pq.ParquetFile:
-        return self._file
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._source.close()

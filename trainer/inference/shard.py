@@ -18,12 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cluster.storage import open_storage
+from cluster.storage import Storage, open_storage
 from dataio.codecs.image.decode import Decoded
+from dataio.foreign import json_of
 from trainer.inference.columns import columns_of, schema_of, targets_of
 from trainer.inference.inputs import Encoded, encoded
+from trainer.inference.parquet import opened_parquet
 from trainer.inference.plan import PLAN, Parts, part_name
 from trainer.inference.predictor import Predictor
+from trainer.inference.refusals import in_words, is_refusal, writing_to
 from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import described
 
@@ -41,6 +44,8 @@ class Job:
     """What a worker has to know."""
 
     out: str
+    plan: str = ""
+    """Ident of the plan in it, once there is one."""
     model: str
     """URI of the storage that holds the model folder, and its name there."""
     model_name: str
@@ -84,13 +89,16 @@ class Spent:
     writing: float = 0.0
 
 
-def counts_in(file: Any) -> Counts:
-    """The counts of a shard's open file. ValueError if it is none of ours."""
-    with pq.ParquetFile(file) as parquet:
-        told = (parquet.schema_arrow.metadata or {}).get(_COUNTS)
-        if told is None:
-            raise ValueError("no file of answers")
-        return Counts(**json.loads(told))
+def counts_in(storage: Storage, name: str) -> Counts:
+    """The counts of a shard's file. ValueError if it is damaged, or none of ours."""
+    with opened_parquet(storage, name, name, fix="it is made again") as file:
+        told = (file.schema_arrow.metadata or {}).get(_COUNTS)
+    if told is None:
+        raise ValueError(f"{name} is no file of answers")
+    try:
+        return Counts(**json_of(told))
+    except TypeError as error:
+        raise ValueError(f"{name} is no file of answers: {error}") from None
 
 
 class Worker:
@@ -101,7 +109,10 @@ class Worker:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._job = job
         self._storage = open_storage(job.out)
-        self._parts = Parts(self._storage, "")
+        with writing_to(self._storage):
+            self._parts = Parts(self._storage)
+        if self._parts.plan.ident != job.plan:
+            raise ValueError(f"--out {self._storage.address} holds the list of another command by now; give each job an --out of its own")
         folder = RunFolder(storage=open_storage(job.model), name=job.model_name)
         if (now := described(folder)["file_sha256"]) != job.model_sha256:
             raise ValueError(f"{job.model_name} holds another model by now ({now[:12]}, not {job.model_sha256[:12]}); give another --out")
@@ -116,14 +127,8 @@ class Worker:
     def answer(self, shard: int) -> dict[str, Any]:
         """Answer the shard and write its file. OSError if a storage does not answer; the shard can be done again. ValueError if that is in
         vain: workers died of it."""
-        note = f"{UNDER_WAY}/{shard:05d}"
-        tries = int(self._storage.read(note)) if self._storage.exists(note) else 0
-        if tries >= TRIES:
-            raise ValueError(
-                f"shard {shard} (row {self._parts.part(shard)[1]} of {PLAN} on) has taken {tries} workers down with it; look for an image "
-                "there that is no honest one, leave it out, and give another --out; FINETUNE_VERBOSE=1 shows what the workers say"
-            )
-        self._storage.write_atomic(note, str(tries + 1).encode())
+        with writing_to(self._storage):
+            note = self._begin(shard)
         waiting = model = 0.0
         before = self._predictor.transparent
         tables, counts = [], Counter[str]()
@@ -156,10 +161,27 @@ class Worker:
             unlike=unlike,
             answers=dict(sorted(counts.items())),
         )
-        self._storage.write_atomic(part_name(shard), self._file(tables, found))
-        self._storage.delete_file(note)
+        data = self._file(tables, found)
+        with writing_to(self._storage):
+            self._storage.write_atomic(part_name(shard), data)
+            self._storage.delete_file(note)
         spent = Spent(waiting=waiting, model=model, writing=time.perf_counter() - began)
         return {"shard": shard, "counts": asdict(found), "spent": asdict(spent)}
+
+    def _begin(self, shard: int) -> str:
+        """Note that the shard is under way; returns where. ValueError if workers died of it."""
+        note = f"{UNDER_WAY}/{shard:05d}"
+        try:
+            tries = int(self._storage.read(note))
+        except FileNotFoundError:
+            tries = 0
+        if tries >= TRIES:
+            raise ValueError(
+                f"shard {shard} (row {self._parts.part(shard)[1]} of {PLAN} on) has taken {tries} workers down with it; look for an image "
+                "there that is no honest one, leave it out, and give another --out; FINETUNE_VERBOSE=1 shows what the workers say"
+            )
+        self._storage.write_atomic(note, str(tries + 1).encode())
+        return note
 
     def _classes(self, columns: Mapping[str, Sequence[Any]]) -> Iterator[str]:
         targets = targets_of(self._predictor.task)
@@ -230,4 +252,4 @@ class Reporting:
                 self._worker = Worker(self._job)
             return self._worker(batch)
         except (ValueError, OSError) as error:
-            return {"done": np.array([json.dumps({"refused": isinstance(error, ValueError), "message": str(error)})])}
+            return {"done": np.array([json.dumps({"refused": is_refusal(error), "message": in_words(error)})])}
