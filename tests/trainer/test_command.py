@@ -29,6 +29,7 @@ COMMANDS = (
     "watch",
     "track",
     "report",
+    "prune",
     "export",
     "push",
     "runs",
