@@ -30,6 +30,7 @@ COMMANDS = (
     "watch",
     "track",
     "report",
+    "prune",
     "export",
     "push",
     "runs",

@@ -1,8 +1,8 @@
 """What other libraries need to open an exported model, and how a person tells them to: keys of config.json that timm reads, and a section
 of the model card. trainer.export.model_folder writes both.
 
-A model opens there as long as its tensors are the library's own. The stems that replace the first convolution (trainer.models.stem) are
-opened by this program alone.
+A model opens there as long as its tensors are the library's own. The stems that replace the first convolution (trainer.models.stem) and
+pruned models (trainer.models.narrow) are opened by this program alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,18 @@ _OWN_STEMS = ("article", "centre_crop", "phase_mean")
 
 def library_of(config: ModelConfig) -> Library | None:
     """The library that opens the model by name and state_dict; None if only this program does."""
-    if config.stem in _OWN_STEMS or ":" in config.name:
+    if _why_not(config):
         return None
     return "timm" if config.name.startswith("timm/") else "torchvision"
+
+
+def _why_not(config: ModelConfig) -> str:
+    """Why no library opens the model by its name, as a sentence's end; "" if one does."""
+    if ":" in config.name:
+        return "its network is your own"
+    if config.widths:
+        return "its layers are narrower than the library's (`model.widths`)"
+    return f"its first layers (stem `{config.stem}`) are not the library's" if config.stem in _OWN_STEMS else ""
 
 
 def keys_for_timm(
@@ -63,8 +72,7 @@ def opened_elsewhere(config: ModelConfig, *, sees: tuple[int, int], outputs: int
     by repeating pixels (or interpolating them, for `folded_bilinear`)."""
     library = library_of(config)
     if library is None:
-        what = f"its first layers (stem `{config.stem}`) are not the library's" if ":" not in config.name else "its network is your own"
-        return [f"Only this program opens it: {what}.", ""]
+        return [f"Only this program opens it: {_why_not(config)}.", ""]
     if library == "timm":
         code = [
             "import timm",

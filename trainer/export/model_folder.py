@@ -27,6 +27,7 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import CONFIG_FILE, MODEL_FOLDER, WEIGHTS_FILE, described
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
+from trainer.settings.values import widths_of
 from trainer.tasks.calibration import Temperature, temperatures
 from trainer.tasks.info import CLASSIFICATION
 from trainer.tasks.make import AUTO, make_task, name_for
@@ -83,7 +84,7 @@ def export_model(
     remembered = safetensors.torch.save({_REMEMBERED: novelty.remembered.contiguous()}) if novelty is not None else None
     mean, std = mean_and_std(config)
     description = {
-        "model": dataclasses.asdict(config.model),
+        "model": _model_description(config.model),
         **_task_description(config.task, task),
         "mean": list(mean),
         "std": list(std),
@@ -151,6 +152,12 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
         temperatures=_temperatures(folder, description),
         novelty=_novelty(folder, description),
     )
+
+
+def _model_description(model: ModelConfig) -> dict[str, Any]:
+    """The settings by which the model is built. Without the widths of one that is not pruned: earlier releases know no such key."""
+    settings = dataclasses.asdict(model)
+    return settings if model.widths else {key: value for key, value in settings.items() if key != "widths"}
 
 
 def _novelty_description(novelty: Novelty, file: bytes) -> dict[str, Any]:
@@ -263,6 +270,8 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summ
         yield f"Test {headline.in_words}", f"{shown}{loss} ({task.info.unit} of the held-out split, none of them trained on)"
     yield "Backbone", f"`{config.model.name}`, stem `{config.model.stem}`, weights `{config.model.weights}`"
     seen = f", resized on the device to {config.model.image_size}x{config.model.image_size} ({config.model.interpolation})"
+    if widths := widths_of(config.model.widths):
+        yield "Pruned", f"{len(widths)} layers have fewer channels than the backbone's own (`model.widths` of `{CONFIG_FILE}`)"
     yield "Images", f"{width}x{height} RGB" + (seen if config.model.image_size else "")
     mean, std = mean_and_std(config)
     yield "Normalisation", f"mean {list(mean)}, std {list(std)}, of pixel values in [0, 1]"

@@ -23,7 +23,10 @@ def make_weights(exported: Exported, config: ModelConfig) -> Made:
     """ValueError if the network is no library's."""
     library = library_of(config)
     if library is None:
-        what = "a network of your own" if ":" in config.name else f"one whose first layers (model.stem={config.stem}) are not theirs"
+        if ":" in config.name:
+            what = "a network of your own"
+        else:
+            what = "a pruned one" if config.widths else f"one whose first layers (model.stem={config.stem}) are not theirs"
         raise ValueError(f"--to safetensors gives weights to timm or torchvision, and this is {what}; use --to onnx or --to torch")
     times = enlarged_by(exported)
     _, example = graph_of(exported, is_prepared_inside=False)

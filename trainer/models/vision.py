@@ -3,7 +3,7 @@
 A model's name is a torchvision classifier (`resnet18`) or a timm model (`timm/NAME`, extra `timm`). Weights come from the library
 (`imagenet`), a Python package (`package:efficientnet_lite0`, extra `quickstart`) or a file, or are random (`none`).
 trainer.models.architecture builds what the libraries have, trainer.models.weights finds and fits the weights, trainer.models.stem adapts
-the first layers.
+the first layers, trainer.models.narrow cuts it to the widths of a pruned model.
 """
 
 import dataclasses
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.models.architecture import architecture, one_line, size_fix
+from trainer.models.narrow import narrow
 from trainer.models.stem import apply_stem, fit_stem, resolve_stem
 from trainer.models.weights import WeightsError, fitted_to, load_into
 from trainer.settings.tree import ModelConfig
+from trainer.settings.values import widths_of
 
 __all__ = ["Head", "Preprocess", "WeightsError", "build_model", "has_depthwise", "head_of", "replace_head"]
 
@@ -49,6 +51,8 @@ def build_model(
         head_name = old_head
     else:
         head_name = replace_head(model, classes, torch.Generator().manual_seed(_derive(seed, "head")))
+    if widths := widths_of(config.widths):
+        narrow(model, widths, head=head_name, seen=seen)
     if state is not None:
         may_differ = [f"{head_name}.weight", f"{head_name}.bias"]
         if stem == "article":

@@ -102,6 +102,11 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
             f"model.weights={model.weights} belongs to a library's model, but model.name={model.name} is your own; use --model.weights "
             "none, which keeps what your function returns, or a file"
         )
+    if model.widths and model.weights != "none" and not names_file(model.weights):
+        yield (
+            f"model.weights={model.weights} are of a model whose layers have all their channels, and model.widths gives some fewer; give "
+            "the weights that finetune prune wrote, or --model.weights none, or leave model.widths out"
+        )
     if optim.loss and optim.label_smoothing:
         yield (
             f"optim.label_smoothing={optim.label_smoothing:g} belongs to the cross-entropy that optim.loss={optim.loss} replaces; "

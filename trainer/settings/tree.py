@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 from cluster.config import ClusterConfig
 from dataio.config import AUTO, FREE, LATER, PATH, Before, DataConfig
-from trainer.settings.values import loss_of, loss_weights, model_of, run_name, task_of, workers_of
+from trainer.settings.values import loss_of, loss_weights, model_of, run_name, task_of, widths_of, workers_of
 
 Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
 Freeze = Literal["none", "backbone", "lp-ft"]
@@ -39,6 +39,9 @@ class ModelConfig:
     normalise: Annotated[Literal["data", "weights"], LATER] = "data"
     """Mean and std of the images: `data` takes `data.mean` and `data.std`; `weights` takes what the pretrained weights of `name` were
     trained with, so that they see what they know."""
+    widths: Annotated[str, LATER, widths_of] = ""
+    """Channels of the layers that have fewer than `name` has, as `LAYER=CHANNELS,LAYER=CHANNELS`: those of a pruned model (`finetune
+    prune` writes them beside its weights, docs/compress.md). Empty: none."""
     freeze: Freeze = "none"
     """`backbone` trains the head alone; `lp-ft` trains the head for `lp_epochs`, then everything."""
     lp_epochs: Annotated[int, Ge(1), "--model.freeze none trains everything from the start"] = 1

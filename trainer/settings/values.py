@@ -6,6 +6,7 @@ trainer.tasks.multitask too.
 
 import math
 import re
+from collections.abc import Mapping
 
 from dataio.config import module_and_function
 from trainer.settings.words import did_you_mean
@@ -77,3 +78,23 @@ def loss_weights(text: str) -> dict[str, float]:
             raise ValueError(f"task.weights={text!r} names {name} twice; give each head one weight")
         weights[name] = weight
     return weights
+
+
+def widths_of(text: str) -> dict[str, int]:
+    """`model.widths` as the channels of each named layer, in order."""
+    widths: dict[str, int] = {}
+    for part in text.split(",") if text else ():
+        name, equals, number = (word.strip() for word in part.rpartition("="))
+        if not equals or not name or not re.fullmatch(r"[1-9][0-9]{0,8}", number):
+            raise ValueError(
+                f"model.widths: {part!r} is no LAYER=CHANNELS; write them separated by commas, such as layer1.0.conv1=32,layer1.0.conv2=48"
+            )
+        if name in widths:
+            raise ValueError(f"model.widths names {name} twice; give each layer one width")
+        widths[name] = int(number)
+    return widths
+
+
+def widths_text(widths: Mapping[str, int]) -> str:
+    """`model.widths` for these channels; `widths_of` reads it."""
+    return ",".join(f"{name}={width}" for name, width in widths.items())
