@@ -29,6 +29,7 @@ COMMANDS = (
     "watch",
     "track",
     "report",
+    "compress",
     "prune",
     "export",
     "push",

@@ -2,7 +2,7 @@
 it before it loads weights, so a pruned model (trainer.prune) is an ordinary one for everything that builds models.
 
 Only the layers that choose a number of channels are named. What the others take is what arrives at them: one blank image goes through
-the model, and each layer is cut to it right before it runs. So nothing here knows how an architecture is wired, and nothing but torch is needed.
+the model, and each layer is cut to it right before it runs. So nothing here knows how an architecture is wired.
 """
 
 from collections.abc import Callable, Mapping
