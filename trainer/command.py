@@ -174,6 +174,12 @@ def _report() -> Main:
     return main
 
 
+def _compress() -> Main:
+    from trainer.compress.__main__ import main
+
+    return main
+
+
 def _prune() -> Main:
     from trainer.prune.__main__ import main
 
@@ -262,6 +268,13 @@ _COMMANDS = {
             outlives_output=True,
         ),
         Command(name="report", takes="RUN", about="write a run's page; --compare RUN RUN", load=_report),
+        Command(
+            name="compress",
+            takes="RUN|DIR [--prune F] [--int8] ...",
+            about="make it small in stages, and say what each costs",
+            load=_compress,
+            outlives_output=True,
+        ),
         Command(name="prune", takes="RUN [--fraction F]", about="make its model narrower, to be fine-tuned again", load=_prune),
         Command(name="export", takes="RUN [--to FORMAT]", about="write its model as ONNX and others, and compare", load=_export),
         Command(name="push", takes="RUN OWNER/NAME", about="upload its model to a Hugging Face hub", load=_push),

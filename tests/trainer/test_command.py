@@ -30,6 +30,7 @@ COMMANDS = (
     "watch",
     "track",
     "report",
+    "compress",
     "prune",
     "export",
     "push",

@@ -39,6 +39,8 @@ class Compared:
     """The float32 model's."""
     drop: Interval | None
     """The 95 % interval of how much of the headline is lost, float32 minus format; None if the headline is no share of the images."""
+    right: tuple[bool, ...] = ()
+    """Whether the format's answer is right, by image, of those with a known label; empty where answers are not right or wrong."""
 
     def to_json(self, headline: str) -> dict[str, Any]:
         return {
@@ -62,6 +64,7 @@ def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callab
     scale = torch.zeros(())
     changed = changed_from_run = done = 0
     only_theirs = only_own = known = 0
+    rights: list[bool] = []
     decides = False
     precision = opened.config.train.precision
     with evaluating(exported.model):
@@ -86,6 +89,7 @@ def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callab
                 only_theirs += int((right & ~right_own).sum())
                 only_own += int((right_own & ~right).sum())
                 known += len(right)
+                rights += right.tolist()
             done += len(batch.ids)
             on_batch(done, opened.count)
     return Compared(
@@ -98,6 +102,7 @@ def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callab
         result=theirs.result(),
         own=own.result(),
         drop=paired_interval(only_own, only_theirs, known) if known else None,
+        right=tuple(rights),
     )
 
 

@@ -56,10 +56,10 @@ def require_torch_pruning() -> Any:
     return torch_pruning
 
 
-def check_fraction(fraction: float, multiple: int) -> None:
-    """ValueError for what no network can be pruned by."""
+def check_fraction(fraction: float, multiple: int, *, flag: str = "--fraction") -> None:
+    """ValueError for what no network can be pruned by. `flag` is the fraction's name on the command line."""
     if not 0 < fraction < 1:
-        raise ValueError(f"--fraction {fraction:g} must be above 0 and below 1: the share of a layer's channels that goes; 0.5 halves them")
+        raise ValueError(f"{flag} {fraction:g} must be above 0 and below 1: the share of a layer's channels that goes; 0.5 halves them")
     if multiple < 1:
         raise ValueError(f"--multiple {multiple}: channels that stay are a multiple of it; use 1 or more, {MULTIPLE} is the default")
 
