@@ -2,6 +2,13 @@
 line of JSON. measure.py starts it. It loads ONNX Runtime and nothing else of weight, so that its memory is the model's.
 """
 
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import json
 import sys
 import time
@@ -14,8 +21,8 @@ BATCHES = (1, 32)
 _WARM_UPS = 3
 
 
-def main(argv: Sequence[str]) -> None:
-    """`argv`: the file, threads, calls of each batch, and (channels, height, width) of an image."""
+def main(argv: Sequence[str]) -> int:
+    """`argv`: the file, threads, calls of each batch, and (channels, height, width) of an image. Returns 0."""
     file, threads, calls, *shape = argv
     import onnxruntime
 
@@ -26,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     seconds = {str(batch): _timed(session, (batch, *map(int, shape)), int(calls)) for batch in BATCHES}
     print(json.dumps({"seconds": seconds, "peak_bytes": 1024 * (_kilobytes("VmHWM") - before)}))
+    return 0
 
 
 def _timed(session: Any, shape: tuple[int, ...], calls: int) -> list[float]:
@@ -45,4 +53,4 @@ def _kilobytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    leaving.by(lambda: main(sys.argv[1:]))
