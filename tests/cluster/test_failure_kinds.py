@@ -153,6 +153,9 @@ MAY_BE_BARE = {
     ("cluster/store.py", "_verify"): "the system's own errno, whose kind it keeps, with what to do",
     ("dataio/sources/hostile.py", "read_below"): "an errno says why a sample cannot be read; the source turns it into a bad sample",
     ("trainer/handle.py", "wait"): "a caller's own limit in a notebook; nothing has failed, and the run goes on",
+    ("trainer/inference/job.py", "begin"): "never in a run: a job of answers ends with status 1 and these words",
+    ("trainer/inference/refusals.py", "writing_to"): "likewise",
+    ("trainer/compress/measure.py", "timed"): "likewise, of a command that compresses",
     ("dataio/convert.py", "convert"): "as the system would raise it; caught five lines below and put into words",
 }
 
