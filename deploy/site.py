@@ -37,6 +37,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         "docs/track.md",
         "docs/predict.md",
         "docs/export.md",
+        "docs/compress.md",
         "docs/serve.md",
         "docs/python.md",
         "docs/confidence.md",
