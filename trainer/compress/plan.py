@@ -109,8 +109,6 @@ def job_of(argv: Sequence[str], console: Terminal) -> Job:
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     base = run.name.rpartition("/")[2] if run is not None else "compress"
     name = config.run or f"{base}-small-{digest[:8]}"
-    if is_uri(config.storage):
-        raise ValueError(f"--storage {config.storage} is on another machine, and pruned weights are read from this one; give a folder here")
     storage = open_storage(join_uri(open_storage(config.storage).uri, name))
     _check_same(storage, name, record)
     return Job(line=line, invocation=invocation, run=run, config=config, storage=storage, record=record)
@@ -162,6 +160,9 @@ def _reaches_runs(key: str) -> bool:
 
 def _check_arguments(line: Arguments, invocation: Invocation) -> None:
     require_onnx()
+    storage = invocation.config.storage
+    if is_uri(storage):
+        raise ValueError(f"--storage {storage} is on another machine, and pruned weights are read from this one; give a folder here")
     if not (line.distil or line.prune or line.int8):
         raise ValueError("nothing is to be made smaller; give one or more of --distil MODEL, --prune 0.5, --int8")
     if line.prune:

@@ -66,7 +66,7 @@ def interval(row: Answered, measure: Measure) -> Interval | None:
 
 
 def lost(first: Answered, row: Answered) -> Interval | None:
-    """The 95 % interval of what the row has lost of the first one's share on the same images; None where answers are not right or wrong."""
+    """The 95 % interval of what the row lost of the first one's share, on the same images. None where answers are not right or wrong."""
     if not row.right or len(row.right) != len(first.right):
         return None
     pairs = list(zip(first.right, row.right, strict=True))
