@@ -2,7 +2,13 @@
 line of JSON. measure.py starts it. It loads ONNX Runtime and nothing else of weight, so that its memory is the model's.
 """
 
-import json
+from dataio.leaving import Leaving
+from dataio.terminal import prepare_output
+
+if __name__ == "__main__":
+    leaving = Leaving()
+    prepare_output()
+
 import sys
 import time
 from collections.abc import Sequence
@@ -10,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from trainer.settings.say import say_json
+
 BATCHES = (1, 32)
 _WARM_UPS = 3
 
 
-def main(argv: Sequence[str]) -> None:
-    """`argv`: the file, threads, calls of each batch, and (channels, height, width) of an image."""
+def main(argv: Sequence[str]) -> int:
+    """Always 0. `argv`: the file, threads, calls of each batch, and (channels, height, width) of an image."""
     file, threads, calls, *shape = argv
     import onnxruntime
 
@@ -25,7 +33,9 @@ def main(argv: Sequence[str]) -> None:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     seconds = {str(batch): _timed(session, (batch, *map(int, shape)), int(calls)) for batch in BATCHES}
-    print(json.dumps({"seconds": seconds, "peak_bytes": 1024 * (_kilobytes("VmHWM") - before)}))
+    peak = 1024 * (_kilobytes("VmHWM") - before)
+    say_json({"seconds": seconds, "peak_bytes": peak})
+    return 0
 
 
 def _timed(session: Any, shape: tuple[int, ...], calls: int) -> list[float]:
@@ -45,4 +55,4 @@ def _kilobytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    leaving.by(lambda: main(sys.argv[1:]))
