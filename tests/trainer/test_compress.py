@@ -19,7 +19,7 @@ ACCURACY = CLASSIFICATION.headline
 
 
 def row(stage: str, right: str, **fields: Any) -> Answered:
-    known = {"file": f"exports/{stage}/model.onnx", "model_sha256": "ab", "bytes": 1000, "count": len(right), "right": right}
+    known = {"file": f"exports/{stage}/model.onnx", "weights_sha256": "ab", "bytes": 1000, "count": len(right), "right": right}
     return Answered(**({"stage": stage, "value": right.count("1") / max(1, len(right))} | known | fields))
 
 

@@ -9,7 +9,6 @@ if __name__ == "__main__":
     leaving = Leaving()
     prepare_output()
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from trainer.settings.say import say_json
+
 BATCHES = (1, 32)
 _WARM_UPS = 3
 
 
 def main(argv: Sequence[str]) -> int:
-    """`argv`: the file, threads, calls of each batch, and (channels, height, width) of an image. Returns 0."""
+    """Always 0. `argv`: the file, threads, calls of each batch, and (channels, height, width) of an image."""
     file, threads, calls, *shape = argv
     import onnxruntime
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     seconds = {str(batch): _timed(session, (batch, *map(int, shape)), int(calls)) for batch in BATCHES}
-    print(json.dumps({"seconds": seconds, "peak_bytes": 1024 * (_kilobytes("VmHWM") - before)}))
+    peak = 1024 * (_kilobytes("VmHWM") - before)
+    say_json({"seconds": seconds, "peak_bytes": peak})
     return 0
 
 

@@ -1,7 +1,7 @@
 """Asks and times the models of a compression. __main__.py calls it, stage by stage.
 
 Every stage is asked through the file that would be deployed: an ONNX graph, in ONNX Runtime on the CPU. So the rows differ in the model
-alone. A stage that was asked already is not asked again: its answers lie in `stages/`, under the hash of its model.
+alone. A stage that was asked already is not asked again: its answers lie in `stages/`, under the hash of its weights.
 """
 
 import json
@@ -65,12 +65,12 @@ def _asked(
 ) -> tuple[Answered, Measure]:
     description = described(model_of(run))
     known = f"{STAGES}/{stage}.json"
-    sha256 = model_sha256(description)
+    weights = str(description["file_sha256"])  # wherever they came from, which the model's own hash knows
     opened = open_finished(run, {}, split="auto", device=torch.device("cpu"))
     headline = opened.exported.task.info.headline
     if job.exists(known):
         before = Answered(**json.loads(job.read(known)))
-        if before.model_sha256 == sha256:
+        if before.weights_sha256 == weights:
             return before, headline
     made = make(opened, make_onnx(opened.exported, is_prepared_inside=False, threads=opened.threads))
     compared = compare(opened, made.ask)
@@ -78,12 +78,14 @@ def _asked(
         raise ValueError(f"{stage}: as ONNX its outputs differ by {compared.largest_difference:.2g} of the largest; it cannot be compared")
     folder = f"{EXPORTS}/{stage}"
     outputs = outputs_of(opened.exported.task)
-    manifest = manifest_of(made, compared, opened.exported, description, run=run.name, model_sha256=sha256, outputs=outputs)
+    manifest = manifest_of(
+        made, compared, opened.exported, description, run=run.name, model_sha256=model_sha256(description), outputs=outputs
+    )
     write(job, folder, made, manifest, card_of(made, compared, opened.exported, run=run.name))
     row = Answered(
         stage=stage,
         file=f"{folder}/{ONNX_FILE}",
-        model_sha256=sha256,
+        weights_sha256=weights,
         bytes=len(made.files[ONNX_FILE]),
         value=compared.result.measures[headline.name],
         count=compared.result.count,

@@ -21,7 +21,8 @@ class Answered:
     stage: str
     file: str
     """The ONNX file, inside the job's folder."""
-    model_sha256: str
+    weights_sha256: str
+    """Of the model's file of weights."""
     bytes: int
     value: float
     """Of the task's headline measure."""
