@@ -76,10 +76,8 @@ def evaluation(step: int, accuracy: float, attempt: int = 1) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+def put_run(folder: Path) -> Path:
     """A run that is under way: 10 steps, one evaluation."""
-    folder = tmp_path / "runs" / "pets"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(SETTINGS)
     put_journal(
@@ -92,6 +90,11 @@ def run(tmp_path: Path) -> Path:
     )
     put_curves(folder, 10)
     return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return put_run(tmp_path / "runs" / "pets")
 
 
 def finish(folder: Path, steps: int = 20) -> None:
@@ -397,12 +400,20 @@ class Server:
                 return 200, {"experiment_id": self.experiments[told["name"]]}
             case "runs/create":
                 ident = f"r{self.made}"
-                info = {"run_id": ident, "experiment_id": told["experiment_id"], "artifact_uri": f"mlflow-artifacts:/1/{ident}/artifacts"}
+                info = {
+                    "run_id": ident,
+                    "status": "RUNNING",
+                    "experiment_id": told["experiment_id"],
+                    "artifact_uri": f"mlflow-artifacts:/1/{ident}/artifacts",
+                }
                 self.runs[ident] = {"info": info, "asked": told, "metrics": set(), "params": {}, "tags": {}, "status": "RUNNING"}
                 return 200, {"run": self.runs[ident] | {"metrics": []}}
             case "runs/get":
                 found_run = self.runs.get(query["run_id"][0])
-                return (200, {"run": {"info": found_run["info"]}}) if found_run else absent
+                if found_run is None:
+                    return absent
+                params = [{"key": key, "value": value} for key, value in found_run["params"].items()]
+                return 200, {"run": {"info": found_run["info"] | {"status": found_run["status"]}, "data": {"params": params}}}
             case "runs/update":
                 self.runs[told["run_id"]]["status"] = told["status"]
                 return 200, {}
@@ -411,7 +422,9 @@ class Server:
                 assert len(told.get("metrics", ())) <= 1000
                 assert len(told.get("params", ())) <= 100
                 kept["metrics"] |= {(each["key"], each["step"], each["timestamp"], each["value"]) for each in told.get("metrics", ())}
-                kept["params"] |= {each["key"]: each["value"] for each in told.get("params", ())}
+                for each in told.get("params", ()):
+                    if kept["params"].setdefault(each["key"], each["value"]) != each["value"]:
+                        return 400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "Changing param values is not allowed"}
                 kept["tags"] |= {each["key"]: each["value"] for each in told.get("tags", ())}
                 return 200, {}
         return 400, {"error_code": "INVALID_PARAMETER_VALUE", "message": f"{method} {path}"}
@@ -464,6 +477,26 @@ def test_mlflow_has_one_run_with_all_of_it(run: Path, capsys: pytest.CaptureFixt
     assert server.artifacts["1/r0/artifacts/report.html"] == b"<p>report</p>"
     assert server.artifacts["1/r0/artifacts/model/model.safetensors"] == b"weights"
     assert "answers 503" in capsys.readouterr().err
+
+
+def test_a_run_that_has_ended_there_stays_so_until_it_goes_on(run: Path) -> None:
+    server = Server()
+    put_journal(run, [{"time": STARTED + 12, "event": "run_stopped", "signal": "SIGTERM", "generation": 1}])
+    with serving(server) as url:
+        for _ in range(2):
+            assert main([str(run), "--to", "mlflow", "--at", url]) == 0
+            assert [each["status"] for each in server.runs.values()] == ["KILLED"]
+        put_journal(run, [{"time": STARTED + 14, "event": "run_started", "generation": 2, "command": "finetune run pets"}])
+        put_curves(run, 15)
+        (run / "config.toml").write_text(SETTINGS.replace("epochs = 2", "epochs = 3\nmix = 0.5"))
+        assert main([str(run), "--to", "mlflow", "--at", url, "--once"]) == 0
+        assert [each["status"] for each in server.runs.values()] == ["RUNNING"]
+        finish(run)
+        assert main([str(run), "--to", "mlflow", "--at", url]) == 0
+    (found,) = server.runs.values()
+    assert found["status"] == "FINISHED"
+    assert (found["params"]["train.epochs"], found["params"]["train.mix"]) == ("2", "0.5"), "MLflow does not let a parameter change"
+    assert found["tags"]["finetune.changed.train.epochs"] == "3"
 
 
 def test_a_run_that_somebody_deleted_there_is_made_again(run: Path) -> None:

@@ -96,6 +96,7 @@ class Follower:
                 batch = points[start : start + POINTS_AT_ONCE]
                 self._place.log(batch)
                 setattr(self._cursor, name, batch[-1].step)
+                self._cursor.ended = ""  # what goes on ends anew
                 self._write()
 
     def _tell_end(self, run: Run, status: str, why: str) -> None:

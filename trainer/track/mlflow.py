@@ -22,8 +22,9 @@ SECONDS = 30.0
 """How long an answer may take."""
 # The server's own limits of a batch.
 METRICS_A_BATCH, PARAMS_A_BATCH, TAGS_A_BATCH = 1000, 100, 100
-LONGEST_PARAM, LONGEST_TAG = 6000, 8000
+LONGEST_PARAM, LONGEST_TAG, LONGEST_NAME = 6000, 8000, 250
 EXPERIMENT = "finetune"
+CHANGED = "finetune.changed."
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "killed": "KILLED"}
 _NAME = re.compile(r"[^\w\-. :/]")
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
@@ -42,7 +43,7 @@ class MLflow:
 
     def __init__(self, server: str, experiment: str) -> None:
         self._server, self._experiment = server.rstrip("/"), experiment
-        self._run, self._experiment_id, self._artifacts = "", "", ""
+        self._run, self._experiment_id, self._artifacts, self._status = "", "", "", ""
 
     def open(self, run: Run, known: Mapping[str, Any]) -> Mapping[str, Any]:
         found = self._known(str(known.get("run_id", ""))) if known.get("server") == self._server else None
@@ -64,13 +65,14 @@ class MLflow:
             )["run"]
         info = found["info"]
         self._run, self._experiment_id, self._artifacts = info["run_id"], info["experiment_id"], info["artifact_uri"]
-        params = [{"key": named(key), "value": str(value)[:LONGEST_PARAM]} for key, value in run.settings.items()]
-        for batch in batches(params, PARAMS_A_BATCH):
-            self._ask("runs/log-batch", {"run_id": self._run, "params": batch})
-        self._ask("runs/update", {"run_id": self._run, "status": "RUNNING"})
+        self._status = info["status"]
+        self._tell_settings(run.settings, {each["key"]: each["value"] for each in found.get("data", {}).get("params", ())})
         return {"server": self._server, "run_id": self._run}
 
     def log(self, points: Sequence[Point]) -> None:
+        if self._status != "RUNNING":  # it had ended and goes on; an end follows
+            self._ask("runs/update", {"run_id": self._run, "status": "RUNNING"})
+            self._status = "RUNNING"
         metrics = [
             {"key": named(name), "value": as_json(value), "timestamp": round(1000 * point.time), "step": point.step}
             for point in points
@@ -92,7 +94,8 @@ class MLflow:
             self._ask("runs/log-batch", {"run_id": self._run, "tags": batch})
         for name, data in files.items():
             self._put(name, data)
-        self._ask("runs/update", {"run_id": self._run, "status": STATUSES.get(end.status, "KILLED"), "end_time": when})
+        self._status = STATUSES.get(end.status, "KILLED")
+        self._ask("runs/update", {"run_id": self._run, "status": self._status, "end_time": when})
 
     def where(self) -> str:
         return f"{address(self._server)}/#/experiments/{self._experiment_id}/runs/{self._run}"
@@ -101,6 +104,16 @@ class MLflow:
         pass
 
     # Inside
+
+    def _tell_settings(self, settings: Mapping[str, Any], there: Mapping[str, str]) -> None:
+        """MLflow refuses another value of a parameter: a setting with which the run went on differently is a tag."""
+        told = {named(key): str(value)[:LONGEST_PARAM] for key, value in settings.items()}
+        params = [{"key": key, "value": value} for key, value in told.items() if key not in there]
+        tags = [{"key": f"{CHANGED}{key}"[:LONGEST_NAME], "value": value} for key, value in told.items() if there.get(key, value) != value]
+        for batch in batches(params, PARAMS_A_BATCH):
+            self._ask("runs/log-batch", {"run_id": self._run, "params": batch})
+        for batch in batches(tags, TAGS_A_BATCH):
+            self._ask("runs/log-batch", {"run_id": self._run, "tags": batch})
 
     def _known(self, run_id: str) -> Any:
         """The run that an earlier command made, if it is still there."""
@@ -188,7 +201,7 @@ def credentials() -> dict[str, str]:
 
 def named(name: str) -> str:
     """A name that MLflow takes: letters, digits, and - _ . space : /"""
-    return _NAME.sub("_", name)[:250]
+    return _NAME.sub("_", name)[:LONGEST_NAME]
 
 
 def as_json(value: float) -> float | str:
