@@ -1,5 +1,6 @@
 # make run    sets up what the quickstart needs, then fine-tunes a pretrained model on real images (minutes on a laptop's CPU)
 # make test   sets up everything, then lints, type-checks and tests: unit (parts, with real Parquet, S3, Prometheus) and e2e (whole runs on real Ray)
+# make long   runs the tests that `make test` skips, as they take minutes each: other projects' servers, benchmarks' own rehearsals, whole compressions
 # make dashboards starts Prometheus (and Grafana where it is installed) for the runs on this machine
 # make site   builds the documentation's site with search into .build/site
 # make faults runs the fault campaign (an hour), and writes benchmarks/results/faults.json
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check unit e2e dashboards site faults debian clean
+.PHONY: run test check unit e2e long dashboards site faults debian clean
 .DELETE_ON_ERROR:
 
 run: .venv/.quickstart
@@ -31,6 +32,9 @@ unit: .venv/.dev
 
 e2e: .venv/.dev
 	$(BIN)/python -m pytest tests/e2e tests/golden
+
+long: .venv/.dev debian
+	$(BIN)/python -m pytest tests/e2e -m long --long
 
 dashboards: .venv/.quickstart debian
 	$(BIN)/python -m deploy.up

@@ -13,6 +13,18 @@ settings.register_profile("finetune", deadline=None, derandomize=bool(os.environ
 settings.load_profile("finetune")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked `long` too: minutes each, of tools and of other projects")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long"):
+        return
+    for item in items:
+        if item.get_closest_marker("long") is not None:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; `make long` runs it"))
+
+
 @pytest.fixture(scope="session")
 def exported_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has its model, a small one, and nothing else."""

@@ -64,6 +64,7 @@ def answers(job: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_compression_killed_in_the_middle_goes_on_and_ends_in_the_same_weights_and_answers(tmp_path: Path) -> None:
     run = train(tmp_path, replace(BASE, run="wide", model=NETWORK, train=replace(BASE.train, precision="fp32")), 20)

@@ -13,6 +13,7 @@ from tests.e2e.running import PROJECT
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_each_claim_about_a_gpu_runs_small_on_a_cpu(tmp_path: Path) -> None:
     out, keep = tmp_path / "suite.json", tmp_path / "kept"

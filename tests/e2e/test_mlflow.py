@@ -49,7 +49,7 @@ for experiment in client.search_experiments(filter_string="name = 'zoo'"):
 print(json.dumps(found, default=str))
 """
 
-pytestmark = [pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

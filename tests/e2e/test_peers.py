@@ -11,6 +11,7 @@ from benchmarks.timm_weights import write_weights
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_plain_ray_train_loop_goes_on_after_the_epoch_that_it_reported(tmp_path: Path) -> None:
     lay_out(tmp_path / "images", {"train": 100, "test": 20})
