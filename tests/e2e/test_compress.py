@@ -39,7 +39,7 @@ def started(run: Path, storage: Path) -> "subprocess.Popen[bytes]":
 def finished(run: Path, storage: Path) -> dict[str, Any]:
     process = started(run, storage)
     try:
-        status = process.wait(timeout=500)
+        status = process.wait(timeout=900)
     finally:
         kill_session(process.pid)
     assert status == 0, (storage.parent / f"{storage.name}.log").read_text()
@@ -65,13 +65,13 @@ def answers(job: Path) -> dict[str, bytes]:
 
 @pytest.mark.ray
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_a_compression_killed_in_the_middle_goes_on_and_ends_in_the_same_weights_and_answers(tmp_path: Path) -> None:
     run = train(tmp_path, replace(BASE, run="wide", model=NETWORK, train=replace(BASE.train, precision="fp32")), 20)
     killed = tmp_path / "killed"
     process = started(run, killed)
     tuning = killed / "job" / KILLED
-    end = time.monotonic() + 400
+    end = time.monotonic() + 900
     while not any(event["event"] == "checkpoint_committed" for event in events(tuning)):
         assert process.poll() is None, (tmp_path / "killed.log").read_text()
         assert time.monotonic() < end
