@@ -168,6 +168,7 @@ def test_article_is_the_tutorial_to_the_letter() -> None:
         "model.image_size": 0,
         "model.interpolation": "bilinear",
         "model.normalise": "data",
+        "model.widths": "",
         "model.freeze": "none",
         "model.lp_epochs": 1,
         "optim.name": "sgd",
