@@ -91,8 +91,6 @@ def main(argv: Sequence[str]) -> int:
             return _to_files(arguments)
         paths = list(image_paths(arguments.images))
         folder = find_model(arguments.run, arguments.storage)
-        if arguments.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but PyTorch sees no GPU here; use --device cpu or auto")
         predictor = Predictor(
             folder,
             fit=None if arguments.fit == "run" else arguments.fit,
@@ -125,6 +123,8 @@ def _check(arguments: Arguments) -> None:
         raise ValueError(f"--shard-images {arguments.shard_images} is no number of images; use 1 or more")
     if arguments.out and arguments.explain:
         raise ValueError("--explain draws a picture for each image, and --out is for any number of them; give one of the two")
+    if arguments.device == "cuda" and not torch.cuda.is_available() and not (arguments.out and os.environ.get("RAY_ADDRESS")):
+        raise ValueError("--device cuda, but PyTorch sees no GPU here; use --device cpu or auto")
     if not arguments.out and (arguments.workers or arguments.image_column):
         flag = "--workers" if arguments.workers else "--image-column"
         raise ValueError(f"{flag} goes with --out FOLDER, where the answers are written to")

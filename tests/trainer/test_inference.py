@@ -4,7 +4,8 @@ on Ray is in tests/e2e/test_inference.py."""
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from trainer.inference import job as job_module
 from trainer.inference import plan as plan_module
 from trainer.inference.columns import columns_of, schema_of
 from trainer.inference.inputs import FILES, ROWS, Listed, encoded, listed
-from trainer.inference.job import Asked, begin, carry_out, placed
+from trainer.inference.job import Asked, WorkersLost, begin, carry_out, placed
 from trainer.inference.plan import PLAN, SUMMARY, parts_of, read_plan, write_plan
 from trainer.inference.predictor import Predictor
 from trainer.inference.refusals import is_refusal, writing_to
@@ -382,6 +383,70 @@ def test_other_images_and_another_folder_are_refused(exported_run: Path, images:
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"holds thesis.tex, and no predictions"):
         begin(asked_for(exported_run, tmp_path / "other", images), quiet)
+
+
+def test_a_list_that_another_command_wrote_meanwhile_is_the_one_that_counts(
+    exported_run: Path, images: Path, tmp_path: Path, here: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, out = asked_for(exported_run, tmp_path / "out", images), open_storage(tmp_path / "out")
+
+    def listed_by_another_first(inputs: Sequence[str], *, column: str) -> Listed:
+        """Another command is a moment faster: it has answered half."""
+        monkeypatch.undo()
+        with monkeypatch.context() as alone:
+            alone.setattr(job_module, "_answers", lambda job, shards, *_: map(answered_by(job), list(shards)[:2]))
+            with pytest.raises(WorkersLost):
+                do(theirs)
+        return listed(inputs, column=column)
+
+    def answered_by(job: Job) -> Callable[[int], Mapping[str, Any]]:
+        return Worker(job).answer
+
+    theirs = asked
+    monkeypatch.setattr(job_module, "listed", listed_by_another_first)
+    begun = begin(asked, quiet)
+    assert (begun.plan, begun.left) == (read_plan(out), [2, 3])
+
+    theirs = asked_for(exported_run, tmp_path / "second", images, top=1)
+    asked = asked_for(exported_run, tmp_path / "second", images)
+    monkeypatch.setattr(job_module, "listed", listed_by_another_first)
+    with pytest.raises(
+        ValueError, match=r"holds predictions of another job: --top was 1 and is 3\. Name another folder, or delete that one"
+    ):
+        begin(asked, quiet)
+
+
+def test_an_out_that_cannot_be_written_to_is_refused_before_the_images_are_listed(
+    exported_run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> Listed:
+        raise AssertionError("listed")
+
+    monkeypatch.setattr(job_module, "listed", never)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mine")
+    (tmp_path / "mine").mkdir()
+    for out, words in (
+        (tmp_path / "file", "is no folder; name one that is new or empty"),
+        (tmp_path / "file" / "below", f"{tmp_path}/file is no folder"),
+        (tmp_path / "mine", "nothing can be written to"),
+        (tmp_path / "mine" / "a" / "b", f"nothing can be written to {tmp_path}/mine; name a folder that you may write to"),
+        ("s3://", "names no folder; give one, such as s3://BUCKET/FOLDER"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            begin(asked_for(exported_run, out, images), quiet)
+
+
+def test_a_pipe_in_the_place_of_a_parquet_file_is_refused_and_of_an_image_told_in_its_row(
+    exported_run: Path, images: Path, tmp_path: Path, here: list[int]
+) -> None:
+    os.mkfifo(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: not a regular file\); name what you may read"):
+        begin(asked_for(exported_run, tmp_path / "rows", tmp_path / "x.parquet"), quiet)
+    os.mkfifo(tmp_path / "x.png")
+    ended = do(asked_for(exported_run, tmp_path / "out", images / "a", tmp_path / "x.png"))
+    assert (ended.counts.images, ended.counts.bad) == (71, 1)
+    assert table_of(tmp_path / "out").column("error").to_pylist()[-1] == "cannot be read: not a regular file"
 
 
 def test_a_plan_of_another_version_or_damaged_is_refused(

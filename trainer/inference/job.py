@@ -91,6 +91,7 @@ def begin(asked: Asked, say: Say) -> Begun:
     """Write the plan, or read the one that is there. ValueError if that is of another job, or for what the user has to mend; OSError if a
     storage does not answer."""
     storage = open_storage(asked.out)
+    _check_out(storage)
     with writing_to(storage):
         plan = read_plan(storage)
         strange = next((entry.name for entry in storage.list("") if not entry.name.startswith(".")), None) if plan is None else None
@@ -108,13 +109,30 @@ def begin(asked: Asked, say: Say) -> Begun:
         if plan is None:
             raise OSError(f"--out {storage.address} lost {PLAN} as soon as that was written")
     if different := differences(plan, asked.settings):
-        raise ValueError(f"--out {storage.address} holds predictions of another job: {'; '.join(different)}. Name another folder")
+        raise ValueError(
+            f"--out {storage.address} holds predictions of another job: {'; '.join(different)}. Name another folder, or delete that one"
+        )
     with writing_to(storage):
         _forget_under_way(storage)
         done = _done(storage, plan)
     images = sum(counts.images for counts in done.values())
     say(f"{number(images)} of {number(plan.images)} images are done; going on with the list in {PLAN}, as it was made at first")
     return Begun(plan=plan, done=done)
+
+
+def _check_out(out: Storage) -> None:
+    """Refuse at once what could not be written to after all images have been listed. ValueError for it."""
+    if not out.root:
+        raise ValueError(f"--out {out.address} names no folder; give one, such as s3://BUCKET/FOLDER")
+    if not out.is_local:
+        return
+    where = out.root
+    while not os.path.lexists(where):
+        where = os.path.dirname(where)
+    if not os.path.isdir(where):
+        raise ValueError(f"--out {out.address}: {where} is no folder; name one that is new or empty")
+    if not os.access(where, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out.address}: nothing can be written to {where}; name a folder that you may write to")
 
 
 def _forget_under_way(storage: Storage) -> None:
