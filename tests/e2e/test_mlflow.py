@@ -86,10 +86,9 @@ class Server:
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, cwd=self._folder, stdout=log, stderr=log, start_new_session=True, env=environment()
-            )
-        until(self._answers, lambda: self.log.read_text(), self._process)
+            process = subprocess.Popen(self._command, cwd=self._folder, stdout=log, stderr=log, start_new_session=True, env=environment())
+        self._process = process
+        until(self._answers, lambda: self.log.read_text(), process)
 
     def kill(self) -> None:
         """SIGKILL to all its processes, at whatever they are."""
@@ -187,7 +186,7 @@ def with_a_loss_that_is_no_number(run: Path, step: int) -> None:
 
 def read_back(python: Path, server: Server, folder: Path) -> list[dict[str, Any]]:
     """The experiment's runs, as MLflow's own client sees them."""
-    asked = [python, "-c", CLIENT, server.url]
+    asked = [str(python), "-c", CLIENT, server.url]
     done = subprocess.run(asked, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)

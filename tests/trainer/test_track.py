@@ -1,6 +1,8 @@
 """Trackers have what the run has, each point once, whatever is killed or away in between; the run's folder is the only source."""
 
+import errno
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -326,6 +328,8 @@ def records(folder: Path) -> Iterator[Any]:
         at = 0
         while at < len(data):
             length = int.from_bytes(data[at : at + 8], "little")
+            if at + 16 + length > len(data):
+                break  # cut short: readers stop here
             yield event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
             at += 16 + length
 
@@ -357,6 +361,56 @@ def test_tensorboard_has_each_point_once_with_its_time(run: Path, capsys: pytest
     assert "epochs = 2" in texts["settings/text_summary"]
     assert "| status | finished |" in texts["result/text_summary"]
     assert "secret" not in str(texts)
+
+
+def points_in(folder: Path) -> list[tuple[int, str]]:
+    """Of all event files, each up to where readers stop."""
+    found = [(event.step, value.tag) for event in records(folder) for value in event.summary.value if value.HasField("simple_value")]
+    return sorted((step, tag) for step, tag in found if not tag.startswith("result/"))
+
+
+def test_what_tensorboard_was_told_is_on_the_disk_before_that_is_noted(run: Path) -> None:
+    """A kill in the next moment loses nothing."""
+    place = TensorBoard(run / "tensorboard")
+    follower(run, place).follow(once=True)
+    assert points_in(run / "tensorboard") == [point for point in ALL if point[0] <= 10]
+    finish(run)
+    follower(run, TensorBoard(run / "tensorboard")).follow()
+    assert points_in(run / "tensorboard") == ALL
+
+
+def test_a_command_with_nothing_to_add_leaves_no_file_and_what_was_deleted_is_written_again(run: Path) -> None:
+    finish(run)
+    for _ in range(3):
+        assert main([str(run), "--to", "tensorboard"]) == 0
+    (file,) = (run / "tensorboard").iterdir()
+    file.unlink()
+    assert main([str(run), "--to", "tensorboard"]) == 0
+    assert points_in(run / "tensorboard") == ALL
+
+
+@pytest.mark.parametrize("failing", range(5))
+def test_a_disk_that_is_full_for_a_moment_is_waited_for(failing: int, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that was cut short is left as it is; nothing is left out."""
+    from tensorboardX.record_writer import RecordWriter
+
+    finish(run)
+    write, writes = RecordWriter.write, 0
+
+    def may_fail(self: Any, data: bytes) -> None:
+        nonlocal writes
+        writes += 1
+        if writes in (1 + 20 * failing, 2 + 20 * failing):
+            self._writer.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", may_fail)
+    said: list[str] = []
+    assert follower(run, TensorBoard(run / "tensorboard"), say=said.append).follow() == "finished"
+    assert any("takes nothing now (No space left on device); trying again" in line for line in said)
+    assert sorted(set(points_in(run / "tensorboard"))) == ALL
+    assert not any(path.stat().st_size < 10 for path in (run / "tensorboard").iterdir()), "none is left that was only begun"
 
 
 def test_tensorboard_needs_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -632,8 +686,33 @@ def test_wandb_that_is_not_installed_is_named(run: Path, monkeypatch: pytest.Mon
 # --- the command line -----------------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_that_cannot_be_noted_in_or_read_is_told(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(self: RunFolder, path: str, data: bytes) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{run}/{path}")
+
+    monkeypatch.setattr(RunFolder, "write", refused)
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), "--to", "tensorboard", "--at", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    said = f"{run}/trackers/tensorboard.json cannot be written (Read-only file system), where it is noted what a tracker has; track a copy"
+    assert said in capsys.readouterr().err
+    monkeypatch.undo()
+    (run / "curves.parquet").unlink()
+    os.mkfifo(run / "curves.parquet")
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), "--to", "tensorboard", "--once"])
+    assert stop.value.code == 2
+    assert f"{run}/curves.parquet cannot be read: not a regular file" in capsys.readouterr().err
+
+
 def test_wrong_words_end_with_their_rule(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
+        ([str(run), "--to", "mlflow", "--at", "localhost:5000"], "localhost:5000 lacks its scheme; say --at http://localhost:5000"),
+        ([str(run), "--to", "mlflow", "--at", "http://bad host:99"], "http://bad host:99 is no URL; say --at http://HOST:PORT"),
+        ([str(run), "--to", "mlflow", "--at", "http://host:port"], "http://host:port is no URL"),
+        ([str(run), "--to", "mlflow", "--at", "http://"], "is no URL"),
         ([str(run.parent / "nobody"), "--to", "tensorboard"], "nobody"),
         ([str(run), "--to", "tensorboard", "--patience", "-1"], "--patience -1 is not a number of seconds"),
     ):

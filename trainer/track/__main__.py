@@ -70,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
         complain(f"error: {error}; the same command goes on")
         return 1
     except (ValueError, OSError) as error:
-        fail(str(error))
+        is_of_file = isinstance(error, OSError) and error.filename is not None
+        fail(f"{error.filename} cannot be read: {error.strerror}" if is_of_file else str(error))
     except KeyboardInterrupt:
         complain("no longer tracking; the run is left as it is, and the same command goes on")
         return 130

@@ -17,7 +17,7 @@ from cluster.storage import is_outage
 from dataio.foreign import json_of
 from trainer.runs.folder import RunFolder
 from trainer.runs.status import look
-from trainer.track.place import Away, Place
+from trainer.track.place import NO_ROOM, Away, Place
 from trainer.track.recorded import FILES, MODEL, Run, curve_points, end_of, evaluation_points, run_of
 
 FOLDER = "trackers"
@@ -147,4 +147,10 @@ class Follower:
             return Cursor()
 
     def _write(self) -> None:
-        self._folder.write(self._path, self._cursor.to_json())
+        try:
+            self._folder.write(self._path, self._cursor.to_json())
+        except OSError as error:
+            where, why = f"{self._folder.location}/{self._path}", error.strerror or error
+            if is_outage(error) or error.errno in NO_ROOM:
+                raise Away(f"{where} cannot be written now ({why})") from error
+            raise ValueError(f"{where} cannot be written ({why}), where it is noted what a tracker has; track a copy of the run") from error

@@ -182,11 +182,24 @@ def place_of(options: Options) -> MLflow:
     if not server:
         raise ValueError("no MLflow server is given; say --at http://HOST:5000, or set MLFLOW_TRACKING_URI")
     if not server.startswith(("http://", "https://")):
+        if re.fullmatch(r"[\w.-]+:\d+/?", server):
+            raise ValueError(f"--at {server} lacks its scheme; say --at http://{server}")
         raise ValueError(
             f"--at {address(server)} is no server; MLflow's folders and databases are reached through one: "
             f"mlflow server --backend-store-uri {address(server)}, then --at http://127.0.0.1:5000"
         )
+    if not is_url(server):
+        raise ValueError(f"--at {address(server)} is no URL; say --at http://HOST:PORT")
     return MLflow(server, options.project or os.environ.get("MLFLOW_EXPERIMENT_NAME", "") or EXPERIMENT)
+
+
+def is_url(text: str) -> bool:
+    """Whether a request could be sent there: a host, and a port that is a number."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0) and re.fullmatch(r"[!-~]+", text) is not None
+    except ValueError:
+        return False
 
 
 def credentials() -> dict[str, str]:

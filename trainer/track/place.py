@@ -1,10 +1,14 @@
 """The seam to a tracker."""
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trainer.track.recorded import End, Point, Run
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""A full disk may have room again: it is waited for, as a tracker that is away is."""
 
 
 class Away(OSError):

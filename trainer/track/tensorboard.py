@@ -1,63 +1,99 @@
-"""TensorBoard: event files in a folder, written by tensorboardX, which Ray brings along."""
+"""TensorBoard: event files in a folder, in tensorboardX's format, which Ray brings along.
 
+Its SummaryWriter is not used: a thread of its own writes, so that what was told could be lost by a kill, and a full disk ended that thread,
+for which the command then waited for ever.
+"""
+
+import errno
 import math
 import os
 import secrets
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.track.place import Options
+from cluster.storage import is_outage
+from trainer.track.place import NO_ROOM, Away, Options
 from trainer.track.recorded import End, Point, Run
 
 
 class TensorBoard:
-    """Writes `FOLDER/events.out.tfevents.*`. A later command adds a file of its own, which TensorBoard shows as one run."""
+    """Writes `FOLDER/events.out.tfevents.*`, once there is something to write. A later command adds a file of its own, which TensorBoard
+    shows as one run."""
 
     def __init__(self, folder: Path) -> None:
         """ValueError if nothing can be written there."""
-        from tensorboardX import SummaryWriter
-
         self._folder = folder
+        self._file: Any = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Its own names have nothing but the host and the second: a second command would overwrite the first one's file.
-            self._writer = SummaryWriter(str(folder), flush_secs=5, filename_suffix=f".{os.getpid()}-{secrets.token_hex(4)}")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
-            raise ValueError(f"--at {folder} cannot be written ({error.strerror or error}); name another folder") from error
+            raise _failed(folder, error) from error
 
     def open(self, run: Run, known: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not known:
-            self._writer.add_text("settings", fenced(run.text), 0, walltime=run.started or None)
-            self._writer.add_text("command", fenced(run.command), 0, walltime=run.started or None)
-        return {"folder": str(self._folder)}
+        from tensorboardX.summary import text
+
+        if known.get("folder") == str(self._folder) and next(self._folder.glob("events.out.tfevents.*"), None) is not None:
+            return known
+        when = run.started or time.time()
+        self._write([(text("settings", fenced(run.text)), 0, when), (text("command", fenced(run.command)), 0, when)])
+        return {"folder": str(self._folder), "begun": time.time()}
 
     def log(self, points: Sequence[Point]) -> None:
-        for point in points:
-            for name, value in point.values.items():
-                self._writer.add_scalar(name, value, point.step, walltime=point.time)
-        self._writer.flush()
+        from tensorboardX.summary import scalar
+
+        self._write([(scalar(name, value), point.step, point.time) for point in points for name, value in point.values.items()])
 
     def end(self, run: Run, end: End, files: Mapping[str, bytes]) -> None:
-        from tensorboardX.summary import hparams
+        from tensorboardX.summary import hparams, scalar, text
 
+        when = end.time or time.time()
         settings = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in run.settings.items()}
         results = {f"result/{name}": value for name, value in end.results.items() if math.isfinite(value)}
-        for summary in hparams(settings, results):
-            self._writer.file_writer.add_summary(summary)
-        for name, value in results.items():
-            self._writer.add_scalar(name, value, 0, walltime=end.time or None)
         rows = [("status", end.status), ("why", end.why), *((name, f"{value:g}") for name, value in end.results.items())]
         lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows if value]
         table = "\n".join(["| what | value |", "|---|---|", *lines])
-        self._writer.add_text("result", table, 0, walltime=end.time or None)
-        self._writer.flush()
+        told = [*hparams(settings, results), *(scalar(name, value) for name, value in results.items()), text("result", table)]
+        self._write([(summary, 0, when) for summary in told])
 
     def where(self) -> str:
         return f"tensorboard --logdir {self._folder}"
 
     def close(self) -> None:
-        self._writer.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what it was told is on the disk
+                file.close()
+
+    def _write(self, told: Sequence[tuple[Any, int, float]]) -> None:
+        """Summaries, each with its step and its Unix time. They are on the disk when this returns. Away for a disk without room."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+
+        # Its own names have nothing but the host and the second: a second command would overwrite the first one's file.
+        mark = f".{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            if self._file is None:
+                self._file = EventsWriter(str(self._folder / "events"), mark)
+            for summary, step, when in told:
+                self._file.write_event(Event(step=step, wall_time=when, summary=summary))
+            self._file.flush()
+        except OSError as error:
+            if self._file is None:
+                for path in self._folder.glob(f"events.out.tfevents.*{mark}"):  # begun, and good for nothing
+                    path.unlink(missing_ok=True)
+            self.close()  # its last record may be cut short, where readers stop: what comes next is in a file of its own
+            raise _failed(self._folder, error) from error
+
+
+def _failed(folder: Path, error: OSError) -> Exception:
+    if error.errno in NO_ROOM or is_outage(error):
+        return Away(f"{folder} takes nothing now ({error.strerror or error})")
+    return ValueError(f"--at {folder} cannot be written ({error.strerror or error}); name another folder")
 
 
 def place_of(options: Options, run_folder: Path | None) -> TensorBoard:
