@@ -155,6 +155,7 @@ MAY_BE_BARE = {
     ("trainer/handle.py", "wait"): "a caller's own limit in a notebook; nothing has failed, and the run goes on",
     ("trainer/inference/job.py", "begin"): "never in a run: a job of answers ends with status 1 and these words",
     ("trainer/inference/refusals.py", "writing_to"): "likewise",
+    ("trainer/track/tensorboard.py", "__init__"): "caught two lines below and put into words",
     ("trainer/compress/measure.py", "timed"): "likewise, of a command that compresses",
     ("dataio/convert.py", "convert"): "as the system would raise it; caught five lines below and put into words",
 }

@@ -69,9 +69,10 @@ def main(argv: Sequence[str]) -> int:
     except Away as error:
         complain(f"error: {error}; the same command goes on")
         return 1
-    except (ValueError, OSError) as error:
-        is_of_file = isinstance(error, OSError) and error.filename is not None
-        fail(f"{error.filename} cannot be read: {error.strerror}" if is_of_file else str(error))
+    except ValueError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename} cannot be read: {error.strerror}" if error.filename is not None else str(error))
     except KeyboardInterrupt:
         complain("no longer tracking; the run is left as it is, and the same command goes on")
         return 130
