@@ -296,8 +296,23 @@ def test_what_is_wrong_is_refused_and_nothing_is_written(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
+def test_a_folder_that_holds_another_model_is_refused_and_one_that_was_left_half_is_written_anew(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "model", tmp_path / "out" / "model")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert "holds something that finetune prune has not written; give another folder, or empty that one" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    (tmp_path / "out" / ".finetune-prune").touch()  # as a kill leaves it
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["finetune.toml", "model"]
+
+
 def test_a_model_folder_without_its_run_is_refused(narrow: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([str(narrow)])
     assert stop.value.code == 2
-    assert "has no config.toml, from which the settings of the fine-tuning come; give the run's own folder" in capsys.readouterr().err
+    assert "has no config.toml, which says how the model was trained; give the folder that the run wrote" in capsys.readouterr().err

@@ -20,14 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.storage import open_storage
 from trainer.runs.choice import rule_of
 from trainer.search import running as running_module
 from trainer.search.__main__ import main
 from trainer.search.importance import FEWEST, importance
 from trainer.search.ladder import OWN, Job, Ladder, Score, rungs_of
 from trainer.search.page import drawn
-from trainer.search.plan import Plan, agreed
 from trainer.search.results import Cost, Gain, Search, Tried, sentences, to_json
 from trainer.search.space import Axis, load_space, point, space_names, space_of, trial_config, values_of
 from trainer.search.trials import Seen, seen_in
@@ -397,22 +395,20 @@ def test_the_page_escapes_what_runs_said_and_needs_no_script() -> None:
 # --- going on ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_search_of_another_kind_under_the_same_name_is_refused(tmp_path: Path) -> None:
-    storage, space = open_storage(tmp_path / "search"), axes_of(SPACE)
-    plan = Plan.of(RunConfig(), space, 0, (1, 3), 3, "data")
-    agreed(storage, plan)
-    agreed(storage, plan)
-    other = replaced(RunConfig(), "optim.momentum", 0.5)
-    with pytest.raises(ValueError, match=r"was begun with other optim.momentum; give another --run NAME"):
-        agreed(storage, Plan.of(other, space, 0, (1, 3), 3, "data"))
-    with pytest.raises(ValueError, match="other epochs, search seed, space;"):
-        agreed(storage, Plan.of(RunConfig(), space[:1], 5, (1, 2), 3, "data"))
-    storage.write_atomic(".series/search.json", b"{")
-    with pytest.raises(ValueError, match="is damaged"):
-        agreed(storage, plan)
-    open_storage(tmp_path / "run").write_atomic("config.toml", b"")
-    with pytest.raises(ValueError, match="holds something that is no search"):
-        agreed(open_storage(tmp_path / "run"), plan)
+def test_a_search_of_another_kind_under_the_same_name_is_refused(
+    pretended: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, pretended / "runs" / "s")
+    for words, differs in (
+        (["--optim.momentum", "0.5"], "optim.momentum"),
+        (["--space", "augmentation", "--search-seed", "4"], "data.erase, data.flip, data.policy, optim.head_lr_factor"),
+        (["--eta", "3"], "eta"),
+    ):
+        with pytest.raises(SystemExit):
+            search(pretended, *words)
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"was begun with other {differs}" in said
+        assert "give another --run NAME, or leave it out" in said
 
 
 PRETENDED = """

@@ -4,28 +4,23 @@ A run is named by its folder, or by its name under --storage. It stands for its 
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.storage import open_storage
 from dataio.manifest import Manifest
 from dataio.scan import look_at
-from trainer.runs.folder import RunFolder, located
+from trainer.runs.folder import RunFolder
+from trainer.series.command import run_first
 from trainer.settings.cli import Invocation, SettingsLine, check, parse_line
-from trainer.settings.fields import as_begun, replaced
+from trainer.settings.fields import replaced
 from trainer.settings.length import length_of
 from trainer.settings.photos import choice_of
 from trainer.settings.programs import program
 from trainer.settings.rules import worker_count
-from trainer.settings.toml import from_toml, to_toml
 from trainer.settings.tree import RunConfig
 
 MOST_FOLDS = 20
-SETTINGS_NAME = "config.toml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,42 +59,14 @@ class Asked:
 
 def asked_of(argv: Sequence[str]) -> Asked:
     """ValueError for wrong arguments."""
-    seconds = None
-    with ExitStack() as stack:
-        words = list(argv)
-        if words and not words[0].startswith("-") and (run := _run_of(words[0], _storage_of(words))) is not None:
-            text = (run.read(SETTINGS_NAME) or b"").decode()
-            config = replaced(as_begun(from_toml(text, origin=f"{run.location}/{SETTINGS_NAME}")), "run", "")
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finetune-audit-")))
-            (folder / SETTINGS_NAME).write_text(to_toml(config))
-            words = ["--config", str(folder / SETTINGS_NAME), *words[1:]]
-            seconds = _seconds_of(run)
+    with run_first(argv) as (words, run):
         invocation, line = parse_line(words, Arguments, prog=program("audit"))
     check(invocation.config)
     if line.folds != 0 and not 2 <= line.folds <= MOST_FOLDS:
         raise ValueError(f"--folds {line.folds} cannot be; use 2 to {MOST_FOLDS}, or 0 to look at the images only")
     if invocation.config.data.fold:
         raise ValueError(f"data.fold={invocation.config.data.fold}: the audit has folds of its own (--folds); leave it out")
-    return Asked(invocation=invocation, line=line, run_seconds=seconds)
-
-
-def _storage_of(words: Sequence[str]) -> str:
-    for place, word in enumerate(words):
-        if word.startswith("--storage="):
-            return word.partition("=")[2]
-        if word == "--storage" and place + 1 < len(words):
-            return words[place + 1]
-    return RunConfig().storage
-
-
-def _run_of(word: str, storage: str) -> RunFolder | None:
-    """The run that a word names, by its folder or by its name under the storage; None if it names data."""
-    is_name = "/" not in word and not os.path.exists(word)
-    try:
-        run = RunFolder(storage=open_storage(storage), name=word) if is_name else located(word)
-        return run if run.read(SETTINGS_NAME) is not None else None
-    except (ValueError, OSError):  # it names no folder, and so no run
-        return None
+    return Asked(invocation=invocation, line=line, run_seconds=_seconds_of(run) if run is not None else None)
 
 
 def _seconds_of(run: RunFolder) -> float | None:

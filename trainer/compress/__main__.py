@@ -21,12 +21,12 @@ from pathlib import Path
 
 from trainer.compress.measure import answered, answered_int8, timed
 from trainer.compress.page import drawn
-from trainer.compress.plan import DISTILLED, INT8, PRUNED, WHOLE, Job, begun, distilled, job_of, tuned, whole
+from trainer.compress.plan import DISTILLED, INT8, PRUNED, WHOLE, Job, distilled, job_of, tuned, whole
 from trainer.compress.results import Answered, aligned, table, to_json
-from trainer.drive.guarded import guarded
 from trainer.prune.write import write_pruned
 from trainer.runs.folder import RunFolder
-from trainer.series.train import Member, RunFailed, RunStopped, train
+from trainer.series.command import guarded_series, tell
+from trainer.series.train import Member, train
 from trainer.settings.cli import DIR_RECIPE
 from trainer.settings.programs import program
 from trainer.settings.say import Terminal, complain, say, say_json
@@ -41,23 +41,15 @@ def main(argv: Sequence[str]) -> int:
     """0 if all stages are there; 1 if one failed or int8 lost too much, 128 + signal if one stopped it. Exits with 2 (SystemExit) for wrong
     arguments, or for what a run would refuse."""
     console = Terminal(stderr=True) if "--json" in argv else Terminal()
-    return guarded(lambda _: _carry_out(argv, console), stopped="stopped; the same command goes on", goes_on="; the same command goes on")
+    return guarded_series(lambda: _carry_out(argv, console))
 
 
 def _carry_out(argv: Sequence[str], console: Terminal) -> int:
     job = job_of(argv, console)
     if job.invocation.takes_dir_recipe:
-        _tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
-    begun(job)
-    try:
-        rows, measure = staged(job, console)
-    except RunStopped as stopped:
-        complain(f"{stopped}: stopped; the same command goes on")
-        return 128 + stopped.number
-    except RunFailed as error:
-        complain(f"error: {error}")
-        return 1
-    _tell(console, f"timing {len(rows)} models, {job.line.calls} calls each of 1 and 32 images")
+        tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
+    rows, measure = staged(job, console)
+    tell(console, f"timing {len(rows)} models, {job.line.calls} calls each of 1 and 32 images")
     shown(job, rows, measure)
     return 1 if any(row.refused for row in rows) else 0
 
@@ -76,7 +68,7 @@ def staged(job: Job, console: Terminal) -> tuple[list[Answered], Measure]:
         last = _trained(job, tuned(job, written.config, first), console)
         rows.append(answered(job.storage, PRUNED, last)[0])
     if job.line.int8:
-        _tell(console, f"{INT8}: of {rows[-1].stage}")
+        tell(console, f"{INT8}: of {rows[-1].stage}")
         rows.append(answered_int8(job.storage, INT8, last, max_drop=job.line.max_drop)[0])
     return rows, measure
 
@@ -103,15 +95,11 @@ def _trained(job: Job, member: Member, console: Terminal) -> RunFolder:
 
     def on_run(member: Member, number: int) -> None:
         folder = job.storage.at(member.name)
-        _tell(console, f"{member.name}: {member.config.model.name} ({program('watch')} {folder})")
+        tell(console, f"{member.name}: {member.config.model.name} ({program('watch')} {folder})")
 
     for _ in train([member], job.storage, on_run):
         pass
     return RunFolder(storage=job.storage, name=member.name)
-
-
-def _tell(console: Terminal, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

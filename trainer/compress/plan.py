@@ -5,40 +5,34 @@ The first word is a finished run, or the data of one that is trained first. All 
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import tyro
 
 from cluster.storage import Storage, is_uri, join_uri, open_storage
-from trainer.drive.data import open_data
+from dataio.config import FREE
 from trainer.drive.identity import identity
-from trainer.drive.problems import choice_for, refuse_if_wrong, with_balance, with_length
-from trainer.drive.survey import survey
 from trainer.formats.onnx_graph import require_onnx
 from trainer.prune.choose import MULTIPLE, check_fraction, require_torch_pruning
-from trainer.prune.write import config_of
-from trainer.runs.folder import RunFolder, find_run
+from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import described, model_of, model_sha256, pinned
+from trainer.series.command import run_first, same_job, settled, surveyed
 from trainer.series.train import Member
 from trainer.settings.cli import Invocation, SettingsLine, check, parse_line
-from trainer.settings.fields import replaced, settings
+from trainer.settings.fields import marked, replaced, settings
 from trainer.settings.identity import weights_sha256
-from trainer.settings.photos import choice_of
 from trainer.settings.programs import program
-from trainer.settings.rules import worker_count
 from trainer.settings.say import Terminal
-from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
 
 WHOLE, DISTILLED, PRUNED, INT8 = "whole", "distilled", "pruned", "int8"
 JOB_FILE = "job.json"
 _OF_ALL = {"run": "", "resume": "auto", "train.control": ""}
 """What the job's runs do not take from the settings."""
+_CHANGES_NOTHING = {key for key in marked(RunConfig, FREE) if not key.startswith("data.")} | {"data.root", "data.backend", "data.cache"}
+"""Flags that the same job may be given again with other values. The other free settings of the data make other data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,40 +78,30 @@ class Job:
     """Of the run to begin with, flags included."""
     storage: Storage
     """The job's own folder."""
-    record: Mapping[str, Any]
-    """What decides its result."""
 
 
 def job_of(argv: Sequence[str], console: Terminal) -> Job:
-    """ValueError for wrong arguments, and for what a run would refuse. Nothing is written."""
-    with ExitStack() as stack:
-        words, run = list(argv), None
-        if words and not words[0].startswith("-") and (run := _run_of(words[0], _storage_of(words))) is not None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finetune-compress-")))
-            (folder / "config.toml").write_text(to_toml(replaced(config_of(run), "run", "")))
-            words = ["--config", str(folder / "config.toml"), *words[1:]]
+    """ValueError for wrong arguments, and for what a run would refuse. Only what decides its result is written, if it is new."""
+    with run_first(argv) as (words, run):
         invocation, line = parse_line(words, Arguments, prog=program("compress"))
     check(invocation.config)
     _check_arguments(line, invocation)
     if run is not None:
         config, identified = invocation.config, model_sha256(described(model_of(run)))
     else:
-        config, identified = _settled(invocation, console)
+        made = settled(invocation, console, surveyed(invocation.config))
+        config = made.config
+        whole_run = identity(config, made.dataset.manifest.fingerprint, weights_sha256(config.model.weights))
+        identified = hashlib.sha256(json.dumps(whole_run, sort_keys=True, default=list).encode()).hexdigest()
     stages = {name: getattr(line, name) for name in ("distil", "distil_weights", "prune", "multiple", "teach", "int8")}
-    given = {key: settings(config)[key] for key in sorted(invocation.given) if _reaches_runs(key)}
+    given = {key: settings(config)[key] for key in sorted(invocation.given) if key not in _CHANGES_NOTHING}
     record = {"begins_with": identified, "stages": stages, "given": given}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     base = run.name.rpartition("/")[2] if run is not None else "compress"
     name = config.run or f"{base}-small-{digest[:8]}"
     storage = open_storage(join_uri(open_storage(config.storage).uri, name))
-    _check_same(storage, name, record)
-    return Job(line=line, invocation=invocation, run=run, config=config, storage=storage, record=record)
-
-
-def begun(job: Job) -> None:
-    """Write down what the job is, before its first run."""
-    if not job.storage.exists(JOB_FILE):
-        job.storage.write_atomic(JOB_FILE, (json.dumps(dict(job.record), indent=1, sort_keys=True) + "\n").encode())
+    same_job(storage, JOB_FILE, record)
+    return Job(line=line, invocation=invocation, run=run, config=config, storage=storage)
 
 
 def distilled(job: Job, teacher: RunFolder) -> Member:
@@ -177,55 +161,3 @@ def _check_arguments(line: Arguments, invocation: Invocation) -> None:
     for name, value in (("calls", line.calls), ("threads", line.threads)):
         if value < 1:
             raise ValueError(f"--{name} {value} times nothing; use 1 or more")
-
-
-def _settled(invocation: Invocation, console: Terminal) -> tuple[RunConfig, str]:
-    """The settings of the run to begin with, and a hash of what decides its weights. ValueError for what stands against it."""
-    config = invocation.config
-    facts = survey(config, workers=lambda: worker_count(config), in_job=False)
-    facts = replace(facts, config=choice_for(facts, invocation.given, invocation.recipes).config)
-    facts, _ = with_balance(facts)
-    facts, _ = with_length(facts, invocation.from_recipes)
-    refuse_if_wrong(facts)
-    _, dataset = open_data(facts.config, console)
-    choice = choice_of(config, dataset.manifest, given=invocation.given, recipes=invocation.recipes, workers=_ranks(config))
-    settled = replaced(choice.config, "train.teacher", facts.config.train.teacher)
-    settled = replaced(settled, "train.virtual_ranks", _ranks(config))
-    deciding = identity(settled, dataset.manifest.fingerprint, weights_sha256(settled.model.weights))
-    return settled, hashlib.sha256(json.dumps(deciding, sort_keys=True, default=list).encode()).hexdigest()
-
-
-def _ranks(config: RunConfig) -> int:
-    if asked := config.train.virtual_ranks or worker_count(config):
-        return asked
-    from cluster.launch import gpus_here  # imports Ray
-
-    return max(1, gpus_here())
-
-
-def _storage_of(words: Sequence[str]) -> str:
-    for place, word in enumerate(words):
-        if word.startswith("--storage="):
-            return word.partition("=")[2]
-        if word == "--storage" and place + 1 < len(words):
-            return words[place + 1]
-    return RunConfig().storage
-
-
-def _run_of(word: str, storage: str) -> RunFolder | None:
-    """The run that a word names; None if it names data."""
-    try:
-        run = find_run(word, storage)
-    except ValueError:
-        return None
-    return run if run.read("config.toml") is not None else None
-
-
-def _check_same(storage: Storage, name: str, record: Mapping[str, Any]) -> None:
-    """ValueError if the folder holds another job."""
-    if not storage.exists(JOB_FILE):
-        return
-    before = json.loads(storage.read(JOB_FILE))
-    changed = [key for key in record if before.get(key) != json.loads(json.dumps(record[key]))]
-    if changed:
-        raise ValueError(f"{name} was begun with other arguments ({', '.join(changed)}); give another name with --run")

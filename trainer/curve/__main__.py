@@ -16,10 +16,9 @@ if __name__ == "__main__":
 import csv
 import io
 import json
-import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -31,21 +30,16 @@ from trainer.curve.next_labels import DEFAULT
 from trainer.curve.page import drawn
 from trainer.curve.plan import Planned, Size, cost_lines, planned, size_of, sizes_of
 from trainer.curve.results import Curve, check_measure, curve_of, noise_words, sentences, to_json, wanted_words
-from trainer.drive.data import open_data
-from trainer.drive.identity import automatic_name, run_prefix
-from trainer.drive.problems import choice_for, refuse_if_wrong, with_balance, with_length
-from trainer.drive.survey import survey
+from trainer.drive.identity import automatic_name
 from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import model_of
-from trainer.series.train import Member, RunFailed, RunStopped, Summary, finished, left_words, train
-from trainer.settings.cli import DIR_RECIPE, Invocation, SettingsLine, check, fail, parse_line
-from trainer.settings.fields import replaced
+from trainer.series.command import guarded_series, settled, surveyed, tell
+from trainer.series.train import Member, Summary, finished, left_words, train
+from trainer.settings.cli import DIR_RECIPE, Invocation, SettingsLine, check, parse_line
 from trainer.settings.identity import weights_sha256
 from trainer.settings.length import length_of
-from trainer.settings.photos import choice_of
 from trainer.settings.programs import program
-from trainer.settings.rules import worker_count
-from trainer.settings.say import Terminal, complain, say, say_json
+from trainer.settings.say import Terminal, say, say_json
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration, number, percent
 from trainer.tasks.info import info_of
@@ -93,28 +87,19 @@ def main(argv: Sequence[str]) -> int:
     """Return 0 if all runs have finished, also if the curve cannot tell; 1 if a run failed, 128 + signal if one stopped it. Exits with 2
     (SystemExit) for what a run would refuse."""
     console: Console = Terminal(stderr=True) if "--json" in argv else Terminal()
-    try:
+
+    def work() -> int:
         invocation, line = parse_line(argv, Arguments, prog=program("curve"))
         check(invocation.config)
         _check_arguments(invocation.config, line)
         if invocation.takes_dir_recipe:
-            _tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
+            tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
         job = prepared_job(invocation, line, console)
         curve = curve_of(trained(job, line.repeats, console))
-        next_rows = asked_next(job, line, console) if line.unlabelled else None
-    except ValueError as error:
-        fail(str(error))
-    except RunStopped as stopped:
-        complain(f"{stopped}: stopped; the same command goes on")
-        return 128 + stopped.number
-    except KeyboardInterrupt:
-        complain("stopped; the same command goes on")
-        return 128 + signal.SIGINT
-    except (RunFailed, OSError) as error:
-        complain(f"error: {error}")
-        return 1
-    shown(job, curve, next_rows, line)
-    return 0
+        shown(job, curve, asked_next(job, line, console) if line.unlabelled else None, line)
+        return 0
+
+    return guarded_series(work)
 
 
 def _check_arguments(config: RunConfig, line: Arguments) -> None:
@@ -126,39 +111,20 @@ def _check_arguments(config: RunConfig, line: Arguments) -> None:
         raise ValueError(f"--next {line.next} names no image; use 1 or more, {DEFAULT} is the default")
 
 
-def _tell(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
 # --- before the runs --------------------------------------------------------------------------------------------------------------------
 
 
 def prepared_job(invocation: Invocation, line: Arguments, console: Console) -> Job:
     """Open the data, find what stands against a run on all of it, and plan the runs. ValueError that says what is wrong."""
-    config = invocation.config
-    facts = survey(config, workers=lambda: worker_count(config), in_job=False)
-    facts = replace(facts, config=choice_for(facts, invocation.given, invocation.recipes).config)
-    facts, _ = with_balance(facts)
-    facts, _ = with_length(facts, invocation.from_recipes)
-    refuse_if_wrong(facts)
-    _, dataset = open_data(facts.config, console)
-    ranks = config.train.virtual_ranks or _workers(config)
-    config = replaced(config, "train.teacher", facts.config.train.teacher)  # its place and its hash: a name would be one beside the runs
-    choice = choice_of(config, dataset.manifest, given=invocation.given, recipes=invocation.recipes, workers=ranks)
-    for said in choice.said:
-        _tell(console, said)
-    prefix = run_prefix(choice.config, (DIR_RECIPE,) if choice.takes_recipe else invocation.recipes)
-    sizes = planned_sizes(choice.config, dataset.manifest, line.parts, ranks=ranks, from_recipes=invocation.from_recipes)
+    made, asked = settled(invocation, console, surveyed(invocation.config)), invocation.config
+    manifest, ranks = made.dataset.manifest, made.ranks
+    sizes = planned_sizes(made.config, manifest, line.parts, ranks=ranks, from_recipes=invocation.from_recipes)
     largest = sizes[-1].config
-    name = config.run or automatic_name(
-        replaced(choice.config, "train.virtual_ranks", ranks),
-        dataset.manifest.fingerprint,
-        f"curve-{prefix}",
-        weights_sha256(config.model.weights),
-    )
-    storage = open_storage(join_uri(open_storage(config.storage).uri, name), largest.cluster.storage_retry_seconds)
+    weights = weights_sha256(asked.model.weights)
+    name = asked.run or automatic_name(made.config, manifest.fingerprint, f"curve-{made.prefix}", weights)
+    storage = open_storage(join_uri(open_storage(asked.storage).uri, name), largest.cluster.storage_retry_seconds)
     runs = tuple(planned(sizes, line.repeats))
-    return Job(name=name, storage=storage, sizes=sizes, runs=runs, whole=dataset.manifest.splits["train"].count)
+    return Job(name=name, storage=storage, sizes=sizes, runs=runs, whole=manifest.splits["train"].count)
 
 
 def planned_sizes(
@@ -171,15 +137,6 @@ def planned_sizes(
     return tuple(size_of(config, images, whole=whole, ranks=ranks, warmup_fraction=round(warmup, 6)) for images in sizes_of(parts, whole))
 
 
-def _workers(config: RunConfig) -> int:
-    """How many workers a run has here."""
-    if (asked := worker_count(config)) is not None:
-        return asked
-    from cluster.launch import gpus_here  # imports Ray
-
-    return max(1, gpus_here())
-
-
 # --- the runs ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -189,16 +146,16 @@ def trained(job: Job, repeats: int, console: Console) -> list[tuple[Planned, Sum
     members = [planned.member for planned in job.runs]
     known = [(member, summary) for member in members if (summary := finished(job.storage, member)) is not None]
     for text in cost_lines(job.sizes, repeats, job.whole):
-        _tell(console, text)
+        tell(console, text)
     if known:
         there = {member.name for member, _ in known}
         left = left_words(known, [member for member in members if member.name not in there])
-        _tell(console, f"{len(known)} of them have finished already{', ' + left if left else ''}")
+        tell(console, f"{len(known)} of them have finished already{', ' + left if left else ''}")
     done: list[tuple[Member, Summary]] = []
 
     def on_run(member: Member, place: int) -> None:
         folder = join_uri(job.storage.uri, member.name)
-        _tell(console, f"run {place + 1} of {len(members)}: {number(by_name[member.name].images)} images ({program('watch')} {folder})")
+        tell(console, f"run {place + 1} of {len(members)}: {number(by_name[member.name].images)} images ({program('watch')} {folder})")
 
     for member, summary in train(members, job.storage, on_run):
         check_measure(summary)
@@ -206,7 +163,7 @@ def trained(job: Job, repeats: int, console: Console) -> list[tuple[Planned, Sum
         if member.name in {each.name for each, _ in known}:
             continue
         left = left_words(done, [each for each in members[len(done) :] if all(each.name != one.name for one, _ in known)])
-        _tell(console, f"  {_measured(summary)} in {duration(summary.get('seconds'))}{'; ' + left if left else ''}")
+        tell(console, f"  {_measured(summary)} in {duration(summary.get('seconds'))}{'; ' + left if left else ''}")
     return [(by_name[member.name], summary) for member, summary in done]
 
 
@@ -232,7 +189,7 @@ def asked_next(job: Job, line: Arguments, console: Console) -> list[tuple[int, s
             lambda done, of: status.update(f"asked about {number(done)} of {number(of)} images"),
         )
     if found.unreadable:
-        _tell(console, f"{number(found.unreadable)} of {number(found.images)} images in {line.unlabelled} cannot be read and are left out")
+        tell(console, f"{number(found.unreadable)} of {number(found.images)} images in {line.unlabelled} cannot be read and are left out")
     return found.rows
 
 

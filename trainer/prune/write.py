@@ -20,12 +20,15 @@ from trainer.prune.choose import Cost, check_fraction, cost_of, pruned, require_
 from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RUN_MARKS, RunFolder
 from trainer.runs.model_files import MODEL_FOLDER, WEIGHTS_FILE, described, model_of
-from trainer.settings.fields import as_begun, replaced
-from trainer.settings.toml import from_toml, to_toml
+from trainer.runs.started import started_with
+from trainer.settings.fields import replaced
+from trainer.settings.toml import to_toml
 from trainer.settings.tree import ModelConfig, RunConfig
 from trainer.settings.values import widths_of, widths_text
 
 SETTINGS_FILE = "finetune.toml"
+UNDER_WAY = ".finetune-prune"
+"""A folder that has this file was begun by this command, which has not come to its end there: the same command may go on."""
 PRUNED = "pruned"
 
 
@@ -67,6 +70,9 @@ def place_of(run: RunFolder, out: str) -> Path:
     folder = Path(out).expanduser().absolute()
     if any((folder / mark).exists() for mark in RUN_MARKS if mark != MODEL_FOLDER):
         raise ValueError(f"--out {out} is a run's folder, whose model would be replaced; give another one")
+    is_ours = any((folder / name).exists() for name in (SETTINGS_FILE, UNDER_WAY))
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+        raise ValueError(f"--out {out} holds something that finetune prune has not written; give another folder, or empty that one")
     return folder
 
 
@@ -75,7 +81,7 @@ def write_pruned(run: RunFolder, folder: Path, *, fraction: float, multiple: int
     check_fraction(fraction, multiple)
     require_torch_pruning()
     description = described(model_of(run))
-    config = config_of(run)
+    config = started_with(run)
     make_repeatable(1)  # sums of more threads may choose otherwise where two channels are about as good
     exported = load_export(model_of(run), torch.device("cpu"), channels_last=False)
     own = ModelConfig(**description["model"])
@@ -93,9 +99,12 @@ def write_pruned(run: RunFolder, folder: Path, *, fraction: float, multiple: int
     widths = widths_text({**widths_of(own.widths), **found.widths})
     weights = folder / MODEL_FOLDER / WEIGHTS_FILE
     tuned = settings_after(config, own, weights=str(weights), widths=widths)
-    (folder / SETTINGS_FILE).unlink(missing_ok=True)  # of a model that is replaced
+    at = open_storage(folder)
+    at.write_atomic(UNDER_WAY, b"")
+    at.delete_file(SETTINGS_FILE)  # of a model that is replaced
     _export(exported, found.model.state_dict(), tuned, folder)
-    open_storage(folder).write_atomic(SETTINGS_FILE, to_toml(tuned).encode())
+    at.write_atomic(SETTINGS_FILE, to_toml(tuned).encode())
+    at.delete_file(UNDER_WAY)
     return Written(
         folder=folder,
         weights=weights,
@@ -106,15 +115,6 @@ def write_pruned(run: RunFolder, folder: Path, *, fraction: float, multiple: int
         bytes_before=_weights_bytes(run),
         bytes_after=weights.stat().st_size,
     )
-
-
-def config_of(run: RunFolder) -> RunConfig:
-    """The settings that a run was started with. ValueError for a model folder without its run."""
-    text = run.read("config.toml")
-    if text is None:
-        raise ValueError(f"{run.location} has no config.toml, from which the settings of the fine-tuning come; give the run's own folder")
-    config: RunConfig = as_begun(from_toml(text.decode(), origin=f"{run.location}/config.toml"))
-    return config
 
 
 def settings_after(config: RunConfig, model: ModelConfig, *, weights: str, widths: str) -> RunConfig:

@@ -31,9 +31,8 @@ from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
 from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import model_of
-from trainer.settings.fields import as_begun
+from trainer.runs.started import started_with
 from trainer.settings.say import complain
-from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig
 from trainer.tasks.calibration import Temperature
 from trainer.tasks.info import CLASSIFICATION
@@ -112,7 +111,7 @@ class Opened:
 def open_finished(folder: RunFolder, changes: Mapping[str, Any], *, split: str, device: torch.device) -> Opened:
     """Load the run's model and open the data. ValueError if model, data and run do not fit together. The arguments are those of
     `evaluate_finished`."""
-    config, summary = _config(folder), _summary(folder)
+    config, summary = started_with(folder), _summary(folder)
     exported = load_export(model_of(folder), device, channels_last=config.train.channels_last == "on")
     data = replace(config.data, **changes)
     if not _same_place(config.data.path, data.path):
@@ -266,14 +265,6 @@ def _loader(dataset: Dataset, data: DataConfig, device: torch.device, threads: i
         on_bad=on_bad,
         memory_bytes=available_memory_bytes() // 2,
     )
-
-
-def _config(folder: RunFolder) -> RunConfig:
-    text = folder.read("config.toml")
-    if text is None:
-        raise ValueError(f"{folder.location} has no config.toml, which says how the model was trained; give the folder that the run wrote")
-    config: RunConfig = as_begun(from_toml(text.decode(), origin=f"{folder.location}/config.toml"))
-    return config
 
 
 def _summary(folder: RunFolder) -> Mapping[str, Any]:

@@ -24,30 +24,23 @@ from rich.console import Console
 
 from cluster.storage import Storage, join_uri, open_storage
 from dataio.manifest import Manifest
-from trainer.drive.data import open_data
-from trainer.drive.guarded import guarded
-from trainer.drive.identity import automatic_name, run_prefix
-from trainer.drive.problems import choice_for, refuse_if_wrong, with_balance, with_length
-from trainer.drive.signals import Signals
-from trainer.drive.survey import survey
+from trainer.drive.identity import automatic_name
 from trainer.runs.choice import Rule, rule_of
 from trainer.search.found import search_of, seconds_of
 from trainer.search.ladder import Job, Ladder, Score, rungs_of
 from trainer.search.page import drawn
-from trainer.search.plan import Plan, agreed
+from trainer.search.record import RECORD_FILE, record_of
 from trainer.search.results import SOUP, Search, Souped, score_words, sentences, time_words, to_json, values_words
 from trainer.search.running import Running, searched
 from trainer.search.space import DEFAULT_SPACE, Space, load_space, trial_config, values_of
 from trainer.search.trials import Trial
-from trainer.series.train import RunFailed, RunStopped
+from trainer.series.command import guarded_series, same_job, settled, surveyed, tell
 from trainer.settings.cli import DIR_RECIPE, Invocation, SettingsLine, check, parse_line
 from trainer.settings.fields import replaced
 from trainer.settings.identity import weights_sha256
 from trainer.settings.length import length_of
-from trainer.settings.photos import choice_of
 from trainer.settings.programs import program
-from trainer.settings.rules import worker_count
-from trainer.settings.say import Terminal, complain, say, say_json
+from trainer.settings.say import Terminal, say, say_json
 from trainer.settings.selection import has_validation
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
@@ -114,25 +107,17 @@ def main(argv: Sequence[str]) -> int:
     run would refuse."""
     console: Console = Terminal(stderr=True) if "--json" in argv else Terminal()
 
-    def work(signals: Signals) -> int:
-        try:
-            invocation, line = parse_line(argv, Arguments, prog=program("search"))
-            check(invocation.config)
-            _check_arguments(invocation.config, line)
-            if invocation.takes_dir_recipe:
-                _tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
-            prepared = prepare(invocation, line, console)
-            search, seconds = trained(prepared, line, console)
-        except RunStopped as stopped:
-            complain(f"{stopped}: stopped; the same command goes on")
-            return 128 + stopped.number
-        except RunFailed as error:
-            complain(f"error: {error}")
-            return 1
-        shown(prepared, search, seconds, line)
+    def work() -> int:
+        invocation, line = parse_line(argv, Arguments, prog=program("search"))
+        check(invocation.config)
+        _check_arguments(invocation.config, line)
+        if invocation.takes_dir_recipe:
+            tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
+        prepared = prepare(invocation, line, console)
+        shown(prepared, *trained(prepared, line, console), line)
         return 0
 
-    return guarded(work, stopped="stopped; the same command goes on", goes_on="; the same command goes on")
+    return guarded_series(work)
 
 
 def _check_arguments(config: RunConfig, line: Arguments) -> None:
@@ -155,36 +140,22 @@ def _check_arguments(config: RunConfig, line: Arguments) -> None:
         )
 
 
-def _tell(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
 # --- before the trials ------------------------------------------------------------------------------------------------------------------
 
 
 def prepare(invocation: Invocation, line: Arguments, console: Console) -> Prepared:
     """Open the data, find what stands against a run with each trial's settings, and plan the trials. ValueError that says what is wrong."""
-    config = invocation.config
-    facts = survey(config, workers=lambda: worker_count(config), in_job=False)
-    if facts.manifest is not None and not has_validation(facts.manifest) and not config.data.fold:
-        _tell(
+    facts, asked = surveyed(invocation.config), invocation.config
+    if holds_out := not asked.data.fold and facts.manifest is not None and not has_validation(facts.manifest):
+        tell(
             console,
             f"the data have no validation split, which a search chooses by: a fifth of the training images is held out (fold {FOLD})",
         )
-        config = replaced(config, "data.fold", FOLD)
-        facts = survey(config, workers=lambda: worker_count(config), in_job=False)
-    facts = replace(facts, config=choice_for(facts, invocation.given, invocation.recipes).config)
-    facts, _ = with_balance(facts)
-    facts, _ = with_length(facts, invocation.from_recipes)
-    refuse_if_wrong(facts)
-    _, dataset = open_data(facts.config, console)
-    ranks = config.train.virtual_ranks or _workers(config)
-    config = replaced(config, "train.teacher", facts.config.train.teacher)  # its place and its hash: a name would be one beside the runs
-    choice = choice_of(config, dataset.manifest, given=invocation.given, recipes=invocation.recipes, workers=ranks)
-    for said in choice.said:
-        _tell(console, said)
-    own = choice.config
-    for key, value in {**OF_TRIALS, "train.virtual_ranks": ranks}.items():
+        invocation = replace(invocation, config=replaced(asked, "data.fold", FOLD))
+        facts = surveyed(invocation.config)
+    made = settled(invocation, console, facts)
+    own, dataset, ranks = made.config, made.dataset, made.ranks
+    for key, value in OF_TRIALS.items():
         own = replaced(own, key, value)
     length = length_of(own, dataset.manifest, workers=ranks, from_recipes=invocation.from_recipes)
     own = replaced(own, "optim.warmup_fraction", length.config.optim.warmup_fraction)
@@ -196,13 +167,12 @@ def prepare(invocation: Invocation, line: Arguments, console: Console) -> Prepar
     rungs = rungs_of(own.train.epochs, line.eta, own.train.eval_every_epochs, line.least_epochs)
     images = dataset.manifest.splits["train"].count
     ladder = Ladder(rungs, trials=line.trials, slots=line.jobs, eta=line.eta, epochs=_budget(line, images, rungs[-1]))
-    plan = Plan.of(own, space, line.search_seed, rungs, line.eta, dataset.manifest.fingerprint)
-    prefix = run_prefix(own, (DIR_RECIPE,) if choice.takes_recipe else invocation.recipes)
-    base = automatic_name(own, dataset.manifest.fingerprint, f"search-{prefix}", weights_sha256(config.model.weights))
-    name = config.run or f"{base}-{hashlib.sha256(plan.text.encode()).hexdigest()[:6]}"
-    storage = open_storage(join_uri(open_storage(config.storage).uri, name), own.cluster.storage_retry_seconds)
-    agreed(storage, plan)
-    _tell(console, _plan_words(rungs, line, space, storage))
+    record = record_of(own, space, line.search_seed, rungs, line.eta, dataset.manifest.fingerprint)
+    base = automatic_name(own, dataset.manifest.fingerprint, f"search-{made.prefix}", weights_sha256(own.model.weights))
+    name = asked.run or f"{base}-{hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]}"
+    storage = open_storage(join_uri(open_storage(asked.storage).uri, name), own.cluster.storage_retry_seconds)
+    same_job(storage, RECORD_FILE, record)
+    tell(console, _plan_words(rungs, line, space, storage))
     return Prepared(
         storage=storage,
         space=space,
@@ -211,7 +181,7 @@ def prepare(invocation: Invocation, line: Arguments, console: Console) -> Prepar
         info=info,
         ladder=ladder,
         images=images,
-        given=choice.config if invocation.config.data.fold else replaced(choice.config, "data.fold", ""),
+        given=replaced(made.config, "data.fold", "") if holds_out else made.config,
     )
 
 
@@ -250,15 +220,6 @@ def _plan_words(rungs: Sequence[int], line: Arguments, space: Space, storage: St
     )
 
 
-def _workers(config: RunConfig) -> int:
-    """How many workers a run has here."""
-    if (asked := worker_count(config)) is not None:
-        return asked
-    from cluster.launch import gpus_here  # imports Ray
-
-    return max(1, gpus_here())
-
-
 # --- the trials -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +232,7 @@ def trained(prepared: Prepared, line: Arguments, console: Console) -> tuple[Sear
             trial = prepared.trials[job.trial]
             measured = score_words(prepared.rule.measure, score if prepared.rule.measure.higher_is_better or score is None else -score)
             what = values_words(values_of(trial.config, prepared.space))
-            _tell(console, f"{trial.name}, epoch {ladder.rungs[job.rung]} of {ladder.rungs[-1]}: {measured}   {what}")
+            tell(console, f"{trial.name}, epoch {ladder.rungs[job.rung]} of {ladder.rungs[-1]}: {measured}   {what}")
 
         searched(ladder, running, on_score=on_score, is_over=_over(prepared.storage, ladder, until))
         found = {trial: running.seen(trial) for trial in range(ladder.begun)}
