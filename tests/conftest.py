@@ -4,6 +4,7 @@ CI tries the same examples each time, so that its verdict is about the change; e
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("long") is not None:
             item.add_marker(pytest.mark.skip(reason="takes minutes; `make long` runs it"))
+
+
+@pytest.fixture(scope="module")
+def threads_kept() -> Iterator[None]:
+    """For modules that set the number of torch's threads: the next ones have it as it was."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

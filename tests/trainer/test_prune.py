@@ -4,7 +4,6 @@ evaluating and exporting."""
 import copy
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,7 @@ MODELS = (
 NO_MODELS = ("shufflenet_v2_x0_5", "convnext_tiny", "timm/vit_tiny_patch16_224")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads_kept")
 
 
 @pytest.fixture(scope="module")
