@@ -51,6 +51,18 @@ def test_a_run_as_the_first_word_stands_for_its_settings(tmp_path: Path) -> None
             assert (found, run) == (words, None)
 
 
+def test_a_name_of_nothing_is_told_with_the_runs_that_are_there(tmp_path: Path) -> None:
+    open_storage(tmp_path).write_atomic("pets-1/config.toml", to_toml(RunConfig()).encode())
+    with (
+        pytest.raises(ValueError, match=r"pets-2 is neither images here nor a run: there is no run pets-2; did you mean pets-1\?"),
+        run_first(["pets-2", "--storage", str(tmp_path)]),
+    ):
+        pass
+    for word in ("quickstart", "mine.toml", "no/such/folder"):  # whose words are those of any command line
+        with run_first([word, "--storage", str(tmp_path)]) as (found, run):
+            assert (found[0], run) == (word, None)
+
+
 def test_settings_that_cannot_be_read_are_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="is not UTF-8 text"), run_first([str(tmp_path)]):

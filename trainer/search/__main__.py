@@ -111,6 +111,7 @@ def main(argv: Sequence[str]) -> int:
         invocation, line = parse_line(argv, Arguments, prog=program("search"))
         check(invocation.config)
         _check_arguments(invocation.config, line)
+        load_space(line.space, invocation.config)  # a mistake in it is told before the data are opened
         if invocation.takes_dir_recipe:
             tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
         prepared = prepare(invocation, line, console)

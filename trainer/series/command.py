@@ -24,7 +24,7 @@ from trainer.drive.guarded import guarded
 from trainer.drive.identity import run_prefix
 from trainer.drive.problems import Facts, choice_for, refuse_if_wrong, with_balance, with_length
 from trainer.drive.survey import survey
-from trainer.runs.folder import RunFolder, located
+from trainer.runs.folder import RunFolder, find_run, located
 from trainer.runs.started import SETTINGS_FILE, started_with
 from trainer.series.train import RunFailed, RunStopped
 from trainer.settings.cli import DIR_RECIPE, Invocation
@@ -32,7 +32,7 @@ from trainer.settings.fields import replaced
 from trainer.settings.photos import choice_of
 from trainer.settings.rules import worker_count
 from trainer.settings.say import complain
-from trainer.settings.toml import to_toml
+from trainer.settings.toml import recipe_names, to_toml
 from trainer.settings.tree import RunConfig
 
 GOES_ON = "the same command goes on"
@@ -67,7 +67,9 @@ def run_first(argv: Sequence[str]) -> Iterator[tuple[list[str], RunFolder | None
     """A command line whose first word may be a run, by its folder or by its name under --storage: (words, run). The words then have the
     run's settings as if they were given by --config, which holds while the context does. ValueError if they cannot be read."""
     words = list(argv)
-    run = _run_of(words[0], _storage_of(words)) if words and not words[0].startswith("-") else None
+    run = None
+    if words and not words[0].startswith("-") and (run := _run_of(words[0], _storage_of(words))) is None:
+        _check_is_data(words[0], _storage_of(words))
     if run is None:
         yield words, None
         return
@@ -95,6 +97,16 @@ def _run_of(word: str, storage: str) -> RunFolder | None:
         return run if run.read(SETTINGS_FILE) is not None else None
     except (ValueError, OSError):  # it names no folder, and so no run
         return None
+
+
+def _check_is_data(word: str, storage: str) -> None:
+    """ValueError for a word that is no run and that, as a name, can only have meant one."""
+    is_name = "/" not in word and not os.path.exists(word) and word != RunConfig().data.path
+    if is_name and not word.endswith(".toml") and word not in recipe_names():
+        try:
+            find_run(word, storage)
+        except ValueError as error:
+            raise ValueError(f"{word} is neither images here nor a run: {error}") from None
 
 
 # --- settings that fit the data ---------------------------------------------------------------------------------------------------------
