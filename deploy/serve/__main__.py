@@ -35,7 +35,7 @@ from cluster.storage import is_uri
 from deploy.serve.exports import Export, open_export, read_model
 from deploy.serve.limits import TOKEN_VARIABLE, read_tokens
 from deploy.serve.predictor import NEEDS
-from deploy.serve.settings import ServeConfig, settings_of
+from deploy.serve.settings import THROUGHPUT, ServeConfig, settings_of
 from trainer.drive.guarded import guarded
 from trainer.drive.signals import Signals
 from trainer.settings.say import complain, say
@@ -140,7 +140,7 @@ def _serve(config: ServeConfig, export: Export, host: str, port: int, ours: Belo
         complain(f"Ray's {what} died, and the server with it; start it again")
         ours.end_at_once(1)
 
-    for name, value in _PATIENCE.items():
+    for name, value in (_PATIENCE | THROUGHPUT).items():
         os.environ.setdefault(name, value)
     say(f"{export.folder}: verified; starting Ray Serve")
     with ray_cluster(

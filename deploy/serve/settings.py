@@ -9,6 +9,11 @@ from cluster.text import shown
 from dataio.foreign import MAX_IMAGE_BYTES
 from trainer.formats.made import MOST_IN_A_BATCH
 
+THROUGHPUT = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", "RAY_SERVE_LOG_TO_STDERR": "1"}
+"""Ray Serve's own switch for replicas that never block their event loop, as ours do not: no thread of its own for each, gRPC between them.
+A fourth more answers a second, and half as many more under twice the load (docs/serve.md). Without its ports beside --port, which --host
+does not bind; errors are still shown."""
+
 
 class ServeConfig(BaseModel):
     """How an export is served. ValidationError (a ValueError) for a value that breaks its rule, and for a name that is none of these."""

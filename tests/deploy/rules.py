@@ -14,7 +14,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from deploy.serve.settings import settings_of
+from deploy.serve.settings import THROUGHPUT, settings_of
 from trainer.settings.cli import parse
 from trainer.settings.rules import validate
 from trainer.settings.tree import RunConfig
@@ -287,6 +287,8 @@ def service_problems(service: Object) -> Iterator[str]:
         container = pod["containers"][0]
         if asked.http_options.port not in [port["containerPort"] for port in container["ports"] if port["name"] == "serve"]:
             yield f"{name}: the port {asked.http_options.port} of http_options is none of the container's"
+        if not THROUGHPUT.items() <= {each["name"]: each.get("value") for each in container["env"]}.items():
+            yield f"{name}: Ray Serve is to be told {', '.join(THROUGHPUT)}, as deploy.serve does"
         secrets = {volume["name"] for volume in pod["volumes"] if "secret" in volume}
         mounted = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in secrets]
         if not any(settings.token_file.startswith(f"{path}/") for path in mounted):

@@ -288,6 +288,7 @@ PLANTED_IN_SERVICE: dict[str, tuple[Change, str]] = {
     "another port": (lambda o: serve(o, "port: 8000", "port: 8001"), "none of the container's"),
     "more replicas than workers": (lambda o: serve(o, "replicas: 2", "replicas: 3"), "do not agree"),
     "other CPUs": (lambda o: serve(o, "threads: 4", "threads: 2"), "threads is its CPUs"),
+    "another way of Ray Serve's": (lambda o: serving_pod(o)["containers"][0]["env"].pop(), "is to be told"),
     "another Ray": (lambda o: served(o).update(rayVersion="2.52.0"), "rayVersion"),
     "no token for Ray": (lambda o: served(o).pop("authOptions"), "token"),
     "root": (lambda o: serving_pod(o)["securityContext"].update(runAsUser=0), "root"),

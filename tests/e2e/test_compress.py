@@ -10,7 +10,9 @@ import pytest
 
 from tests.e2e.series import count, driver_of, finished, kill_alone, started
 from tests.trainer.small_run import train
-from tests.trainer.test_evaluate import BASE
+from tests.trainer.test_evaluate import BASE, SAMPLE
+from trainer.runs.folder import located
+from trainer.runs.started import started_with
 from trainer.settings.tree import ModelConfig
 
 pytest.importorskip("torch_pruning")
@@ -72,3 +74,27 @@ def test_a_compression_killed_in_the_middle_goes_on_and_ends_in_the_same_weights
     assert all(row["count"] == 500 and row["interval_95_percent"] for row in stages.values())
     assert all(found["measured"][stage]["milliseconds"].keys() == {"1", "32"} for stage in stages)
     assert "<svg" in (killed / "job" / "compress.html").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_images_are_enough_and_a_smaller_model_is_taught_and_trained_for_int8(tmp_path: Path) -> None:
+    """The form without a run: it trains one, teaches a smaller one, and trains that one with the rounding."""
+    storage = tmp_path / "runs"
+    words = [
+        *("--data.path", str(SAMPLE), "--storage", str(storage), "--run", "job", "--workers", "1"),
+        *("--model.name", NETWORK.name, "--model.weights", "none", "--model.image-size", "40"),
+        *("--distil", "shufflenet_v2_x0_5", "--distil-weights", "none", "--int8", "--aware", "always", "--max-drop", "100", "--calls", "3"),
+        *("--train.max-steps", "6", "--train.precision", "fp32", "--cluster.threads-per-worker", "1"),
+    ]
+    found = finished("trainer.compress", words, tmp_path / "log", storage / "job" / "compress.json")
+    assert [row["stage"] for row in found["stages"]] == ["whole", "distilled", "int8", "int8-aware"]
+    settings = {name: started_with(located(str(storage / "job" / name))) for name in ("whole", "distilled", "aware")}
+    assert settings["distilled"].train.teacher.startswith(str(storage / "job" / "whole"))
+    assert settings["aware"].train.quantise == "int8"
+    assert settings["aware"].model.weights == str(storage / "job" / "distilled")
+    assert settings["aware"].train.teacher == settings["distilled"].train.teacher
+    assert settings["aware"].model.name == "shufflenet_v2_x0_5"
+    rows = {row["stage"]: row for row in found["stages"]}
+    assert rows["int8"]["weights_sha256"] == rows["distilled"]["weights_sha256"] != rows["int8-aware"]["weights_sha256"]

@@ -85,6 +85,7 @@ def test_table_and_page_show_every_stage_and_what_is_refused() -> None:
         (["--prune", "0.5", "--multiple", "0"], "--multiple 0: channels that stay"),
         (["--int8", "--teach"], "--teach is for the fine-tuning after --prune"),
         (["--int8", "--max-drop", "nan"], "--max-drop nan is a limit"),
+        (["--prune", "0.5", "--aware", "always"], "--aware always is for --int8, which is not asked for"),
         (["--int8", "--calls", "0"], "--calls 0 times nothing"),
         (["--int8", "--threads", "0"], "--threads 0 times nothing"),
         (["--distil", "resnet18", "--train.teacher", "other"], "train.teacher=other: --distil makes the run the teacher"),
@@ -116,5 +117,7 @@ def test_a_folder_of_another_job_is_refused(tmp_path: Path, capsys: pytest.Captu
         )
     assert stop.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "was begun with other begins_with, data.path, distil, distil_weights, int8, model.weights, multiple, prune, teach;" in said
+    assert (
+        "was begun with other aware, begins_with, data.path, distil, distil_weights, int8, model.weights, multiple, prune, teach;" in said
+    )
     assert [path.name for path in (tmp_path / "job").iterdir()] == ["job.json"]

@@ -86,7 +86,7 @@ CHOICES = {
 ALL = sorted(settings(RunConfig()))
 # What a run may change on its way, and nothing else: where things are, how fast they go, how often they are saved, looked at and told.
 MAY_CHANGE = {
-    *("workers", "run", "storage", "resume", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
+    *("workers", "run", "storage", "resume", "track", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
     *("data.targets", "data.image_column", "data.label_column", "data.validation_fraction", "data.corrections"),
     *("data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
     *("train.verify_every", "train.profile", "train.cuda_graphs", "train.explain", "train.novelty", "train.control"),

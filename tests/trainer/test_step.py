@@ -55,6 +55,7 @@ from trainer.learn.own import SummedLoss
 from trainer.learn.state import TrainState, weights_sha256
 from trainer.learn.step import UNOBSERVED, Stepper, StepStats, Unobserved, train_steps
 from trainer.learn.update import Update
+from trainer.models.rounded import round_layers
 from trainer.models.vision import Preprocess
 from trainer.rank.evaluation import evaluate
 from trainer.rank.step_plan import StepPlan
@@ -291,8 +292,9 @@ def by_hand(model: nn.Module, batches: Sequence[Batch], step: int) -> tuple[list
         own = copy.deepcopy(model)
         share = len(batch.ids) / total
         if len(batch.ids) == 1:  # a single image is normalised by the running statistics
-            own.get_submodule("body").eval()
-            own.get_submodule("body.6").train()  # dropout
+            for norm in own.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.eval()
         loss = torch.zeros(())
         if share:
             torch.manual_seed(step_seed(SEED, step, batch.virtual_rank))
@@ -307,8 +309,13 @@ def by_hand(model: nn.Module, batches: Sequence[Batch], step: int) -> tuple[list
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["moving-average", "cumulative-average"])
 @pytest.mark.parametrize("shape", [FOUR, SEVEN, UNEVEN], ids=str)
-def test_gradients_and_statistics_are_the_tree_sum_over_virtual_ranks(shape: tuple[int, int], momentum: float | None) -> None:
+@pytest.mark.parametrize("is_rounded", [False, True], ids=["exact", "int8"])
+def test_gradients_and_statistics_are_the_tree_sum_over_virtual_ranks(
+    shape: tuple[int, int], momentum: float | None, is_rounded: bool
+) -> None:
     model = Net(momentum=momentum)
+    if is_rounded:
+        round_layers(model)
     stepper = make(model, sgd(model), virtual_ranks=shape[0])
     first = order_of(shape).steps_per_epoch - 2  # over the epoch's last step, the small one
     for step, batches in enumerate(batches_of(shape, first, first + 4), start=first):

@@ -19,9 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.compress.measure import answered, answered_int8, timed
+from trainer.compress.measure import Limit, answered, answered_int8, timed
 from trainer.compress.page import drawn
-from trainer.compress.plan import DISTILLED, INT8, PRUNED, WHOLE, Job, distilled, job_of, tuned, whole
+from trainer.compress.plan import DISTILLED, INT8, INT8_AWARE, PRUNED, WHOLE, Job, aware, distilled, job_of, tuned, whole
 from trainer.compress.results import Answered, aligned, table, to_json
 from trainer.prune.write import write_pruned
 from trainer.runs.folder import RunFolder
@@ -38,8 +38,8 @@ CHANNELS = "channels"
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 if all stages are there; 1 if one failed or int8 lost too much, 128 + signal if one stopped it. Exits with 2 (SystemExit) for wrong
-    arguments, or for what a run would refuse."""
+    """0 if all stages are there; 1 if one failed or the last int8 model lost too much, 128 + signal if one stopped it. Exits with 2
+    (SystemExit) for wrong arguments, or for what a run would refuse."""
     console = Terminal(stderr=True) if "--json" in argv else Terminal()
     return guarded_series(lambda: _carry_out(argv, console))
 
@@ -51,7 +51,7 @@ def _carry_out(argv: Sequence[str], console: Terminal) -> int:
     rows, measure = staged(job, console)
     tell(console, f"timing {len(rows)} models, {job.line.calls} calls each of 1 and 32 images")
     shown(job, rows, measure)
-    return 1 if any(row.refused for row in rows) else 0
+    return 1 if rows[-1].refused else 0
 
 
 def staged(job: Job, console: Terminal) -> tuple[list[Answered], Measure]:
@@ -68,9 +68,21 @@ def staged(job: Job, console: Terminal) -> tuple[list[Answered], Measure]:
         last = _trained(job, tuned(job, written.config, first), console)
         rows.append(answered(job.storage, PRUNED, last)[0])
     if job.line.int8:
-        tell(console, f"{INT8}: of {rows[-1].stage}")
-        rows.append(answered_int8(job.storage, INT8, last, max_drop=job.line.max_drop)[0])
+        rows += _in_int8(job, rows[-1], last, console)
     return rows, measure
+
+
+def _in_int8(job: Job, exact: Answered, last: RunFolder, console: Terminal) -> list[Answered]:
+    """The rows of the model in int8, and of one that was fine-tuned for it. `exact`: the row of the same model in float32."""
+    tell(console, f"{INT8}: of {exact.stage}")
+    limit = Limit(max_drop=job.line.max_drop, than=exact.value)
+    rows = [answered_int8(job.storage, INT8, last, limit)[0]]
+    if job.line.aware == "always" or (job.line.aware == "auto" and rows[0].refused):
+        if rows[0].refused:
+            tell(console, f"{INT8}: {rows[0].refused}; so the model is fine-tuned with its rounding")
+        last = _trained(job, aware(job, last), console)
+        rows.append(answered_int8(job.storage, INT8_AWARE, last, limit)[0])
+    return rows
 
 
 def shown(job: Job, rows: Sequence[Answered], measure: Measure) -> None:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from cluster.storage import Storage
 from trainer.compress.results import Answered, Timed
 from trainer.export.model_folder import outputs_of
 from trainer.formats import quantise
-from trainer.formats.check import Compared, compare
+from trainer.formats.check import compare, points_lost
 from trainer.formats.made import Made
 from trainer.formats.manifest import card_of, manifest_of, write
 from trainer.formats.onnx_graph import ONNX_FILE, make_onnx
@@ -31,14 +32,25 @@ MAX_DIFFERENCE = 1e-4
 ROUNDS = 3
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """How much an int8 model may lose."""
+
+    max_drop: float
+    """In points of the headline measure; of one that is no ratio, in per cent of it."""
+    than: float
+    """The measure of the model in float32."""
+
+
 def answered(job: Storage, stage: str, run: RunFolder) -> tuple[Answered, Measure]:
     """Export the run's model as ONNX and ask it. ValueError if it cannot be exported, or answers otherwise there."""
-    return _asked(job, stage, run, lambda opened, made: made, max_drop=None)
+    return _asked(job, stage, run, lambda opened, made: made, is_exact=True)
 
 
-def answered_int8(job: Storage, stage: str, run: RunFolder, *, max_drop: float) -> tuple[Answered, Measure]:
-    """The same in int8. One that loses more than `max_drop` points says why it is refused."""
-    return _asked(job, stage, run, _int8, max_drop=max_drop)
+def answered_int8(job: Storage, stage: str, run: RunFolder, limit: Limit) -> tuple[Answered, Measure]:
+    """The same in int8. One that loses more than the limit says why it is refused."""
+    row, headline = _asked(job, stage, run, _int8, is_exact=False)
+    return replace(row, refused=_refusal(row.value, headline, limit)), headline  # another command may allow more, or less
 
 
 def timed(job: Storage, rows: Sequence[Answered], *, threads: int, calls: int) -> dict[str, Timed]:
@@ -60,9 +72,7 @@ def timed(job: Storage, rows: Sequence[Answered], *, threads: int, calls: int) -
     return {stage: Timed(milliseconds=each, peak_bytes=peaks[stage]) for stage, each in taken.items()}
 
 
-def _asked(
-    job: Storage, stage: str, run: RunFolder, make: Callable[[Opened, Made], Made], *, max_drop: float | None
-) -> tuple[Answered, Measure]:
+def _asked(job: Storage, stage: str, run: RunFolder, make: Callable[[Opened, Made], Made], *, is_exact: bool) -> tuple[Answered, Measure]:
     description = described(model_of(run))
     known = f"{STAGES}/{stage}.json"
     weights = str(description["file_sha256"])  # wherever they came from, which the model's own hash knows
@@ -74,7 +84,7 @@ def _asked(
             return before, headline
     made = make(opened, make_onnx(opened.exported, is_prepared_inside=False, threads=opened.threads))
     compared = compare(opened, made.ask)
-    if max_drop is None and compared.largest_difference > MAX_DIFFERENCE:
+    if is_exact and compared.largest_difference > MAX_DIFFERENCE:
         raise ValueError(f"{stage}: as ONNX its outputs differ by {compared.largest_difference:.2g} of the largest; it cannot be compared")
     folder = f"{EXPORTS}/{stage}"
     outputs = outputs_of(opened.exported.task)
@@ -90,7 +100,6 @@ def _asked(
         value=compared.result.measures[headline.name],
         count=compared.result.count,
         right="".join("01"[each] for each in compared.right),
-        refused="" if max_drop is None else _refusal(compared, headline, max_drop),
     )
     job.write_atomic(known, (json.dumps(row.to_json()) + "\n").encode())
     return row, headline
@@ -103,12 +112,10 @@ def _int8(opened: Opened, made: Made) -> Made:
     return quantise.quantised(made, opened.exported, images, is_prepared_inside=False, threads=opened.threads)
 
 
-def _refusal(compared: Compared, headline: Measure, max_drop: float) -> str:
-    """Why the int8 model is not to be used; "" if it is."""
-    own, theirs = (result.measures[headline.name] for result in (compared.own, compared.result))
-    gone = (own - theirs) * (1 if headline.higher_is_better else -1)
-    points = 100 * (gone if headline.unit == "ratio" else gone / abs(own) if own else gone)
-    if points <= max_drop:
+def _refusal(found: float, headline: Measure, limit: Limit) -> str:
+    """Why the int8 model, of which the measure is `found`, is not to be used; "" if it is."""
+    points = points_lost(limit.than, found, headline)
+    if points <= limit.max_drop:
         return ""
-    told = (percent(own, 2), percent(theirs, 2)) if headline.unit == "ratio" else (f"{own:.4g}", f"{theirs:.4g}")
-    return f"in int8 it goes from {told[0]} to {told[1]}, by {points:.2f}; --max-drop allows {max_drop:g}"
+    told = (percent(limit.than, 2), percent(found, 2)) if headline.unit == "ratio" else (f"{limit.than:.4g}", f"{found:.4g}")
+    return f"in int8 it goes from {told[0]} to {told[1]}, by {points:.2f}; --max-drop allows {limit.max_drop:g}"

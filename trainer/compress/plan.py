@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -18,6 +18,7 @@ from trainer.formats.onnx_graph import require_onnx
 from trainer.prune.choose import MULTIPLE, check_fraction, require_torch_pruning
 from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import described, model_of, model_sha256, pinned
+from trainer.runs.started import started_with
 from trainer.series.command import run_first, same_job, settled, surveyed
 from trainer.series.train import Member
 from trainer.settings.cli import Invocation, SettingsLine, check, parse_line
@@ -27,7 +28,7 @@ from trainer.settings.programs import program
 from trainer.settings.say import Terminal
 from trainer.settings.tree import RunConfig
 
-WHOLE, DISTILLED, PRUNED, INT8 = "whole", "distilled", "pruned", "int8"
+WHOLE, DISTILLED, PRUNED, INT8, AWARE, INT8_AWARE = "whole", "distilled", "pruned", "int8", "aware", "int8-aware"
 JOB_FILE = "job.json"
 _OF_ALL = {"run": "", "resume": "auto", "train.control": ""}
 """What the job's runs do not take from the settings."""
@@ -40,8 +41,9 @@ class Arguments(SettingsLine):
     """Make a model small in stages, and say what each costs in accuracy and saves in size, time and memory.
 
     The first word is a finished run, or a folder of images, on which one is trained first. Stages: --distil MODEL trains a smaller one with
-    the run as teacher, --prune F takes a share of the channels out and fine-tunes again, --int8 quantises the last one. All other arguments
-    are those of a run: the stages are trained with them. The same command goes on after any kill.
+    the run as teacher, --prune F takes a share of the channels out and fine-tunes again, --int8 quantises the last one, and fine-tunes it
+    with the rounding where it loses too much. All other arguments are those of a run: the stages are trained with them. The same command
+    goes on after any kill.
     """
 
     distil: str = ""
@@ -56,6 +58,9 @@ class Arguments(SettingsLine):
     """For --prune: the fine-tuning learns from the run's answers too (train.teacher)."""
     int8: tyro.conf.FlagCreatePairsOff[bool] = False
     """Quantise the last model, with scales from 256 training images."""
+    aware: Literal["auto", "always", "never"] = "auto"
+    """For --int8: fine-tune the last model with its rounding (train.quantise int8) and quantise that one too; `auto`: where int8 alone
+    loses more than --max-drop."""
     max_drop: float = 1.0
     """Refuse an int8 model that loses more than so many points of the headline measure; of one that is no ratio, so many per cent of it."""
     calls: int = 100
@@ -93,7 +98,7 @@ def job_of(argv: Sequence[str], console: Terminal) -> Job:
         config = made.config
         whole_run = identity(config, made.dataset.manifest.fingerprint, weights_sha256(config.model.weights))
         identified = hashlib.sha256(json.dumps(whole_run, sort_keys=True, default=list).encode()).hexdigest()
-    stages = {name: getattr(line, name) for name in ("distil", "distil_weights", "prune", "multiple", "teach", "int8")}
+    stages = {name: getattr(line, name) for name in ("distil", "distil_weights", "prune", "multiple", "teach", "int8", "aware")}
     given = {key: settings(config)[key] for key in sorted(invocation.given) if key not in _CHANGES_NOTHING}
     record = {"begins_with": identified, "stages": stages, "given": given}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -124,10 +129,20 @@ def whole(job: Job) -> Member:
 
 def tuned(job: Job, pruned: RunConfig, teacher: RunFolder) -> Member:
     """The run that fine-tunes the pruned model, whose settings are `pruned`."""
-    values = settings(job.config)
-    given = {key: values[key] for key in job.invocation.given if _reaches_runs(key) and not key.startswith("model.")}
     taught = {"train.teacher": pinned(teacher.location, job.config.storage)} if job.line.teach else {}
-    return Member(name=PRUNED, config=_changed(pruned, {**given, **_OF_ALL, **taught}), steps=0)
+    return Member(name=PRUNED, config=_changed(pruned, {**_given(job), **_OF_ALL, **taught}), steps=0)
+
+
+def aware(job: Job, last: RunFolder) -> Member:
+    """The run that goes on from the finished run `last` with the rounding of int8."""
+    changes = {**_given(job), **_OF_ALL, "model.weights": last.location, "train.quantise": "int8"}
+    return Member(name=AWARE, config=_changed(started_with(last), changes), steps=0)
+
+
+def _given(job: Job) -> dict[str, Any]:
+    """What flags say of a run that goes on from another one's model."""
+    values = settings(job.config)
+    return {key: values[key] for key in job.invocation.given if _reaches_runs(key) and not key.startswith("model.")}
 
 
 def _changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
@@ -154,6 +169,8 @@ def _check_arguments(line: Arguments, invocation: Invocation) -> None:
         require_torch_pruning()
     elif line.teach:
         raise ValueError("--teach is for the fine-tuning after --prune, which is not asked for; add it, or leave --teach out")
+    if line.aware == "always" and not line.int8:
+        raise ValueError("--aware always is for --int8, which is not asked for; add it, or leave --aware out")
     if line.distil and invocation.config.train.teacher:
         raise ValueError(f"train.teacher={invocation.config.train.teacher}: --distil makes the run the teacher; leave one of them out")
     if not 0 <= line.max_drop < float("inf"):

@@ -120,14 +120,14 @@ def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -
     if layout == "auto":
         layout = "on" if capability.likes_channels_last else "off"
         said.append(f"train.channels_last=auto: {layout} ({capability.name})")
-    is_of_use = on_cpu and precision == "bf16" and layout == "on" and not train.compile
+    is_of_use = on_cpu and precision == "bf16" and layout == "on" and not train.compile and train.quantise == "none"
     if small_maps == "auto":
         small_maps = "product" if is_of_use and capability.likes_products else "convolution"
         if small_maps == "product":  # `convolution` is what everybody expects and needs no line
             said.append(f"train.small_maps=auto: product ({capability.name})")
     elif small_maps == "product" and not is_of_use:
         warnings.append(
-            "train.small_maps=product changes nothing here: it is for steps that a CPU computes in bf16 and channels_last, not compiled"
+            "train.small_maps=product changes nothing here: it is for steps on a CPU in bf16 and channels_last, not compiled or quantised"
         )
     decided = dataclasses.replace(train, precision=precision, channels_last=layout, small_maps=small_maps)
     return Decision(train=decided, said=tuple(said), warnings=tuple(warnings))

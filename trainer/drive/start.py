@@ -53,6 +53,7 @@ from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Phase, Signals
 from trainer.drive.stages import Asked, Begun, Decided, Environment, Placed, WithData, question_of_facts
 from trainer.drive.survey import survey
+from trainer.drive.trackers import tracked
 from trainer.drive.without_ray import WithoutRay
 from trainer.runs.choice import rule_of
 from trainer.runs.folder import RunFolder
@@ -125,7 +126,11 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
                 signals.enter(Phase.RESUMING)
             decided = decide(placed, hardware, resources, zygote, checked, console, set_up)
             begun = without_ray.begun(begin(decided, asked.environment, console, set_up))
-            return Drive(open_session(decided, begun, zygote=zygote_name, console=console), begun.start, signals).go()
+            session = open_session(decided, begun, zygote=zygote_name, console=console)
+            folder = RunFolder(storage=decided.storage, name=decided.config.run)
+            told = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+            with tracked(decided.config, folder, signals, told):
+                return Drive(session, begun.start, signals).go()
 
 
 def unusual(folder: str) -> Iterator[str]:
@@ -321,7 +326,8 @@ def show_finished(placed: Placed, console: Console, signals: Signals) -> int:
     report = complete(folder, summary, placed.data.dataset, console)
     console.print(final_table(summary, report=report, predict=predict_command(folder.location)), soft_wrap=True)
     signals.enter(Phase.OVER)
-    return 0
+    with tracked(config, folder, signals, partial(console.print, soft_wrap=True, markup=False, highlight=False)):
+        return 0
 
 
 # In the cluster

@@ -23,6 +23,7 @@ from trainer.drive.identity import find
 from trainer.drive.problems import Facts, Room
 from trainer.runs.model_files import pinned
 from trainer.settings.packages import lacking
+from trainer.settings.trackers import lacking_for_trackers
 from trainer.settings.tree import RunConfig
 
 T = TypeVar("T")
@@ -69,6 +70,7 @@ def survey(config: RunConfig, *, workers: Callable[[], int | None], in_job: bool
     if storage is not None and config.train.ledger:
         search.tried(partial(storage.local_path, "", "--train.ledger"))
     search.wrong += lacking(config.model)
+    search.wrong += lacking_for_trackers(config.track)
     if config.train.teacher:
         teacher = search.tried(lambda: call("the teacher", lambda: pinned_teacher(config)))
         config = replace(config, train=replace(config.train, teacher=teacher or config.train.teacher))

@@ -26,7 +26,7 @@ from cluster.storage import Storage, open_storage
 from trainer.drive.guarded import guarded
 from trainer.export.model_folder import outputs_of
 from trainer.formats import quantise
-from trainer.formats.check import Compared, compare
+from trainer.formats.check import Compared, compare, points_lost
 from trainer.formats.library import make_weights
 from trainer.formats.made import FORMATS, Format, Made
 from trainer.formats.manifest import MANIFEST_FILE, card_of, in_words, manifest_of, write
@@ -209,9 +209,7 @@ def refusal(job: _Job, compared: Compared, arguments: Arguments, opened: Opened)
             + f"; --max-difference allows {arguments.max_difference:g}"
         )
     own, theirs = compared.own.measures[headline.name], compared.result.measures[headline.name]
-    lost = (own - theirs) * (1 if headline.higher_is_better else -1)
-    is_ratio = headline.unit == "ratio"
-    points = 100 * (lost if is_ratio else lost / abs(own) if own else lost)
+    points, is_ratio = points_lost(own, theirs, headline), headline.unit == "ratio"
     if points <= arguments.max_drop:
         return ""
     interval = "" if compared.drop is None else " (95 % interval {:.1f} to {:.1f})".format(*(100 * each for each in compared.drop))
@@ -222,7 +220,8 @@ def refusal(job: _Job, compared: Compared, arguments: Arguments, opened: Opened)
     )
     return (
         f"{headline.in_words} goes from {what}{interval}; --max-drop allows {arguments.max_drop:g}. Calibrate by images like those of the "
-        "data (--calibration), or by more of them (--calibration-images)"
+        "data (--calibration), or by more of them (--calibration-images), or train the model with this rounding: "
+        f"{program('compress')} {arguments.run} --int8"
     )
 
 

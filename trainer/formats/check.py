@@ -17,6 +17,7 @@ from trainer.learn.objectives import autocast_for
 from trainer.rank.evaluation import EVALUATION_BATCH
 from trainer.rank.finished import Opened
 from trainer.runs.certainty import Interval, paired_interval
+from trainer.tasks.info import Measure
 from trainer.tasks.task import Result, Task
 
 
@@ -104,6 +105,12 @@ def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callab
         drop=paired_interval(only_own, only_theirs, known) if known else None,
         right=tuple(rights),
     )
+
+
+def points_lost(own: float, found: float, measure: Measure) -> float:
+    """By how many points `found` is worse than `own`; of a measure that is no ratio, by how many per cent. Negative: it is better."""
+    gone = (own - found) * (1 if measure.higher_is_better else -1)
+    return 100 * (gone if measure.unit == "ratio" else gone / abs(own) if own else gone)
 
 
 def decisions(task: Task, outputs: Tensor) -> Sequence[Any]:

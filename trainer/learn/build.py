@@ -31,6 +31,7 @@ from trainer.learn.teacher import Teacher, load_teacher, taught_loss
 from trainer.learn.update import Update
 from trainer.models.im2col import use_im2col
 from trainer.models.normalise import mean_and_std
+from trainer.models.rounded import round_layers
 from trainer.models.vision import Preprocess, head_of
 from trainer.runs.model_files import pinned
 from trainer.settings.balance import asks_for_balance
@@ -234,9 +235,11 @@ def build_learner(
     `class_counts_of`; `teacher`: from `teacher_of`, which is asked if it is not given. Without `stream` it learns from labels alone."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
-    model = task.build(config.model, image_hw=image_hw, seed=config.train.seed)
+    model = task.build(config.model, image_hw=image_hw, seed=config.train.seed_of_layers)
     model = model.to(device).to(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
-    if config.train.small_maps == "product":
+    if config.train.quantise == "int8":
+        round_layers(model)
+    elif config.train.small_maps == "product":
         use_im2col(model)
     task.bind(model)
     head_name, _ = head_of(model)

@@ -38,6 +38,7 @@ NOT_SEARCHED = {
     "train.max_steps": "the search chooses how long each trial is trained",
     "train.patience": "the search ends the bad trials itself",
     "train.seed": "a seed that did well by chance is no better setting",
+    "train.init_seed": "a seed that did well by chance is no better setting",
     "data.choice_seed": "trials that are scored on other images do not compare",
     "data.fold": "trials that are scored on other images do not compare",
     "data.part": "trials that learn from other images do not compare",

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 from cluster.config import ClusterConfig
 from dataio.config import AUTO, FREE, LATER, PATH, Before, DataConfig
+from trainer.settings.trackers import trackers_of
 from trainer.settings.values import loss_of, loss_weights, model_of, run_name, task_of, widths_of, workers_of
 
 Stem = Literal["auto", "native", "article", "centre_crop", "phase_mean", "folded", "folded_bilinear"]
@@ -116,6 +117,9 @@ class TrainConfig:
     max_steps: Annotated[int, Ge(0), "0 runs all epochs"] = 0
     """Stop after this many steps; 0 runs all epochs."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
+    """Of all that is drawn: the order of the images, their augmentation, dropout, and layers that begin at random."""
+    init_seed: Annotated[int, LATER, Interval(ge=-1, lt=2**63), "-1 takes train.seed"] = -1
+    """Seed of the layers that begin at random (a new head, a model without weights) apart from that of the order; -1 takes `seed`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` uses bf16 if the devices compute in it. Decided once per run: a run that goes on elsewhere keeps it
     (trainer.drive.capability)."""
@@ -143,6 +147,9 @@ class TrainConfig:
     checkpoint_every: Annotated[int, FREE, AUTO, Ge(-1), "0 takes one an epoch, auto (or -1) what measurements say"] = 0
     """Steps between checkpoints; 0 saves once per epoch, and at least every 500 steps. `auto` (or -1) measures what a checkpoint costs and
     chooses the interval that loses the least time (Young/Daly, with cluster.mtbf_hours). Every epoch ends with a checkpoint in any case."""
+    quantise: Annotated[Literal["none", "int8"], LATER] = "none"
+    """`int8` trains with weights and layers' inputs rounded as an int8 export rounds them (quantisation-aware training), so that the export
+    loses less (docs/compress.md). Tests and the exported weights are float32. It costs time in every step."""
     spike_factor: Annotated[float, Ge(0), "0 looks for NaN and infinity only, 10 is the default"] = 10.0
     """A loss this many robust standard deviations above the last 100 losses' median, and more than twice that median, is a spike: the run
     goes back to its last checkpoint and skips that batch, as it does for NaN. Short batches may scatter more, and the first 50 losses may
@@ -204,6 +211,11 @@ class TrainConfig:
     ledger: Annotated[bool, FREE] = False
     """Write each step's sample ids into the run's folder (`ledger/`), as a proof that each sample was seen once."""
 
+    @property
+    def seed_of_layers(self) -> int:
+        """The seed of what begins at random in the model."""
+        return self.seed if self.init_seed < 0 else self.init_seed
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -218,6 +230,9 @@ class RunConfig:
     """Folder or URI (s3://..., gs://..., file:///...) that holds the runs' folders; every node must be able to read and write it."""
     resume: Annotated[Literal["auto", "never", "must"], FREE] = "auto"
     """`auto` goes on where the run with this name stopped, `never` refuses to go on, `must` refuses to start anew."""
+    track: Annotated[str, FREE, trackers_of] = ""
+    """Experiment trackers that the run is copied into while it trains, as TRACKER or TRACKER=WHERE with commas: `tensorboard`, `mlflow`
+    (or `mlflow=http://HOST:5000`), `wandb`. One that is away costs the run nothing. docs/track.md says more. Empty: none."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -21,11 +21,10 @@ from trainer.runs.folder import RunFolder, find_run
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say
+from trainer.settings.trackers import Tracker
 from trainer.settings.tree import RunConfig
 from trainer.track.follow import Follower
 from trainer.track.place import Away, Options, Place
-
-Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
