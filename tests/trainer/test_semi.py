@@ -419,6 +419,24 @@ def test_two_workers_end_in_the_bits_of_one(photos: Path, unlabelled: Path, tmp_
     assert result["history"]["unlabelled"] == one.result["history"]["unlabelled"]
 
 
+def test_two_workers_under_ddp_learn_what_the_ordered_sum_does(photos: Path, unlabelled: Path, tmp_path: Path) -> None:
+    """Each worker carries one virtual rank, so both add up the same parts, in another order: guesses and thresholds over both workers."""
+    flags = ("--train.epochs", "4", "--train.semi", "freematch", "--train.precision", "fp32", "--data.unlabelled")
+    ordered = run_of(tmp_path / "ordered", photos, *flags, str(unlabelled))
+    assert ordered.live()
+    words = ["--data.path", str(photos), *BATCHES, *TINY, *flags, ordered.config.data.unlabelled, "--train.reduction", "ddp"]
+    ddp = subprocess.run(
+        [sys.executable, "-m", "tests.trainer.lives", str(tmp_path / "ddp"), *words], capture_output=True, text=True, check=False
+    )
+    assert ddp.returncode == 0, ddp.stderr
+    found, wanted = json.loads(ddp.stdout.splitlines()[-1])["result"]["history"]["unlabelled"], ordered.result["history"]["unlabelled"]
+    assert found["unlabelled_count"] == wanted["unlabelled_count"] == 24, "of both workers"
+    assert found.keys() == wanted.keys()
+    for key in found:  # another order of additions may move a guess that is at a threshold
+        is_share = not isinstance(found[key], list) and wanted[key] <= 1
+        assert found[key] == pytest.approx(wanted[key], abs=0.06 if is_share else 1.01), key
+
+
 def test_a_run_without_the_images_is_another_and_has_no_trace_of_them(photos: Path, unlabelled: Path, tmp_path: Path) -> None:
     flags = ("--train.epochs", "2", "--train.virtual-ranks", "1", "--train.accumulate", "2")
     alone = run_of(tmp_path / "alone", photos, *flags)
