@@ -21,8 +21,8 @@ COUNTED = (
     *("samples_seen", "quarantined", "dataset_fingerprint", "checkpoints", "parameters", "device", "threads_per_worker", "backend"),
     *("cache", "classes", "test_count"),
 )
-# Of config.toml: where this machine keeps things.
-PLACES = ("storage", "data.path", "data.root")
+# Of config.toml: where this machine keeps things, and what `auto` becomes on its CPU.
+OF_THIS_MACHINE = ("storage", "data.path", "data.root", "train.small_maps")
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "run": folder.name,
         "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
         "events": {event["event"]: dict.fromkeys(sorted(event), "there") for event in events(folder)},
-        "settings": {key: value for key, value in settings.items() if key not in PLACES},
+        "settings": {key: value for key, value in settings.items() if key not in OF_THIS_MACHINE},
         "summary": shape(summary),
         "counted": {key: summary[key] for key in COUNTED},
         "curves": columns(curves),
