@@ -129,6 +129,16 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="loss", kind="gauge", help="Mean training loss of the newest logged step."),
     Metric(name="learning_rate", kind="gauge", help="Learning rate of the newest logged step."),
     Metric(name="gradient_norm", kind="gauge", help="L2 norm of a step's gradient, before any clipping, every few seconds."),
+    Metric(
+        name="unlabelled_used_ratio",
+        kind="gauge",
+        help="Of the images without labels, those whose guess counts by more than one half, over all ranks, in the newest logged step.",
+    ),
+    Metric(
+        name="unlabelled_weight_ratio",
+        kind="gauge",
+        help="Mean of what guesses at images without labels count, over all ranks, in the newest logged step.",
+    ),
     Metric(name="images_per_second", kind="gauge", help="Images this rank trained on a second, over the newest logged interval."),
     Metric(name="step_seconds", kind="histogram", help="Wall time of a step.", buckets=STEP_BUCKETS),
     Metric(name="data_wait_seconds_total", kind="counter", help="Time steps waited for a batch."),

@@ -327,6 +327,18 @@ RUN = Dashboard(
                     log_scale=True,
                 ),
                 Panel(
+                    title="Guesses at images without labels",
+                    description=(
+                        "Of the images of data.unlabelled: those whose guess counts by more than one half, and the mean of what guesses "
+                        "count. Near 0 nothing is learned from them."
+                    ),
+                    queries=(
+                        Query(expr=f"max({{unlabelled_used_ratio}}{R})", legend="count by more than half", needs="unlabelled"),
+                        Query(expr=f"max({{unlabelled_weight_ratio}}{R})", legend="mean weight", needs="unlabelled"),
+                    ),
+                    unit="percentunit",
+                ),
+                Panel(
                     title="Epoch and steps",
                     description="Epochs as a fraction. It goes back where an attempt begins again from a checkpoint.",
                     queries=(Query(expr=f"max({{epoch}}{R})", legend="epoch"),),

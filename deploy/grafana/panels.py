@@ -18,6 +18,7 @@ Needs = Literal[
     "down target",
     "evaluation",
     "validation",
+    "unlabelled",
     "peak",
     "failure",
     "resize",
@@ -28,7 +29,7 @@ Needs = Literal[
     "dcgm",
 ]
 """What a query needs besides a run's first steps and commit in order to have data: nothing, a GPU, a quarantined sample, a firing alert,
-a process that does not answer, a first evaluation, a validation split, a device whose peak is known, a failure and the restart after it, a
+a process that does not answer, a first evaluation, a validation split, images without labels, a device whose peak is known, a failure and the restart after it, a
 change of the number of workers, the run's end, its first hour to be over, the metrics of Ray itself, of a node exporter, of a DCGM
 exporter."""
 Kind = Literal["stat", "state", "timeseries", "bargauge", "table"]

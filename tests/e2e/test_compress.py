@@ -26,7 +26,7 @@ def words_of(run: Path, storage: Path) -> list[str]:
     return [
         *(str(run), "--storage", str(storage), "--run", "job", "--workers", "1"),
         *("--prune", "0.5", "--multiple", "1", "--teach", "--int8", "--max-drop", "100", "--calls", "3"),
-        *("--train.max-steps", "12", "--train.checkpoint-every", "2", "--cluster.threads-per-worker", "1"),
+        *("--train.max-steps", "60", "--train.checkpoint-every", "2", "--cluster.threads-per-worker", "1"),
     ]
 
 

@@ -2,23 +2,45 @@
 
 import io
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
 
+from cluster.metrics import Metrics
 from tests.trainer.test_meter import stats_of
+from trainer.learn.semi import COUNT, NUMBERS, USED, WEIGHT
 from trainer.rank.history import Curves, History, Speed
-from trainer.rank.observers import BeatStats, Comparison, CurveLog, FirstStep
+from trainer.rank.observers import BeatStats, Comparison, CurveLog, FirstStep, GuessWatch
 from trainer.rank.step_plan import StepPlan
 from trainer.settings.tree import ModelConfig, RunConfig, TrainConfig
 from trainer.tasks.info import CLASSIFICATION, Measure, TaskInfo
 
 TAGGING = TaskInfo(name="multilabel", measures=(Measure(name="map", title="mAP"), Measure(name="f1", title="F1")), panels=())
+
+
+def test_what_guesses_come_to_is_in_the_curves_row_of_the_step_and_told_to_prometheus() -> None:
+    metrics, semi = Metrics("run", 0, 1), SimpleNamespace(newest=torch.zeros(NUMBERS))
+    watch = GuessWatch(semi, StepPlan.of(RunConfig(), 10, start_step=0), metrics)  # type: ignore[arg-type]
+    for step, (count, used, weight) in enumerate([(10.0, 4.0, 5.0), (0.0, 0.0, 0.0), (8.0, 8.0, 2.0)]):
+        semi.newest = torch.zeros(NUMBERS)
+        semi.newest[[COUNT, USED, WEIGHT]] = torch.tensor([count, used, weight])
+        watch.stepped(stats_of(step))
+    assert "unlabelled_used_ratio{" not in generate_latest(metrics.registry).decode(), "before a loss has arrived"
+    assert watch.at(0) == {"unlabelled_used": pytest.approx(0.4), "unlabelled_weight": pytest.approx(0.5)}
+    assert watch.at(1) == {"unlabelled_used": 0, "unlabelled_weight": 0}, "a step without such images"
+    assert watch.at(2) == {"unlabelled_used": 1, "unlabelled_weight": 0.25}
+    assert watch.at(2) == {}
+    told = generate_latest(metrics.registry).decode()
+    for name, value in (("used", "1.0"), ("weight", "0.25")):
+        assert re.search(rf"^finetune_unlabelled_{name}_ratio{{[^}}]*}} {value}$", told, re.M)
 
 
 class Calls:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from cluster.beat import COMPILING, STEP
 from cluster.heartbeat import Heartbeat
+from cluster.metrics import Metrics
 from cluster.verify import WeightsCheck
 from trainer.learn.build import Learner
 from trainer.learn.semi import COUNT, USED, WEIGHT, Semi
@@ -119,11 +120,11 @@ class StepProfile:
 
 
 class GuessWatch:
-    """Follows what the guesses at unlabelled images come to, in the steps that have a row in the run's curves. On all ranks, as all
-    observers; it must be shown a step before CurveLog is."""
+    """Follows what the guesses at unlabelled images come to, in the steps that have a row in the run's curves, and tells Prometheus. On all
+    ranks, as all observers; it must be shown a step before CurveLog is."""
 
-    def __init__(self, semi: Semi, plan: StepPlan) -> None:
-        self._semi, self._every = semi, curve_every(plan)
+    def __init__(self, semi: Semi, plan: StepPlan, metrics: Metrics) -> None:
+        self._semi, self._every, self._metrics = semi, curve_every(plan), metrics
         self._late: dict[int, tuple[Arriving, ...]] = {}
 
     def stepped(self, stats: StepStats) -> None:
@@ -136,7 +137,12 @@ class GuessWatch:
     def at(self, step: int) -> dict[str, float]:
         """Columns of the curves for a step whose loss has arrived; the numbers are right behind it."""
         known = self._late.pop(step, None)
-        return dict(zip(GUESS_CURVES, (each.wait() for each in known), strict=True)) if known is not None else {}
+        if known is None:
+            return {}
+        found = dict(zip(GUESS_CURVES, (each.wait() for each in known), strict=True))
+        for name, value in found.items():
+            self._metrics.set(f"{name}_ratio", value)
+        return found
 
 
 def curve_every(plan: StepPlan) -> int:

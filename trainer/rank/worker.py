@@ -86,7 +86,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
         me, data, learner, plan, history=memory.history, mean=mean, storage=storage, split=watched, rule=rule, on_begin=profile.cut
     )
     observers: list[Observer] = [FirstStep(me, plan.start_step), guard, totals, memory.history, mean, profile, speed, saver, meter]
-    guesses = GuessWatch(learner.semi, plan) if learner.semi is not None else None
+    guesses = GuessWatch(learner.semi, plan, me.metrics) if learner.semi is not None else None
     if guesses is not None:
         observers.append(guesses)
     observers.append(CurveLog(memory.curves, speed, plan, attempt=spec.attempt, guesses=guesses))
