@@ -93,7 +93,7 @@ def test_images_are_enough_and_a_smaller_model_is_taught_and_trained_for_int8(tm
     settings = {name: started_with(located(str(storage / "job" / name))) for name in ("whole", "distilled", "aware")}
     assert settings["distilled"].train.teacher.startswith(str(storage / "job" / "whole"))
     assert settings["aware"].train.quantise == "int8"
-    assert settings["aware"].model.weights == str(storage / "job" / "distilled")
+    assert settings["aware"].model.weights == str(storage / "job" / "distilled" / "model" / "model.safetensors")
     assert settings["aware"].train.teacher == settings["distilled"].train.teacher
     assert settings["aware"].model.name == "shufflenet_v2_x0_5"
     rows = {row["stage"]: row for row in found["stages"]}
