@@ -29,9 +29,9 @@ Needs = Literal[
     "dcgm",
 ]
 """What a query needs besides a run's first steps and commit in order to have data: nothing, a GPU, a quarantined sample, a firing alert,
-a process that does not answer, a first evaluation, a validation split, images without labels, a device whose peak is known, a failure and the restart after it, a
-change of the number of workers, the run's end, its first hour to be over, the metrics of Ray itself, of a node exporter, of a DCGM
-exporter."""
+a process that does not answer, a first evaluation, a validation split, images without labels, a device whose peak is known, a failure and
+the restart after it, a change of the number of workers, the run's end, its first hour to be over, the metrics of Ray itself, of a node
+exporter, of a DCGM exporter."""
 Kind = Literal["stat", "state", "timeseries", "bargauge", "table"]
 """A `state` is a stat that shows a series' name in place of its value."""
 Unit = Literal["short", "none", "percentunit", "s", "bytes", "Bps", "watt", "images/s", "steps/s", "celsius", "hertz"]

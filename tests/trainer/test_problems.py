@@ -19,7 +19,7 @@ from dataio.scan import GLANCE_BYTES, Looked, look_at, scan
 from dataio.schema import Target, single_label
 from trainer.drive.check import Checked, Refused
 from trainer.drive.dry_run import dry_run
-from trainer.drive.problems import CHECKS, Facts, Room, problems_of, refuse
+from trainer.drive.problems import CHECKS, Facts, Room, problems_of, refuse, said_of_norms
 from trainer.drive.set_up import SetUp
 from trainer.drive.stages import Asked, Environment
 from trainer.drive.start import look_first
@@ -173,6 +173,27 @@ def test_every_check_has_a_case_above() -> None:
 
 def test_a_run_that_was_begun_keeps_the_warm_up_that_it_began_with() -> None:
     assert problems_of(replace(LONG_WARM_UP, is_new=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("momentum", "steps", "said"),
+    [
+        (0.01, 440, ["after this run's 440 steps 1.2 % of its statistics are still those of the beginning", "Train 688 steps or more"]),
+        (0.01, 687, ["0.1 % of its statistics"]),
+        (0.01, 688, []),
+        (0.1, 160, []),
+        (0.1, 40, ["after this run's 40 steps 1.5 %"]),
+        (0.0, 10, []),
+        (0.1, None, []),
+    ],
+)
+def test_a_model_from_nothing_whose_norms_are_too_slow_for_the_run_is_told(momentum: float, steps: int | None, said: list[str]) -> None:
+    model = replace(MODEL, norm_momentum=momentum)
+    found = said_of_norms(RunConfig(), model, steps)
+    assert len(found) == bool(said)
+    assert all(part in found[0] for part in said)
+    assert said_of_norms(replace(RunConfig(), train=TrainConfig(max_steps=5)), model, 5) == [], "a run cut short is a trial"
+    assert said_of_norms(RunConfig(), None, steps) == []
 
 
 def test_all_problems_make_one_message() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainer.learn.state import weights_sha256
-from trainer.models.vision import Preprocess, WeightsError, build_model, head_of, replace_head
+from trainer.models.vision import Preprocess, WeightsError, build_model, head_of, least_momentum, replace_head
 from trainer.settings.tree import ModelConfig
 
 
@@ -421,3 +421,10 @@ def test_preprocessing_saves_nothing_and_takes_an_empty_batch() -> None:
 def test_a_std_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data.std"):
         Preprocess(mean=(0, 0, 0), std=(1, 0, 1))
+
+
+def test_the_slowest_norm_is_found() -> None:
+    assert least_momentum(torchvision.models.mobilenet_v3_small(weights=None)) == 0.01
+    assert least_momentum(torchvision.models.resnet18(weights=None)) == 0.1
+    assert least_momentum(torchvision.models.vit_b_32(weights=None)) == 0
+    assert least_momentum(nn.Sequential(nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, track_running_stats=False))) == 0

@@ -49,6 +49,8 @@ class Checked:
     """Of its parameters and buffers: a checkpoint holds them, some of them more than once."""
     notes: tuple[str, ...] = ()
     """What was decided about its weights, for the user."""
+    norm_momentum: float = 0.0
+    """The smallest momentum of its BatchNorms, if all of the model begins at random; 0: it does not, or has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +127,7 @@ def built(question: Question) -> Checked | Refused:
     from trainer.learn.depth import depths_of
     from trainer.learn.own import try_own
     from trainer.learn.teacher import try_teacher
-    from trainer.models.vision import has_depthwise, head_of
+    from trainer.models.vision import has_depthwise, head_of, least_momentum
     from trainer.tasks.make import make_task
 
     notes = _Notes()
@@ -140,7 +142,13 @@ def built(question: Question) -> Checked | Refused:
         if question.teacher:
             try_teacher(question.teacher, task, image_hw=question.image_size)
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        return Checked(has_depthwise=has_depthwise(model), task=task.info, weights_bytes=weights_bytes, notes=tuple(notes.lines))
+        return Checked(
+            has_depthwise=has_depthwise(model),
+            task=task.info,
+            weights_bytes=weights_bytes,
+            notes=tuple(notes.lines),
+            norm_momentum=least_momentum(model) if question.model.weights == "none" else 0.0,
+        )
     except ValueError as error:
         return Refused(kind="value", message=str(error))
     except OSError as error:

@@ -27,7 +27,7 @@ from trainer.drive.check import Checked, Refused, built
 from trainer.drive.data import about_choice
 from trainer.drive.identity import check_same_run, resolved, run_prefix
 from trainer.drive.plan import Devices, ModelFacts, counted, describe, model_facts, table
-from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, with_balance, with_length
+from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, said_of_norms, total_steps, with_balance, with_length
 from trainer.drive.stages import question_of_facts
 from trainer.drive.survey import survey
 from trainer.settings.fields import replaced
@@ -70,6 +70,8 @@ def dry_run(
         tell(line)
     facts, counts = with_model(facts)
     for line in facts.model.notes if isinstance(facts.model, Checked) else ():
+        tell(line)
+    for line in said_of_norms(facts.config, facts.model, total_steps(facts)):
         tell(line)
     if counts is not None:
         facts = _with(facts, lambda: _decided(facts.config, counts, gpus, tell))

@@ -47,7 +47,7 @@ from trainer.drive.identity import (
     resolved,
     run_prefix,
 )
-from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, with_length
+from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, said_of_norms, with_length
 from trainer.drive.record import bit_changes, identity_of, record_of, told_bit_changes, told_threads
 from trainer.drive.set_up import SetUp
 from trainer.drive.signals import Phase, Signals
@@ -64,7 +64,7 @@ from trainer.settings.length import length_of
 from trainer.settings.photos import RECIPE, choice_of
 from trainer.settings.rules import worker_count
 from trainer.settings.second_stream import check_unlabelled
-from trainer.settings.spec import RANK_MODULES, make_order
+from trainer.settings.spec import RANK_MODULES, make_order, order_of, total_steps_of
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
 
@@ -361,7 +361,8 @@ def decide(
     checked = checked or ModelCheck(zygote, placed.question).wait()
     rule_of(placed.config.train, checked.task)  # ValueError if the task has no such measure
     if placed.found.is_new:
-        for line in checked.notes:
+        steps = total_steps_of(placed.config, order_of(placed.config, data.dataset.manifest, placed.workers).steps_per_epoch)
+        for line in (*checked.notes, *said_of_norms(placed.config, checked, steps)):
             tell(line)
     weights_bytes = checked.weights_bytes
     set_up.call("the room for checkpoints", lambda: check_room(data.storage, placed.config, weights_bytes, tell))

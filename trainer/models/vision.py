@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.models.architecture import architecture, one_line, size_fix
 from trainer.models.narrow import narrow
@@ -66,6 +67,12 @@ def build_model(
 def has_depthwise(model: nn.Module) -> bool:
     """Whether the model has depthwise convolutions: one filter per channel."""
     return any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in model.modules())
+
+
+def least_momentum(model: nn.Module) -> float:
+    """The smallest momentum with which one of the model's BatchNorms follows its statistics; 0 if it has none that does so."""
+    momenta = [norm.momentum for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    return min((each for each in momenta if each is not None), default=0.0)
 
 
 def head_of(model: nn.Module) -> tuple[str, Head]:
