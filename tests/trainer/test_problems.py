@@ -17,7 +17,7 @@ from dataio.manifest import Manifest, SplitInfo
 from dataio.quarantine import BadSample
 from dataio.scan import GLANCE_BYTES, Looked, look_at, scan
 from dataio.schema import Target, single_label
-from trainer.drive.check import Checked, Refused
+from trainer.drive.check import Checked, Refused, begins_at_random
 from trainer.drive.dry_run import dry_run
 from trainer.drive.problems import CHECKS, Facts, Room, problems_of, refuse, said_of_norms
 from trainer.drive.set_up import SetUp
@@ -25,7 +25,7 @@ from trainer.drive.stages import Asked, Environment
 from trainer.drive.start import look_first
 from trainer.drive.survey import survey
 from trainer.settings.spec import RANK_MODULES
-from trainer.settings.tree import DataConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.settings.tree import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.tasks.info import CLASSIFICATION
 
 QUIET = Console(quiet=True)
@@ -194,6 +194,12 @@ def test_a_model_from_nothing_whose_norms_are_too_slow_for_the_run_is_told(momen
     assert all(part in found[0] for part in said)
     assert said_of_norms(replace(RunConfig(), train=TrainConfig(max_steps=5)), model, 5) == [], "a run cut short is a trial"
     assert said_of_norms(RunConfig(), None, steps) == []
+
+
+def test_only_a_librarys_model_without_weights_begins_at_random() -> None:
+    assert begins_at_random(ModelConfig(weights="none"))
+    assert not begins_at_random(ModelConfig(weights="imagenet"))
+    assert not begins_at_random(ModelConfig(name="mine:build", weights="none")), "it may come with weights"
 
 
 def test_all_problems_make_one_message() -> None:

@@ -116,6 +116,11 @@ class _Notes(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+def begins_at_random(model: ModelConfig) -> bool:
+    """Whether no weights are known to be in it. A model of the user's own may come with some."""
+    return model.weights == "none" and ":" not in model.name
+
+
 def answer(descriptors: list[int]) -> None:
     """Entry point of the forked process: reads one question and sends one answer."""
     connection = Connection(descriptors[0])
@@ -147,7 +152,7 @@ def built(question: Question) -> Checked | Refused:
             task=task.info,
             weights_bytes=weights_bytes,
             notes=tuple(notes.lines),
-            norm_momentum=least_momentum(model) if question.model.weights == "none" else 0.0,
+            norm_momentum=least_momentum(model) if begins_at_random(question.model) else 0.0,
         )
     except ValueError as error:
         return Refused(kind="value", message=str(error))

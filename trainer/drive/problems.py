@@ -332,7 +332,7 @@ def total_steps(facts: Facts) -> int | None:
         return None
 
 
-def said_of_norms(config: RunConfig, model: object, steps: int | None) -> list[str]:
+def said_of_norms(config: RunConfig, model: Checked | Refused | None, steps: int | None) -> list[str]:
     """What the user should know of a model that begins at random, and whose tests would be of what it began with."""
     if not isinstance(model, Checked) or not model.norm_momentum or not steps or config.train.max_steps:
         return []

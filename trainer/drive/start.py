@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -128,9 +128,13 @@ def run(asked: Asked, console: Console, signals: Signals) -> int:
             begun = without_ray.begun(begin(decided, asked.environment, console, set_up))
             session = open_session(decided, begun, zygote=zygote_name, console=console)
             folder = RunFolder(storage=decided.storage, name=decided.config.run)
-            told = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-            with tracked(decided.config, folder, signals, told):
+            with tracked(decided.config, folder, signals, telling(console)):
                 return Drive(session, begun.start, signals).go()
+
+
+def telling(console: Console) -> Callable[[str], None]:
+    """Prints a line as it is, whatever is in it."""
+    return partial(console.print, soft_wrap=True, markup=False, highlight=False)
 
 
 def unusual(folder: str) -> Iterator[str]:
@@ -326,7 +330,7 @@ def show_finished(placed: Placed, console: Console, signals: Signals) -> int:
     report = complete(folder, summary, placed.data.dataset, console)
     console.print(final_table(summary, report=report, predict=predict_command(folder.location)), soft_wrap=True)
     signals.enter(Phase.OVER)
-    with tracked(config, folder, signals, partial(console.print, soft_wrap=True, markup=False, highlight=False)):
+    with tracked(config, folder, signals, telling(console)):
         return 0
 
 
@@ -347,7 +351,7 @@ def decide(
     from cluster.preflight import on_every_node, preflight
 
     data, location = placed.data, placed.data.location
-    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    tell = telling(console)
     use_gpus = resources.gpus_per_worker > 0
     threads = told_threads(data.asked.config, device="cuda" if use_gpus else "cpu", threads=resources.threads_per_worker)
     for line in (*placed.said, *threads):
@@ -403,7 +407,7 @@ def begin(decided: Decided, environment: Environment, console: Console, set_up: 
     start = set_up.call("the run's checkpoints", partial(start_of_claimed, decided, store, journal, console))
     settings = redact(to_toml(config)).encode()
     set_up.call("config.toml", partial(storage.write_atomic, f"{config.run}/config.toml", settings))
-    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    tell = telling(console)
     set_up.call("quarantine.jsonl", partial(record_left_out, storage, config.run, decided.dataset, tell, decided.second))
     journal.write(
         "run_started",
