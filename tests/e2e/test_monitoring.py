@@ -118,6 +118,7 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
     watch = Watch(server, "watched")
     run = Run(
         *("--workers", "2", "--train.epochs", "1000", "--data.cache", "none", *common),
+        *("--data.unlabelled", str(images / "test")),
         storage=tmp_path / "runs",
         name="watched",
         data=data,
