@@ -12,9 +12,9 @@ copies       50 training images once more in training, and 20 of them in the tes
              others resized, compressed or mirrored, or several of these
 
 For wrong labels the audit ranks all training images; what is judged is the 5 % that it doubts most. A person looks at these and corrects
-the wrong ones (`data.corrections`); then runs with the labels as they were, with the planted ones and with the corrected ones are compared
-on the test images, in turns. For copies what is judged is findings.json: an image counts as falsely found if it is in a group without a
-planted copy. Fashion-MNIST has such pairs of its own.
+the wrong ones (`data.corrections`); then runs with the labels as they were (once for both kinds), with the planted ones and with the
+corrected ones are compared on the test images, in turns. For copies what is judged is findings.json: an image counts as falsely found if it
+is in a group without a planted copy. Fashion-MNIST has such pairs of its own.
 
 `--keep` keeps the folders, and the same command goes on there. An audit and a run cost the same as outside of a benchmark.
 """
@@ -180,13 +180,14 @@ def judged_copies(findings: Mapping[str, Any], planted: Sequence[Row], images: i
 def measured_labels(
     case: str, place: Path, found: Mapping[str, Sequence[Picture]], names: Sequence[str], *, folds: int, seeds: int, flags: Sequence[str]
 ) -> Row:
-    """What an audit doubts, and what correcting that is worth."""
+    """What an audit doubts, and what correcting that is worth. The runs with the labels as they were are those of all cases."""
     wrong = flipped([picture.label for picture in found["train"]], case, len(names))
-    for folder, planted in (("noisy", wrong), ("clean", {})):
-        if not (place / folder / "done").is_file():
-            lay_out(place / folder / "images", found, names, planted)
-            (place / folder / "done").touch()
-    data = ["--data.root", str(place / "root"), *flags]
+    clean = place.parent / "clean"
+    for folder, planted in ((place / "noisy", wrong), (clean, {})):
+        if not (folder / "done").is_file():
+            lay_out(folder / "images", found, names, planted)
+            (folder / "done").touch()
+    data = ["--data.root", str(place.parent / "root"), *flags]
     noisy = ["--data.path", str(place / "noisy" / "images")]
     done = run_process(
         ["-m", "trainer.audit", *noisy, *data, "--folds", str(folds), "--out", str(place / "audit")], timeout_seconds=SECONDS
@@ -196,17 +197,18 @@ def measured_labels(
     corrections = place / "corrections.csv"
     corrections.write_text(corrections_of(right, names))
     cases = {
-        "clean": ["--data.path", str(place / "clean" / "images")],
+        "clean": ["--data.path", str(clean / "images")],
         "noisy": noisy,
         "corrected": [*noisy, "--data.corrections", str(corrections)],
     }
     accuracies: dict[str, list[float]] = {name: [] for name in cases}
     for seed in range(seeds):
         for name, words in cases.items():
-            run = f"{name}-{seed}"
-            arguments = [*words, *data, "--storage", str(place / "runs"), "--run", run, "--train.seed", str(seed)]
+            run, storage = f"{name}-{seed}", (clean if name == "clean" else place) / "runs"
+            arguments = [*words, *data, "--storage", str(storage), "--run", run, "--train.seed", str(seed)]
             run_process(["-m", "trainer.run", *arguments], timeout_seconds=SECONDS).checked()
-            accuracies[name].append(json.loads((place / "runs" / run / "summary.json").read_text())["test_accuracy"])
+            accuracies[name].append(json.loads((storage / run / "summary.json").read_text())["test_accuracy"])
+            print(f"{case}: {run} {accuracies[name][-1]:.2%}", file=sys.stderr, flush=True)
     return {
         "planted": len(wrong),
         "images": len(keys),

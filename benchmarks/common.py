@@ -43,6 +43,42 @@ def interleave(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
             yield number, name
 
 
+class Kept:
+    """What was measured already. With a file (`--keep`) each new row is added to it, and the same command goes on there after an end of any
+    kind; without, a row is known in this process alone."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._rows: dict[str, Any] = {}
+        if file is not None and file.exists():
+            whole, _, torn = file.read_text().rpartition("\n")
+            if torn:  # the end came while it was written
+                file.write_text(f"{whole}\n" if whole else "")
+            for line in whole.splitlines():
+                kept = json.loads(line)
+                self._rows[_key(kept["key"])] = kept["row"]
+
+    def known_or(self, key: Any, measure: Callable[[], Any]) -> Any:
+        """The row of `key`, JSON-able, which is all that it depends on: the known one, or `measure`'s, which is told and kept."""
+        if (name := _key(key)) not in self._rows:
+            row = self._rows[name] = measure()
+            print(f"{name}: {row}", file=sys.stderr, flush=True)
+            if self._file is not None:
+                with self._file.open("a") as file:
+                    file.write(json.dumps({"key": key, "row": row}) + "\n")
+        return self._rows[name]
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else json.dumps(key, sort_keys=True)
+
+
+def add_keep(parser: argparse.ArgumentParser) -> None:
+    """`--keep FILE`, for `Kept`."""
+    told = "keeps what was measured: the same command, or one for more, goes on there"
+    parser.add_argument("--keep", type=Path, metavar="FILE", help=told)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taken:
     """Time that something took."""
@@ -258,7 +294,10 @@ def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def described(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The context of a result. Call it before measuring, so that `load_average` shows what else the machine was doing."""
+    """The context of a result. Call it before measuring, so that `load_average` shows what else the machine was doing. From here on SIGTERM
+    and SIGHUP end the benchmark as Ctrl-C does: with the processes that it started, which measure nothing any more."""
+    for name_of_signal in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name_of_signal, signal.default_int_handler)
     return {
         "benchmark": name,
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *told_words(sys.argv[1:])]),

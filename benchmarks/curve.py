@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.common import add_arguments, described, finish, parser_of, run_process, target
+from benchmarks.common import Kept, add_arguments, add_keep, described, finish, parser_of, run_process, target
 from benchmarks.learning.tasks import NAMES, fashion_mnist, write_idx
 from trainer.curve.power_law import LEVEL, CannotTell, Point, fitted
 from trainer.runs.certainty import wilson
@@ -245,19 +245,7 @@ def real_case(number: int, folder: Path, *, images: int, tested: int, flags: Seq
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    keep: Path | None = options.keep
-    kept = {row["key"]: row["row"] for row in map(json.loads, keep.read_text().splitlines())} if keep is not None and keep.exists() else {}
-
-    def known_or(key: str, make: Any) -> dict[str, Any]:
-        if key not in kept:
-            kept[key] = make()
-            print(f"{key}: {kept[key]}", file=sys.stderr, flush=True)
-            if keep is not None:
-                with keep.open("a") as file:
-                    file.write(json.dumps({"key": key, "row": kept[key]}) + "\n")
-        row: dict[str, Any] = kept[key]
-        return row
-
+    kept = Kept(options.keep)
     pictures: list[Pictures] = []
 
     def features_case(case: Case) -> dict[str, Any]:
@@ -268,11 +256,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     rows = {
         "features": [
-            known_or(f"features {case.seed}", lambda case=case: features_case(case))  # type: ignore[misc]
+            kept.known_or(f"features {case.seed}", lambda case=case: features_case(case))  # type: ignore[misc]
             for case in cases_of(options.cases, train=options.train, test=options.test, seed=options.seed)
         ],
         "runs": [
-            known_or(
+            kept.known_or(
                 f"runs {number}",
                 lambda number=number: real_case(  # type: ignore[misc]
                     number, folder, images=options.run_images, tested=options.run_tested, flags=options.flags
@@ -323,7 +311,7 @@ def main() -> int:
     parser.add_argument("--run-images", type=int, default=2000, help="training images of a case of the series runs (%(default)s)")
     parser.add_argument("--run-tested", type=int, default=2000, help="test images of it (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
-    parser.add_argument("--keep", type=Path, help="a file that keeps what was measured: the same command goes on there")
+    add_keep(parser)
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=list(RUN_FLAGS), help="settings of the real runs, last of all")
     add_arguments(parser)
     options = parser.parse_args()

@@ -89,12 +89,15 @@ def kill_and_resume(run: str, images: Path, out: Path, count: int, kills: int) -
             command_of(run, images, out), cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         wanted = kill / (kills + 1) * count
-        while process.poll() is None and (answered := rows_in(out)) < wanted:
-            time.sleep(0.5)
-        if process.poll() is not None:
-            raise RuntimeError("the job ended before it was to be killed; ask for more --images")
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            while process.poll() is None and (answered := rows_in(out)) < wanted:
+                time.sleep(0.5)
+            if process.poll() is not None:
+                raise RuntimeError("the job ended before it was to be killed; ask for more --images")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         killed_at.append(answered)
         seconds += time.monotonic() - began
     began = time.monotonic()

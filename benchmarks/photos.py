@@ -41,7 +41,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.common import add_arguments, described, finish, parser_of, run_process, target
+from benchmarks.common import Kept, add_arguments, add_keep, described, finish, parser_of, run_process, target
 from benchmarks.timm_weights import write_weights
 from trainer.tasks.predictions import Predictions
 
@@ -209,23 +209,19 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     write_weights(folder / TIMMS_WEIGHTS, package=WEIGHTS)
     cases = (OURS, *(name for name in PEERS if name in options.cases))
     rows: dict[str, list[Row]] = {name: [] for name in cases}
-    keep: Path | None = options.keep
-    kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep is not None and keep.exists() else []
-    known = {(row["name"], row["seed"], tuple(row["flags"])): row["row"] for row in kept}
+    kept = Kept(options.keep)
     epochs = 0
     for seed in range(options.seeds):
         for name in cases:  # ours first: it chooses the epochs
             flags = options.ours if name == OURS else PEERS[name]
-            if (row := known.get((name, seed, tuple(flags)))) is None:
+
+            def run(name: str = name, seed: int = seed, flags: Sequence[str] = flags, epochs: int = epochs) -> Row:
                 place = folder / f"{seed}-{cases.index(name)}"
                 if name == OURS:
-                    row = ours(folder, seed, place, flags)
-                else:
-                    row = timms(options.timm_script.resolve(), folder, seed, place, epochs=epochs, flags=flags)
-                print(f"seed {seed}  {name}: {row}", file=sys.stderr, flush=True)
-                if keep is not None:
-                    with keep.open("a") as file:
-                        file.write(json.dumps({"name": name, "seed": seed, "flags": list(flags), "row": row}) + "\n")
+                    return ours(folder, seed, place, flags)
+                return timms(options.timm_script.resolve(), folder, seed, place, epochs=epochs, flags=flags)
+
+            row = kept.known_or({"name": name, "seed": seed, "flags": list(flags)}, run)
             epochs = row["epochs"] if name == OURS else epochs
             rows[name].append(row)
     return {
@@ -278,7 +274,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=STAMPS, help="class folders (%(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--cases", nargs="+", choices=[*PEERS], default=[*PEERS], help="timm's runs beside ours (all)")
-    parser.add_argument("--keep", type=Path, help="a file that keeps what was measured: the same command goes on there")
+    add_keep(parser)
     parser.add_argument("--ours", type=str.split, default=[], help="more flags for our run, to try other settings ('')")
     add_arguments(parser)
     options = parser.parse_args()

@@ -1,6 +1,7 @@
 """Do images without labels help? Few labelled images of Fashion-MNIST with and without the others, by paired seeds.
 
-    python -m benchmarks.unlabelled [--labels 4 25 100] [--seeds N] [--methods softmatch ...] [--steps N] [--small] [--json] [--out FILE]
+    python -m benchmarks.unlabelled [--labels 4 25 100] [--seeds N] [--methods softmatch ...] [--steps N] [--small] [--keep FILE]
+                                    [--json] [--out FILE]
 
 One process, no Ray. The quickstart's network and weights learn N labelled images of each of the ten classes; with `data.unlabelled` they
 also see others without their labels, as many a step as labelled ones. The peer is the supervised control: the same labelled images, seed
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.bare import decided, loader_of, refuse
-from benchmarks.common import add_arguments, described, finish, interleave, parser_of
+from benchmarks.common import Kept, add_arguments, add_keep, described, finish, interleave, parser_of
 from benchmarks.learning.measure import mean_interval, target_of, verdict_of
 from benchmarks.learning.tasks import NAMES, Arrays, fashion_mnist, write_idx
 from dataio.convert import prepared
@@ -145,19 +146,24 @@ def _both(labelled: Loader, unlabelled: Loader, first: int, last: int) -> Any:
     return paired(labelled.train(first, last), unlabelled.train(first, last))
 
 
-def measure(*, labels: Sequence[int], methods: Sequence[str], seeds: int, sizes: Sizes, threads: int, folder: Path) -> dict[str, Any]:
-    """All measurements in turns, and what they say; JSON-able."""
-    arrays = fashion_mnist()
+def measure(
+    *, labels: Sequence[int], methods: Sequence[str], seeds: int, sizes: Sizes, threads: int, folder: Path, keep: Path | None = None
+) -> dict[str, Any]:
+    """All measurements in turns, and what they say; JSON-able. `keep`: a file for `Kept`."""
+    arrays, kept = fashion_mnist(), Kept(keep)
     rows: dict[str, list[dict[str, float]]] = {}
     for seed, name in interleave([f"{count}/{method}" for count in labels for method in (CONTROL, *methods)], seeds):
         count, _, method = name.partition("/")
-        place = folder / f"{count}-{seed}"
-        if not place.exists():
-            few, others = divided(arrays, seed, int(count), sizes)
-            write_idx(place / "labelled", few)
-            write_idx(place / UNLABELLED, others)
-        rows.setdefault(name, []).append({"seed": seed, **trained(config_of(place, method, seed, sizes), threads=threads)})
-        print(name, rows[name][-1], file=sys.stderr, flush=True)
+
+        def run(count: int = int(count), method: str = method, seed: int = seed) -> dict[str, float]:
+            place = folder / f"{count}-{seed}"
+            if not place.exists():
+                few, others = divided(arrays, seed, count, sizes)
+                write_idx(place / "labelled", few)
+                write_idx(place / UNLABELLED, others)
+            return {"seed": seed, **trained(config_of(place, method, seed, sizes), threads=threads)}
+
+        rows.setdefault(name, []).append(kept.known_or({"case": name, "seed": seed, "sizes": dataclasses.asdict(sizes)}, run))
     cases = judged({name: sorted(each, key=lambda row: row["seed"]) for name, each in rows.items()})
     return {
         "seeds": seeds,
@@ -225,6 +231,7 @@ def main() -> int:
     parser.add_argument("--test", type=int, help=f"test images ({FULL.test}; {SMALL.test})")
     parser.add_argument("--small", action="store_true", help="for two cores")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
+    add_keep(parser)
     add_arguments(parser)
     options = parser.parse_args()
     sizes = sizes_of(options)
@@ -236,6 +243,7 @@ def main() -> int:
             sizes=sizes,
             threads=options.threads,
             folder=Path(folder),
+            keep=options.keep,
         )
     return finish(result, options, lines_of(result))
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import add_arguments, described, finish, parser_of
+from benchmarks.common import add_arguments, add_keep, described, finish, parser_of
 from benchmarks.learning.features import FEATURES
 from benchmarks.learning.measure import lines_of, measure
 from benchmarks.learning.tasks import FULL, SMALL, TASKS
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
     parser.add_argument("--full", action="store_true", help="the recipe's own size and length, all images; wants a GPU")
     parser.add_argument("--folder", type=Path, help="images in a folder for each class, for the task `folder`")
-    parser.add_argument("--keep", type=Path, help="a file that keeps what was measured: the same command goes on there")
+    add_keep(parser)
     add_arguments(parser)
     options = parser.parse_args()
     if unknown := sorted(set(options.features) - set(FEATURES)):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.bare import decided, loader_of
-from benchmarks.common import interleave, run_process, target
+from benchmarks.common import Kept, interleave, run_process, target
 from benchmarks.learning.features import Feature
 from benchmarks.learning.tasks import Sizes, Task
 from dataio.balance import class_counts
@@ -123,8 +123,7 @@ def measure(
     given: Path | None,
     keep: Path | None = None,
 ) -> dict[str, Any]:
-    """All measurements in turns, and what they say; JSON-able. `keep`: a file of rows that were measured already, and to which each new one
-    is added: a measurement that was ended goes on there."""
+    """All measurements in turns, and what they say; JSON-able. `keep`: a file for `Kept`."""
     data: dict[tuple[str, int], Path] = {}
     left_out = []
     for name, task in tasks.items():
@@ -135,23 +134,22 @@ def measure(
             data[name, seed] = path
     variants = {variant.name: variant for variant in variants_of(features, [name for name in tasks if name not in left_out])}
     rows: dict[str, dict[int, Row]] = {name: {} for name in variants}
-    for kept in kept_rows(keep):
-        if kept["sizes"] == list(sizes.flags) and kept["variant"] in rows:
-            rows[kept["variant"]][kept["seed"]] = kept["row"]
+    kept = Kept(keep)
     for seed, name in interleave(list(variants), seeds):
         variant = variants[name]
-        if seed in rows[name]:
-            continue
         flags = [*tasks[variant.task].at(sizes), *variant.flags, "--data.path", str(data[variant.task, seed])]
         flags += ["--data.root", str(folder / "converted")]
-        if variant.teacher is not None:
-            flags += ["--train.teacher", str(_taught(variant, flags, seed=seed, folder=folder / "teachers", sizes=sizes, tasks=tasks))]
-        place = folder / "runs" / f"{len(rows[name])}-{list(variants).index(name)}"
-        rows[name][seed] = run_whole(flags, seed=seed, folder=place) if variant.whole_run else trained(flags, seed=seed, threads=threads)
-        print(f"seed {seed}  {name}: {rows[name][seed]}", file=sys.stderr, flush=True)
-        if keep is not None:
-            with keep.open("a") as file:
-                file.write(json.dumps({"variant": name, "seed": seed, "sizes": list(sizes.flags), "row": rows[name][seed]}) + "\n")
+
+        def run(variant: Variant = variant, seed: int = seed, flags: Sequence[str] = flags) -> Row:
+            words = list(flags)
+            if variant.teacher is not None:
+                taught = _taught(variant, words, seed=seed, folder=folder / "teachers", sizes=sizes, tasks=tasks)
+                words += ["--train.teacher", str(taught)]
+            if variant.whole_run:
+                return run_whole(words, seed=seed, folder=folder / "runs" / f"{seed}-{list(variants).index(variant.name)}")
+            return trained(words, seed=seed, threads=threads)
+
+        rows[name][seed] = kept.known_or({"variant": name, "seed": seed, "sizes": list(sizes.flags)}, run)
     by_seed = {name: [each[seed] for seed in range(seeds)] for name, each in rows.items()}
     cases = list(cases_of(features, {name: task.measure for name, task in tasks.items() if name not in left_out}, by_seed))
     return {
@@ -181,13 +179,6 @@ def _taught(variant: Variant, flags: Sequence[str], *, seed: int, folder: Path, 
         row = run_whole([*tasks[variant.task].at(sizes), *(variant.teacher or ()), *data], seed=seed, folder=place)
         print(f"seed {seed}  {variant.task}: the teacher: {row}", file=sys.stderr, flush=True)
     return place / "measured"
-
-
-def kept_rows(keep: Path | None) -> list[dict[str, Any]]:
-    """The rows of a file that `measure` has kept; none if there is no such file."""
-    if keep is None or not keep.exists():
-        return []
-    return [json.loads(line) for line in keep.read_text().splitlines()]
 
 
 def cases_of(features: Sequence[Feature], measures: Mapping[str, str], rows: Mapping[str, Sequence[Row]]) -> Iterator[dict[str, Any]]:

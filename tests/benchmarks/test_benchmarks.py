@@ -3,11 +3,14 @@
 import contextlib
 import json
 import math
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -329,6 +332,49 @@ def test_a_loss_of_accuracy_is_counted_seed_by_seed_and_in_points(accuracies):
         assert found["targets"][0]["met"] is False
     if lost[-1] < compression.GOAL_POINTS:
         assert found["targets"][0]["met"] is True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_an_ended_benchmark_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
+    at = tmp_path / "pid"
+    measured = f"import os, pathlib, time; pathlib.Path({str(at)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    program = (
+        "import argparse; from benchmarks.common import described, run_process; described('x', argparse.Namespace(hardware='here'));"
+        f"run_process(['-c', {measured!r}], timeout_seconds=600)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "FINETUNE_INSIDE_BENCHMARK"}
+    benchmark = subprocess.Popen([sys.executable, "-c", program], cwd=common.PROJECT, env=environment, stderr=subprocess.PIPE)
+    while not at.exists() or not at.read_text():
+        assert benchmark.poll() is None
+        time.sleep(0.02)
+    benchmark.send_signal(number)
+    benchmark.communicate(timeout=60)
+    assert benchmark.returncode
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(at.read_text()), 0)
+
+
+def test_a_row_is_measured_once_over_commands_and_what_an_end_tore_is_measured_again(tmp_path: Path) -> None:
+    file = tmp_path / "rows"
+    asked: list[int] = []
+
+    def measured(number: int) -> dict[str, int]:
+        asked.append(number)
+        return {"number": number}
+
+    for numbers in ([1, 2], [2, 1, 3]):
+        kept = common.Kept(file)
+        assert [kept.known_or({"b": number, "a": 0}, lambda number=number: measured(number)) for number in numbers] == [
+            {"number": number} for number in numbers
+        ]
+    assert asked == [1, 2, 3]
+    with file.open("a") as torn:
+        torn.write('{"key": {"a": 0, "b": 4}, "ro')
+    kept = common.Kept(file)
+    kept.known_or({"a": 0, "b": 4}, lambda: measured(4))
+    assert common.Kept(file).known_or({"a": 0, "b": 4}, lambda: measured(5)) == {"number": 4}
+    assert asked == [1, 2, 3, 4]
+    assert common.Kept(None).known_or("a", lambda: measured(6)) == {"number": 6}
 
 
 def test_images_without_labels_are_judged_seed_by_seed_against_the_control_of_as_many_labels():
