@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from benchmarks.learning.tasks import TASKS
 
+EVERYWHERE = tuple(name for name in TASKS if name != "few")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feature:
@@ -13,7 +15,7 @@ class Feature:
     name: str
     on: tuple[str, ...]
     off: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = EVERYWHERE
     whole_run: bool = False
     """It lives outside the step and the evaluation (early stopping, best weights): measured by `trainer.run`, which costs Ray's start."""
     teacher: tuple[str, ...] | None = None
@@ -58,6 +60,9 @@ LISTED = (
         teacher=("--model.image-size", "96", "--train.epochs", "4"),  # as the recipe: 88 % where the student alone has some 80
         tasks=("quickstart", "noise"),
     ),
+    Feature(name="250_steps", on=("--train.epochs", "40"), off=("--train.epochs", "20"), tasks=("few",)),
+    Feature(name="500_steps", on=("--train.epochs", "80"), off=("--train.epochs", "20"), tasks=("few",)),
+    Feature(name="1000_steps", on=("--train.epochs", "160"), off=("--train.epochs", "20"), tasks=("few",)),
     Feature(name="weight_decay", on=("--optim.weight-decay", "0.0005"), off=("--optim.weight-decay", "0")),
 )
 FEATURES = {feature.name: feature for feature in LISTED}

@@ -3,6 +3,7 @@
 quickstart   the 2,000 images of Fashion-MNIST that are part of this repository, as in the recipe
 longtail     Fashion-MNIST whose classes shrink by a factor of 100 from the first to the last (Cao et al. 2019); all are tested alike
 noise        Fashion-MNIST of whose training labels 20 % are wrong, each any other class
+few          ten images of each class of Fashion-MNIST, by the recipe photos and what its rule chooses for a hundred images
 folder       pictures of many sizes in a folder for each class: --folder DIR, or Debian's tuxpaint-stamps-default, divided as in
              benchmarks/photos.py
 """
@@ -27,6 +28,7 @@ Arrays = dict[str, tuple[Images, Labels]]
 
 LONGTAIL_FACTOR = 100
 NOISE = 0.2
+FEW = 10
 NAMES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
@@ -109,6 +111,13 @@ def noisy(arrays: Arrays, seed: int, sizes: Sizes) -> Arrays:
     }
 
 
+def few(arrays: Arrays, seed: int, sizes: Sizes) -> Arrays:
+    images, labels = arrays["train"]
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = np.concatenate([order[labels[order] == label][:FEW] for label in range(len(NAMES))])
+    return {"train": (images[chosen], labels[chosen]), "t10k": _first(arrays["t10k"], sizes.test)}
+
+
 def write_idx(folder: Path, arrays: Arrays) -> Path:
     """As dataio.convert reads them, with the classes' names."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +164,17 @@ TASKS: Mapping[str, Task] = {
         Task(name="quickstart", measure="accuracy", make=_sample),
         Task(name="longtail", measure="balanced_accuracy", make=_made(longtailed)),
         Task(name="noise", measure="accuracy", make=_made(noisy)),
+        Task(
+            name="few",
+            measure="accuracy",
+            make=_made(few),
+            flags=(
+                *("--config", "photos", "--model.name", "timm/tf_efficientnet_lite0", "--model.weights", "package:efficientnet_lite0"),
+                *("--model.stem", "native", "--model.interpolation", "bicubic", "--model.image-size", "224", "--train.precision", "fp32"),
+                *("--data.batch-size", "16", "--optim.lr", "0.005", "--optim.warmup-fraction", "0.1", "--data.pad", "3"),
+            ),
+            small=("--model.image-size", "64", "--train.epochs", "20"),
+        ),
         Task(
             name="folder",
             measure="balanced_accuracy",

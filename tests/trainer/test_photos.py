@@ -21,7 +21,7 @@ from trainer.drive.stages import Asked, Environment, WithData
 from trainer.drive.start import place, with_data
 from trainer.settings.cli import Invocation, parse
 from trainer.settings.fields import declared, replaced, settings
-from trainer.settings.photos import CHOSEN, RATES_AT_32, TABLE, choice_of, row_of
+from trainer.settings.photos import CHOSEN, LEAST_SEEN, MOST_EVALUATIONS, RATES_AT_32, TABLE, choice_of, row_of
 from trainer.settings.toml import load, to_toml
 from trainer.settings.tree import RunConfig
 
@@ -45,13 +45,29 @@ def manifest_of(train: int, sizes: dict[str, int] | None = None) -> Manifest:
 
 
 @given(st.integers(1, 10_000_000), st.integers(1, 10_000_000))
-def test_more_images_never_mean_smaller_batches_or_more_epochs_and_always_as_many_steps(one: int, other: int) -> None:
+def test_more_images_never_mean_smaller_batches_or_more_epochs_and_never_less_training(one: int, other: int) -> None:
     few, many = row_of(min(one, other)), row_of(max(one, other))
     assert few.batch_size <= many.batch_size
     assert few.epochs >= many.epochs
     assert few.images <= min(one, other)
-    steps = [row.images * row.epochs / row.batch_size for row in TABLE]
+    seen = [row.images * row.epochs for row in TABLE]
+    assert seen == sorted(seen)
+    steps = [each / row.batch_size for each, row in zip(seen, TABLE, strict=True)]
     assert steps == sorted(steps)
+
+
+@given(st.integers(1, 499))
+def test_few_images_come_as_often_as_it_takes_and_are_not_evaluated_after_each_short_epoch(images: int) -> None:
+    found = choice_of(RunConfig(), manifest_of(images), given=set(), recipes=()).config
+    assert LEAST_SEEN <= images * found.train.epochs < LEAST_SEEN + images
+    evaluations = found.train.epochs / found.train.eval_every_epochs
+    assert MOST_EVALUATIONS / 2 <= min(evaluations, found.train.epochs) <= MOST_EVALUATIONS
+
+
+def test_evaluations_follow_the_epochs_that_a_user_gives() -> None:
+    assert chosen(["--data.path", "pets", "--train.epochs", "3"], manifest_of(40)).train.eval_every_epochs == 1
+    assert chosen(["--data.path", "pets", "--train.epochs", "200"], manifest_of(1_200)).train.eval_every_epochs == 10
+    assert chosen(["--data.path", "pets", "--train.eval-every-epochs", "2"], manifest_of(40)).train.eval_every_epochs == 2
 
 
 # --- what is chosen -------------------------------------------------------------------------------------------------------------------
@@ -174,13 +190,13 @@ def test_a_folder_of_photographs_needs_no_flag_but_its_path_and_dry_run_and_run_
     dry_run(asked.config, asked.recipes, console, given=asked.given)
     said = " ".join(console.export_text().split())
     assert "the images have several sizes: they are cropped to 22 x 22 pixels, and the run takes the recipe photos" in said
-    assert "chosen for 366 training images of 3 sizes: data.batch_size=16, train.epochs=20, optim.lr=0.005" in said
+    assert "chosen for 366 training images of 3 sizes: data.batch_size=16, train.epochs=21, optim.lr=0.005" in said
     seen = choice_of(asked.config, manifest_of(366), given=asked.given, recipes=()).config
     data = opened(asked, seen)
     assert data.dataset.manifest.quarantined == 12
     placed = place(data, 1)
     assert placed.config.run.startswith("photos-")
-    assert (placed.config.data.batch_size, placed.config.train.epochs, data.image_size) == (16, 20, (22, 22))
+    assert (placed.config.data.batch_size, placed.config.train.epochs, data.image_size) == (16, 21, (22, 22))
     assert any("chosen for" in line for line in placed.said)
     # the second time the data are converted, and the name is the same
     again = place(opened(asked, seen), 1)
@@ -194,4 +210,5 @@ def test_the_documented_table_is_the_rule() -> None:
     text = (Path(__file__).parents[2] / "docs" / "photographs.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| f")]
     shown = [f"fewer than {TABLE[1].images}", *(f"from {row.images:,}" for row in TABLE[1:])]
-    assert rows == [[name, str(row.batch_size), str(row.epochs)] for name, row in zip(shown, TABLE, strict=True)]
+    epochs = [f"{LEAST_SEEN:,} / images, rounded up", *(str(row.epochs) for row in TABLE[1:])]
+    assert rows == [[name, str(row.batch_size), each] for name, row, each in zip(shown, TABLE, epochs, strict=True)]

@@ -8,7 +8,7 @@ few numbers suffice, chosen by the size of the data alone.
 """
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dataio.manifest import Manifest, image_size_of
@@ -32,19 +32,23 @@ class Row:
 
 
 TABLE = (
-    Row(images=0, batch_size=16, epochs=20),
+    Row(images=0, batch_size=16, epochs=15),
     Row(images=500, batch_size=32, epochs=15),
     Row(images=1_000, batch_size=32, epochs=12),
     Row(images=5_000, batch_size=64, epochs=8),
     Row(images=50_000, batch_size=128, epochs=5),
     Row(images=500_000, batch_size=256, epochs=3),
 )
-"""From some hundred steps for a hundred images to some 6,000 for half a million."""
+"""From some 470 steps for a hundred images to some 6,000 for half a million."""
+LEAST_SEEN = 7_500
+"""Images that a run learns from at least, each as often as that takes: 20 epochs of few are over too early (docs/photographs.md)."""
+MOST_EVALUATIONS = 20
+"""Where the epochs of few images are many and short."""
 RATES_AT_32 = {"sgd": 0.01, "adamw": 3e-4}
 """`optim.lr` for a batch of 32 images; it grows with the batch (Goyal et al. 2017)."""
 WARMUP_FRACTION = 0.1
 MOST_PAD = 8
-CHOSEN = ("data.batch_size", "train.epochs", "optim.lr", "optim.warmup_fraction", "data.pad")
+CHOSEN = ("data.batch_size", "train.epochs", "optim.lr", "optim.warmup_fraction", "data.pad", "train.eval_every_epochs")
 """What follows from the images' number and size; the rest is the recipe's."""
 
 
@@ -62,8 +66,9 @@ class Choice:
 
 
 def row_of(images: int) -> Row:
-    """The last row of TABLE that asks for no more images."""
-    return max((row for row in TABLE if row.images <= images), key=lambda row: row.images)
+    """The last row of TABLE that asks for no more images, with the epochs of LEAST_SEEN where these are more. `images`: at least 1."""
+    row = max((row for row in TABLE if row.images <= images), key=lambda row: row.images)
+    return row if row.images else replace(row, epochs=-(-LEAST_SEEN // images))
 
 
 def is_for(config: RunConfig, manifest: Manifest, *, given: Set[str], recipes: tuple[str, ...]) -> bool:
@@ -116,8 +121,11 @@ def _by_data(images: int, side: int, given: Set[str], config: RunConfig, workers
     ranks = config.train.virtual_ranks or workers
     batch = config.data.batch_size if "data.batch_size" in given else -(-row.batch_size // ranks) * ranks
     name = config.optim.name if "optim.name" in given else "sgd"
-    values = (batch, row.epochs, float(f"{RATES_AT_32[name] * batch / 32:.3g}"), WARMUP_FRACTION, min(MOST_PAD, side // 8))
-    return dict(zip(CHOSEN, values, strict=True))
+    epochs = config.train.epochs if "train.epochs" in given else row.epochs
+    every = max(1, -(-epochs // MOST_EVALUATIONS))
+    values = (batch, row.epochs, float(f"{RATES_AT_32[name] * batch / 32:.3g}"), WARMUP_FRACTION, min(MOST_PAD, side // 8), every)
+    wanted = dict(zip(CHOSEN, values, strict=True))
+    return wanted if every > 1 else {key: value for key, value in wanted.items() if key != "train.eval_every_epochs"}
 
 
 def _said(config: RunConfig, manifest: Manifest, count: int, chosen: Mapping[str, Any], takes_recipe: bool) -> list[str]:
