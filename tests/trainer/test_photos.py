@@ -1,5 +1,6 @@
 """The rule for photographs: what it chooses follows from the images alone, never changes what a user gives, and renames no run."""
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,8 @@ def test_few_images_come_as_often_as_it_takes_and_are_not_evaluated_after_each_s
     assert LEAST_SEEN <= images * found.train.epochs < LEAST_SEEN + images
     evaluations = found.train.epochs / found.train.eval_every_epochs
     assert MOST_EVALUATIONS / 2 <= min(evaluations, found.train.epochs) <= MOST_EVALUATIONS
+    if found.train.eval_every_epochs > 1:
+        assert found.train.checkpoint_every == found.train.eval_every_epochs * math.ceil(images / found.data.batch_size)
 
 
 def test_evaluations_follow_the_epochs_that_a_user_gives() -> None:

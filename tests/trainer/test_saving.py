@@ -25,13 +25,16 @@ from trainer.rank.data import read_wait
 from trainer.rank.guard import Guard
 from trainer.rank.history import Curves
 from trainer.rank.saving import CURVES_FILE, HISTORY_FILE, CheckpointNotSaved, Memory, Saver, snapshot_files
+from trainer.rank.step_plan import StepPlan
 from trainer.settings.tree import RunConfig, TrainConfig
+
+TEN = StepPlan(start_step=0, total_steps=100, steps_per_epoch=10, eval_every_epochs=1)
 
 
 class Rank:
     """Rank 1 of two: its part of a checkpoint is a small file. `gate` holds up the storage, `error` makes it refuse."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, plan: StepPlan = TEN) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.error: OSError | None = None
@@ -52,7 +55,7 @@ class Rank:
         self.saver = Saver(
             me,
             SimpleNamespace(virtual_ranks=range(1), samples_of=lambda step: 1),  # type: ignore[arg-type]
-            SimpleNamespace(steps_per_epoch=10),  # type: ignore[arg-type]
+            plan,
             store=SimpleNamespace(storage=open_storage(folder), stage=self.stage),  # type: ignore[arg-type]
             state=None,  # type: ignore[arg-type]
             memory=Memory(),
@@ -93,6 +96,21 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def test_a_checkpoint_is_due_at_its_interval_and_after_an_evaluation_and_not_for_every_short_epoch(tmp_path: Path) -> None:
+    plan = StepPlan(start_step=0, total_steps=28, steps_per_epoch=2, eval_every_epochs=4)
+    rank = Rank(tmp_path, plan)
+    try:
+        due = []
+        for step in range(1, plan.total_steps + 1):
+            if rank.saver.is_due(step):
+                due.append(step)
+                rank.saver._interval.saved(step)
+        assert due == [5, 8, 10, 15, 16, 20, 24, 25, 28], "every 5 steps; the evaluations are at 8, 16, 24 and the end"
+    finally:
+        rank.saver.close()
+        rank.heartbeat.close()
 
 
 def test_the_curves_of_a_checkpoint_are_those_of_its_step_and_written_down_in_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:

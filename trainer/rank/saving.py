@@ -140,9 +140,9 @@ class Saver:
             self._chooser.stepped(stats.step_seconds)
 
     def is_due(self, steps_done: int) -> bool:
-        """Whether to save now. All ranks must ask after every step."""
+        """Whether to save now: at the interval, and what an evaluation has measured. All ranks must ask after every step."""
         is_due = self._interval.due(steps_done)
-        return is_due or self._plan.ends_epoch(steps_done) or self._plan.is_last(steps_done)
+        return is_due or self._plan.evaluates(steps_done)
 
     def save(self, step: int, late: Sequence[Arriving]) -> None:
         """Copy the state now and write it during the next steps. The guard has not seen the losses `late` (StepStats) yet."""

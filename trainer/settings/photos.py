@@ -48,7 +48,10 @@ RATES_AT_32 = {"sgd": 0.01, "adamw": 3e-4}
 """`optim.lr` for a batch of 32 images; it grows with the batch (Goyal et al. 2017)."""
 WARMUP_FRACTION = 0.1
 MOST_PAD = 8
-CHOSEN = ("data.batch_size", "train.epochs", "optim.lr", "optim.warmup_fraction", "data.pad", "train.eval_every_epochs")
+CHOSEN = (
+    *("data.batch_size", "train.epochs", "optim.lr", "optim.warmup_fraction", "data.pad"),
+    *("train.eval_every_epochs", "train.checkpoint_every"),
+)
 """What follows from the images' number and size; the rest is the recipe's."""
 
 
@@ -123,9 +126,11 @@ def _by_data(images: int, side: int, given: Set[str], config: RunConfig, workers
     name = config.optim.name if "optim.name" in given else "sgd"
     epochs = config.train.epochs if "train.epochs" in given else row.epochs
     every = max(1, -(-epochs // MOST_EVALUATIONS))
-    values = (batch, row.epochs, float(f"{RATES_AT_32[name] * batch / 32:.3g}"), WARMUP_FRACTION, min(MOST_PAD, side // 8), every)
-    wanted = dict(zip(CHOSEN, values, strict=True))
-    return wanted if every > 1 else {key: value for key, value in wanted.items() if key != "train.eval_every_epochs"}
+    lr = float(f"{RATES_AT_32[name] * batch / 32:.3g}")
+    wanted = dict(zip(CHOSEN, (batch, row.epochs, lr, WARMUP_FRACTION, min(MOST_PAD, side // 8)), strict=False))
+    if every > 1:  # an epoch is too short for an evaluation and a checkpoint of its own
+        wanted |= {"train.eval_every_epochs": every, "train.checkpoint_every": every * -(-images // batch)}
+    return wanted
 
 
 def _said(config: RunConfig, manifest: Manifest, count: int, chosen: Mapping[str, Any], takes_recipe: bool) -> list[str]:

@@ -146,7 +146,7 @@ class TrainConfig:
     """`tree`: the same bits for any number of workers up to `virtual_ranks`; `ddp`: PyTorch's own all-reduce."""
     checkpoint_every: Annotated[int, FREE, AUTO, Ge(-1), "0 takes one an epoch, auto (or -1) what measurements say"] = 0
     """Steps between checkpoints; 0 saves once per epoch, and at least every 500 steps. `auto` (or -1) measures what a checkpoint costs and
-    chooses the interval that loses the least time (Young/Daly, with cluster.mtbf_hours). Every epoch ends with a checkpoint in any case."""
+    chooses the interval that loses the least time (Young/Daly, with cluster.mtbf_hours). After an evaluation it is saved in any case."""
     quantise: Annotated[Literal["none", "int8"], LATER] = "none"
     """`int8` trains with weights and layers' inputs rounded as an int8 export rounds them (quantisation-aware training), so that the export
     loses less (docs/compress.md). Tests and the exported weights are float32. It costs time in every step."""
