@@ -110,7 +110,7 @@ def ours(case: Case, device: torch.device, batch: int) -> Job:
             precision=case.precision,
             channels_last="on" if case.channels_last else "off",
             compile=case.compiled,
-            cuda_graphs=case.cuda_graphs,
+            cuda_graphs="on" if case.cuda_graphs else "off",
             virtual_ranks=1,
         ),
     )

@@ -21,6 +21,11 @@ Colour = Literal["", "black", "gray", "white"]
 Background = Literal["auto", "", "black", "gray", "white"]
 Crop = Literal["pad", "resized"]
 Policy = Literal["none", "trivial", "rand"]
+AugmentBackend = Literal["auto", "torch", "dali"]
+
+
+DEVICE_FRACTION = 0.4
+"""Fraction of the free device memory for decoded samples; the rest is for the model, its activations and the allocator."""
 
 
 class Mark(Enum):
@@ -190,6 +195,9 @@ class DataConfig:
     """How far brightness, contrast, saturation and hue are changed at random, in this order."""
     erase: Annotated[float, LATER, Interval(ge=0, le=1), "0 turns it off, 0.25 is usual"] = 0.0
     """Probability with which a rectangle of a training image is erased, to `mean`."""
+    augment_backend: Annotated[AugmentBackend, LATER, Before("torch")] = "auto"
+    """Library that does the augmentations from `crop=resized` to `erase`, with the same draws and pixels that are a level apart at most.
+    `auto` is `dali` on GPUs that decode the images anew for each epoch, else `torch`; decided once per run."""
     augment: Annotated[str, LATER, augment_of] = ""
     """An augmentation of your own, after those above, as `module:function` (docs/extending.md). Its source is part of the run's
     identity."""

@@ -27,7 +27,7 @@ from dataio.batch import Batch, Ids
 from dataio.codecs.codec import Codec, Row
 from dataio.codecs.device import exact_device, upload
 from dataio.codecs.make import make_codec, row_of
-from dataio.config import DataConfig
+from dataio.config import DEVICE_FRACTION, DataConfig
 from dataio.fetch import Fetched, Fetches, Supply
 from dataio.order import Order
 from dataio.parquet import Dataset
@@ -41,8 +41,6 @@ cost more than the bytes. An image of 32 px takes 2.3 us in single batches of 10
 GPU_BLOCK_BYTES = 16 * 2**20
 """The same where samples stay on the device: there a block costs the host the same few launches whatever its size, and no cache limits
 it. It is ten steps of 512 images of 32 px."""
-DEVICE_FRACTION = 0.4
-"""Fraction of the free device memory for decoded samples; the rest is for the model, its activations and the allocator."""
 TRAIN_PART = 0.75
 """Fraction of the memory for encoded row groups that training gets; evaluation, which reads in order, gets the rest."""
 STEPS_PLANNED = 64

@@ -27,6 +27,7 @@ from dataio.manifest import image_size_of
 from dataio.parquet import Dataset
 from trainer.drive.capability import here, settled
 from trainer.drive.data import open_data
+from trainer.drive.device_rules import images_of
 from trainer.drive.problems import choice_for, refuse_if_wrong, with_balance, with_length
 from trainer.drive.start import with_balance as decided_balance
 from trainer.drive.survey import survey
@@ -178,7 +179,12 @@ def find(invocation: Invocation, asked: Asked) -> Found:
     config = _with_virtual_ranks(length.config)
     use_gpu = torch.cuda.is_available() and config.cluster.gpus_per_worker != 0
     config = settled(
-        config, here(use_gpus=use_gpu), has_depthwise=_has_depthwise(config, dataset), tell=lambda line: console.print(line, soft_wrap=True)
+        config,
+        here(use_gpus=use_gpu),
+        has_depthwise=_has_depthwise(config, dataset),
+        images=images_of(dataset.manifest, config.data),
+        workers=1,
+        tell=lambda line: console.print(line, soft_wrap=True),
     )
     device = torch.device("cuda" if use_gpu else "cpu")
     rates = growing_rates(asked.first, asked.last, asked.steps)

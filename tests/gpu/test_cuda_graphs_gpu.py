@@ -56,7 +56,7 @@ def trained(*, cuda_graphs: bool, virtual_ranks: int) -> tuple[list[Tensor], dic
     model = Net().cuda().to(memory_format=torch.channels_last)
     config = RunConfig(
         data=DataConfig(batch_size=BATCH * virtual_ranks),
-        train=TrainConfig(seed=3, precision="bf16", compile=True, cuda_graphs=cuda_graphs, virtual_ranks=virtual_ranks),
+        train=TrainConfig(seed=3, precision="bf16", compile=True, cuda_graphs="on" if cuda_graphs else "off", virtual_ranks=virtual_ranks),
     )
     stepper = Learner(
         config=config,

@@ -180,8 +180,8 @@ def test_grey_stays_grey_at_every_saturation() -> None:
 
 def test_dividing_by_26_is_exact_for_every_sum_of_13_pixels() -> None:
     sums = np.arange(13 * 255 + 1, dtype=np.int64)
-    assert ((((2 * sums + 13) * colour._TWENTY_SIXTH) >> 20) == np.rint(sums / 13)).all()
-    assert (2 * sums.max() + 13) * colour._TWENTY_SIXTH < 2**31
+    assert ((((2 * sums + 13) * colour.TWENTY_SIXTH) >> 20) == np.rint(sums / 13)).all()
+    assert (2 * sums.max() + 13) * colour.TWENTY_SIXTH < 2**31
 
 
 def test_erasing_paints_a_rectangle_and_nothing_else() -> None:

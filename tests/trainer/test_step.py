@@ -841,6 +841,7 @@ class TreeCase:
     optim: OptimConfig = OPTIM  # with a layer_decay, there is a group for each depth
     balance: str = "none"
     augments: bool = False
+    augment_backend: Any = "torch"
 
     @property
     def is_plain(self) -> bool:
@@ -874,6 +875,7 @@ TREE_CASES = {
         worlds=(1, 2, 4),
     ),
     "four, augmented": TreeCase(shape=FOUR, steps=(5, 8), augments=True),
+    "four, augmented by DALI": TreeCase(shape=FOUR, steps=(5, 8), augments=True, augment_backend="dali", worlds=(1, 2)),
     "seven, augmented, micro-batches": TreeCase(shape=SEVEN, steps=(14, 16), augments=True, accumulate=2, worlds=(1, 2, 4)),
 }
 EVERYTHING = DataConfig(crop="resized", crop_scale=(0.3, 1.0), rotate=20, policy="rand", jitter=(0.4, 0.4, 0.4, 0.1), erase=0.3)
@@ -922,7 +924,9 @@ def tree_run(case: TreeCase, world: int, rank: int, group: Any) -> str:
             accumulate=case.accumulate,
             full_batches=case.full_batches,
             loss=loss,
-            views=make_views(EVERYTHING, seed=SEED, image_size=32) if case.augments else None,
+            views=make_views(replace(EVERYTHING, augment_backend=case.augment_backend), seed=SEED, image_size=32)
+            if case.augments
+            else None,
             mix=Mix(seed=SEED, mixup=0.4, cutmix=1.0) if case.augments else None,
         )
         batches = iter(batches_of(case.shape, first, last, carried=blocks_of_virtual_ranks(virtual_ranks, world, rank)))

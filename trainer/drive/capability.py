@@ -1,5 +1,5 @@
 """What a device computes fast, and what `auto` means on it for `train.precision`, `train.channels_last` and `train.small_maps`. Called by
-trainer/drive/start.py, identity.py and dry_run.py, and by benchmarks/bare.py.
+trainer/drive/start.py, identity.py and dry_run.py, and by benchmarks/bare.py. (device_rules.py: settings for which the data count too.)
 
 The driver decides once per run. A run that goes on keeps the values it was started with (`as_started`). A new run decides (`decide`) from
 what the workers' nodes report: `here` runs on each of them. All functions but `here` are pure; `here` imports torch only if the run uses
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.drive.device_rules import Images, augment_backend, captures
+from trainer.settings.augmentation import augments
+from trainer.settings.fields import replaced
 from trainer.settings.tree import RunConfig, TrainConfig
 
 BF16_COMPUTE_CAPABILITY = (8, 0)  # Ampere: the first bf16 tensor cores
@@ -32,6 +35,8 @@ class Capability:
     likes_channels_last: bool = True
     likes_products: bool = False
     """Matrix products beat convolutions on small maps in bf16 (trainer.models.im2col)."""
+    memory_bytes: int | None = None
+    """A GPU's own memory; None if nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +60,14 @@ def of_cpu(cpuinfo: str) -> Capability:
     )
 
 
-def of_gpu(name: str, compute_capability: tuple[int, int]) -> Capability:
+def of_gpu(name: str, compute_capability: tuple[int, int], memory_bytes: int | None = None) -> Capability:
     """The GPU's capability, from its name and compute capability, e.g. (9, 0) for Hopper."""
     return Capability(
         device="cuda",
         name=name,
         has_bf16=compute_capability >= BF16_COMPUTE_CAPABILITY,
         likes_channels_last=compute_capability >= CHANNELS_LAST_COMPUTE_CAPABILITY,
+        memory_bytes=memory_bytes,
     )
 
 
@@ -74,6 +80,7 @@ def weakest(seen: Sequence[Capability]) -> Capability:
         has_bf16=all(one.has_bf16 for one in seen),
         likes_channels_last=all(one.likes_channels_last for one in seen),
         likes_products=all(one.likes_products for one in seen),
+        memory_bytes=min((one.memory_bytes for one in seen if one.memory_bytes is not None), default=None),
     )
 
 
@@ -102,9 +109,9 @@ def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -
     precision, layout, small_maps = train.precision, train.channels_last, train.small_maps
     said, warnings = [], []
     on_cpu = capability.device == "cpu"
-    if train.cuda_graphs and on_cpu:
+    if train.cuda_graphs == "on" and on_cpu:
         raise ValueError(
-            "train.cuda_graphs=true needs a GPU, and the workers have none; leave it out, or give them one (--cluster.gpus-per-worker 1)"
+            "train.cuda_graphs=on needs a GPU, and the workers have none; leave it out, or give them one (--cluster.gpus-per-worker 1)"
         )
     if precision == "auto":
         precision, why = "bf16", capability.name
@@ -133,12 +140,38 @@ def decide(train: TrainConfig, capability: Capability, *, has_depthwise: bool) -
     return Decision(train=decided, said=tuple(said), warnings=tuple(warnings))
 
 
-def settled(config: RunConfig, capability: Capability, *, has_depthwise: bool, tell: Callable[[str], None]) -> RunConfig:
-    """`config` with the remaining autos decided from `capability`, each told by `tell`. A run that goes on has none left (`as_started`)."""
+def settled(
+    config: RunConfig,
+    capability: Capability,
+    *,
+    has_depthwise: bool,
+    images: Images | None,
+    workers: int,
+    tell: Callable[[str], None],
+) -> RunConfig:
+    """`config` with the remaining autos decided from `capability`, each told by `tell`. A run that goes on has none left (`as_started`) but
+    `train.cuda_graphs`, which changes no result. Where `images` is None, as in a dry run without data, what depends on them is left."""
     decision = decide(config.train, capability, has_depthwise=has_depthwise)
     for line in (*decision.said, *(f"warning: {warning}" for warning in decision.warnings)):
         tell(line)
-    return dataclasses.replace(config, train=decision.train)
+    config = dataclasses.replace(config, train=decision.train)
+    if images is None:
+        return config
+    on_gpu = capability.device == "cuda"
+    if config.data.augment_backend == "auto":
+        backend, why = augment_backend(config.data, images, on_gpu=on_gpu, gpu_bytes=capability.memory_bytes)
+        if not augments(config.data):
+            backend = "torch"
+        elif on_gpu:  # on a CPU it is what everybody expects and needs no line
+            tell(f"data.augment_backend=auto: {backend} ({why})")
+        config = replaced(config, "data.augment_backend", backend)
+    if config.train.cuda_graphs == "auto":
+        is_captured, why = captures(config, images, on_gpu=on_gpu, workers=workers)
+        word = "on" if is_captured else "off"
+        if on_gpu and config.train.compile:
+            tell(f"train.cuda_graphs=auto: {word} ({why})")
+        config = replaced(config, "train.cuda_graphs", word)
+    return config
 
 
 def _cpuinfo() -> str:
@@ -150,7 +183,7 @@ def _cpuinfo() -> str:
 
 def _gpus() -> list[Capability]:
     """Ask nvidia-smi: it sees all GPUs even from a process that was given none, and creates no CUDA context."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=compute_cap,memory.total,name", "--format=csv,noheader"]
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -159,13 +192,17 @@ def _gpus() -> list[Capability]:
 
 
 def parse_gpus(text: str) -> list[Capability]:
-    """Parse nvidia-smi's lines, e.g. `9.0, NVIDIA H200`. A line without numbers (an old driver) is ignored."""
+    """Parse nvidia-smi's lines, e.g. `9.0, 143771 MiB, NVIDIA H200`. A line without numbers (an old driver) is ignored; so is a memory that
+    is none (`[N/A]`, where it is the host's)."""
     found = []
     for line in text.splitlines():
-        numbers, _, name = line.partition(",")
+        numbers, _, rest = line.partition(",")
+        memory, _, name = rest.partition(",")
         major, dot, minor = numbers.strip().partition(".")
+        mebibytes, _, unit = memory.strip().partition(" ")
         if dot and major.isdigit() and minor.isdigit():
-            found.append(of_gpu(name.strip(), (int(major), int(minor))))
+            memory_bytes = int(mebibytes) * 2**20 if mebibytes.isdigit() and unit == "MiB" else None
+            found.append(of_gpu(name.strip(), (int(major), int(minor)), memory_bytes))
     return found
 
 
@@ -173,7 +210,8 @@ def _gpus_by_torch() -> list[Capability]:
     import torch
 
     found = [
-        of_gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count())
+        of_gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), torch.cuda.mem_get_info(index)[1])
+        for index in range(torch.cuda.device_count())
     ]
     if not found:
         raise ValueError(

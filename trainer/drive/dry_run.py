@@ -25,6 +25,7 @@ from dataio.schema import UNLABELLED
 from trainer.drive.capability import here, settled
 from trainer.drive.check import Checked, Refused, built
 from trainer.drive.data import about_choice
+from trainer.drive.device_rules import images_of
 from trainer.drive.identity import check_same_run, resolved, run_prefix
 from trainer.drive.plan import Devices, ModelFacts, counted, describe, model_facts, table
 from trainer.drive.problems import Facts, choice_for, problems_of, refuse_if_wrong, said_of_norms, total_steps, with_balance, with_length
@@ -74,7 +75,7 @@ def dry_run(
     for line in said_of_norms(facts.config, facts.model, total_steps(facts)):
         tell(line)
     if counts is not None:
-        facts = _with(facts, lambda: _decided(facts.config, counts, gpus, tell))
+        facts = _with(facts, lambda: _decided(facts, counts, gpus, tell))
         if not _cannot_be_planned(facts):
             console.print(table(describe(facts.config, facts.manifest, _devices(facts.workers or 1, gpus), counts, is_new=facts.is_new)))
     refuse_if_wrong(facts)
@@ -141,9 +142,16 @@ def _with(facts: Facts, decided: Callable[[], RunConfig]) -> Facts:
         return dataclasses.replace(facts, found_wrong=(*facts.found_wrong, str(error)))
 
 
-def _decided(config: RunConfig, counts: ModelFacts, gpus: int, tell: Callable[[str], None]) -> RunConfig:
-    capability = here(use_gpus=gpus > 0 and config.cluster.gpus_per_worker != 0)
-    return settled(config, capability, has_depthwise=counts.has_depthwise, tell=tell)
+def _decided(facts: Facts, counts: ModelFacts, gpus: int, tell: Callable[[str], None]) -> RunConfig:
+    config = facts.config
+    return settled(
+        config,
+        here(use_gpus=gpus > 0 and config.cluster.gpus_per_worker != 0),
+        has_depthwise=counts.has_depthwise,
+        images=images_of(facts.manifest, config.data) if facts.manifest is not None and facts.image_size is not None else None,
+        workers=facts.workers or 1,
+        tell=tell,
+    )
 
 
 def _cannot_be_planned(facts: Facts) -> bool:

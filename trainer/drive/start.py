@@ -35,6 +35,7 @@ from dataio.unlabelled import is_resized, pin, problem_of_sizes
 from trainer.drive.capability import here, settled, weakest
 from trainer.drive.check import Checked, ModelCheck, Question, Refused
 from trainer.drive.data import about_transparency, check_can_ship, open_data, open_second, record_left_out
+from trainer.drive.device_rules import images_of
 from trainer.drive.disk_room import check_room
 from trainer.drive.identity import (
     check_may_show,
@@ -370,7 +371,14 @@ def decide(
             tell(line)
     weights_bytes = checked.weights_bytes
     set_up.call("the room for checkpoints", lambda: check_room(data.storage, placed.config, weights_bytes, tell))
-    config = settled(placed.config, capability, has_depthwise=checked.has_depthwise, tell=tell)
+    config = settled(
+        placed.config,
+        capability,
+        has_depthwise=checked.has_depthwise,
+        images=images_of(data.dataset.manifest, placed.config.data),
+        workers=placed.workers,
+        tell=tell,
+    )
     return Decided(
         config=config,
         command=data.asked.command,

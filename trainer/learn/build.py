@@ -107,7 +107,7 @@ class Learner:
             semi=self.semi,
             full_unlabelled=self._full_batches(at_once, self.semi.order) if self.semi is not None else (),
             compile_model=train.compile,
-            cuda_graphs=train.cuda_graphs,
+            cuda_graphs=train.cuda_graphs == "on",
             augment=own_augment(self.config.data.augment, train.seed),
             views=views_of(self.config),
             mix=mix,

@@ -16,8 +16,8 @@ from cluster.ledger import LedgerWriter
 from cluster.machine import available_memory_bytes
 from cluster.storage import Storage
 from dataio.batch import Batch
-from dataio.config import PIN
-from dataio.loader import DEVICE_FRACTION, Loader
+from dataio.config import DEVICE_FRACTION, PIN
+from dataio.loader import Loader
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import CorruptShard, Dataset, open_dataset
 from dataio.quarantine import BadSample, Quarantine, TooManyBadSamples, allowed

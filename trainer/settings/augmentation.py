@@ -15,6 +15,11 @@ _BELONGS = {
 """Settings that say more of another one, and the value that this one must have."""
 
 
+def augments(data: DataConfig) -> bool:
+    """Whether there is anything for `data.augment_backend` to do. Images without labels are always changed."""
+    return bool(data.crop == "resized" or data.rotate or data.policy != "none" or any(data.jitter) or data.erase or data.unlabelled)
+
+
 def augmentation_problems(config: RunConfig, *, batch_per_virtual_rank: int | None) -> Iterator[str]:
     """`batch_per_virtual_rank` is None where the number of virtual ranks is not known yet."""
     data, train, default = config.data, config.train, DataConfig()
@@ -24,6 +29,11 @@ def augmentation_problems(config: RunConfig, *, batch_per_virtual_rank: int | No
                 f"data.{name} is set, but it belongs to data.{owner}={needed} and data.{owner}={getattr(data, owner)}; add "
                 f"--data.{owner} {needed}, or leave it out"
             )
+    if data.augment_backend == "dali" and not augments(data):
+        yield (
+            "data.augment_backend=dali does what data.crop=resized, rotate, policy, jitter and erase ask for, and none of them is on; turn "
+            "one on, or leave it out (the library that crops and flips is data.backend)"
+        )
     for name, alpha in (("mixup", train.mixup), ("cutmix", train.cutmix)):
         if alpha > 0 and batch_per_virtual_rank is not None and batch_per_virtual_rank < 2:
             yield (

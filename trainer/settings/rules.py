@@ -90,11 +90,11 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
         yield f"optim.nesterov=true belongs to SGD, but optim.name={optim.name}; use --optim.no-nesterov or --optim.name sgd"
     elif optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov=true needs momentum, but optim.momentum=0; use --optim.momentum 0.9 or --optim.no-nesterov"
-    if train.cuda_graphs and not train.compile:
-        yield "train.cuda_graphs=true replays a compiled step, but train.compile=false; add --train.compile or leave it out"
-    if train.cuda_graphs and train.accumulate > 1:
+    if train.cuda_graphs == "on" and not train.compile:
+        yield "train.cuda_graphs=on replays a compiled step, but train.compile=false; add --train.compile or leave it out"
+    if train.cuda_graphs == "on" and train.accumulate > 1:
         yield (
-            f"train.cuda_graphs=true and train.accumulate={train.accumulate}: a graph's next replay overwrites the gradients that "
+            f"train.cuda_graphs=on and train.accumulate={train.accumulate}: a graph's next replay overwrites the gradients that "
             "are to be added up; use --train.accumulate 1 or --train.no-cuda-graphs"
         )
     if ":" in model.name and model.weights != "none" and not names_file(model.weights):

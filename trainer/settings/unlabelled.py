@@ -28,8 +28,8 @@ def unlabelled_problems(config: RunConfig) -> Iterator[str]:
             f"train.semi_decay={train.semi_decay:g} is of the averages of softmatch and freematch, and train.semi=fixmatch keeps none; "
             "leave it out"
         )
-    if train.cuda_graphs:
+    if train.cuda_graphs == "on":
         yield (
-            "train.cuda_graphs=true replays a step that writes nothing but gradients, and with data.unlabelled it also counts guesses; use "
+            "train.cuda_graphs=on replays a step that writes nothing but gradients, and with data.unlabelled it also counts guesses; use "
             "--train.no-cuda-graphs"
         )

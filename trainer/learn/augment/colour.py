@@ -23,8 +23,8 @@ LEVELS = np.arange(256)
 LARGE_PIXELS = 96 * 96
 _HALF = 16  # bits of ONE
 # ITU-R 601-2 luma with torchvision's digits, in 22 bits: the largest that 255 leaves room for in 31.
-_GREY_BITS = 22
-_RED, _GREEN, _BLUE = (round(part * (1 << _GREY_BITS)) for part in (0.2989, 0.587, 0.114))
+GREY_BITS = 22
+RED, GREEN, BLUE = (round(part * (1 << GREY_BITS)) for part in (0.2989, 0.587, 0.114))
 
 
 # --- by level ---------------------------------------------------------------------------------------------------------------------------
@@ -113,14 +113,14 @@ def sharpened(images: Tensor, factors: Tensor) -> Tensor:
     lines = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
     inner = pixels[:, :, 1:-1, 1:-1]
     sums = lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:] + 4 * inner  # of 13 pixels
-    means = ((2 * sums + 13) * _TWENTY_SIXTH) >> 20
+    means = ((2 * sums + 13) * TWENTY_SIXTH) >> 20
     f = factors.view(-1, 1, 1, 1)
     out = images.clone()
     out[:, :, 1:-1, 1:-1] = ((inner * f + means * (ONE - f)) >> _HALF).clamp_(0, 255).to(torch.uint8)
     return out
 
 
-_TWENTY_SIXTH = -(-(1 << 20) // 26)
+TWENTY_SIXTH = -(-(1 << 20) // 26)
 """Multiplied and shifted by 20 bits, it divides by 26, exactly for all sums of 13 pixels."""
 
 
@@ -147,7 +147,7 @@ def hue_turned(images: Tensor, shifts: Tensor) -> Tensor:
 def _grey(images: Tensor) -> Tensor:
     """(n, 1, H, W) int32."""
     red, green, blue = (channel.int() for channel in images.unbind(1))
-    return ((red * _RED + green * _GREEN + blue * _BLUE) >> _GREY_BITS)[:, None]
+    return ((red * RED + green * GREEN + blue * BLUE) >> GREY_BITS)[:, None]
 
 
 def _as_images(values: Tensor) -> Tensor:

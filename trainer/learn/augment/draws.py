@@ -181,3 +181,15 @@ def policy_rounds(key: Key, policy: Policy, *, ops: int, magnitude: int, size: t
         is_negative = np.isin(chosen, SIGNED) & ((words >> np.uint64(63)) > 0)
         rounds.append(Round(ops=chosen, magnitudes=np.where(is_negative, -strength, strength)))
     return rounds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """All that is drawn for n images, in the order in which it is done. None, or no round, where it is off."""
+
+    boxes: Boxes | None
+    """Of the random resized crop."""
+    angles: Floats | None  # (n,)
+    rounds: tuple[Round, ...]
+    jitter: Jitter | None
+    erased: Boxes | None

@@ -17,7 +17,8 @@ from dataio.batch import Batch
 from dataio.codecs.device import upload
 from dataio.config import DataConfig
 from trainer.learn.augment import colour, draws, geometry
-from trainer.learn.augment.draws import Ints, Key
+from trainer.learn.augment.dali import MOVES, DaliAugmentation
+from trainer.learn.augment.draws import Drawn, Ints, Key
 from trainer.learn.augment.tables import Op, Policy
 
 Views = Callable[[Batch], Tensor]
@@ -25,7 +26,6 @@ Views = Callable[[Batch], Tensor]
 
 CHUNK_BYTES = 2**20
 """On a CPU, images go through all operations in pieces of about this size: what one operation writes, the next one finds in the cache."""
-MOVES = (Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE)
 BY_LEVEL = (Op.BRIGHTNESS, Op.CONTRAST, Op.POSTERISE, Op.SOLARISE, Op.AUTOCONTRAST, Op.EQUALISE)
 
 
@@ -35,8 +35,11 @@ def make_views(data: DataConfig, *, seed: int, image_size: int, mean: Sequence[f
     is_cropped, is_jittered = data.crop == "resized", any(data.jitter)
     if not (is_cropped or is_jittered or data.rotate or data.policy != "none" or data.erase):
         return None
-    augmentation = Augmentation(data=data, seed=seed, side=image_size, erased_level=tuple(round(255 * each) for each in mean))
-    return augmentation.of
+    erased_level = tuple(round(255 * each) for each in mean)
+    dali: DaliAugmentation | None = None
+    if data.augment_backend == "dali":
+        dali = DaliAugmentation(erased_level=erased_level, jitters=[strength > 0 for strength in data.jitter])
+    return Augmentation(data=data, seed=seed, side=image_size, erased_level=erased_level, dali=dali).of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +52,8 @@ class Augmentation:
     """Of what a random resized crop makes; 0 keeps the images' size."""
     erased_level: tuple[int, ...]
     """Red, green, blue."""
+    dali: DaliAugmentation | None = None
+    """Does what is drawn in place of PyTorch's operations."""
 
     def of(self, batch: Batch) -> Tensor:
         images = batch.samples
@@ -56,6 +61,8 @@ class Augmentation:
         if not n:
             return images
         size = (self.side, self.side) if self.side and self.data.crop == "resized" else (height, width)
+        if self.dali is not None:
+            return self.dali(images, self._drawn(Key(seed=self.seed, epoch=batch.epoch, ids=batch.ids), (height, width), size), size)
         step = n if images.is_cuda else max(1, CHUNK_BYTES // (3 * max(height * width, size[0] * size[1])))
         pieces = [
             self._augmented(images[at : at + step], Key(seed=self.seed, epoch=batch.epoch, ids=batch.ids[at : at + step]), size)
@@ -64,23 +71,33 @@ class Augmentation:
         done = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return done.contiguous(memory_format=torch.channels_last)
 
-    def _augmented(self, images: Tensor, key: Key, size: tuple[int, int]) -> Tensor:
+    def _drawn(self, key: Key, stored: tuple[int, int], size: tuple[int, int]) -> Drawn:
         data = self.data
-        if data.crop == "resized":
-            (height, width) = images.shape[-2:]
-            boxes = draws.crops(key, size=(height, width), scale=data.crop_scale, ratio=data.crop_ratio)
-            images = geometry.resized_crops(images, boxes, size)
-        if data.rotate:
+        is_cropped, is_moved = data.crop == "resized", data.policy != "none"
+        policy: Policy = "trivial" if data.policy == "none" else data.policy
+        rounds = draws.policy_rounds(key, policy, ops=data.policy_ops, magnitude=data.policy_magnitude, size=size) if is_moved else []
+        return Drawn(
+            boxes=draws.crops(key, size=stored, scale=data.crop_scale, ratio=data.crop_ratio) if is_cropped else None,
+            angles=draws.angles(key, data.rotate) if data.rotate else None,
+            rounds=tuple(rounds),
+            jitter=draws.jitter(key, data.jitter) if any(data.jitter) else None,
+            erased=draws.erased(key, size=size, probability=data.erase) if data.erase else None,
+        )
+
+    def _augmented(self, images: Tensor, key: Key, size: tuple[int, int]) -> Tensor:
+        height, width = images.shape[-2:]
+        drawn = self._drawn(key, (height, width), size)
+        if drawn.boxes is not None:
+            images = geometry.resized_crops(images, drawn.boxes, size)
+        if drawn.angles is not None:
             rotations = np.full(len(key.ids), Op.ROTATE, dtype=np.int64)
-            images = geometry.moved(images, geometry.affine_matrices(rotations, draws.angles(key, data.rotate), size))
-        if data.policy != "none":
-            policy: Policy = data.policy
-            for each in draws.policy_rounds(key, policy, ops=data.policy_ops, magnitude=data.policy_magnitude, size=size):
-                images = after_round(images, each)
-        if any(data.jitter):
-            images = jittered(images, draws.jitter(key, data.jitter), data.jitter)
-        if data.erase:
-            images = erased(images, draws.erased(key, size=size, probability=data.erase), self.erased_level)
+            images = geometry.moved(images, geometry.affine_matrices(rotations, drawn.angles, size))
+        for each in drawn.rounds:
+            images = after_round(images, each)
+        if drawn.jitter is not None:
+            images = jittered(images, drawn.jitter, self.data.jitter)
+        if drawn.erased is not None:
+            images = erased(images, drawn.erased, self.erased_level)
         return images
 
 
