@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,45 @@ def test_dali_would_refuse_a_graph_whose_inputs_lie_elsewhere(monkeypatch: pytes
     monkeypatch.setattr(types, "Constant", lambda value, device="cpu": constant(value))
     with pytest.raises(RuntimeError, match="incompatible device"):
         dali.graph(ALL, batch_size=4, device_id=0)
+
+
+class OnGpu:
+    """Stands for pixels on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, part: slice) -> str:
+        return "pixels"
+
+
+def test_on_a_gpu_a_pipeline_runs_on_the_steps_stream_and_nothing_is_passed_by_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    side, fed, copies = object(), [], []
+
+    def run(stream: object) -> tuple[Any]:
+        fed.append(("run", stream))
+        return (SimpleNamespace(as_tensor=lambda: "a batch"),)
+
+    def no_dlpack(_: object) -> Tensor:
+        raise AssertionError("DALI frees what it gave by DLPack with a synchronisation of the device")
+
+    def copied(made: object, device: torch.device, stream: object) -> str:
+        copies.append((made, device, stream))
+        return "a copy"
+
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: side)
+    monkeypatch.setattr("torch.utils.dlpack.from_dlpack", no_dlpack)
+    monkeypatch.setattr(dali, "copied_from_dali", copied)
+    segment, augmentation = Segment(stored=(4, 4), turns=True), DaliAugmentation(erased_level=(0, 0, 0), jitters=(False,) * 4)
+    fake = SimpleNamespace(feed_input=lambda name, data, **to: fed.append((name, to.get("cuda_stream"))), run=run)
+    augmentation._pipelines[segment, OnGpu.device] = fake
+    angles = np.zeros(3)
+    made: Any = augmentation._run(segment, OnGpu(), dali._inputs(segment, replace(NOTHING, angles=angles), None))  # type: ignore[arg-type]
+    assert made == "a copy"
+    assert fed == [("images", side), ("turn", None), ("run", side)]
+    assert copies == [("a batch", OnGpu.device, side)]
 
 
 def _conditional() -> Any:
