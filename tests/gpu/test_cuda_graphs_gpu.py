@@ -51,12 +51,14 @@ def batches(step: int, virtual_ranks: int, count: int) -> Sequence[Batch]:
     return made
 
 
-def trained(*, cuda_graphs: bool, virtual_ranks: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+def trained(*, cuda_graphs: bool, virtual_ranks: int, compiles: bool = True) -> tuple[list[Tensor], dict[str, Tensor]]:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     model = Net().cuda().to(memory_format=torch.channels_last)
     config = RunConfig(
         data=DataConfig(batch_size=BATCH * virtual_ranks),
-        train=TrainConfig(seed=3, precision="bf16", compile=True, cuda_graphs="on" if cuda_graphs else "off", virtual_ranks=virtual_ranks),
+        train=TrainConfig(
+            seed=3, precision="bf16", compile=compiles, cuda_graphs="on" if cuda_graphs else "off", virtual_ranks=virtual_ranks
+        ),
     )
     stepper = Learner(
         config=config,
@@ -85,3 +87,29 @@ def test_a_replayed_step_gives_the_same_bits_and_its_losses_stay_what_they_were(
     assert [float(loss) for loss in again] == [float(loss) for loss in losses]
     assert all(torch.equal(value, replayed[name]) for name, value in weights.items())
     assert int(replayed["body.1.num_batches_tracked"]) == 12  # a replay adds nothing; it is added up after it
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 2])
+def test_a_step_that_is_not_compiled_gives_the_same_bits_as_well(virtual_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay, replays = torch.cuda.CUDAGraph.replay, []
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        replays.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    losses, weights = trained(cuda_graphs=False, virtual_ranks=virtual_ranks, compiles=False)
+    assert not replays
+    again, replayed = trained(cuda_graphs=True, virtual_ranks=virtual_ranks, compiles=False)
+    assert len(replays) == 11 * virtual_ranks  # one batch is short
+    assert len(set(replays)) == 1
+    assert [float(loss) for loss in again] == [float(loss) for loss in losses]
+    assert all(torch.equal(value, replayed[name]) for name, value in weights.items())
+    assert int(replayed["body.1.num_batches_tracked"]) == 12
+
+
+def test_a_model_that_waits_for_the_gpu_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Net.forward
+    monkeypatch.setattr(Net, "forward", lambda net, images: forward(net, images) * (2.0 if float(images.mean()) > 1e9 else 1.0))
+    with pytest.raises(ValueError, match=r"train.cuda_graphs=on cannot record this step: .* use --train.no-cuda-graphs"):
+        trained(cuda_graphs=True, virtual_ranks=1, compiles=False)

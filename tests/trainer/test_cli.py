@@ -270,8 +270,11 @@ def test_unknown_recipe_and_unreadable_file(capsys: pytest.CaptureFixture[str], 
         (["--workers", "4", "--train.virtual-ranks", "2"], "use --workers 2 or fewer"),
         (["--data.image-size", "8", "--data.pad", "8"], "data.pad=8 is not below the images' side of 8 pixels"),
         (["--optim.nesterov", "--optim.name", "adamw"], "optim.nesterov=true belongs to SGD"),
-        (["--train.cuda-graphs"], "train.cuda_graphs=on replays a compiled step, but train.compile=false; add --train.compile"),
-        (["--train.cuda-graphs", "--train.compile", "--train.accumulate", "2"], "train.cuda_graphs=on and train.accumulate=2: a graph's"),
+        (
+            ["--train.cuda-graphs", "--train.reduction", "ddp", "--workers", "2"],
+            "train.cuda_graphs=on and train.reduction=ddp with 2 workers",
+        ),
+        (["--train.cuda-graphs", "--train.accumulate", "2"], "train.cuda_graphs=on and train.accumulate=2: a graph's"),
         (
             ["--data.augment-backend", "dali"],
             "data.augment_backend=dali does what data.crop=resized, rotate, policy, jitter and erase ask for",

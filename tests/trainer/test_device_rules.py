@@ -64,6 +64,7 @@ def test_dali_augments_what_a_gpu_decodes_for_each_epoch_and_the_run_says_so() -
 def test_pytorch_augments_everywhere_else(data: DataConfig, device: Any, images: Images) -> None:
     found, said = decided(RunConfig(data=data), device, images)
     assert found.data.augment_backend == "torch"
+    said = [line for line in said if "augment_backend" in line]
     assert len(said) == (device.device == "cuda" and augments(data)), "there is a line where there was a choice"
 
 
@@ -131,6 +132,7 @@ def test_the_images_of_a_run_are_those_of_all_its_splits() -> None:
 # --- CUDA graphs ------------------------------------------------------------------------------------------------------------------------
 
 SMALL = Images(count=50_000, height=32, width=32)
+AS_H200: dict[str, Any] = {"precision": "bf16", "channels_last": "on", "small_maps": "convolution"}
 
 
 def run_of(batch: int, *, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **train: Any) -> RunConfig:
@@ -161,10 +163,22 @@ def test_a_compiled_step_is_captured_where_the_host_is_slower_and_the_run_says_w
     assert line.startswith(f"train.cuda_graphs=auto: {word} ({why}")
 
 
-@pytest.mark.parametrize(("device", "compiles"), [(CPU, True), (CPU, False), (H200, False)])
-def test_without_a_gpu_or_a_compiled_step_nothing_is_captured_or_said(device: Any, compiles: bool) -> None:
-    found, said = decided(run_of(100, virtual_ranks=1, compile=compiles), device, SMALL)
+@pytest.mark.parametrize(("device", "compiles", "batch"), [(CPU, True, 100), (CPU, False, 100), (H200, False, 1000)])
+def test_where_there_is_no_choice_nothing_is_captured_or_said(device: Any, compiles: bool, batch: int) -> None:
+    found, said = decided(run_of(batch, virtual_ranks=1, compile=compiles), device, SMALL)
     assert (found.train.cuda_graphs, said) == ("off", [])
+
+
+def test_small_passes_that_are_not_compiled_are_captured_by_a_users_word_alone() -> None:
+    found, (line,) = decided(run_of(512, virtual_ranks=8, compile=False), H200, SMALL)
+    assert found.train.cuda_graphs == "off"
+    assert "64 images of 32x32 pixels go through the model at once" in line
+    assert "--train.cuda-graphs may help, and no GPU has proven it yet" in line
+    asked = run_of(512, virtual_ranks=8, compile=False, cuda_graphs="on")
+    assert decided(asked, H200, SMALL) == (
+        replace(asked, train=replace(asked.train, **AS_H200), data=replace(asked.data, augment_backend="torch")),
+        [],
+    )
 
 
 @given(
@@ -192,8 +206,9 @@ def test_what_auto_captures_is_never_refused(
     )
     images = Images(count=100, height=side, width=side)
     is_captured, why = captures(config, images, on_gpu=on_gpu, workers=workers)
-    assert why
+    assert bool(why) or not is_captured
     if is_captured:
+        assert compiles
         parts = virtual_ranks or workers if reduction == "tree" else 1
         assert config.data.batch_size // parts * side * side < CAPTURED_PIXELS
         validate(replace(config, train=replace(config.train, cuda_graphs="on")))  # ValueError if they do not fit

@@ -168,7 +168,7 @@ def settled(
     if config.train.cuda_graphs == "auto":
         is_captured, why = captures(config, images, on_gpu=on_gpu, workers=workers)
         word = "on" if is_captured else "off"
-        if on_gpu and config.train.compile:
+        if why:
             tell(f"train.cuda_graphs=auto: {word} ({why})")
         config = replaced(config, "train.cuda_graphs", word)
     return config

@@ -53,24 +53,25 @@ def augment_backend(data: DataConfig, images: Images, *, on_gpu: bool, gpu_bytes
 
 
 def captures(config: RunConfig, images: Images, *, on_gpu: bool, workers: int) -> tuple[bool, str]:
-    """Whether the compiled step is replayed as CUDA graphs, and why: where they are known to give the same bits and the host takes longer
-    to launch a pass than the GPU to compute it."""
+    """Whether passes are replayed as CUDA graphs, and why; "" if there is nothing to say. They are where the host takes longer to launch a
+    pass than the GPU to compute it, if Inductor records them: it launches kernels singly where a step cannot be recorded. What
+    trainer.learn.capture does for steps that are not compiled is left to the user's word until a GPU has proven it."""
     train = config.train
     if not on_gpu:
-        return False, "no GPU"
-    if not train.compile:
-        return False, "the step is not compiled"
+        return False, ""
+    virtual_ranks = train.virtual_ranks or workers
+    each = config.data.batch_size // (1 if train.reduction == "ddp" else virtual_ranks)
+    height, width = (config.model.image_size,) * 2 if config.model.image_size else (images.height, images.width)
+    is_small = each * height * width < CAPTURED_PIXELS
+    passes = f"{number(each)} images of {width}x{height} pixels go through the model at once"
+    if not is_small:
+        return False, f"{passes}, which keeps the GPU busy" if train.compile else ""
     if train.accumulate > 1:
         return False, "train.accumulate adds up gradients that a replay would overwrite"
     if config.data.unlabelled:
         return False, "data.unlabelled counts guesses in the step"
     if train.reduction == "ddp" and workers > 1:
         return False, "train.reduction=ddp exchanges gradients in the step"
-    virtual_ranks = train.virtual_ranks or workers
-    each = config.data.batch_size // (1 if train.reduction == "ddp" else virtual_ranks)
-    height, width = (config.model.image_size,) * 2 if config.model.image_size else (images.height, images.width)
-    pixels = each * height * width
-    passes = f"{number(each)} images of {width}x{height} pixels go through the model at once"
-    if pixels < CAPTURED_PIXELS:
-        return True, f"{passes}, which takes the GPU less than the host takes to launch it"
-    return False, f"{passes}, which keeps the GPU busy"
+    if not train.compile:
+        return False, f"{passes}, which takes the host longer than the GPU; --train.cuda-graphs may help, and no GPU has proven it yet"
+    return True, f"{passes}, which takes the GPU less than the host takes to launch it"

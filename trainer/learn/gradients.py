@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from dataio.batch import Batch, Targets
 from trainer.learn.augment.batches import augmented
 from trainer.learn.augment.mix import Mix, with_partners
 from trainer.learn.augment.views import Views
+from trainer.learn.capture import Captures
 from trainer.learn.objectives import Forward, Objective
 from trainer.learn.own import Augment
 from trainer.learn.semi import SUMS, Semi, assembled, together
@@ -123,7 +124,8 @@ class PassConfig:
     gets the same bits."""
     compile_model: bool = False
     cuda_graphs: bool = False
-    """Record the compiled step's kernels in its first calls, and replay them from then on with one launch."""
+    """Record the kernels of a full batch's pass when it first comes, and replay them from then on with one launch: by Inductor if the model
+    is compiled, else by trainer.learn.capture."""
     augment: Augment | None = None
     """The user's own augmentation, of a virtual rank's whole batch."""
     views: Views | None = None
@@ -138,7 +140,7 @@ class PassConfig:
     """As `full_batches`: unlabelled images that go through the model beside those, each in two views."""
 
     def __post_init__(self) -> None:
-        assert not self.cuda_graphs or (self.compile_model and self.accumulate == 1), "trainer.settings.cli has refused this"
+        assert not self.cuda_graphs or (self.accumulate == 1 and self.semi is None), "trainer.settings.rules has refused this"
 
     @property
     def full_passes(self) -> frozenset[int]:
@@ -220,6 +222,7 @@ class Passes:
         self.device = self.parameters[0].device
         self.semi = config.semi
         self._full_passes = config.full_passes
+        self._captures = Captures(model, self.parameters, self.device) if config.cuda_graphs and not config.compile_model else None
 
     def clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -286,12 +289,33 @@ class Passes:
         """The summed loss of n samples divided by `divisor`: () float32, with its graph."""
         n = len(samples)
         if self._compiled is not None and n in (self._full_passes or (n,)):
-            if self._config.cuda_graphs:
+            if self._config.cuda_graphs and self._captures is None:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # the last replay's outputs are used up
             return self._compiled(samples, targets) / divisor
         # The rest of an epoch may be a single image. It has no batch statistics: BatchNorm refuses it if its maps have one pixel.
         with _norms_at_rest(self.norms if n == 1 else ()):
             return self._eager(samples, targets) / divisor
+
+    def is_replayed(self, samples: Tensor) -> bool:
+        """Whether `replay` does the pass. Short batches are not worth a recording, and their graphs would hold memory."""
+        n = len(samples)
+        return self._captures is not None and n > 1 and n in (self._full_passes or (n,))
+
+    def replay(self, samples: Tensor, targets: Targets, divisor: float, observer: StepObserver) -> tuple[Tensor, Counter[int]]:
+        """A whole pass by one launch: leaves its gradients in the parameters, and returns its loss, () float32, and what the norms'
+        counters would have counted. No hook of a parameter is called."""
+        assert self._captures is not None
+
+        def compute(samples: Tensor, targets: Targets) -> Tensor:
+            with self.counters.aside():
+                loss = self.loss(samples, targets, divisor)
+                loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        observer.part("forward")
+        loss, counted = self._captures.run(samples, targets, divisor, compute, self.counters.noted)
+        observer.part("backward")
+        return loss, counted
 
     def backward(
         self,
@@ -306,12 +330,16 @@ class Passes:
         total: Tensor | None = None
         counted: Counter[int] = Counter()
         for number, (samples, targets) in enumerate(parts, start=1):
-            with before_the_last() if number < len(parts) else nullcontext(), self.counters.aside():
-                loss = self.loss(samples, targets, divisor)
-                observer.part("forward")
-                loss.backward()  # type: ignore[no-untyped-call]
-                observer.part("backward")
-            counted += self.counters.noted()
+            if self.is_replayed(samples):
+                loss, noted = self.replay(samples, targets, divisor, observer)
+            else:
+                with before_the_last() if number < len(parts) else nullcontext(), self.counters.aside():
+                    loss = self.loss(samples, targets, divisor)
+                    observer.part("forward")
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    observer.part("backward")
+                noted = self.counters.noted()
+            counted += noted
             total = loss.detach() if total is None else total + loss.detach()
         self.counters.add(counted)
         assert total is not None
@@ -419,6 +447,7 @@ class DdpGradients:
             # Without CUDA graphs: in DDP's pieces nobody has tried them.
             forward = torch.compile(self._forward, backend=COMPILER, dynamic=False, options=dict(SAME_BITS))
             compiled = _bound(objective, forward)
+        config = replace(config, cuda_graphs=False)
         self._passes = Passes(model, task, config, eager=_bound(objective, self._forward), compiled=compiled)
         on_cpu = self._passes.device.type == "cpu"
         self._waits = _DdpWaits(self._passes.parameters) if on_cpu else None
@@ -512,7 +541,11 @@ class TreeGradients:
             if len(batch.ids) or (batch.unlabelled is not None and len(batch.unlabelled.ids)):
                 passes.seed(step, batch.virtual_rank)
                 parts = passes.cut(batch, common)
-                self._put_in(parts, global_count, observer, share=passes.share(batch, step, global_count), common=common)
+                share = passes.share(batch, step, global_count)
+                if passes.is_replayed(parts[0][0]):
+                    self._put_in_replayed(*parts[0], global_count, observer, share=share)
+                else:
+                    self._put_in(parts, global_count, observer, share=share, common=common)
             reducer.end()
             # Each virtual rank starts from the same statistics and counters: BatchNorm may weigh by its counter.
             _copy(self._statistics_before, self._statistics)
@@ -548,17 +581,32 @@ class TreeGradients:
                     reducer.put(0, total)
                     if common is not None:
                         reducer.put(1, common[SUMS])
-                    shares = torch._foreach_mul(self._statistics, share) if self._statistics else ()
-                    for part, statistic in enumerate(shares, start=self._first - len(self._statistics)):
-                        reducer.put(part, statistic)
+                    self._put_statistics(share)
                 observer.part("forward")
                 loss.backward()  # type: ignore[no-untyped-call]
                 observer.part("backward")
         if len(parts) > 1:  # parameters that the last micro-batch did not use, but an earlier one did
-            for part, parameter in enumerate(reversed(passes.parameters), start=self._first):
-                if parameter.grad is not None:
-                    reducer.put(part, parameter.grad)
-                    parameter.grad = None
+            self._put_gradients()
+
+    def _put_in_replayed(self, samples: Tensor, targets: Targets, global_count: int, observer: StepObserver, *, share: float) -> None:
+        """The same for a pass that is replayed: it hands over everything at its end. The exchange with other ranks then has nothing to run
+        beside, but that is only so for a rank's last virtual rank."""
+        self._hands_over.is_open = False  # for the recording
+        loss, _ = self._passes.replay(samples, targets, global_count, observer)  # counters count steps
+        self._reducer.put(0, loss)
+        self._put_statistics(share)
+        self._put_gradients()
+
+    def _put_statistics(self, share: float) -> None:
+        shares = torch._foreach_mul(self._statistics, share) if self._statistics else ()
+        for part, statistic in enumerate(shares, start=self._first - len(self._statistics)):
+            self._reducer.put(part, statistic)
+
+    def _put_gradients(self) -> None:
+        for part, parameter in enumerate(reversed(self._passes.parameters), start=self._first):
+            if parameter.grad is not None:
+                self._reducer.put(part, parameter.grad)
+                parameter.grad = None
 
     def compile_ahead(self, image: Sequence[int]) -> float:
         return self._passes.compile_ahead(image)

@@ -90,8 +90,11 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
         yield f"optim.nesterov=true belongs to SGD, but optim.name={optim.name}; use --optim.no-nesterov or --optim.name sgd"
     elif optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov=true needs momentum, but optim.momentum=0; use --optim.momentum 0.9 or --optim.no-nesterov"
-    if train.cuda_graphs == "on" and not train.compile:
-        yield "train.cuda_graphs=on replays a compiled step, but train.compile=false; add --train.compile or leave it out"
+    if train.cuda_graphs == "on" and train.reduction == "ddp" and workers and workers > 1:
+        yield (
+            f"train.cuda_graphs=on and train.reduction=ddp with {workers} workers: DDP exchanges gradients inside the pass, which is not "
+            "recorded; use --train.reduction tree or --train.no-cuda-graphs"
+        )
     if train.cuda_graphs == "on" and train.accumulate > 1:
         yield (
             f"train.cuda_graphs=on and train.accumulate={train.accumulate}: a graph's next replay overwrites the gradients that "

@@ -132,9 +132,9 @@ class TrainConfig:
     """Compile the step. This takes seconds to minutes before the first step, reported separately; later starts find most of it in
     `data.root`."""
     cuda_graphs: Annotated[Switch, FREE] = "auto"
-    """Launch a compiled step's kernels as CUDA graphs. This helps if the host takes longer to launch a kernel than the GPU to run it, as
-    with batches of 100 small images, and `auto` does it there; `true` and `false` mean `on` and `off`. Changes no result. Needs
-    `train.compile` and a GPU, and does not work with `train.accumulate`."""
+    """Record a pass through the model as a CUDA graph and launch it as one. This helps if the host takes longer to launch kernels than the
+    GPU to run them, as with batches of 100 small images, and `auto` does it there if `train.compile` is on; `true` and `false` mean `on`
+    and `off`. Changes no result. Needs a GPU, and does not work with `train.accumulate`."""
     accumulate: Annotated[int, Ge(1), "1 does not cut the batch"] = 1
     """Micro-batches per virtual rank's part of a batch: the same batch in less memory. BatchNorm sees micro-batches."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
