@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,12 +47,14 @@ class Case:
     channels_last: bool = False
     compiled: bool = False
     cuda_graphs: bool = False
+    pad_channels: bool = False
 
     @property
     def name(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
-        way = "CUDA graphs" if self.cuda_graphs else "compiled" if self.compiled else "eager"
-        return f"{self.stem} {self.precision} {layout} {way}"
+        way = "compiled" if self.compiled else "eager"
+        padded = " of 8 channels" if self.pad_channels else ""
+        return f"{self.stem}{padded} {self.precision} {layout} {way}{' CUDA graphs' if self.cuda_graphs else ''}"
 
 
 def all_cases(kind: str) -> list[Case]:
@@ -64,7 +66,9 @@ def all_cases(kind: str) -> list[Case]:
         for channels_last in (False, True)
     ]
     if kind == "cuda":
-        ways.append(Case(precision="bf16", channels_last=True, compiled=True, cuda_graphs=True))
+        for compiled in (False, True):
+            fast = Case(precision="bf16", channels_last=True, compiled=compiled)
+            ways += [replace(fast, cuda_graphs=True), replace(fast, pad_channels=True)]
     others = [stem for stem in STEMS if stem != "article"]
     return ways + [
         Case(stem=stem, precision="bf16", channels_last=True, compiled=compiled) for compiled in (False, True) for stem in others
@@ -111,6 +115,7 @@ def ours(case: Case, device: torch.device, batch: int) -> Job:
             channels_last="on" if case.channels_last else "off",
             compile=case.compiled,
             cuda_graphs="on" if case.cuda_graphs else "off",
+            pad_channels=case.pad_channels,
             virtual_ranks=1,
         ),
     )

@@ -189,7 +189,7 @@ DECIDES = frozenset(
         "layer_decay loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
         "spike_factor ema select select_measure patience min_delta mixup cutmix teacher teacher_weight teacher_temperature semi "
-        "unlabelled_ratio unlabelled_weight unlabelled_policy threshold semi_decay init_seed quantise",
+        "unlabelled_ratio unlabelled_weight unlabelled_policy threshold semi_decay init_seed quantise pad_channels",
         "task": "name loss threshold head_weights weights",
     }.items()
     for name in names.split()

@@ -31,6 +31,7 @@ from trainer.learn.teacher import Teacher, load_teacher, taught_loss
 from trainer.learn.update import Update
 from trainer.models.im2col import use_im2col
 from trainer.models.normalise import mean_and_std
+from trainer.models.padded import pad_channels
 from trainer.models.rounded import round_layers
 from trainer.models.vision import Preprocess, head_of
 from trainer.runs.model_files import pinned
@@ -241,6 +242,8 @@ def build_learner(
         round_layers(model)
     elif config.train.small_maps == "product":
         use_im2col(model)
+    if config.train.pad_channels:
+        pad_channels(model, config.model.name)
     task.bind(model)
     head_name, _ = head_of(model)
     depths = depths_of(model, config.model.name, head_name) if config.optim.layer_decay != 1 else None

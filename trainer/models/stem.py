@@ -165,9 +165,13 @@ class FoldedConv2d(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(n, C, H, W) -> (n, O, 2H, 2W) channels_last."""
         bias = None if self.bias is None else self.bias.repeat(4)
-        phases = F.conv2d(images, self.folded_weight(), bias, padding=self._side - 2)
+        phases = self._conv_forward(images, self.folded_weight(), bias)
         n, channels, height, width = len(images), phases.shape[1], *images.shape[2:]
         phases = phases[..., :height, :width]  # (n, 4 * O, H, W); drops the extra row and column that a 4x4 kernel with padding 2 gives
         # A pixel shuffle that keeps channels_last: in NHWC order it moves contiguous runs of O values.
         spread = phases.permute(0, 2, 3, 1).reshape(n, height, width, 2, 2, channels // 4).permute(0, 1, 3, 2, 4, 5)
         return spread.reshape(n, 2 * height, 2 * width, channels // 4).permute(0, 3, 1, 2)
+
+    def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """By the name that it has in nn.Conv2d (trainer.models.padded)."""
+        return F.conv2d(images, weight, bias, padding=self._side - 2)

@@ -151,6 +151,9 @@ class TrainConfig:
     quantise: Annotated[Literal["none", "int8"], LATER] = "none"
     """`int8` trains with weights and layers' inputs rounded as an int8 export rounds them (quantisation-aware training), so that the export
     loses less (docs/compress.md). Tests and the exported weights are float32. It costs time in every step."""
+    pad_channels: Annotated[bool, LATER] = False
+    """Train the first convolution with eight input channels, five of them zeros, which suits the kernels that a GPU has for channels_last.
+    It computes the same, and rounds otherwise. Not measured on a GPU yet."""
     spike_factor: Annotated[float, Ge(0), "0 looks for NaN and infinity only, 10 is the default"] = 10.0
     """A loss this many robust standard deviations above the last 100 losses' median, and more than twice that median, is a spike: the run
     goes back to its last checkpoint and skips that batch, as it does for NaN. Short batches may scatter more, and the first 50 losses may
