@@ -11,7 +11,7 @@ from torch import Tensor
 from cluster.failures import BadNumbers
 from cluster.interval import AUTO, IntervalChooser, SharedInterval
 from cluster.verify import WeightsCheck, WeightsHash
-from trainer.learn.step import Arriving
+from trainer.learn.step import SLOTS_AT_ONCE, Arriving, Slots
 from trainer.rank.guard import Guard
 
 pytestmark = [
@@ -101,3 +101,14 @@ def test_a_rank_alone_on_a_gpu_takes_its_own_proposal() -> None:
     chooser.saved(0.01)
     interval.saved(50)
     assert (interval.steps, interval.due(188), interval.due(189)) == (139, False, True)
+
+
+def test_losses_of_many_steps_arrive_as_they_were_in_places_that_are_used_again() -> None:
+    slots, late, found = Slots(), [], []
+    for step in range(1000):
+        late.append(Arriving(step, torch.full((), float(step), device="cuda") * 3, slots=slots))
+        while len(late) > 20:
+            found.append(late.pop(0).wait())
+    found += [each.wait() for each in late]
+    assert found == [3.0 * step for step in range(1000)]
+    assert len(slots._free[torch.float32]) == SLOTS_AT_ONCE

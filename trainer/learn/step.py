@@ -4,6 +4,7 @@ Nothing here logs, saves, evaluates or waits for the device: a loss comes back w
 itself. Only the last step's stats wait for all losses. `trainer.learn.gradients` computes gradients, `trainer.learn.update` uses them.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -18,34 +19,89 @@ from trainer.learn.gradients import Gradients, StepObserver
 from trainer.learn.update import Update
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Slot:
+    """Where a number of a GPU arrives."""
+
+    host: Tensor  # () pinned
+    sent: torch.cuda.Event
+    """Recorded behind the copy into it."""
+
+
+class Slots:
+    """Places in pinned memory, with an event each, for numbers on their way from a GPU. They are used again once a number has been read, so
+    that a step takes no pinned memory and makes no event. Any thread may use them."""
+
+    def __init__(self) -> None:
+        self._free: dict[torch.dtype, deque[Slot]] = {}
+
+    def take(self, dtype: torch.dtype) -> Slot:
+        free = self._free.setdefault(dtype, deque())
+        try:
+            return free.popleft()  # the one that was free longest
+        except IndexError:
+            places = pinned(SLOTS_AT_ONCE, dtype).unbind()
+        slots = [Slot(host=host, sent=torch.cuda.Event()) for host in places]  # type: ignore[no-untyped-call]
+        free.extend(slots[1:])
+        return slots[0]
+
+    def give_back(self, slot: Slot) -> None:
+        """Nobody will read it any more, and its copy is done."""
+        self._free[slot.host.dtype].append(slot)
+
+
+SLOTS_AT_ONCE = 64
+"""As many as are on their way as a rule: a checkpoint's proof waits for the losses of a few dozen steps at most."""
+
+
+def pinned(count: int, dtype: torch.dtype) -> Tensor:
+    """(count,) of host memory that a GPU can write into while the host goes on."""
+    return torch.empty(count, dtype=dtype, pin_memory=True)
+
+
 class Arriving:
     """A step's mean loss, or its gradient's norm, on its way from the device to the host. Any thread may call `wait`; the other methods are
     for the loop."""
 
-    def __init__(self, step: int, loss: Tensor, work: dist.Work | None = None, aside: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self,
+        step: int,
+        loss: Tensor,
+        work: dist.Work | None = None,
+        aside: torch.cuda.Stream | None = None,
+        slots: Slots | None = None,
+    ) -> None:
         """`loss`: () on the device. `work`: the all-reduce that still adds up the ranks' shares of it. `aside`: on a GPU, a stream other
-        than the steps' stream."""
+        than the steps' stream. `slots`: where numbers of a GPU arrive; without, this one gets a place of its own."""
         self.step = step
-        self._loss, self._work, self._aside = loss, work, aside
+        self._loss, self._work, self._aside, self._slots = loss, work, aside, slots
         self._host: Tensor | None = None
-        self._sent: torch.cuda.Event | None = None
+        """A CPU's."""
+        self._slot: Slot | None = None
+        """A GPU's."""
+        self._value: float | None = None
+        """What has been read out of a slot."""
+        self._reading = threading.Lock()
         if work is None:
             self._send()
 
     def reduced(self) -> None:
         """Call it a step later, when the all-reduce has long finished."""
-        if self._work is not None and self._host is None:
+        if self._work is not None and self._host is None and self._slot is None:
             self._work.wait()
             self._send()
 
     def is_here(self) -> bool:
-        return self._host is not None and (self._sent is None or bool(self._sent.query()))  # type: ignore[no-untyped-call]
+        if self._slot is not None:
+            # Should another thread just have read it, the place may be another number's, and this says once more that it is not here.
+            return self._value is not None or bool(self._slot.sent.query())  # type: ignore[no-untyped-call]
+        return self._host is not None
 
     def wait(self) -> float:
         """Wait for the loss and return it. Only this thread waits."""
+        if self._slot is not None:
+            return self._read(self._slot)
         if self._host is not None:
-            if self._sent is not None:
-                self._sent.synchronize()
             return float(self._host)
         assert self._work is not None
         if not self._loss.is_cuda:
@@ -60,11 +116,20 @@ class Arriving:
         if not self._loss.is_cuda:
             self._host = self._loss
             return
-        host = torch.empty((), dtype=self._loss.dtype, pin_memory=True)
-        host.copy_(self._loss, non_blocking=True)
-        sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        sent.record()
-        self._sent, self._host = sent, host  # in this order, because another thread may be in wait()
+        self._slots = self._slots or Slots()
+        slot = self._slots.take(self._loss.dtype)
+        slot.host.copy_(self._loss, non_blocking=True)
+        slot.sent.record()
+        self._slot = slot  # last, because another thread may be in wait()
+
+    def _read(self, slot: Slot) -> float:
+        with self._reading:
+            if self._value is None:
+                slot.sent.synchronize()
+                self._value = float(slot.host)
+                assert self._slots is not None
+                self._slots.give_back(slot)
+            return self._value
 
 
 class DeviceWaits:
@@ -193,6 +258,7 @@ def train_steps(
     waited = stepper.wait_seconds
     waits = DeviceWaits() if device.type == "cuda" else None
     aside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    slots = Slots()
     for step in range(start_step, stop_step):
         begin = clock()
         stepper.observer.part("other")
@@ -210,9 +276,9 @@ def train_steps(
         if losses:
             losses[-1].reduced()  # the previous step's all-reduce has long finished
         if loss is not None:
-            losses.append(Arriving(step, loss, dist.all_reduce(loss, async_op=True) if sum_over_ranks else None, aside))
+            losses.append(Arriving(step, loss, dist.all_reduce(loss, async_op=True) if sum_over_ranks else None, aside, slots))
             if stepper.gradient_norm is not None:
-                norms.append(Arriving(step, stepper.gradient_norm))
+                norms.append(Arriving(step, stepper.gradient_norm, slots=slots))
         arrived = []
         while losses and (last or losses[0].is_here()):
             arrived.append((losses[0].step, losses[0].wait()))
