@@ -71,3 +71,11 @@ def test_a_step_of_resnet18_is_made_of_no_more_operations_than_this(how: dict[st
     passes = how.get("virtual_ranks", 1)
     assert found["forward"]["native_batch_norm"] == 20 * passes  # it has counted at all
     assert found["forward"]["add_"] == 8 * passes  # the blocks' own, and no norm's counter
+
+
+def test_a_weight_is_cast_once_a_step_however_many_passes_read_it() -> None:
+    """22 of them: 20 convolutions, the last layer and its bias. The others are casts of images and losses, once a pass."""
+    casts = {virtual_ranks: launches_of(virtual_ranks=virtual_ranks)["forward"]["_to_copy"] for virtual_ranks in (2, 4)}
+    a_pass = (casts[4] - casts[2]) // 2
+    assert casts[2] - 2 * a_pass == 22, casts
+    assert a_pass < 6, casts

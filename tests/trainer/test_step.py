@@ -41,6 +41,7 @@ from trainer.learn.gradients import (
     DdpGradients,
     Gradients,
     PassConfig,
+    Passes,
     PlainGradients,
     StepObserver,
     TreeGradients,
@@ -1075,6 +1076,34 @@ def test_the_tree_gives_the_same_weights_average_and_losses_for_any_number_of_wo
 @pytest.mark.parametrize("name", [name for name, case in TREE_CASES.items() if case.is_plain])
 def test_what_runs_beside_the_backward_pass_is_what_a_synchronous_tree_gives(ranks: list[dict[str, Any]], name: str) -> None:
     assert ranks[0][f"{name}, 1"] == ranks[0][f"{name}, by hand"]
+
+
+class Disabling(Net):
+    """Computes a part in float32 whose backward pass autocast would touch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images)
+        with torch.autocast("cpu", enabled=False):
+            weight = F.linear(self.head.weight, torch.eye(32) * 1.37)
+        return F.linear(features, weight, self.head.bias)
+
+
+@pytest.mark.parametrize("net", [Net, Disabling])
+@pytest.mark.parametrize("how", [{"virtual_ranks": 4}, {"accumulate": 3}, {"virtual_ranks": 4, "accumulate": 2}], ids=str)
+def test_weights_that_are_cast_once_a_step_end_in_the_bits_of_those_cast_in_every_pass(
+    how: dict[str, Any], net: type[Net], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained() -> str:
+        model = net()
+        shape = (how.get("virtual_ranks", 1), 332)
+        stepper = make(model, sgd(model), precision="bf16", **how)
+        losses = [pair for stats in loop(stepper, iter(batches_of(shape, 4, 8)), order_of(shape), 4, 8) for pair in stats.losses]
+        return f"{weights_sha256(model)} {losses}"
+
+    once, entered = trained(), []
+    monkeypatch.setattr(Passes, "weights_cast_once", lambda passes: entered.append(passes) or contextlib.nullcontext())
+    assert trained() == once
+    assert entered
 
 
 def test_precision_shows_in_the_weights(ranks: list[dict[str, Any]]) -> None:

@@ -296,6 +296,14 @@ class Passes:
         with _norms_at_rest(self.norms if n == 1 else ()):
             return self._eager(samples, targets) / divisor
 
+    def weights_cast_once(self) -> AbstractContextManager[Any]:
+        """Inside the context, which is for the passes of one step, autocast casts each weight once instead of once a pass, to the same
+        bits: it drops its casts when the outermost of its contexts ends, which is this one. Outside of the passes' own contexts nothing is
+        cast. Unlabelled images are guessed at without gradients, and such casts may not be passed on to passes with gradients; a compiled
+        or recorded pass holds its casts itself."""
+        holds_its_own = self._compiled is not None or self._captures is not None or self.semi is not None
+        return nullcontext() if holds_its_own else torch.autocast(self.device.type, enabled=False)
+
     def is_replayed(self, samples: Tensor) -> bool:
         """Whether `replay` does the pass. Short batches are not worth a recording, and their graphs would hold memory."""
         n = len(samples)
@@ -329,18 +337,19 @@ class Passes:
         `before_the_last`."""
         total: Tensor | None = None
         counted: Counter[int] = Counter()
-        for number, (samples, targets) in enumerate(parts, start=1):
-            if self.is_replayed(samples):
-                loss, noted = self.replay(samples, targets, divisor, observer)
-            else:
-                with before_the_last() if number < len(parts) else nullcontext(), self.counters.aside():
-                    loss = self.loss(samples, targets, divisor)
-                    observer.part("forward")
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    observer.part("backward")
-                noted = self.counters.noted()
-            counted += noted
-            total = loss.detach() if total is None else total + loss.detach()
+        with self.weights_cast_once() if len(parts) > 1 else nullcontext():
+            for number, (samples, targets) in enumerate(parts, start=1):
+                if self.is_replayed(samples):
+                    loss, noted = self.replay(samples, targets, divisor, observer)
+                else:
+                    with before_the_last() if number < len(parts) else nullcontext(), self.counters.aside():
+                        loss = self.loss(samples, targets, divisor)
+                        observer.part("forward")
+                        loss.backward()  # type: ignore[no-untyped-call]
+                        observer.part("backward")
+                    noted = self.counters.noted()
+                counted += noted
+                total = loss.detach() if total is None else total + loss.detach()
         self.counters.add(counted)
         assert total is not None
         return total
@@ -535,21 +544,22 @@ class TreeGradients:
         passes.clear_gradients()  # then autograd hands over its gradient as it is, without adding it to an old one
         _copy(self._statistics, self._statistics_before)
         _copy(self._weighing, self._weighing_before)
-        for batch in batches:
-            reducer.begin(batch.virtual_rank)
-            common = passes.begin(step, global_count)
-            if len(batch.ids) or (batch.unlabelled is not None and len(batch.unlabelled.ids)):
-                passes.seed(step, batch.virtual_rank)
-                parts = passes.cut(batch, common)
-                share = passes.share(batch, step, global_count)
-                if passes.is_replayed(parts[0][0]):
-                    self._put_in_replayed(*parts[0], global_count, observer, share=share)
-                else:
-                    self._put_in(parts, global_count, observer, share=share, common=common)
-            reducer.end()
-            # Each virtual rank starts from the same statistics and counters: BatchNorm may weigh by its counter.
-            _copy(self._statistics_before, self._statistics)
-            _copy(self._weighing_before, self._weighing)
+        with passes.weights_cast_once() if len(batches) > 1 else nullcontext():
+            for batch in batches:
+                reducer.begin(batch.virtual_rank)
+                common = passes.begin(step, global_count)
+                if len(batch.ids) or (batch.unlabelled is not None and len(batch.unlabelled.ids)):
+                    passes.seed(step, batch.virtual_rank)
+                    parts = passes.cut(batch, common)
+                    share = passes.share(batch, step, global_count)
+                    if passes.is_replayed(parts[0][0]):
+                        self._put_in_replayed(*parts[0], global_count, observer, share=share)
+                    else:
+                        self._put_in(parts, global_count, observer, share=share, common=common)
+                reducer.end()
+                # Each virtual rank starts from the same statistics and counters: BatchNorm may weigh by its counter.
+                _copy(self._statistics_before, self._statistics)
+                _copy(self._weighing_before, self._weighing)
         observer.phase("exchange")
         sums = reducer.finish(lambda: observer.phase("step"))  # after the callback, a hang here is not a wait for other ranks
         observer.phase("step")
