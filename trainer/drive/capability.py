@@ -162,7 +162,7 @@ def settled(
         backend, why = augment_backend(config.data, images, on_gpu=on_gpu, gpu_bytes=capability.memory_bytes)
         if not augments(config.data):
             backend = "torch"
-        elif on_gpu:  # on a CPU it is what everybody expects and needs no line
+        else:
             tell(f"data.augment_backend=auto: {backend} ({why})")
         config = replaced(config, "data.augment_backend", backend)
     if config.train.cuda_graphs == "auto":
