@@ -132,6 +132,22 @@ def test_what_a_replay_returns_is_not_overwritten_by_the_next_one() -> None:
     assert (len(captures), RecordedGraph.replays) == (1, 2)
 
 
+def test_weights_that_are_loaded_or_moved_between_steps_are_the_ones_that_count() -> None:
+    def trained(cuda_graphs: bool) -> str:
+        model = Net()
+        stepper = make(model, build_optimizer(model, OPTIM, "head"), cuda_graphs=cuda_graphs)
+        for step, batches in enumerate(batches_of(ALONE, 0, 4)):
+            if step == 1:
+                model.load_state_dict(Net(seed=5).state_dict())  # as after a spike: in place
+            if step == 2:
+                model.head.weight.data = model.head.weight.data * 0.5  # by a user's own code, somewhere else
+            stepper.step(batches, global_count=332, step=step)
+        return weights_sha256(model)
+
+    assert trained(True) == trained(False)
+    assert (RecordedGraph.recordings, RecordedGraph.replays) == (2, 4)
+
+
 class Waiting(Net):
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)

@@ -5,13 +5,14 @@ An eager pass of ResNet-18 is some 250 launches, which take the host longer than
 eight virtual ranks of 64 small images waits for its host most of the time. A graph repeats the same kernels on the same memory, so a replay
 has the bits of the pass that was recorded, under three conditions, which `Captures` sees to:
 
-- what differs from step to step lies in memory that the graph reads (the samples, the targets), or belongs to the graph's key (what the
-  loss is divided by). Random draws read the generator's seed, which the caller sets before each pass;
+- what differs from step to step lies in memory that the graph reads (weights, samples, targets), or belongs to the graph's key (what the
+  loss is divided by). Weights that moved are recorded anew. Random draws read the generator's seed, which the caller sets before;
 - what the recording itself changes is put back (BatchNorm's statistics, the random state);
 - what the pass does on the host, besides launching, happens once, in the recording. So nobody may rely on hooks, and what the pass counted
   is handed back with each replay.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class Recorded:
     gradients: list[Tensor | None]
     """Of each parameter; None if the pass does not use it."""
     counted: Counter[int]
+    addresses: tuple[int, ...]
+    """Of the model's parameters and buffers."""
 
 
 class Captures:
@@ -107,9 +110,10 @@ class Captures:
         """Replay the pass `compute`, recorded first where there is none for such a batch and `divisor`. Returns the loss and what `counted`
         says after a pass. The parameters' gradients are the graph's memory: the next replay overwrites them."""
         key = (divisor, _like(samples), *((name, _like(value)) for name, value in sorted(targets.items())))
-        if key not in self._recorded:
-            self._recorded[key] = self._record(samples, targets, compute, counted)
-        found = self._recorded[key]
+        found = self._recorded.get(key)
+        if found is None or found.addresses != self._addresses():  # what was moved would be read where it lay
+            self._recorded.pop(key, None)
+            found = self._recorded[key] = self._record(samples, targets, compute, counted)
         found.samples.copy_(samples)
         for name, value in targets.items():
             found.targets[name].copy_(value)
@@ -144,8 +148,18 @@ class Captures:
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-        gradients = [parameter.grad for parameter in self._parameters]
-        return Recorded(graph=graph, samples=own, targets=own_targets, loss=loss, gradients=gradients, counted=counted())
+        return Recorded(
+            graph=graph,
+            samples=own,
+            targets=own_targets,
+            loss=loss,
+            gradients=[parameter.grad for parameter in self._parameters],
+            counted=counted(),
+            addresses=self._addresses(),
+        )
+
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple(tensor.data_ptr() for tensor in itertools.chain(self._model.parameters(), self._model.buffers()))
 
 
 def _like(tensor: Tensor) -> tuple[Any, ...]:
