@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cluster.reduce import TreeReducer
 from dataio.batch import Targets
 from tests.trainer.recorded_graph import RecordedGraph
-from tests.trainer.test_step import EVERYTHING, FOUR, SEED, Net, batches_of, loop, make, order_of
+from tests.trainer.test_step import EVERYTHING, FOUR, SEED, Net, batches_of, loop, make, order_of, sgd
 from trainer.learn import capture
 from trainer.learn.augment.mix import Mix
 from trainer.learn.augment.views import make_views
@@ -206,6 +206,40 @@ def test_a_replayed_step_launches_few_kernels_besides(monkeypatch: pytest.Monkey
         monkeypatch.setattr(capture, "cuda_graphs", lambda device: RecordedGraph)
     assert launched[True] <= 8 * 12 + 20, launched
     assert launched[True] < launched[False] / 3, launched
+
+
+def test_a_replayed_step_of_one_process_launches_nothing_to_prove_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
+    stepper = make(model, optimizer, cuda_graphs=True)
+    first, second = batches_of(ALONE, 0, 2)
+    stepper.step(first, global_count=332, step=0)
+    monkeypatch.setattr(RecordedGraph, "replay", lambda graph: None)
+    with Launches() as seen:
+        stepper.step(second, global_count=332, step=1)
+    # The samples' and the label's copy, the loss's, BatchNorm's counters, and the optimiser's own counters and update.
+    assert seen.count <= 7, seen.count
+
+
+class Rooted(Net):
+    """Its loss is finite and one of its gradients is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.level.sqrt()
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 4])
+def test_a_gradient_that_is_not_finite_shows_in_a_replayed_loss(virtual_ranks: int) -> None:
+    for net, is_finite in ((Net, True), (Rooted, False)):
+        model = net()
+        stepper = make(model, sgd(model), virtual_ranks=virtual_ranks, cuda_graphs=True)
+        (batches,) = batches_of((virtual_ranks, 332), 0, 1)
+        assert torch.isfinite(stepper.step(batches, global_count=332, step=0)) == is_finite
+    assert RecordedGraph.replays == 2 * virtual_ranks
 
 
 def test_micro_batches_are_no_graphs() -> None:

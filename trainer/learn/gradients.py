@@ -33,6 +33,7 @@ from trainer.learn.objectives import Forward, Objective
 from trainer.learn.own import Augment
 from trainer.learn.semi import SUMS, Semi, assembled, together
 from trainer.learn.teacher import Teacher, with_answers
+from trainer.learn.update import sum_of_norms
 from trainer.tasks.task import Task
 
 COMPILER: str | Callable[..., Any] = "inductor"
@@ -213,8 +214,18 @@ def _only_counts(norm: _BatchNorm) -> bool:
 class Passes:
     """Runs micro-batches through the model. It uses the compiled step for batches of its size, and the eager one for others."""
 
-    def __init__(self, model: nn.Module, task: Task, config: PassConfig, *, eager: SummedLoss, compiled: SummedLoss | None) -> None:
-        self._model, self._task, self._config = model, task, config
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: PassConfig,
+        *,
+        eager: SummedLoss,
+        compiled: SummedLoss | None,
+        proves_replays: bool = False,
+    ) -> None:
+        """`proves_replays`: a replayed pass also shows in its loss whether its gradients are finite, without a launch of its own."""
+        self._model, self._task, self._config, self._proves_replays = model, task, config, proves_replays
         self._eager, self._compiled = eager, compiled
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
@@ -318,7 +329,7 @@ class Passes:
             with self.counters.aside():
                 loss = self.loss(samples, targets, divisor)
                 loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
+            return loss.detach() + 0.0 * sum_of_norms(self.parameters) if self._proves_replays else loss.detach()
 
         observer.part("forward")
         loss, counted = self._captures.run(samples, targets, divisor, compute, self.counters.noted)
@@ -412,6 +423,7 @@ class PlainGradients:
     """Gradients in a single process: all batches of a step go through the model together."""
 
     proves = False
+    """Of the newest step: a replayed one proves its gradients."""
     wait_seconds = 0.0
 
     def __init__(self, model: nn.Module, task: Task, objective: Objective, config: PassConfig) -> None:
@@ -421,13 +433,14 @@ class PlainGradients:
             # One graph per size. By default PyTorch compiles the second size it meets into a graph for all further sizes, and which size
             # comes second depends on the step that a run went on from.
             compiled = torch.compile(eager, backend=COMPILER, dynamic=False, options=config.compiler_options)
-        self._passes = Passes(model, task, config, eager=eager, compiled=compiled)
+        self._passes = Passes(model, task, config, eager=eager, compiled=compiled, proves_replays=True)
 
     def compute(self, batches: Sequence[Batch], *, global_count: int, step: int, observer: StepObserver) -> Tensor:
         passes = self._passes
         passes.clear_gradients()
         common = passes.begin(step, global_count)
         parts = passes.joined(batches, common)
+        self.proves = bool(parts) and passes.is_replayed(parts[0][0])
         passes.seed(step, batches[0].virtual_rank)
         loss = passes.backward(parts, global_count, observer)
         if passes.semi is not None and common is not None:

@@ -53,7 +53,7 @@ class Update:
             self.gradient_norm = _norm_of_gradients(self._parameters) if norm is None else norm
         proof: Tensor | None = None  # (), not finite if a gradient is not
         if self._sums is None and not is_proven:
-            proof = _sum_of_norms(self._parameters) if norm is None else norm
+            proof = sum_of_norms(self._parameters) if norm is None else norm
         self._optimizer.step()
         if self._sums is not None:
             proof = self._sums.gradient_sum
@@ -65,7 +65,7 @@ class Update:
         return loss
 
 
-def _sum_of_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+def sum_of_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """() on the device, not finite if a gradient is not."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     # Any sum will do that NaN and infinity get through. On a CPU plain sums read ResNet-18's gradients in 1.5 ms, norms in 2.6 ms.
