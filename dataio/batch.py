@@ -16,7 +16,8 @@ Targets = Mapping[str, torch.Tensor]
 class Batch:
     """What one virtual rank sees in one step; n may be 0 in the last step of an epoch."""
 
-    samples: torch.Tensor  # (n, *row) on the device: images (n, 3, H, W) uint8 channels_last; a bad sample is zeros
+    samples: torch.Tensor
+    """On the device: images (n, 3, H, W) uint8 channels_last, a bad one is zeros; or texts (n, T) int32, padded to what this step needs."""
     targets: Targets
     ids: Ids  # (n,)
     epoch: int

@@ -2,7 +2,8 @@
 
 Called by parquet. A row holds a sample's bytes (the column `image`, whatever they encode), one column for each target, its key and the
 SHA-256 of the bytes. Data with one label a sample have the single target column `label`; other targets are `target.NAME`: a label as int64,
-labels as a byte a class, a number as float32.
+labels as a byte a class, a number as float32. Of texts the bytes are tokens (the column `tokens`), and the last columns are `length`, the
+number of tokens, and `text`, as people read it: a step reads neither.
 
 All pages are of the one kind that parquet.ShardWriter writes (PLAIN, no nulls, no dictionary), so this file parses them itself: it reads
 uncompressed pages as views.
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from dataio.schema import LABEL, Target, is_single_label
 
+LENGTH, TEXT = "length", "text"
 Pages = list[tuple[int, np.ndarray]]
 """Pages of a column of a row group, in order: (number of values, their bytes in PLAIN encoding)."""
 
@@ -26,27 +28,31 @@ class Layout:
     """Which columns the shards of a data set with these targets have, and how each is stored and read. Columns that are read together lie
     next to each other."""
 
-    def __init__(self, targets: tuple[Target, ...]) -> None:
+    def __init__(self, targets: tuple[Target, ...], *, holds_texts: bool = False) -> None:
+        self.sample = "tokens" if holds_texts else "image"
+        """The column of the samples' bytes."""
         self.targets = (LABEL,) if is_single_label(targets) else tuple(f"target.{target.name}" for target in targets)
         stored = dict(zip(self.targets, targets, strict=True))
         self.schema = pa.schema(
             [
-                pa.field("image", pa.binary(), nullable=False),
+                pa.field(self.sample, pa.binary(), nullable=False),
                 *(pa.field(name, _arrow_type(target), nullable=False) for name, target in stored.items()),
                 pa.field("key", pa.string(), nullable=False),
                 pa.field("sha256", pa.binary(32), nullable=False),
+                *([pa.field(LENGTH, pa.int64(), nullable=False), pa.field(TEXT, pa.string(), nullable=False)] if holds_texts else []),
             ]
         )
         # Encoded samples, hashes and numbers do not compress; labels of many classes stay uncompressed, to be read as views.
         compressed = [name for name, target in stored.items() if target.kind == "label"]
-        self.compression = {name: "ZSTD" if name in (*compressed, "key") else "NONE" for name in self.schema.names}
+        self.compression = {name: "ZSTD" if name in (*compressed, "key", LENGTH, TEXT) else "NONE" for name in self.schema.names}
         self.index = {name: index for index, name in enumerate(self.schema.names)}
         read = (_ints,) if is_single_label(targets) else tuple(map(_reader_of, targets))
         self.values: dict[str, Callable[[Pages], Any]] = {
-            "image": _byte_arrays,
+            self.sample: _byte_arrays,
             **dict(zip(self.targets, read, strict=True)),
             "key": _texts,
             "sha256": _hashes,
+            **({LENGTH: _ints, TEXT: _texts} if holds_texts else {}),
         }
 
 

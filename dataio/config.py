@@ -22,6 +22,7 @@ Background = Literal["auto", "", "black", "gray", "white"]
 Crop = Literal["pad", "resized"]
 Policy = Literal["none", "trivial", "rand"]
 AugmentBackend = Literal["auto", "torch", "dali"]
+TooLong = Literal["cut", "refuse"]
 
 
 DEVICE_FRACTION = 0.4
@@ -125,9 +126,17 @@ def _ordered(key: str, value: tuple[float, float], usual: str) -> tuple[float, f
     return value
 
 
+def text_columns_of(text: str) -> tuple[str, ...]:
+    """`data.text_column` as the columns' names: none, one, or the two of pairs. ValueError for other text."""
+    names = tuple(name.strip() for name in text.split(",")) if text else ()
+    if len(names) > 2 or "" in names or len(set(names)) != len(names):
+        raise ValueError(f"data.text_column={text!r} names no text and no pair of texts; give one column, or two with a comma between them")
+    return names
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Labelled images and the batches made of them."""
+    """Labelled images or texts, and the batches made of them."""
 
     path: Annotated[str, FREE, PATH, MinLen(1)] = "cifar10"
     """`cifar10` (downloaded, hash-checked), a folder made by `dataio.convert` or its URI, or any source that `dataio.convert` takes."""
@@ -140,12 +149,27 @@ class DataConfig:
     """Column of a table or of Parquet files that has the images, or names their files; empty finds it by its usual names."""
     label_column: Annotated[str, FREE] = ""
     """Column of a table or of Parquet files that has the one label to learn; empty finds it by its usual names. Instead of `targets`."""
+    text_column: Annotated[str, FREE, text_columns_of] = ""
+    """Column of a table, of JSON lines or of Parquet files that has the texts, or two with a comma between them for pairs of texts; empty
+    finds it by its usual names."""
+    tokenizer: Annotated[str, FREE, PATH] = ""
+    """The file `tokenizer.json` of the tokenizers library, or a folder with it, by which texts are made into tokens when a source is
+    converted: the data are texts then. Empty: a run takes that of its model (`model.name=hf/...`); of any other model the data are
+    images."""
+    max_tokens: Annotated[int, FREE, Ge(8), "128 is the default"] = 128
+    """Most tokens of a text, with those that the tokenizer adds. Applied when a source is converted."""
+    too_long: Annotated[TooLong, FREE] = "cut"
+    """What becomes of a text with more: its beginning is kept (`cut`), or it is quarantined (`refuse`). Applied when a source is
+    converted, which counts them."""
+    sort_steps: Annotated[int, LATER, Ge(1), "1 sorts nothing"] = 32
+    """Steps whose texts are sorted by length among themselves, so that a step holds texts of similar length and pads little; 1 leaves
+    the order as it is drawn. Each text is still seen once an epoch."""
     unlabelled: Annotated[str, LATER, PATH] = ""
     """More images of the same kind, without labels, from which a classification learns too (docs/unlabelled.md): a folder of images,
     Parquet files, any other source, or a folder or URI made by `dataio.convert`. Empty: none. If they lie in class folders, these are used
     to say in the report how good the model's guesses were, and for nothing else."""
     batch_size: Annotated[int, Ge(1), "100 is the default"] = 100
-    """Images a step over all workers (global); a multiple of `train.virtual_ranks`."""
+    """Images, or texts, a step over all workers (global); a multiple of `train.virtual_ranks`."""
     remainder: Annotated[Remainder, LATER, Before("last")] = "auto"
     """The images of an epoch that make no whole batch: a short `last` batch, or `spread` over the epoch, whose batches then differ by one
     image at most. `auto` spreads them if the last batch would be under half of the others: BatchNorm cannot normalise a few images, and

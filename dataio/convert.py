@@ -1,4 +1,4 @@
-"""Converts a source into a folder of Parquet shards with checked images; the manifest is written last.
+"""Converts a source into a folder of Parquet shards with checked images, or with texts made into tokens; the manifest is written last.
 
     python -m dataio.convert SOURCE DEST
 
@@ -31,16 +31,19 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from dataio.codecs.codec import Facts, Refusal
 from dataio.codecs.make import looked_at, make_checker
-from dataio.config import DataConfig
+from dataio.codecs.text.form import TextForm, text_form
+from dataio.codecs.text.tokens import Checker as TextChecker
+from dataio.codecs.text.tokens import TextFacts
+from dataio.config import DataConfig, TooLong
 from dataio.foreign import MAX_MANIFEST_BYTES, read_regular
 from dataio.known_good import RULES_NAME, known_good
-from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo, fault_of_splits
+from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, ShardInfo, SplitInfo, TextInfo, fault_of_splits
 from dataio.parquet import QUARANTINE_NAME, ROWS_PER_GROUP, Dataset, ShardWriter, Split, open_dataset
 from dataio.quarantine import BadSample, Quarantine
 from dataio.reading import READING_NAME, REPEATS_NAME, Reading, Repeats, described, examples_of, lines_of, repeats_text, warnings
@@ -81,13 +84,14 @@ class Progress:
     """Bad samples of all splits so far."""
     resumed: int
     """Those of `done` that an earlier attempt converted."""
+    unit: str = "images"
 
     def describe(self) -> str:
         """`train: 512 of 2000 images, 3 bad`."""
         of = "" if self.total is None else f" of {self.total}"
         resumed = f", {self.resumed} of them before" if self.resumed else ""
         bad = f", {self.bad} bad" if self.bad else ""
-        return f"{self.split}: {self.done}{of} images{resumed}{bad}"
+        return f"{self.split}: {self.done}{of} {self.unit}{resumed}{bad}"
 
 
 def convert(
@@ -101,15 +105,16 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     threads: int = 1,
     known: Callable[[], Set[bytes]] = frozenset,
+    texts: TextForm | None = None,
 ) -> Manifest:
     """Converts `source` into the folder `dest`; does nothing if an earlier call did so. Samples whose SHA-256 is in `known()` are good by
-    today's rules and are not decoded (known_good.py).
+    today's rules and are not decoded (known_good.py). `texts`: how the samples become tokens, where they are texts.
 
     Bad samples are left out and recorded in quarantine.jsonl. A key that occurs again in its split gets the suffix "#2", "#3", ... in the
     source's order. Raises ValueError if `dest` holds anything else (`force` replaces it once the new folder is complete), TooManyBadSamples
     above max_bad_fraction of the whole source, and DiskFull. After any of these, or a kill, the same call continues where it stopped.
     """
-    identities = conversion_identities(source, max_image_pixels)
+    identities = conversion_identities(source, max_image_pixels, texts)
     dest = dest.expanduser()
     dest = dest.parent.resolve() / dest.name
     if not dest.name:
@@ -139,7 +144,7 @@ def convert(
             return existing
         try:
             manifest = _Conversion(
-                source, staging, identities[0], max_bad_fraction, max_image_pixels, on_progress, shard_bytes, threads, known()
+                source, staging, identities[0], max_bad_fraction, max_image_pixels, on_progress, shard_bytes, threads, known(), texts
             ).run()
             _publish(staging, dest)
         except BaseException as error:
@@ -217,7 +222,7 @@ def already_prepared(config: DataConfig) -> Dataset | None:
         if (path / MANIFEST_NAME).is_file():
             return open_dataset(path)
         source = source_of(config)
-        names = (f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels))
+        names = (f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels, text_form(config)))
         folder = next((made for name in names if _intact(made := Path(config.root).expanduser() / name) is not None), None)
         return None if folder is None else open_dataset(folder)
     except (ValueError, OSError):
@@ -243,11 +248,12 @@ def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None,
         return path, False
     root = Path(config.root).expanduser()
     source = open_it()
-    dests = [root / f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels)]
+    texts = text_form(config)
+    dests = [root / f"{source.kind}-{identity[:16]}" for identity in conversion_identities(source, config.max_image_pixels, texts)]
     dest = next((made for made in dests if _intact(made) is not None), dests[0])
     origin = str(path.resolve()) if path.exists() else config.path
     if isinstance(source, Corrected) and _intact(dest) is None:
-        _check_keys(source, root, config.max_image_pixels)
+        _check_keys(source, root, config.max_image_pixels, texts)
     convert(
         source,
         dest,
@@ -255,7 +261,8 @@ def _prepare(config: DataConfig, on_progress: Callable[[Progress], None] | None,
         max_image_pixels=config.max_image_pixels,
         on_progress=on_progress,
         force=_intact(dest) is None,
-        known=lambda: known_good(root, source.kind, origin, rules=_RULES, origin_name=ORIGIN_NAME),
+        known=lambda: known_good(root, source.kind, origin, rules=_RULES, origin_name=ORIGIN_NAME) if texts is None else frozenset(),
+        texts=texts,
     )
     if not (dest / ORIGIN_NAME).exists():
         with contextlib.suppress(OSError):  # a root that may be read only: the note is for `dataio.caches` and `known_good`
@@ -272,10 +279,10 @@ def refuse_corrections(config: DataConfig) -> None:
         )
 
 
-def _check_keys(source: Corrected, root: Path, max_image_pixels: int) -> None:
+def _check_keys(source: Corrected, root: Path, max_image_pixels: int, texts: TextForm | None) -> None:
     """Raises SourceError for a correction of a sample that is not there, before anything is converted: where the same source without
     corrections was converted already, its keys are known."""
-    for identity in conversion_identities(source.source, max_image_pixels):
+    for identity in conversion_identities(source.source, max_image_pixels, texts):
         try:
             dataset = open_dataset(root / f"{source.kind}-{identity[:16]}")
             left_out = dataset.left_out()
@@ -302,6 +309,8 @@ def source_of(config: DataConfig, *, whole: bool = False) -> Source:
         targets=config.targets,
         image_column=config.image_column,
         label_column=config.label_column,
+        text_column=config.text_column,
+        holds_texts=bool(config.tokenizer),
         whole=whole,
         corrections=config.corrections,
     )
@@ -322,11 +331,12 @@ def _check_limit(dest: Path, manifest: Manifest, max_bad_fraction: float) -> Non
     quarantine.restore(BadSample.from_json(json.loads(line)) for line in lines)
 
 
-def conversion_identities(source: Source, max_image_pixels: int) -> tuple[str, ...]:
+def conversion_identities(source: Source, max_image_pixels: int, texts: TextForm | None = None) -> tuple[str, ...]:
     """Hashes of everything that decides the converted folder's content. The first is that of a conversion made now. The others are those of
     earlier rules for reading the source: a folder converted by those rules is still valid, and older runs continue with it."""
+    form: Any = max_image_pixels if texts is None else texts.identity
     return tuple(
-        hashlib.sha256(json.dumps([_FORMAT, ROWS_PER_GROUP, source.kind, identity, max_image_pixels]).encode()).hexdigest()
+        hashlib.sha256(json.dumps([_FORMAT, ROWS_PER_GROUP, source.kind, identity, form]).encode()).hexdigest()
         for identity in source.identities
     )
 
@@ -347,6 +357,8 @@ class _Part:
     """Samples of the shard that have an alpha channel."""
     dropped: tuple[str, ...] = ()
     """Keys of samples that corrections drop."""
+    cut: int = 0
+    """Texts of the shard that had more than `data.max_tokens`."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -377,6 +389,7 @@ class _Conversion:
         shard_bytes: int,
         threads: int,
         known: Set[bytes],
+        texts: TextForm | None,
     ) -> None:
         self._source, self._staging, self._identity = source, staging, identity
         self._known, self._max_image_pixels = known, max_image_pixels
@@ -384,7 +397,8 @@ class _Conversion:
         self._splits = sorted(source.splits(), key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
         self._corrections = source.corrections if isinstance(source, Corrected) else None
         self._applying = Applying(self._corrections)
-        self._checker = make_checker(max_image_pixels=max_image_pixels, threads=threads)
+        self._texts, self._unit = texts, "images" if texts is None else "texts"
+        self._checker = make_checker(max_image_pixels=max_image_pixels, threads=threads, texts=texts)
         self._max_bad_fraction = max_bad_fraction
 
     def run(self) -> Manifest:
@@ -467,11 +481,11 @@ class _Conversion:
     def _convert_part(self, reading: "_Reading", index: int, total: int | None) -> _Part:
         """Writes the next shard of a split: a full one, or the split's last samples."""
         path = self._staging / _shard_name(reading.split, index)
-        writer = ShardWriter(path, self._source.targets)
+        writer = ShardWriter(path, self._source.targets, holds_texts=self._texts is not None)
         bad: list[BadSample] = []
         dropped: list[str] = []
         sizes: Counter[str] = Counter()
-        rows = transparent = 0
+        rows = transparent = cut = 0
         try:
             while not reading.last and (not rows or writer.size_bytes < self._shard_bytes):
                 group: list[_Good] = []
@@ -483,8 +497,9 @@ class _Conversion:
                     for offset, sample, verdict in zip(offsets, batch, self._check(reading.split, batch), strict=True):
                         if isinstance(verdict, _Good):
                             group.append(verdict)
-                            sizes[verdict.size] += 1
-                            transparent += verdict.has_alpha
+                            sizes[verdict.facts.size] += 1
+                            transparent += verdict.facts.has_alpha
+                            cut += isinstance(verdict.facts, TextFacts) and verdict.facts.was_cut
                         else:
                             bad.append(BadSample(key=sample.key, reason=verdict, split=reading.split, sample_id=place + offset))
                             self._quarantine.add(sample.key, verdict, reading.split, place + offset)
@@ -507,6 +522,7 @@ class _Conversion:
             image_sizes=dict(sorted(sizes.items())),
             transparent=transparent,
             dropped=tuple(dropped),
+            cut=cut,
         )
 
     def _corrected(self, split: str, batch: list[Sample]) -> tuple[list[Sample], dict[int, str]]:
@@ -524,11 +540,13 @@ class _Conversion:
 
     def _write_group(self, writer: ShardWriter, group: Sequence["_Good"]) -> None:
         targets = self._source.targets
+        texts = [good.facts for good in group if isinstance(good.facts, TextFacts)]
         writer.write_group(
-            [good.sample.data for good in group],
+            [text.stored for text in texts] or [good.sample.data for good in group],
             {target.name: np.stack([good.values[place] for good in group]) for place, target in enumerate(targets)},
             [good.sample.key for good in group],
             [hashlib.sha256(good.sample.data).digest() for good in group],
+            [(text.length, text.text) for text in texts],
         )
 
     def _check(self, split: str, batch: list[Sample]) -> Iterator["_Good | str"]:
@@ -550,7 +568,7 @@ class _Conversion:
             except ValueError as error:
                 yield f"bad label: {error}"
             else:
-                yield _Good(sample=sample, values=values, size=verdict.size, has_alpha=verdict.has_alpha)
+                yield _Good(sample=sample, values=values, facts=verdict)
 
     def _is_known(self, sample: Sample) -> bool:
         return bool(self._known) and hashlib.sha256(sample.data).digest() in self._known
@@ -560,15 +578,16 @@ class _Conversion:
         return {key for key, _, _ in self._stored(split, shards).content()} if shards else set()
 
     def _stored(self, split: str, shards: tuple[ShardInfo, ...]) -> Split:
-        return Split(split, [(shard, self._staging / shard.name) for shard in shards], self._source.targets)
+        files = [(shard, self._staging / shard.name) for shard in shards]
+        return Split(split, files, self._source.targets, holds_texts=self._texts is not None)
 
     def _report(self, split: str, done: int, total: int | None, resumed: int) -> None:
         if self._on_progress is not None:
-            self._on_progress(Progress(split=split, done=done, total=total, bad=self._quarantine.count, resumed=resumed))
+            self._on_progress(Progress(split=split, done=done, total=total, bad=self._quarantine.count, resumed=resumed, unit=self._unit))
 
     def _finish(self, parts: list[_Part]) -> Manifest:
         targets = self._source.targets
-        fingerprint = Fingerprint(targets)
+        fingerprint = Fingerprint(targets, self._texts.identity if self._texts is not None else ())
         splits: dict[str, SplitInfo] = {}
         stored: dict[str, Split] = {}
         repeats = Repeats()
@@ -576,7 +595,7 @@ class _Conversion:
             shards = tuple(part.shard for part in parts if part.split == name and part.shard is not None)
             if not shards:
                 raise ValueError(
-                    f"the source has no usable {name} image; "
+                    f"the source has no usable {name} {self._unit.removesuffix('s')}; "
                     + (
                         "hold out more: --data.test-fraction (of `dataio.convert`: --test-fraction)"
                         if name == "test"
@@ -597,16 +616,30 @@ class _Conversion:
             targets=targets,
             splits=splits,
             fingerprint=fingerprint.hexdigest(),
-            image_sizes=dict(sorted(sizes.items())),
+            image_sizes=dict(sorted(sizes.items())) if self._texts is None else {},
             quarantined=self._quarantine.count,
             source=self._source.kind,
             identity=self._identity,
+            texts=self._text_info(sizes, sum(part.cut for part in parts)),
         )
         _write(self._staging / QUARANTINE_NAME, "".join(record.to_line() for part in parts for record in part.bad))
         self._tell_of(stored, repeats, sum(part.transparent for part in parts))
         _write(self._staging / RULES_NAME, _RULES)
         _write(self._staging / MANIFEST_NAME, manifest.to_json())
         return manifest
+
+    def _text_info(self, lengths: Counter[str], cut: int) -> TextInfo | None:
+        if self._texts is None:
+            return None
+        assert isinstance(self._checker, TextChecker)
+        return TextInfo(
+            tokenizer_sha256=self._texts.sha256,
+            vocabulary=self._checker.vocabulary,
+            max_tokens=self._texts.max_tokens,
+            too_long=self._texts.too_long,
+            lengths=dict(sorted(lengths.items(), key=lambda item: int(item[0]))),
+            cut=cut,
+        )
 
     def _tell_of(self, splits: dict[str, Split], repeats: Repeats, transparent: int) -> None:
         """Writes down what was found besides the samples."""
@@ -654,8 +687,7 @@ class _Good:
     sample: Sample
     values: list[np.ndarray]
     """One for each target, in order."""
-    size: str
-    has_alpha: bool
+    facts: Facts
 
 
 class _Reading:
@@ -792,45 +824,12 @@ def _sync_folder(folder: Path) -> None:
 
 def main(arguments: list[str] | None = None, *, prog: str = "python -m dataio.convert") -> int:
     """Runs `python -m dataio.convert`. Exit status: 0 done, 1 failed (a full disk), 2 a wrong setting or source, 130 interrupted."""
-    defaults = DataConfig()
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Converts labelled images into a folder that training reads. Stopped, it goes on when run again.",
-    )
-    parser.add_argument("source", help="cifar10, an archive, a table, a folder of Parquet or IDX files, or of class folders")
-    parser.add_argument("dest", type=Path, help="the folder to make")
-    parser.add_argument("--root", type=Path, default=Path(defaults.root), help="where a download goes (%(default)s)")
-    parser.add_argument(
-        "--test-fraction", type=float, default=defaults.test_fraction, help="held out where there is no test split (%(default)s)"
-    )
-    parser.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=defaults.validation_fraction,
-        help="held out of train for validation where there is no such split (%(default)s)",
-    )
-    parser.add_argument("--targets", default=defaults.targets, help="what is learnt: NAME[:label|labels|number],...; else the label alone")
-    parser.add_argument(
-        "--image-column", default="", help="column of a table or of Parquet files with the images; found by its usual names"
-    )
-    parser.add_argument("--label-column", default="", help="column with the one label to learn; found by its usual names")
-    parser.add_argument(
-        "--max-bad-fraction", type=float, default=defaults.max_bad_fraction, help="bad images tolerated, of all (%(default)s)"
-    )
-    parser.add_argument("--max-image-pixels", type=int, default=defaults.max_image_pixels, help="larger images are bad (%(default)s)")
-    parser.add_argument(
-        "--corrections", default="", metavar="FILE", help="CSV of key,action,label: what to relabel or drop (docs/labels.md)"
-    )
-    parser.add_argument("--classes", help="class names in order, separated by commas, in place of the source's")
-    parser.add_argument("--sample", type=int, metavar="N", help="take N training images only, the same number of each class")
-    parser.add_argument("--sample-test", type=int, metavar="M", help="and M test images (N/4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (%(default)s)")
-    parser.add_argument("--threads", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)) - 1)), help="that decode (%(default)s)")
-    parser.add_argument("--force", action="store_true", help="replace DEST")
-    options = parser.parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     started = time.monotonic()
     worked = False
     try:
+        asked = DataConfig(tokenizer=options.tokenizer, max_tokens=options.max_tokens, too_long=options.too_long)
+        texts = text_form(asked)
         source: Source = open_source(
             options.source,
             root=options.root.expanduser(),
@@ -840,6 +839,8 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m dataio.co
             targets=options.targets,
             image_column=options.image_column,
             label_column=options.label_column,
+            text_column=options.text_column,
+            holds_texts=texts is not None,
             corrections=options.corrections,
         )
         if options.sample is not None and options.corrections:
@@ -865,6 +866,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m dataio.co
                 on_progress=on_progress,
                 force=options.force,
                 threads=options.threads,
+                texts=texts,
             )
     except (ValueError, OSError) as error:
         tell(f"error: {error}", sys.stderr)
@@ -879,6 +881,53 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m dataio.co
         tell(f"warning: {line}", sys.stderr)
     tell(_summary(dataset, manifest, time.monotonic() - started), sys.stdout)
     return 0
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    defaults = DataConfig()
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Converts labelled images or texts into a folder that training reads. Stopped, it goes on when run again.",
+    )
+    parser.add_argument("source", help="cifar10, an archive, a table, a folder of Parquet or IDX files, or of class folders")
+    parser.add_argument("dest", type=Path, help="the folder to make")
+    parser.add_argument("--root", type=Path, default=Path(defaults.root), help="where a download goes (%(default)s)")
+    parser.add_argument(
+        "--test-fraction", type=float, default=defaults.test_fraction, help="held out where there is no test split (%(default)s)"
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=defaults.validation_fraction,
+        help="held out of train for validation where there is no such split (%(default)s)",
+    )
+    parser.add_argument("--targets", default=defaults.targets, help="what is learnt: NAME[:label|labels|number],...; else the label alone")
+    parser.add_argument(
+        "--image-column", default="", help="column of a table or of Parquet files with the images; found by its usual names"
+    )
+    parser.add_argument("--label-column", default="", help="column with the one label to learn; found by its usual names")
+    parser.add_argument(
+        "--tokenizer", default="", metavar="FILE", help="the model's tokenizer.json, or a folder with it: the source holds texts then"
+    )
+    parser.add_argument("--text-column", default="", help="column with the texts, or two for pairs of texts; found by its usual names")
+    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="most tokens of a text (%(default)s)")
+    parser.add_argument(
+        "--too-long", choices=get_args(TooLong), default=defaults.too_long, help="cut longer texts, or refuse them (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=defaults.max_bad_fraction, help="bad images tolerated, of all (%(default)s)"
+    )
+    parser.add_argument("--max-image-pixels", type=int, default=defaults.max_image_pixels, help="larger images are bad (%(default)s)")
+    parser.add_argument(
+        "--corrections", default="", metavar="FILE", help="CSV of key,action,label: what to relabel or drop (docs/labels.md)"
+    )
+    parser.add_argument("--classes", help="class names in order, separated by commas, in place of the source's")
+    parser.add_argument("--sample", type=int, metavar="N", help="take N training images only, the same number of each class")
+    parser.add_argument("--sample-test", type=int, metavar="M", help="and M test images (N/4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (%(default)s)")
+    parser.add_argument("--threads", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)) - 1)), help="that decode (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace DEST")
+    return parser
 
 
 def _summary(dataset: Dataset, manifest: Manifest, seconds: float) -> str:

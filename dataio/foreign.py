@@ -17,10 +17,13 @@ MAX_IMAGE_BYTES = 256 << 20
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_SETTINGS_BYTES = 1 << 20
 """A TOML file, or a list of class names."""
+MAX_TOKENIZER_BYTES = 64 << 20
 MAX_TABLE_BYTES = 1 << 30
 MAX_CORRECTIONS_BYTES = 64 << 20
 """Of data.corrections: a million rows."""
 MAX_ROW_BYTES = 1 << 20
+MAX_TEXT_FILE_BYTES = 1 << 24
+"""Of one text; the codec takes less."""
 MAX_MEMBER_BYTES = 256 << 20
 """A member of an archive."""
 MAX_ARCHIVE_BYTES = 1 << 30

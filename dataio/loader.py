@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dataio.ahead import batches_ahead
@@ -29,11 +30,13 @@ from dataio.codecs.device import exact_device, upload
 from dataio.codecs.make import make_codec, row_of
 from dataio.config import DEVICE_FRACTION, DataConfig
 from dataio.fetch import Fetched, Fetches, Supply
+from dataio.length_order import LengthOrder
 from dataio.order import Order
 from dataio.parquet import Dataset
 from dataio.quarantine import BadSample
 from dataio.resident import Resident
 from dataio.streamed import Streamed
+from dataio.texts import padded
 
 BLOCK_BYTES = 2 * 2**20
 """Where samples stay in the host's memory, steps are made in blocks of about this size, which its caches hold: for a small batch the calls
@@ -84,12 +87,14 @@ class Loader:
     ) -> None:
         assert order.count == dataset.split(split).count, (order.count, dataset.split(split).count)
         assert 0 <= virtual_ranks.start < virtual_ranks.stop <= order.virtual_ranks, virtual_ranks
-        self.targets = dataset.manifest.targets
+        self.targets, texts = dataset.manifest.targets, dataset.manifest.texts
         self.row = row or row_of(dataset.manifest, config)
         self._split = split
         self.device = exact_device(device)
         self._dataset, self._order, self._virtual_ranks, self._seed = dataset, order, virtual_ranks, seed
         self._memory_bytes, self._on_read_wait = memory_bytes, on_read_wait
+        self._length_order = order if isinstance(order, LengthOrder) else None
+        self._known_lengths: dict[str, npt.NDArray[np.int32]] = {}
 
         samples = sum(split.count for split in dataset.manifest.splits.values())
         values_bytes = sum(target.blank(1).nbytes for target in self.targets)
@@ -108,6 +113,7 @@ class Loader:
             make_codec,
             self.row,
             config,
+            texts=texts,
             device=self.device,
             cache=self.cache,
             threads=threads,
@@ -129,6 +135,11 @@ class Loader:
                 encoded_bytes / 1e9,
                 self._memory_bytes * TRAIN_PART / 1e9,
             )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(height, width) of a row of images, (tokens,) of a row of texts: the most that there are."""
+        return self.row.shape[:2]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -203,7 +214,7 @@ class Loader:
         """Yields the given samples of a split in the given order, without augmentation, `batch_size` at a time (the last batch may be
         smaller). Raises ValueError for a split that the data set does not have."""
         supply = self._supply(split, "evaluate")
-        wanted = np.asarray(ids, dtype=np.int64)
+        wanted, lengths = np.asarray(ids, dtype=np.int64), self._lengths(split)
 
         def wait(seconds: float) -> None:
             self.evaluation_wait_seconds += seconds
@@ -216,8 +227,9 @@ class Loader:
 
         def batches() -> Iterator[list[tuple[Batch, ...]]]:
             for got in fetches:
+                samples = supply.codec.batch(got.store, got.rows, got.ids, seed=self._seed, epoch=None)
                 batch = Batch(
-                    samples=supply.codec.batch(got.store, got.rows, got.ids, seed=self._seed, epoch=None),
+                    samples=samples if lengths is None else samples[:, : padded(int(lengths[got.ids].max(initial=1)))],
                     targets={name: upload(column, self.device) for name, column in got.targets.items()},
                     ids=got.ids,
                     epoch=0,
@@ -238,12 +250,13 @@ class Loader:
         block, start = [], 0
         for step, parts in enumerate(steps, start=first_step):
             batches = []
+            some = samples if self._length_order is None else samples[:, : self._length_order.width(step)]
             for virtual_rank, part in zip(self._virtual_ranks, parts, strict=True):
                 cut = slice(start, start + len(part))
                 start += len(part)
                 batches.append(
                     Batch(
-                        samples=samples[cut],
+                        samples=some[cut],
                         targets={name: column[cut] for name, column in targets.items()},
                         ids=part,
                         epoch=epoch,
@@ -253,6 +266,14 @@ class Loader:
                 )
             block.append(tuple(batches))
         return block
+
+    def _lengths(self, split: str) -> npt.NDArray[np.int32] | None:
+        """(count,): the tokens of each text of a split; None for images."""
+        if not (found := self._dataset.split(split)).holds_texts:
+            return None
+        if split not in self._known_lengths:
+            self._known_lengths[split] = found.lengths()
+        return self._known_lengths[split]
 
     def _supply(self, split_name: str, purpose: str, on_group: Callable[[], None] = lambda: None) -> Supply:
         # With streaming, each purpose has its own supply and codec, because training's thread continues while evaluation reads.

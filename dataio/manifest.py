@@ -3,9 +3,10 @@
 Convert writes the manifest last, so a folder with a manifest is complete. Parquet reads it to find the shards, the loader for the
 fingerprint, which keys the order of the samples.
 
-There are two versions, and the data decide which one applies. Version 1 is for data with one label a sample (`schema.single_label`) and
-the splits train and test: it names the classes, and its form never changed. Version 2 is for everything else: it names the targets. A
-program that knows only version 1 refuses version 2, so none mistakes a validation split for another one.
+There are three versions, and the data decide which one applies. Version 1 is for images with one label a sample (`schema.single_label`) and
+the splits train and test: it names the classes, and its form never changed. Version 2 is for all other images: it names the targets.
+Version 3 is for texts: it says how they became tokens. A program that knows only earlier versions refuses a later one, so none mistakes a
+validation split for another one, or tokens for images.
 
 Splits are a set: `train` must exist, the other splits of schema.SPLITS are optional; a set of images without labels has `unlabelled`
 alone. A run needs `test` too, and says so; data that are only evaluated need it not. `parquet.Dataset.split` lists the existing splits
@@ -19,16 +20,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from dataio.config import DataConfig
+from dataio.config import DataConfig, TooLong
 from dataio.foreign import json_of
 from dataio.schema import KINDS, SPLITS, UNLABELLED, Kind, Target, fault_of_targets, is_single_label, single_label
+from dataio.texts import padded
 
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 MANIFEST_NAME = "manifest.json"
 USUAL_SIDE = 224
 """Side in pixels that most networks for photographs were trained at."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.parquet")
+_TOO_LONG: tuple[TooLong, ...] = ("cut", "refuse")
+_LENGTH = re.compile(r"[1-9][0-9]{0,8}")
 _SIZE = re.compile(r"[1-9][0-9]*x[1-9][0-9]*")
 
 
@@ -58,6 +62,26 @@ class SplitInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextInfo:
+    """How the texts of a data set became tokens, and what came of it."""
+
+    tokenizer_sha256: str
+    """Of the tokenizer's file: a model is to be asked with the tokens that it knows."""
+    vocabulary: int
+    """Tokens that there are; each is a number below it."""
+    max_tokens: int
+    too_long: TooLong
+    lengths: dict[str, int]
+    """Tokens of a text -> number of texts with so many, over all splits."""
+    cut: int
+    """Texts that were longer, of which the beginning was kept."""
+
+    @property
+    def longest(self) -> int:
+        return max(map(int, self.lengths), default=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The content of manifest.json."""
 
@@ -71,12 +95,21 @@ class Manifest:
     """Size as the codec names it (for an image "HxW" as displayed) -> number of samples of that size, over all splits."""
     quarantined: int
     source: str
-    """Kind of source: cifar10, cifar-tar, cifar-batches, huggingface, folder, idx, table."""
+    """Kind of source: cifar10, cifar-tar, cifar-batches, huggingface, folder, idx, table, texts, text-folder."""
     identity: str
     """Hash of the source (names, sizes and times of its files) and of the settings of the conversion."""
+    texts: TextInfo | None = None
+    """None for images."""
+
+    @property
+    def unit(self) -> str:
+        """What the samples are, in the plural."""
+        return "images" if self.texts is None else "texts"
 
     @property
     def version(self) -> int:
+        if self.texts is not None:
+            return 3
         return 1 if is_single_label(self.targets) and set(self.splits) == {"train", "test"} else 2
 
     @property
@@ -105,7 +138,8 @@ class Manifest:
         return replace(self, splits=splits)
 
     def to_json(self) -> str:
-        value: dict[str, Any] = {name: content for name, content in asdict(self).items() if name != "targets"}
+        left_out = ("targets", "texts") if self.texts is None else ("targets", "image_sizes")
+        value: dict[str, Any] = {name: content for name, content in asdict(self).items() if name not in left_out}
         first = {"classes": self.classes} if self.version == 1 else {"targets": [asdict(target) for target in self.targets]}
         return json.dumps({**first, **value, "version": self.version}, indent=1, ensure_ascii=False) + "\n"
 
@@ -118,14 +152,15 @@ class Manifest:
             raise ManifestError(f"{MANIFEST_NAME} is not JSON ({error}); convert the source again") from None
         version = value.get("version") if isinstance(value, dict) else 1
         if isinstance(version, bool) or version not in VERSIONS:
-            known = " and ".join(map(str, VERSIONS))
+            known = f"{', '.join(map(str, VERSIONS[:-1]))} and {VERSIONS[-1]}"
             raise ManifestError(f"{MANIFEST_NAME} has version {version!r:.60}, this program reads {known}; convert the source again")
-        known_fields = ["classes" if field.name == "targets" and version == 1 else field.name for field in fields(cls)]
-        read = _read(value, [*known_fields, "version"], "manifest")
+        left_out = "image_sizes" if version == 3 else "texts"
+        names = [field.name for field in fields(cls) if field.name != left_out]
+        read = _read(value, [*("classes" if name == "targets" and version == 1 else name for name in names), "version"], "manifest")
         if version == 1:
             read["targets"] = single_label(read.pop("classes"))
         del read["version"]
-        manifest = cls(**read)
+        manifest = cls(**({"image_sizes": {}} | read))
         manifest._check(version)
         return manifest
 
@@ -145,7 +180,13 @@ class Manifest:
                     raise ManifestError(f"{MANIFEST_NAME}: the row groups of {shard.name} do not add up to {shard.rows} rows")
             if sum(shard.rows for shard in split.shards) != split.count:
                 raise ManifestError(f"{MANIFEST_NAME}: the shards of {name} do not add up to {split.count} rows")
-        if sum(self.image_sizes.values()) != sum(split.count for split in self.splits.values()):
+        count = sum(split.count for split in self.splits.values())
+        if self.texts is not None:
+            if sum(self.texts.lengths.values()) != count:
+                raise ManifestError(f"{MANIFEST_NAME}: texts.lengths does not add up to the number of texts")
+            if not 0 < self.texts.longest <= self.texts.max_tokens:
+                raise ManifestError(f"{MANIFEST_NAME}: a text of {self.texts.longest} tokens has more than {self.texts.max_tokens}")
+        elif sum(self.image_sizes.values()) != count:
             raise ManifestError(f"{MANIFEST_NAME}: image_sizes does not add up to the number of images")
 
 
@@ -161,9 +202,12 @@ def fault_of_splits(splits: Collection[str]) -> str | None:
 class Fingerprint:
     """Hashes a data set's content, split after split, sample after sample."""
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[Target], texts: Sequence[Any] = ()) -> None:
+        """`texts`: what decides their tokens (TextForm.identity); empty for images."""
         described: list[Any]
-        if is_single_label(targets):
+        if texts:
+            described = ["dataset", 3, [[target.name, target.kind, list(target.classes)] for target in targets], list(texts)]
+        elif is_single_label(targets):
             described = ["dataset", 1, list(targets[0].classes)]
         else:
             described = ["dataset", 2, [[target.name, target.kind, list(target.classes)] for target in targets]]
@@ -273,6 +317,20 @@ def _splits(value: object, where: str) -> dict[str, SplitInfo]:
     return {name: SplitInfo(**_fields(SplitInfo, found[name], f"{where}.{name}")) for name in ordered}
 
 
+def _lengths(value: object, where: str) -> dict[str, int]:
+    lengths = {key: _count(number, where) for key, number in _mapping(value, where).items()}
+    if bad := [key for key in lengths if not _LENGTH.fullmatch(key)]:
+        raise _wrong(where, bad[0], "a number of tokens")
+    return lengths
+
+
+def _too_long(value: object, where: str) -> TooLong:
+    for known in _TOO_LONG:
+        if known == value:
+            return known
+    raise _wrong(where, value, f"one of {', '.join(_TOO_LONG)}")
+
+
 def _sizes(value: object, where: str) -> dict[str, int]:
     sizes = {key: _count(number, where) for key, number in _mapping(value, where).items()}
     if bad := [key for key in sizes if not _SIZE.fullmatch(key)]:
@@ -294,6 +352,13 @@ _READ: dict[str, Any] = {
     "splits": _splits,
     "fingerprint": _hex,
     "image_sizes": _sizes,
+    "texts": lambda value, where: TextInfo(**_fields(TextInfo, value, where)),
+    "tokenizer_sha256": _hex,
+    "vocabulary": _count,
+    "max_tokens": _count,
+    "too_long": _too_long,
+    "lengths": _lengths,
+    "cut": _count,
     "quarantined": _count,
     "source": _text,
     "identity": _hex,
@@ -301,8 +366,15 @@ _READ: dict[str, Any] = {
 }
 
 
+def shape_of(manifest: Manifest, config: DataConfig) -> tuple[int, ...]:
+    """(height, width) of the decoded images, or (tokens,) of the longest text, padded. ValueError where the settings leave it open."""
+    return image_size_of(manifest, config) if manifest.texts is None else (padded(manifest.texts.longest),)
+
+
 def resizes(manifest: Manifest, config: DataConfig) -> bool:
     """Whether any image has another size than the decoded size, and is resized to it."""
+    if manifest.texts is not None:
+        return False
     height, width = image_size_of(manifest, config)
     return config.fit != "refuse" and set(manifest.image_sizes) != {f"{height}x{width}"}
 

@@ -127,7 +127,7 @@ class Order:
     def at(self, epoch: int, positions: Ids) -> Ids:
         """Sample ids at any positions of an epoch's permutation; the shape stays the same."""
         if self.window == 0:
-            return _permute(positions, self.count, self._key(epoch, "samples"))
+            return permuted(positions, self.count, self._key(epoch, "samples"))
         return self._windowed(epoch, positions)
 
     def _windowed(self, epoch: int, positions: Ids) -> Ids:
@@ -148,12 +148,12 @@ class Order:
             chosen = window_of == window
             start = window * window_samples - (lacking if window > tail_window else 0)
             stop = min((window + 1) * window_samples - (lacking if window >= tail_window else 0), self.count)
-            inside = start + _permute(positions[chosen] - start, stop - start, self._key(epoch, f"window {window}"))
+            inside = start + permuted(positions[chosen] - start, stop - start, self._key(epoch, f"window {window}"))
             after_tail = inside >= tail_slot * group + tail
             slot, offset = np.divmod(np.where(after_tail, inside + lacking, inside), group)
             block = np.full_like(slot, full_blocks)
             full = slot != tail_slot
-            block[full] = _permute(slot[full] - (slot[full] > tail_slot), full_blocks, self._key(epoch, "blocks"))
+            block[full] = permuted(slot[full] - (slot[full] > tail_slot), full_blocks, self._key(epoch, "blocks"))
             ids[chosen] = block * group + offset
         return ids
 
@@ -191,7 +191,7 @@ def blocks_of_virtual_ranks(virtual_ranks: int, workers: int, rank: int) -> rang
     return range(start, start + size + (rank < larger))
 
 
-def _permute(positions: Ids, count: int, key: bytes) -> Ids:
+def permuted(positions: Ids, count: int, key: bytes) -> Ids:
     """A keyed permutation of 0..count-1, evaluated at `positions` (n,): a Feistel network over the next power of two. Values outside walk
     along their cycle until they fall inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); two passes on average."""
     if count <= SORTED_BELOW:

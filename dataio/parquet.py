@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataio.columns import Layout, arrow_array, packed, read_pages
+from dataio.columns import LENGTH, TEXT, Layout, arrow_array, packed, read_pages
 from dataio.foreign import MAX_MANIFEST_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from dataio.quarantine import BadSample
@@ -75,10 +75,17 @@ class RowGroup:
 class Split:
     """One split: `count` samples in row groups of ROWS_PER_GROUP (the last may be short)."""
 
-    def __init__(self, name: str, shards: Sequence[tuple[ShardInfo, File]], schema: tuple[Target, ...] = _ONE_LABEL) -> None:
-        self.name, self.schema = name, schema
-        layout = Layout(schema)
-        self._of_a_row_group = ("image", *layout.targets, "key")
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[tuple[ShardInfo, File]],
+        schema: tuple[Target, ...] = _ONE_LABEL,
+        *,
+        holds_texts: bool = False,
+    ) -> None:
+        self.name, self.schema, self.holds_texts = name, schema, holds_texts
+        layout = Layout(schema, holds_texts=holds_texts)
+        self._of_a_row_group = (layout.sample, *layout.targets, "key")
         self.count = sum(info.rows for info, _ in shards)
         self.is_remote = any(isinstance(where, RemoteFile) for _, where in shards)
         rows = [group for info, _ in shards for group in info.row_group_rows]
@@ -130,13 +137,27 @@ class Split:
 
     def keys(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The keys of these samples, in the given order; reads the row groups that hold them."""
+        return self._column_at("key", ids)
+
+    def _column_at(self, column: str, ids: Sequence[int] | np.ndarray) -> list[Any]:
         wanted = np.asarray(ids, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.count):
             raise IndexError(f"sample ids of {self.name} run from 0 to {self.count - 1}; got {wanted.min()} to {wanted.max()}")
         groups = np.searchsorted(self.group_offsets, wanted, side="right") - 1
-        columns = {int(group): self._read(int(group), "key")[0] for group in np.unique(groups)}
+        columns = {int(group): self._read(int(group), column)[0] for group in np.unique(groups)}
         within = wanted - self.group_offsets[groups]
         return [columns[int(group)][int(row)] for group, row in zip(groups, within, strict=True)]
+
+    def lengths(self) -> np.ndarray:
+        """(count,) int32: the tokens of each text. Reads nothing else of them."""
+        assert self.holds_texts, f"{self.name} holds images"
+        parts = [self._read(group, LENGTH)[0] for group in range(self.groups)]
+        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int32)
+
+    def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """These texts as people read them, in the given order; reads the row groups that hold them."""
+        assert self.holds_texts, f"{self.name} holds images"
+        return self._column_at(TEXT, ids)
 
     def content(self) -> Iterator[tuple[str, bytes, bytes]]:
         """Yields (key, values, content SHA-256) of each sample in order, without reading the samples. The values are the bytes of all
@@ -215,7 +236,12 @@ class Dataset:
         """The location it was opened from, without credentials, for display."""
         self._files = dict(files)
         self._splits = {
-            name: Split(name, [(shard, self._files[shard.name]) for shard in info.shards], manifest.targets)
+            name: Split(
+                name,
+                [(shard, self._files[shard.name]) for shard in info.shards],
+                manifest.targets,
+                holds_texts=manifest.texts is not None,
+            )
             for name, info in manifest.splits.items()
         }
         self._class_counts: Mapping[str, tuple[int, ...]] = {}
@@ -322,9 +348,9 @@ class ShardWriter:
     The caller renames it: a shard counts once its ShardInfo is recorded somewhere.
     """
 
-    def __init__(self, path: Path, targets: tuple[Target, ...] = _ONE_LABEL) -> None:
+    def __init__(self, path: Path, targets: tuple[Target, ...] = _ONE_LABEL, *, holds_texts: bool = False) -> None:
         self._path, self._targets = path, targets
-        layout = Layout(targets)
+        layout = Layout(targets, holds_texts=holds_texts)
         self._schema = layout.schema
         self._row_group_rows: list[int] = []
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
@@ -346,14 +372,24 @@ class ShardWriter:
     def size_bytes(self) -> int:
         return self._file.tell()
 
-    def write_group(self, encoded: Sequence[bytes], targets: Mapping[str, Any], keys: Sequence[str], hashes: Sequence[bytes]) -> None:
-        """`targets`: name -> n values, in the form of `schema.value_of`."""
+    def write_group(
+        self,
+        encoded: Sequence[bytes],
+        targets: Mapping[str, Any],
+        keys: Sequence[str],
+        hashes: Sequence[bytes],
+        texts: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        """`targets`: name -> n values, in the form of `schema.value_of`. `texts`: of texts, how many tokens each has and how it reads."""
         arrays = [
             pa.chunked_array(_binary_chunks(encoded), pa.binary()),
             *(pa.chunked_array([arrow_array(target, targets[target.name])]) for target in self._targets),
             pa.chunked_array([pa.array(keys, pa.string())]),
             pa.chunked_array([pa.array(hashes, pa.binary(32))]),
         ]
+        if texts:
+            arrays.append(pa.chunked_array([pa.array([length for length, _ in texts], pa.int64())]))
+            arrays.append(pa.chunked_array([pa.array([text for _, text in texts], pa.string())]))
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=ROWS_PER_GROUP)
         self._row_group_rows.append(len(encoded))
 

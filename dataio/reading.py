@@ -79,7 +79,8 @@ def described(manifest: Manifest, reading: Reading | None) -> str:
     reading = reading or Reading()
     splits = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     only_one = sum(split.count for split in manifest.splits.values()) == 1
-    parts = [f"{targets_described(manifest.targets)}: {splits} image{'' if only_one else 's'}"]
+    unit = manifest.unit.removesuffix("s") if only_one else manifest.unit
+    parts = [f"{targets_described(manifest.targets)}: {splits} {unit}"]
     if (train := reading.class_counts.get("train")) and len(train) > 1:
         least, most = min(train), max(train)
         parts[0] += f" ({least:,} of each class to train)" if least == most else f" ({least:,} to {most:,} of a class to train)"
@@ -87,6 +88,9 @@ def described(manifest: Manifest, reading: Reading | None) -> str:
         parts.append(", ".join(f"{split} held out of train ({fraction:.0%})" for split, fraction in reading.held_out.items()))
     if reading.corrected:
         parts.append(corrections_told(reading.corrected))
+    if manifest.texts is not None:
+        cut = f", of which {manifest.texts.cut:,} had more and were cut" if manifest.texts.cut else ""
+        parts.append(f"{manifest.texts.longest} tokens at most{cut}")
     if manifest.quarantined:
         parts.append(f"{manifest.quarantined:,} could not be used")
     if reading.not_read:
@@ -120,15 +124,16 @@ def warnings(manifest: Manifest, reading: Reading | None, where: str) -> Iterato
         yield f"the classes {' and '.join(map(repr, alike))} differ only in case, spaces or dashes; if they are one, give it one name"
     if reading is None:
         return
+    unit, shows = manifest.unit, "image shows" if manifest.texts is None else "text is of"
     for split, count in reading.copies.items():
         if count:
             yield (
-                f"{count:,} of {manifest.splits[split].count:,} {split} images are copies of training images, so the {split} results say "
+                f"{count:,} of {manifest.splits[split].count:,} {split} {unit} are copies of training {unit}, so the {split} results say "
                 f"less of new ones: {_listed(reading.copied)}; all are in {where}/{REPEATS_NAME}"
             )
     if reading.contradictory:
         yield (
-            f"{reading.contradictory:,} images occur with two labels, one of which is wrong: "
+            f"{reading.contradictory:,} {unit} occur with two labels, one of which is wrong: "
             f"{_listed(reading.contradicted)}; all are in {where}/{REPEATS_NAME}"
         )
     train = reading.class_counts.get("train", ())
@@ -137,9 +142,9 @@ def warnings(manifest: Manifest, reading: Reading | None, where: str) -> Iterato
             continue
         rows = list(zip(manifest.classes, train, counts, strict=False))
         if untrained := [name for name, there, here in rows if here and not there]:
-            yield f"no training image shows {_named(untrained)}, so each of them in {split} will be answered wrongly"
+            yield f"no training {shows} {_named(untrained)}, so each of them in {split} will be answered wrongly"
         if split == "test" and (untested := [name for name, _, here in rows if not here]):
-            yield f"no test image shows {_named(untested)}, so the results say nothing of {'it' if len(untested) == 1 else 'them'}"
+            yield f"no test {shows} {_named(untested)}, so the results say nothing of {'it' if len(untested) == 1 else 'them'}"
 
 
 def _named(classes: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from dataio.balance import known_class_counts
 from dataio.codecs.codec import Refusal
 from dataio.codecs.make import looked_at
+from dataio.codecs.text.form import text_form
 from dataio.config import DataConfig
 from dataio.convert import checked_values, conversion_identities, refuse_corrections, source_of
 from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
@@ -72,7 +73,7 @@ def look_at(config: DataConfig) -> Looked:
     if (made := _conversion_of(source, config)) is not None:
         return replace(_given(made), bad=made.left_out())
     corrected = source.corrections.counts if isinstance(source, Corrected) else {}
-    if isinstance(source, HasFiles):
+    if isinstance(source, HasFiles) and not config.tokenizer:  # texts have no header that says something
         return replace(scan(source, max_image_pixels=config.max_image_pixels), corrected=corrected)
     # Counting CIFAR's classes would need a download.
     targets = single_label(tuple(map(str, range(10)))) if source.kind.startswith("cifar") else source.targets
@@ -136,7 +137,7 @@ def _given(dataset: Dataset) -> Looked:
 
 def _conversion_of(source: Source, config: DataConfig) -> Dataset | None:
     """What `dataio.convert.prepare` has made of this source, if it has."""
-    for identity in conversion_identities(source, config.max_image_pixels):
+    for identity in conversion_identities(source, config.max_image_pixels, text_form(config)):
         try:
             return open_dataset(Path(config.root).expanduser() / f"{source.kind}-{identity[:16]}")
         except (ValueError, OSError):

@@ -41,12 +41,12 @@ class Facts(Protocol):
 
     @property
     def size(self) -> str:
-        """The size as the manifest counts it; for an image "HxW"."""
+        """The size as the manifest counts it; for an image "HxW", for a text its tokens."""
         ...
 
     @property
     def has_alpha(self) -> bool:
-        """Whether an image may be transparent somewhere."""
+        """Whether an image may be transparent somewhere; False for a text."""
         ...
 
 

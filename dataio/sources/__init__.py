@@ -1,10 +1,11 @@
-"""Sources of labelled images, under one interface: CIFAR-10, Hugging Face Parquet, folders by class, tables, IDX files.
+"""Sources of labelled images and texts, under one interface: CIFAR-10, Hugging Face Parquet, folders by class, tables, IDX files.
 
 What lives here: `open_source`, which recognises the kind of a path; a file for each kind of source (cifar, idx, huggingface, folder,
-table); `corrected`, labels that a person has put right; `layout`, the splits and classes of a folder; `source`, their common interface;
-`targets`, the labels to read; `splits`, the held-out samples; `hostile` and `pickled`, which read archives, tables and pickles as if an
-attacker had written them. Imported by convert, and by code that needs the classes of a source before its conversion. Outside of the
-package, import only the names below. Codecs decide whether bytes are a usable image; convert and parquet store them.
+table, texts); `cells`, which makes targets of a table's cells; `corrected`, labels that a person has put right; `layout`, the splits and
+classes of a folder; `source`, their common interface; `targets`, the labels to read; `splits`, the held-out samples; `hostile` and
+`pickled`, which read archives, tables and pickles as if an attacker had written them. Imported by convert, and by code that needs the
+classes of a source before its conversion. Outside of the package, import only the names below. Codecs decide whether bytes are a usable
+image or text; convert and parquet store them.
 """
 
 import functools
@@ -35,6 +36,7 @@ from dataio.sources.source import (
     stat_hash,
 )
 from dataio.sources.table import DELIMITERS, Table, find_table
+from dataio.sources.texts import open_texts
 
 __all__ = [
     "ACCEPTED",
@@ -65,6 +67,8 @@ def open_source(
     targets: str = "",
     image_column: str = "",
     label_column: str = "",
+    text_column: str = "",
+    holds_texts: bool = False,
     whole: bool = False,
     corrections: str = "",
 ) -> Source:
@@ -74,7 +78,8 @@ def open_source(
     `validation_fraction` of the rest (0: none). Both are chosen by class and by a hash of the key: see splits. With `whole`, for a source
     to be evaluated, nothing is held out if it stores `train` alone. `targets` names the targets to learn, as
     NAME[:label|labels|number],...; empty means the source's own label, which `label_column` names where it
-    has another name than usual, as `image_column` does for the images. `classes` replaces the source's class names. `corrections` is a file
+    has another name than usual, as `image_column` does for the images and `text_column` for the texts. `holds_texts`: it is a source of
+    texts, of which other kinds are accepted. `classes` replaces the source's class names. `corrections` is a file
     of changed labels and dropped samples (corrected.py). Raises SourceError (a ValueError) that lists what is accepted and says what was
     found.
     """
@@ -94,9 +99,18 @@ def open_source(
         targets=targets.strip(),
         image_column=image_column,
         label_column=label_column,
+        text_column=text_column,
+        holds_texts=holds_texts,
         whole=whole,
     )
-    source = _open_source(path, root, options)
+    if text_column and not holds_texts:
+        raise ValueError(
+            f"data.text_column={text_column!r} is of texts, and the source is read as images: texts need a tokenizer, which a model of "
+            "texts brings (--model.name hf/FOLDER), or --data.tokenizer"
+        )
+    if image_column and holds_texts:
+        raise ValueError(f"data.image_column={image_column!r} is of images, and the source is read as texts; leave it out")
+    source: Source = open_texts(path, options) if holds_texts else _open_source(path, root, options)
     source = source if classes is None else Renamed(source, classes)
     return with_corrections(source, corrections) if corrections else source
 

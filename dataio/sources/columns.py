@@ -144,7 +144,7 @@ def _classes(schema: Any, column: str, kind: Kind, paths: list[Path]) -> _Classe
     where = f"column {column!r} of {paths[0]}"
     if content == "boolean":
         return ("false", "true"), {False: 0, True: 1}, {}
-    if content in ("integer", "list of integers") and (names := _metadata_names(schema, column)):
+    if content in ("integer", "list of integers") and (names := metadata_names(schema, column)):
         return _by_name(names, column, paths)
     cells = _distinct(paths, column, where, kind)
     if not cells:
@@ -166,7 +166,7 @@ def _by_name(names: tuple[str, ...], column: str, paths: list[Path]) -> _Classes
     renumbered: dict[Path, dict[int, int]] = {}
     for path in paths:
         with open_parquet(path) as file:
-            own = _metadata_names(file.schema_arrow, column)
+            own = metadata_names(file.schema_arrow, column)
         if own in ((), names):  # without names, the numbers are the first file's
             continue
         classes += [name for name in own if name not in classes]
@@ -237,7 +237,7 @@ def rows_at_once(path: Path, file: pq.ParquetFile, columns: Sequence[str], most:
     return max(1, min(most, BATCH_BYTES // max(worst, 1)))
 
 
-def _metadata_names(schema: Any, column: str) -> tuple[str, ...]:
+def metadata_names(schema: Any, column: str) -> tuple[str, ...]:
     """The names that the Hugging Face metadata gives the column's values; empty if it has none."""
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]

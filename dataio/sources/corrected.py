@@ -26,10 +26,11 @@ import numpy as np
 
 from dataio.foreign import MAX_CORRECTIONS_BYTES
 from dataio.schema import LABEL, SPLITS, Target
+from dataio.sources.cells import NUMBER, SEPARATOR, SPLIT_COLUMN, UNKNOWN_LABELS
 from dataio.sources.hostile import rows_of_text, text_bytes
 from dataio.sources.source import HasFiles, Sample, Source, SourceError, SourceFile, hashed
 from dataio.sources.splits import split_named
-from dataio.sources.table import DELIMITERS, NUMBER, SEPARATOR, SPLIT_COLUMN, UNKNOWN_LABELS
+from dataio.sources.table import DELIMITERS
 from dataio.sources.targets import is_finite_float32
 
 Action = Literal["keep", "relabel", "drop"]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
+from dataio.foreign import MAX_IMAGE_BYTES, MAX_TEXT_FILE_BYTES, open_regular, read_regular
 from dataio.schema import LABEL, Target
 from dataio.sources.layout import Former, Layout, Tree, formerly_found
 from dataio.sources.source import (
@@ -54,6 +54,8 @@ class ImageFolder:
     """
 
     kind = "folder"
+    most_bytes = MAX_IMAGE_BYTES
+    """Of a file."""
 
     def __init__(self, tree: Tree, layout: Layout, options: Options) -> None:
         no_columns(options, "class folders")
@@ -98,9 +100,16 @@ class ImageFolder:
     def samples(self, split: str, start: int = 0) -> Iterator[Sample]:
         for image in self._images[split][start:]:
             try:
-                yield Sample(key=image.key, data=read_regular(image.path, MAX_IMAGE_BYTES), values=image.values)
+                yield Sample(key=image.key, data=read_regular(image.path, self.most_bytes), values=image.values)
             except OSError as error:
                 yield Sample(key=image.key, data=b"", values=image.values, refusal=f"unreadable: {error.strerror}")
+
+
+class TextFolder(ImageFolder):
+    """Texts (.txt) in one folder a class, found as images are."""
+
+    kind = "text-folder"
+    most_bytes = MAX_TEXT_FILE_BYTES
 
 
 class RefusedFolder:

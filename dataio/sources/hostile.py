@@ -113,13 +113,14 @@ def _members(path: Path, limited: _Limited) -> dict[str, bytes]:
     return members
 
 
-def table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, cells) of each row of a table in UTF-8, the header first; empty lines are skipped."""
+def table_rows(path: Path, delimiter: str, *, errors: str = "strict") -> Iterator[tuple[int, list[str]]]:
+    """Yields (line number, cells) of each row of a table in UTF-8, the header first; empty lines are skipped. With `errors`
+    "surrogateescape" bytes that are not UTF-8 stay in their cells, for whoever judges the cells one by one."""
     try:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
                 raise SourceError(f"{path} has more than {MAX_TABLE_BYTES} bytes, the most of a table; a row an image takes some 50")
-            yield from _rows(path, file, delimiter)
+            yield from _rows(path, file, delimiter, errors)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -139,7 +140,7 @@ def rows_of_text(path: Path | str, content: bytes, delimiter: str) -> Iterator[t
     return _rows(path, io.BytesIO(content), delimiter)
 
 
-def _rows(path: Path | str, file: BinaryIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path | str, file: BinaryIO, delimiter: str, errors: str = "strict") -> Iterator[tuple[int, list[str]]]:
     line, row_bytes = 0, 0
 
     def lines() -> Iterator[str]:
@@ -152,7 +153,7 @@ def _rows(path: Path | str, file: BinaryIO, delimiter: str) -> Iterator[tuple[in
             if b"\0" in raw:
                 raise SourceError(f"{path}, line {line}: there is a NUL byte, which is in no text; save the table as text in UTF-8")
             try:
-                yield raw.removeprefix(b"\xef\xbb\xbf" if line == 1 else b"").decode()
+                yield raw.removeprefix(b"\xef\xbb\xbf" if line == 1 else b"").decode(errors=errors)
             except UnicodeDecodeError as error:
                 found = raw[error.start : error.start + 4]
                 raise SourceError(f"{path}, line {line}: {found!r} is not UTF-8; save the table in UTF-8") from None

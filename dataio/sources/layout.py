@@ -8,7 +8,7 @@ never guessed. `formerly_found` gives what an earlier rule found, so that data c
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,16 +93,19 @@ class Layout:
         return dict(sorted(found.items()))
 
 
-def scan(folder: Path) -> Tree:
+def scan(folder: Path, is_sample: Callable[[Path], bool] = is_image_file) -> Tree:
     """Reads the names below a folder, and the first bytes of files whose names do not say what they are. Links to folders are followed
-    where they may be splits or classes, but not below another link. SourceError if the folder itself cannot be read."""
-    tree = _scan(folder, depth=0, follow=True)
+    where they may be splits or classes, but not below another link. `is_sample` says which files are the samples: the tree's `images`.
+    SourceError if the folder itself cannot be read."""
+    tree = _scan(folder, is_sample, depth=0, follow=True)
     if tree.problem:
         raise SourceError(f"{folder} cannot be read: {tree.problem}; make it readable, or name another --data.path")
     return tree
 
 
-def _scan(folder: Path, *, depth: int, follow: bool, is_link: bool = False, is_junk: bool = False) -> Tree:
+def _scan(
+    folder: Path, is_sample: Callable[[Path], bool], *, depth: int, follow: bool, is_link: bool = False, is_junk: bool = False
+) -> Tree:
     if depth > _DEEPEST:
         return Tree(path=folder, is_link=is_link, is_junk=is_junk, problem=f"deeper than {_DEEPEST} folders")
     try:
@@ -116,12 +119,12 @@ def _scan(folder: Path, *, depth: int, follow: bool, is_link: bool = False, is_j
     for name, is_folder, link in entries:
         path, junk = folder / name, is_junk or name.lower() in JUNK
         if not is_folder:
-            (images if not junk and is_image_file(path) else others).append(path)
+            (images if not junk and is_sample(path) else others).append(path)
         elif link and not follow:
             folders.append(Tree(path=path, is_link=True, problem="a link"))
         else:
             may_hold_classes = not link and not is_link and _meaning(name) is not None
-            folders.append(_scan(path, depth=depth + 1, follow=may_hold_classes, is_link=link, is_junk=junk))
+            folders.append(_scan(path, is_sample, depth=depth + 1, follow=may_hold_classes, is_link=link, is_junk=junk))
     return Tree(path=folder, images=tuple(images), others=tuple(others), folders=tuple(folders), is_link=is_link, is_junk=is_junk)
 
 

@@ -25,6 +25,13 @@ ACCEPTED = """accepted are
                                         or a folder of images with one such table in it
   a folder of IDX files                 train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-...; .gz or not
   a folder made by dataio.convert       (for --data.path only)"""
+ACCEPTED_TEXTS = """accepted are
+  a table (.csv, .tsv)                  a column text, columns of labels, perhaps a column split
+  JSON lines (.jsonl, .ndjson)          an object a line, with the same keys
+  a Parquet file                        with the same columns
+  a folder of such files                train.csv, test.csv (or -00000-of-00002.parquet, ...; also in data/)
+  a folder with train/ and test/        (or val/, validation/) of one folder a class with .txt files; or the class folders alone
+  a folder made by dataio.convert       (for --data.path only)"""
 
 
 class SourceError(ValueError):
@@ -35,7 +42,7 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One image and its target values. If it has a `refusal` (`kind: detail`), it cannot be used for that reason."""
+    """One image, or one text in UTF-8, and its target values. If it has a `refusal` (`kind: detail`), it cannot be used for that reason."""
 
     key: str
     data: bytes
@@ -77,6 +84,9 @@ class Options:
     targets: str = ""
     image_column: str = ""
     label_column: str = ""
+    text_column: str = ""
+    holds_texts: bool = False
+    """The source is one of texts."""
     whole: bool = False
     """Nothing is held out of a source that stores the training split alone."""
 
@@ -265,13 +275,13 @@ def former_identity(files: str, options: Options, *, has_test: bool) -> str:
 def asked_for(options: Options) -> list[str]:
     """The parts of the identity for options that are not at their defaults; `test_fraction` is added where it is used."""
     more = [f"validation_fraction={options.validation_fraction!r}"] if options.validation_fraction else []
-    names = ("targets", "image_column", "label_column")
+    names = ("targets", "image_column", "label_column", "text_column")
     return more + [f"{name}={value}" for name in names if (value := getattr(options, name))]
 
 
 def no_columns(options: Options, what: str) -> None:
     """Refuses the names of columns for `what`, a kind of source that has none."""
-    for name in ("image_column", "label_column"):
+    for name in ("image_column", "label_column", "text_column"):
         if value := getattr(options, name):
             raise SourceError(f"data.{name}={value!r}: {what} have no columns; leave it empty")
 

@@ -10,36 +10,34 @@ import hashlib
 import json
 import os
 import re
-from array import array
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
-from dataio.schema import Kind, Target
+from dataio.sources.cells import (
+    SPLIT_COLUMN,
+    Cells,
+    alike,
+    chosen_columns,
+    label_column_of,
+    listed,
+    refuse,
+    split_of,
+    typed,
+)
 from dataio.sources.hostile import read_below, table_rows
-from dataio.sources.layout import Tree, scan, split_meant
+from dataio.sources.layout import Tree, scan
 from dataio.sources.source import Options, Sample, SourceError, SourceFile, identities_of, plan_of
-from dataio.sources.splits import ALIASES, Rows, divide, split_named, strata
-from dataio.sources.targets import FLAG, Asked, checked_classes, is_finite_float32, ordered, parse_targets, values_at
+from dataio.sources.splits import Rows, divide, strata
+from dataio.sources.targets import values_at
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 IMAGE_COLUMNS = ("image", "file", "filename", "path", "image_path")
 """The first of these columns that exists names the files."""
 _MORE_IMAGE_COLUMNS = (*IMAGE_COLUMNS, "imagename", "imagefile", "filepath", "img", "imgpath", "imageid", "id", "photo", "picture", "name")
 """Tried if there is none of those, whatever their case, spaces and underscores."""
-SPLIT_COLUMN = "split"
-LABEL_COLUMNS: dict[str, Kind | None] = {"label": None, "labels": "labels", "tags": "labels"}
-"""The first of these columns that exists is the target where none is requested."""
-_MORE_LABEL_COLUMNS = (*LABEL_COLUMNS, "class", "classname", "classlabel", "labelname", "target", "category", "classid", "labelid")
-"""Tried if there is none of those, as above; then the only other column."""
-SEPARATOR = "|"
-UNKNOWN_LABELS = "?"
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
 class Table:
@@ -50,9 +48,9 @@ class Table:
     def __init__(self, path: Path, options: Options, *, ignored: tuple[str, ...] = ()) -> None:
         content = _read(path, options)
         self._folder, self._files, self.ignored = path.parent, content.files, ignored
-        typed = [_typed(content, number) for number in range(len(content.asked))]
-        self.targets = tuple(target for target, _ in typed)
-        self._columns = [column for _, column in typed]
+        columns = [typed(content, number) for number in range(len(content.asked))]
+        self.targets = tuple(target for target, _ in columns)
+        self._columns = [column for _, column in columns]
         self.classes = self.targets[0].classes
         stored = {split: np.flatnonzero(np.array(content.splits) == split) for split in dict.fromkeys(content.splits)}
         if "train" not in stored:
@@ -97,26 +95,7 @@ class Table:
                 yield Sample(key=key, data=b"", values=values, refusal=f"unreadable: {error.strerror}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Content:
-    """The content of a table: line, file and split of each row, and a cell for each target; None in an unlabelled row."""
-
-    path: Path
-    asked: tuple[Asked, ...]
-    lines: "array[int]" = field(default_factory=lambda: array("q"))
-    files: list[str] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)
-    cells: list[list[str | None]] = field(default_factory=list)
-
-    def refuse(self, column: int, row: int, rule: str) -> NoReturn:
-        _refuse(self.path, self.lines[row], self.asked[column].name, self.cells[column][row], rule)
-
-
-def _refuse(path: Path, line: int, column: str, value: str | None, rule: str) -> NoReturn:
-    raise SourceError(f"{path}, line {line}, column {column!r}: {value!r:.80} {rule}")
-
-
-def _read(path: Path, options: Options) -> _Content:
+def _read(path: Path, options: Options) -> Cells:
     rows = table_rows(path, DELIMITERS[path.suffix.lower()])
     line, header = next(rows, (1, []))
     names = [name.strip() for name in header]
@@ -125,10 +104,10 @@ def _read(path: Path, options: Options) -> _Content:
     image = _image_column(names, options)
     if image is None:
         raise SourceError(
-            f"{path}, line {line}: no column names the image files; its columns are {_listed(names)}; say which one does, with names "
+            f"{path}, line {line}: no column names the image files; its columns are {listed(names)}; say which one does, with names "
             f"relative to the table: --data.image-column NAME"
         )
-    content = _Content(path=path, asked=_chosen(path, [name for name in names if name not in (image, SPLIT_COLUMN)], options))
+    content = Cells(path=path, asked=chosen_columns(path, [name for name in names if name not in (image, SPLIT_COLUMN)], options))
     content.cells.extend([] for _ in content.asked)
     image_at, split_at = names.index(image), names.index(SPLIT_COLUMN) if SPLIT_COLUMN in names else None
     target_at = [names.index(target.name) for target in content.asked]
@@ -139,7 +118,7 @@ def _read(path: Path, options: Options) -> _Content:
                 f"{path}, line {line}: there are {len(cells)} cells, the header names {len(names)} columns; "
                 f"put a cell that holds the delimiter in quotation marks"
             )
-        split = "train" if split_at is None else _split(path, line, cells[split_at])
+        split = "train" if split_at is None else split_of(path, line, cells[split_at])
         content.lines.append(line)
         content.files.append(_file(path, line, image, cells[image_at]))
         content.splits.append(split)
@@ -202,7 +181,7 @@ def find_table(tree: Tree, options: Options) -> tuple[Path, tuple[str, ...]] | N
         _, header = next(table_rows(path, DELIMITERS[path.suffix.lower()]), (1, []))
         names = [name.strip() for name in header]
         image = _image_column(names, options)
-        if image is not None and _label_column([name for name in names if name not in (image, SPLIT_COLUMN)], options) is not None:
+        if image is not None and label_column_of([name for name in names if name not in (image, SPLIT_COLUMN)], options) is not None:
             usable.append(path)
     if len(usable) > 1:
         usable = [path for path in usable if _words(path.stem) & {"train", "training", "labels", "metadata", "annotations"}] or usable
@@ -222,132 +201,14 @@ def _image_column(names: Sequence[str], options: Options) -> str | None:
     """The column that names the files."""
     if options.image_column:
         return options.image_column if options.image_column in names else None
-    return next((name for name in IMAGE_COLUMNS if name in names), None) or _alike(names, _MORE_IMAGE_COLUMNS)
-
-
-def _label_column(columns: Sequence[str], options: Options) -> Asked | None:
-    """The target where `data.targets` names none."""
-    if options.label_column:
-        return Asked(name=options.label_column, kind=None) if options.label_column in columns else None
-    if asked := parse_targets(options.targets):
-        return asked[0] if asked[0].name in columns else None
-    for name, kind in LABEL_COLUMNS.items():
-        if name in columns:
-            return Asked(name=name, kind=kind)
-    found = _alike(columns, _MORE_LABEL_COLUMNS) or (columns[0] if len(columns) == 1 else None)
-    return None if found is None else Asked(name=found, kind=None)
-
-
-def _alike(names: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """The column with the first of these names, whatever its case, spaces and underscores."""
-    by_plain = {re.sub(r"[^a-z0-9]+", "", name.lower()): name for name in reversed(names)}
-    return next((by_plain[plain] for name in wanted if (plain := name.replace("_", "")) in by_plain), None)
-
-
-def _chosen(path: Path, columns: Sequence[str], options: Options) -> tuple[Asked, ...]:
-    """Chooses the targets among the columns that can be one."""
-    asked = parse_targets(options.targets)
-    if not asked:
-        if (label := _label_column(columns, options)) is not None:
-            return (label,)
-        if options.label_column:
-            raise SourceError(f"data.label_column names {options.label_column!r}; the columns of labels in {path} are {_listed(columns)}")
-        raise SourceError(
-            f"{path} has no column {', '.join(LABEL_COLUMNS)}; say which one has the labels: --data.label-column NAME, or all that is "
-            f"learnt: {FLAG}; its columns are {_listed(columns)}"
-        )
-    if missing := [target.name for target in asked if target.name not in columns]:
-        raise SourceError(
-            f"data.targets names {missing[0]!r}, which is no column of labels in {path}; those are {_listed(columns)}: {FLAG}"
-        )
-    return asked
-
-
-def _listed(columns: Collection[str]) -> str:
-    text = ", ".join(columns) or "none"
-    return text if len(text) <= 500 else text[:497] + "..."
-
-
-def _split(path: Path, line: int, cell: str) -> str:
-    if split := split_named(cell.strip()) or split_meant(cell):
-        return split
-    _refuse(path, line, SPLIT_COLUMN, cell, f"is no split; {', '.join(ALIASES)} are")
+    return next((name for name in IMAGE_COLUMNS if name in names), None) or alike(names, _MORE_IMAGE_COLUMNS)
 
 
 def _file(path: Path, line: int, column: str, cell: str) -> str:
     """The file's name below the table's folder, in its shortest form."""
     parts = [part for part in cell.split("/") if part not in ("", ".")]
     if not parts:
-        _refuse(path, line, column, cell, "names no file; name one, relative to the table, or remove the row")
+        refuse(path, line, column, cell, "names no file; name one, relative to the table, or remove the row")
     if cell.startswith("/") or ".." in parts:
-        _refuse(path, line, column, cell, "leads out of the table's folder; name a file below it, relative to the table")
+        refuse(path, line, column, cell, "leads out of the table's folder; name a file below it, relative to the table")
     return "/".join(parts)
-
-
-def _typed(content: _Content, number: int) -> "tuple[Target, npt.NDArray[Any]]":
-    """A target and its values, (rows, *shape)."""
-    cells = {cell for cell in content.cells[number] if cell}
-    if not cells:
-        raise SourceError(
-            f"{content.path}, column {content.asked[number].name!r}: all cells are empty; name a target of which something is known"
-        )
-    match content.asked[number].kind or _inferred(cells):
-        case "label":
-            return _label(content, number, cells)
-        case "labels":
-            return _labels(content, number, cells)
-        case "number":
-            return _number(content, number)
-
-
-def _inferred(cells: Collection[str]) -> Kind:
-    if any(SEPARATOR in cell for cell in cells):
-        return "labels"
-    return "number" if all("." in cell and NUMBER.fullmatch(cell) for cell in cells) else "label"
-
-
-def _label(content: _Content, number: int, cells: set[str]) -> "tuple[Target, npt.NDArray[Any]]":
-    target = _with_classes(content, number, "label", cells)
-    numbers: dict[str | None, int] = {name: index for index, name in enumerate(target.classes)}
-    return target, np.array([numbers.get(cell, target.missing) for cell in content.cells[number]], target.dtype)
-
-
-def _labels(content: _Content, number: int, cells: set[str]) -> "tuple[Target, npt.NDArray[Any]]":
-    named: dict[str, list[str]] = {}
-    for cell in cells - {UNKNOWN_LABELS}:
-        named[cell] = [name.strip() for name in cell.split(SEPARATOR)]
-        if "" in named[cell] or UNKNOWN_LABELS in named[cell]:
-            rule = f"holds an empty label, or {UNKNOWN_LABELS} among others"
-            fix = f"write a{SEPARATOR}b, nothing for no label, {UNKNOWN_LABELS} alone where labels are unknown"
-            content.refuse(number, content.cells[number].index(cell), f"{rule}; {fix}")
-    target = _with_classes(content, number, "labels", {name for names in named.values() for name in names})
-    numbers = {name: index for index, name in enumerate(target.classes)}
-    column = np.zeros((len(content.files), len(target.classes)), target.dtype)
-    for row, labels in enumerate(content.cells[number]):
-        if labels is None or labels == UNKNOWN_LABELS:
-            column[row] = target.missing
-        elif labels:
-            column[row, [numbers[name] for name in named[labels]]] = 1
-    return target, column
-
-
-def _with_classes(content: _Content, number: int, kind: Kind, names: set[str]) -> Target:
-    where = f"{content.path}, column {content.asked[number].name!r},"
-    if not names:
-        raise SourceError(f"{where} names no class: nothing is known; name another target")
-    checked_classes(len(names), kind, where)
-    return Target(name=content.asked[number].name, kind=kind, classes=ordered(names))
-
-
-def _number(content: _Content, number: int) -> "tuple[Target, npt.NDArray[Any]]":
-    target = Target(name=content.asked[number].name, kind="number")
-    column = target.blank(len(content.files))
-    for row, cell in enumerate(content.cells[number]):
-        if not cell:
-            continue
-        if not NUMBER.fullmatch(cell) or not is_finite_float32(float(cell)):
-            content.refuse(
-                number, row, "is not a number of at most 3.4e38; write it like -1.5, or leave the cell empty where it is unknown"
-            )
-        column[row] = float(cell)
-    return target, column

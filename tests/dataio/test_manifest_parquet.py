@@ -204,7 +204,7 @@ def test_a_manifest_survives_its_json(folder: Path):
         (lambda value: value.pop("classes"), "lacks \\['classes'\\]"),
         (lambda value: value.update(extra=1), "unknown \\['extra'\\]"),
         (lambda value: value.update(version=2), r"lacks \['targets'\] and has unknown \['classes'\]"),
-        (lambda value: value.update(version=3), "version 3, this program reads 1 and 2"),
+        (lambda value: value.update(version=4), "version 4, this program reads 1, 2 and 3"),
         (lambda value: value.update(version=True), "version True"),
         (lambda value: value.update(fingerprint="xyz"), "64 hexadecimal"),
         (lambda value: value.update(classes=["a", "a"]), "same class twice"),

@@ -183,8 +183,8 @@ DECIDES = frozenset(
     for table, names in {
         "data": "batch_size remainder balance class_weights image_size fit background pad flip augment mean std shuffle_window "
         "max_image_pixels part fold choice_seed crop crop_scale crop_ratio rotate policy policy_ops policy_magnitude jitter erase "
-        "unlabelled augment_backend",
-        "model": "name weights stem image_size interpolation normalise widths freeze lp_epochs",
+        "unlabelled augment_backend sort_steps",
+        "model": "name weights stem image_size interpolation normalise widths pooling freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "layer_decay loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "
@@ -209,6 +209,10 @@ DOES_NOT_DECIDE = {
     "data.image_column": "asked of a conversion: the data's fingerprint counts",
     "data.label_column": "asked of a conversion: the data's fingerprint counts",
     "data.corrections": "asked of a conversion: the data's fingerprint counts",
+    "data.text_column": "asked of a conversion: the data's fingerprint counts",
+    "data.tokenizer": "asked of a conversion: the data's fingerprint counts",
+    "data.max_tokens": "asked of a conversion: the data's fingerprint counts",
+    "data.too_long": "asked of a conversion: the data's fingerprint counts",
     "data.test_fraction": "asked of a conversion: the data's fingerprint counts",
     "data.validation_fraction": "asked of a conversion: the data's fingerprint counts",
     "train.cuda_graphs": "launches the same kernels",

@@ -90,6 +90,7 @@ ALL = sorted(settings(RunConfig()))
 MAY_CHANGE = {
     *("workers", "run", "storage", "resume", "track", "data.path", "data.root", "data.cache", "data.backend", "data.max_bad_fraction"),
     *("data.targets", "data.image_column", "data.label_column", "data.validation_fraction", "data.corrections"),
+    *("data.text_column", "data.tokenizer", "data.max_tokens", "data.too_long"),
     *("data.test_fraction", "train.checkpoint_every", "train.eval_every_epochs", "train.ledger"),
     *("train.verify_every", "train.profile", "train.cuda_graphs", "train.explain", "train.novelty", "train.control"),
     *(key for key in ALL if key.startswith("cluster.")),

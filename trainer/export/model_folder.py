@@ -155,9 +155,10 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
 
 
 def _model_description(model: ModelConfig) -> dict[str, Any]:
-    """The settings by which the model is built. Without the widths of one that is not pruned: earlier releases know no such key."""
-    settings = dataclasses.asdict(model)
-    return settings if model.widths else {key: value for key, value in settings.items() if key != "widths"}
+    """The settings by which the model is built. Without later ones that are at their defaults: earlier releases know no such key."""
+    defaults = ModelConfig()
+    later = [key for key in ("widths", "pooling") if getattr(model, key) == getattr(defaults, key)]
+    return {key: value for key, value in dataclasses.asdict(model).items() if key not in later}
 
 
 def _novelty_description(novelty: Novelty, file: bytes) -> dict[str, Any]:

