@@ -93,8 +93,6 @@ class Loader:
         self.device = exact_device(device)
         self._dataset, self._order, self._virtual_ranks, self._seed = dataset, order, virtual_ranks, seed
         self._memory_bytes, self._on_read_wait = memory_bytes, on_read_wait
-        self._length_order = order if isinstance(order, LengthOrder) else None
-        self._known_lengths: dict[str, npt.NDArray[np.int32]] = {}
 
         samples = sum(split.count for split in dataset.manifest.splits.values())
         values_bytes = sum(target.blank(1).nbytes for target in self.targets)
@@ -250,7 +248,7 @@ class Loader:
         block, start = [], 0
         for step, parts in enumerate(steps, start=first_step):
             batches = []
-            some = samples if self._length_order is None else samples[:, : self._length_order.width(step)]
+            some = samples[:, : self._order.width(step)] if isinstance(self._order, LengthOrder) else samples
             for virtual_rank, part in zip(self._virtual_ranks, parts, strict=True):
                 cut = slice(start, start + len(part))
                 start += len(part)
@@ -269,11 +267,8 @@ class Loader:
 
     def _lengths(self, split: str) -> npt.NDArray[np.int32] | None:
         """(count,): the tokens of each text of a split; None for images."""
-        if not (found := self._dataset.split(split)).holds_texts:
-            return None
-        if split not in self._known_lengths:
-            self._known_lengths[split] = found.lengths()
-        return self._known_lengths[split]
+        found = self._dataset.split(split)
+        return found.lengths() if found.holds_texts else None
 
     def _supply(self, split_name: str, purpose: str, on_group: Callable[[], None] = lambda: None) -> Supply:
         # With streaming, each purpose has its own supply and codec, because training's thread continues while evaluation reads.

@@ -94,6 +94,7 @@ class Split:
         self._place = [(shard, group) for shard in self._shards for group in range(len(shard.info.row_group_rows))]
         self._target_columns = layout.targets
         self._targets: dict[str, np.ndarray] | None = None
+        self._lengths: np.ndarray | None = None
 
     @property
     def groups(self) -> int:
@@ -149,10 +150,13 @@ class Split:
         return [columns[int(group)][int(row)] for group, row in zip(groups, within, strict=True)]
 
     def lengths(self) -> np.ndarray:
-        """(count,) int32: the tokens of each text. Reads nothing else of them."""
+        """(count,) int32, read-only: the tokens of each text. Reads nothing else of them, and once."""
         assert self.holds_texts, f"{self.name} holds images"
-        parts = [self._read(group, LENGTH)[0] for group in range(self.groups)]
-        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int32)
+        if self._lengths is None:
+            parts = [self._read(group, LENGTH)[0] for group in range(self.groups)]
+            self._lengths = np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int32)
+            self._lengths.flags.writeable = False
+        return self._lengths
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """These texts as people read them, in the given order; reads the row groups that hold them."""
@@ -209,7 +213,7 @@ class PartOfSplit(Split):
         assert is_chosen.shape == (whole.count,)
         assert is_chosen.dtype == bool
         vars(self).update(vars(whole))
-        self.name, self._targets = name, None
+        self.name, self._targets, self._lengths = name, None, None
         before = np.concatenate(([0], np.cumsum(is_chosen, dtype=np.int64)))[whole.group_offsets]  # (groups + 1,)
         rows = np.diff(before)
         self._chosen_groups = np.flatnonzero(rows)

