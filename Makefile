@@ -1,4 +1,5 @@
 # make run    sets up what the quickstart needs, then fine-tunes a pretrained model on real images (minutes on a laptop's CPU)
+# make run-text does the same with texts: it fine-tunes a pretrained encoder on rated snippets of film reviews
 # make test   sets up everything, then lints, type-checks and tests: unit (parts, with real Parquet, S3, Prometheus) and e2e (whole runs on real Ray)
 # make long   runs the tests that `make test` skips, as they take minutes each: other projects' servers, benchmarks' own rehearsals, whole compressions
 # make dashboards starts Prometheus (and Grafana where it is installed) for the runs on this machine
@@ -8,11 +9,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check unit e2e long dashboards site faults debian clean
+.PHONY: run run-text test check unit e2e long dashboards site faults debian clean
 .DELETE_ON_ERROR:
 
 run: .venv/.quickstart
 	$(BIN)/python -m trainer.run --config quickstart
+
+run-text: .venv/.text-quickstart
+	$(BIN)/python -m trainer.run --config text-quickstart
 
 test: .venv/.dev debian check unit e2e
 
@@ -54,10 +58,15 @@ faults: .venv/.dev
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
 	@touch $@
 
+.venv/.text-quickstart: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing Python packages (about 7 GB, most of it PyTorch's) into .venv; pip shows each as it comes"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[text-quickstart]'
+	@touch $@
+
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing Python packages (about 7 GB, most of it PyTorch's) into .venv; pip shows each as it comes"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[quickstart,timm,hub,onnx,prune,serve,wandb,dev]'
-	@touch $@ .venv/.quickstart
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[quickstart,text-quickstart,timm,hub,onnx,prune,serve,wandb,dev]'
+	@touch $@ .venv/.quickstart .venv/.text-quickstart
 
 # Prometheus, Chromium and the full Fashion-MNIST for the tests that use them; those skip with a reason where they cannot be installed.
 debian:

@@ -371,6 +371,12 @@ def shape_of(manifest: Manifest, config: DataConfig) -> tuple[int, ...]:
     return image_size_of(manifest, config) if manifest.texts is None else (padded(manifest.texts.longest),)
 
 
+def image_hw(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of images, where nothing but images may come."""
+    height, width = shape
+    return height, width
+
+
 def resizes(manifest: Manifest, config: DataConfig) -> bool:
     """Whether any image has another size than the decoded size, and is resized to it."""
     if manifest.texts is not None:

@@ -29,6 +29,7 @@ from cluster.text import shown
 from trainer.rank.finished import Evaluated, evaluate_finished
 from trainer.runs.certainty import NOT_MEASURED, given_of, interval_words, measured_scores
 from trainer.runs.folder import find_run
+from trainer.runs.measures import one_of
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import Terminal, say_json
@@ -53,6 +54,8 @@ class DataArguments:
     """Column of a table or of Parquet files that has the images; empty finds it by its usual names."""
     label_column: str = ""
     """Column that has the one label; empty finds it by its usual names."""
+    text_column: str = ""
+    """Column of a table, of JSON lines or of Parquet files that has the texts, or two for pairs; empty finds it by its usual names."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
     """How to handle images whose size differs from the one the model was trained on."""
     test_fraction: float | None = None
@@ -124,7 +127,8 @@ def show(found: Evaluated, console: Console) -> None:
     if found.quarantined:
         listed = "".join(f"\n  {shown(bad.key)}: {shown(bad.reason)}" for bad in found.quarantined[:_SHOWN])
         more = f"\n  and {len(found.quarantined) - _SHOWN} more" if len(found.quarantined) > _SHOWN else ""
-        console.print(Text(f"{len(found.quarantined)} image(s) could not be read and are not counted:{listed}{more}"), soft_wrap=True)
+        told = f"{len(found.quarantined)} {one_of(unit)}(s) could not be read and are not counted:{listed}{more}"
+        console.print(Text(told), soft_wrap=True)
 
 
 def _lines(found: Evaluated) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,5 @@
-"""The command line `python -m trainer.predict RUN IMAGE...`: a finished run's predictions for images. Reads `model/` in the run's folder,
-or a copy of it anywhere. With --out it answers any number of images, on this machine or a cluster, and writes Parquet files
+"""The command line `python -m trainer.predict RUN IMAGE...`: a finished run's predictions for images, or for texts. Reads `model/` in the
+run's folder, or a copy of it anywhere. With --out it answers any number of images, on this machine or a cluster, and writes Parquet files
 (trainer.inference).
 """
 
@@ -31,7 +31,8 @@ from trainer.inference.job import Asked, Begun, Ended, begin, carry_out
 from trainer.inference.predictor import Prediction, Predictor
 from trainer.inference.refusals import reading
 from trainer.inference.shard import Job
-from trainer.runs.model_files import described, find_model
+from trainer.runs.folder import RunFolder
+from trainer.runs.model_files import described, find_model, takes_texts
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say, say_json
@@ -44,18 +45,21 @@ if TYPE_CHECKING:
 
 LONGEST_PATH = 4096
 MOST_CLASSES = 10
+MOST_OF_TEXT = 80
+"""Characters of a text that are shown beside its answer."""
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("cluster", "dataio", "trainer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Ask the model of a finished run about images."""
+    """Ask the model of a finished run about images, or about texts."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder (path or URI), or its name under --storage; or its model folder, wherever that was copied to."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Image files, or folders of them. With --out also Parquet files, folders of them, and URIs of all these."""
+    """Image files, or folders of them. With --out also Parquet files, folders of them, and URIs of all these. For a model of texts .txt
+    files, folders of them, and tables (.csv, .tsv, .jsonl, .parquet)."""
     out: str = ""
     """Folder or URI, new or empty, for Parquet files with the answers to any number of images, by Ray on this machine or a cluster. Stopped
     or killed, the same command goes on."""
@@ -80,6 +84,8 @@ class Arguments:
     """With --out: images a file. What is killed loses at most the files that are under way."""
     image_column: str = ""
     """With --out: of Parquet files, the column with the images, where its name does not say so."""
+    text_column: str = ""
+    """For a model of texts: the column of a table with the texts, or two for pairs; empty finds it by its usual names."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,8 +95,12 @@ def main(argv: Sequence[str]) -> int:
         _check(arguments)
         if arguments.out:
             return _to_files(arguments)
-        paths = list(image_paths(arguments.images))
         folder = find_model(arguments.run, arguments.storage)
+        if takes_texts(described(folder)):
+            return _of_texts(folder, arguments)
+        if arguments.text_column:
+            raise ValueError(f"--text-column {arguments.text_column} is of texts, and {arguments.run} is a model of images; leave it out")
+        paths = list(image_paths(arguments.images))
         predictor = Predictor(
             folder,
             fit=None if arguments.fit == "run" else arguments.fit,
@@ -111,6 +121,32 @@ def main(argv: Sequence[str]) -> int:
         )
     if bad:
         complain(f"{bad} of {len(paths)} images could not be classified")
+    return 1 if bad else 0
+
+
+def _of_texts(folder: RunFolder, arguments: Arguments) -> int:
+    """Answer texts: 0; 1 if some could not be answered. ValueError for what does not work for them."""
+    for flag, value in (("--explain", arguments.explain), ("--fit", "" if arguments.fit == "run" else arguments.fit)):
+        if value:
+            raise ValueError(f"{flag} {value} is of images, and {arguments.run} is a model of texts; leave it out")
+    from trainer.inference.texts import TextPredictor  # here: it imports transformers
+
+    device = None if arguments.device == "auto" else torch.device(arguments.device)
+    predictor = TextPredictor(folder, device=device, is_calibrated=not arguments.raw)
+    count = bad = cut = 0
+    for answer in predictor.predict(arguments.images, text_column=arguments.text_column, top=arguments.top):
+        count, bad, cut = count + 1, bad + bool(answer.error), cut + answer.was_cut
+        if arguments.json:
+            say_json(answer.to_json())
+        elif answer.error:
+            complain(f"{shown(answer.key, LONGEST_PATH)}: {shown(answer.error)}")
+        else:
+            said = shown(predictor.task.sentence(answer.answer), LONGEST_PATH)
+            say(f"{shown(answer.key, LONGEST_PATH)}: {said}  {shown(' '.join(answer.text.split()), MOST_OF_TEXT)}")
+    if cut:
+        complain(f"{cut} of {count} texts have more tokens than the model was trained with: their beginning was answered")
+    if bad:
+        complain(f"{bad} of {count} texts could not be answered")
     return 1 if bad else 0
 
 
@@ -150,6 +186,8 @@ def _to_files(arguments: Arguments) -> int:
 
 def _asked(arguments: Arguments) -> Asked:
     folder = find_model(arguments.run, arguments.storage)
+    if takes_texts(described(folder)):
+        raise ValueError(f"--out does not work for texts yet, and {arguments.run} is a model of texts; leave it out, and use --json")
     is_local_out = not is_uri(arguments.out) and not arguments.out.startswith("file:")
     out = os.path.abspath(os.path.expanduser(arguments.out)) if is_local_out else arguments.out
     job = Job(

@@ -161,7 +161,7 @@ class Previewer:
             seed=config.train.seed,
             on_bad=self.bad.append,
         )
-        validate(config, image_size=self._loader.image_size)
+        validate(config, shape=self._loader.shape)
         row, size = self._loader.row, self._order.batch_per_virtual_rank
         self._codec: Codec = make_codec(row, data, device=device, cache="none", threads=1, batch_size=size, table_bytes=0)
         train = config.train

@@ -16,6 +16,7 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import replace
 
 from cluster.machine import usable_cpus
 from cluster.process import process_stat
@@ -23,9 +24,10 @@ from trainer.drive.identity import run_prefix
 from trainer.drive.signals import Phase, Signals, farewell, tell
 from trainer.drive.stages import Asked, Environment
 from trainer.drive.start import run
-from trainer.settings.cli import DIR_RECIPE, Invocation, fail, parse
+from trainer.settings.cli import Invocation, fail, parse
 from trainer.settings.programs import program
 from trainer.settings.say import Terminal, complain, say
+from trainer.settings.texts import with_text_model
 from trainer.settings.toml import to_toml
 
 
@@ -51,10 +53,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _carry_out(invocation: Invocation, argv: list[str], signals: Signals) -> int:
+    invocation = replace(invocation, config=with_text_model(invocation.config))
     # People and programs read a job's log: no wrapping at 80 columns there.
     console = Terminal() if sys.stdout.isatty() else Terminal(width=160, highlight=False)
     if invocation.takes_dir_recipe:
-        console.print(f"settings of the recipe {DIR_RECIPE}; --print-config shows them, flags change them", soft_wrap=True)
+        console.print(f"settings of the recipe {invocation.recipes[0]}; --print-config shows them, flags change them", soft_wrap=True)
     if invocation.action == "dry_run":
         from trainer.drive.dry_run import dry_run  # imports torch
 

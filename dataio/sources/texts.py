@@ -44,7 +44,7 @@ def open_texts(path: str, options: Options) -> Source:
     if not where.exists():
         raise SourceError(f"data.path={path!r} does not exist; of texts {ACCEPTED_TEXTS}")
     if where.is_file():
-        if not _is_rows(where):
+        if not is_row_file(where):
             raise SourceError(f"{where} is no file of texts; {ACCEPTED_TEXTS}")
         return Texts(where.parent, {"": [where]}, options)
     if (where / MANIFEST_NAME).exists():
@@ -67,7 +67,8 @@ def is_text_file(path: Path) -> bool:
     return path.suffix.lower() == ".txt"
 
 
-def _is_rows(path: Path) -> bool:
+def is_row_file(path: Path) -> bool:
+    """Whether a file holds a text a row."""
     return path.suffix.lower() in (*DELIMITERS, *JSON_LINES, PARQUET)
 
 
@@ -90,6 +91,14 @@ def _tables_in(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
+def read_texts(path: Path, text_column: str = "") -> Iterator[tuple[str, bytes, str | None]]:
+    """Yields (key, text, refusal or None) of each row of a file, whatever else it holds: for texts whose labels are not known. SourceError
+    for a file that cannot be read."""
+    for row, (_, cells) in enumerate(rows_of(path, _text_columns(path, text_column))):
+        sample = _sample(key_of_row(None, path.stem, row), cells, ())
+        yield sample.key, sample.data, sample.refusal
+
+
 class Texts:
     """The rows of tables, JSON lines or Parquet files, in the order of files and rows. Keys are the file's name and the row."""
 
@@ -104,11 +113,11 @@ class Texts:
         self._files = [(path, split) for split, paths in by_split.items() for path in paths]
         read = {path for path, _ in self._files}
         self.ignored = tuple(
-            sorted(str(path.relative_to(folder)) for path in folder.iterdir() if path.is_file() and _is_rows(path) and path not in read)
+            sorted(str(path.relative_to(folder)) for path in folder.iterdir() if path.is_file() and is_row_file(path) and path not in read)
             if len(files) > 1 or "" not in files
             else ()
         )
-        self._texts = _text_columns(train[0], options)
+        self._texts = _text_columns(train[0], options.text_column)
         content, self._starts = _read(self._files, self._texts, options)
         columns = [typed(content, number) for number in range(len(content.asked))]
         self.targets = tuple(target for target, _ in columns)
@@ -229,10 +238,10 @@ def _cell_text(path: Path, line: int, column: str, cell: Any) -> str | None:
     raise SourceError(f"{path}, line {line}, column {column!r}: {cell!s:.80} is no label, number or list of labels")
 
 
-def _text_columns(path: Path, options: Options) -> tuple[str, ...]:
+def _text_columns(path: Path, given: str) -> tuple[str, ...]:
     """The columns of the texts: one, or two for pairs."""
     names = column_names(path)
-    asked = text_columns_of(options.text_column)
+    asked = text_columns_of(given)
     if asked:
         if missing := [name for name in asked if name not in names]:
             raise SourceError(f"data.text_column names {missing[0]!r}, which is no column of {path}; its columns are {listed(names)}")

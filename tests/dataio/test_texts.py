@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataio.codecs.codec import Refusal
-from dataio.codecs.text.form import TextForm, text_form
+from dataio.codecs.text.form import TextForm, text_form, tokenizer_bytes
 from dataio.codecs.text.tokens import PAD, PART_BIT, TextFacts, Tokenizer
 from dataio.config import DataConfig
 from dataio.convert import main, open_prepared, prepare
@@ -198,6 +198,10 @@ def form_of(tokenizer: Path, **changes: Any) -> TextForm:
     return form
 
 
+def tokenizer_of(form: TextForm) -> Tokenizer:
+    return Tokenizer(tokenizer_bytes(form.tokenizer), max_tokens=form.max_tokens, too_long=form.too_long, where=str(form.tokenizer))
+
+
 def test_tokens_are_the_tokenizers_own_and_a_long_text_keeps_its_end_marker(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Theirs
 
@@ -206,7 +210,7 @@ def test_tokens_are_the_tokenizers_own_and_a_long_text_keeps_its_end_marker(tmp_
     theirs.no_padding()
     theirs.no_truncation()
     text = "the film was good but the book was very dull"
-    ours = Tokenizer(form_of(path, max_tokens=8))
+    ours = tokenizer_of(form_of(path, max_tokens=8))
     facts, short = ours.facts([text.encode(), b"a film"])
     assert isinstance(facts, TextFacts)
     assert isinstance(short, TextFacts)
@@ -228,13 +232,13 @@ def test_tokens_are_the_tokenizers_own_and_a_long_text_keeps_its_end_marker(tmp_
     ],
 )
 def test_texts_that_cannot_be_used_say_why(data: bytes, reason: str, tmp_path: Path) -> None:
-    assert Tokenizer(form_of(make_tokenizer(tmp_path), max_tokens=8, too_long="refuse")).facts([data]) == [Refusal(reason=reason)]
+    assert tokenizer_of(form_of(make_tokenizer(tmp_path), max_tokens=8, too_long="refuse")).facts([data]) == [Refusal(reason=reason)]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=60), max_size=8))
 def test_no_text_breaks_the_tokenizer_and_none_depends_on_the_others(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    tokenizer = Tokenizer(form_of(_shared(tmp_path_factory), max_tokens=8))
+    tokenizer = tokenizer_of(form_of(_shared(tmp_path_factory), max_tokens=8))
     encoded = [text.encode(errors="replace") for text in texts]
     together = tokenizer.facts(encoded)
     assert together == [tokenizer.facts([each])[0] for each in encoded]
@@ -253,7 +257,7 @@ def _shared(factory: pytest.TempPathFactory) -> Path:
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"data\.tokenizer=.*tokenizer\.json is no tokenizer of the tokenizers library"):
-        Tokenizer(form_of(tmp_path))
+        tokenizer_of(form_of(tmp_path))
     with pytest.raises(ValueError, match=r"cannot be read \(No such file or directory\); name the tokenizer\.json"):
         form_of(tmp_path / "none")
 

@@ -154,7 +154,7 @@ def test_home_is_expanded_where_the_shell_does_not(monkeypatch: pytest.MonkeyPat
 
 
 def test_shipped_recipes_obey_the_rules() -> None:
-    assert recipe_names() == ["article", "best", "photos", "quickstart"]
+    assert recipe_names() == ["article", "best", "photos", "quickstart", "text-quickstart", "texts"]
     for name in recipe_names():
         assert parse(["--config", name]).recipes == (name,)
 
@@ -326,10 +326,10 @@ def test_the_two_batch_sizes_offered_are_the_nearest_that_work(batch_size: int, 
 def test_rules_that_need_facts_are_checked_when_the_facts_are_given() -> None:
     config = RunConfig(data=DataConfig(pad=4, batch_size=100), optim=OptimConfig(warmup_steps=50))
     validate(config)
-    for facts in ({"workers": 3}, {"image_size": (4, 28)}, {"total_steps": 50}):
+    for facts in ({"workers": 3}, {"shape": (4, 28)}, {"total_steps": 50}):
         with pytest.raises(ValueError, match="use"):
             validate(config, **facts)  # type: ignore[arg-type]
-    validate(config, workers=4, image_size=(28, 28), total_steps=51)
+    validate(config, workers=4, shape=(28, 28), total_steps=51)
 
 
 def test_worker_count() -> None:

@@ -30,7 +30,7 @@ def export(storage: Path, model: ModelConfig, side: int = SIDE) -> tuple[Path, n
     """A model folder, and the model in it."""
     config = RunConfig(run="run", data=DATA, model=replace(model, weights="none"))
     task = make_task(config.task, single_label(CLASSES))
-    built = task.build(config.model, image_hw=(side, side), seed=3).eval()
+    built = task.build(config.model, shape=(side, side), seed=3).eval()
     export_model(
         storage=open_storage(storage),
         run="run",
@@ -114,7 +114,7 @@ def test_the_keys_that_were_there_before_are_there(tmp_path: Path) -> None:
 def test_several_targets_are_exported_without_names_of_outputs(tmp_path: Path) -> None:
     config = RunConfig(run="run", model=ModelConfig(name="timm/test_efficientnet", weights="none"))
     task = make_task(config.task, [*single_label(CLASSES), Target(name="age", kind="number")])
-    built = task.build(config.model, image_hw=(32, 32), seed=0)
+    built = task.build(config.model, shape=(32, 32), seed=0)
     export_model(
         storage=open_storage(tmp_path),
         run="run",

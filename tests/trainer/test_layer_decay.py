@@ -101,7 +101,7 @@ def test_the_check_before_a_run_refuses_it_and_asks_nothing_where_it_is_off() ->
                 targets=single_label(("a", "b")),
                 label_smoothing=0.0,
                 model=model,
-                image_size=(64, 64),
+                shape=(64, 64),
                 seed=0,
                 layer_decay=layer_decay,
             )

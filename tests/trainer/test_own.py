@@ -37,7 +37,7 @@ def question(model: str = f"{HERE}:small_network", *, loss: str = "", augment: s
         targets=single_label(CLASSES),
         label_smoothing=0.0,
         model=ModelConfig(name=model, weights="none"),
-        image_size=(16, 16),
+        shape=(16, 16),
         seed=0,
         loss=f"{HERE}:{loss}" if loss else "",
         augment=f"{HERE}:{augment}" if augment else "",

@@ -199,7 +199,7 @@ def test_a_folder_of_photographs_needs_no_flag_but_its_path_and_dry_run_and_run_
     assert data.dataset.manifest.quarantined == 12
     placed = place(data, 1)
     assert placed.config.run.startswith("photos-")
-    assert (placed.config.data.batch_size, placed.config.train.epochs, data.image_size) == (16, 21, (22, 22))
+    assert (placed.config.data.batch_size, placed.config.train.epochs, data.shape) == (16, 21, (22, 22))
     assert any("chosen for" in line for line in placed.said)
     # the second time the data are converted, and the name is the same
     again = place(opened(asked, seen), 1)

@@ -147,7 +147,7 @@ def test_the_table_without_converted_data_says_so() -> None:
 
 
 def test_facts_of_the_tutorials_resnet18() -> None:
-    facts = model_facts(classification(10), ModelConfig(stem="article"), image_size=(32, 32))
+    facts = model_facts(classification(10), ModelConfig(stem="article"), shape=(32, 32))
     model = build_model(ModelConfig(stem="article", weights="none"), classes=10, seed=0, image_hw=(32, 32))
     assert facts.parameters == facts.trainable == sum(p.numel() for p in model.parameters()) == 11_173_962
     # 555.4 MMAC forward, twice that backward but for the first convolution, whose input needs no gradient.
@@ -161,17 +161,17 @@ def test_facts_of_the_tutorials_resnet18() -> None:
 def test_work_of_other_models_is_counted_too(name: str, side: int) -> None:
     if name.startswith("timm/"):
         pytest.importorskip("timm")
-    facts = model_facts(classification(10), ModelConfig(name=name), image_size=(side, side))
+    facts = model_facts(classification(10), ModelConfig(name=name), shape=(side, side))
     assert facts.flops_per_image is not None
     assert facts.flops_per_image > 2 * facts.parameters
 
 
 def test_counting_leaves_the_random_state_alone_and_downloads_nothing() -> None:
     before = torch.random.get_rng_state()
-    facts = model_facts(classification(7), ModelConfig(weights="/nowhere.pt", freeze="backbone"), image_size=(32, 32))
+    facts = model_facts(classification(7), ModelConfig(weights="/nowhere.pt", freeze="backbone"), shape=(32, 32))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert facts.trainable == 512 * 7 + 7
-    whole = model_facts(classification(7), ModelConfig(weights="none"), image_size=(32, 32))
+    whole = model_facts(classification(7), ModelConfig(weights="none"), shape=(32, 32))
     assert facts.flops_per_image is not None
     assert whole.flops_per_image is not None
     assert facts.flops_per_image < whole.flops_per_image / 2.5  # no backward pass through the backbone

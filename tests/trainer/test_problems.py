@@ -136,6 +136,7 @@ def test_what_is_not_known_yet_is_no_problem() -> None:
         (replace(FINE, looked=looked_of(bad=30)), "30 of 140 samples are bad"),
         (replace(FINE, looked=looked_of(test=-1)), "has the splits train, and a run is evaluated on test"),
         (replace(FINE, looked=looked_of(test=0)), "has no usable test image; hold out more"),
+        (replace(FINE, config=replace(FINE.config, model=ModelConfig(name="hf/bert"))), "holds images, and model.name=hf/bert takes texts"),
         (replace(FINE, config=RunConfig(data=DataConfig(batch_size=10, part=5000))), "data.part=5000 is more than the"),
         (replace(FINE, looked=looked_of(sizes=("32x32", "40x40"))), "there are 2 sizes"),
         (replace(FINE, workers=3), "data.batch_size=10 is not a multiple of workers=3"),

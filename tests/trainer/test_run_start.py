@@ -187,7 +187,7 @@ def test_the_model_is_built_once_in_another_process_and_what_is_wrong_with_it_co
         targets=(Target(name="label", kind="label", classes=("cat", "dog")),),
         label_smoothing=0.0,
         model=config.model,
-        image_size=(40, 40),
+        shape=(40, 40),
         seed=0,
     )
     zygote = Zygote(RANK_MODULES)

@@ -48,7 +48,7 @@ def run_that_answers(storage: Storage, name: str, answer: int, *, seed: int = 0)
     config = config_of(name)
     manifest = selected(open_dataset(str(SAMPLE)), DATA).manifest
     task = task_of(config, manifest)
-    model = task.build(config.model, seed=seed, image_hw=(32, 32))
+    model = task.build(config.model, seed=seed, shape=(32, 32))
     head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     with torch.no_grad():
         head.weight.zero_()

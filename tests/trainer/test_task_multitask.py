@@ -145,12 +145,12 @@ def test_learned_weights_are_those_of_the_paper_and_have_its_gradients() -> None
 
 def test_learned_weights_are_a_parameter_of_the_head_and_start_at_one() -> None:
     task = task_of(head_weights="learned")
-    model = task.build(ModelConfig(name="shufflenet_v2_x0_5", weights="none", stem="native"), image_hw=(32, 32), seed=0)
+    model = task.build(ModelConfig(name="shufflenet_v2_x0_5", weights="none", stem="native"), shape=(32, 32), seed=0)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, OUTPUTS) == (2, task.outputs)
     assert f"fc.{LOG_VARIANCES}" in model.state_dict()
     task.bind(model)
     assert task.weights() == [1.0, 1.0, 1.0]
-    plain = task_of().build(ModelConfig(name="shufflenet_v2_x0_5", weights="none", stem="native"), image_hw=(32, 32), seed=0)
+    plain = task_of().build(ModelConfig(name="shufflenet_v2_x0_5", weights="none", stem="native"), shape=(32, 32), seed=0)
     assert set(model.state_dict()) - set(plain.state_dict()) == {f"fc.{LOG_VARIANCES}"}
 
 

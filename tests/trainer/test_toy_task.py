@@ -39,7 +39,7 @@ def test_it_is_short() -> None:
 
 def test_it_is_built_trained_and_evaluated() -> None:
     task = toy()
-    model = task.build(ModelConfig(name="shufflenet_v2_x0_5", weights="none", stem="native"), image_hw=(32, 32), seed=0)
+    model = task.build(ModelConfig(name="shufflenet_v2_x0_5", weights="none", stem="native"), shape=(32, 32), seed=0)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 1)
     task.bind(model)
     samples, ready = task.prepare(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), TARGETS)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from cluster.zygote import Zygote
 from dataio.schema import Target
+from trainer.settings.texts import is_text
 from trainer.settings.tree import ModelConfig, TaskConfig
 from trainer.tasks.info import TaskInfo
 
@@ -26,7 +27,8 @@ class Question:
     targets: tuple[Target, ...]
     label_smoothing: float
     model: ModelConfig
-    image_size: tuple[int, int]
+    shape: tuple[int, ...]
+    """(height, width) of the images, (tokens,) of the longest text."""
     seed: int
     loss: str = ""
     """`optim.loss`"""
@@ -137,15 +139,15 @@ def built(question: Question) -> Checked | Refused:
 
     notes = _Notes()
     try:
-        task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing)
-        model = task.build(question.model, image_hw=question.image_size, seed=question.seed)
+        task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing, holds_texts=is_text(question.model))
+        model = task.build(question.model, shape=question.shape, seed=question.seed)
         if question.loss or question.augment:
             outputs = head_of(model)[1].weight.shape[0]
-            try_own(task, loss=question.loss, augment=question.augment, outputs=outputs, image_hw=question.image_size)
+            try_own(task, loss=question.loss, augment=question.augment, outputs=outputs, image_hw=(question.shape[0], question.shape[-1]))
         if question.layer_decay != 1:
             depths_of(model, question.model.name, head_of(model)[0])
         if question.teacher:
-            try_teacher(question.teacher, task, image_hw=question.image_size)
+            try_teacher(question.teacher, task, image_hw=(question.shape[0], question.shape[-1]))
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         return Checked(
             has_depthwise=has_depthwise(model),

@@ -35,6 +35,7 @@ from trainer.settings.fields import replaced
 from trainer.settings.identity import weights_sha256
 from trainer.settings.photos import RECIPE
 from trainer.settings.rules import worker_count
+from trainer.settings.texts import is_text
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import number
 from trainer.tasks.make import make_task
@@ -94,9 +95,9 @@ def of_unlabelled(facts: Facts) -> list[str]:
 
 def with_name(facts: Facts, recipes: tuple[str, ...]) -> Facts:
     """With the name that the run will have, and what is there of it. Data that are not converted yet have no fingerprint to name it by."""
-    if facts.looked is None or not facts.looked.is_converted or facts.image_size is None:
+    if facts.looked is None or not facts.looked.is_converted or facts.shape is None:
         return facts
-    manifest, size, config = facts.looked.manifest, facts.image_size, facts.config
+    manifest, shape, config = facts.looked.manifest, facts.shape, facts.config
     assert manifest is not None
     if (unlabelled := facts.unlabelled) is not None:
         if not unlabelled.is_converted or unlabelled.manifest is None:
@@ -112,7 +113,7 @@ def with_name(facts: Facts, recipes: tuple[str, ...]) -> Facts:
             fingerprint=manifest.fingerprint,
             weights=weights,
             prefix=run_prefix(config, recipes),
-            image_size=size,
+            shape=shape,
         )
         check_same_run(named.config, named.found, weights)
     except ValueError as error:
@@ -130,8 +131,8 @@ def with_model(facts: Facts) -> tuple[Facts, ModelFacts | None]:
         if answer.kind != "value":
             raise answer.error()
         return dataclasses.replace(facts, model=answer), None
-    task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing)
-    return dataclasses.replace(facts, model=answer), model_facts(task, question.model, image_size=question.image_size)
+    task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing, holds_texts=is_text(question.model))
+    return dataclasses.replace(facts, model=answer), model_facts(task, question.model, shape=question.shape)
 
 
 def _with(facts: Facts, decided: Callable[[], RunConfig]) -> Facts:
@@ -156,7 +157,7 @@ def _decided(facts: Facts, counts: ModelFacts, gpus: int, tell: Callable[[str], 
 
 def _cannot_be_planned(facts: Facts) -> bool:
     """Whether the data or the settings do not allow to say what would run."""
-    return bool(facts.looked is None or (facts.manifest is not None and facts.image_size is None) or problems_of(facts))
+    return bool(facts.looked is None or (facts.manifest is not None and facts.shape is None) or problems_of(facts))
 
 
 def _workers(config: RunConfig, gpus: int, address: str) -> int:

@@ -32,6 +32,7 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.progress import final_table, pasteable, predict_command
 from trainer.runs.summary import summarise
 from trainer.settings.say import complain
+from trainer.tasks.info import info_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,7 @@ class Ending:
         told = tell_state(session, "finished")
         report = self._report()
         folder = self._folder.location
-        session.console.print(final_table(summary, report=report, predict=predict_command(folder)), soft_wrap=True)
+        session.console.print(final_table(summary, report=report, predict=predict_command(folder, info_of(summary).unit)), soft_wrap=True)
         wait_for_prometheus(session, self.signals, told)
         return 128 + self.signals.number if self.signals.cuts_short else 0
 

@@ -29,7 +29,7 @@ from cluster.launch import (
 from trainer.drive.notices import Notices
 from trainer.drive.session import Session
 from trainer.drive.signals import Signals
-from trainer.settings.spec import RANK_MODULES
+from trainer.settings.spec import rank_modules
 
 CLUSTER_POLL_SECONDS = 2.0
 SETTLE_SECONDS = 3.0
@@ -222,7 +222,7 @@ class Fleets:
             name=f"{self._session.config.run}-{attempt}-{os.getpid()}",
             resources=resources.with_workers(workers),
             avoid=self._room.avoided,
-            modules=RANK_MODULES,
+            modules=rank_modules(self._session.config),
             zygote=self._session.zygote,
             notice=cluster.preemption_notice,
             placement_seconds=cluster.placement_seconds,

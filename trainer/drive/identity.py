@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.journal import Journal
@@ -27,6 +28,7 @@ from trainer.drive.record import Identity, changes, record_of, told_changes
 from trainer.settings.fields import as_begun, settings, with_autos_of
 from trainer.settings.identity import deciding_changes, deciding_settings, first_deciding_settings, weights_sha256
 from trainer.settings.rules import validate
+from trainer.settings.texts import is_text
 from trainer.settings.toml import from_toml
 from trainer.settings.tree import RunConfig
 
@@ -84,7 +86,8 @@ def identity(config: RunConfig, fingerprint: str, weights: str = "") -> dict[str
 
 def run_prefix(config: RunConfig, recipes: tuple[str, ...]) -> str:
     """How an automatic name begins: the recipes' names, or the model's."""
-    return "-".join(recipes) or re.sub(r"[/:]", "-", config.model.name)
+    name = f"hf/{Path(config.model.name).name}" if is_text(config.model) else config.model.name
+    return "-".join(recipes) or re.sub(r"[^A-Za-z0-9._-]", "-", name)
 
 
 def automatic_name(config: RunConfig, fingerprint: str, prefix: str, weights: str = "") -> str:
@@ -133,7 +136,7 @@ def _summary(storage: Storage, run: str) -> Mapping[str, Any]:
 
 
 def resolved(
-    config: RunConfig, storage: Storage, *, workers: int, fingerprint: str, weights: str, prefix: str, image_size: tuple[int, int]
+    config: RunConfig, storage: Storage, *, workers: int, fingerprint: str, weights: str, prefix: str, shape: tuple[int, ...]
 ) -> Resolved:
     """`config` with everything decided that needs no device: virtual ranks, the run's name, the storage's full address. A run that goes on
     takes what is left at auto from its first settings; a new run leaves it to the devices. `weights`: SHA-256 of the weights file.
@@ -141,7 +144,7 @@ def resolved(
     found = find(storage, config.run)
     virtual_ranks = config.train.virtual_ranks or _virtual_ranks_of(found.saved, workers) or workers
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, virtual_ranks=virtual_ranks), storage=storage.uri)
-    validate(config, workers=workers, image_size=image_size)
+    validate(config, workers=workers, shape=shape)
     if not config.run:
         # Name the run before the autos are decided, so that the command means the same run on every machine.
         config, found = _named(config, storage, fingerprint=fingerprint, weights=weights, prefix=prefix)

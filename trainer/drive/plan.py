@@ -12,12 +12,14 @@ from rich.text import Text
 from torch import nn
 
 from cluster.interval import AUTO, steps_between
-from dataio.manifest import Manifest, image_size_of
+from dataio.codecs.make import row_of
+from dataio.manifest import Manifest, image_hw, shape_of
 from trainer.models.vision import has_depthwise, head_of
 from trainer.rank.profile import count_work
 from trainer.settings.length import length_of
 from trainer.settings.programs import program
 from trainer.settings.rules import validate
+from trainer.settings.texts import is_text
 from trainer.settings.tree import ModelConfig, RunConfig
 from trainer.settings.units import duration, flops, number, size
 from trainer.tasks.task import Task
@@ -62,7 +64,8 @@ class Plan:
     classes: int | None
     train_images: int | None
     test_images: int | None
-    image_size: tuple[int, int] | None
+    shape: tuple[int, ...] | None
+    """(height, width) of the images, (tokens,) of the longest text."""
     virtual_ranks: int
     batch_per_virtual_rank: int
     steps_per_epoch: int | None
@@ -79,17 +82,18 @@ class Plan:
     destination: str
 
 
-def model_facts(task: Task, config: ModelConfig, *, image_size: tuple[int, int]) -> ModelFacts:
-    """Build the task's model (with random weights, so without a download) and count. `image_size` is (height, width) of the data."""
-    model = task.build(dataclasses.replace(config, weights="none"), image_hw=image_size, seed=0)
+def model_facts(task: Task, config: ModelConfig, *, shape: tuple[int, ...]) -> ModelFacts:
+    """Build the task's model (with random weights, so without a download) and count. `shape` is (height, width) of the data's images, or
+    (tokens,) of the longest text; the work on a text depends on its length and is not counted."""
+    model = task.build(dataclasses.replace(config, weights="none"), shape=shape, seed=0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in head_of(model)[1].parameters()) if config.freeze == "backbone" else parameters
-    height, width = (config.image_size, config.image_size) if config.image_size else image_size
+    seen = (config.image_size, config.image_size) if config.image_size else shape
     return ModelFacts(
         parameters=parameters,
         trainable=trainable,
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
-        flops_per_image=_flops_per_image(model, height=height, width=width, is_head_only=config.freeze == "backbone"),
+        flops_per_image=_flops_per_image(model, image_hw(seen), is_head_only=config.freeze == "backbone") if len(seen) == 2 else None,
         has_depthwise=has_depthwise(model),
     )
 
@@ -103,9 +107,9 @@ def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, mod
     validate(config, workers=devices.workers)
     train = manifest.splits["train"].count if manifest else None
     test = manifest.splits["test"].count if manifest and "test" in manifest.splits else None
-    image_size = image_size_of(manifest, config.data) if manifest else (config.data.image_size,) * 2 if config.data.image_size else None
+    shape = shape_of(manifest, config.data) if manifest else (config.data.image_size,) * 2 if config.data.image_size else None
     steps_per_epoch = total_steps = checkpoint_every = None
-    validate(config, workers=devices.workers, image_size=image_size)
+    validate(config, workers=devices.workers, shape=shape)
     if manifest is not None:
         length = length_of(config, manifest, workers=devices.workers, is_new=is_new)
         steps_per_epoch, total_steps = length.steps_per_epoch, length.total_steps
@@ -117,8 +121,8 @@ def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, mod
     ema = weights if config.train.ema else 0
     gradients = model.trainable * _FLOAT32_BYTES
     cache = None
-    if train is not None and image_size:
-        cache = 0 if config.data.cache == "none" else (train + (test or 0)) * image_size[0] * image_size[1] * 3
+    if train is not None and manifest is not None:
+        cache = 0 if config.data.cache == "none" else (train + (test or 0)) * row_of(manifest, config.data).nbytes
     work = None
     if total_steps is not None and steps_per_epoch and train and model.flops_per_image:
         work = total_steps / steps_per_epoch * train * model.flops_per_image
@@ -130,7 +134,7 @@ def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, mod
         classes=len(manifest.classes) if manifest else None,
         train_images=train,
         test_images=test,
-        image_size=image_size,
+        shape=shape,
         virtual_ranks=virtual_ranks,
         batch_per_virtual_rank=config.data.batch_size // virtual_ranks,
         steps_per_epoch=steps_per_epoch,
@@ -148,21 +152,24 @@ def describe(config: RunConfig, manifest: Manifest | None, devices: Devices, mod
 def table(plan: Plan) -> Table:
     """The plan for a console."""
     config, devices = plan.config, plan.devices
+    unit = "texts" if is_text(config.model) else "images"
     rows: list[tuple[str, str]] = []
     if plan.train_images is None:
         rows.append(("Data", f"{config.data.path}: not converted yet; steps and sizes are known once it is ({program('convert')})"))
     else:
-        side = f", {plan.image_size[0]}x{plan.image_size[1]} pixels" if plan.image_size else ""
+        side = ""
+        if plan.shape:
+            side = f", {plan.shape[0]}x{plan.shape[1]} pixels" if len(plan.shape) == 2 else f", {plan.shape[0]} tokens at most"
         test = f", {number(plan.test_images)} to test" if plan.test_images is not None else ""
         classes = counted(plan.classes or 0, "class", "classes")
-        rows.append(("Data", f"{config.data.path}: {number(plan.train_images)} images to train{test}, {classes}{side}"))
+        rows.append(("Data", f"{config.data.path}: {number(plan.train_images)} {unit} to train{test}, {classes}{side}"))
     resized = f", images resized to {config.model.image_size} pixels" if config.model.image_size else ""
     share = "" if plan.model.trainable == plan.model.parameters else f" ({number(plan.model.trainable)} trained)"
     rows.append(("Model", f"{config.model.name}, {number(plan.model.parameters)} parameters{share}{resized}"))
     rows.append(("Weights", config.model.weights))
     rows.append(("Workers", f"{devices.workers} on {devices.name}, {config.train.precision}"))
     parts = f", in {plan.virtual_ranks} virtual ranks of {plan.batch_per_virtual_rank}" if plan.virtual_ranks > 1 else ""
-    rows.append(("Batch", f"{config.data.batch_size} images{parts}"))
+    rows.append(("Batch", f"{config.data.batch_size} {unit}{parts}"))
     if plan.total_steps is not None:
         epochs = "1 epoch" if config.train.epochs == 1 else f"{config.train.epochs} epochs"
         limit = f", stopped by train.max_steps={config.train.max_steps}" if config.train.max_steps else ""
@@ -170,8 +177,8 @@ def table(plan: Plan) -> Table:
     room = f" of {size(devices.memory_bytes)}" if devices.memory_bytes else ""
     rows.append(("Model memory", f"{size(plan.model_bytes)}{room} on each device; activations come on top"))
     if plan.cache_bytes is not None:
-        cache = f"{size(plan.cache_bytes)} of decoded images (data.cache={config.data.cache})"
-        rows.append(("Data memory", cache if plan.cache_bytes else "none: images are decoded every epoch"))
+        cache = f"{size(plan.cache_bytes)} of decoded {unit} (data.cache={config.data.cache})"
+        rows.append(("Data memory", cache if plan.cache_bytes else f"none: {unit} are decoded every epoch"))
     keep = config.cluster.keep_checkpoints
     every = f", every {number(plan.checkpoint_every)} steps" if plan.checkpoint_every else ""
     if config.train.checkpoint_every == AUTO:
@@ -196,9 +203,9 @@ def counted(count: int, one: str, several: str = "") -> str:
     return f"{number(count)} {one if count == 1 else several or f'{one}s'}"
 
 
-def _flops_per_image(model: nn.Module, *, height: int, width: int, is_head_only: bool) -> float | None:
+def _flops_per_image(model: nn.Module, seen: tuple[int, int], *, is_head_only: bool) -> float | None:
     """Count FLOPs on tensors without data, so no arithmetic runs."""
     if is_head_only:
         model.requires_grad_(False)
         head_of(model)[1].requires_grad_(True)
-    return count_work(model.train(), (height, width), precision="fp32").flops_per_image
+    return count_work(model.train(), seen, precision="fp32").flops_per_image

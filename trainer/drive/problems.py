@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 
-from dataio.manifest import Manifest, image_size_of
+from dataio.manifest import Manifest, image_hw, image_size_of, shape_of
 from dataio.quarantine import Quarantine, TooManyBadSamples
 from dataio.scan import Looked
 from dataio.selection import Selected, selected_counts
@@ -24,6 +24,7 @@ from trainer.settings.rules import validate
 from trainer.settings.second_stream import check_unlabelled
 from trainer.settings.selection import problem_of_splits
 from trainer.settings.spec import order_of, total_steps_of
+from trainer.settings.texts import problem_of_field
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import size
 
@@ -94,10 +95,10 @@ class Facts:
         return manifest, (by_class[0] if found is not None else counts), found
 
     @property
-    def image_size(self) -> tuple[int, int] | None:
-        """(height, width) of the decoded images."""
+    def shape(self) -> tuple[int, ...] | None:
+        """(height, width) of the decoded images, (tokens,) of the longest text."""
         try:
-            return image_size_of(self.manifest, self.config.data) if self.manifest is not None else None
+            return shape_of(self.manifest, self.config.data) if self.manifest is not None else None
         except ValueError:
             return None
 
@@ -156,9 +157,9 @@ def unlabelled(facts: Facts) -> str | None:
         check_unlabelled(facts.config, facts.looked.targets)
     except ValueError as error:
         return str(error)
-    if facts.unlabelled is None or facts.unlabelled.manifest is None or facts.image_size is None:
+    if facts.unlabelled is None or facts.unlabelled.manifest is None or facts.shape is None:
         return None
-    return problem_of_sizes(facts.unlabelled.manifest, facts.config.data, facts.image_size)
+    return problem_of_sizes(facts.unlabelled.manifest, facts.config.data, image_hw(facts.shape))
 
 
 def splits(facts: Facts) -> str | None:
@@ -172,8 +173,13 @@ def splits(facts: Facts) -> str | None:
         )
     if lacking := [name for name in ("train", "test") if name in there and not there[name].count]:
         fix = "hold out more (--data.test-fraction)" if lacking == ["test"] else "look at why they are left out"
-        return f"{facts.config.data.path} has no usable {' and no usable '.join(lacking)} image; {fix}"
+        return f"{facts.config.data.path} has no usable {' and no usable '.join(lacking)} {facts.manifest.unit.removesuffix('s')}; {fix}"
     return None
+
+
+def field(facts: Facts) -> str | None:
+    """A model of texts is for texts, and with the tokens that it knows."""
+    return problem_of_field(facts.config, facts.manifest) if facts.manifest is not None else None
 
 
 def choice(facts: Facts) -> str | None:
@@ -200,7 +206,7 @@ def sizes(facts: Facts) -> str | None:
 def settings(facts: Facts) -> str | None:
     """Rules between settings, workers and data: the batch, the crop, the warm-up."""
     try:
-        validate(facts.config, workers=facts.workers, image_size=facts.image_size, total_steps=total_steps(facts) if facts.is_new else None)
+        validate(facts.config, workers=facts.workers, shape=facts.shape, total_steps=total_steps(facts) if facts.is_new else None)
     except ValueError as error:
         return str(error)
     return None
@@ -274,6 +280,7 @@ CHECKS: tuple[Check, ...] = (
     bad_samples,
     bad_unlabelled,
     splits,
+    field,
     choice,
     sizes,
     settings,

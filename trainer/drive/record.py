@@ -18,6 +18,7 @@ from dataio.codecs.image.decode import DECODER_VERSIONS, decoder_device
 from dataio.manifest import Manifest, image_size_of, resizes
 from trainer.settings.fields import declared
 from trainer.settings.identity import EVALUATES, deciding_settings
+from trainer.settings.texts import is_text
 from trainer.settings.tree import RunConfig
 
 _DECIDE_BITS = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy")
@@ -77,8 +78,15 @@ def identity_of(
         threads=threads,
         versions=_versions(config),
         weights_about=weights_about,
-        decoded_on=decoder_device(*image_size_of(manifest, config.data), fit=config.data.fit, device=device),
+        decoded_on=_decoded_on(config, manifest, device),
     )
+
+
+def _decoded_on(config: RunConfig, manifest: Manifest, device: str) -> str:
+    """Type of device that decodes; "" for texts, which became tokens before."""
+    if manifest.texts is not None:
+        return ""
+    return decoder_device(*image_size_of(manifest, config.data), fit=config.data.fit, device=device)
 
 
 def record_of(note: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -166,11 +174,12 @@ def told_threads(asked: RunConfig, *, device: str, threads: int) -> list[str]:
 def _versions(config: RunConfig) -> dict[str, str]:
     known = versions()
     found = {name: known[name] for name in _DECIDE_BITS}
-    if config.model.name.startswith("timm/"):  # its code is the model
+    library = "timm" if config.model.name.startswith("timm/") else "transformers" if is_text(config.model) else ""
+    if library:  # its code is the model
         try:
-            found["timm"] = importlib.metadata.version("timm")
+            found[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
-            found["timm"] = "missing"
+            found[library] = "missing"
     return found
 
 

@@ -29,7 +29,7 @@ from cluster.whose import namespace_here, owner_here
 from trainer.drive.data import ship
 from trainer.drive.identity import find_start
 from trainer.drive.stages import Begun, Decided
-from trainer.settings.spec import make_order, total_steps_of
+from trainer.settings.spec import order_of, total_steps_of
 from trainer.settings.tree import RunConfig
 
 CALL_SECONDS = 60.0
@@ -253,7 +253,7 @@ def open_session(decided: Decided, begun: Begun, *, zygote: str, console: Consol
     """Start the run's coordinator. ValueError if the data cannot be shipped to the other nodes."""
     config, storage, cluster = decided.config, decided.storage, decided.config.cluster
     data = decided.location if decided.is_shared else ship(decided.dataset, config)
-    steps_per_epoch = make_order(config, decided.dataset).steps_per_epoch
+    steps_per_epoch = order_of(config, decided.dataset.manifest).steps_per_epoch
     coordinator = start_coordinator(
         storage_uri=storage,  # as it is open here: opening an S3 URI may ask the storage where its bucket is
         run=config.run,

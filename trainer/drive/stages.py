@@ -83,7 +83,8 @@ class WithData:
     dataset: Dataset
     location: str
     """Folder or URI of the data set."""
-    image_size: tuple[int, int]
+    shape: tuple[int, ...]
+    """(height, width) of the decoded images, (tokens,) of the longest text."""
     storage: Storage
     weights: str
     """SHA-256 of the weights file; "" if `model.weights` names none."""
@@ -113,7 +114,7 @@ class Placed:
 
     @property
     def question(self) -> Question:
-        return question_of(self.config, self.data.dataset.manifest, self.data.image_size)
+        return question_of(self.config, self.data.dataset.manifest, self.data.shape)
 
     def is_outdated(self, workers: int) -> bool:
         """Whether the largest number of workers is now another, or another process has started or ended this run since."""
@@ -166,7 +167,7 @@ def question_of_facts(facts: Facts) -> Question:
         targets=looked.targets if looked is not None else single_label(("a", "b")),
         label_smoothing=config.optim.label_smoothing,
         model=model,
-        image_size=facts.image_size or (config.data.image_size or USUAL_SIDE,) * 2,
+        shape=facts.shape or (config.data.image_size or USUAL_SIDE,) * 2,
         seed=config.train.seed_of_layers,
         loss=config.optim.loss,
         augment=config.data.augment,
@@ -176,14 +177,14 @@ def question_of_facts(facts: Facts) -> Question:
     )
 
 
-def question_of(config: RunConfig, manifest: Manifest, image_size: tuple[int, int]) -> Question:
+def question_of(config: RunConfig, manifest: Manifest, shape: tuple[int, ...]) -> Question:
     """The question for trainer.drive.check: can the run's model be built?"""
     return Question(
         task=config.task,
         targets=manifest.targets,
         label_smoothing=config.optim.label_smoothing,
         model=config.model,
-        image_size=image_size,
+        shape=shape,
         seed=config.train.seed_of_layers,
         loss=config.optim.loss,
         augment=config.data.augment,

@@ -28,7 +28,7 @@ from cluster.store import Commit, Store
 from cluster.zygote import Zygote
 from dataio.balance import class_counts, known_class_counts
 from dataio.leaving import leave_by, leaves
-from dataio.manifest import image_size_of
+from dataio.manifest import image_hw, shape_of
 from dataio.parquet import Dataset, open_dataset
 from dataio.reading import corrections_told
 from dataio.unlabelled import is_resized, pin, problem_of_sizes
@@ -65,9 +65,10 @@ from trainer.settings.length import length_of
 from trainer.settings.photos import RECIPE, choice_of
 from trainer.settings.rules import worker_count
 from trainer.settings.second_stream import check_unlabelled
-from trainer.settings.spec import RANK_MODULES, make_order, order_of, total_steps_of
+from trainer.settings.spec import order_of, rank_modules, total_steps_of
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
+from trainer.tasks.info import info_of
 
 if TYPE_CHECKING:
     from cluster.launch import ClusterHardware, Resources
@@ -78,8 +79,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 def run(asked: Asked, console: Console, signals: Signals) -> int:
     """Do one run from its data to its report. Returns the exit status."""
-    zygote_name = uuid.uuid4().hex
-    with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once), _zygote(zygote_name) as zygote:
+    zygote_name, modules = uuid.uuid4().hex, rank_modules(asked.config)
+    with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once), _zygote(zygote_name, modules) as zygote:
         signals.enter(Phase.SETTING_UP)
         from cluster.demand import wait_for_hardware
         from cluster.launch import plan_resources
@@ -150,12 +151,12 @@ def unusual(folder: str) -> Iterator[str]:
 
 
 @contextmanager
-def _zygote(name: str) -> Iterator[Zygote]:
+def _zygote(name: str, modules: tuple[str, ...]) -> Iterator[Zygote]:
     """A zygote that imports what the ranks need while this process imports and starts Ray. This saves two seconds, and the ranks of this
     node share its memory."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})  # one to the whole group is for the driver
     try:
-        zygote = Zygote(RANK_MODULES, name=name)
+        zygote = Zygote(modules, name=name)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
@@ -222,18 +223,18 @@ def with_data(asked: Asked, console: Console, set_up: SetUp, seen: RunConfig | N
             "again, which holds one out of train where there is none"
         )
     asked = set_up.call("the run's folder", partial(with_choice, asked, dataset, storage))
-    image_size = image_size_of(dataset.manifest, asked.config.data)
+    shape = shape_of(dataset.manifest, asked.config.data)
     second = open_second(seen or config, dataset, console)
     if second is not None:
         check_unlabelled(asked.config, dataset.manifest.targets)
-        if problem := problem_of_sizes(second.dataset.manifest, asked.config.data, image_size):
+        if problem := problem_of_sizes(second.dataset.manifest, asked.config.data, image_hw(shape)):
             raise ValueError(problem)
         asked = asked.with_unlabelled(pin(second))
     return WithData(
         asked=asked,
         dataset=dataset,
         location=location,
-        image_size=image_size,
+        shape=shape,
         storage=storage,
         weights=weights,
         second=second.dataset if second is not None else None,
@@ -261,7 +262,7 @@ def place(data: WithData, workers: int) -> Placed:
         fingerprint=data.fingerprint,
         weights=data.weights,
         prefix=data.asked.prefix,
-        image_size=data.image_size,
+        shape=data.shape,
     )
     check_same_run(named.config, named.found, data.weights)
     length = length_of(
@@ -329,7 +330,7 @@ def show_finished(placed: Placed, console: Console, signals: Signals) -> int:
     console.print(f"run {config.run} has finished already; --run NAME starts another")
     folder = RunFolder(storage=placed.data.storage, name=config.run)
     report = complete(folder, summary, placed.data.dataset, console)
-    console.print(final_table(summary, report=report, predict=predict_command(folder.location)), soft_wrap=True)
+    console.print(final_table(summary, report=report, predict=predict_command(folder.location, info_of(summary).unit)), soft_wrap=True)
     signals.enter(Phase.OVER)
     with tracked(config, folder, signals, telling(console)):
         return 0
@@ -396,7 +397,7 @@ def decide(
             weights_about=description_sha256(config.model.weights),
             device="cuda" if use_gpus else "cpu",
             threads=resources.threads_per_worker,
-            more_is_resized=data.second is not None and is_resized(data.second.manifest, config.data, data.image_size),
+            more_is_resized=data.second is not None and is_resized(data.second.manifest, config.data, image_hw(data.shape)),
         ),
         second=data.second,
         said=data.asked.said if placed.found.is_new else (),
@@ -447,7 +448,7 @@ def claim(decided: Decided, store: Store) -> int:
     it: of two commands that start one run with different settings at once, one gets a ValueError. Everything that can refuse the command
     is asked before, so that a refused one neither begins a run nor takes one over."""
     config, identity = decided.config, decided.identity
-    make_order(config, decided.dataset)
+    order_of(config, decided.dataset.manifest)
     if not decided.is_shared:
         check_can_ship(decided.dataset, config)
     newest = store.peek()

@@ -8,8 +8,10 @@ caller chooses the weights (final or averaged).
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -18,13 +20,17 @@ from torch import Tensor, nn
 
 from cluster.storage import Storage, join_uri
 from cluster.text import address, json_line, shown
-from dataio.config import PIN, Colour, Fit, unpinned
+from dataio.codecs.text.form import tokenizer_bytes, tokenizer_file
+from dataio.config import PIN, Colour, Fit, TooLong, unpinned
+from dataio.manifest import TextInfo, image_hw
 from dataio.schema import Target, fault_of_targets, is_single_label, single_label
 from trainer.export.elsewhere import keys_for_timm, opened_elsewhere
 from trainer.models.normalise import mean_and_std
 from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder
-from trainer.runs.model_files import CONFIG_FILE, MODEL_FOLDER, WEIGHTS_FILE, described
+from trainer.runs.measures import one_of
+from trainer.runs.model_files import CONFIG_FILE, MODEL_FOLDER, TOKENIZER_FILE, WEIGHTS_FILE, described, takes_texts
+from trainer.settings.texts import PREFIX, description_of, is_text, model_place
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
 from trainer.settings.values import widths_of
@@ -33,11 +39,53 @@ from trainer.tasks.info import CLASSIFICATION
 from trainer.tasks.make import AUTO, make_task, name_for
 from trainer.tasks.novelty import Novelty, Thresholds
 from trainer.tasks.task import Task
+from trainer.tasks.text import UNIT as TEXTS
 
 CARD_FILE = "README.md"
 REMEMBERED_FILE = "remembered.safetensors"
 """Features of training images (trainer.tasks.novelty), if the model remembers any."""
 _REMEMBERED = "features"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextExport:
+    """How a model of texts is given them."""
+
+    architecture: Mapping[str, Any]
+    """Its encoder's config.json."""
+    tokenizer: bytes
+    """The content of its tokenizer.json."""
+    max_tokens: int
+    too_long: TooLong
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return hashlib.sha256(self.tokenizer).hexdigest()
+
+    def described(self) -> dict[str, Any]:
+        """As config.json says it, beside which the tokenizer lies."""
+        return {
+            "architecture": dict(self.architecture),
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "max_tokens": self.max_tokens,
+            "too_long": self.too_long,
+        }
+
+
+def text_export(config: RunConfig, texts: TextInfo | None) -> TextExport | None:
+    """Of a run on texts, from its model's folder; None of one on images. ValueError if the folder is not what it was."""
+    if texts is None:
+        return None
+    tokenizer = tokenizer_bytes(tokenizer_file(config.data.tokenizer))
+    found = TextExport(
+        architecture=description_of(model_place(config.model.name)),
+        tokenizer=tokenizer,
+        max_tokens=texts.max_tokens,
+        too_long=texts.too_long,
+    )
+    if found.tokenizer_sha256 != texts.tokenizer_sha256:
+        raise ValueError(f"data.tokenizer={config.data.tokenizer} is not the tokenizer any more that made the data's tokens; put it back")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,14 +95,16 @@ class Exported:
     task: Task
     """What the outputs mean."""
     model: nn.Module  # in eval mode
-    preprocess: nn.Module  # (n, 3, H, W) uint8, with H and W from `image_size`, -> the model's input
-    image_size: tuple[int, int]  # (height, width) of decoded images
+    preprocess: nn.Module  # (n, 3, H, W) uint8, with H and W from `image_size`, or (n, T) int32 of texts -> the model's input
+    image_size: tuple[int, int]  # (height, width) of decoded images; (0, 0) of texts
     fit: Fit
     background: Colour
     max_image_pixels: int
     temperatures: Mapping[str, Temperature] = field(default_factory=dict)
     """By target; empty in exports of releases that calibrated nothing, or if nothing could be."""
     novelty: Novelty | None = None
+    texts: TextExport | None = None
+    """How texts become tokens; None for a model of images."""
 
 
 def export_model(
@@ -64,13 +114,15 @@ def export_model(
     tensors: Mapping[str, Tensor],
     config: RunConfig,
     task: Task,
-    data_image_size: tuple[int, int],
+    data_image_size: tuple[int, ...],
     summary: Mapping[str, Any],
     enlarged: int = 1,
     calibration: Mapping[str, Any] | None = None,
     novelty: Novelty | None = None,
+    texts: TextExport | None = None,
 ) -> None:
-    """Write `<run>/model/`. `tensors` is a state_dict; `data_image_size` is (height, width) of decoded images. `enlarged`: the model's stem
+    """Write `<run>/model/`. `tensors` is a state_dict; `data_image_size` is (height, width) of decoded images, and (tokens,) of texts, of
+    which `texts` says how they become that. `enlarged`: the model's stem
     acts as if images were this many times as large (trainer.models.stem). `calibration`: the temperatures (trainer.tasks.calibration).
     `novelty`: what the model remembers of its training images.
 
@@ -82,28 +134,15 @@ def export_model(
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     weights = safetensors.torch.save(plain, metadata={"format": "pt"})
     remembered = safetensors.torch.save({_REMEMBERED: novelty.remembered.contiguous()}) if novelty is not None else None
-    mean, std = mean_and_std(config)
     description = {
         "model": _model_description(config.model),
         **_task_description(config.task, task),
-        "mean": list(mean),
-        "std": list(std),
-        "data_image_size": list(data_image_size),
-        "fit": config.data.fit,
-        **({"background": config.data.behind} if config.data.behind else {}),
-        "max_image_pixels": config.data.max_image_pixels,
+        **({"texts": texts.described()} if texts is not None else _images_description(config, image_hw(data_image_size))),
         **({"calibration": calibration} if calibration else {}),
         **({"novelty": _novelty_description(novelty, remembered)} if novelty is not None and remembered is not None else {}),
         "weights_sha256": summary.get("weights_sha256"),
         "file_sha256": hashlib.sha256(weights).hexdigest(),
-        **keys_for_timm(
-            config.model,
-            sees=_seen(config, data_image_size, enlarged),
-            outputs=outputs_of(task),
-            names=output_names(task),
-            mean=mean,
-            std=std,
-        ),
+        **(_keys_for_timm(config, task, image_hw(data_image_size), enlarged) if texts is None else {}),
     }
     storage.write_atomic(f"{folder}/{WEIGHTS_FILE}", weights)
     card = model_card(
@@ -118,18 +157,27 @@ def export_model(
     storage.write_atomic(f"{folder}/{CARD_FILE}", card.encode())
     if remembered is not None:
         storage.write_atomic(f"{folder}/{REMEMBERED_FILE}", remembered)
+    if texts is not None:
+        storage.write_atomic(f"{folder}/{TOKENIZER_FILE}", texts.tokenizer)
     storage.write_atomic(f"{folder}/{CONFIG_FILE}", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool = True) -> Exported:
-    """Load the model that `export_model` wrote into `folder`, a model folder. ValueError if there is none or it is damaged."""
+def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool = True, may_be_of_texts: bool = False) -> Exported:
+    """Load the model that `export_model` wrote into `folder`, a model folder. ValueError if there is none or it is damaged, or if it takes
+    texts and the caller knows images alone."""
     description = described(folder)
+    if takes_texts(description):
+        if not may_be_of_texts:
+            raise ValueError(
+                f"{folder.location} is a model of texts, and this does not work for them yet; run, evaluate, predict and report do"
+            )
+        return _load_of_texts(folder, description, device)
     height, width = description["data_image_size"]
     config = ModelConfig(**description["model"])
     # The run's weights replace all others, so nothing needs to be downloaded.
     blank = dataclasses.replace(config, weights="none")
     task = _task(folder, description)
-    model = task.build(blank, seed=0, image_hw=(height, width))
+    model = task.build(blank, seed=0, shape=(height, width))
     model.load_state_dict(safetensors.torch.load(verified_weights(folder, description)), strict=True)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     preprocess = Preprocess(
@@ -154,11 +202,74 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
     )
 
 
+def _load_of_texts(folder: RunFolder, description: Mapping[str, Any], device: torch.device) -> Exported:
+    from trainer.models.text import Tokens  # here: it imports transformers
+
+    said = description["texts"]
+    tokenizer = folder.read(TOKENIZER_FILE)
+    try:
+        texts = TextExport(
+            architecture=said["architecture"], tokenizer=tokenizer or b"", max_tokens=int(said["max_tokens"]), too_long=said["too_long"]
+        )
+        is_its_own = texts.tokenizer_sha256 == said["tokenizer_sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} is damaged ({error}); finish the run again to export it anew") from None
+    if not is_its_own:
+        what = "missing" if tokenizer is None else "damaged"
+        raise ValueError(f"{join_uri(folder.location, TOKENIZER_FILE)} is {what}; copy the whole model folder")
+    task = _task(folder, description)
+    with tempfile.TemporaryDirectory(prefix="finetune-model-") as place:  # as the architecture is looked for
+        Path(place, CONFIG_FILE).write_text(json.dumps(texts.architecture))
+        blank = dataclasses.replace(ModelConfig(**description["model"]), name=f"{PREFIX}{place}", weights="none")
+        model = task.build(blank, seed=0, shape=(texts.max_tokens,))
+    model.load_state_dict(safetensors.torch.load(verified_weights(folder, description)), strict=True)
+    model = model.to(device).eval()
+    task.bind(model)
+    return Exported(
+        task=task,
+        model=model,
+        preprocess=Tokens(),
+        image_size=(0, 0),
+        fit="refuse",
+        background="",
+        max_image_pixels=0,
+        temperatures=_temperatures(folder, description),
+        texts=texts,
+    )
+
+
+def _images_description(config: RunConfig, image_size: tuple[int, int]) -> dict[str, Any]:
+    mean, std = mean_and_std(config)
+    return {
+        "mean": list(mean),
+        "std": list(std),
+        "data_image_size": list(image_size),
+        "fit": config.data.fit,
+        **({"background": config.data.behind} if config.data.behind else {}),
+        "max_image_pixels": config.data.max_image_pixels,
+    }
+
+
+def _keys_for_timm(config: RunConfig, task: Task, image_size: tuple[int, int], enlarged: int) -> dict[str, Any]:
+    mean, std = mean_and_std(config)
+    return keys_for_timm(
+        config.model,
+        sees=_seen(config, image_size, enlarged),
+        outputs=outputs_of(task),
+        names=output_names(task),
+        mean=mean,
+        std=std,
+    )
+
+
 def _model_description(model: ModelConfig) -> dict[str, Any]:
     """The settings by which the model is built. Without later ones that are at their defaults: earlier releases know no such key."""
     defaults = ModelConfig()
     later = [key for key in ("widths", "pooling") if getattr(model, key) == getattr(defaults, key)]
-    return {key: value for key, value in dataclasses.asdict(model).items() if key not in later}
+    settings = {key: value for key, value in dataclasses.asdict(model).items() if key not in later}
+    if is_text(model):  # the folder that it began from is no matter, and its path nobody's
+        settings |= {"name": f"{PREFIX}{Path(model.name).name}", "weights": Path(model.weights).name}
+    return settings
 
 
 def _novelty_description(novelty: Novelty, file: bytes) -> dict[str, Any]:
@@ -202,17 +313,18 @@ def model_card(
     run: str,
     config: RunConfig,
     task: Task,
-    data_image_size: tuple[int, int],
+    data_image_size: tuple[int, ...],
     summary: Mapping[str, Any],
     enlarged: int = 1,
     calibration: Mapping[str, Any] | None = None,
 ) -> str:
     """The model card as Markdown: what the model is, how good it is, how to use it."""
+    what = "TEXT" if is_text(config.model) else "IMAGE"
     return "\n".join(
         [
             f"# {run}",
             "",
-            f"{_what_it_is(task)}, fine-tuned from `{config.model.name}`.",
+            f"{_what_it_is(task)}, fine-tuned from `{_model_description(config.model)['name']}`.",
             "",
             *(f"- **{name}:** {value}" for name, value in _facts(config, task, data_image_size, summary)),
             *(f"- **Confidence{of}:** {value}" for of, value in _confidence(calibration)),
@@ -220,19 +332,10 @@ def model_card(
             "## Use",
             "",
             "```sh",
-            "finetune predict model IMAGE...      # model: this folder, or a run's; also: python -m trainer.predict",
+            f"finetune predict model {what}...      # model: this folder, or a run's; also: python -m trainer.predict",
             "```",
             "",
-            *opened_elsewhere(
-                config.model,
-                sees=_seen(config, data_image_size, enlarged),
-                outputs=outputs_of(task),
-                enlarged=enlarged,
-                weights_file=WEIGHTS_FILE,
-            ),
-            f"`{WEIGHTS_FILE}` is a state_dict (safetensors, no pickle). `{CONFIG_FILE}` says how to build the model and prepare an image;",
-            "`trainer.models.vision.build_model` and `trainer.models.vision.Preprocess` take it from there.",
-            "",
+            *(_text_files() if is_text(config.model) else _image_files(config, task, image_hw(data_image_size), enlarged)),
             *_outputs(task),
             "## Limits",
             "",
@@ -241,6 +344,31 @@ def model_card(
             "",
         ]
     )
+
+
+def _image_files(config: RunConfig, task: Task, data_image_size: tuple[int, int], enlarged: int) -> list[str]:
+    return [
+        *opened_elsewhere(
+            config.model,
+            sees=_seen(config, data_image_size, enlarged),
+            outputs=outputs_of(task),
+            enlarged=enlarged,
+            weights_file=WEIGHTS_FILE,
+        ),
+        f"`{WEIGHTS_FILE}` is a state_dict (safetensors, no pickle). `{CONFIG_FILE}` says how to build the model and prepare an image;",
+        "`trainer.models.vision.build_model` and `trainer.models.vision.Preprocess` take it from there.",
+        "",
+    ]
+
+
+def _text_files() -> list[str]:
+    return [
+        f"`{WEIGHTS_FILE}` is a state_dict (safetensors, no pickle): the encoder under `encoder.`, as transformers names its tensors,",
+        f"and the linear layer `head`. `{CONFIG_FILE}` holds the encoder's own configuration (`texts.architecture`), `{TOKENIZER_FILE}`",
+        "the tokenizer.",
+        "`--model.name hf/FOLDER` trains on from here.",
+        "",
+    ]
 
 
 def _seen(config: RunConfig, data_image_size: tuple[int, int], enlarged: int) -> tuple[int, int]:
@@ -262,20 +390,17 @@ def output_names(task: Task) -> list[str] | None:
     return list(classes) if classes and len(classes) == outputs_of(task) else None
 
 
-def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    height, width = data_image_size
+def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, ...], summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     headline = task.info.headline
     if (value := summary.get(headline.key)) is not None:
         loss = _optional(summary, "test_loss", ", loss {:.4f}")
         shown = percent(value, 2) if headline.unit == "ratio" else f"{value:.4g}"
         yield f"Test {headline.in_words}", f"{shown}{loss} ({task.info.unit} of the held-out split, none of them trained on)"
-    yield "Backbone", f"`{config.model.name}`, stem `{config.model.stem}`, weights `{config.model.weights}`"
-    seen = f", resized on the device to {config.model.image_size}x{config.model.image_size} ({config.model.interpolation})"
-    if widths := widths_of(config.model.widths):
-        yield "Pruned", f"{len(widths)} layers have fewer channels than the backbone's own (`model.widths` of `{CONFIG_FILE}`)"
-    yield "Images", f"{width}x{height} RGB" + (seen if config.model.image_size else "")
-    mean, std = mean_and_std(config)
-    yield "Normalisation", f"mean {list(mean)}, std {list(std)}, of pixel values in [0, 1]"
+    if is_text(config.model):
+        yield "Encoder", f"`{_inline(Path(config.model.name).name)}`, of which the head is given the {config.model.pooling} of the tokens"
+        yield "Texts", f"{data_image_size[0]} tokens at most"
+    else:
+        yield from _facts_of_images(config, image_hw(data_image_size))
     yield "Trained on", f"`{_last_part(config.data.path)}`" + _optional(summary, "dataset_fingerprint", " (fingerprint `{}`)")
     steps = _optional(summary, "steps", ", {} steps")
     yield "Training", f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.train.precision}{steps}"
@@ -286,6 +411,17 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, int], summ
     if config.data.unlabelled:
         yield "Images without labels", f"`{_last_part(unpinned(config.data.unlabelled)[0])}` ({config.train.semi})"
     yield "Averaged", f"exponential moving average of the weights, decay {config.train.ema:g}" if config.train.ema else "no"
+
+
+def _facts_of_images(config: RunConfig, data_image_size: tuple[int, int]) -> Iterator[tuple[str, str]]:
+    height, width = data_image_size
+    yield "Backbone", f"`{config.model.name}`, stem `{config.model.stem}`, weights `{config.model.weights}`"
+    seen = f", resized on the device to {config.model.image_size}x{config.model.image_size} ({config.model.interpolation})"
+    if widths := widths_of(config.model.widths):
+        yield "Pruned", f"{len(widths)} layers have fewer channels than the backbone's own (`model.widths` of `{CONFIG_FILE}`)"
+    yield "Images", f"{width}x{height} RGB" + (seen if config.model.image_size else "")
+    mean, std = mean_and_std(config)
+    yield "Normalisation", f"mean {list(mean)}, std {list(std)}, of pixel values in [0, 1]"
 
 
 def _confidence(calibration: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
@@ -301,10 +437,11 @@ def _confidence(calibration: Mapping[str, Any] | None) -> Iterator[tuple[str, st
 def _what_it_is(task: Task) -> str:
     if task.info.name == CLASSIFICATION.name:
         count = len(task.targets[0].classes)
-        return f"An image classifier of {count} class{'' if count == 1 else 'es'}"
+        what = "A text" if task.info.unit == TEXTS else "An image"
+        return f"{what} classifier of {count} class{'' if count == 1 else 'es'}"
     # The names come from the data. In a code span, with the closing character replaced, they stay plain text.
     named = [f"`{_inline(target.name)}` ({_KINDS[target.kind].format(len(target.classes))})" for target in task.targets]
-    return f"A model of images (task `{_inline(task.info.name)}`) that says {', '.join(named)}"
+    return f"A model of {task.info.unit} (task `{_inline(task.info.name)}`) that says {', '.join(named)}"
 
 
 def _outputs(task: Task) -> Iterator[str]:
@@ -320,14 +457,15 @@ def _outputs(task: Task) -> Iterator[str]:
 
 
 def _limits(task: Task) -> tuple[str, ...]:
+    one = one_of(task.info.unit)
     if task.info.name == CLASSIFICATION.name:
         return (
-            "The model knows these classes only and names one of them for any image.",
-            "The accuracy holds for images like those it was tested on.",
+            f"The model knows these classes only and names one of them for any {one}.",
+            f"The accuracy holds for {task.info.unit} like those it was tested on.",
         )
     return (
-        "The model knows nothing but these, and says something of any image.",
-        "What was measured holds for images like those it was tested on.",
+        f"The model knows nothing but these, and says something of any {one}.",
+        f"What was measured holds for {task.info.unit} like those it was tested on.",
     )
 
 
@@ -344,7 +482,7 @@ def _task_description(config: TaskConfig, task: Task) -> dict[str, Any]:
 
 def _task(folder: RunFolder, description: Mapping[str, Any]) -> Task:
     if "task" not in description:
-        return make_task(TaskConfig(), single_label(description["classes"]))
+        return make_task(TaskConfig(), single_label(description["classes"]), holds_texts=takes_texts(description))
     try:
         targets = [Target(**{**target, "classes": tuple(target["classes"])}) for target in description["targets"]]
         config = TaskConfig(**description["task"])
@@ -356,7 +494,7 @@ def _task(folder: RunFolder, description: Mapping[str, Any]) -> Task:
         ) from None
     if fault is not None:
         raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} is damaged ({fault}); finish the run again to export it anew")
-    return make_task(config, targets)
+    return make_task(config, targets, holds_texts=takes_texts(description))
 
 
 _KINDS = {"label": "one of {} classes", "labels": "any of {} labels", "number": "a number"}

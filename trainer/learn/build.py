@@ -11,7 +11,7 @@ from torch import nn
 
 from cluster.reduce import TreeReducer
 from dataio.balance import class_counts
-from dataio.manifest import Manifest
+from dataio.manifest import Manifest, image_hw
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import Dataset
 from dataio.schema import Target
@@ -37,6 +37,7 @@ from trainer.models.vision import Preprocess, head_of
 from trainer.runs.model_files import pinned
 from trainer.settings.balance import asks_for_balance
 from trainer.settings.second_stream import stream_seed
+from trainer.settings.texts import is_text
 from trainer.settings.tree import RunConfig
 from trainer.tasks.make import make_task
 from trainer.tasks.task import Task
@@ -50,7 +51,7 @@ class Learner:
     task: Task
     model: nn.Module
     preprocess: nn.Module
-    """Takes samples from the loader: (n, 3, H, W) uint8."""
+    """Takes samples from the loader: (n, 3, H, W) uint8, or (n, T) int32 of texts."""
     optimizer: torch.optim.Optimizer
     head_name: str
     ema: Ema | None = None
@@ -141,8 +142,12 @@ def views_of(config: RunConfig) -> Views | None:
     return make_views(config.data, seed=config.train.seed, image_size=config.model.image_size, mean=mean)
 
 
-def preprocess_of(config: RunConfig) -> Preprocess:
-    """Takes samples from the loader, (n, 3, H, W) uint8, to what the network gets. On the CPU."""
+def preprocess_of(config: RunConfig) -> nn.Module:
+    """Takes samples from the loader to what the network gets. On the CPU."""
+    if is_text(config.model):
+        from trainer.models.text import Tokens  # here: it imports transformers
+
+        return Tokens()
     mean, std = mean_and_std(config)
     return Preprocess(
         mean=mean,
@@ -155,7 +160,8 @@ def preprocess_of(config: RunConfig) -> Preprocess:
 
 def task_of(config: RunConfig, manifest: Manifest) -> Task:
     """The task that the run's settings and its data call for."""
-    return make_task(config.task, manifest.targets, label_smoothing=config.optim.label_smoothing)
+    holds_texts = manifest.texts is not None
+    return make_task(config.task, manifest.targets, label_smoothing=config.optim.label_smoothing, holds_texts=holds_texts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,14 +214,14 @@ def views_are_fixed(config: RunConfig) -> bool:
     return not is_moved and views_of(config) is None
 
 
-def teacher_of(config: RunConfig, task: Task, image_hw: tuple[int, int], device: torch.device) -> Teacher | None:
+def teacher_of(config: RunConfig, task: Task, shape: tuple[int, ...], device: torch.device) -> Teacher | None:
     """The teacher that the settings name. ValueError if it cannot teach `task`."""
     if not config.train.teacher:
         return None
     return load_teacher(
         pinned(config.train.teacher, config.storage),
         task,
-        image_hw=image_hw,
+        image_hw=image_hw(shape),
         device=device,
         precision=config.train.precision,
         channels_last=config.train.channels_last == "on",
@@ -225,18 +231,19 @@ def teacher_of(config: RunConfig, task: Task, image_hw: tuple[int, int], device:
 def build_learner(
     config: RunConfig,
     task: Task,
-    image_hw: tuple[int, int],
+    shape: tuple[int, ...],
     device: torch.device,
     *,
     class_counts: Sequence[int] = (),
     teacher: Teacher | None = None,
     stream: SecondStream | None = None,
 ) -> Learner:
-    """Build the learner for images of `image_hw` (H, W) on `device`, with the weights that the settings name. `class_counts`: from
-    `class_counts_of`; `teacher`: from `teacher_of`, which is asked if it is not given. Without `stream` it learns from labels alone."""
+    """Build the learner for images of `shape` (H, W), or texts of (T,) tokens at most, on `device`, with the weights that the settings
+    name. `class_counts`: from `class_counts_of`; `teacher`: from `teacher_of`, which is asked if it is not given. Without `stream` it
+    learns from labels alone."""
     assert config.train.channels_last != "auto", "train.channels_last=auto is to be decided before (trainer.drive.capability)"
     is_channels_last = config.train.channels_last == "on"
-    model = task.build(config.model, image_hw=image_hw, seed=config.train.seed_of_layers)
+    model = task.build(config.model, shape=shape, seed=config.train.seed_of_layers)
     model = model.to(device).to(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
     if config.train.quantise == "int8":
         round_layers(model)
@@ -257,6 +264,6 @@ def build_learner(
         ema=Ema(model, config.train.ema) if config.train.ema else None,
         device=device,
         class_counts=tuple(class_counts),
-        teacher=teacher or teacher_of(config, task, image_hw, device),
+        teacher=teacher or teacher_of(config, task, shape, device),
         semi=semi_of(config, task, stream, device) if stream is not None else None,
     )

@@ -3,7 +3,7 @@ lower learning rates by it (`optim.layer_decay`); trainer.drive.check asks befor
 
 Models of torchvision register their layers in the order in which they compute, so a pattern that finds a block's name is enough: what comes
 before the first block is the stem, what stands between two blocks belongs to the one before. timm's models say themselves
-(`group_matcher`), and so may a model of the user's own.
+(`group_matcher`), and so may a model of the user's own; models of texts name such a pattern (`blocks`).
 """
 
 import re
@@ -33,7 +33,9 @@ BLOCKS: Mapping[str, str] = {
 def depths_of(model: nn.Module, name: str, head_name: str) -> dict[str, int]:
     """Parameter name -> its depth: 0 for the stem, one more for each block, and most of all for the head. `name`: `model.name`. ValueError
     if nobody knows the model's blocks."""
-    if callable(getattr(model, "group_matcher", None)):
+    if isinstance(pattern := getattr(model, "blocks", None), str):
+        found = _by_blocks(model, re.compile(rf"(?:{pattern})(?=\.)"))
+    elif callable(getattr(model, "group_matcher", None)):
         found = _by_its_own_groups(model)
     elif (pattern := _pattern(name)) is not None:
         found = _by_blocks(model, re.compile(rf"(?:{pattern})(?=\.)"))

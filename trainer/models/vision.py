@@ -7,10 +7,8 @@ the first layers, trainer.models.narrow cuts it to the widths of a pruned model.
 """
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.models.architecture import architecture, one_line, size_fix
 from trainer.models.narrow import narrow
+from trainer.models.random_state import derived_seed, random_state
 from trainer.models.stem import apply_stem, fit_stem, resolve_stem
 from trainer.models.weights import WeightsError, fitted_to, load_into
 from trainer.settings.tree import ModelConfig
@@ -40,18 +39,18 @@ def build_model(
     for weights) if the configuration cannot be met.
     """
     seen = (config.image_size, config.image_size) if config.image_size else image_hw
-    with _random_state(_derive(seed, "architecture")):
+    with random_state(derived_seed(seed, "architecture")):
         model = architecture(config, seen, classes=classes)
     old_head, layer = head_of(model)
     if is_own := ":" in config.name:
         config = dataclasses.replace(config, stem="native" if config.stem == "auto" else config.stem)
     state = fitted_to(model, config, seen, head=old_head, outputs=classes, names=names)
     stem = resolve_stem(config, model, image_hw)
-    apply_stem(model, stem, torch.Generator().manual_seed(_derive(seed, "stem")))
+    apply_stem(model, stem, torch.Generator().manual_seed(derived_seed(seed, "stem")))
     if is_own and layer.weight.shape[0] == classes:
         head_name = old_head
     else:
-        head_name = replace_head(model, classes, torch.Generator().manual_seed(_derive(seed, "head")))
+        head_name = replace_head(model, classes, torch.Generator().manual_seed(derived_seed(seed, "head")))
     if widths := widths_of(config.widths):
         narrow(model, widths, head=head_name, seen=seen)
     if state is not None:
@@ -242,19 +241,3 @@ def _head_by_running(model: nn.Module) -> tuple[str, Head]:
     if not ran or ran[-1][1].weight.shape[0] != outputs:
         raise ValueError(f"no classifier found in {type(model).__name__}: its last layer is not a Linear or Conv2d that makes the output")
     return ran[-1]
-
-
-# -- randomness -----------------------------------------------------------------------------------------------------------------------
-
-
-def _derive(seed: int, what: str) -> int:
-    """A separate 63-bit seed for each use, so that one layer's draws do not shift another's."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{what}".encode(), digest_size=8).digest(), "little") >> 1
-
-
-@contextmanager
-def _random_state(seed: int) -> Iterator[None]:
-    """Inside the context torch's CPU draws follow `seed`; afterwards the global state is restored. Touches no GPU."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-        yield

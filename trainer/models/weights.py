@@ -50,7 +50,7 @@ def fitted_to(
         return None
     if names_file(config.weights):
         state = without_prefix(state, list(model.state_dict()), source=config.weights)
-        state = _with_fitting_head(state, head, outputs=outputs, names=names, source=config.weights)
+        state = with_fitting_head(state, head, outputs=outputs, names=names, source=config.weights)
     return _fit_positions(model, state) if isinstance(model, VisionTransformer) else state
 
 
@@ -76,7 +76,7 @@ def _prefixes(key: str) -> Iterator[str]:
         yield key[: dot.end()]
 
 
-def _with_fitting_head(state: dict[str, Tensor], head: str, *, outputs: int, names: Sequence[str] | None, source: str) -> dict[str, Tensor]:
+def with_fitting_head(state: dict[str, Tensor], head: str, *, outputs: int, names: Sequence[str] | None, source: str) -> dict[str, Tensor]:
     """`state`, without the classifier's weights if they were trained for other classes. Says what becomes of them."""
     weight = state.get(f"{head}.weight")
     if weight is None:
@@ -127,7 +127,7 @@ def _pretrained_state(config: ModelConfig, model: nn.Module, seen: tuple[int, in
     path = Path(source).expanduser()
     if not path.is_file():
         raise WeightsError(f"model.weights={source}: no such file; weights are imagenet, none, package:efficientnet_lite0, or a file")
-    return _read_state(path, source=source)
+    return read_state(path, source=source)
 
 
 def _offline_fix() -> str:
@@ -185,7 +185,7 @@ def _package_state(config: ModelConfig, model: nn.Module) -> dict[str, Tensor]:
         raise WeightsError(
             f"model.weights={config.weights}: {path} is missing or not the known one (sha256 {sha256}); reinstall its package"
         )
-    theirs, ours = _read_state(path, source=config.weights), model.state_dict()
+    theirs, ours = read_state(path, source=config.weights), model.state_dict()
     # The package's names differ, but the order is the same: 296 tensors, all shapes agree, output difference 0.0.
     if [tensor.shape for tensor in theirs.values()] != [tensor.shape for tensor in ours.values()]:
         raise WeightsError(
@@ -194,7 +194,7 @@ def _package_state(config: ModelConfig, model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(ours, theirs.values(), strict=True))
 
 
-def _read_state(path: Path, *, source: str) -> dict[str, Tensor]:
+def read_state(path: Path, *, source: str) -> dict[str, Tensor]:
     """Read tensors by name from a safetensors file, or from a state_dict saved with torch.save, without unpickling any object."""
     try:
         if path.suffix == ".safetensors":

@@ -90,7 +90,7 @@ def write_pruned(run: RunFolder, folder: Path, *, fraction: float, multiple: int
     blank = dataclasses.replace(own, weights="none")
     found = pruned(
         exported.model,
-        lambda: exported.task.build(blank, seed=0, image_hw=exported.image_size),
+        lambda: exported.task.build(blank, seed=0, shape=exported.image_size),
         name=own.name,
         fraction=fraction,
         seen=seen,

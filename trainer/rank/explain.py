@@ -28,6 +28,7 @@ from trainer.rank.data import RankData
 from trainer.rank.this_rank import ThisRank
 from trainer.report.overlay import overlay, sized
 from trainer.report.thumbnails import rows_to_show
+from trainer.settings.texts import is_text
 from trainer.tasks.explained import answer_score
 from trainer.tasks.explanations import EXPLANATIONS_FILE, AboutMaps, Explanations
 from trainer.tasks.predictions import PREDICTIONS_FILE, Predictions
@@ -40,7 +41,7 @@ def explain(me: ThisRank, storage: Storage, learner: Learner, data: RankData, *,
     """Write explanations.parquet into the run's folder: `train.explain` maps at most, those first that the report shows first. Without the
     predictions of `step`, of which the report says what is wrong with them, there are none."""
     run, most = me.config.run, me.config.train.explain
-    if not most:
+    if not most or is_text(me.config.model):  # the maps are of places in an image
         return
     try:
         encoded = me.waits.call(lambda: storage.read(f"{run}/{PREDICTIONS_FILE}"), PREDICTIONS_FILE)

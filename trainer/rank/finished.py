@@ -5,6 +5,7 @@ It uses the run's own evaluation (trainer.rank.evaluation), with the same batche
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,7 @@ from dataio.quarantine import BadSample, Quarantine
 from dataio.reading import Repeats, described, warnings
 from dataio.remote import is_uri
 from dataio.selection import selected
-from trainer.export.model_folder import Exported, load_export
+from trainer.export.model_folder import Exported, TextExport, load_export
 from trainer.rank.calibrating import calibration_record, measured_record
 from trainer.rank.evaluation import evaluate_share, share_of
 from trainer.rank.worker import make_repeatable
@@ -108,18 +109,23 @@ class Opened:
     threads: int
 
 
-def open_finished(folder: RunFolder, changes: Mapping[str, Any], *, split: str, device: torch.device) -> Opened:
-    """Load the run's model and open the data. ValueError if model, data and run do not fit together. The arguments are those of
-    `evaluate_finished`."""
+def open_finished(
+    folder: RunFolder, changes: Mapping[str, Any], *, split: str, device: torch.device, may_be_of_texts: bool = False
+) -> Opened:
+    """Load the run's model and open the data. ValueError if model, data and run do not fit together, or if the model takes texts and the
+    caller knows images alone. The other arguments are those of `evaluate_finished`."""
     config, summary = started_with(folder), _summary(folder)
-    exported = load_export(model_of(folder), device, channels_last=config.train.channels_last == "on")
+    is_channels_last = config.train.channels_last == "on"
+    exported = load_export(model_of(folder), device, channels_last=is_channels_last, may_be_of_texts=may_be_of_texts)
     data = replace(config.data, **changes)
+    if exported.texts is not None:  # that of the model: the folder that the run began from may be gone
+        data = replace(data, tokenizer=_kept_tokenizer(exported.texts, data.root))
     if not _same_place(config.data.path, data.path):
         data = replace(data, corrections=str(changes.get("corrections", "")))  # the run's are about its own data
     found, split, is_all = _found(config.data, data, split)
     dataset, manifest = found.dataset, found.dataset.manifest
     as_learned = match_targets(exported.task.targets, manifest.targets, where=data.path, device=device)
-    data = _sized(data, manifest, exported.image_size)
+    data = _sized(data, manifest, exported.image_size) if exported.texts is None else _tokenised(data, manifest, exported.texts)
 
     threads = config.cluster.threads_per_worker or summary.get("threads_per_worker") or torch.get_num_threads()
     make_repeatable(threads)
@@ -151,7 +157,7 @@ def evaluate_finished(
     not there to be trained on, or all of them if they have no splits. `predictions` is a file to write each sample's prediction to. Its
     labels are indices of the model's outputs, whatever the order of the data set's classes."""
     begin = time.perf_counter()
-    opened = open_finished(folder, changes, split=split, device=device)
+    opened = open_finished(folder, changes, split=split, device=device, may_be_of_texts=True)
     config, summary, exported, split = opened.config, opened.summary, opened.exported, opened.split
     manifest, task = opened.dataset.manifest, opened.exported.task
     evaluation = task.evaluation(device)
@@ -237,7 +243,8 @@ def _about(own: DataConfig, data: DataConfig, dataset: Dataset, split: str) -> I
         for _, values, sha256 in part.content():
             repeats.add(name, values, sha256)
     if copies := len(repeats.pairs(labels=False)):
-        yield f"{copies:,} of these images are copies of images that the run was trained on, so the numbers say less of new ones"
+        what = f"{copies:,} of these {manifest.unit} are copies of {manifest.unit} that the run was trained on"
+        yield f"{what}, so the numbers say less of new ones"
 
 
 def _same_place(one: str, other: str) -> bool:
@@ -272,8 +279,34 @@ def _summary(folder: RunFolder) -> Mapping[str, Any]:
     return dict(json.loads(text)) if text is not None else {}
 
 
+def _kept_tokenizer(texts: TextExport, root: str) -> str:
+    """A file with the model's tokenizer, for texts that are not converted yet."""
+    folder = Path(root).expanduser() / "tokenizers"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{texts.tokenizer_sha256[:16]}.json"
+    if not file.is_file() or file.read_bytes() != texts.tokenizer:
+        new = file.with_name(f"{file.name}.{os.getpid()}")
+        new.write_bytes(texts.tokenizer)
+        new.replace(file)
+    return str(file)
+
+
+def _tokenised(data: DataConfig, manifest: Manifest, texts: TextExport) -> DataConfig:
+    """`data` as they are. ValueError if they are not in the model's own tokens."""
+    if manifest.texts is None:
+        raise ValueError(f"the model takes texts, and {data.path} holds images")
+    if manifest.texts.tokenizer_sha256 != texts.tokenizer_sha256:
+        raise ValueError(
+            f"{data.path} was made into tokens by another tokenizer ({manifest.texts.tokenizer_sha256[:12]}) than the model's "
+            f"({texts.tokenizer_sha256[:12]}); give the source that it was made of"
+        )
+    return data
+
+
 def _sized(data: DataConfig, manifest: Manifest, wanted: tuple[int, int]) -> DataConfig:
     """`data` with the image size that the model was trained on. ValueError if no image has this size and none may be resized."""
+    if manifest.texts is not None:
+        raise ValueError(f"the model takes images, and {data.path} holds texts")
     height, width = wanted
     if set(manifest.image_sizes) == {f"{height}x{width}"}:
         return data

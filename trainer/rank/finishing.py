@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.beat import EXPORTING
 from cluster.storage import Storage
-from trainer.export.model_folder import export_model
+from trainer.export.model_folder import export_model, text_export
 from trainer.learn.build import Learner
 from trainer.learn.state import weights_sha256
 from trainer.models.stem import enlarging_of
@@ -67,7 +67,8 @@ def finish(
             tensors=ema.weights() if ema is not None else learner.model.state_dict(),
             config=me.config,
             task=learner.task,
-            data_image_size=loader.image_size,
+            data_image_size=loader.shape,
+            texts=text_export(me.config, data.dataset.manifest.texts),
             enlarged=enlarging_of(learner.model),
             calibration=stored(last.get("calibration")),
             novelty=novelty,

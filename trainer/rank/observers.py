@@ -23,6 +23,7 @@ from trainer.rank.step_plan import StepPlan
 from trainer.rank.this_rank import ThisRank
 from trainer.runs.measures import headline_of
 from trainer.runs.summary import ACCOUNTED
+from trainer.settings.texts import is_text
 from trainer.settings.tree import RunConfig
 from trainer.tasks.info import TaskInfo
 
@@ -242,8 +243,8 @@ def meter_of(me: ThisRank, data: RankData, plan: StepPlan, speed: Speed) -> Mete
 
 
 def count_flops(me: ThisRank, data: RankData, learner: Learner, meter: Meter) -> None:
-    """Count FLOPs during the first steps, if the device's peak is known."""
-    if meter.peak_flops_per_second is not None:
+    """Count FLOPs during the first steps, if the device's peak is known. A text's depend on its length, and are not counted."""
+    if meter.peak_flops_per_second is not None and not is_text(me.config.model):
         meter.count_flops(FlopCount(learner.model), seen_by_model(me.config, data.loader.image_size), me.config.train.precision)
 
 

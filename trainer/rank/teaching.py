@@ -40,7 +40,7 @@ def teacher_for(me: ThisRank, data: RankData, task: Task) -> Teacher | None:
     # By a name alone nobody could tell whether it is still the same model.
     assert PIN in me.config.train.teacher, "the driver pins the teacher (trainer.drive.survey)"
     try:
-        return me.waits.call(lambda: teacher_of(me.config, task, data.loader.image_size, me.device), "the teacher")
+        return me.waits.call(lambda: teacher_of(me.config, task, data.loader.shape, me.device), "the teacher")
     except ValueError as error:
         raise WeightsError(
             f"on {platform.node()}: {error}; every node needs the teacher's files, or a storage that all of them see"

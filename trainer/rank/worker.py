@@ -67,7 +67,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     task = task_of(config, data.dataset.manifest)
     teacher = teacher_for(me, data, task)
     stream = SecondStream(order=data.second.order, target=data.second.dataset.manifest.targets[0]) if data.second is not None else None
-    learner = build_learner(config, task, data.loader.image_size, me.device, class_counts=counts, teacher=teacher, stream=stream)
+    learner = build_learner(config, task, data.loader.shape, me.device, class_counts=counts, teacher=teacher, stream=stream)
     storage = open_storage(config.storage, config.cluster.storage_retry_seconds)
     store = Store.open(storage, config.run)
     state = TrainState(learner.model, learner.optimizer, learner.ema, learner.semi.state() if learner.semi is not None else None)
@@ -209,7 +209,7 @@ class Steps:
         me.heartbeat.tick(JOINING)  # in ddp mode making the stepper is a collective, and ranks may take long to come here
         stepper = self.learner.stepper(world_size=me.world_size, rank=me.rank, observer=watch, order=self.data.order)
         me.heartbeat.tick(COMPILING)
-        seconds = stepper.compile_ahead((3, *self.data.loader.image_size))
+        seconds = stepper.compile_ahead((3, *self.data.loader.shape))  # of images: a model of texts is not compiled
         me.heartbeat.tick(STEP)
         if seconds:
             me.tell("compiled", seconds=seconds)

@@ -1,4 +1,4 @@
-"""The images in the report: chosen by predictions.parquet, read from the data set, and scaled down. Called by files.
+"""The images in the report, or the texts: chosen by predictions.parquet, read from the data set, and scaled down. Called by files.
 
 The predictions alone decide which images are chosen. For classification these are, in each cell of the confusion matrix, the mistakes with
 the highest confidence (among right answers, those with the lowest), and the most confident mistakes of all; for other tasks, the samples
@@ -35,6 +35,8 @@ PAIRS = 40  # kinds of mistakes that keep their images where the matrix is a pic
 SIDE = 96  # pixels; smaller images stay as they are
 LOSSLESS_SIDE = 64
 PAGE_BYTES = 2_000_000  # for all images, in their form in the page
+TEXT_CHARACTERS = 600
+"""Of a text, the beginning."""
 READ_BYTES = 256_000_000  # of the data set; row groups are read whole
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # those that a data set may hold (dataio.codecs.image.sniff)
 _TURNS: Mapping[object, Image.Transpose] = {  # by the orientation in an image's EXIF
@@ -60,7 +62,8 @@ class Thumbnails:
     cells: Mapping[Cell, Sequence[int]]
     """Rows of the predictions, in the order in which the cell shows them."""
     sources: Mapping[int, str]
-    """Row -> image as a data: URI."""
+    """Row -> image as a data: URI; or the text's beginning, which is text and no markup."""
+    are_texts: bool = False
     notes: Sequence[str] = ()
     """Sentences: what is left out, and why."""
     why: Mapping[int, str] = field(default_factory=dict)
@@ -148,7 +151,9 @@ def look_up(found: Predictions, dataset: Dataset, classes: int, explanations: Ex
     """Reads the chosen images from `dataset`. Raises what reading raises."""
     worst, cells = choose(found, classes)
     uses = _uses(found, classes, worst, cells)
-    encoded, unread = _read(dataset.split(found.about.split), found, list(uses))
+    if (split := dataset.split(found.about.split)).holds_texts:
+        return _texts(found, split, worst, cells, uses)
+    encoded, unread = _read(split, found, list(uses))
     sources: dict[int, str] = {}
     used = unfit = undecodable = 0
     for row, times in uses.items():
@@ -171,6 +176,23 @@ def look_up(found: Predictions, dataset: Dataset, classes: int, explanations: Ex
     if undecodable:
         notes.append(f"{number(undecodable)} images could not be decoded for this page.")
     return Thumbnails(worst=worst, cells=cells, sources=sources, notes=notes, why=why)
+
+
+def _texts(
+    found: Predictions, split: Split, worst: Sequence[int], cells: Mapping[Cell, Sequence[int]], uses: Mapping[int, int]
+) -> Thumbnails:
+    """The chosen texts, as far as they fit into the page."""
+    sources: dict[int, str] = {}
+    used = unfit = 0
+    for row, text in zip(uses, split.texts(found.ids[list(uses)]), strict=True):
+        text = text if len(text) <= TEXT_CHARACTERS else f"{text[:TEXT_CHARACTERS]}..."
+        used += uses[row] * len(text.encode())
+        if used > PAGE_BYTES:
+            unfit += 1
+        else:
+            sources[row] = text
+    notes = [f"{number(unfit)} more texts would make this page larger than {size(PAGE_BYTES)} and are left out."] if unfit else []
+    return Thumbnails(worst=worst, cells=cells, sources=sources, notes=notes, are_texts=True)
 
 
 def _explained(

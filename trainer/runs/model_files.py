@@ -18,7 +18,9 @@ from trainer.settings.tree import ModelConfig, RunConfig
 MODEL_FOLDER = "model"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-_IS = ("file_sha256", "model", "mean", "std", "data_image_size", "classes", "task", "targets")
+TOKENIZER_FILE = "tokenizer.json"
+"""Of a model of texts."""
+_IS = ("file_sha256", "model", "mean", "std", "data_image_size", "classes", "task", "targets", "texts")
 """What a model's answers depend on, of its description."""
 
 
@@ -55,7 +57,8 @@ def described(folder: RunFolder) -> Mapping[str, Any]:
     try:
         description = json_of(data)
         outputs = ("task", "targets") if "task" in description else ("classes",)
-        needed = (*outputs, "data_image_size", "model", "mean", "std", "fit", "max_image_pixels", "file_sha256")
+        field = ("texts",) if "texts" in description else ("data_image_size", "mean", "std", "fit", "max_image_pixels")
+        needed = (*outputs, "model", *field, "file_sha256")
         missing = [key for key in needed if key not in description]
         unknown = set(description.get("model", ())) - {each.name for each in dataclasses.fields(ModelConfig)}
     except (ValueError, AttributeError, TypeError) as error:
@@ -64,6 +67,11 @@ def described(folder: RunFolder) -> Mapping[str, Any]:
         what = f"lacks {', '.join(missing)}" if missing else f"has settings that this version does not know: {', '.join(sorted(unknown))}"
         raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} {what}; use the version of the program that wrote it")
     return dict(description)
+
+
+def takes_texts(description: Mapping[str, Any]) -> bool:
+    """Whether the model that is described so takes texts, and not images."""
+    return "texts" in description
 
 
 def pinned(given: str, storage: str) -> str:

@@ -23,7 +23,7 @@ from cluster.text import shown as on_one_line
 from trainer.runs.certainty import class_warnings, interval_words
 from trainer.runs.chosen import early_words, kept_in_brief, kept_words
 from trainer.runs.events import STRANGE
-from trainer.runs.measures import capital, heading, known_info, measured, rate_unit, shown
+from trainer.runs.measures import capital, heading, known_info, measured, one_of, rate_unit, shown
 from trainer.settings.programs import program
 from trainer.settings.say import Terminal
 from trainer.settings.units import duration, loss, number, percent, size
@@ -263,9 +263,9 @@ def time_split(summary: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     return [(cause.replace("_", " "), seconds, seconds / total) for cause, seconds in sorted(accounting.items(), key=lambda item: -item[1])]
 
 
-def predict_command(folder: str) -> str:
-    """The command that uses the model of a run's folder, to be pasted into a shell."""
-    return pasteable(f"{program('predict')} {shlex.quote(folder)} IMAGE...")
+def predict_command(folder: str, unit: str = "images") -> str:
+    """The command that uses the model of a run's folder on what the run learned from, to be pasted into a shell."""
+    return pasteable(f"{program('predict')} {shlex.quote(folder)} {one_of(unit).upper()}...")
 
 
 def pasteable(command: str) -> str:

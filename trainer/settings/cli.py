@@ -2,7 +2,7 @@
 beside the settings; the other commands (predict, evaluate, report, runs) use its `fail`.
 
 Settings are merged in this order, later ones winning: the defaults of `trainer.settings.tree`, each `--config` in turn, the flags. A first
-word that is no flag is the data: DIR means `--data.path DIR`, with the recipe DIR_RECIPE where no `--config` names another. This
+word that is no flag is the data: DIR means `--data.path DIR`, with the recipe `dir_recipe` where no `--config` names another. This
 file reads no environment variable and looks at no model or data set. Some rules need the number of workers, the data's image size or the
 number of steps; whoever learns these calls `validate` again with them. A relative path in a flag is relative to the working directory and
 becomes absolute here.
@@ -25,11 +25,14 @@ from trainer.settings.photos import RECIPE
 from trainer.settings.programs import program
 from trainer.settings.rules import validate
 from trainer.settings.say import complain
+from trainer.settings.texts import PREFIX, refuse_texts
 from trainer.settings.toml import load, recipe_names, resolve_paths
 from trainer.settings.tree import RunConfig, Switch
 
 DIR_RECIPE = RECIPE
-"""The recipe for data that are given as DIR, without any `--config`."""
+"""The recipe for images that are given as DIR, without any `--config`."""
+TEXT_RECIPE = "texts"
+"""The recipe for texts that are given as DIR, without any `--config`."""
 
 Action = Literal["run", "dry_run", "print_config"]
 
@@ -40,7 +43,7 @@ class Invocation:
 
     config: RunConfig
     recipes: tuple[str, ...]
-    """Names of the recipes, and stems of the files, given with `--config`, in order; DIR_RECIPE where it was taken."""
+    """Names of the recipes, and stems of the files, given with `--config`, in order; that of DIR where it was taken."""
     takes_dir_recipe: bool = False
     """The user gave DIR and no `--config`."""
     action: Action
@@ -56,7 +59,7 @@ class SettingsLine:
 
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A shipped recipe (article, quickstart, best) or a TOML file; later ones win, flags win over all."""
+    """A shipped recipe (article, quickstart, best, photos, texts, text-quickstart) or a TOML file; later ones win, flags win over all."""
 
 
 Line = TypeVar("Line", bound=SettingsLine)
@@ -64,10 +67,11 @@ Line = TypeVar("Line", bound=SettingsLine)
 
 @dataclass(frozen=True, kw_only=True)
 class _CommandLine(SettingsLine):
-    """Fine-tune a pretrained image model.
+    """Fine-tune a pretrained model of images or of texts.
 
     DIR, as the first word: your images, in a folder for each class (or any other source that --data.path takes); it then uses the recipe
-    photos unless --config names another. Without any argument: ResNet-18 with ImageNet weights on CIFAR-10, on all devices here.
+    photos unless --config names another. Or your texts, with --model.name hf/FOLDER: then it uses the recipe texts. Without any argument:
+    ResNet-18 with ImageNet weights on CIFAR-10, on all devices here.
 
     A flag such as --data.flip turns a true-or-false setting on, and --data.no-flip turns it off; --data.flip true and false work too.
     """
@@ -100,7 +104,7 @@ def parse_line(argv: Sequence[str], kind: type[Line], *, prog: str) -> tuple[Inv
     directory, argv = _directory(argv)
     names = _config_names(argv)
     if takes_dir_recipe := bool(directory) and not names:
-        names = [DIR_RECIPE]
+        names = [dir_recipe(argv)]
     config, from_recipes = RunConfig(), frozenset[str]()
     for name in names:
         before, config = config, load(name, config)
@@ -111,6 +115,8 @@ def parse_line(argv: Sequence[str], kind: type[Line], *, prog: str) -> tuple[Inv
     line = tyro.cli(kind, prog=prog, args=list(_in_tyros_words(argv)), default=kind(run=config), registry=_REGISTRY)
     config = resolve_paths(line.run, Path.cwd(), only=marked(RunConfig, PATH))
     config = replaced(config, "model.weights", _weights_in(config.model.weights))
+    if kind is not _CommandLine:
+        refuse_texts(config.model, prog)
     given = _given(argv) | ({"data.path"} if directory else set())
     invocation = Invocation(
         config=config,
@@ -121,6 +127,17 @@ def parse_line(argv: Sequence[str], kind: type[Line], *, prog: str) -> tuple[Inv
         given=given,
     )
     return invocation, line
+
+
+def dir_recipe(argv: Sequence[str]) -> str:
+    """The recipe for data that are given as DIR: that of photographs, or of texts where a flag names a model of texts."""
+    before = ""
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if (before == "model.name" and word.startswith(PREFIX)) or (_key_of(flag) == "model.name" and value.startswith(PREFIX)):
+            return TEXT_RECIPE
+        before = _key_of(word)
+    return DIR_RECIPE
 
 
 def check(config: RunConfig) -> None:

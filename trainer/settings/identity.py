@@ -14,6 +14,7 @@ from dataio.config import FREE, LATER, PATH, PIN
 from dataio.foreign import MAX_SETTINGS_BYTES, read_regular
 from trainer.settings.fields import declared, settings
 from trainer.settings.sources import OWN, source_sha256
+from trainer.settings.texts import is_text, name_in_identity
 from trainer.settings.tree import RunConfig
 
 WEIGHTS = "model.weights"
@@ -85,6 +86,8 @@ def _that_count(config: RunConfig, weights: str) -> dict[str, Any]:
     for key in OWN:
         if ":" in str(counted[key]):
             counted[key] = f"{counted[key]} sha256:{source_sha256(counted[key]) or 'missing'}"
+    if is_text(config.model):
+        counted["model.name"] = name_in_identity(config.model.name)
     for key in PINNED:
         _, is_pinned, sha256 = str(settings(config)[key]).rpartition(PIN)  # wherever it lies now
         if is_pinned:

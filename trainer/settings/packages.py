@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trainer.settings.identity import names_file, weights_sha256
+from trainer.settings.texts import lacking_for_texts
 from trainer.settings.tree import ModelConfig
 
 
@@ -44,6 +45,7 @@ def lacking(model: ModelConfig) -> list[str]:
             weights_sha256(model.weights)
         except ValueError as error:
             problems.append(str(error))
+    problems += lacking_for_texts(model)
     if model.name.startswith("timm/") and not _is_installed("timm"):
         problems.append(f'model.name={model.name} needs the package timm; install the extra: pip install "timm>=1.0" (extra `timm`)')
     return problems

@@ -25,6 +25,7 @@ from dataio.config import Before, Mark
 from trainer.settings.augmentation import augmentation_problems
 from trainer.settings.fields import Setting, declared, settings
 from trainer.settings.identity import names_file
+from trainer.settings.texts import is_text, text_problems
 from trainer.settings.tree import RunConfig, TrainConfig
 from trainer.settings.unlabelled import unlabelled_problems
 from trainer.settings.values import workers_of
@@ -38,19 +39,19 @@ def worker_count(config: RunConfig) -> int | None:
 
 
 def validate(
-    config: RunConfig, *, workers: int | None = None, image_size: tuple[int, int] | None = None, total_steps: int | None = None
+    config: RunConfig, *, workers: int | None = None, shape: tuple[int, ...] | None = None, total_steps: int | None = None
 ) -> None:
     """Raise a ValueError that lists every broken rule: the value, the rule, the fix.
 
-    The command line knows only the config. Call it again once the number of workers, the data's (height, width) and the run's steps are
-    known.
+    The command line knows only the config. Call it again once the number of workers, the data's shape ((height, width) of images, (tokens,)
+    of texts) and the run's steps are known.
     """
-    problems = list(_problems(config, workers=workers, image_size=image_size, total_steps=total_steps))
+    problems = list(_problems(config, workers=workers, shape=shape, total_steps=total_steps))
     if problems:
         raise ValueError(problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} settings are wrong:", *problems]))
 
 
-def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, int] | None, total_steps: int | None) -> Iterator[str]:
+def _problems(config: RunConfig, *, workers: int | None, shape: tuple[int, ...] | None, total_steps: int | None) -> Iterator[str]:
     values = settings(config)
     for key, setting in declared(type(config)).items():
         if problem := field_problem(setting, values[key]):
@@ -78,8 +79,8 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
         )
 
     yield from augmentation_problems(config, batch_per_virtual_rank=data.batch_size // virtual_ranks if virtual_ranks > 0 else None)
-    side = min(image_size) if image_size else data.image_size
-    if side > 0 and data.padding >= side:
+    side = min(shape) if shape else data.image_size
+    if side > 0 and data.padding >= side and not is_text(model):
         yield f"data.pad={data.pad} is not below the images' side of {side} pixels: a crop could miss the image; use at most {side // 2}"
     # A run cut short by max_steps is a trial and may end during the warm-up.
     steps = 0 if train.max_steps else total_steps or 0
@@ -120,6 +121,7 @@ def _problems(config: RunConfig, *, workers: int | None, image_size: tuple[int, 
         if not train.teacher and getattr(train, name) != getattr(TrainConfig(), name):
             yield f"train.{name} is set, but there is no teacher; give the run that teaches (--train.teacher RUN), or leave it out"
     yield from unlabelled_problems(config)
+    yield from text_problems(config)
     if model.freeze == "lp-ft" and model.lp_epochs >= train.epochs:
         yield (
             f"model.lp_epochs={model.lp_epochs} leaves nothing of train.epochs={train.epochs} to train the whole model in; "

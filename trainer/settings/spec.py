@@ -1,19 +1,26 @@
 """The spec that a run's ranks get, and values that follow from a run's settings and data. The driver and the ranks import it; no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cluster.store import Commit
+from dataio.length_order import LengthOrder
 from dataio.manifest import Manifest
 from dataio.order import Order, spreads
 from dataio.parquet import Dataset
+from trainer.settings.texts import modules_of
 from trainer.settings.tree import RunConfig
 
 TARGET = "trainer.rank.worker:train_rank"
 """The function that a rank's process calls with a WorkerSpec and its RankContext."""
 RANK_MODULES = ("trainer.rank.worker", "nvidia.dali.fn")
 """Modules that a rank's process needs. A zygote imports them once per node."""
+
+
+def rank_modules(config: RunConfig) -> tuple[str, ...]:
+    """The same, with what the run's model is made of."""
+    return (*RANK_MODULES, *modules_of(config.model))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +54,16 @@ class WorkerSpec:
 
 
 def make_order(config: RunConfig, dataset: Dataset) -> Order:
-    """The order of samples in training, from the run's settings and data."""
-    return order_of(config, dataset.manifest)
+    """The order of samples in training, from the run's settings and data. Reads the lengths of texts."""
+    order = order_of(config, dataset.manifest)
+    if dataset.manifest.texts is None:
+        return order
+    same = {each.name: getattr(order, each.name) for each in fields(order)}
+    return LengthOrder(**same, lengths=dataset.split("train").lengths(), sort_steps=config.data.sort_steps)
 
 
 def order_of(config: RunConfig, manifest: Manifest, virtual_ranks: int = 0) -> Order:
-    """The same, from the data's manifest. `virtual_ranks` stands for 0 in the settings."""
+    """Its sizes: which step has how many samples, from the data's manifest. `virtual_ranks` stands for 0 in the settings."""
     data, count = config.data, manifest.splits["train"].count
     virtual_ranks = config.train.virtual_ranks or virtual_ranks
     does_spread = data.remainder == "spread" or (

@@ -54,7 +54,11 @@ def loss_of(text: str) -> tuple[str, str] | None:
 
 
 def model_of(text: str) -> str | tuple[str, str]:
-    """`model.name`: a library's name, or (module, function) of a user's own."""
+    """`model.name`: a library's name, or (module, function) of a user's own. A colon in a folder's name would be taken for the latter."""
+    if text.startswith("hf/") and ":" in text:
+        raise ValueError(
+            f"model.name={text}: a folder of a model with a colon in its name cannot be named; rename it, or make a link to it"
+        )
     try:
         return module_and_function(text) if ":" in text else text
     except ValueError as error:

@@ -24,10 +24,15 @@ class ImageTask:
         self.config, self.targets, self.label_smoothing = config, tuple(targets), label_smoothing
         self.outputs = sum(outputs_of(target) for target in targets)
 
-    def build(self, model: ModelConfig, *, image_hw: tuple[int, int], seed: int) -> nn.Module:
+    def build(self, model: ModelConfig, *, shape: tuple[int, ...], seed: int) -> nn.Module:
+        height, width = shape
+        return build_model(model, classes=self.outputs, seed=seed, image_hw=(height, width), names=self.output_names)
+
+    @property
+    def output_names(self) -> list[str] | None:
+        """What each output stands for; None if nobody can say."""
         names = [name for target in self.targets for name in (target.classes or (target.name,))]
-        known = names if len(names) == self.outputs else None
-        return build_model(model, classes=self.outputs, seed=seed, image_hw=image_hw, names=known)
+        return names if len(names) == self.outputs else None
 
     def bind(self, model: nn.Module) -> None:
         """Do nothing: the loss needs nothing from the model."""

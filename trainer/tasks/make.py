@@ -12,19 +12,22 @@ from trainer.tasks.classification import Classification
 from trainer.tasks.multilabel import Multilabel
 from trainer.tasks.multitask import Multitask
 from trainer.tasks.task import Task
+from trainer.tasks.text import TextClassification, TextMultilabel, TextMultitask
 
 AUTO = "auto"
 BUILT_IN: dict[str, Callable[..., Task]] = {"classification": Classification, "multilabel": Multilabel, "multitask": Multitask}
+OF_TEXTS: dict[str, Callable[..., Task]] = {"classification": TextClassification, "multilabel": TextMultilabel, "multitask": TextMultitask}
 _MEMBERS = sorted({*Task.__annotations__, *(name for name in vars(Task) if not name.startswith("_"))})
 
 
-def make_task(config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0) -> Task:
-    """Make the task. ValueError if it does not exist or does not fit the targets."""
+def make_task(config: TaskConfig, targets: Sequence[Target], *, label_smoothing: float = 0.0, holds_texts: bool = False) -> Task:
+    """Make the task. `holds_texts`: the samples are texts, and not images. ValueError if it does not exist or does not fit the targets."""
     if not targets:
         raise ValueError("the data have no target, so there is nothing to learn; convert them with a label")
     name = name_for(targets) if config.name == AUTO else config.name
     asked = task_of(name)
-    found = BUILT_IN[asked] if isinstance(asked, str) else _imported(*asked)
+    built_in = OF_TEXTS if holds_texts else BUILT_IN
+    found = built_in[asked] if isinstance(asked, str) else _imported(*asked)
     try:
         task = found(config, tuple(targets), label_smoothing=label_smoothing)
     except TypeError as error:

@@ -72,8 +72,8 @@ class Multitask(ImageTask):
         }
         self._log_variances: Tensor | None = None
 
-    def build(self, model: ModelConfig, *, image_hw: tuple[int, int], seed: int) -> nn.Module:
-        built = super().build(model, image_hw=image_hw, seed=seed)
+    def build(self, model: ModelConfig, *, shape: tuple[int, ...], seed: int) -> nn.Module:
+        built = super().build(model, shape=shape, seed=seed)
         if self._is_learned:
             _, layer = head_of(built)
             layer.register_parameter(LOG_VARIANCES, nn.Parameter(torch.zeros(len(self.parts))))

@@ -82,9 +82,10 @@ class Task(Protocol):
     columns: Mapping[str, pa.DataType]
     """Columns of predictions.parquet besides id and key."""
 
-    def build(self, model: ModelConfig, *, image_hw: tuple[int, int], seed: int) -> nn.Module:
-        """Build the network on the CPU in float32, in train mode, with its weights: (n, 3, H, W) -> (n, outputs). Anything that the loss
-        itself learns is a parameter of the network."""
+    def build(self, model: ModelConfig, *, shape: tuple[int, ...], seed: int) -> nn.Module:
+        """Build the network on the CPU in float32, in train mode, with its weights: (n, 3, H, W) or, of texts, (n, T) -> (n, outputs).
+        `shape` is that of the data: (height, width) of the images, (tokens,) of the longest text. Anything that the loss itself learns is a
+        parameter of the network."""
         ...
 
     def bind(self, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from dataio.codecs.codec import Encoded, Refusal
 from dataio.codecs.text.form import TextForm, tokenizer_bytes
+from dataio.config import TooLong
 from dataio.texts import BETWEEN
 
 PAD = -1
@@ -46,8 +47,9 @@ class TextFacts:
 class Tokenizer:
     """A model's own tokenizer. Not thread-safe."""
 
-    def __init__(self, form: TextForm) -> None:
-        """ValueError for a file that is no tokenizer of the library, or without the library."""
+    def __init__(self, content: bytes, *, max_tokens: int, too_long: TooLong, where: str) -> None:
+        """`content`: of the tokenizer's file, which lies at `where`. ValueError if it is no tokenizer of the library, or without the
+        library."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, and say so on the terminal
         try:
             import tokenizers
@@ -55,25 +57,24 @@ class Tokenizer:
             raise ValueError(
                 'texts are made into tokens by the package tokenizers, which is not installed; pip install "transformers>=5" (extra `text`)'
             ) from error
-        content = tokenizer_bytes(form.tokenizer)
         try:
             self._whole: Any = tokenizers.Tokenizer.from_buffer(content)
             self._cutting: Any = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exceptions
-            raise ValueError(f"data.tokenizer={form.tokenizer} is no tokenizer of the tokenizers library: {error!s:.300}") from error
-        self._form = form
-        if form.max_tokens <= self._whole.num_special_tokens_to_add(is_pair=True):
+            raise ValueError(f"data.tokenizer={where} is no tokenizer of the tokenizers library: {error!s:.300}") from error
+        self._max_tokens, self._too_long = max_tokens, too_long
+        if max_tokens <= self._whole.num_special_tokens_to_add(is_pair=True):
             raise ValueError(
-                f"data.max_tokens={form.max_tokens} leaves no room for a text: this tokenizer adds "
+                f"data.max_tokens={max_tokens} leaves no room for a text: this tokenizer adds "
                 f"{self._whole.num_special_tokens_to_add(is_pair=True)} tokens of its own; use 16 or more"
             )
         self._whole.no_padding()
         self._whole.no_truncation()
         self._cutting.no_padding()
-        self._cutting.enable_truncation(form.max_tokens)
+        self._cutting.enable_truncation(max_tokens)
         self.vocabulary = max(self._whole.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 0 < self.vocabulary <= MOST_TOKENS_KNOWN:
-            raise ValueError(f"data.tokenizer={form.tokenizer} knows {self.vocabulary} tokens; 1 to {MOST_TOKENS_KNOWN} can be stored")
+            raise ValueError(f"data.tokenizer={where} knows {self.vocabulary} tokens; 1 to {MOST_TOKENS_KNOWN} can be stored")
 
     def facts(self, encoded: Sequence[Encoded]) -> list[TextFacts | Refusal]:
         """For each text, UTF-8, its tokens, or the reason to refuse it: `undecodable`, `empty`, `too long`."""
@@ -91,9 +92,9 @@ class Tokenizer:
         encoding = self._whole.encode(*given)
         if len(encoding.ids) == self._whole.num_special_tokens_to_add(is_pair=bool(between)):
             return Refusal(reason="empty: the tokenizer finds nothing in it")
-        if was_cut := len(encoding.ids) > self._form.max_tokens:
-            if self._form.too_long == "refuse":
-                return Refusal(reason=f"too long: {len(encoding.ids)} tokens; data.max_tokens={self._form.max_tokens} are the most")
+        if was_cut := len(encoding.ids) > self._max_tokens:
+            if self._too_long == "refuse":
+                return Refusal(reason=f"too long: {len(encoding.ids)} tokens; data.max_tokens={self._max_tokens} are the most")
             encoding = self._cutting.encode(*given)
         return TextFacts(
             stored=stored_tokens(encoding.ids, encoding.type_ids).tobytes(),
@@ -107,7 +108,9 @@ class Checker:
     """Implements `dataio.codecs.codec.Checker`."""
 
     def __init__(self, form: TextForm) -> None:
-        self._tokenizer = Tokenizer(form)
+        self._tokenizer = Tokenizer(
+            tokenizer_bytes(form.tokenizer), max_tokens=form.max_tokens, too_long=form.too_long, where=str(form.tokenizer)
+        )
         self.vocabulary = self._tokenizer.vocabulary
 
     def check(self, encoded: Sequence[Encoded]) -> Sequence[TextFacts | Refusal]:

@@ -116,11 +116,11 @@ def _told(run: RunFiles, training: Training) -> Html:
         return NOTHING
     said = [f"The largest class has {found.ratio:.3g} times the training {run.info.unit} of the smallest."] if found.is_notable else []
     if training.weights:
-        said.append("In the training loss the classes have weights, whose mean over the training images is 1.")
+        said.append(f"In the training loss the classes have weights, whose mean over the training {run.info.unit} is 1.")
     elif _adjusts(run):
         said.append("In training each logit had the logarithm of its class's share added (data.balance=logit_adjustment).")
     else:
-        said.append("All images counted alike in training; --data.balance auto makes up for small classes.")
+        said.append(f"All {run.info.unit} counted alike in training; --data.balance auto makes up for small classes.")
     return join([tag("p", " ".join(said), class_="soft")])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.report.files import Counts, RunFiles, class_names, confusion_of
 from trainer.report.page import NOTHING, Html, join, scrolling, section, shade, table, tag
-from trainer.report.panels.pictures import labelled_picture, named_cell, why_words
+from trainer.report.panels.pictures import labelled_picture, named_cell, shown_samples, why_words
 from trainer.report.plots import Values, heat
 from trainer.report.thumbnails import PAIRS, SHOWN_CLASSES, Cell
 from trainer.runs.measures import one_of
@@ -112,14 +112,15 @@ def _popover(run: RunFiles, matrix: Counts, cell: Cell, names: Sequence[str]) ->
     which = "the least sure ones" if cell[0] == cell[1] else "the surest mistakes"
     amount = f"{number(len(rows))} of {number(count)}: {which} first" if len(rows) < count else f"{number(count)}, {which} first"
     told = f"{amount}. {why_words(run)}" if any(row in thumbnails.why for row in rows) else amount
-    pictures = (labelled_picture(row, names, found, thumbnails.sources[row], why=thumbnails.why.get(row)) for row in rows)
+    is_text, why, sources = thumbnails.are_texts, thumbnails.why, thumbnails.sources
+    pictures = (labelled_picture(row, names, found, sources[row], why=why.get(row), is_text=is_text) for row in rows)
     ident = _ident(cell)
     close = tag("button", "Close", type="button", popovertarget=ident, popovertargetaction="hide")
     return tag(
         "div",
         tag("div", tag("h3", named_cell(cell, names), id=f"{ident}-title"), close, class_="top"),
         tag("p", told, class_="soft"),
-        tag("div", *pictures, class_="thumbnails"),
+        shown_samples(run, pictures),
         id=ident,
         popover="auto",
         role="dialog",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from trainer.report.files import RunFiles, class_names, confusion_of
 from trainer.report.page import NOTHING, Html, section, short, table, tag
 from trainer.report.panels.answers import Answer, Names, answers_of, names_of
-from trainer.report.panels.pictures import labelled_picture, picture, why_words
+from trainer.report.panels.pictures import labelled_picture, picture, shown_samples, why_words
 from trainer.report.thumbnails import worst_rows
 from trainer.settings.units import percent
 from trainer.tasks.predictions import Predictions
@@ -30,8 +30,9 @@ def _mistakes(run: RunFiles, found: Predictions, worst: Sequence[int]) -> Html:
     sources = run.thumbnails.sources
     pictured = [row for row in worst if row in sources]
     if pictured:
-        figures = (labelled_picture(row, names, found, sources[row], said=True, why=run.thumbnails.why.get(row)) for row in pictured)
-        return section("Worst mistakes", tag("p", about, class_="soft"), tag("div", *figures, class_="thumbnails worst"))
+        why, is_text = run.thumbnails.why, run.thumbnails.are_texts
+        figures = (labelled_picture(row, names, found, sources[row], said=True, why=why.get(row), is_text=is_text) for row in pictured)
+        return section("Worst mistakes", tag("p", about, class_="soft"), shown_samples(run, figures, "worst"))
     rows = [
         (
             found.keys[row],
@@ -52,9 +53,9 @@ def _largest_losses(run: RunFiles, found: Predictions, worst: Sequence[int]) -> 
     sources = run.thumbnails.sources
     pictured = [row for row in worst if row in sources]
     if pictured:
-        figures = (_picture(found, row, names, sources[row], run.thumbnails.why.get(row)) for row in pictured)
+        figures = (_picture(run, found, row, names, sources[row]) for row in pictured)
         notes = tag("p", " ".join(filter(None, [about, why_words(run), *run.thumbnails.notes])), class_="soft")
-        return section(f"Worst {run.info.unit}", notes, tag("div", *figures, class_="thumbnails worst wide"))
+        return section(f"Worst {run.info.unit}", notes, shown_samples(run, figures, "worst wide"))
     said = [answers_of(found, row, names) for row in worst]
     head = [word for answer in said[0] for word in (_titled("is", answer.name), _titled("said", answer.name))]
     rows = [
@@ -69,7 +70,7 @@ def _titled(word: str, name: str) -> str:
     return f"{name}: {word}" if name else word
 
 
-def _picture(found: Predictions, row: int, names: Mapping[str, Names], source: str, why: str | None) -> Html:
+def _picture(run: RunFiles, found: Predictions, row: int, names: Mapping[str, Names], source: str) -> Html:
     key, loss = short(found.keys[row], 200), f"loss {_loss(found, row)}"
     answers = answers_of(found, row, names)
     lines = [line for answer in answers for line in _lines(answer)]
@@ -80,7 +81,8 @@ def _picture(found: Predictions, row: int, names: Mapping[str, Names], source: s
         alt=f"{key}: {what}, {loss}",
         title=f"{key}, {loss}",
         kind="wrong",
-        why=why,
+        why=run.thumbnails.why.get(row),
+        is_text=run.thumbnails.are_texts,
     )
 
 

@@ -1,6 +1,6 @@
-"""A sample's image with the model's answer. Called by the panels that show images."""
+"""A sample's image, or its text, with the model's answer. Called by the panels that show samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from trainer.report.files import RunFiles
 from trainer.report.page import Html, image, short, tag
@@ -9,8 +9,21 @@ from trainer.settings.units import percent
 from trainer.tasks.predictions import Predictions
 
 
+def shown_samples(run: RunFiles, figures: Iterable[Html], kind: str = "") -> Html:
+    """The figures of several samples. `kind`: further classes of their frame."""
+    texts = {"style": "grid-template-columns:repeat(auto-fill,minmax(17rem,1fr))"} if run.thumbnails.are_texts else {}
+    return tag("div", *figures, class_=f"thumbnails {kind}".strip(), **texts)
+
+
 def labelled_picture(
-    row: int, names: Sequence[str], found: Predictions, source: str, *, said: bool = False, why: str | None = None
+    row: int,
+    names: Sequence[str],
+    found: Predictions,
+    source: str,
+    *,
+    said: bool = False,
+    why: str | None = None,
+    is_text: bool = False,
 ) -> Html:
     """For classification. `said`: with class and answer, where the position does not show them. `why`: the image with its map."""
     key, sure = short(found.keys[row], 200), percent(float(found.confidence[row]))
@@ -21,11 +34,14 @@ def labelled_picture(
     lines += [tag("span", f"{sure} sure"), tag("span", key, class_="id")]
     what = f"{key}: {named_cell(cell, names)}, {sure} sure"
     title = f"{key}, loss {found.losses[row]:.2f}"
-    return picture(source, lines, alt=what, title=title, kind="right" if cell[0] == cell[1] else "wrong", why=why)
+    return picture(source, lines, alt=what, title=title, kind="right" if cell[0] == cell[1] else "wrong", why=why, is_text=is_text)
 
 
-def picture(source: str, lines: Sequence[Html], *, alt: str, title: str, kind: str, why: str | None = None) -> Html:
-    """`why`: the image with the map of where the answer comes from, which is shown beside it."""
+def picture(source: str, lines: Sequence[Html], *, alt: str, title: str, kind: str, why: str | None = None, is_text: bool = False) -> Html:
+    """`why`: the image with the map of where the answer comes from, which is shown beside it. `is_text`: `source` is the sample itself."""
+    if is_text:
+        read = tag("blockquote", source, style="margin:0;overflow-wrap:anywhere;white-space:pre-line;font-size:.85rem")
+        return tag("figure", read, tag("figcaption", *lines), class_=kind, title=title)
     pixels = "pixels" if source.startswith("data:image/png") else ""
     shown = image(src=source, alt=alt, class_=pixels)
     if why is not None:

