@@ -26,6 +26,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
     "Use": (
         "docs/tasks.md",
         "docs/photographs.md",
+        "docs/texts.md",
         "docs/audit.md",
         "docs/labels.md",
         "docs/augmentation.md",

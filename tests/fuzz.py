@@ -211,6 +211,19 @@ def _bomb(large: str, small: str) -> bytes:
     return out.getvalue()
 
 
+def _text_seeds(suffix: str) -> list[bytes]:
+    table = [{"text": f"the film is {number}", "label": "ab"[number % 2], "tags": ["x", "y"][: number % 3]} for number in range(9)]
+    out = io.BytesIO()
+    match suffix:
+        case ".jsonl":
+            return ["".join(json.dumps(row) + "\n" for row in table).encode(), b'{"text": null, "label": 1.5}\n' * 9]
+        case ".csv":
+            return [b"text,label,split\n" + b"".join(f'"{row["text"]}, again",{row["label"]},train\n'.encode() for row in table)]
+        case _:
+            pq.write_table(pa.Table.from_pylist(table), out)
+            return [out.getvalue(), _bomb("text", "label")]
+
+
 def _pickle_seeds() -> list[bytes]:
     content = cifar_content("data_batch_1", 2)
     twice = b"\x80\x02" + b"]q\x00" + b"".join(b"(h%ch%ctq%c" % (n, n, n + 1) for n in range(200)) + b"0}h\xc8K\x01s."
@@ -246,6 +259,9 @@ READERS: dict[str, Reader] = {
         ),
         errors=(SourceError,),
     ),
+    "text table": Reader(read=_read_file("x.csv", holds_texts=True), seeds=lambda: _text_seeds(".csv"), errors=(SourceError,)),
+    "json lines": Reader(read=_read_file("x.jsonl", holds_texts=True), seeds=lambda: _text_seeds(".jsonl"), errors=(SourceError,)),
+    "text parquet": Reader(read=_read_file("x.parquet", holds_texts=True), seeds=lambda: _text_seeds(".parquet"), errors=(SourceError,)),
     "manifest": Reader(
         read=lambda folder, data: Manifest.from_json(data), seeds=lambda: _dataset("manifest.json"), errors=(ManifestError,)
     ),

@@ -19,12 +19,13 @@ from typing import Annotated, Any
 import tyro
 
 from trainer.export.elsewhere import library_of
-from trainer.export.model_folder import CARD_FILE, REMEMBERED_FILE, verified_remembered, verified_weights
+from trainer.export.model_folder import CARD_FILE, REMEMBERED_FILE, verified_remembered, verified_tokenizer, verified_weights
 from trainer.runs.folder import RunFolder
-from trainer.runs.model_files import CONFIG_FILE, WEIGHTS_FILE, described, find_model
+from trainer.runs.model_files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, described, find_model, takes_texts
 from trainer.settings.cli import fail
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say
+from trainer.settings.texts import is_text
 from trainer.settings.tree import ModelConfig, RunConfig
 
 
@@ -72,13 +73,14 @@ def files_of(folder: RunFolder) -> dict[str, bytes]:
         CONFIG_FILE: folder.read(CONFIG_FILE) or b"",
         CARD_FILE: _heading(ModelConfig(**description["model"])).encode() + (card or b""),
         **({REMEMBERED_FILE: remembered} if remembered is not None else {}),
+        **({TOKENIZER_FILE: verified_tokenizer(folder, description)} if takes_texts(description) else {}),
     }
 
 
 def _heading(config: ModelConfig) -> str:
     library = library_of(config)
     lines = [f"library_name: {library}"] if library == "timm" else []
-    return "\n".join(["---", *lines, "pipeline_tag: image-classification", "---", "", ""])
+    return "\n".join(["---", *lines, f"pipeline_tag: {'text' if is_text(config) else 'image'}-classification", "---", "", ""])
 
 
 def _push(hub: Any, arguments: Arguments, files: dict[str, bytes]) -> str:

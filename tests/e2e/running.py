@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ class Run:
         data: Path,
         environment: Mapping[str, str] | None = None,
         output: int | None = None,
+        settings: Sequence[str] = SMALL,
     ) -> None:
-        """`output`: a descriptor that the run prints to, in place of its log."""
+        """`output`: a descriptor that the run prints to, in place of its log. `settings`: in place of those of `SMALL`."""
         self.folder = storage / name
         self.args = [
-            *SMALL,
+            *settings,
             "--data.path",
             str(data),
             "--data.root",

@@ -205,18 +205,13 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
 def _load_of_texts(folder: RunFolder, description: Mapping[str, Any], device: torch.device) -> Exported:
     from trainer.models.text import Tokens  # here: it imports transformers
 
-    said = description["texts"]
-    tokenizer = folder.read(TOKENIZER_FILE)
+    said, tokenizer = description["texts"], verified_tokenizer(folder, description)
     try:
         texts = TextExport(
-            architecture=said["architecture"], tokenizer=tokenizer or b"", max_tokens=int(said["max_tokens"]), too_long=said["too_long"]
+            architecture=said["architecture"], tokenizer=tokenizer, max_tokens=int(said["max_tokens"]), too_long=said["too_long"]
         )
-        is_its_own = texts.tokenizer_sha256 == said["tokenizer_sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{join_uri(folder.location, CONFIG_FILE)} is damaged ({error}); finish the run again to export it anew") from None
-    if not is_its_own:
-        what = "missing" if tokenizer is None else "damaged"
-        raise ValueError(f"{join_uri(folder.location, TOKENIZER_FILE)} is {what}; copy the whole model folder")
     task = _task(folder, description)
     with tempfile.TemporaryDirectory(prefix="finetune-model-") as place:  # as the architecture is looked for
         Path(place, CONFIG_FILE).write_text(json.dumps(texts.architecture))
@@ -298,6 +293,15 @@ def verified_remembered(folder: RunFolder, description: Mapping[str, Any]) -> by
         raise ValueError(
             f"{where} is {'missing' if data is None else 'damaged'}; copy the whole model folder, or finish the run again to export it anew"
         )
+    return data
+
+
+def verified_tokenizer(folder: RunFolder, description: Mapping[str, Any]) -> bytes:
+    """The content of the tokenizer's file of a model of texts, verified by its hash."""
+    data, said = folder.read(TOKENIZER_FILE), description["texts"]
+    if data is None or not isinstance(said, Mapping) or hashlib.sha256(data).hexdigest() != said.get("tokenizer_sha256"):
+        what = "missing" if data is None else "damaged"
+        raise ValueError(f"{join_uri(folder.location, TOKENIZER_FILE)} is {what}; copy the whole model folder, or finish the run again")
     return data
 
 
