@@ -52,6 +52,7 @@ from trainer.settings.photos import choice_of
 from trainer.settings.programs import program
 from trainer.settings.rules import worker_count
 from trainer.settings.say import Terminal, complain, say, say_json
+from trainer.settings.texts import refuse_texts
 from trainer.settings.tree import RunConfig
 
 PAGE = "find-rate.html"
@@ -99,7 +100,9 @@ def main(argv: Sequence[str]) -> int:
         asked, rest = own_flags(argv)
         if Path(asked.out).parent != Path() and not Path(asked.out).parent.is_dir():
             raise ValueError(f"--out {asked.out}: there is no folder {Path(asked.out).parent}; make it, or name another file")
-        found = find(parse(rest), asked)
+        invocation = parse(rest)
+        refuse_texts(invocation.config.model, program("find-rate"))
+        found = find(invocation, asked)
     except (ValueError, OSError) as error:
         fail(str(error))
     return shown(found, asked)

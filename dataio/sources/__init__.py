@@ -36,7 +36,7 @@ from dataio.sources.source import (
     stat_hash,
 )
 from dataio.sources.table import DELIMITERS, Table, find_table
-from dataio.sources.texts import open_texts
+from dataio.sources.texts import is_row_file, is_text_file, open_texts
 
 __all__ = [
     "ACCEPTED",
@@ -181,6 +181,7 @@ def _open_file(file: Path, options: Options) -> Source:
         return Cifar(kind="cifar-tar", identity=stat_hash(file.parent, [file]), read=lambda: read_archive(file), options=options)
     if file.suffix.lower() in DELIMITERS:
         return Table(file, options)
+    texts = "; texts are for a model of texts: --model.name hf/FOLDER" if is_row_file(file) or is_text_file(file) else ""
     raise SourceError(
-        f"{file} is neither a Parquet file nor a tar archive nor a table (.csv, .tsv) (it begins with {start[:8]!r}); {ACCEPTED}"
+        f"{file} is neither a Parquet file nor a tar archive nor a table (.csv, .tsv) (it begins with {start[:8]!r}){texts}; {ACCEPTED}"
     )

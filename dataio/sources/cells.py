@@ -21,6 +21,8 @@ from dataio.sources.splits import ALIASES, split_named
 from dataio.sources.targets import FLAG, Asked, checked_classes, is_finite_float32, ordered, parse_targets
 
 SPLIT_COLUMN = "split"
+TEXT_COLUMNS = ("text", "sentence", "review", "content", "document", "comment", "message", "body", "tweet", "snippet", "question", "title")
+"""The first of these columns that exists holds the texts, where a source is one of texts."""
 LABEL_COLUMNS: dict[str, Kind | None] = {"label": None, "labels": "labels", "tags": "labels"}
 """The first of these columns that exists is the target where none is requested."""
 _MORE_LABEL_COLUMNS = (*LABEL_COLUMNS, "class", "classname", "classlabel", "labelname", "target", "category", "classid", "labelid")

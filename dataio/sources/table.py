@@ -18,6 +18,7 @@ import numpy as np
 
 from dataio.sources.cells import (
     SPLIT_COLUMN,
+    TEXT_COLUMNS,
     Cells,
     alike,
     chosen_columns,
@@ -103,9 +104,10 @@ def _read(path: Path, options: Options) -> Cells:
         raise SourceError(f"{path}, line {line}: there are two columns named {twice[0]!r}; name each column once")
     image = _image_column(names, options)
     if image is None:
+        texts = "; texts are for a model of texts: --model.name hf/FOLDER" if alike(names, TEXT_COLUMNS) is not None else ""
         raise SourceError(
             f"{path}, line {line}: no column names the image files; its columns are {listed(names)}; say which one does, with names "
-            f"relative to the table: --data.image-column NAME"
+            f"relative to the table: --data.image-column NAME{texts}"
         )
     content = Cells(path=path, asked=chosen_columns(path, [name for name in names if name not in (image, SPLIT_COLUMN)], options))
     content.cells.extend([] for _ in content.asked)

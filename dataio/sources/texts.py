@@ -17,7 +17,18 @@ import numpy as np
 from dataio.config import text_columns_of
 from dataio.foreign import MAX_ROW_BYTES, json_of, open_regular
 from dataio.manifest import MANIFEST_NAME
-from dataio.sources.cells import SEPARATOR, SPLIT_COLUMN, UNKNOWN_LABELS, Cells, alike, chosen_columns, listed, split_of, typed
+from dataio.sources.cells import (
+    SEPARATOR,
+    SPLIT_COLUMN,
+    TEXT_COLUMNS,
+    UNKNOWN_LABELS,
+    Cells,
+    alike,
+    chosen_columns,
+    listed,
+    split_of,
+    typed,
+)
 from dataio.sources.columns import batches_of, metadata_names, open_parquet
 from dataio.sources.folder import TextFolder
 from dataio.sources.hostile import table_rows
@@ -30,8 +41,6 @@ from dataio.sources.table import DELIMITERS
 from dataio.sources.targets import values_at
 from dataio.texts import BETWEEN
 
-TEXT_COLUMNS = ("text", "sentence", "review", "content", "document", "comment", "message", "body", "tweet", "snippet", "question", "title")
-"""The first of these columns that exists holds the texts."""
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 ROWS_AT_ONCE = 1024

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Literal
 
 from cluster.zygote import Zygote
+from dataio.manifest import image_hw
 from dataio.schema import Target
 from trainer.settings.texts import is_text
 from trainer.settings.tree import ModelConfig, TaskConfig
@@ -141,13 +142,14 @@ def built(question: Question) -> Checked | Refused:
     try:
         task = make_task(question.task, question.targets, label_smoothing=question.label_smoothing, holds_texts=is_text(question.model))
         model = task.build(question.model, shape=question.shape, seed=question.seed)
+        size = image_hw(question.shape) if len(question.shape) == 2 else (1, 1)  # of texts nothing looks at an image
         if question.loss or question.augment:
             outputs = head_of(model)[1].weight.shape[0]
-            try_own(task, loss=question.loss, augment=question.augment, outputs=outputs, image_hw=(question.shape[0], question.shape[-1]))
+            try_own(task, loss=question.loss, augment=question.augment, outputs=outputs, image_hw=size)
         if question.layer_decay != 1:
             depths_of(model, question.model.name, head_of(model)[0])
         if question.teacher:
-            try_teacher(question.teacher, task, image_hw=(question.shape[0], question.shape[-1]))
+            try_teacher(question.teacher, task, image_hw=size)
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         return Checked(
             has_depthwise=has_depthwise(model),
