@@ -240,6 +240,14 @@ class Loader:
             for (batch,) in ahead:
                 yield batch
 
+    def padding_least(self, split: str, ids: range) -> range | Ids:
+        """These samples of a split in the order in which batches of them pad least: texts by their length, images as they are. Texts that
+        are streamed stay as they are too: they are read in order."""
+        lengths = self._lengths(split)
+        if lengths is None or self.cache == "none":
+            return ids
+        return ids.start + np.argsort(lengths[ids.start : ids.stop], kind="stable").astype(np.int64)
+
     def _block(self, codec: Codec, got: "Fetched[_Block]") -> list[tuple[Batch, ...]]:
         """Makes all steps and all carried virtual ranks at once: one gather, and one upload of each target, then slices."""
         first_step, epoch, steps = got.tag

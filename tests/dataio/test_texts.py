@@ -382,6 +382,18 @@ def test_workers_and_restarts_make_the_same_batches(tmp_path: Path, config: Data
     assert later == whole[3:]
 
 
+def test_an_evaluation_sees_each_text_once_the_short_ones_first(tmp_path: Path, config: DataConfig) -> None:
+    dataset = converted(config, write_csv(tmp_path / "t.csv", rows(range(100))))
+    loader, split = loader_of(dataset, config), dataset.split("train")
+    ids = loader.padding_least("train", range(20, 80))
+    batches = list(loader.evaluate("train", ids, 16))
+    assert sorted(sample for batch in batches for sample in batch.ids.tolist()) == list(range(20, 80))
+    widths = [batch.samples.shape[1] for batch in batches]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
+    assert [batch.targets["label"].tolist() for batch in batches] == [split.labels()[batch.ids].tolist() for batch in batches]
+
+
 def test_a_damaged_row_is_quarantined_and_has_no_label(tmp_path: Path, config: DataConfig) -> None:
     dataset = converted(config, write_csv(tmp_path / "t.csv", rows(range(40))))
     bad = []

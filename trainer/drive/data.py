@@ -102,7 +102,8 @@ def lines_about(found: Prepared, config: RunConfig) -> Iterator[str]:
     if found.by_earlier_rule:
         yield f"these data were converted by an earlier version, whose rules they keep; to convert them again, remove {dataset.where}"
     if manifest.quarantined:
-        what = "image that could not be used is" if manifest.quarantined == 1 else "images that could not be used are"
+        one = manifest.quarantined == 1
+        what = f"{manifest.unit.removesuffix('s') if one else manifest.unit} that could not be used {'is' if one else 'are'}"
         yield f"{manifest.quarantined:,} {what} left out: {dataset.where}/{QUARANTINE_NAME}"
     for line in warnings(manifest, reading, dataset.where):
         yield f"warning: {line}"

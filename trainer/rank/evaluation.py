@@ -269,7 +269,7 @@ def evaluate_share(
     converts the data set's targets to those that the model was trained on."""
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), autocast_for(device, precision):
-        for batch in loader.evaluate(split, share, batch_size=EVALUATION_BATCH):
+        for batch in loader.evaluate(split, loader.padding_least(split, share), batch_size=EVALUATION_BATCH):
             targets = as_learned(batch.targets)
             outputs = model(preprocess(batch.samples))  # (n, task.outputs)
             evaluation.update(outputs, targets)
