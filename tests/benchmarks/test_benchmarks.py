@@ -40,6 +40,7 @@ SMALL = ("--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--trai
 OWN = (
     *("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme", "compression"),
     *("small_maps", "remainder", "learning", "augmentation", "peers", "audit", "unlabelled", "exported", "serving", "inference"),
+    "text_quickstart",
 )
 
 

@@ -73,7 +73,7 @@ def test_workers_and_kills_change_no_bit_and_repeat_no_text(place: Path, alone: 
     several.wait_for("checkpoint_committed", step=16)
     os.killpg(several.process.pid, signal.SIGKILL)  # the driver with all that it started
     several.process.wait()
-    again = finished(started(place, "several", 3))
+    again = finished(started(place, "several", 3, ("--data.cache", "none")))  # and its texts are no longer held in memory
     assert again.summary()["weights_sha256"] == alone.summary()["weights_sha256"]
     assert again.summary()["test_accuracy"] == alone.summary()["test_accuracy"]
     wanted = Counter({(epoch, sample): 1 for epoch in range(EPOCHS) for sample in range(TEXTS)})
@@ -180,3 +180,37 @@ def test_the_data_hold_tokens_of_the_models_own_tokenizer(place: Path, alone: Ru
     (manifest,) = [each for each in manifests if each.fingerprint == alone.summary()["dataset_fingerprint"]]
     assert manifest.texts is not None
     assert manifest.texts.tokenizer_sha256 == hashlib.sha256((place / "model" / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def test_what_the_learner_can_do_for_images_it_does_for_texts(place: Path, alone: Run) -> None:
+    run = Run(
+        *("--model.name", f"hf/{place / 'model'}", "--model.pooling", "first", "--model.freeze", "lp-ft", "--workers", "2"),
+        *(
+            "--train.reduction",
+            "ddp",
+            "--train.accumulate",
+            "2",
+            "--train.ema",
+            "0.9",
+            "--train.patience",
+            "3",
+            "--train.precision",
+            "bf16",
+        ),
+        *("--data.balance", "weights", "--data.validation-fraction", "0.2", "--optim.label-smoothing", "0.1"),
+        storage=place / "runs",
+        name="seams",
+        data=place / "texts.csv",
+        settings=SETTINGS,
+    )
+    summary = finished(run).summary()
+    assert (summary["status"], summary["test_count"]) == ("finished", TEST_TEXTS + 1)
+    evaluated = json.loads(command("trainer.evaluate", str(run.folder), "--json"))
+    assert evaluated["accuracy"] == summary["test_accuracy"]
+
+
+def test_a_setting_of_images_ends_the_command_before_anything_is_made(place: Path) -> None:
+    arguments = ("--model.name", f"hf/{place / 'model'}", "--data.path", str(place / "texts.csv"), "--storage", str(place / "nothing"))
+    said = command("trainer.run", *arguments, *SETTINGS, "--train.mixup", "0.2", status=2)
+    assert "train.mixup=0.2 is of images, or does not work for texts yet" in said
+    assert not (place / "nothing").exists()
