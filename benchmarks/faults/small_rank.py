@@ -112,7 +112,7 @@ def train_rank(spec: WorkerSpec, context: RankContext) -> None:
     me = join(spec, context)
     order = order_of(spec)
     shared = blocks_of_virtual_ranks(order.virtual_ranks, me.world_size, me.rank)
-    loader = SimpleNamespace(cache="off", backend_name="none", decode_seconds=0.0, image_size=(28, 28))
+    loader = SimpleNamespace(cache="off", backend_name="none", decode_seconds=0.0, shape=(28, 28))
     data: Any = SimpleNamespace(
         order=order,
         samples_of=lambda step: order.batch_size,

@@ -53,7 +53,7 @@ def go_on(storage: Storage, step: int) -> bytes:
     asked = replace(saved, run="", storage=storage.uri, train=replace(saved.train, channels_last="auto", small_maps="auto", select="auto"))
     asked = replace(asked, data=replace(asked.data, remainder="auto", background="auto"), optim=replace(asked.optim, warmup_fraction=-1.0))
     fingerprint = DATA.manifest.fingerprint
-    there = resolved(asked, storage, workers=2, fingerprint=fingerprint, weights="", prefix="timm-test_efficientnet", image_size=(28, 28))
+    there = resolved(asked, storage, workers=2, fingerprint=fingerprint, weights="", prefix="timm-test_efficientnet", shape=(28, 28))
     assert there.config.run == run  # the same command means the same run
     check_same_run(there.config, there.found, "")
     now = identity_of(there.config, DATA.manifest, weights="", device="cpu", threads=1)

@@ -30,7 +30,7 @@ STOPPED = Path(__file__).parents[1] / "golden" / "run_of_86cc2bf"
 
 
 def manifest_of(count: int) -> Any:
-    return SimpleNamespace(fingerprint="ab" * 32, splits={"train": SimpleNamespace(count=count)})
+    return SimpleNamespace(fingerprint="ab" * 32, texts=None, splits={"train": SimpleNamespace(count=count)})
 
 
 def config_of(batch_size: int, *, epochs: int = 4, max_steps: int = 0, virtual_ranks: int = 1, **optim: Any) -> RunConfig:
@@ -104,7 +104,7 @@ def test_a_run_of_an_earlier_release_goes_on_under_its_name_with_a_short_last_ba
         if not line.startswith(("remainder", "warmup_fraction", "small_maps", "background", "augment_backend"))
     ]
     storage.write_atomic("began/config.toml", "\n".join(kept).encode())
-    named: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "image_size": (28, 28)}
+    named: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "shape": (28, 28)}
     found = resolved(config, storage, **named)
     check_same_run(found.config, found.found, "")
     length = length_of(found.config, dataset.manifest, workers=1, is_new=found.found.is_new)
@@ -127,7 +127,7 @@ def test_a_run_of_an_earlier_release_goes_on_under_its_name_with_a_short_last_ba
 def test_a_run_whose_driver_died_before_it_wrote_its_settings_keeps_what_its_claim_says(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     Store.open(storage, "r").claim_generation({"identity": {"settings": {"data.batch_size": 32}, "weights": ""}})
-    named: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "image_size": (28, 28)}
+    named: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "shape": (28, 28)}
     config = dataclasses.replace(config_of(32), run="r")
     assert find(storage, "r").record is not None
     assert resolved(config, storage, **named).config.data.remainder == "last"

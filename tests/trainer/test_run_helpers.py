@@ -121,7 +121,7 @@ def started(storage: Storage, config: RunConfig) -> RunConfig:
 def ready(config: RunConfig, *, workers: int = 1, data: str = DATA, weights: str = "", recipe: str = "best") -> RunConfig:
     """`config` with its name."""
     storage = open_storage(config.storage)
-    return resolved(config, storage, workers=workers, fingerprint=data, weights=weights, prefix=recipe, image_size=(32, 32)).config
+    return resolved(config, storage, workers=workers, fingerprint=data, weights=weights, prefix=recipe, shape=(32, 32)).config
 
 
 def check_same(config: RunConfig, storage: Storage) -> None:
