@@ -162,17 +162,14 @@ def test_what_does_not_work_for_texts_yet_says_so(module: str, arguments: Sequen
     assert "Traceback" not in said
 
 
-def test_a_dry_run_says_what_would_run(place: Path, alone: Run) -> None:
-    arguments = (
-        "--model.name",
-        f"hf/{place / 'model'}",
-        "--data.path",
-        str(place / "texts.csv"),
-        "--data.root",
-        str(place / "runs" / "data"),
-    )
-    said = command("trainer.run", *arguments, *SETTINGS, "--storage", str(place / "runs"), "--run", "dry", "--dry-run")
+def test_a_dry_run_says_what_would_run_whether_the_texts_are_converted_or_not(place: Path, alone: Run, tmp_path: Path) -> None:
+    arguments = ("--model.name", f"hf/{place / 'model'}", "--data.path", str(place / "texts.csv"), *SETTINGS, "--run", "dry", "--dry-run")
+    said = command("trainer.run", *arguments, "--data.root", str(place / "runs" / "data"), "--storage", str(place / "runs"))
     assert "300 texts to train, 61 to test, 2 classes, 24 tokens at most" in " ".join(said.split())
+    before = command("trainer.run", *arguments, "--data.root", str(tmp_path), "--storage", str(tmp_path))
+    assert "not converted yet" in before
+    assert "24 texts, in 3 virtual ranks of 8" in before
+    assert "Error" not in said + before
 
 
 def test_the_data_hold_tokens_of_the_models_own_tokenizer(place: Path, alone: Run) -> None:

@@ -17,11 +17,13 @@ from dataio.config import PIN
 from dataio.manifest import USUAL_SIDE, Manifest
 from dataio.parquet import Dataset
 from dataio.schema import single_label
+from dataio.texts import padded
 from trainer.drive.check import Question
 from trainer.drive.identity import Found, find
 from trainer.drive.problems import Facts
 from trainer.drive.record import Identity
 from trainer.settings.packages import lacking
+from trainer.settings.texts import is_text
 from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.info import TaskInfo
 
@@ -167,7 +169,7 @@ def question_of_facts(facts: Facts) -> Question:
         targets=looked.targets if looked is not None else single_label(("a", "b")),
         label_smoothing=config.optim.label_smoothing,
         model=model,
-        shape=facts.shape or (config.data.image_size or USUAL_SIDE,) * 2,
+        shape=facts.shape or usual_shape(config),
         seed=config.train.seed_of_layers,
         loss=config.optim.loss,
         augment=config.data.augment,
@@ -175,6 +177,11 @@ def question_of_facts(facts: Facts) -> Question:
         # What is wrong with one that was not found, or with the data, is said already.
         teacher=config.train.teacher if looked is not None and PIN in config.train.teacher else "",
     )
+
+
+def usual_shape(config: RunConfig) -> tuple[int, ...]:
+    """What to build the model for while nothing is known of the data."""
+    return (padded(config.data.max_tokens),) if is_text(config.model) else (config.data.image_size or USUAL_SIDE,) * 2
 
 
 def question_of(config: RunConfig, manifest: Manifest, shape: tuple[int, ...]) -> Question:
