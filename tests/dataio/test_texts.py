@@ -203,9 +203,9 @@ def tokenizer_of(form: TextForm) -> Tokenizer:
 
 
 def test_tokens_are_the_tokenizers_own_and_a_long_text_keeps_its_end_marker(tmp_path: Path) -> None:
+    path = make_tokenizer(tmp_path)
     from tokenizers import Tokenizer as Theirs
 
-    path = make_tokenizer(tmp_path)
     theirs = Theirs.from_file(str(path))
     theirs.no_padding()
     theirs.no_truncation()
