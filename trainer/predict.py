@@ -129,7 +129,7 @@ def _of_texts(folder: RunFolder, arguments: Arguments) -> int:
     for flag, value in (("--explain", arguments.explain), ("--fit", "" if arguments.fit == "run" else arguments.fit)):
         if value:
             raise ValueError(f"{flag} {value} is of images, and {arguments.run} is a model of texts; leave it out")
-    from trainer.inference.texts import TextPredictor  # here: it imports transformers
+    from trainer.inference.texts import TextPredictor
 
     device = None if arguments.device == "auto" else torch.device(arguments.device)
     predictor = TextPredictor(folder, device=device, is_calibrated=not arguments.raw)

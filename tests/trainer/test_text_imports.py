@@ -22,3 +22,18 @@ def test_ranks_of_a_run_on_images_are_forked_from_the_same_modules_as_before() -
     from trainer.settings.tree import RunConfig
 
     assert rank_modules(RunConfig()) == RANK_MODULES
+
+
+def test_without_the_extra_a_model_of_texts_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataio.schema import single_label
+    from trainer.settings.packages import lacking
+    from trainer.settings.texts import modules_of
+    from trainer.settings.tree import ModelConfig, TaskConfig
+    from trainer.tasks.make import make_task
+
+    task, model = make_task(TaskConfig(), single_label(("a", "b")), holds_texts=True), ModelConfig(name="hf//no/folder")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    with pytest.raises(ValueError, match=r'hf//no/folder needs the packages transformers and tokenizers: pip install "transformers>=5"'):
+        task.build(model, shape=(8,), seed=0)
+    assert any("needs the packages transformers and tokenizers" in problem for problem in lacking(model))
+    assert modules_of(model) == ()

@@ -30,7 +30,7 @@ from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder
 from trainer.runs.measures import one_of
 from trainer.runs.model_files import CONFIG_FILE, MODEL_FOLDER, TOKENIZER_FILE, WEIGHTS_FILE, described, takes_texts
-from trainer.settings.texts import PREFIX, description_of, is_text, model_place
+from trainer.settings.texts import PREFIX, check_libraries, description_of, is_text, model_place
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
 from trainer.settings.values import widths_of
@@ -203,6 +203,7 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
 
 
 def _load_of_texts(folder: RunFolder, description: Mapping[str, Any], device: torch.device) -> Exported:
+    check_libraries(folder.location)
     from trainer.models.text import Tokens  # here: it imports transformers
 
     said, tokenizer = description["texts"], verified_tokenizer(folder, description)

@@ -191,12 +191,23 @@ def name_in_identity(name: str) -> str:
     return f"{PREFIX}sha256:{hashlib.sha256(content).hexdigest()}"
 
 
+def lacking_libraries(what: str) -> Iterator[str]:
+    """That `what`, a model of texts, lacks its libraries, if it does."""
+    if missing := [name for name in ("transformers", "tokenizers") if importlib.util.find_spec(name) is None]:
+        yield f"{what} needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}: {EXTRA}"
+
+
+def check_libraries(what: str) -> None:
+    """ValueError where they are not installed. Call it before anything imports trainer.models.text."""
+    for problem in lacking_libraries(what):
+        raise ValueError(problem)
+
+
 def lacking_for_texts(model: ModelConfig) -> list[str]:
     """All that a model of texts lacks on this machine."""
     if not is_text(model):
         return []
-    missing = [name for name in ("transformers", "tokenizers") if importlib.util.find_spec(name) is None]
-    problems = [f"model.name={model.name} needs the package {' and '.join(missing)}; install it: {EXTRA}"] if missing else []
+    problems = list(lacking_libraries(f"model.name={model.name}"))
     try:
         description_of(model_place(model.name))
     except ValueError as error:

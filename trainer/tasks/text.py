@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.settings.texts import check_libraries
 from trainer.settings.tree import ModelConfig
 from trainer.tasks.classification import Classification, LabelEvaluation
 from trainer.tasks.image import ImageTask
@@ -26,6 +27,7 @@ class TextTask(ImageTask):
     """An encoder with one linear layer of `outputs` outputs. The rest is as for images."""
 
     def build(self, model: ModelConfig, *, shape: tuple[int, ...], seed: int) -> nn.Module:
+        check_libraries(f"model.name={model.name}")
         from trainer.models.text import build_text_model  # here: it imports transformers, which no run on images waits for
 
         return build_text_model(model, outputs=self.outputs, seed=seed, names=self.output_names)
