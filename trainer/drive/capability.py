@@ -150,7 +150,8 @@ def settled(
     tell: Callable[[str], None],
 ) -> RunConfig:
     """`config` with the remaining autos decided from `capability`, each told by `tell`. A run that goes on has none left (`as_started`) but
-    `train.cuda_graphs`, which changes no result. Where `images` is None, as in a dry run without data, what depends on them is left."""
+    `train.cuda_graphs`, which changes no result. Where `images` is None, as in a dry run without data and for texts, what depends on
+    them is left."""
     decision = decide(config.train, capability, has_depthwise=has_depthwise)
     for line in (*decision.said, *(f"warning: {warning}" for warning in decision.warnings)):
         tell(line)

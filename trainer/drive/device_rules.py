@@ -30,8 +30,10 @@ class Images:
         return self.count * self.height * self.width * 3
 
 
-def images_of(manifest: Manifest, data: DataConfig) -> Images:
-    """ValueError where the settings leave the images' size open."""
+def images_of(manifest: Manifest, data: DataConfig) -> Images | None:
+    """None for texts. ValueError where the settings leave the images' size open."""
+    if manifest.texts is not None:
+        return None
     height, width = image_size_of(manifest, data)
     return Images(count=sum(split.count for split in manifest.splits.values()), height=height, width=width)
 

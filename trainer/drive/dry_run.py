@@ -149,7 +149,7 @@ def _decided(facts: Facts, counts: ModelFacts, gpus: int, tell: Callable[[str], 
         config,
         here(use_gpus=gpus > 0 and config.cluster.gpus_per_worker != 0),
         has_depthwise=counts.has_depthwise,
-        images=images_of(facts.manifest, config.data) if facts.manifest is not None and facts.image_size is not None else None,
+        images=images_of(facts.manifest, config.data) if facts.manifest is not None and facts.shape is not None else None,
         workers=facts.workers or 1,
         tell=tell,
     )

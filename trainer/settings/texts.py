@@ -70,8 +70,16 @@ IMAGES_ONLY = (
     *("data.image_column", "data.unlabelled", "data.backend", "data.max_image_pixels"),
     *("model.stem", "model.image_size", "model.interpolation", "model.normalise", "model.widths"),
     *("train.compile", "train.quantise", "train.mixup", "train.cutmix", "train.teacher", "train.profile", "train.novelty"),
+    "train.pad_channels",
 )
 """Settings that say something of images, or that do not work for texts yet."""
+OF_IMAGES_IF_AUTO = {
+    "train.small_maps": ("convolution", "product"),
+    "train.channels_last": ("off", ""),
+    "train.cuda_graphs": ("off", "on"),
+    "data.augment_backend": ("torch", "dali"),
+}
+"""Settings that the images decide if they are `auto` -> what they are for texts, and the word that only images may have."""
 TEXTS_ONLY = ("data.text_column", "data.tokenizer", "data.max_tokens", "data.too_long", "data.sort_steps", "model.pooling")
 
 
@@ -84,8 +92,8 @@ def text_problems(config: RunConfig) -> Iterator[str]:
     """What the settings say of images in a run on texts, or of texts in one on images."""
     values, known = settings(config), declared(RunConfig)
     texts = is_text(config.model)
-    for key in IMAGES_ONLY if texts else TEXTS_ONLY:
-        if values[key] != known[key].default:
+    for key in (*IMAGES_ONLY, *OF_IMAGES_IF_AUTO) if texts else TEXTS_ONLY:
+        if (values[key] == OF_IMAGES_IF_AUTO[key][1]) if key in OF_IMAGES_IF_AUTO else (values[key] != known[key].default):
             what = "is of images, or does not work for texts yet, and model.name" if texts else "is of texts, and model.name"
             takes = "takes texts" if texts else "takes images; a model of texts is hf/FOLDER"
             yield f"{key}={values[key]} {what}={config.model.name} {takes}: leave it out"
@@ -163,9 +171,9 @@ def with_text_model(config: RunConfig) -> RunConfig:
                 f"AutoTokenizer.from_pretrained({str(place)!r}).save_pretrained({str(place)!r}), or name one: --data.tokenizer FILE"
             )
         config = replaced(config, "data.tokenizer", str(tokenizer))
-    for key, value in (("train.small_maps", "convolution"), ("train.channels_last", "off")):
-        if settings(config)[key] == "auto":  # of images: there is nothing to decide
-            config = replaced(config, key, value)
+    for key, (nothing, _) in OF_IMAGES_IF_AUTO.items():
+        if settings(config)[key] == "auto":
+            config = replaced(config, key, nothing)
     most = most_positions(description)
     if most is not None and config.data.max_tokens > most:
         raise ValueError(
