@@ -51,7 +51,11 @@ def go_on(storage: Storage, step: int) -> bytes:
     saved = find(storage, run).saved
     assert saved is not None
     asked = replace(saved, run="", storage=storage.uri, train=replace(saved.train, channels_last="auto", small_maps="auto", select="auto"))
-    asked = replace(asked, data=replace(asked.data, remainder="auto", background="auto"), optim=replace(asked.optim, warmup_fraction=-1.0))
+    asked = replace(
+        asked,
+        data=replace(asked.data, remainder="auto", background="auto", augment_backend="auto"),
+        optim=replace(asked.optim, warmup_fraction=-1.0),
+    )
     fingerprint = DATA.manifest.fingerprint
     there = resolved(asked, storage, workers=2, fingerprint=fingerprint, weights="", prefix="timm-test_efficientnet", shape=(28, 28))
     assert there.config.run == run  # the same command means the same run

@@ -92,7 +92,7 @@ def test_what_is_streamed_is_what_the_loader_does_not_keep(count: int, side: int
 
 def test_a_users_word_counts_and_what_the_run_began_with_is_kept_elsewhere(tmp_path: Path) -> None:
     asked = RunConfig(data=STREAMED, storage=str(tmp_path))
-    with_name: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "image_size": (224, 224)}
+    with_name: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "shape": (224, 224)}
     storage = open_storage(str(tmp_path))
     first, _ = decided(resolved(asked, storage, **with_name).config, H200, MANY)
     storage.write_atomic(f"{first.run}/config.toml", to_toml(first).encode())
@@ -112,7 +112,7 @@ def test_a_run_of_a_release_that_knew_no_choice_goes_on_with_pytorch_and_under_i
     assert "augment_backend" not in text
     storage = open_storage(str(tmp_path))
     storage.write_atomic(f"{name}/config.toml", text.encode())
-    again = resolved(asked, storage, workers=1, fingerprint="ab" * 32, weights="", prefix="x", image_size=(224, 224)).config
+    again = resolved(asked, storage, workers=1, fingerprint="ab" * 32, weights="", prefix="x", shape=(224, 224)).config
     assert (again.run, again.data.augment_backend) == (name, "torch")
     assert decided(again, H200, MANY)[0].data.augment_backend == "torch"
 
@@ -217,7 +217,7 @@ def test_what_auto_captures_is_never_refused(
 
 def test_it_is_decided_anew_where_a_run_goes_on_as_it_changes_no_result(tmp_path: Path) -> None:
     asked = replace(run_of(100, virtual_ranks=1), storage=str(tmp_path))
-    with_name: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "image_size": (32, 32)}
+    with_name: Any = {"workers": 1, "fingerprint": "ab" * 32, "weights": "", "prefix": "x", "shape": (32, 32)}
     storage = open_storage(str(tmp_path))
     first, _ = decided(resolved(asked, storage, **with_name).config, H200, SMALL)
     assert first.train.cuda_graphs == "on"
