@@ -157,6 +157,7 @@ def test_every_rank_is_scraped_every_panel_has_data_and_alerts_fire(
     # Steps that are far too long: losses are no numbers any more, whatever batch is left out.
     wrong = Run(
         *("--workers", "1", "--optim.lr", "1e25", "--train.epochs", "1000", *common),
+        *("--cluster.faults.max-rollbacks", "10"),  # four restarts may be over before Prometheus has found the run
         storage=tmp_path / "runs",
         name="wrong",
         data=data,
