@@ -30,6 +30,7 @@ from benchmarks import (
     readme,
     remainder,
     startup,
+    text_quickstart,
     time_to_accuracy,
     unlabelled,
 )
@@ -40,7 +41,7 @@ SMALL = ("--model.name", "shufflenet_v2_x0_5", "--model.stem", "native", "--trai
 OWN = (
     *("loader", "end_to_end", "overhead", "time_to_accuracy", "stems", "startup", "gpu_suite", "bare", "article", "readme", "compression"),
     *("small_maps", "remainder", "learning", "augmentation", "peers", "audit", "unlabelled", "exported", "serving", "inference"),
-    "text_quickstart",
+    *("quickstart", "text_quickstart"),
 )
 
 
@@ -376,6 +377,12 @@ def test_a_row_is_measured_once_over_commands_and_what_an_end_tore_is_measured_a
     assert common.Kept(file).known_or({"a": 0, "b": 4}, lambda: measured(5)) == {"number": 4}
     assert asked == [1, 2, 3, 4]
     assert common.Kept(None).known_or("a", lambda: measured(6)) == {"number": 6}
+
+
+def test_an_encoder_is_judged_against_random_weights_and_against_words_alone():
+    of = {name: {"test_accuracy": accuracy} for name, accuracy in (("pretrained", 0.84), ("random", 0.70), ("tfidf", 0.766))}
+    random_weights, words = text_quickstart.targets_of({**of, "points_gained": 14.0})
+    assert (random_weights["met"], words["met"], words["measured"]) == (False, True, pytest.approx(7.4))
 
 
 def test_images_without_labels_are_judged_seed_by_seed_against_the_control_of_as_many_labels():

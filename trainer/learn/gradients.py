@@ -300,7 +300,7 @@ class Passes:
         """The summed loss of n samples divided by `divisor`: () float32, with its graph."""
         n = len(samples)
         if self._compiled is not None and n in (self._full_passes or (n,)):
-            if self._config.cuda_graphs and self._captures is None:
+            if self._config.cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # the last replay's outputs are used up
             return self._compiled(samples, targets) / divisor
         # The rest of an epoch may be a single image. It has no batch statistics: BatchNorm refuses it if its maps have one pixel.
