@@ -66,6 +66,13 @@ class Table:
         digest, missing = _stat_hash(self._folder, {path.name, *self._files})
         self.identities = identities_of(digest, stored, options)
         self._places = _found(path, missing) if missing else {}
+        if not self._places and missing.issuperset(self._files):
+            _, header = next(table_rows(path, DELIMITERS[path.suffix.lower()]))
+            if texts := _for_texts([name.strip() for name in header]):
+                raise SourceError(
+                    f"{path}: there is none of the {len(missing)} files that it names, such as {self._files[0]!r:.80}; names are "
+                    f"relative to the table, and --data.image-column NAME says which column has them{texts}"
+                )
         if self._places:
             found, _ = _stat_hash(self._folder, {path.name, *(self._places.get(name, name) for name in self._files)})
             self.identities = (identities_of(found, stored, options)[0], *self.identities)
@@ -104,10 +111,9 @@ def _read(path: Path, options: Options) -> Cells:
         raise SourceError(f"{path}, line {line}: there are two columns named {twice[0]!r}; name each column once")
     image = _image_column(names, options)
     if image is None:
-        texts = "; texts are for a model of texts: --model.name hf/FOLDER" if alike(names, TEXT_COLUMNS) is not None else ""
         raise SourceError(
             f"{path}, line {line}: no column names the image files; its columns are {listed(names)}; say which one does, with names "
-            f"relative to the table: --data.image-column NAME{texts}"
+            f"relative to the table: --data.image-column NAME{_for_texts(names)}"
         )
     content = Cells(path=path, asked=chosen_columns(path, [name for name in names if name not in (image, SPLIT_COLUMN)], options))
     content.cells.extend([] for _ in content.asked)
@@ -130,6 +136,11 @@ def _read(path: Path, options: Options) -> Cells:
     if not content.files:
         raise SourceError(f"{path} has a header, but no row below it; a row an image is needed")
     return content
+
+
+def _for_texts(names: Sequence[str]) -> str:
+    """What else a table with these columns may be for."""
+    return "; texts are for a model of texts: --model.name hf/FOLDER" if alike(names, TEXT_COLUMNS) is not None else ""
 
 
 def _stat_hash(folder: Path, names: Collection[str]) -> tuple[str, set[str]]:

@@ -154,9 +154,9 @@ def test_no_folder_two_folders_and_a_folder_twice_are_refused(
         (["pest"], "pest: there is no such folder or file; give the folder that holds your images"),
         (["own.toml"], "did you mean --config own.toml?"),
         (["quickstart"], "did you mean --config quickstart?"),
-        (["pets", "pets"], "pets pets: one folder or file holds the images of a run"),
-        (["pets", "--data.path", "x"], "pets and --data.path both say where the images are; give one of them"),
-        (["pets", "--data.path=x"], "pets and --data.path both say where the images are; give one of them"),
+        (["pets", "pets"], "pets pets: one folder or file holds the samples of a run"),
+        (["pets", "--data.path", "x"], "pets and --data.path both say where the samples are; give one of them"),
+        (["pets", "--data.path=x"], "pets and --data.path both say where the samples are; give one of them"),
     ):
         with pytest.raises(SystemExit):
             parse(argv)

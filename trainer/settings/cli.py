@@ -166,12 +166,12 @@ def _directory(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     is_there = os.path.exists(os.path.expanduser(word))
     if not (is_there and not word.endswith(".toml")) and "://" not in word and word != RunConfig().data.path:
         is_recipe = word in recipe_names() or word.endswith(".toml")
-        hint = f"did you mean --config {word}?" if is_recipe else "give the folder that holds your images."
+        hint = f"did you mean --config {word}?" if is_recipe else "give the folder that holds your images, or the file of your texts."
         raise ValueError(f"{word}: there is no such folder or file; {hint} Settings are flags, such as --train.epochs 3")
     if len(words) > 1:
-        raise ValueError(f"{' '.join(words)}: one folder or file holds the images of a run; settings are flags, such as --train.epochs 3")
+        raise ValueError(f"{' '.join(words)}: one folder or file holds the samples of a run; settings are flags, such as --train.epochs 3")
     if any(_key_of(flag.partition("=")[0]) == "data.path" for flag in argv):
-        raise ValueError(f"{word} and --data.path both say where the images are; give one of them")
+        raise ValueError(f"{word} and --data.path both say where the samples are; give one of them")
     return (os.path.abspath(os.path.expanduser(word)) if is_there else word), argv[1:]
 
 
