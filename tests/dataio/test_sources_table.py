@@ -125,9 +125,7 @@ def test_the_identity_changes_with_the_table_and_with_its_images(tmp_path: Path)
 
 def test_a_table_of_texts_that_is_taken_for_one_of_images_says_so_at_once(tmp_path: Path):
     path = write_table(tmp_path, "id,text,label\nt7,good,a\nt8,bad,b\n")
-    with pytest.raises(
-        SourceError, match=r"none of the 2 files that it names, such as 't7'.*--model\.name hf/FOLDER"
-    ):
+    with pytest.raises(SourceError, match=r"none of the 2 files that it names, such as 't7'.*--model\.name hf/FOLDER"):
         read(path, targets="label")
     of_images = read(write_table(tmp_path / "other", "image,label\ngone,a\n"))
     assert [sample.refusal for sample in of_images.samples("train")] == ["unreadable: No such file or directory"]
