@@ -116,7 +116,7 @@ def _check_arguments(config: RunConfig, line: Arguments) -> None:
 
 def prepared_job(invocation: Invocation, line: Arguments, console: Console) -> Job:
     """Open the data, find what stands against a run on all of it, and plan the runs. ValueError that says what is wrong."""
-    made, asked = settled(invocation, console, surveyed(invocation.config)), invocation.config
+    made, asked = settled(invocation, console, surveyed(invocation.config, console)), invocation.config
     manifest, ranks = made.dataset.manifest, made.ranks
     sizes = planned_sizes(made.config, manifest, line.parts, ranks=ranks, from_recipes=invocation.from_recipes)
     largest = sizes[-1].config

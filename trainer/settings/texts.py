@@ -92,11 +92,16 @@ def text_problems(config: RunConfig) -> Iterator[str]:
     """What the settings say of images in a run on texts, or of texts in one on images."""
     values, known = settings(config), declared(RunConfig)
     texts = is_text(config.model)
-    for key in (*IMAGES_ONLY, *OF_IMAGES_IF_AUTO) if texts else TEXTS_ONLY:
+    for key in (each for each in known if is_of_other_samples(each, config.model)):
         if (values[key] == OF_IMAGES_IF_AUTO[key][1]) if key in OF_IMAGES_IF_AUTO else (values[key] != known[key].default):
             what = "is of images, or does not work for texts yet, and model.name" if texts else "is of texts, and model.name"
             takes = "takes texts" if texts else "takes images; a model of texts is hf/FOLDER"
             yield f"{key}={values[key]} {what}={config.model.name} {takes}: leave it out"
+
+
+def is_of_other_samples(key: str, model: ModelConfig) -> bool:
+    """Whether the setting says something of images, and the model takes texts, or of texts, and it takes images."""
+    return key in ((*IMAGES_ONLY, *OF_IMAGES_IF_AUTO) if is_text(model) else TEXTS_ONLY)
 
 
 def refuse_texts(model: ModelConfig, command: str) -> None:
