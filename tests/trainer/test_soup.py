@@ -10,18 +10,17 @@ from torch import nn
 
 from cluster.storage import Storage, open_storage
 from dataio.config import DataConfig
-from dataio.convert import open_prepared
 from dataio.parquet import open_dataset
 from dataio.selection import selected
 from tests.texts import make_model, rows, write_csv
-from trainer.export.model_folder import export_model, text_export
+from tests.trainer.text_run import finished_text_run, manifest_of, text_config
+from trainer.export.model_folder import export_model
 from trainer.learn.build import task_of
 from trainer.rank.finished import evaluate_finished
 from trainer.runs.choice import Rule, rule_of
 from trainer.runs.folder import RunFolder
 from trainer.search.soup import average, mixable, relearn_statistics, soup
 from trainer.settings.fields import replaced
-from trainer.settings.texts import with_text_model
 from trainer.settings.toml import to_toml
 from trainer.settings.tree import RunConfig
 
@@ -44,26 +43,6 @@ def config_of(name: str) -> RunConfig:
     }.items():
         config = replaced(config, key, value)
     return config
-
-
-def text_config_of(place: Path, name: str) -> RunConfig:
-    """On sentences, half of which say `pos`."""
-    config = replace(RunConfig(), run=name)
-    for key, value in {
-        "model.name": f"hf/{place / 'model'}",
-        "data.path": str(place / "texts.csv"),
-        "data.root": str(place / "data"),
-        "data.fold": "1/5",
-        "data.max_tokens": 32,
-        "data.batch_size": 20,
-        "train.precision": "fp32",
-        "train.channels_last": "off",
-        "train.virtual_ranks": 2,
-        "train.select": "best",
-        "cluster.threads_per_worker": 1,
-    }.items():
-        config = replaced(config, key, value)
-    return with_text_model(config)
 
 
 def run_that_answers(storage: Storage, name: str, answer: int, *, seed: int = 0) -> RunConfig:
@@ -130,26 +109,12 @@ def test_a_soup_of_two_is_a_folder_like_a_runs(tmp_path: Path) -> None:
 
 
 def test_a_soup_of_texts_is_a_folder_like_a_runs_too(tmp_path: Path) -> None:
-    make_model(tmp_path / "model")
-    write_csv(tmp_path / "texts.csv", rows(range(200)))
-    storage, names, configs = open_storage(tmp_path), ["trial-001", "trial-000"], []
-    for name, answer in zip(names, (1, 0), strict=True):
-        config = text_config_of(tmp_path, name)
-        manifest = selected(open_prepared(config.data)[1], config.data).manifest
-        task = task_of(config, manifest)
-        model = task.build(config.model, seed=0, shape=(24,))
-        with torch.no_grad():
-            model.head.weight.zero_()  # type: ignore[union-attr, operator]
-            model.head.bias.copy_(torch.eye(2)[answer])  # type: ignore[union-attr, operator]
-        summary = {"status": "finished", "workers": 1, "threads_per_worker": 1, "dataset_fingerprint": manifest.fingerprint, "steps": 4}
-        storage.write_atomic(f"{name}/config.toml", to_toml(replace(config, storage=storage.uri)).encode())
-        storage.write_atomic(f"{name}/summary.json", json.dumps(summary).encode())
-        export_model(
-            storage=storage, run=name, tensors=model.state_dict(), config=config, task=task, data_image_size=(24,), summary=summary,
-            texts=text_export(config, manifest.texts),
-        )  # fmt: skip
-        configs.append(config)
-    rule = rule_of(configs[0].train, task_of(configs[0], manifest).info)
+    model, table = make_model(tmp_path / "model"), write_csv(tmp_path / "texts.csv", rows(range(200)))
+    storage, names = open_storage(tmp_path), ["trial-001", "trial-000"]
+    configs = [text_config(model, table, run=name, data__fold="1/5", train__select="best") for name in names]
+    for config, answer in zip(configs, (1, 0), strict=True):
+        finished_text_run(storage, config, answer=answer)
+    rule = rule_of(configs[0].train, task_of(configs[0], manifest_of(configs[0])).info)
     found = soup(storage, names, configs, rule, CPU)
     assert found.members == ("trial-001", "trial-000"), "each class has half of the texts: together they are no worse"
     again = evaluate_finished(RunFolder(storage=storage, name="soup"), {}, split="test", device=CPU)
