@@ -99,6 +99,16 @@ def text_problems(config: RunConfig) -> Iterator[str]:
             yield f"{key}={values[key]} {what}={config.model.name} {takes}: leave it out"
 
 
+def comes_with_the_model(config: RunConfig) -> bool:
+    """Whether `model.weights` is the file of the model of texts that `model.name` names."""
+    if not is_text(config.model):
+        return False
+    try:
+        return Path(config.model.weights) == model_place(config.model.name) / WEIGHTS_FILE
+    except ValueError:
+        return False
+
+
 def is_of_other_samples(key: str, model: ModelConfig) -> bool:
     """Whether the setting says something of images, and the model takes texts, or of texts, and it takes images."""
     return key in ((*IMAGES_ONLY, *OF_IMAGES_IF_AUTO) if is_text(model) else TEXTS_ONLY)
