@@ -235,6 +235,19 @@ def test_the_same_audit_finds_the_same_bytes(model: Path, audited: Path, tmp_pat
         assert (tmp_path / "again" / name).read_bytes() == (audited / name).read_bytes()
 
 
+def test_a_run_stands_for_its_texts_and_its_model(model: Path, audited: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    source = write_csv(tmp_path / "texts.csv", [vars(row) for row in (*TRAIN[:60], *TEST[:20], PLANTED[0])])
+    config = text_config(tmp_path / "model", source, run="mine")
+    finished_text_run(open_storage(tmp_path / "runs"), config)
+    assert main([str(tmp_path / "runs" / "mine"), "--folds", "0", "--out", str(tmp_path / "out")]) == 0
+    assert found_in(tmp_path / "out")["texts"] == {"train": 61, "test": 20}
+    told = "the folds begin with model.weights="
+    assert not folds.notes_on(config, "texts"), "of a published encoder there is nothing to say"
+    (note,) = folds.notes_on(text_config(tmp_path / "runs" / "mine" / "model", source), "texts")
+    assert note.startswith(told), "a run's own model has seen the labels"
+
+
 def test_many_texts_that_are_cut_are_a_note_and_not_odd(model: Path, audited: Path, tmp_path: Path) -> None:
     source = audited.with_name("texts.csv")
     assert audit(model, source, tmp_path / "out", "--data.max-tokens", "12") == 0
@@ -321,6 +334,12 @@ def test_of_copies_as_people_make_them_nearly_all_are_found_among_4000_texts_and
     assert not found - planted.keys()
     missed = Counter(planted[pair] for pair in planted.keys() - found)
     assert missed.total() <= 12, missed
+
+
+def test_nothing_is_a_copy_of_a_text_without_shingles() -> None:
+    nothing = Shingles(values=np.empty(0, np.uint64), starts=np.zeros(4, np.int64))
+    assert near_pairs(nothing, np.arange(3)) == []
+    assert near_pairs(all_shingles(["good", "good"]), np.arange(1)) == []
 
 
 def test_texts_of_a_template_are_no_copies_and_a_copy_of_one_is() -> None:

@@ -19,7 +19,7 @@ from trainer.runs.folder import RunFolder
 from trainer.series.child import run_child
 from trainer.settings.fields import replaced
 from trainer.settings.identity import deciding_changes, names_file
-from trainer.settings.texts import comes_with_the_model
+from trainer.settings.texts import begins_as_published
 from trainer.settings.toml import from_toml, to_toml
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration, number, percent
@@ -93,7 +93,7 @@ def notes_on(config: RunConfig, unit: str) -> list[str]:
     told = []
     if config.train.teacher:
         told.append(f"the folds learn without train.teacher, which has seen the {unit} that they are asked about")
-    if names_file(config.model.weights) and not comes_with_the_model(config):
+    if names_file(config.model.weights) and not begins_as_published(config):
         told.append(
             f"the folds begin with model.weights={config.model.weights}: if it was trained on these {unit}, it may know their wrong labels"
         )

@@ -99,14 +99,16 @@ def text_problems(config: RunConfig) -> Iterator[str]:
             yield f"{key}={values[key]} {what}={config.model.name} {takes}: leave it out"
 
 
-def comes_with_the_model(config: RunConfig) -> bool:
-    """Whether `model.weights` is the file of the model of texts that `model.name` names."""
+def begins_as_published(config: RunConfig) -> bool:
+    """Whether `model.weights` is the file that comes with the model of texts, and no run has exported it."""
     if not is_text(config.model):
         return False
     try:
-        return Path(config.model.weights) == model_place(config.model.name) / WEIGHTS_FILE
-    except ValueError:
+        place = model_place(config.model.name)
+        described = json_of(read_regular(place / CONFIG_FILE, MAX_SETTINGS_BYTES))
+    except (OSError, ValueError):
         return False
+    return Path(config.model.weights) == place / WEIGHTS_FILE and "texts" not in described
 
 
 def is_of_other_samples(key: str, model: ModelConfig) -> bool:
