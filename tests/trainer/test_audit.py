@@ -334,7 +334,7 @@ def test_models_agree_by_the_probability_that_they_give() -> None:
     assert found.of_answer.tolist() == [pytest.approx(1.4 / 3), pytest.approx(1.0 / 3)]
     assert found.of_given.tolist() == [pytest.approx(0.2), pytest.approx(1.1 / 3)]
     other = Answers(keys=["a", "c"], given=np.array([0, 1]), answers=np.array([0, 1]), of_answer=np.ones(2), of_given=np.ones(2))
-    with pytest.raises(ValueError, match="different images"):
+    with pytest.raises(ValueError, match="different samples"):
         agreed([found, other], 3)
     assert joined([found, other]).keys == ["a", "b", "a", "c"]
 
