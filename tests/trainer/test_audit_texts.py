@@ -24,13 +24,13 @@ from cluster.storage import open_storage
 from dataio.convert import prepared
 from tests.texts import make_model, make_tokenizer, write_csv, write_json_lines
 from tests.trainer.text_run import finished_text_run, text_config
-from trainer.audit import folds
+from trainer.audit import folds, text_copies
 from trainer.audit import texts as texts_module
 from trainer.audit.__main__ import main
 from trainer.audit.findings import Copies, Doubt, Findings, Sample, changes_of
 from trainer.audit.page import render, verdict
 from trainer.audit.text_copies import near_pairs
-from trainer.audit.texts import LENGTH, Shingles, _Sampled, folded, shingles_of
+from trainer.audit.texts import LENGTH, Sampled, Shingles, folded, shingles_of
 from trainer.series.child import Ended
 from trainer.settings.fields import replaced
 from trainer.settings.toml import from_toml
@@ -271,7 +271,7 @@ def test_texts_that_another_tokenizer_made_are_refused(
 
 
 def all_shingles(texts: Sequence[str]) -> Shingles:
-    sampled = _Sampled()
+    sampled = Sampled()
     for text in texts:
         sampled.add(shingles_of(folded(text)))
     return sampled.all()
@@ -282,8 +282,9 @@ def all_shingles(texts: Sequence[str]) -> Shingles:
         st.lists(st.sampled_from(["good", "film", "bad", "very", "plot"]), min_size=1, max_size=6).map(" ".join), min_size=2, max_size=25
     ),
     st.integers(20, 90),
+    st.integers(1, 200),
 )
-def test_near_pairs_are_those_that_all_pairs_at_once_show(texts: list[str], least: int) -> None:
+def test_near_pairs_are_those_that_all_pairs_at_once_show(texts: list[str], least: int, at_once: int) -> None:
     shingles = all_shingles(texts)
     sets = [set(shingles.of(np.array([number]))[0].tolist()) for number in range(len(texts))]
     weight = {each: max(1, round(64 * math.log2(len(texts) / sum(each in other for other in sets)))) for each in set().union(*sets)}
@@ -297,7 +298,9 @@ def test_near_pairs_are_those_that_all_pairs_at_once_show(texts: list[str], leas
         for two in range(one + 1, len(texts))
         if 100 * weighs(sets[one] & sets[two]) >= least * weighs(sets[one] | sets[two])
     }
-    found = near_pairs(shingles, np.arange(len(texts)), least=least)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_copies, "AT_ONCE", at_once)
+        found = near_pairs(shingles, np.arange(len(texts)), least=least)
     assert {(pair.first, pair.second): pair.ratio for pair in found} == pytest.approx(expected)
 
 

@@ -22,8 +22,8 @@ LEAST = 55
 copies of them (docs/audit.md)."""
 MOST_SHARED = 2_000
 """A shingle that more texts list first is no sign of a copy: a template's, or a phrase of which short texts consist."""
-AT_ONCE = 1 << 14
-"""Pairs that are compared at once."""
+AT_ONCE = 1 << 20
+"""Shingles of the pairs that are compared at once; at least one pair is. And pairs that are put in order at once."""
 _UNIT = 64
 """A shingle that half of the texts have weighs so much."""
 
@@ -46,15 +46,16 @@ def near_pairs(
         return []
     weighed = _weighed(shingles, among)
     pairs = _candidates(weighed, least)  # (pairs, 2)
-    found = []
-    for begin in range(0, len(pairs), AT_ONCE):
-        part = pairs[begin : begin + AT_ONCE]
+    found: list[Pair] = []
+    done = 0
+    for part in _parts(weighed, pairs):
         common = _in_common(weighed, part)
         together = weighed.totals[part].sum(1) - common
         for row in np.flatnonzero(100 * common >= least * together).tolist():
             first, second = among[part[row]].tolist()
             found.append(Pair(first=first, second=second, how="near", ratio=1 - float(common[row] / together[row])))
-        on_block(begin + len(part), len(pairs))
+        done += len(part)
+        on_block(done, len(pairs))
     return found
 
 
@@ -114,6 +115,13 @@ def _candidates(weighed: _Weighed, least: int) -> npt.NDArray[np.int64]:
             known, fresh = np.unique(np.concatenate((known, *fresh))), []
     known = np.unique(np.concatenate((known, *fresh)))
     return np.stack(np.divmod(known, n), axis=1)
+
+
+def _parts(weighed: _Weighed, pairs: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """The pairs in parts of about AT_ONCE shingles."""
+    ends = np.cumsum(np.diff(weighed.starts)[pairs].sum(1))
+    cuts = np.searchsorted(ends, np.arange(AT_ONCE, int(ends[-1]) if len(ends) else 0, AT_ONCE), side="right")
+    return [part for part in np.split(pairs, np.unique(cuts)) if len(part)]
 
 
 def _in_common(weighed: _Weighed, pairs: npt.NDArray[np.int64]) -> Ints:

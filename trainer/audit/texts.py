@@ -1,8 +1,8 @@
 """Reads all texts of a data set once, and keeps of each what the audit compares: hashes of it as it is and folded, its shingles, and how it
 looks. __main__.py calls it; text_copies.py and text_looks.py judge.
 
-The texts themselves are not kept. Their shingles are, MOST_SHINGLES at the most: where there are more, every second, fourth, ... of all
-possible ones is left out, the same of every text, so that what two texts share of the rest says what they share of all.
+The texts themselves are not kept. Their shingles are, MOST_SHINGLES at the most: where there are more, only every second, fourth, ... of
+all possible ones counts, the same of every text, so that what two texts share of these says what they share of all.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from trainer.audit.kept import Hashes, Ints, Kept, hashes_of, starts_of
 
 LENGTH = 5
 """Characters of a shingle."""
-MOST_SHINGLES = 32_000_000
-"""Of all texts together, eight bytes each."""
+MOST_SHINGLES = 16_000_000
+"""Of all texts together. Comparing them takes some 60 bytes each."""
 TOGETHER = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}
 """Scripts that are written with others, by their names in Unicode."""
 _WORDS = re.compile(r"\w+")
@@ -88,7 +88,7 @@ def shingles_of(text: str) -> Whole:
     return np.unique(mixed((windows * _FACTORS).sum(1, dtype=np.uint64), np.uint64(0)))
 
 
-class _Sampled:
+class Sampled:
     """Collects shingles, MOST_SHINGLES at the most."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ def gather_texts(dataset: Dataset, tokenizer: bytes, *, on_part: Callable[[int, 
     many."""
     manifest, starts = dataset.manifest, starts_of(dataset.manifest)
     n = int(starts[-1])
-    ids, sampled, script_of = _ids_of(tokenizer), _Sampled(), dict[str, int]()
+    ids, sampled, script_of = _ids_of(tokenizer), Sampled(), dict[str, int]()
     bytes_of, folded_of = np.zeros(n, "V16"), np.zeros(n, "V16")
     labels, words, tokens, scripts = (np.full(n, nothing, np.int64) for nothing in (-1, 0, 0, -1))
     unknown = np.zeros(n)
