@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from dataio.codecs.text.tokens import MOST_TOKENS_KNOWN, PART_BIT
+from trainer.models.adapters import add_adapters
 from trainer.models.architecture import one_line
 from trainer.models.random_state import derived_seed, random_state
 from trainer.models.weights import LOG, WeightsError, load_into, read_state, with_fitting_head, without_prefix
@@ -84,10 +85,13 @@ def build_text_model(config: ModelConfig, *, outputs: int, seed: int, names: Seq
     if outputs < 1:
         raise ValueError(f"{outputs} outputs: a model says at least one number of a text")
     place = model_place(config.name)
-    model = _architecture(config, description_of(place), outputs=outputs, seed=seed)
+    description = description_of(place)
+    model = _architecture(config, description, outputs=outputs, seed=seed)
     if config.weights != "none":
         state = _fitted(model, _read(config, place), config.weights, outputs=outputs, names=names)
         load_into(model, state, may_differ=[f"{HEAD}.weight", f"{HEAD}.bias"], source=config.weights)
+    if config.lora_rank:
+        add_adapters(model.encoder, description["model_type"], config, seed=derived_seed(seed, "adapters"))
     _check_forward(model, config, outputs)
     return model.train()
 

@@ -107,7 +107,8 @@ OF_IMAGES_IF_AUTO = {
     "data.augment_backend": ("torch", "dali"),
 }
 """Settings that the images decide if they are `auto` -> what they are for texts, and the word that only images may have."""
-TEXTS_ONLY = ("data.text_column", "data.tokenizer", "data.max_tokens", "data.too_long", "data.sort_steps", "model.pooling")
+ADAPTERS = ("model.lora_rank", "model.lora_alpha", "model.lora_dropout")
+TEXTS_ONLY = ("data.text_column", "data.tokenizer", "data.max_tokens", "data.too_long", "data.sort_steps", "model.pooling", *ADAPTERS)
 
 
 def is_text(model: ModelConfig) -> bool:
@@ -124,6 +125,19 @@ def text_problems(config: RunConfig) -> Iterator[str]:
             what = "is of images, or does not work for texts yet, and model.name" if texts else "is of texts, and model.name"
             takes = "takes texts" if texts else "takes images; a model of texts is hf/FOLDER"
             yield f"{key}={values[key]} {what}={config.model.name} {takes}: leave it out"
+
+
+def adapter_problems(config: RunConfig) -> Iterator[str]:
+    """What the settings say of LoRA that does not go together."""
+    values, known = settings(config), declared(RunConfig)
+    if config.model.lora_rank > 0 and config.model.freeze == "backbone":
+        yield (
+            f"model.lora_rank={config.model.lora_rank} trains adapters in the backbone, and model.freeze=backbone trains the head alone; "
+            "use --model.freeze none, or --model.lora-rank 0"
+        )
+    for key in ADAPTERS[1:]:
+        if config.model.lora_rank == 0 and values[key] != known[key].default:
+            yield f"{key}={values[key]:g} is of LoRA, and model.lora_rank=0 has none; use --model.lora-rank 8, or leave it out"
 
 
 def refuse_texts(model: ModelConfig, command: str) -> None:
@@ -240,15 +254,17 @@ def name_in_identity(name: str) -> str:
     return f"{PREFIX}sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def lacking_libraries(what: str) -> Iterator[str]:
+def lacking_libraries(what: str, *, lora_rank: int = 0) -> Iterator[str]:
     """That `what`, a model of texts, lacks its libraries, if it does."""
+    if lora_rank and importlib.util.find_spec("peft") is None:
+        yield f'model.lora_rank={lora_rank} needs the package peft: pip install "peft>=0.18" (extra `lora`)'
     if missing := [name for name in ("transformers", "tokenizers") if importlib.util.find_spec(name) is None]:
         yield f"{what} needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}: {EXTRA}"
 
 
-def check_libraries(what: str) -> None:
+def check_libraries(what: str, *, lora_rank: int = 0) -> None:
     """ValueError where they are not installed. Call it before anything imports trainer.models.text."""
-    for problem in lacking_libraries(what):
+    for problem in lacking_libraries(what, lora_rank=lora_rank):
         raise ValueError(problem)
 
 
@@ -256,7 +272,7 @@ def lacking_for_texts(model: ModelConfig) -> list[str]:
     """All that a model of texts lacks on this machine."""
     if not is_text(model):
         return []
-    problems = list(lacking_libraries(f"model.name={model.name}"))
+    problems = list(lacking_libraries(f"model.name={model.name}", lora_rank=model.lora_rank))
     try:
         description_of(model_place(model.name))
     except ValueError as error:
@@ -275,7 +291,8 @@ def modules_of(model: ModelConfig) -> tuple[str, ...]:
     module = TYPES[kind].module or kind.replace("-", "_")
     if importlib.util.find_spec("transformers") is None:
         return ()
-    return ("trainer.models.text", f"transformers.models.{module}.modeling_{module}")
+    adapters = ("peft",) if model.lora_rank and importlib.util.find_spec("peft") is not None else ()
+    return ("trainer.models.text", f"transformers.models.{module}.modeling_{module}", *adapters)
 
 
 def problem_of_field(config: RunConfig, manifest: Manifest) -> str | None:

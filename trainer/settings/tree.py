@@ -48,6 +48,14 @@ class ModelConfig:
     pooling: Annotated[Literal["auto", "mean", "first", "last"], LATER] = "auto"
     """What of a text the head is given: the `mean` of its tokens, its `first` token, which many encoders train for that, or its `last`, the
     only one of a decoder that saw them all. `auto` is the last of a decoder and the mean of an encoder."""
+    lora_rank: Annotated[int, LATER, Ge(0), "0 trains the weights themselves, 8 is usual"] = 0
+    """For texts: LoRA (Hu et al. 2021) trains the head and, in place of the backbone's weights, pairs of matrices of this rank beside its
+    attention's projections, which the exported model has merged; 0 trains the weights themselves. Needs the extra `lora`
+    (docs/texts.md)."""
+    lora_alpha: Annotated[float, LATER, Ge(0), "0 takes twice the rank"] = 0.0
+    """The adapters' product counts alpha / rank times; 0 takes twice the rank."""
+    lora_dropout: Annotated[float, LATER, Interval(ge=0, lt=1), "0 turns it off, 0.05 is usual"] = 0.0
+    """The share of the adapters' inputs that is dropped in training."""
     freeze: Freeze = "none"
     """`backbone` trains the head alone; `lp-ft` trains the head for `lp_epochs`, then everything."""
     lp_epochs: Annotated[int, Ge(1), "--model.freeze none trains everything from the start"] = 1
