@@ -171,7 +171,7 @@ def test_article_is_the_tutorial_to_the_letter() -> None:
         "model.widths": "",
         "model.pooling": "auto",
         "model.lora_rank": 0,
-        "model.lora_alpha": 0.0,
+        "model.lora_alpha": 0,
         "model.lora_dropout": 0.0,
         "model.freeze": "none",
         "model.lp_epochs": 1,

@@ -205,7 +205,7 @@ def test_an_exported_model_is_an_ordinary_one_that_answers_as_the_adapted_one_do
 def test_merging_is_what_the_library_does(folder: Path) -> None:
     from peft.tuners.lora import LoraLayer
 
-    learner = learner_of(folder, **{"model.lora_alpha": 3.0})
+    learner = learner_of(folder, **{"model.lora_alpha": 3})
     train(learner, 0, 3)
     ours = {name: tensor.clone() for name, tensor in merged(learner.model, learner.model.state_dict()).items()}
     layers = {name: layer for name, layer in learner.model.named_modules() if isinstance(layer, LoraLayer)}
@@ -213,7 +213,7 @@ def test_merging_is_what_the_library_does(folder: Path) -> None:
     for name, layer in layers.items():
         layer.merge()
         assert torch.allclose(ours[f"{name}.weight"], layer.get_base_layer().weight, atol=1e-7)
-        assert layer.scaling["default"] == 3.0 / 4
+        assert layer.scaling["default"] == 3 / 4
 
 
 def test_a_model_without_adapters_is_left_as_it_is(folder: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_plan_and_a_check_count_what_is_trained(folder: Path) -> None:
     ("changes", "message"),
     [
         ({"model.freeze": "backbone"}, r"model\.lora_rank=4 trains adapters in the backbone, and model\.freeze=backbone trains the head"),
-        ({"model.lora_rank": 0, "model.lora_alpha": 16.0}, r"model\.lora_alpha=16 is of LoRA, and model\.lora_rank=0 has none"),
+        ({"model.lora_rank": 0, "model.lora_alpha": 16}, r"model\.lora_alpha=16 is of LoRA, and model\.lora_rank=0 has none"),
         ({"model.lora_rank": 0, "model.lora_dropout": 0.1}, r"model\.lora_dropout=0\.1 is of LoRA, and model\.lora_rank=0 has none"),
         ({"model.lora_rank": -1}, r"model\.lora_rank=-1 must be at least 0; 0 trains the weights themselves"),
     ],

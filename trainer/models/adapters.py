@@ -54,9 +54,9 @@ def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tens
     the model without adapters. `tensors` itself if it has none. The sums are made on the CPU."""
     if not resting(model):
         return tensors
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear
 
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     found = {name.replace(_BASE, "."): tensor for name, tensor in tensors.items() if not _is_adapter(name)}
     for name, layer in layers.items():
         base, a, b = (tensors[f"{name}{part}weight"].detach().cpu() for part in (_BASE, _A, _B))  # (out, in), (rank, in), (out, rank)

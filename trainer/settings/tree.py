@@ -52,7 +52,7 @@ class ModelConfig:
     """For texts: LoRA (Hu et al. 2021) trains the head and, in place of the backbone's weights, pairs of matrices of this rank beside its
     attention's projections, which the exported model has merged; 0 trains the weights themselves. Needs the extra `lora`
     (docs/texts.md)."""
-    lora_alpha: Annotated[float, LATER, Ge(0), "0 takes twice the rank"] = 0.0
+    lora_alpha: Annotated[int, LATER, Ge(0), "0 takes twice the rank"] = 0
     """The adapters' product counts alpha / rank times; 0 takes twice the rank."""
     lora_dropout: Annotated[float, LATER, Interval(ge=0, lt=1), "0 turns it off, 0.05 is usual"] = 0.0
     """The share of the adapters' inputs that is dropped in training."""
