@@ -200,6 +200,26 @@ def test_a_decoder_needs_no_padding_token(pad: int | None, tmp_path: Path) -> No
         assert torch.equal(ours(ids), wanted(ids))
 
 
+def test_a_special_token_without_an_embedding_is_read_as_padding(tmp_path: Path) -> None:
+    """As Gemma 3's for images: a text that names it must not end a run."""
+    import tokenizers
+
+    folder = make_decoder(tmp_path)
+    known = 4 + len(WORDS)
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.add_special_tokens(["<image>"])
+    made.save(str(folder / "tokenizer.json"))
+    table = write_csv(tmp_path / "t.csv", [*rows(range(40)), {"text": "a <image> film", "label": "pos"}])
+    config = with_text_model(config_of(folder, data__root=str(tmp_path), data__path=str(table)))
+    manifest = open_prepared(config.data)[1].manifest
+    assert manifest.texts is not None
+    assert manifest.texts.vocabulary == known + 1
+    assert problem_of_field(config, manifest) is None
+    model = built(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(model(text.Tokens()(rows_of([2, known, 3]))), model(text.Tokens()(rows_of([2, 0, 3]))))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_weights_in_several_files_are_those_of_one(kind: str, tmp_path: Path) -> None:
     one, several = make_decoder(tmp_path / "one", kind), make_decoder(tmp_path / "several", kind, shard_bytes=4000)
@@ -382,7 +402,7 @@ def test_data_and_model_must_be_of_one_kind_and_one_tokenizer(folder: Path, tmp_
     assert "holds images, and model.name=hf/" in str(problem_of_field(config, images))
     small = make_model(tmp_path / "small", vocab_size=20)
     wrong = str(problem_of_field(with_text_model(config_of(small, data__max_tokens=32)), manifest))
-    assert f"knows {4 + len(WORDS)} tokens, and hf/{small} has embeddings of 20; give the model those that it lacks" in wrong
+    assert f"knows {4 + len(WORDS) - 20} tokens that hf/{small} has no embeddings of; name the model's own" in wrong
     short = make_model(tmp_path / "short", max_position_embeddings=16)
     assert "of 24 tokens, and" in str(problem_of_field(with_text_model(config_of(short, data__max_tokens=16)), manifest))
 

@@ -46,18 +46,22 @@ class TextModel(nn.Module):
     blocks = r"encoder\.(?:encoder\.layer|encoder\.albert_layer_groups|transformer\.layer|layers|h)\.\d+"
     """A block's name, which its parameters' names begin with (trainer.learn.depth)."""
 
-    def __init__(self, encoder: nn.Module, *, outputs: int, pooling: str, width: int, dropout: float, pad: int, has_parts: bool) -> None:
-        """`width`: of a token in the encoder. `pad`: the token that stands behind a text; attention does not see it. `has_parts`: it is
-        told which of a pair of texts a token is of."""
+    def __init__(
+        self, encoder: nn.Module, *, outputs: int, pooling: str, width: int, dropout: float, pad: int, known: int, has_parts: bool
+    ) -> None:
+        """`width`: of a token in the encoder. `pad`: the token that stands behind a text; attention does not see it. `known`: the tokens that
+        it has embeddings of; special ones that a tokenizer has beyond them are read as `pad`. `has_parts`: it is told which of a pair of
+        texts a token is of."""
         super().__init__()
         self.encoder = encoder
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, outputs)
-        self._pooling, self._pad, self._has_parts = pooling, pad, has_parts
+        self._pooling, self._pad, self._known, self._has_parts = pooling, pad, known, has_parts
 
     def forward(self, tokens: Tensor) -> Tensor:
         is_text = tokens >= 0  # (n, T)
-        inputs = {"input_ids": torch.where(is_text, tokens & (MOST_TOKENS_KNOWN - 1), self._pad), "attention_mask": is_text.long()}
+        ids = tokens & (MOST_TOKENS_KNOWN - 1)  # what is behind a text is then the largest, and no token
+        inputs = {"input_ids": torch.where(ids < self._known, ids, self._pad), "attention_mask": is_text.long()}
         if self._has_parts:
             inputs["token_type_ids"] = torch.where(is_text, tokens >> PART_BIT, 0)
         hidden = self.encoder(**inputs).last_hidden_state  # (n, T, width)
@@ -118,6 +122,7 @@ def _architecture(config: ModelConfig, description: Mapping[str, Any], *, output
                 width=int(own.hidden_size),
                 dropout=next((float(rate) for name in _DROPOUTS if (rate := getattr(own, name, None)) is not None), 0.0),
                 pad=_padding(own),
+                known=int(own.vocab_size),
                 has_parts=int(getattr(own, "type_vocab_size", 0) or 0) > 1 and hasattr(encoder.embeddings, "token_type_embeddings"),
             )
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError) as error:

@@ -7,6 +7,7 @@ all: config.json the architecture, model.safetensors (or the files of its index)
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,9 +308,10 @@ def problem_of_field(config: RunConfig, manifest: Manifest) -> str | None:
         )
     tokenizer = Path(config.data.tokenizer)
     try:
-        sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+        content = tokenizer.read_bytes()
     except OSError as error:
         return f"data.tokenizer={tokenizer} cannot be read ({error.strerror})"
+    sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != manifest.texts.tokenizer_sha256:
         return (
             f"data.path={config.data.path} was made into tokens by another tokenizer ({manifest.texts.tokenizer_sha256[:12]}) than that of "
@@ -317,10 +319,10 @@ def problem_of_field(config: RunConfig, manifest: Manifest) -> str | None:
         )
     description = description_of(model_place(config.model.name))
     most, rows = most_positions(description), description.get("vocab_size")
-    if isinstance(rows, int) and manifest.texts.vocabulary > rows:
+    if isinstance(rows, int) and manifest.texts.vocabulary > rows and (lacking := _words_beyond(content, rows)):
         return (
-            f"data.tokenizer={tokenizer} knows {manifest.texts.vocabulary} tokens, and {config.model.name} has embeddings of {rows}; give "
-            "the model those that it lacks, with transformers: model.resize_token_embeddings(len(tokenizer)), and save it"
+            f"data.tokenizer={tokenizer} knows {lacking} tokens that {config.model.name} has no embeddings of; name the model's own, or "
+            "give it those that it lacks, with transformers: model.resize_token_embeddings(len(tokenizer))"
         )
     if most is not None and manifest.texts.longest > most:
         return (
@@ -328,3 +330,13 @@ def problem_of_field(config: RunConfig, manifest: Manifest) -> str | None:
             f"convert the source again with --data.max-tokens {most}"
         )
     return None
+
+
+def _words_beyond(tokenizer: bytes, rows: int) -> int:
+    """How many tokens from `rows` on a tokenizer's file has, but for special ones, which texts hold only if they name them: that of Gemma 3
+    knows one for images, which models of texts alone have no embedding of."""
+    found = json.loads(tokenizer)
+    words = found["model"]["vocab"]
+    numbers = words.values() if isinstance(words, dict) else range(len(words))
+    special = {each["id"] for each in found.get("added_tokens") or ()}
+    return sum(number >= rows and number not in special for number in numbers)
