@@ -49,9 +49,9 @@ class TextModel(nn.Module):
     def __init__(
         self, encoder: nn.Module, *, outputs: int, pooling: str, width: int, dropout: float, pad: int, known: int, has_parts: bool
     ) -> None:
-        """`width`: of a token in the encoder. `pad`: the token that stands behind a text; attention does not see it. `known`: the tokens that
-        it has embeddings of; special ones that a tokenizer has beyond them are read as `pad`. `has_parts`: it is told which of a pair of
-        texts a token is of."""
+        """`width`: of a token in the encoder. `pad`: the token that stands behind a text; attention does not see it. `known`: how many
+        tokens it has embeddings of; special ones that a tokenizer has beyond them are read as `pad`. `has_parts`: it is told which of a
+        pair of texts a token is of."""
         super().__init__()
         self.encoder = encoder
         self.dropout = nn.Dropout(dropout)
