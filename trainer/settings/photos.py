@@ -134,7 +134,7 @@ def _by_data(images: int, side: int, given: Set[str], config: RunConfig, workers
     epochs = config.train.epochs if "train.epochs" in given else row.epochs
     every = max(1, -(-epochs // MOST_EVALUATIONS))
     lr = float(f"{RATES_AT_32[name] * batch / 32:.3g}")
-    wanted = dict(zip(CHOSEN, (batch, row.epochs, lr, WARMUP_FRACTION, min(MOST_PAD, side // 8)), strict=False))
+    wanted: dict[str, Any] = dict(zip(CHOSEN, (batch, row.epochs, lr, WARMUP_FRACTION, min(MOST_PAD, side // 8)), strict=False))
     if every > 1:  # an epoch is too short for an evaluation and a checkpoint of its own
         wanted |= {"train.eval_every_epochs": every, "train.checkpoint_every": every * -(-images // batch)}
     if "model.image_size" not in given and is_enlarged(side, config):
