@@ -82,6 +82,27 @@ def test_workers_and_kills_change_no_bit_and_repeat_no_text(place: Path, alone: 
     assert again.summary()["restarts"] == 1
 
 
+@pytest.mark.long
+def test_ten_kills_on_one_two_and_three_workers_change_no_bit_and_repeat_no_text(place: Path) -> None:
+    epochs = 10
+    more = ("--train.epochs", str(epochs), "--data.sort-steps", "8")
+    undisturbed = finished(started(place, "undisturbed", 2, more))
+    for life in range(5):
+        workers = 1 + life % 3
+        run = started(place, "killed", workers, more)
+        attempt = run.wait_for("first_step")["attempt"]
+        run.wait_for("checkpoint_committed")
+        run.kill_worker(life % workers)
+        run.wait_for("first_step", attempt=attempt + 1)
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+    again = finished(started(place, "killed", 3, more))
+    assert again.summary()["weights_sha256"] == undisturbed.summary()["weights_sha256"]
+    wanted = Counter({(epoch, sample): 1 for epoch in range(epochs) for sample in range(TEXTS)})
+    assert seen(undisturbed) == seen(again) == wanted
+    assert again.summary()["restarts"] == 5
+
+
 def test_what_cannot_be_used_is_counted_and_what_came_out_is_told(alone: Run) -> None:
     summary = alone.summary()
     assert (summary["quarantined"], summary["test_count"], summary["task"]["unit"]) == (3, TEST_TEXTS + 1, "texts")
