@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from cluster.storage import open_storage
+from dataio.batch import Batch
 from dataio.codecs.text.tokens import PAD
 from dataio.manifest import TextInfo
 from dataio.schema import single_label
@@ -152,6 +154,36 @@ def test_a_resumed_run_ends_in_the_bits_of_one_that_was_not_interrupted(folder: 
     assert all(key.startswith("head.") or "lora_" in key for key in trained)
 
 
+@pytest.mark.parametrize("reduction", ["tree", "ddp"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_in_virtual_ranks_and_micro_batches_train_adapters_and_head(folder: Path, precision: str, reduction: str) -> None:
+    changes = {"train.precision": precision, "train.reduction": reduction, "train.virtual_ranks": 2, "train.accumulate": 3}
+    ends = []
+    for _ in range(2):
+        learner = learner_of(folder, **changes, **{"optim.clip_norm": 1.0, "model.lora_dropout": 0.1})
+        before = {name: tensor.clone() for name, tensor in learner.model.named_parameters()}
+        learner.set_trainable(0)
+        learner.set_learning_rate(0, 20)
+        stepper = learner.stepper()
+        for step in range(3):
+            both = [
+                Batch(
+                    samples=tokens_of(2 * step + virtual_rank),
+                    targets={"label": torch.arange(6) % 2},
+                    ids=np.arange(6) + 6 * virtual_rank,
+                    epoch=0,
+                    step=step,
+                    virtual_rank=virtual_rank,
+                )
+                for virtual_rank in range(2)
+            ]
+            assert stepper.step(both, global_count=12, step=step).isfinite()
+        still = {name for name, tensor in learner.model.named_parameters() if torch.equal(tensor, before[name])}
+        assert still == resting(learner.model)
+        ends.append(weights_sha256(learner.model))
+    assert ends[0] == ends[1]
+
+
 def test_in_lp_ft_the_adapters_begin_after_the_head(folder: Path) -> None:
     learner = learner_of(folder, **{"model.freeze": "lp-ft", "train.epochs": 4})
     for epoch, adapts in ((0, False), (1, True)):
@@ -272,7 +304,7 @@ def test_without_the_extra_it_says_what_to_install(folder: Path, monkeypatch: py
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None if name == "peft" else found(name, package))
     config = config_of(folder)
-    with pytest.raises(ValueError, match=r'model\.lora_rank=4 needs the package peft: pip install "peft>=0.18" \(extra `lora`\)'):
+    with pytest.raises(ValueError, match=r'model\.lora_rank=4 needs the package peft: pip install "peft>=0.21" \(extra `lora`\)'):
         TASK.build(config.model, shape=(24,), seed=0)
 
 

@@ -258,7 +258,7 @@ def name_in_identity(name: str) -> str:
 def lacking_libraries(what: str, *, lora_rank: int = 0) -> Iterator[str]:
     """That `what`, a model of texts, lacks its libraries, if it does."""
     if lora_rank and importlib.util.find_spec("peft") is None:
-        yield f'model.lora_rank={lora_rank} needs the package peft: pip install "peft>=0.18" (extra `lora`)'
+        yield f'model.lora_rank={lora_rank} needs the package peft: pip install "peft>=0.21" (extra `lora`)'
     if missing := [name for name in ("transformers", "tokenizers") if importlib.util.find_spec(name) is None]:
         yield f"{what} needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}: {EXTRA}"
 
