@@ -414,7 +414,7 @@ def cifar_like(folder: Path, source: str, *, train: int, test: int) -> tuple[Pat
     sideways each time, to measure speed."""
     from benchmarks.parity import write_cifar_archive
     from dataio.config import DataConfig
-    from dataio.convert import is_converted, prepare
+    from dataio.prepared import is_converted, prepare
 
     archive = folder / "cifar-10-python.tar.gz"
     if is_converted(source):

@@ -21,8 +21,8 @@ from benchmarks.common import Kept, interleave, mean_interval, run_process, targ
 from benchmarks.learning.features import Feature
 from benchmarks.learning.tasks import Sizes, Task
 from dataio.balance import class_counts
-from dataio.convert import prepared
 from dataio.parquet import Dataset
+from dataio.prepared import prepared
 from trainer.learn.build import build_learner, class_counts_of, task_of
 from trainer.learn.step import train_steps
 from trainer.rank.evaluation import evaluate

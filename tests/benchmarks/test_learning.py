@@ -12,7 +12,7 @@ from benchmarks.learning.measure import cases_of, lines_of, measure, target_of, 
 from benchmarks.learning.tasks import NAMES, NOISE, SMALL, TASKS, Arrays, Sizes, longtail_counts, longtailed, noisy, write_idx
 from dataio.balance import class_counts, imbalance_of
 from dataio.config import DataConfig
-from dataio.convert import prepared
+from dataio.prepared import prepared
 from trainer.settings.cli import parse
 
 SIZES = Sizes(largest_class=100, train=500, test=50, flags=())

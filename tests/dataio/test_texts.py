@@ -18,12 +18,13 @@ from dataio.codecs.codec import Refusal
 from dataio.codecs.text.form import TextForm, text_form, tokenizer_bytes
 from dataio.codecs.text.tokens import PAD, PART_BIT, TextFacts, Tokenizer
 from dataio.config import DataConfig
-from dataio.convert import main, open_prepared, prepare
+from dataio.convert import main
 from dataio.length_order import LengthOrder
 from dataio.loader import Loader
 from dataio.manifest import Manifest
 from dataio.order import Order
 from dataio.parquet import Dataset, open_dataset
+from dataio.prepared import open_prepared, prepare
 from dataio.quarantine import TooManyBadSamples
 from dataio.reading import described
 from dataio.scan import look_at

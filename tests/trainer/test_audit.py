@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataio.config import DataConfig
-from dataio.convert import prepared
 from dataio.parquet import open_dataset
+from dataio.prepared import prepared
 from dataio.schema import single_label
 from tests.trainer.planted import SAMPLE, Plant, changed, groups_of, real
 from trainer.audit import copies, folds

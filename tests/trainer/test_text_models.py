@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dataio.codecs.text.tokens import PAD, stored_tokens
 from dataio.config import DataConfig
-from dataio.convert import open_prepared
+from dataio.prepared import open_prepared
 from dataio.schema import Target, single_label
 from tests.texts import WORDS, make_decoder, make_model, make_tokenizer, rows, tiny_description, write_csv
 from trainer.drive.identity import automatic_name, run_prefix
