@@ -182,7 +182,7 @@ def description_of(place: Path) -> dict[str, Any]:
             f"{file} describes a model of the type {kind!r:.60}; models of the types {', '.join(TYPES)} can be fine-tuned. Code that "
             "a model brings along is never run"
         )
-    if "quantization_config" in found:
+    if found.get("quantization_config"):
         raise ValueError(f"{file} describes a model whose weights are quantised; name the folder of the model that it was made from")
     return found
 
