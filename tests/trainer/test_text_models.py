@@ -414,10 +414,10 @@ def test_data_given_as_dir_take_the_recipe_of_their_kind(tmp_path: Path) -> None
 
 
 def test_commands_that_know_images_alone_say_so() -> None:
-    from trainer.search.__main__ import Arguments
+    from trainer.compress.plan import Arguments
 
-    with pytest.raises(ValueError, match=r"finetune search does not work for texts yet, and model\.name=hf//models/bert takes texts"):
-        parse_line(["--model.name", "hf//models/bert"], Arguments, prog="finetune search")
+    with pytest.raises(ValueError, match=r"finetune compress does not work for texts yet, and model\.name=hf//models/bert takes texts"):
+        parse_line(["--model.name", "hf//models/bert"], Arguments, prog="finetune compress")
 
 
 # --- tasks ----------------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dataio.codecs.codec import Refusal
@@ -91,11 +92,16 @@ class TextPredictor:
                 yield TextAnswer(key=text.key, text=found.text, answer=next(answers), was_cut=found.was_cut)
 
     def _answers(self, good: Sequence[TextFacts], *, top: int) -> Sequence[Mapping[str, Any]]:
-        rows = np.full((len(good), padded(max(each.length for each in good))), PAD, np.int32)
-        for row, each in zip(rows, good, strict=True):
-            row[: each.length] = np.frombuffer(each.stored, "<i4")
-        outputs = self._model(self._preprocess(torch.from_numpy(rows).to(self._device)))
+        outputs = self._model(self._preprocess(torch.from_numpy(padded_rows(good)).to(self._device)))
         return calibrated_answers(self.task, outputs, self._temperatures, top=top)
+
+
+def padded_rows(texts: Sequence[TextFacts]) -> npt.NDArray[np.int32]:
+    """(n, T): the tokens of each text, padded to what the longest of them needs."""
+    rows = np.full((len(texts), padded(max((each.length for each in texts), default=1))), PAD, np.int32)
+    for row, each in zip(rows, texts, strict=True):
+        row[: each.length] = np.frombuffer(each.stored, "<i4")
+    return rows
 
 
 def texts_of(given: Sequence[str], *, text_column: str) -> Iterator[_Text]:

@@ -121,7 +121,7 @@ def text_problems(config: RunConfig) -> Iterator[str]:
     """What the settings say of images in a run on texts, or of texts in one on images."""
     values, known = settings(config), declared(RunConfig)
     texts = is_text(config.model)
-    for key in (*IMAGES_ONLY, *OF_IMAGES_IF_AUTO) if texts else TEXTS_ONLY:
+    for key in (each for each in known if is_of_other_samples(each, config.model)):
         if (values[key] == OF_IMAGES_IF_AUTO[key][1]) if key in OF_IMAGES_IF_AUTO else (values[key] != known[key].default):
             what = "is of images, or does not work for texts yet, and model.name" if texts else "is of texts, and model.name"
             takes = "takes texts" if texts else "takes images; a model of texts is hf/FOLDER"
@@ -139,6 +139,23 @@ def adapter_problems(config: RunConfig) -> Iterator[str]:
     for key in ADAPTERS[1:]:
         if config.model.lora_rank == 0 and values[key] != known[key].default:
             yield f"{key}={values[key]:g} is of LoRA, and model.lora_rank=0 has none; use --model.lora-rank 8, or leave it out"
+
+
+def begins_as_published(config: RunConfig) -> bool:
+    """Whether `model.weights` is the file that comes with the model of texts, and no run has exported it."""
+    if not is_text(config.model):
+        return False
+    try:
+        place = model_place(config.model.name)
+        described = json_of(read_regular(place / CONFIG_FILE, MAX_SETTINGS_BYTES))
+    except (OSError, ValueError):
+        return False
+    return Path(config.model.weights) in (place / WEIGHTS_FILE, place / INDEX_FILE) and "texts" not in described
+
+
+def is_of_other_samples(key: str, model: ModelConfig) -> bool:
+    """Whether the setting says something of images, and the model takes texts, or of texts, and it takes images."""
+    return key in ((*IMAGES_ONLY, *OF_IMAGES_IF_AUTO) if is_text(model) else TEXTS_ONLY)
 
 
 def refuse_texts(model: ModelConfig, command: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from trainer.report.files import RunFiles
-from trainer.report.page import Html, image, short, tag
+from trainer.report.page import Html, image, quoted, short, tag
 from trainer.report.thumbnails import Cell
 from trainer.settings.units import percent
 from trainer.tasks.predictions import Predictions
@@ -40,8 +40,7 @@ def labelled_picture(
 def picture(source: str, lines: Sequence[Html], *, alt: str, title: str, kind: str, why: str | None = None, is_text: bool = False) -> Html:
     """`why`: the image with the map of where the answer comes from, which is shown beside it. `is_text`: `source` is the sample itself."""
     if is_text:
-        read = tag("blockquote", source, style="margin:0;overflow-wrap:anywhere;white-space:pre-line;font-size:.85rem")
-        return tag("figure", read, tag("figcaption", *lines), class_=kind, title=title)
+        return tag("figure", quoted(source), tag("figcaption", *lines), class_=kind, title=title)
     pixels = "pixels" if source.startswith("data:image/png") else ""
     shown = image(src=source, alt=alt, class_=pixels)
     if why is not None:
