@@ -27,7 +27,7 @@ from trainer.audit.copies import Pair, find_copies, grouped, mirror, neighbours
 from trainer.audit.findings import ACTIONS, Change, Copies, Doubt, Findings, Oddity, Sample, changes_of, to_csv, with_labels
 from trainer.audit.folds import cost, folds_of, prepare, remaining_seconds
 from trainer.audit.gather import THUMB_SIDE, area_weights, blur_weights, decoded_size, gather, halved_images
-from trainer.audit.labels import Answers, agreed, joined, judge
+from trainer.audit.labels import Answers, agreed, doubts_of, joined, judge
 from trainer.audit.looks import Overlap, odd_images, overlaps, robust_scores
 from trainer.audit.page import render
 from trainer.audit.shown import PAGE_BYTES, chosen
@@ -298,16 +298,22 @@ def test_planted_wrong_labels_are_ranked_first(seed: int, noise: float) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6))
-def test_the_ranking_is_a_permutation_of_all_with_the_doubted_in_front(seed: int, classes: int) -> None:
+def test_the_ranking_is_a_permutation_of_all_with_other_answers_in_front(seed: int, classes: int) -> None:
     found, _ = simulated(200, classes, noise=0.2, seed=seed)
     judged = judge(found, classes)
     assert sorted(judged.order.tolist()) == list(range(200))
-    count = len(judged.doubted)
-    assert judged.is_doubted[judged.order[:count]].all()
-    assert not judged.is_doubted[judged.order[count:]].any()
-    for part in (judged.order[:count], judged.order[count:]):
-        assert np.all(np.diff(judged.margins[part]) <= 0)
-    assert (found.answers != found.given)[judged.doubted].all()
+    differs = found.answers != found.given
+    count = int(differs.sum())
+    assert differs[judged.order[:count]].all()
+    assert np.all(np.diff(doubts_of(found.of_answer, found.of_given)[judged.order[:count]]) <= 0)
+    assert np.all(np.diff(found.of_given[judged.order[count:]]) >= 0)
+    assert differs[judged.doubted].all()
+    assert judged.doubted.tolist() == [place for place in judged.order.tolist() if judged.is_doubted[place]]
+
+
+def test_a_label_is_the_more_doubtful_the_surer_the_answer_and_the_less_probable_the_label() -> None:
+    of_answer, of_given = np.array([0.9, 0.9, 0.6, 0.6, 0.9]), np.array([0.001, 0.05, 0.001, 0.05, 0.0])
+    assert np.argsort(-doubts_of(of_answer, of_given)).tolist() == [4, 0, 2, 1, 3]
 
 
 def test_a_class_of_which_models_are_seldom_sure_has_a_lower_threshold() -> None:
