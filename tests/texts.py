@@ -57,15 +57,15 @@ def tiny_description(kind: str, **changes: Any) -> dict[str, Any]:
     return {**sizes, **changes}
 
 
-def make_model(folder: Path, **changes: Any) -> Path:
-    """Write a tiny BERT with random weights, as its library saves one, and its tokenizer into `folder`."""
-    make_tokenizer(folder)
+def make_model(folder: Path, words: Sequence[str] = WORDS, **changes: Any) -> Path:
+    """Write a tiny BERT with random weights, as its library saves one, and a tokenizer that knows `words` into `folder`."""
+    make_tokenizer(folder, words)
     transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.BertModel(transformers.BertConfig(**{"vocab_size": 4 + len(WORDS), **TINY, **changes}))
+        model = transformers.BertModel(transformers.BertConfig(**{"vocab_size": 4 + len(words), **TINY, **changes}))
     model.save_pretrained(folder)
     return folder
 
