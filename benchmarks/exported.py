@@ -25,7 +25,8 @@ from benchmarks.common import add_arguments, described, finish, interleave, pars
 from trainer.export.model_folder import load_export
 from trainer.formats.__main__ import INT8
 from trainer.formats.__main__ import main as export
-from trainer.formats.onnx_graph import ONNX_FILE, session_of
+from trainer.formats.made import ONNX_FILE
+from trainer.formats.onnx_graph import session_of
 from trainer.runs.model_files import find_model
 
 BATCHES = (1, 32)

@@ -151,6 +151,8 @@ def _check_files(manifest: Mapping[str, Any]) -> None:
 
 
 def _check_input(takes: Mapping[str, Any]) -> None:
+    if "tokenizer" in takes:
+        raise _Unservable("it takes texts, and only images are served yet; ask it by a program of yours, as README.md in the export shows")
     height, width = takes["decoded_to"]
     if not all(isinstance(side, int) and side > 0 for side in (height, width)):
         raise ValueError("decoded_to is no size")

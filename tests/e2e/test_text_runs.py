@@ -150,7 +150,6 @@ def test_training_goes_on_from_an_exported_model(place: Path, alone: Run) -> Non
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("trainer.formats", []),
         ("trainer.prune", []),
         ("trainer.predict", ["texts.csv", "--out", "answers"]),
         ("trainer.predict", ["texts.csv", "--explain", "answers"]),
