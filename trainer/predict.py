@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -71,7 +72,7 @@ class Arguments:
     """Probabilities as the network gives them, not calibrated by the temperature that the run fitted. The answers are the same."""
     explain: str = ""
     """Folder, which is made if it is not there, for a picture of each image beside a map of where in it the answer comes from (Grad-CAM; of
-    tokens, LayerCAM)."""
+    tokens, LayerCAM); of texts, for a page on which the words are marked that the answers come from."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
     """How to handle images whose size differs from the one the model was trained on. `run` uses the run's own `data.fit`."""
     storage: str = RunConfig().storage
@@ -126,23 +127,29 @@ def main(argv: Sequence[str]) -> int:
 
 def _of_texts(folder: RunFolder, arguments: Arguments) -> int:
     """Answer texts: 0; 1 if some could not be answered. ValueError for what does not work for them."""
-    for flag, value in (("--explain", arguments.explain), ("--fit", "" if arguments.fit == "run" else arguments.fit)):
-        if value:
-            raise ValueError(f"{flag} {value} is of images, and {arguments.run} is a model of texts; leave it out")
+    if arguments.fit != "run":
+        raise ValueError(f"--fit {arguments.fit} is of images, and {arguments.run} is a model of texts; leave it out")
+    from trainer.inference.text_page import TextPage
     from trainer.inference.texts import TextPredictor
 
     device = None if arguments.device == "auto" else torch.device(arguments.device)
-    predictor = TextPredictor(folder, device=device, is_calibrated=not arguments.raw)
+    predictor = TextPredictor(folder, device=device, is_calibrated=not arguments.raw, explains=bool(arguments.explain))
     count = bad = cut = 0
-    for answer in predictor.predict(arguments.images, text_column=arguments.text_column, top=arguments.top):
-        count, bad, cut = count + 1, bad + bool(answer.error), cut + answer.was_cut
-        if arguments.json:
-            say_json(answer.to_json())
-        elif answer.error:
-            complain(f"{shown(answer.key, LONGEST_PATH)}: {shown(answer.error)}")
-        else:
-            said = shown(predictor.task.sentence(answer.answer), LONGEST_PATH)
-            say(f"{shown(answer.key, LONGEST_PATH)}: {said}  {shown(' '.join(answer.text.split()), MOST_OF_TEXT)}")
+    with ExitStack() as stack:
+        page = stack.enter_context(TextPage(Path(arguments.explain), title=arguments.run)) if arguments.explain else None
+        for answer in predictor.predict(arguments.images, text_column=arguments.text_column, top=arguments.top):
+            count, bad, cut = count + 1, bad + bool(answer.error), cut + answer.was_cut
+            said = "" if answer.error else shown(predictor.task.sentence(answer.answer), LONGEST_PATH)
+            if arguments.json:
+                say_json(answer.to_json())
+            elif answer.error:
+                complain(f"{shown(answer.key, LONGEST_PATH)}: {shown(answer.error)}")
+            else:
+                say(f"{shown(answer.key, LONGEST_PATH)}: {said}  {shown(' '.join(answer.text.split()), MOST_OF_TEXT)}")
+            if page is not None and not answer.error:
+                page.add(answer, said)
+    if page is not None:
+        complain(f"where the answers come from: {shown(page.path, LONGEST_PATH)}")
     if cut:
         complain(f"{cut} of {count} texts have more tokens than the model was trained with: their beginning was answered")
     if bad:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataio.codecs.codec import Refusal
 from dataio.codecs.text.tokens import PAD, TextFacts, Tokenizer
@@ -20,7 +21,10 @@ from dataio.formats import JUNK
 from dataio.sources.texts import is_row_file, is_text_file, read_texts
 from dataio.texts import padded
 from trainer.export.model_folder import load_export
+from trainer.rank.explain_texts import marks_of_texts
 from trainer.runs.folder import RunFolder
+from trainer.tasks.explained import answer_score
+from trainer.tasks.highlights import STRONGEST, Mark
 from trainer.tasks.score_log import calibrated_answers
 
 BATCH = 64
@@ -38,10 +42,17 @@ class TextAnswer:
     error: str = ""
     was_cut: bool = False
     """The text has more tokens than the model was trained with, and its beginning was answered."""
+    marks: Sequence[Mark] | None = None
+    """The characters that the answer comes from; None if that was not asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """A line of `--json`."""
         found: dict[str, Any] = {"key": self.key, **({"error": self.error} if self.error else {"text": self.text, **self.answer})}
+        if self.marks is not None:
+            found["explanation"] = [
+                {"start": mark.start, "end": mark.end, "text": self.text[mark.start : mark.end], "strength": mark.strength / STRONGEST}
+                for mark in self.marks
+            ]
         return {**found, "cut": True} if self.was_cut else found
 
 
@@ -55,12 +66,16 @@ class _Text:
 class TextPredictor:
     """Holds the model of a model folder on its device and answers batches of texts."""
 
-    def __init__(self, folder: RunFolder, *, device: torch.device | None = None, is_calibrated: bool = True) -> None:
+    def __init__(
+        self, folder: RunFolder, *, device: torch.device | None = None, is_calibrated: bool = True, explains: bool = False
+    ) -> None:
+        """`explains`: answers have `marks`."""
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         exported = load_export(folder, self._device, may_be_of_texts=True)
         assert exported.texts is not None, f"{folder.location} is a model of images"
         self.task = exported.task
         self._model, self._preprocess = exported.model, exported.preprocess
+        self._explains = explains
         self._temperatures = exported.temperatures if is_calibrated else {}
         texts = exported.texts
         self._tokenizer = Tokenizer(texts.tokenizer, max_tokens=texts.max_tokens, too_long=texts.too_long, where=folder.location)
@@ -83,19 +98,27 @@ class TextPredictor:
             for text, found in zip(texts, self._tokenizer.facts([text.data for text in texts]), strict=True)
         ]
         good = [found for found in facts if isinstance(found, TextFacts)]
-        answers = iter(self._answers(good, top=top) if good else ())
+        rows = self._rows(good)  # (n, T) int32
+        answers = iter(self._answers(rows, top=top) if good else ())
+        marks = iter(self._marks(good, rows) if good and self._explains else [None] * len(good))
         for text, found in zip(texts, facts, strict=True):
             if isinstance(found, Refusal):
                 yield TextAnswer(key=text.key, error=found.reason)
             else:
-                yield TextAnswer(key=text.key, text=found.text, answer=next(answers), was_cut=found.was_cut)
+                yield TextAnswer(key=text.key, text=found.text, answer=next(answers), was_cut=found.was_cut, marks=next(marks))
 
-    def _answers(self, good: Sequence[TextFacts], *, top: int) -> Sequence[Mapping[str, Any]]:
-        rows = np.full((len(good), padded(max(each.length for each in good))), PAD, np.int32)
+    def _rows(self, good: Sequence[TextFacts]) -> Tensor:
+        rows = np.full((len(good), padded(max((each.length for each in good), default=1))), PAD, np.int32)
         for row, each in zip(rows, good, strict=True):
             row[: each.length] = np.frombuffer(each.stored, "<i4")
-        outputs = self._model(self._preprocess(torch.from_numpy(rows).to(self._device)))
-        return calibrated_answers(self.task, outputs, self._temperatures, top=top)
+        return torch.from_numpy(rows).to(self._device)
+
+    def _answers(self, rows: Tensor, *, top: int) -> Sequence[Mapping[str, Any]]:
+        return calibrated_answers(self.task, self._model(self._preprocess(rows)), self._temperatures, top=top)
+
+    def _marks(self, good: Sequence[TextFacts], rows: Tensor) -> Sequence[Sequence[Mark]]:
+        texts = [each.text for each in good]
+        return marks_of_texts(self._model, self._preprocess, self._tokenizer, texts, rows, lambda outputs: answer_score(self.task, outputs))
 
 
 def texts_of(given: Sequence[str], *, text_column: str) -> Iterator[_Text]:

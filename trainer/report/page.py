@@ -67,6 +67,12 @@ def section(title: str, *parts: Html) -> Html:
 
 def page(title: str, *parts: Html) -> str:
     """The whole file as HTML."""
+    begin, end = frame(title)
+    return f"{begin}{join(parts)}{end}"
+
+
+def frame(title: str) -> tuple[str, str]:
+    """What stands before and behind the parts of a page."""
     head = join(
         [
             Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
@@ -77,7 +83,7 @@ def page(title: str, *parts: Html) -> str:
             Html(f"<style>{STYLE}</style>"),
         ]
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{join(parts)}</main></body></html>\n'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>', "</main></body></html>\n"
 
 
 def shade(share: float, *, is_right: bool) -> str:
