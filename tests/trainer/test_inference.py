@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def asked_for(run: Path, out: object, *inputs: object, shard_images: int = 40, c
     return Asked(
         out=str(out),
         inputs=tuple(map(str, inputs)),
-        image_column=column,
+        column=column,
         job=replace(job, **changes),
         shard_images=shard_images,
         workers=1,
@@ -287,7 +287,7 @@ def test_the_answers_are_those_of_predict_each_image_once(exported_run: Path, im
         assert (row["label"], row["label_probability"]) == (answer["predictions"][0]["class"], row["label_ranking"][0]["probability"])
     assert (ended.counts.images, ended.counts.bad, sum(ended.counts.answers.values())) == (COUNT, 1, COUNT - 1)
     assert set(ended.counts.answers) <= set(CLASSES)
-    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["counts"] == asdict(ended.counts)
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["counts"] == ended.counts.to_json()
 
 
 def test_rows_are_answered_as_files_are(exported_run: Path, images: Path, rows: Path, tmp_path: Path, here: list[int]) -> None:

@@ -4,7 +4,6 @@ files.
 Texts become tokens by the model's own tokenizer, and are cut or refused by the rule of its training. `trainer.predict` calls it.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,10 @@ from torch import Tensor
 from dataio.codecs.codec import Refusal
 from dataio.codecs.text.tokens import PAD, TextFacts, Tokenizer
 from dataio.foreign import MAX_TEXT_FILE_BYTES, read_regular
-from dataio.formats import JUNK
-from dataio.sources.texts import is_row_file, is_text_file, read_texts
+from dataio.sources.texts import is_row_file, read_texts
 from dataio.texts import padded
 from trainer.export.model_folder import load_export
+from trainer.inference.text_inputs import text_files_below
 from trainer.rank.explain_texts import marks_of_texts
 from trainer.runs.folder import RunFolder
 from trainer.tasks.explained import answer_score
@@ -63,8 +62,24 @@ class _Text:
     error: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenised:
+    """Texts as tokens; the row of a bad one holds a token without meaning."""
+
+    rows: Tensor
+    """(n, T) int32 on the host."""
+    bad: tuple[tuple[int, str], ...]
+    """(index, reason), ordered by index."""
+    cut: tuple[bool, ...]
+    """Which have more tokens than the model was trained with."""
+
+
 class TextPredictor:
-    """Holds the model of a model folder on its device and answers batches of texts."""
+    """Holds the model of a model folder on its device and answers batches of texts: `predict` and `answer` for a command, `decode` and
+    `ask`, as trainer.inference.predictor has them for images, for a job."""
+
+    knows_novelty = False
+    transparent = 0
 
     def __init__(
         self, folder: RunFolder, *, device: torch.device | None = None, is_calibrated: bool = True, explains: bool = False
@@ -90,6 +105,27 @@ class TextPredictor:
                 batch = []
         yield from self.answer(batch, top=top)
 
+    def decode(self, encoded: Sequence[bytes]) -> Tokenised:
+        """Not thread-safe, but another thread may call `ask` meanwhile."""
+        facts = self._tokenizer.facts(list(encoded))
+        good = [found for found in facts if isinstance(found, TextFacts)]
+        rows = torch.zeros(len(facts), _length_of(good), dtype=torch.int32)
+        rows[:, 1:] = PAD
+        rows[[index for index, found in enumerate(facts) if isinstance(found, TextFacts)]] = _rows(good)
+        return Tokenised(
+            rows=rows,
+            bad=tuple((index, found.reason) for index, found in enumerate(facts) if isinstance(found, Refusal)),
+            cut=tuple(isinstance(found, TextFacts) and found.was_cut for found in facts),
+        )
+
+    @torch.inference_mode()
+    def ask(self, decoded: Tokenised, *, top: int) -> tuple[Sequence[Mapping[str, Any]], Sequence[bool | None]]:
+        """The answer for each text, and nothing of what is unlike the training. Those of a bad text mean nothing."""
+        return self._answers(decoded.rows.to(self._device), top=top), [None] * len(decoded.rows)
+
+    def explained(self, reason: str) -> str:
+        return reason
+
     @torch.inference_mode()
     def answer(self, texts: Sequence[_Text], *, top: int) -> Iterator[TextAnswer]:
         """One TextAnswer for each text, in order."""
@@ -98,7 +134,7 @@ class TextPredictor:
             for text, found in zip(texts, self._tokenizer.facts([text.data for text in texts]), strict=True)
         ]
         good = [found for found in facts if isinstance(found, TextFacts)]
-        rows = self._rows(good)  # (n, T) int32
+        rows = _rows(good).to(self._device)  # (n, T) int32
         answers = iter(self._answers(rows, top=top) if good else ())
         marks = iter(self._marks(good, rows) if good and self._explains else [None] * len(good))
         for text, found in zip(texts, facts, strict=True):
@@ -106,12 +142,6 @@ class TextPredictor:
                 yield TextAnswer(key=text.key, error=found.reason)
             else:
                 yield TextAnswer(key=text.key, text=found.text, answer=next(answers), was_cut=found.was_cut, marks=next(marks))
-
-    def _rows(self, good: Sequence[TextFacts]) -> Tensor:
-        rows = np.full((len(good), padded(max((each.length for each in good), default=1))), PAD, np.int32)
-        for row, each in zip(rows, good, strict=True):
-            row[: each.length] = np.frombuffer(each.stored, "<i4")
-        return torch.from_numpy(rows).to(self._device)
 
     def _answers(self, rows: Tensor, *, top: int) -> Sequence[Mapping[str, Any]]:
         return calibrated_answers(self.task, self._model(self._preprocess(rows)), self._temperatures, top=top)
@@ -121,6 +151,18 @@ class TextPredictor:
         return marks_of_texts(self._model, self._preprocess, self._tokenizer, texts, rows, lambda outputs: answer_score(self.task, outputs))
 
 
+def _rows(good: Sequence[TextFacts]) -> Tensor:
+    """(n, T) int32 of their tokens, padded."""
+    rows = np.full((len(good), _length_of(good)), PAD, np.int32)
+    for row, each in zip(rows, good, strict=True):
+        row[: each.length] = np.frombuffer(each.stored, "<i4")
+    return torch.from_numpy(rows)
+
+
+def _length_of(good: Sequence[TextFacts]) -> int:
+    return padded(max((each.length for each in good), default=1))
+
+
 def texts_of(given: Sequence[str], *, text_column: str) -> Iterator[_Text]:
     """The texts that the words of a command name. ValueError if there are none."""
     if not given:
@@ -128,7 +170,7 @@ def texts_of(given: Sequence[str], *, text_column: str) -> Iterator[_Text]:
     for word in given:
         path = Path(word)
         if path.is_dir():
-            files = sorted(_text_files_below(word))
+            files = sorted(text_files_below(word))
             if not files:
                 raise ValueError(f"{word} holds no text (.txt); name another folder, or the files themselves")
             yield from map(_of_file, files)
@@ -144,9 +186,3 @@ def _of_file(path: str) -> _Text:
         return _Text(key=path, data=read_regular(path, MAX_TEXT_FILE_BYTES))
     except OSError as error:
         return _Text(key=path, error=f"cannot be read: {error.strerror or error}")
-
-
-def _text_files_below(folder: str) -> Iterator[str]:
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name.lower() not in JUNK]
-        yield from (os.path.join(where, name) for name in names if not name.startswith(".") and is_text_file(Path(name)))
