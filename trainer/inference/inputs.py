@@ -169,12 +169,12 @@ def listed(given: Sequence[str], *, sort: Sort = IMAGES, column: str = "", most_
     for word in given:
         before = len(files) + len(many)
         if is_uri(word):
-            storage = open_storage(word)
-            place = places.setdefault(word, len(places))
             if (suffix := PurePosixPath(word.partition("?")[0]).suffix.lower()) in sort.tables:
                 raise ValueError(
                     f"{address(word)} is a table ({suffix}), which is read on this machine alone; copy it, or write it as Parquet"
                 )
+            storage = open_storage(word)
+            place = places.setdefault(word, len(places))
             for path in _remote_paths(storage, word, sort.suffixes):
                 name = _name_at(word, path)
                 if path.lower().endswith(PARQUET) or (not path and word.partition("?")[0].lower().endswith(PARQUET)):
