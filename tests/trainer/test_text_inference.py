@@ -113,7 +113,10 @@ def test_a_row_without_a_text_says_so_and_an_empty_key_becomes_the_rows_place(tm
         (["nothing"], "nothing does not exist"),
         (["empty"], r"empty holds no text \(.txt\) and no table"),
         (["mixed"], r"there are 1 .txt files and 1 tables \(.*b.csv\); name the ones or the others"),
-        (["s3://bucket/a.csv"], r"s3://bucket/a.csv is a table \(.csv\), read on this machine alone; copy it, or write it as Parquet"),
+        (
+            ["s3://bucket/a.csv"],
+            r"s3://bucket/a.csv is a table \(.csv\), which is read on this machine alone; copy it, or write it as Parquet",
+        ),
         (["other.csv"], "other.csv has no column text, sentence"),
         (["bad.jsonl"], "bad.jsonl, line 2 is not JSON"),
     ],

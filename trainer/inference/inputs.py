@@ -196,7 +196,7 @@ def listed(given: Sequence[str], *, sort: Sort = IMAGES, column: str = "", most_
                 single = [where]
             files += [(key_of(os.fsencode(path)), place, os.fsencode(os.path.abspath(path))) for path in single]
         if len(files) + len(many) == before:
-            raise ValueError(f"{address(word)} holds {_nothing(sort)}; name another folder or file")
+            raise ValueError(f"{address(word)} holds {_nothing(sort, is_uri(word))}; name another folder or file")
     if files and many:
         kinds = "Parquet files" if not sort.tables else "tables"
         raise ValueError(f"there are {len(files)} {sort.files} and {len(many)} {kinds} ({many[0][2]}); name the ones or the others")
@@ -207,9 +207,9 @@ def listed(given: Sequence[str], *, sort: Sort = IMAGES, column: str = "", most_
     return _rows(roots, many, column, sort, most_rows)
 
 
-def _nothing(sort: Sort) -> str:
+def _nothing(sort: Sort, is_remote: bool) -> str:
     endings = ", ".join(sorted(sort.suffixes)[:3]) + (", ..." if len(sort.suffixes) > 3 else "")
-    return f"no {sort.one} ({endings}) and no {'Parquet file' if not sort.tables else 'table'}"
+    return f"no {sort.one} ({endings}) and no {'table' if sort.tables and not is_remote else 'Parquet file'}"
 
 
 def _below(folder: str, suffixes: Set[str]) -> Iterator[str]:
