@@ -390,14 +390,14 @@ def test_a_list_that_another_command_wrote_meanwhile_is_the_one_that_counts(
 ) -> None:
     asked, out = asked_for(exported_run, tmp_path / "out", images), open_storage(tmp_path / "out")
 
-    def listed_by_another_first(inputs: Sequence[str], *, column: str) -> Listed:
+    def listed_by_another_first(inputs: Sequence[str], **options: Any) -> Listed:
         """Another command is a moment faster: it has answered half."""
         monkeypatch.undo()
         with monkeypatch.context() as alone:
             alone.setattr(job_module, "_answers", lambda job, shards, *_: map(answered_by(job), list(shards)[:2]))
             with pytest.raises(WorkersLost):
                 do(theirs)
-        return listed(inputs, column=column)
+        return listed(inputs, **options)
 
     def answered_by(job: Job) -> Callable[[int], Mapping[str, Any]]:
         return Worker(job).answer

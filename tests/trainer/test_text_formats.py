@@ -15,7 +15,6 @@ import torch
 
 from dataio.codecs.text.tokens import PAD, TextFacts, Tokenizer
 from dataio.schema import Target, single_label
-from deploy.serve.exports import open_export
 from tests.texts import WORDS, make_tokenizer
 from tests.trainer.small_text_run import TEST, train_on_texts
 from trainer.export.model_folder import Exported, TextExport, load_export
@@ -158,11 +157,6 @@ def test_what_is_of_images_is_refused(
         main([str(run), *arguments, "--out", str(tmp_path)])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
-
-
-def test_the_server_of_images_says_that_it_serves_no_texts(made: Path) -> None:
-    with pytest.raises(ValueError, match="it takes texts, and only images are served yet"):
-        open_export(str(made / "onnx"))
 
 
 def encoder(kind: str, place: Path, targets: tuple[Target, ...] = single_label(("neg", "pos"))) -> Exported:
