@@ -35,8 +35,8 @@ from PIL import Image
 
 from benchmarks.common import SAMPLE, add_arguments, best_source, described, finish, parser_of, run_process, spread, target
 from dataio.config import DataConfig
-from dataio.convert import is_converted, source_of
 from dataio.parquet import open_dataset
+from dataio.prepared import is_converted, source_of
 from trainer.audit.labels import Answers, joined, judge
 from trainer.tasks.predictions import Predictions
 

@@ -140,7 +140,7 @@ def head(features: Floats, labels: Labels, classes: int, decay: float) -> Any:
 def judged(errors: Mapping[int, Sequence[float]], tested: int) -> dict[str, Any]:
     """What the curve through all sizes but the largest says of that one, and whether its first run lies there."""
     *fitted_sizes, largest = sorted(errors)
-    outcome = fitted([Point(images=size, errors=tuple(errors[size])) for size in fitted_sizes], tested=tested)
+    outcome = fitted([Point(samples=size, errors=tuple(errors[size])) for size in fitted_sizes], tested=tested)
     assert largest == 2 * fitted_sizes[-1]
     if isinstance(outcome, CannotTell):
         return {"cannot_tell": outcome.reason}

@@ -54,7 +54,7 @@ def part_of(value: float) -> float:
     if not 0 < value <= _MOST or (value > 1 and value != int(value)):
         given = f"{value:g}" if isinstance(value, float) else value
         raise ValueError(
-            f"data.part={given} is neither a fraction (above 0, up to 1, which is everything) nor a whole number of training images "
+            f"data.part={given} is neither a fraction (above 0, up to 1, which is everything) nor a whole number of training samples "
             "(2 or more); use 0.1 for a tenth, or 600 for so many"
         )
     return value
@@ -90,7 +90,8 @@ class Choice:
         left = count - held
         if self.fold is not None and (not held or not left):
             raise ValueError(
-                f"data.fold={self.fold}: {_images(count)} cannot be cut into {self.fold.folds} folds, all with images; use at most {count}"
+                f"data.fold={self.fold}: {_samples(count)} cannot be cut into {self.fold.folds} folds, none of them empty; use at most "
+                f"{count}"
             )
         if self.part <= 1:
             return max(1, round(self.part * left)), held
@@ -98,10 +99,10 @@ class Choice:
         if wanted > left:
             without = f" that {self.fold.described} leaves of {count:,}" if self.fold is not None else ""
             raise ValueError(
-                f"data.part={wanted} is more than the {_images(left)}{without}; use at most {left}, or a fraction of them, such as 0.5"
+                f"data.part={wanted} is more than the {_samples(left)}{without}; use at most {left}, or a fraction of them, such as 0.5"
             )
         return wanted, held
 
 
-def _images(count: int) -> str:
-    return f"{count:,} training image{'' if count == 1 else 's'}"
+def _samples(count: int) -> str:
+    return f"{count:,} training sample{'' if count == 1 else 's'}"

@@ -52,6 +52,8 @@ class Selected:
     """Samples of the fold."""
     whole: int
     """Samples of the training split."""
+    unit: str
+    """What the samples are, in the plural."""
     by: str
     """What the groups are, in words."""
     hidden: int = 0
@@ -64,8 +66,8 @@ class Selected:
         """`trains on 600 of 6,000 images, stratified by class (data.part=0.1, data.choice_seed=0)`."""
         fold = self.choice.fold
         but = f", all but {fold.described}" if fold is not None and self.train + self.held == self.whole else ""
-        scored = f"; {fold.described}, {self.held:,} images, is the {FOLD_SPLIT} split" if fold is not None else ""
-        return f"trains on {self.train:,} of {self.whole:,} images{but}, stratified by {self.by}{scored} ({self.choice.settings})"
+        scored = f"; {fold.described}, {self.held:,} {self.unit}, is the {FOLD_SPLIT} split" if fold is not None else ""
+        return f"trains on {self.train:,} of {self.whole:,} {self.unit}{but}, stratified by {self.by}{scored} ({self.choice.settings})"
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -75,11 +77,11 @@ class Selected:
             more = f" and {len(self.vanished) - _SHOWN} more" if len(self.vanished) > _SHOWN else ""
             one = len(self.vanished) == 1
             told.append(
-                f"none of the chosen training images shows class{'' if one else 'es'} {named}{more}, so the model never answers "
+                f"none of the chosen training {self.unit} is of class{'' if one else 'es'} {named}{more}, so the model never answers "
                 f"{'it' if one else 'them'}; a larger data.part has some"
             )
         if self.hidden:
-            told.append(f"the data's own {FOLD_SPLIT} split of {self.hidden:,} images is not used: the fold is in its place")
+            told.append(f"the data's own {FOLD_SPLIT} split of {self.hidden:,} {self.unit} is not used: the fold is in its place")
         return tuple(told)
 
 
@@ -217,7 +219,8 @@ def selected(dataset: Dataset, config: DataConfig) -> Dataset:
             train=int(train.sum()),
             held=int(held.sum()),
             whole=whole.count,
-            by=_group_words(first),
+            unit=dataset.manifest.unit,
+            by=_group_words(first, dataset.manifest.unit),
             hidden=hidden,
             vanished=_vanished(first, _of_each_class(first, column), counts["train"]) if counts else (),
         ),
@@ -249,15 +252,18 @@ def selected_counts(
             train=train,
             held=held,
             whole=whole,
-            by=_group_words(first),
+            unit=manifest.unit,
+            by=_group_words(first, manifest.unit),
             hidden=stored[FOLD_SPLIT].count if choice.fold is not None and FOLD_SPLIT in stored else 0,
             vanished=_vanished(first, class_counts, by_class[0]) if by_class[0] else (),
         ),
     )
 
 
-def _group_words(target: Target) -> str:
-    return {"label": "class", "labels": "each image's rarest label", "number": f"tenths of {shown(target.name, 40)}"}[target.kind]
+def _group_words(target: Target, unit: str) -> str:
+    return {"label": "class", "labels": f"each {unit.removesuffix('s')}'s rarest label", "number": f"tenths of {shown(target.name, 40)}"}[
+        target.kind
+    ]
 
 
 def _of_each_class(target: Target, column: npt.NDArray[np.generic]) -> tuple[int, ...]:

@@ -34,9 +34,9 @@ def test_recipes_and_sample_images_are_installed_too(installed: Installed, tmp_p
     here = PROJECT / "dataio" / "samples" / "fashion_mnist"
     assert {path.name for path in samples.iterdir()} == {path.name for path in here.iterdir()}
     recipes = PROJECT / "trainer" / "recipes"
-    assert {path.name for path in (installed.folder / "trainer" / "recipes").glob("*.toml")} == {
-        path.name for path in recipes.glob("*.toml")
-    }
+    there = installed.folder / "trainer" / "recipes"
+    assert {path.relative_to(there) for path in there.rglob("*.toml")} == {path.relative_to(recipes) for path in recipes.rglob("*.toml")}
+    assert (there / "spaces" / "rates.toml").is_file(), "where a search looks"
 
 
 def test_every_module_is_installed_and_nothing_else(installed: Installed) -> None:

@@ -256,7 +256,7 @@ _COMMANDS = {
         Command(
             name="curve", takes="DIR [--SETTING VALUE ...]", about="say what more labels would bring", load=_curve, outlives_output=True
         ),
-        Command(name="audit", takes="DIR|RUN [--folds N]", about="find leaks, copies and wrong labels in the images", load=_audit),
+        Command(name="audit", takes="DIR|RUN [--folds N]", about="find leaks, copies and wrong labels in the data", load=_audit),
         Command(name="predict", takes="RUN IMAGE...", about="ask a finished run's model about images", load=_predict),
         Command(name="evaluate", takes="RUN", about="measure it again, or on other data", load=_evaluate),
         Command(name="watch", takes="[RUN]", about="follow a run", load=_watch),

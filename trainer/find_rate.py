@@ -52,18 +52,21 @@ from trainer.settings.photos import choice_of
 from trainer.settings.programs import program
 from trainer.settings.rules import worker_count
 from trainer.settings.say import Terminal, complain, say, say_json
-from trainer.settings.texts import refuse_texts
+from trainer.settings.texts import is_text, with_text_model
 from trainer.settings.tree import RunConfig
 
 PAGE = "find-rate.html"
+RATES, RATES_OF_TEXTS = (1e-5, 1.0), (1e-6, 0.1)
+"""The first and the last rate where no flag says them. Pretrained encoders forget at rates that convolutional networks begin with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
     """This command's own flags."""
 
-    first: float = 1e-5
-    last: float = 1.0
+    first: float | None = None
+    """None: RATES, or RATES_OF_TEXTS."""
+    last: float | None = None
     steps: int = 100
     out: str = PAGE
     json: bool = False
@@ -74,8 +77,8 @@ USAGE = """usage: {program} [DIR] [--SETTING VALUE ...] [--first RATE] [--last R
 Find a learning rate: train for N steps with a rate that grows from --first to --last, and take a {below:g}th of the rate at which the
 smoothed loss is lowest. DIR and the settings are those of the run that is to be started ({run} --help).
 
-  --first RATE   the first learning rate ({first:g})
-  --last RATE    the last one ({last:g}); the test ends before it where the loss diverges
+  --first RATE   the first learning rate ({first:g}; for texts {first_of_texts:g})
+  --last RATE    the last one ({last:g}; for texts {last_of_texts:g}); the test ends before it where the loss diverges
   --steps N      steps ({steps}); more smooth the picture
   --out FILE     the drawing ({out})
   --json         print one JSON object instead of text
@@ -91,8 +94,8 @@ def main(argv: Sequence[str]) -> int:
         default = Asked()
         say(
             USAGE.format(
-                program=program("find-rate"), run=program("run"), below=BELOW_LOWEST, first=default.first, last=default.last,
-                steps=default.steps, out=default.out,
+                program=program("find-rate"), run=program("run"), below=BELOW_LOWEST, first=RATES[0], last=RATES[1],
+                first_of_texts=RATES_OF_TEXTS[0], last_of_texts=RATES_OF_TEXTS[1], steps=default.steps, out=default.out,
             )
         )  # fmt: skip
         raise SystemExit(0)
@@ -101,8 +104,7 @@ def main(argv: Sequence[str]) -> int:
         if Path(asked.out).parent != Path() and not Path(asked.out).parent.is_dir():
             raise ValueError(f"--out {asked.out}: there is no folder {Path(asked.out).parent}; make it, or name another file")
         invocation = parse(rest)
-        refuse_texts(invocation.config.model, program("find-rate"))
-        found = find(invocation, asked)
+        found = find(replace(invocation, config=with_text_model(invocation.config)), asked)
     except (ValueError, OSError) as error:
         fail(str(error))
     return shown(found, asked)
@@ -126,22 +128,27 @@ def own_flags(argv: Sequence[str]) -> tuple[Asked, list[str]]:
             values[name] = value
     default = Asked()
     asked = Asked(
-        first=_number("--first", values.get("first"), default.first),
-        last=_number("--last", values.get("last"), default.last),
-        steps=int(_number("--steps", values.get("steps"), default.steps)),
+        first=_number("--first", values["first"], RATES[0]) if "first" in values else None,
+        last=_number("--last", values["last"], RATES[1]) if "last" in values else None,
+        steps=int(_number("--steps", values["steps"], default.steps)) if "steps" in values else default.steps,
         out=values.get("out", default.out),
         json=values.get("json", "") == "true",
     )
-    if not 0 < asked.first < asked.last:
-        raise ValueError(f"--first {asked.first:g} and --last {asked.last:g}: rates grow from the first to the last, both above 0")
     if asked.steps < 20:
         raise ValueError(f"--steps {asked.steps}: fewer than 20 steps say nothing; 100 is the default")
     return asked, rest
 
 
-def _number(flag: str, text: str | None, default: float) -> float:
-    if text is None:
-        return default
+def asked_rates(asked: Asked, config: RunConfig) -> list[float]:
+    """The rates to try, one a step. ValueError for flags that say none."""
+    first, last = RATES_OF_TEXTS if is_text(config.model) else RATES
+    first, last = first if asked.first is None else asked.first, last if asked.last is None else asked.last
+    if not 0 < first < last:
+        raise ValueError(f"--first {first:g} and --last {last:g}: rates grow from the first to the last, both above 0")
+    return growing_rates(first, last, asked.steps)
+
+
+def _number(flag: str, text: str, default: float) -> float:
     try:
         return float(text)
     except ValueError:
@@ -154,6 +161,8 @@ class Found:
 
     config: RunConfig
     device: str
+    unit: str
+    """What the samples are, in the plural."""
     tested: RangeTest
     picked: Picked | None
     problem: str = ""
@@ -163,6 +172,7 @@ class Found:
 def find(invocation: Invocation, asked: Asked) -> Found:
     """Check the run, open its data, and test the rates. ValueError or OSError that says what stands against it."""
     config = invocation.config
+    rates = asked_rates(asked, config)
     console: Console = Terminal(stderr=True)
     facts = survey(config, workers=lambda: worker_count(config) or 1, in_job=False)
     facts = replace(facts, config=choice_for(facts, invocation.given, invocation.recipes).config)
@@ -190,15 +200,16 @@ def find(invocation: Invocation, asked: Asked) -> Found:
         tell=lambda line: console.print(line, soft_wrap=True),
     )
     device = torch.device("cuda" if use_gpu else "cpu")
-    rates = growing_rates(asked.first, asked.last, asked.steps)
     with console.status("step 0") as status:
         result = range_test(
             config, dataset, device, rates, threads=usable_cpus(), on_step=lambda step: status.update(f"step {step} of {len(rates)}")
         )
+    best, problem = None, ""
     try:
-        return Found(config=config, device=str(device), tested=result, picked=picked(result))
+        best = picked(result)
     except ValueError as error:
-        return Found(config=config, device=str(device), tested=result, picked=None, problem=str(error))
+        problem = str(error)
+    return Found(config=config, device=str(device), unit=dataset.manifest.unit, tested=result, picked=best, problem=problem)
 
 
 def shown(found: Found, asked: Asked) -> int:
@@ -231,7 +242,7 @@ def told(found: Found, best: Picked) -> list[str]:
     parts = config.train.virtual_ranks
     cut = f" in {parts} virtual ranks" if parts > 1 else ""
     lines = [
-        f"{steps} steps of {config.data.batch_size} images{cut} on one {found.device}, {config.train.precision}; the test ended: "
+        f"{steps} steps of {config.data.batch_size} {found.unit}{cut} on one {found.device}, {config.train.precision}; the test ended: "
         f"{found.tested.end}",
         f"the smoothed loss falls fastest at {best.steepest:.2g} and is lowest at {best.lowest:.2g}; a {BELOW_LOWEST:g}th of that is the "
         "peak rate to begin with",
@@ -271,6 +282,8 @@ def _with_virtual_ranks(config: RunConfig) -> RunConfig:
 
 
 def _has_depthwise(config: RunConfig, dataset: Dataset) -> bool:
+    if is_text(config.model):
+        return False
     blank = replace(config.model, weights="none", stem="native")
     return has_depthwise(build_model(blank, classes=2, seed=0, image_hw=image_size_of(dataset.manifest, config.data)))
 

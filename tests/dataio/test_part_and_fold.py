@@ -20,7 +20,7 @@ from made import read, write_folder, write_table
 from dataio.balance import class_counts, known_class_counts
 from dataio.batch import Batch
 from dataio.config import DataConfig
-from dataio.convert import convert
+from dataio.conversion import convert
 from dataio.fold import MAX_FOLDS, Choice, Fold, fold_of, part_of
 from dataio.loader import Loader
 from dataio.manifest import SplitInfo
@@ -165,9 +165,9 @@ def test_folds_and_parts_are_read() -> None:
 
 def test_more_than_there_are_is_told_with_the_most_that_there_are() -> None:
     assert Choice(part=600.0).sizes(600) == (600, 0)
-    with pytest.raises(ValueError, match=r"data.part=601 is more than the 600 training images; use at most 600, or a fraction of them"):
+    with pytest.raises(ValueError, match=r"data.part=601 is more than the 600 training samples; use at most 600, or a fraction of them"):
         Choice(part=601.0).sizes(600)
-    with pytest.raises(ValueError, match=r"more than the 480 training images that fold 2 of 5 leaves of 600; use at most 480"):
+    with pytest.raises(ValueError, match=r"more than the 480 training samples that fold 2 of 5 leaves of 600; use at most 480"):
         Choice(part=481.0, fold=Fold(number=2, folds=5)).sizes(600)
     assert Choice(part=1e-9).sizes(600) == (1, 0)
 
@@ -257,7 +257,7 @@ def test_what_is_chosen_is_told(dataset: Dataset) -> None:
     assert view.selected.line == "trains on 20 of 1,395 images, stratified by class (data.part=20, data.choice_seed=0)"
     assert view.selected.vanished == ("d",)
     (warning,) = view.selected.warnings
-    assert "none of the chosen training images shows class d, so the model never answers it; a larger data.part" in warning
+    assert "none of the chosen training images is of class d, so the model never answers it; a larger data.part" in warning
     fold = selected(dataset, DataConfig(fold="2/5", choice_seed=4)).selected
     assert fold is not None
     assert fold.line == (
@@ -265,7 +265,7 @@ def test_what_is_chosen_is_told(dataset: Dataset) -> None:
         "(data.fold=2/5, data.choice_seed=4)"
     )
     assert fold.warnings == ()
-    with pytest.raises(ValueError, match=r"data.part=2000 is more than the 1,395 training images; use at most 1395"):
+    with pytest.raises(ValueError, match=r"data.part=2000 is more than the 1,395 training samples; use at most 1395"):
         selected(dataset, DataConfig(part=2000))
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pyarrow.dataset as pads
 import pytest
+import safetensors.torch
 
 from cluster.ledger import read_ledger
 from dataio.parquet import open_dataset
 from tests.e2e.running import PROJECT, Run
-from tests.texts import make_model, rows, sentence, write_csv
+from tests.texts import make_decoder, make_model, rows, sentence, write_csv
 
 pytest.importorskip("transformers", reason="the extra `text` is not installed")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -81,6 +82,27 @@ def test_workers_and_kills_change_no_bit_and_repeat_no_text(place: Path, alone: 
     wanted = Counter({(epoch, sample): 1 for epoch in range(EPOCHS) for sample in range(TEXTS)})
     assert seen(alone) == seen(again) == wanted
     assert again.summary()["restarts"] == 1
+
+
+@pytest.mark.long
+def test_ten_kills_on_one_two_and_three_workers_change_no_bit_and_repeat_no_text(place: Path) -> None:
+    epochs = 10
+    more = ("--train.epochs", str(epochs), "--data.sort-steps", "8")
+    undisturbed = finished(started(place, "undisturbed", 2, more))
+    for life in range(5):
+        workers = 1 + life % 3
+        run = started(place, "killed", workers, more)
+        attempt = run.wait_for("first_step")["attempt"]
+        run.wait_for("checkpoint_committed")
+        run.kill_worker(life % workers)
+        run.wait_for("first_step", attempt=attempt + 1)
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+    again = finished(started(place, "killed", 3, more))
+    assert again.summary()["weights_sha256"] == undisturbed.summary()["weights_sha256"]
+    wanted = Counter({(epoch, sample): 1 for epoch in range(epochs) for sample in range(TEXTS)})
+    assert seen(undisturbed) == seen(again) == wanted
+    assert again.summary()["restarts"] == 5
 
 
 def test_what_cannot_be_used_is_counted_and_what_came_out_is_told(alone: Run) -> None:
@@ -221,6 +243,34 @@ def test_what_the_learner_can_do_for_images_it_does_for_texts(place: Path, alone
     assert (summary["status"], summary["test_count"]) == ("finished", TEST_TEXTS + 1)
     evaluated = json.loads(command("trainer.evaluate", str(run.folder), "--json"))
     assert evaluated["accuracy"] == summary["test_accuracy"]
+
+
+def test_a_decoders_adapters_are_the_same_for_any_workers_and_kills_and_the_exported_model_needs_none(place: Path) -> None:
+    pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    model = make_decoder(place / "decoder")
+
+    def adapted(name: str, workers: int) -> Run:
+        return Run(
+            *("--model.name", f"hf/{model}", "--model.lora-rank", "4", "--model.lora-dropout", "0.1", "--workers", str(workers)),
+            *("--train.ema", "0.9", "--data.validation-fraction", "0.2"),  # the best evaluation's average is exported
+            storage=place / "runs",
+            name=name,
+            data=place / "texts.csv",
+            settings=SETTINGS,
+        )
+
+    several = adapted("adapted-several", 2)
+    several.wait_for("checkpoint_committed", step=4)
+    several.kill_worker(1)
+    finished(several)
+    one = finished(adapted("adapted-one", 1))
+    assert several.summary()["restarts"] == 1
+    assert several.summary()["weights_sha256"] == one.summary()["weights_sha256"]
+    assert several.summary()["test_accuracy"] == one.summary()["test_accuracy"]
+    exported = safetensors.torch.load_file(one.folder / "model" / "model.safetensors")
+    assert not [name for name in exported if "lora" in name or "base_layer" in name]
+    evaluated = json.loads(command("trainer.evaluate", str(one.folder), "--json"))
+    assert evaluated["accuracy"] == one.summary()["test_accuracy"]
 
 
 def test_a_setting_of_images_ends_the_command_before_anything_is_made(place: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dataio.config import DataConfig
-from dataio.convert import open_prepared
+from dataio.prepared import open_prepared
 from tests.texts import make_model, rows, write_csv
 from tests.trainer.small_run import train
 from trainer.settings.fields import replaced

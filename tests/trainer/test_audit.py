@@ -16,20 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataio.config import DataConfig
-from dataio.convert import prepared
 from dataio.parquet import open_dataset
+from dataio.prepared import prepared
 from dataio.schema import single_label
 from tests.trainer.planted import SAMPLE, Plant, changed, groups_of, real
 from trainer.audit import copies, folds
 from trainer.audit.__main__ import main, write
 from trainer.audit.asked import asked_of
 from trainer.audit.copies import Pair, find_copies, grouped, mirror, neighbours
-from trainer.audit.findings import ACTIONS, Change, Copies, Doubt, Findings, Image, Oddity, changes_of, to_csv, with_labels
+from trainer.audit.findings import ACTIONS, Change, Copies, Doubt, Findings, Oddity, Sample, changes_of, to_csv, with_labels
 from trainer.audit.folds import cost, folds_of, prepare, remaining_seconds
 from trainer.audit.gather import THUMB_SIDE, area_weights, blur_weights, decoded_size, gather, halved_images
 from trainer.audit.labels import Answers, agreed, joined, judge
 from trainer.audit.looks import Overlap, odd_images, overlaps, robust_scores
-from trainer.audit.page import PAGE_BYTES, chosen, render
+from trainer.audit.page import render
+from trainer.audit.shown import PAGE_BYTES, chosen
 from trainer.settings.tree import RunConfig
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -154,14 +155,14 @@ def test_blocks_find_the_neighbours_that_all_distances_at_once_show(n: int, k: i
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda pair: pair[0] < pair[1]), max_size=20))
 def test_groups_are_what_pairs_link(pairs: list[tuple[int, int]]) -> None:
     groups = grouped(Pair(first=first, second=second, how="near", ratio=0.1) for first, second in pairs)
-    members = [image for group in groups for image in group.images]
+    members = [image for group in groups for image in group.samples]
     assert sorted(members) == sorted({image for pair in pairs for image in pair})
-    where = {image: number for number, group in enumerate(groups) for image in group.images}
+    where = {image: number for number, group in enumerate(groups) for image in group.samples}
     assert all(where[first] == where[second] for first, second in pairs)
     for group in groups:  # no group falls apart without a pair across
-        for cut in range(1, len(group.images)):
-            left = set(group.images[:cut])
-            assert any((first in left) != (second in left) for first, second in pairs if where[first] == where[group.images[0]])
+        for cut in range(1, len(group.samples)):
+            left = set(group.samples[:cut])
+            assert any((first in left) != (second in left) for first, second in pairs if where[first] == where[group.samples[0]])
 
 
 def test_three_copies_are_one_group_and_two_images_are_none(tmp_path: Path) -> None:
@@ -171,8 +172,8 @@ def test_three_copies_are_one_group_and_two_images_are_none(tmp_path: Path) -> N
         plant.add("train", f"copy-{number}", changed(encoded, how, seed=number), label)
     dataset = plant.converted()
     gathered = gather(dataset, DataConfig(), tmp_path, threads=1)
-    (group,) = (group for group in find_copies(gathered) if len(group.images) > 2)
-    keys = dataset.split("train").keys([gathered.place(image)[1] for image in group.images])
+    (group,) = (group for group in find_copies(gathered) if len(group.samples) > 2)
+    keys = dataset.split("train").keys([gathered.place(image)[1] for image in group.samples])
     assert {Path(key).stem for key in keys} == {"0005", "copy-0", "copy-1", "copy-2"}
     assert copies.near_pairs(gathered.details, gathered.thumbs, np.array([0, 1])) == []
 
@@ -237,7 +238,7 @@ def test_odd_images_are_found_among_real_ones(tmp_path: Path) -> None:
     dataset = plant.converted()
     found = gather(dataset, DataConfig(), tmp_path, threads=1)
     keys = [Path(key).stem for split in found.splits for key in dataset.split(split).keys(range(dataset.split(split).count))]
-    odd = [(keys[each.image], each.what) for each in odd_images(found)]
+    odd = [(keys[each.sample], each.what) for each in odd_images(found)]
     assert odd[0] == ("flat", "of one colour")
     assert ("wide", "wide") in odd
     assert ("large", "large") in odd
@@ -333,7 +334,7 @@ def test_models_agree_by_the_probability_that_they_give() -> None:
     assert found.of_answer.tolist() == [pytest.approx(1.4 / 3), pytest.approx(1.0 / 3)]
     assert found.of_given.tolist() == [pytest.approx(0.2), pytest.approx(1.1 / 3)]
     other = Answers(keys=["a", "c"], given=np.array([0, 1]), answers=np.array([0, 1]), of_answer=np.ones(2), of_given=np.ones(2))
-    with pytest.raises(ValueError, match="different images"):
+    with pytest.raises(ValueError, match="different samples"):
         agreed([found, other], 3)
     assert joined([found, other]).keys == ["a", "b", "a", "c"]
 
@@ -347,30 +348,30 @@ def test_overlaps_count_each_confusion_once(seed: int, classes: int) -> None:
     assert len({(pair.first, pair.second) for pair in pairs}) == len(pairs)
     for pair in pairs:
         assert pair.first_as_second == int(((found.given == pair.first) & (found.answers == pair.second)).sum())
-        assert pair.images == int(np.isin(found.given, [pair.first, pair.second]).sum())
+        assert pair.samples == int(np.isin(found.given, [pair.first, pair.second]).sum())
     assert [pair.share for pair in pairs] == sorted((pair.share for pair in pairs), reverse=True)
 
 
 # --- findings and changes ---------------------------------------------------------------------------------------------------------------
 
 
-def image_of(split: str, row: int, label: str | None = "cat") -> Image:
-    return Image(split=split, row=row, key=f"{split}/{row}.png", label=label)
+def image_of(split: str, row: int, label: str | None = "cat") -> Sample:
+    return Sample(split=split, row=row, key=f"{split}/{row}.png", label=label)
 
 
 def findings_of(**parts: object) -> Findings:
-    return Findings(data="pets", fingerprint="f" * 64, counts={"train": 9, "test": 3}, classes=("cat", "dog"), **parts)  # type: ignore[arg-type]
+    return Findings(data="pets", fingerprint="f" * 64, counts={"train": 9, "test": 3}, unit="images", classes=("cat", "dog"), **parts)  # type: ignore[arg-type]
 
 
 def test_an_image_has_one_row_with_the_strongest_action_and_all_reasons() -> None:
     both = image_of("train", 1)
     findings = findings_of(
-        copies=(Copies(images=(both, image_of("test", 2)), how=("near", "near"), ratio=0.2),),
+        copies=(Copies(samples=(both, image_of("test", 2)), how=("near", "near"), ratio=0.2),),
         doubts=(
-            Doubt(image=both, answer="dog", of_answer=0.9, of_label=0.05),
-            Doubt(image=image_of("train", 4), answer="dog", of_answer=0.6, of_label=0.3),
+            Doubt(sample=both, answer="dog", of_answer=0.9, of_label=0.05),
+            Doubt(sample=image_of("train", 4), answer="dog", of_answer=0.6, of_label=0.3),
         ),
-        oddities=(Oddity(image=both, what="dark", far=7.0), Oddity(image=image_of("train", 3), what="blurred", far=6.0)),
+        oddities=(Oddity(sample=both, what="dark", far=7.0), Oddity(sample=image_of("train", 3), what="blurred", far=6.0)),
         folds=5,
     )
     rows = {change.key: change for change in changes_of(findings)}
@@ -381,8 +382,8 @@ def test_an_image_has_one_row_with_the_strongest_action_and_all_reasons() -> Non
 
 
 def test_a_sure_doubt_is_to_be_relabelled_and_csv_is_read_back_as_written() -> None:
-    odd = Image(split="train", row=0, key='a "b",\nc.png', label="cat")
-    findings = findings_of(doubts=(Doubt(image=odd, answer="dog", of_answer=0.9, of_label=0.05),), folds=5)
+    odd = Sample(split="train", row=0, key='a "b",\nc.png', label="cat")
+    findings = findings_of(doubts=(Doubt(sample=odd, answer="dog", of_answer=0.9, of_label=0.05),), folds=5)
     (row,) = csv.DictReader(io.StringIO(to_csv(changes_of(findings), single_label(["cat", "dog"]))))
     assert (row["key"], row["split"], row["action"], row["label"]) == (odd.key, "train", "relabel", "dog")
     assert row["reason"] == "models that have not seen it say dog (90.0 %), not cat"
@@ -398,16 +399,16 @@ def test_doubts_are_of_images_the_surest_first_and_classes_that_overlap_are_told
     )
     findings = with_labels(findings_of(), {"train": found}, {"train": {"a": 6, "b": 7, "c": 8}}, folds=3)
     doubt, other = findings.doubts
-    assert other.image.row == 6
+    assert other.sample.row == 6
     assert findings.right == 1 / 3
-    assert doubt.image == Image(split="train", row=7, key="b", label="cat")
-    assert findings.overlaps == (Overlap(first=0, second=1, first_as_second=2, second_as_first=0, images=3),)
+    assert doubt.sample == Sample(split="train", row=7, key="b", label="cat")
+    assert findings.overlaps == (Overlap(first=0, second=1, first_as_second=2, second_as_first=0, samples=3),)
 
 
 def test_an_edited_file_of_changes_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = open_dataset(SAMPLE)
-    first = findings_of(oddities=(Oddity(image=image_of("train", 1), what="dark", far=7.0),))
-    second = findings_of(oddities=(Oddity(image=image_of("train", 2), what="dark", far=7.0),))
+    first = findings_of(oddities=(Oddity(sample=image_of("train", 1), what="dark", far=7.0),))
+    second = findings_of(oddities=(Oddity(sample=image_of("train", 2), what="dark", far=7.0),))
     write(first, dataset, tmp_path)
     write(second, dataset, tmp_path)
     assert "train/2.png" in (tmp_path / "changes.csv").read_text(), "nobody has edited it"
@@ -422,15 +423,15 @@ def test_an_edited_file_of_changes_is_never_written_over(tmp_path: Path, capsys:
 
 
 def test_the_page_escapes_what_comes_from_the_data_and_says_what_it_does_not_show() -> None:
-    evil = Image(split="train", row=0, key='<script>alert("x")</script>\u202e.png', label="<b>lion</b>")
+    evil = Sample(split="train", row=0, key='<script>alert("x")</script>\u202e.png', label="<b>lion</b>")
     many = tuple(
-        Doubt(image=Image(split="train", row=row, key=f"{row}", label="cat"), answer="<i>dog</i>", of_answer=0.9, of_label=0.0)
+        Doubt(sample=Sample(split="train", row=row, key=f"{row}", label="cat"), answer="<i>dog</i>", of_answer=0.9, of_label=0.0)
         for row in range(200)
     )
     findings = findings_of(
-        copies=(Copies(images=(evil, image_of("test", 1)), how=("near", "mirrored"), ratio=0.3),),
+        copies=(Copies(samples=(evil, image_of("test", 1)), how=("near", "mirrored"), ratio=0.3),),
         doubts=many,
-        oddities=(Oddity(image=evil, what="dark", far=9.0),),
+        oddities=(Oddity(sample=evil, what="dark", far=9.0),),
         left_out=("Not looked into.",),
         folds=5,
     )
@@ -459,7 +460,9 @@ def test_folds_take_a_runs_settings_and_nothing_that_has_seen_what_they_are_aske
     assert (train.teacher, train.patience, train.select, train.epochs, train.eval_every_epochs) == ("", 0, "last", 7, 7)
     assert (job.config.optim, job.config.model, job.config.run) == (config.optim, config.model, "")
     assert job.arguments(2)[2:] == ["--run", "fold-2-of-4", "--data.fold", "2/4"]
-    assert folds.notes_on(config) == ["the folds learn without train.teacher, which has seen the images that they are asked about"]
+    assert folds.notes_on(config, "images") == [
+        "the folds learn without train.teacher, which has seen the images that they are asked about"
+    ]
 
 
 def test_folds_of_other_settings_or_data_are_not_mixed(tmp_path: Path) -> None:

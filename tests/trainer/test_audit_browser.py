@@ -14,7 +14,7 @@ from deploy.screenshot import BROWSERS, chromium, find_browser, opened  # noqa: 
 from tests.trainer.planted import SAMPLE  # noqa: E402
 from tests.trainer.test_report_browser import CONTRAST, complaints  # noqa: E402
 from trainer.audit.__main__ import write  # noqa: E402
-from trainer.audit.findings import Copies, Doubt, Findings, Image, Oddity  # noqa: E402
+from trainer.audit.findings import Copies, Doubt, Findings, Oddity, Sample  # noqa: E402
 from trainer.audit.looks import Overlap  # noqa: E402
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason=f"needs Chromium: none of {', '.join(BROWSERS)} is installed")
@@ -35,28 +35,29 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset = open_dataset(SAMPLE)
     classes = dataset.manifest.classes
 
-    def image(split: str, row: int) -> Image:
+    def image(split: str, row: int) -> Sample:
         key = f"{'a-very-long-name' * 12}.png" if row == 3 else dataset.split(split).keys([row])[0]
-        return Image(split=split, row=row, key=key, label=classes[int(dataset.split(split).labels()[row])])
+        return Sample(split=split, row=row, key=key, label=classes[int(dataset.split(split).labels()[row])])
 
     many = tuple(replace(image("train", row), label="Bag") for row in range(20, 30))
     findings = Findings(
         data=str(SAMPLE),
         fingerprint=dataset.manifest.fingerprint,
         counts={"train": 2000, "test": 500},
+        unit="images",
         classes=classes,
         copies=(
-            Copies(images=(image("train", 3), image("test", 4)), how=("near", "near"), ratio=0.3),
-            Copies(images=(image("train", 5), image("train", 6)), how=("pixels", "pixels"), ratio=0.0),
-            Copies(images=many, how=("mirrored",) * len(many), ratio=0.4),
+            Copies(samples=(image("train", 3), image("test", 4)), how=("near", "near"), ratio=0.3),
+            Copies(samples=(image("train", 5), image("train", 6)), how=("pixels", "pixels"), ratio=0.0),
+            Copies(samples=many, how=("mirrored",) * len(many), ratio=0.4),
         ),
         doubts=tuple(
-            Doubt(image=image("train", 100 + row), answer=classes[row % 10], of_answer=0.9, of_label=0.01) for row in range(DOUBTS)
+            Doubt(sample=image("train", 100 + row), answer=classes[row % 10], of_answer=0.9, of_label=0.01) for row in range(DOUBTS)
         ),
-        overlaps=(Overlap(first=0, second=6, first_as_second=30, second_as_first=41, images=400),),
+        overlaps=(Overlap(first=0, second=6, first_as_second=30, second_as_first=41, samples=400),),
         oddities=(
-            Oddity(image=image("test", 7), what="dark, blurred", far=7.3),
-            Oddity(image=image("test", 8), what="of one colour", far=float("inf")),
+            Oddity(sample=image("test", 7), what="dark, blurred", far=7.3),
+            Oddity(sample=image("test", 8), what="of one colour", far=float("inf")),
         ),
         left_out=("Nothing else.",),
         folds=5,

@@ -13,7 +13,7 @@ import torch
 
 from cluster.ledger import read_ledger
 from dataio.config import DataConfig
-from dataio.convert import prepared
+from dataio.prepared import prepared
 from dataio.scan import look_at
 from dataio.selection import selected
 from tests.trainer.lives import TINY, Killed, Lives, write_images
@@ -95,7 +95,7 @@ def test_before_there_is_a_conversion_the_same_is_known_and_told(photos: Path, t
         too_many = replace(facts, config=replace(config, data=replace(data, part=49)))
         (problem,) = problems_of(too_many)
         assert problem == (
-            "data.part=49 is more than the 48 training images that fold 2 of 4 leaves of 64; use at most 48, or a fraction of them, such "
+            "data.part=49 is more than the 48 training samples that fold 2 of 4 leaves of 64; use at most 48, or a fraction of them, such "
             "as 0.5"
         )
         unequal = replace(facts, config=replace(config, data=replace(data, part=7)))

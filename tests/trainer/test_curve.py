@@ -1,5 +1,6 @@
 """The curve's runs follow the stated rule, its files are a function of the runs, and its sentences say what the runs say."""
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.storage import open_storage
+from tests.texts import make_model, rows, write_csv
+from tests.trainer.text_run import finished_text_run, manifest_of, text_config
 from trainer.curve.__main__ import main, planned_sizes
+from trainer.curve.next_labels import ToLabel
 from trainer.curve.page import drawn
 from trainer.curve.plan import LEAST_STEPS, Planned, cost_lines, planned, size_of, sizes_of
 from trainer.curve.power_law import CannotTell, Fit, Law
 from trainer.curve.results import check_measure, curve_of, noise_words, sentences, to_json, wanted_words
-from trainer.series.train import Member
+from trainer.learn.build import task_of
+from trainer.series import train as series
+from trainer.series.train import Member, words_of
 from trainer.settings.fields import replaced, settings
 from trainer.settings.rules import validate
 from trainer.settings.tree import RunConfig
@@ -85,14 +92,14 @@ def test_a_batch_shrinks_with_the_rate_until_an_epoch_has_steps(images: int, bat
 
 
 def test_more_virtual_ranks_than_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 images do not go round 8 virtual ranks"):
+    with pytest.raises(ValueError, match="3 training samples do not go round 8 virtual ranks"):
         size(3, ranks=8)
 
 
 def test_every_repeat_has_other_images_and_another_seed_and_comes_from_the_largest_size_down() -> None:
     config = config_with(train__seed=5, data__choice_seed=2)
     runs = planned([size_of(config, n, whole=800, ranks=1, warmup_fraction=0) for n in (400, 800)], 2)
-    assert [(run.images, run.repeat) for run in runs] == [(800, 0), (400, 0), (800, 1), (400, 1)]
+    assert [(run.samples, run.repeat) for run in runs] == [(800, 0), (400, 0), (800, 1), (400, 1)]
     assert [(run.member.config.train.seed, run.member.config.data.choice_seed) for run in runs] == [(5, 2), (5, 2), (6, 3), (6, 3)]
     assert len({run.member.name for run in runs}) == 4
     with pytest.raises(ValueError, match="--repeats 0"):
@@ -144,7 +151,7 @@ def made(law: Law, *, info: TaskInfo = CLASSIFICATION, sizes: Sequence[int] = (2
     for images in sizes:
         for repeat in range(2):
             error = law.at(images) + repeat * jitter
-            planned_run = Planned(member=Member(name=f"n{images}-r{repeat}", config=RunConfig(), steps=1), images=images, repeat=repeat)
+            planned_run = Planned(member=Member(name=f"n{images}-r{repeat}", config=RunConfig(), steps=1), samples=images, repeat=repeat)
             found.append((planned_run, summary(error, recalls=[1 - 1.9 * error, 0.9, 0.5], info=info)))
     return found
 
@@ -155,7 +162,7 @@ LAW = Law(a=0.02, b=3.0, c=0.5)
 def test_a_curve_says_what_twice_the_labels_bring_and_which_class_gains() -> None:
     curve = curve_of(made(LAW))
     assert isinstance(curve.outcome, Fit)
-    assert curve.outcome.twice.images == 4000
+    assert curve.outcome.twice.samples == 4000
     assert curve.outcome.twice.low <= LAW.at(4000) <= curve.outcome.twice.high
     first, about_classes = sentences(curve)
     assert first.startswith("With 2,000 labelled images the test accuracy is 9")
@@ -204,7 +211,7 @@ def test_a_measure_that_is_no_ratio_is_refused_with_the_way_out() -> None:
 
 def test_the_page_escapes_what_the_data_say_and_shows_the_list() -> None:
     curve = curve_of(made(LAW))
-    text = drawn(curve, [(1, "<b>.png", "<cat>", "0.0100")])
+    text = drawn(curve, [ToLabel(rank=1, name="<b>.png", guess="<cat>", margin="0.0100")])
     assert "<cat>" not in text
     assert "&lt;cat&gt;" in text
     assert "&lt;b&gt;.png" in text
@@ -223,7 +230,7 @@ def test_the_page_escapes_what_the_data_say_and_shows_the_list() -> None:
     [
         (["--data.part", "0.5"], "data.part=0.5: the curve chooses the parts itself; say which with --parts"),
         (["--repeats", "0"], "--repeats 0 trains nothing"),
-        (["--next", "0"], "--next 0 names no image"),
+        (["--next", "0"], "--next 0 names no sample"),
         (["--parts", "0.5", "3000"], "--parts 3000 asks for more than the 2,000 training images"),
         (["--data.batch-size", "0"], "data.batch_size=0"),
         (["--train.patience", "3"], "needs a validation split"),
@@ -235,3 +242,60 @@ def test_what_is_wrong_is_refused_before_a_run(argv: list[str], problem: str, tm
     assert stop.value.code == 2
     assert problem in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "runs").exists()
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------------------------
+
+PRETENDED = """
+import json, pathlib, shutil, sys, tomllib
+name, storage = sys.argv[sys.argv.index("--run") + 1], sys.argv[sys.argv.index("--storage") + 1]
+config = tomllib.load(open(sys.argv[sys.argv.index("--config") + 1], "rb"))
+folder, size = pathlib.Path(storage, name), int(name[1:8])
+shutil.copytree(pathlib.Path(__file__).parent / "finished", folder)
+recall = 1 - 2.0 * size ** -0.5
+(folder / "summary.json").write_text(json.dumps({"status": "finished", "task": INFO, "test_accuracy": recall, "test_count": 2000,
+    "weights_sha256": name, "seconds": 1.0, "steps": 3, "classes": ["neg", "pos"],
+    "per_class": [{"recall": recall, "support": 1000}] * 2}))
+"""
+
+
+def test_more_labels_for_texts_and_which_to_label_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs are pretended ones; the model that is asked is real."""
+    model, table = make_model(tmp_path / "model"), write_csv(tmp_path / "texts.csv", rows(range(400)))
+    config = text_config(model, table, run="finished")
+    finished_text_run(open_storage(tmp_path), config)
+    info = task_of(config, manifest_of(config)).info.to_json()
+    (tmp_path / "pretended.py").write_text(PRETENDED.replace("INFO", repr(info)))
+    monkeypatch.setattr(series, "words_of", lambda *given: [str(tmp_path / "pretended.py"), *words_of(*given)[2:]])
+    unlabelled = write_csv(tmp_path / "more.tsv", [{"text": text} for text in ("<b>good</b>", "very bad", " ", "very bad", "so so")])
+    capsys.readouterr()
+    words = [
+        *(str(table), "--model.name", f"hf/{model}", "--data.root", str(tmp_path / "data"), "--storage", str(tmp_path / "runs")),
+        *("--data.max-tokens", "32", "--workers", "1", "--run", "c", "--repeats", "1", "--unlabelled", str(unlabelled), "--next", "3"),
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "the run on all texts" in said
+    assert "With 360 labelled texts the test accuracy is" in said
+    assert f"1 of 5 texts in {unlabelled} cannot be read" in said
+    assert "3 texts to label next" in said
+    assert "image" not in said
+    folder = tmp_path / "runs" / "c"
+    curve = json.loads((folder / "curve.json").read_bytes())
+    assert [run["texts"] for run in curve["runs"]] == [45, 90, 180, 360]
+    assert (curve["fit"]["twice"]["texts"], curve["classes"][0]["points"][0]["texts"]) == (720, 45)
+    assert "images" not in json.dumps(curve)
+    listed = list(csv.DictReader((folder / "label-next.csv").read_text().splitlines()))
+    assert {row["text"] for row in listed} == {"<b>good</b>", "very bad", "so so"}, "a copy comes after all that differ"
+    assert {row["guess"].split()[0] for row in listed} <= {"neg", "pos"}
+    page = (folder / "curve.html").read_text()
+    assert "&lt;b&gt;good&lt;/b&gt;" in page
+    assert "image" not in page.partition("</style>")[2]
+    files = {name: (folder / name).read_bytes() for name in ("curve.json", "curve.html", "label-next.csv")}
+    assert main(words) == 0
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    with pytest.raises(SystemExit):
+        main([*words, "--unlabelled", str(tmp_path / "nothing")])
+    assert "nothing does not exist; give a folder of images, or a folder or table of texts" in " ".join(capsys.readouterr().err.split())

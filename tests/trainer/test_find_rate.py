@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.find_rate import Asked, main, own_flags
+from tests.texts import make_model, rows, write_csv
+from trainer.find_rate import Asked, asked_rates, main, own_flags
 from trainer.rank.range_test import FEWEST, RangeTest, growing_rates, judged, picked, rounded
+from trainer.settings.fields import replaced
+from trainer.settings.tree import RunConfig
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"
 RATES = growing_rates(1e-5, 1.0, 101)
@@ -106,3 +109,33 @@ def test_it_finds_a_rate_for_real_images_and_leaves_only_its_drawing(
     assert told["losses"][0] == pytest.approx(math.log(10), rel=0.3)
     assert "<svg" in (tmp_path / "find-rate.html").read_text()
     assert {path.name for path in tmp_path.iterdir()} <= {"find-rate.html", "root"}, "no run, no checkpoint"
+
+
+def test_texts_are_tried_at_the_rates_of_encoders() -> None:
+    texts = replaced(RunConfig(), "model.name", "hf/encoder")
+    for config, ends in ((RunConfig(), (1e-5, 1.0)), (texts, (1e-6, 0.1))):
+        rates = asked_rates(Asked(steps=20), config)
+        assert (len(rates), rates[0], rates[-1]) == (20, pytest.approx(ends[0]), pytest.approx(ends[1]))
+    assert asked_rates(Asked(first=1e-4, steps=20), texts)[0] == 1e-4
+
+
+def test_it_finds_a_rate_for_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model, table = make_model(tmp_path / "model"), write_csv(tmp_path / "texts.csv", rows(range(400)))
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trainer.find_rate.usable_cpus", lambda: 1)
+    words = [
+        *(str(table), "--model.name", f"hf/{model}", "--data.root", str(tmp_path / "root"), "--storage", str(tmp_path / "runs")),
+        *("--data.max-tokens", "32", "--data.batch-size", "32", "--train.virtual-ranks", "2", "--train.precision", "fp32"),
+        *("--optim.layer-decay", "0.9", "--steps", "60", "--first", "1e-5", "--last", "1"),
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "steps of 32 texts in 2 virtual ranks on one cpu, fp32" in said.out
+    assert "image" not in said.out + said.err
+    flag = said.out.splitlines()[-1]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["flag"] == flag
+    assert told["losses"][0] == pytest.approx(math.log(2), rel=0.3)
+    assert not (tmp_path / "runs").exists(), "no run, no checkpoint"

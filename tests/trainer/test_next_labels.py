@@ -1,9 +1,9 @@
-"""The images to label next are those of which the model is unsure, and differ from each other; the same ones each time."""
+"""The samples to label next are those of which the model is unsure, and differ from each other; the same ones each time."""
 
 import numpy as np
 import pytest
 
-from trainer.curve.next_labels import Pool, chosen, margins_of, rows_of
+from trainer.curve.next_labels import Pool, Seen, ToLabel, chosen, margins_of, to_label
 
 
 def test_a_margin_is_the_highest_probability_minus_the_second() -> None:
@@ -31,7 +31,11 @@ def test_no_more_are_chosen_than_there_are() -> None:
     assert chosen(np.zeros(0, dtype=np.float32), np.zeros((0, 2), dtype=np.float32), 10) == []
 
 
-def test_a_pool_keeps_the_least_sure_however_the_images_come() -> None:
+def seen(start: int, end: int) -> list[Seen]:
+    return [Seen(name=f"{number}.png", guess="cat" if number % 2 else "dog") for number in range(start, end)]
+
+
+def test_a_pool_keeps_the_least_sure_however_the_samples_come() -> None:
     random = np.random.default_rng(0)
     margins, features = random.random(500).astype(np.float32), random.random((500, 4)).astype(np.float32)
     margins[100:110] = margins[7]  # ties, which fall to the first
@@ -39,18 +43,25 @@ def test_a_pool_keeps_the_least_sure_however_the_images_come() -> None:
     for batch in (1, 64, 500):
         pool = Pool(20)
         for start in range(0, 500, batch):
-            pool.add(margins[start : start + batch], features[start : start + batch])
-        places, kept, seen = pool.taken()
-        assert places.tolist() == expected.tolist()
+            end = min(start + batch, 500)
+            pool.add(seen(start, end), margins[start:end], features[start:end])
+        found, kept, points = pool.taken()
+        assert [each.name for each in found] == [f"{number}.png" for number in expected]
         assert np.array_equal(kept, margins[expected])
-        assert np.array_equal(seen, features[expected])
+        assert np.array_equal(points, features[expected])
 
 
 def test_an_empty_pool_is_empty() -> None:
-    places, margins, features = Pool(5).taken()
-    assert (len(places), len(margins), len(features)) == (0, 0, 0)
+    found, margins, features = Pool(5).taken()
+    assert (len(found), len(margins), len(features)) == (0, 0, 0)
+    assert to_label(Pool(5), 3) == []
 
 
-def test_rows_name_the_images_in_the_order_in_which_to_label_them() -> None:
-    rows = rows_of(["a.png", "b.png"], ["cat", "dog"], np.array([0.25, 0.5], dtype=np.float32), [1, 0])
-    assert rows == [(1, "b.png", "dog", "0.5000"), (2, "a.png", "cat", "0.2500")]
+def test_the_list_names_the_samples_in_the_order_in_which_to_label_them() -> None:
+    pool = Pool(10)
+    texts = [Seen(name="a:1", guess="pos", text="so so"), Seen(name="a:2", guess="neg", text="not bad")]
+    pool.add(texts, np.array([0.5, 0.25], dtype=np.float32), np.array([[0, 1], [1, 0]], dtype=np.float32))
+    assert to_label(pool, 5) == [
+        ToLabel(rank=1, name="a:2", guess="neg", margin="0.2500", text="not bad"),
+        ToLabel(rank=2, name="a:1", guess="pos", margin="0.5000", text="so so"),
+    ]

@@ -12,7 +12,7 @@ SIZES = (250, 500, 1000, 2000)
 
 
 def exact(law: Law, sizes: tuple[int, ...] = SIZES, repeats: int = 3) -> list[Point]:
-    return [Point(images=size, errors=(law.at(size),) * repeats) for size in sizes]
+    return [Point(samples=size, errors=(law.at(size),) * repeats) for size in sizes]
 
 
 def told(points: list[Point], tested: int | None = 10_000) -> Fit:
@@ -39,7 +39,7 @@ def drawn(random: np.random.Generator, *, repeats: int = 3, tested: int = 1000) 
         return float(np.clip(true + np.sqrt(scatter * true * (1 - true) / tested) * random.standard_normal(), 0, 1))
 
     sizes = [last // 8, last // 4, last // 2, last]
-    return [Point(images=size, errors=tuple(run(size) for _ in range(repeats))) for size in sizes], run(2 * last)
+    return [Point(samples=size, errors=tuple(run(size) for _ in range(repeats))) for size in sizes], run(2 * last)
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_repeats_and_test_images_make_the_interval_narrower() -> None:
             true = law.at(size)
             return float(true + np.sqrt(true * (1 - true) / tested) * random.standard_normal())
 
-        return told([Point(images=size, errors=tuple(run(size) for _ in range(repeats))) for size in SIZES], tested)
+        return told([Point(samples=size, errors=tuple(run(size) for _ in range(repeats))) for size in SIZES], tested)
 
     few, many = noisy(2, 500), noisy(10, 20_000)
     assert many.twice.high - many.twice.low < few.twice.high - few.twice.low
@@ -89,7 +89,7 @@ def test_repeats_and_test_images_make_the_interval_narrower() -> None:
 def test_one_run_that_failed_does_not_bend_the_curve() -> None:
     law = Law(a=0.05, b=2.0, c=0.4)
     points = exact(law)
-    broken = [*points[:3], Point(images=SIZES[-1], errors=(law.at(SIZES[-1]), law.at(SIZES[-1]) + 0.002, 0.9))]
+    broken = [*points[:3], Point(samples=SIZES[-1], errors=(law.at(SIZES[-1]), law.at(SIZES[-1]) + 0.002, 0.9))]
     assert told(broken).law.at(4000) == pytest.approx(told(points).law.at(4000), rel=0.1)
 
 
@@ -102,7 +102,7 @@ def test_the_order_of_sizes_and_the_call_change_no_bit() -> None:
 @settings(max_examples=25, deadline=None)
 def test_whatever_the_errors_what_is_told_lies_within_bounds(scale: float, tested: int | None, seed: int) -> None:
     random = np.random.default_rng(seed)
-    points = [Point(images=size, errors=tuple((scale * random.random(2)).tolist())) for size in (10, 20, 40, 100_000)]
+    points = [Point(samples=size, errors=tuple((scale * random.random(2)).tolist())) for size in (10, 20, 40, 100_000)]
     found = fitted(points, tested=tested)
     if isinstance(found, Fit):
         for each in (found.now, found.twice):
@@ -117,17 +117,17 @@ def test_whatever_the_errors_what_is_told_lies_within_bounds(scale: float, teste
 
 def test_two_sizes_cannot_tell_a_curve_from_a_line() -> None:
     assert reason(exact(Law(a=0, b=2, c=0.4), SIZES[:2])).startswith("2 sizes cannot tell a curve from a line")
-    assert reason([Point(images=10, errors=(0.5,))]).startswith("1 size cannot tell")
+    assert reason([Point(samples=10, errors=(0.5,))]).startswith("1 size cannot tell")
 
 
 def test_a_flat_curve_is_not_continued() -> None:
-    flat = [Point(images=size, errors=(0.1, 0.101, 0.099)) for size in SIZES]
+    flat = [Point(samples=size, errors=(0.1, 0.101, 0.099)) for size in SIZES]
     assert "differ by no more than noise" in reason(flat)
-    assert "differ by no more than noise" in reason([Point(images=size, errors=(0.0, 0.0)) for size in SIZES])
+    assert "differ by no more than noise" in reason([Point(samples=size, errors=(0.0, 0.0)) for size in SIZES])
 
 
 def test_a_rising_curve_is_told_as_one() -> None:
-    rising = [Point(images=size, errors=(0.1 + size / 10_000,) * 2) for size in SIZES]
+    rising = [Point(samples=size, errors=(0.1 + size / 10_000,) * 2) for size in SIZES]
     assert reason(rising).startswith("the error rises with the images, beyond noise")
 
 
@@ -140,5 +140,5 @@ def test_a_fall_within_the_noise_of_few_test_images_is_none() -> None:
 def test_a_measure_that_is_no_share_needs_repeats() -> None:
     law = Law(a=0.05, b=2.0, c=0.4)
     assert reason(exact(law, repeats=1), None) == "one run of each size does not say how much runs differ; give --repeats 3"
-    points = [Point(images=size, errors=(law.at(size), 1.02 * law.at(size))) for size in SIZES]
+    points = [Point(samples=size, errors=(law.at(size), 1.02 * law.at(size))) for size in SIZES]
     assert told(points, None).twice.low < law.at(4000) < told(points, None).twice.high

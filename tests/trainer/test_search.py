@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.texts import make_model, rows, write_csv
 from trainer.runs.choice import rule_of
 from trainer.search import running as running_module
 from trainer.search.__main__ import main
@@ -32,7 +33,7 @@ from trainer.search.trials import Seen, seen_in
 from trainer.series.train import words_of
 from trainer.settings.fields import replaced, settings
 from trainer.settings.rules import validate
-from trainer.settings.toml import from_toml
+from trainer.settings.toml import from_toml, load
 from trainer.settings.tree import RunConfig
 from trainer.tasks.info import CLASSIFICATION, Measure
 
@@ -236,9 +237,10 @@ def test_a_place_on_an_axis_is_found_again(place: float, low: float, factor: flo
 
 
 def test_every_shipped_space_gives_settings_that_a_run_takes() -> None:
-    assert space_names() == ["augmentation", "rates"]
-    base = replaced(RunConfig(), "data.path", str(SAMPLE))
-    for name in space_names():
+    assert space_names() == ["augmentation", "rates", "texts"]
+    images = replaced(RunConfig(), "data.path", str(SAMPLE))
+    texts = replaced(load("texts", RunConfig()), "model.name", "hf/encoder")
+    for name, base in (("augmentation", images), ("rates", images), ("rates", texts), ("texts", texts)):
         space = load_space(name, base)
         for trial in range(40):
             validate(trial_config(base, space, trial, 0), workers=1)
@@ -280,7 +282,7 @@ def test_a_space_that_is_none_is_refused(text: str, problem: str) -> None:
 
 
 def test_a_space_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--space rate is no space; did you mean rates\? shipped: augmentation, rates"):
+    with pytest.raises(ValueError, match=r"--space rate is no space; did you mean rates\? shipped: augmentation, rates, texts"):
         load_space("rate", RunConfig())
     with pytest.raises(ValueError, match="cannot be read"):
         load_space(str(tmp_path / "none.toml"), RunConfig())
@@ -359,7 +361,7 @@ def searched_with(*, best: int | None, gain: Gain | None, measure: Measure = CLA
     ]  # fmt: skip
     return Search(
         info=CLASSIFICATION, measure=measure, space=space, rungs=(1, 2, 4), tried=tuple(tried), best=best, gain=gain, matters=(),
-        cost=Cost(epochs=7, whole_epochs=12, images=100),
+        cost=Cost(epochs=7, whole_epochs=12, samples=100),
     )  # fmt: skip
 
 
@@ -683,6 +685,36 @@ def test_minutes_that_are_over_begin_no_new_trial_and_what_they_decided_stays(pr
     assert status == 0
     assert len(result["trials"]) == 1
     assert search(pretended) == (0, result), "the clock decided once"
+
+
+def test_texts_are_searched_where_encoders_learn_best(pretended: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, table = make_model(pretended / "model"), write_csv(pretended / "texts.csv", rows(range(200)))
+    words = [
+        *(str(table), "--model.name", f"hf/{model}", "--data.max-tokens", "32", "--workers", "1", "--run", "s", "--train.epochs", "4"),
+        *("--eta", "2", "--trials", "4", "--data.root", str(pretended / "data"), "--storage", str(pretended / "runs")),
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "settings of the recipe texts" in said
+    assert "a fifth of the training texts is held out" in said
+    assert "a run with its settings on all texts" in said
+    assert "image" not in said.replace("image-epochs", "")
+    file = pretended / "runs" / "s" / "search.json"
+    before = file.read_bytes()
+    result = json.loads(before)
+    assert list(result["space"]) == ["optim.lr", "optim.layer_decay", "optim.head_lr_factor", "optim.weight_decay", "model.pooling"]
+    assert result["cost"]["texts_per_epoch"] == 144, "of 200 a tenth is tested, and a fifth of the others held out"
+    assert {each["settings"]["model.pooling"] for each in result["trials"]} == {"mean", "first"}
+    best = from_toml((file.parent / "best.toml").read_text())
+    assert (best.model.name, best.data.fold) == (f"hf/{model}", "")
+    assert best.optim.clip_norm == 1, "the recipe's"
+    file.unlink()
+    assert main(words) == 0
+    assert file.read_bytes() == before
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*words, "--space", "augmentation"])
+    assert f"[data.flip] cannot be searched: model.name=hf/{model} takes texts" in " ".join(capsys.readouterr().err.split())
 
 
 def test_nothing_is_said_of_a_trial_that_saw_nothing() -> None:

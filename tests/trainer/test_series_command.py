@@ -54,7 +54,7 @@ def test_a_run_as_the_first_word_stands_for_its_settings(tmp_path: Path) -> None
 def test_a_name_of_nothing_is_told_with_the_runs_that_are_there(tmp_path: Path) -> None:
     open_storage(tmp_path).write_atomic("pets-1/config.toml", to_toml(RunConfig()).encode())
     with (
-        pytest.raises(ValueError, match=r"pets-2 is neither images here nor a run: there is no run pets-2; did you mean pets-1\?"),
+        pytest.raises(ValueError, match=r"pets-2 is neither data here nor a run: there is no run pets-2; did you mean pets-1\?"),
         run_first(["pets-2", "--storage", str(tmp_path)]),
     ):
         pass

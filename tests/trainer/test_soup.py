@@ -12,6 +12,8 @@ from cluster.storage import Storage, open_storage
 from dataio.config import DataConfig
 from dataio.parquet import open_dataset
 from dataio.selection import selected
+from tests.texts import make_model, rows, write_csv
+from tests.trainer.text_run import finished_text_run, manifest_of, text_config
 from trainer.export.model_folder import export_model
 from trainer.learn.build import task_of
 from trainer.rank.finished import evaluate_finished
@@ -104,6 +106,20 @@ def test_a_soup_of_two_is_a_folder_like_a_runs(tmp_path: Path) -> None:
     assert again.result.measures["accuracy"] == found.test
     assert again.recorded == found.test
     assert soup(storage, names, configs, rule_and_info(configs[0]), CPU) == found, "the same bits"
+
+
+def test_a_soup_of_texts_is_a_folder_like_a_runs_too(tmp_path: Path) -> None:
+    model, table = make_model(tmp_path / "model"), write_csv(tmp_path / "texts.csv", rows(range(200)))
+    storage, names = open_storage(tmp_path), ["trial-001", "trial-000"]
+    configs = [text_config(model, table, run=name, data__fold="1/5", train__select="best") for name in names]
+    for config, answer in zip(configs, (1, 0), strict=True):
+        finished_text_run(storage, config, answer=answer)
+    rule = rule_of(configs[0].train, task_of(configs[0], manifest_of(configs[0])).info)
+    found = soup(storage, names, configs, rule, CPU)
+    assert found.members == ("trial-001", "trial-000"), "each class has half of the texts: together they are no worse"
+    again = evaluate_finished(RunFolder(storage=storage, name="soup"), {}, split="test", device=CPU)
+    assert again.result.measures["accuracy"] == found.test == again.recorded == 0.5
+    assert soup(storage, names, configs, rule, CPU) == found, "the same bits"
 
 
 def test_a_trial_that_makes_it_worse_is_left_out_and_an_older_soup_goes(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from trainer.report.panels.pictures import labelled_picture
 from trainer.report.thumbnails import look_up, rows_to_show
 from trainer.runs.folder import find_run
 from trainer.settings.cli import parse
-from trainer.settings.texts import ENCODERS, with_text_model
+from trainer.settings.texts import TYPES, with_text_model
 from trainer.tasks.explanations import Explanations
 from trainer.tasks.highlights import AboutMarks, Highlights, Mark, marks_of, read_explanations
 from trainer.tasks.predictions import Predictions
@@ -83,8 +83,8 @@ def test_of_a_linear_model_each_token_has_its_own_part_of_the_score() -> None:
     assert not model.encoder.words._forward_hooks
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
-def test_every_kind_of_encoder_is_explained_and_padding_says_nothing(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_kind_of_network_is_explained_and_padding_says_nothing(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     exported = encoder(kind, tmp_path)
     exported.model.requires_grad_(False)  # as in a frozen backbone

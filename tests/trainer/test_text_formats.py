@@ -15,13 +15,13 @@ import torch
 
 from dataio.codecs.text.tokens import PAD, TextFacts, Tokenizer
 from dataio.schema import Target, single_label
-from tests.texts import WORDS, make_tokenizer
+from tests.texts import WORDS, make_tokenizer, tiny_description
 from tests.trainer.small_text_run import TEST, train_on_texts
 from trainer.export.model_folder import Exported, TextExport, load_export
 from trainer.formats.__main__ import main
 from trainer.runs.model_files import find_model
 from trainer.settings.fields import replaced
-from trainer.settings.texts import ENCODERS, with_text_model
+from trainer.settings.texts import with_text_model
 from trainer.settings.tree import RunConfig, TaskConfig
 from trainer.tasks.make import make_task
 
@@ -163,11 +163,7 @@ def encoder(kind: str, place: Path, targets: tuple[Target, ...] = single_label((
     """A tiny encoder of this kind, with random weights."""
     from trainer.models.text import Tokens
 
-    width = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
-    if kind != "distilbert":
-        width = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "embedding_size": 16}
-    sizes = {"vocab_size": 40, "max_position_embeddings": 40, "pad_token_id": 1 if ENCODERS[kind] else 0, **width}
-    architecture = {"model_type": kind, **sizes}
+    architecture = tiny_description(kind)
     tokenizer = make_tokenizer(place).read_bytes()
     (place / "config.json").write_text(json.dumps(architecture))
     config = replaced(replaced(RunConfig(), "model.name", f"hf/{place}"), "model.weights", "none")
@@ -184,8 +180,9 @@ def encoder(kind: str, place: Path, targets: tuple[Target, ...] = single_label((
     )
 
 
-@pytest.mark.parametrize("kind", ["albert", "distilbert", "modernbert", "mpnet", "roberta"])  # each other one is built as one of these
-def test_every_kind_of_encoder_answers_in_onnx_for_any_length_and_padding(kind: str, tmp_path: Path) -> None:
+# Each other type is built as one of these.
+@pytest.mark.parametrize("kind", ["albert", "distilbert", "gemma3_text", "gpt2", "modernbert", "mpnet", "qwen3", "roberta"])
+def test_every_kind_of_network_answers_in_onnx_for_any_length_and_padding(kind: str, tmp_path: Path) -> None:
     from trainer.formats.onnx_graph import make_onnx
 
     exported = encoder(kind, tmp_path)

@@ -11,8 +11,8 @@ from pathlib import Path
 from dataio.manifest import Manifest
 from dataio.scan import look_at
 from trainer.runs.folder import RunFolder
-from trainer.series.command import run_first
-from trainer.settings.cli import Invocation, SettingsLine, check, parse_line
+from trainer.series.command import asked_line, run_first
+from trainer.settings.cli import Invocation, SettingsLine
 from trainer.settings.fields import replaced
 from trainer.settings.length import length_of
 from trainer.settings.photos import choice_of
@@ -25,14 +25,15 @@ MOST_FOLDS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(SettingsLine):
-    """Look for what is wrong with a data set: pictures that are in training and test, copies, wrong labels, odd images.
+    """Look for what is wrong with a data set: images or texts that are in training and test, copies, wrong labels, odd ones.
 
     The first word is the data (a folder, or what --data.path takes), or a run, whose data and settings are taken. All other arguments are
     those of a run: the runs that judge the labels are trained with them.
     """
 
+    takes_texts = True
     folds: int = 5
-    """Runs that judge the labels, each on all but one part of the training images; 0 trains nothing and looks at the images only."""
+    """Runs that judge the labels, each on all but one part of the training samples; 0 trains nothing and looks at the samples only."""
     out: str = "audit"
     """Folder for the page, the findings, the proposed changes and the folds; the same folder goes on."""
     dry_run: bool = False
@@ -60,10 +61,9 @@ class Asked:
 def asked_of(argv: Sequence[str]) -> Asked:
     """ValueError for wrong arguments."""
     with run_first(argv) as (words, run):
-        invocation, line = parse_line(words, Arguments, prog=program("audit"))
-    check(invocation.config)
+        invocation, line = asked_line(words, Arguments, prog=program("audit"))
     if line.folds != 0 and not 2 <= line.folds <= MOST_FOLDS:
-        raise ValueError(f"--folds {line.folds} cannot be; use 2 to {MOST_FOLDS}, or 0 to look at the images only")
+        raise ValueError(f"--folds {line.folds} cannot be; use 2 to {MOST_FOLDS}, or 0 to look at the samples only")
     if invocation.config.data.fold:
         raise ValueError(f"data.fold={invocation.config.data.fold}: the audit has folds of its own (--folds); leave it out")
     return Asked(invocation=invocation, line=line, run_seconds=_seconds_of(run) if run is not None else None)
@@ -88,12 +88,12 @@ def config_for(asked: Asked, manifest: Manifest | None) -> RunConfig:
 
 
 def settled_for(asked: Asked, manifest: Manifest) -> RunConfig:
-    """The run's settings with what the data decide, by all of the training images: the folds are to be trained as the run would be."""
+    """The run's settings with what the data decide, by all of the training samples: the folds are to be trained as the run would be."""
     config = config_for(asked, manifest)
     return length_of(config, manifest, workers=worker_count(config) or 1, from_recipes=asked.invocation.from_recipes).config
 
 
 def to_open(asked: Asked) -> RunConfig:
-    """The settings to open the data with: all training images are looked at, whatever part of them the run takes."""
+    """The settings to open the data with: all training samples are looked at, whatever part of them the run takes."""
     whole: RunConfig = replaced(config_for(asked, look_at(asked.config.data).manifest), "data.part", 1.0)
     return whole

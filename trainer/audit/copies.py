@@ -19,7 +19,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainer.audit.gather import THUMB_SIDE, Bytes, Floats, Gathered, Hashes, Ints, blurred
+from trainer.audit.gather import THUMB_SIDE, Bytes, Floats, Gathered, blurred
+from trainer.audit.kept import Hashes, Ints
 
 NEIGHBOURS = 16
 """Candidates an image has; a picture with as many near copies has no gap after them, and they are not found. Equal images do not count."""
@@ -31,30 +32,32 @@ ROWS, COLUMNS = 1024, 4096
 AT_ONCE = 64
 """Images that are compared closely at once, each with its candidates."""
 
-How = Literal["bytes", "pixels", "near", "mirrored"]
-ORDER: Sequence[How] = ("bytes", "pixels", "near", "mirrored")
+How = Literal["bytes", "pixels", "text", "folded", "near", "mirrored"]
+ORDER: Sequence[How] = ("bytes", "pixels", "text", "folded", "near", "mirrored")
 """From the surest to the least sure."""
+EXACT: Sequence[How] = ("bytes", "pixels", "text", "folded")
+"""`text` and `folded` are of texts (text_copies.py), `bytes`, `pixels` and `mirrored` of images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two images that are copies; the first comes before the second in the data."""
+    """Two samples that are copies; the first comes before the second in the data."""
 
     first: int
     second: int
     how: How
     ratio: float = 0.0
-    """Their distance over that of the next different image; 0 for equal ones."""
+    """Of images, their distance over that of the next different image; of texts, the share that is not common to both. 0 for equal ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Copies of one picture."""
+    """Copies of one picture, or of one text."""
 
-    images: tuple[int, ...]
+    samples: tuple[int, ...]
     """In the order of the data."""
     how: tuple[How, ...]
-    """For each image the surest of its links to others of the group."""
+    """For each of them the surest of its links to others of the group."""
     ratio: float
     """The largest of the links."""
 
@@ -69,10 +72,10 @@ def find_copies(
     they were not decoded at their own size. `on_block` is told how many blocks of thumbnails were compared, of how many."""
     usable = np.flatnonzero(~found.is_bad)
     pairs = [Pair(first=first, second=second, how="bytes") for first, second in equal_pairs(found.bytes_of, usable)]
-    alone = _firsts(usable, pairs)
+    alone = firsts(usable, pairs)
     same = [pair for pair in equal_pairs(found.pixels_of, alone) if found.is_native or are_equal(*pair)]
     pairs += [Pair(first=first, second=second, how="pixels") for first, second in same]
-    pairs += near_pairs(found.details, found.thumbs, _firsts(usable, pairs), on_block=on_block)
+    pairs += near_pairs(found.details, found.thumbs, firsts(usable, pairs), on_block=on_block)
     return grouped(pairs)
 
 
@@ -84,7 +87,7 @@ def equal_pairs(hashes: Hashes, among: Ints) -> Iterator[tuple[int, int]]:
     yield from zip(firsts[repeated].tolist(), among[repeated].tolist(), strict=True)
 
 
-def _firsts(images: Ints, pairs: Iterable[Pair]) -> Ints:
+def firsts(images: Ints, pairs: Iterable[Pair]) -> Ints:
     """Those that are not the second of a pair: of each group of equal images one."""
     return np.setdiff1d(images, np.array([pair.second for pair in pairs], np.int64), assume_unique=False)
 
@@ -203,11 +206,11 @@ def _closely(details: Bytes, among: Ints, near: Neighbours, rows: Ints) -> Itera
 
 
 def grouped(pairs: Iterable[Pair]) -> list[Group]:
-    """Images that pairs link, directly or by others, as groups: the surest first, then in the order of the data."""
+    """Samples that pairs link, directly or by others, as groups: the surest first, then in the order of the data."""
     above: dict[int, int] = {}
 
-    def root(image: int) -> int:
-        path = [image]
+    def root(sample: int) -> int:
+        path = [sample]
         while (up := above.setdefault(path[-1], path[-1])) != path[-1]:
             path.append(up)
         for each in path:
@@ -217,17 +220,17 @@ def grouped(pairs: Iterable[Pair]) -> list[Group]:
     links: dict[int, How] = {}
     known = sorted(pairs, key=lambda pair: (ORDER.index(pair.how), pair.first, pair.second))
     for pair in known:
-        for image in (pair.first, pair.second):
-            links.setdefault(image, pair.how)
+        for sample in (pair.first, pair.second):
+            links.setdefault(sample, pair.how)
         first, second = sorted((root(pair.first), root(pair.second)))
         above[second] = first
     members: dict[int, list[int]] = defaultdict(list)
-    for image in sorted(links):
-        members[root(image)].append(image)
+    for sample in sorted(links):
+        members[root(sample)].append(sample)
     worst: dict[int, float] = defaultdict(float)
     for pair in known:
         worst[root(pair.first)] = max(worst[root(pair.first)], pair.ratio)
     groups = [
-        Group(images=tuple(images), how=tuple(links[image] for image in images), ratio=worst[first]) for first, images in members.items()
+        Group(samples=tuple(linked), how=tuple(links[each] for each in linked), ratio=worst[first]) for first, linked in members.items()
     ]
-    return sorted(groups, key=lambda group: (group.ratio, group.images))
+    return sorted(groups, key=lambda group: (group.ratio, group.samples))

@@ -1,4 +1,4 @@
-"""The answers of models that have not seen an image: k folds, each an ordinary run on the other folds, one after the other. __main__.py
+"""The answers of models that have not seen a sample: k folds, each an ordinary run on the other folds, one after the other. __main__.py
 calls it, trainer.series.child starts a run, labels.py judges the answers.
 
 All state is that of the runs: a run that has finished is not started again, one that was killed goes on where it stopped, with the same
@@ -19,6 +19,7 @@ from trainer.runs.folder import RunFolder
 from trainer.series.child import run_child
 from trainer.settings.fields import replaced
 from trainer.settings.identity import deciding_changes, names_file
+from trainer.settings.texts import begins_as_published
 from trainer.settings.toml import from_toml, to_toml
 from trainer.settings.tree import RunConfig
 from trainer.settings.units import duration, number, percent
@@ -29,7 +30,7 @@ DATA_FILE = "data.json"
 HELD_OUT = "validation"
 """The split as which a run scores the fold that it has not seen."""
 GOOD_ENOUGH = 0.5
-"""Models that answer fewer images as labelled doubt most labels."""
+"""Models that answer fewer samples as labelled doubt most labels."""
 OWN_SETTINGS: Mapping[str, Any] = {
     "run": "",
     "resume": "auto",
@@ -87,24 +88,24 @@ def folds_of(config: RunConfig, folder: Path, count: int) -> Folds:
     return Folds(folder=folder, count=count, config=replaced(config, "train.eval_every_epochs", config.train.epochs))
 
 
-def notes_on(config: RunConfig) -> list[str]:
+def notes_on(config: RunConfig, unit: str) -> list[str]:
     """What the user should know of the answers that such runs give."""
     told = []
     if config.train.teacher:
-        told.append("the folds learn without train.teacher, which has seen the images that they are asked about")
-    if names_file(config.model.weights):
+        told.append(f"the folds learn without train.teacher, which has seen the {unit} that they are asked about")
+    if names_file(config.model.weights) and not begins_as_published(config):
         told.append(
-            f"the folds begin with model.weights={config.model.weights}: if it was trained on these images, it may know their wrong labels"
+            f"the folds begin with model.weights={config.model.weights}: if it was trained on these {unit}, it may know their wrong labels"
         )
     return told
 
 
-def notes_on_answers(right: float) -> list[str]:
+def notes_on_answers(right: float, unit: str) -> list[str]:
     """What the user should know of answers of which this share is as labelled."""
     if right >= GOOD_ENOUGH:
         return []
     return [
-        f"the models answered only {percent(right)} of the images as they are labelled, so what they doubt says little: train longer, or "
+        f"the models answered only {percent(right)} of the {unit} as they are labelled, so what they doubt says little: train longer, or "
         "from pretrained weights, in another --out"
     ]
 
@@ -117,7 +118,7 @@ def cost(folds: Folds, manifest: Manifest, *, run_seconds: float | None = None) 
     limit = f", at most {number(folds.config.train.max_steps)} steps each" if folds.config.train.max_steps else ""
     told = (
         f"{k} runs of {epochs} epoch{'' if epochs == 1 else 's'}, each on {number(train * (k - 1) // k)} of {number(train)} training "
-        f"images{limit}: {number(seen)} images to train on, as many as {k - 1} run{'' if k == 2 else 's'} on all of them"
+        f"{manifest.unit}{limit}: {number(seen)} {manifest.unit} to train on, as many as {k - 1} run{'' if k == 2 else 's'} on all of them"
     )
     left = remaining_seconds(folds, run_seconds)
     return f"{told}; about {duration(left)} to go" if left is not None else told
@@ -160,8 +161,8 @@ def train(folds: Folds, tell: Callable[[str], None], *, run_seconds: float | Non
 
 
 def collect(folds: Folds, tell: Callable[[str], None]) -> tuple[Answers, Answers | None]:
-    """(answers for the training images, answers for the test images), once all folds have finished: for a training image those of the one
-    model that has not seen it, for a test image what all models say together; None if that was not recorded in full. Takes torch."""
+    """(answers for the training samples, answers for the test samples), once all folds have finished: for a training sample those of the
+    one model that has not seen it, for a test sample what all models say together; None if that was not recorded in full. Takes torch."""
     import torch
 
     from trainer.rank.finished import evaluate_finished

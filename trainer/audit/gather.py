@@ -20,6 +20,7 @@ from dataio.config import DataConfig
 from dataio.manifest import Manifest
 from dataio.parquet import Dataset
 from dataio.schema import is_single_label
+from trainer.audit.kept import Hashes, Ints, Kept, hashes_of, starts_of
 
 NATIVE_SIDE = 64
 """Images that share a size of at most this many pixels a side are compared as they are. Others are stretched to squares."""
@@ -33,48 +34,24 @@ MEASURES = ("brightness", "contrast", "sharpness", "colour_range")
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Gathered:
-    """What is kept of all n images, split after split in the order of the data."""
+class Gathered(Kept):
+    """What is kept of all n images. Of one that could not be decoded it is zeros."""
 
-    splits: tuple[str, ...]
-    starts: Ints
-    """(splits + 1,): where each split begins."""
     details: Bytes
     """(n, h, w, 3): small copies."""
     thumbs: Floats
     """(n, THUMB_SIDE * THUMB_SIDE): brightness, blurred."""
-    bytes_of: Hashes
-    """(n,): 16 bytes of the hash of an image's bytes."""
     pixels_of: Hashes
     """(n,): a hash of an image's size and of the pixels that it was decoded to."""
     sizes: Ints
     """(n, 2): height and width in pixels."""
     measures: Mapping[str, Floats]
     """MEASURES -> (n,)"""
-    labels: Ints
-    """(n,): classes; -1 where a label is not known, and for data with other targets than one label."""
-    is_bad: npt.NDArray[np.bool_]
-    """(n,): could not be decoded; what is kept of it is zeros."""
     is_native: bool
     """Whether images were decoded at their own size, so that equal hashes of pixels mean equal images."""
-
-    @property
-    def count(self) -> int:
-        return int(self.starts[-1])
-
-    def place(self, image: int) -> tuple[str, int]:
-        """The split that an image is in, and its row there."""
-        number = int(np.searchsorted(self.starts, image, side="right")) - 1
-        return self.splits[number], image - int(self.starts[number])
-
-    def of_split(self, split: str) -> range:
-        number = self.splits.index(split)
-        return range(int(self.starts[number]), int(self.starts[number + 1]))
 
 
 def decoded_size(manifest: Manifest) -> tuple[int, int]:
@@ -93,7 +70,7 @@ def gather(
     """Read all splits. `work` is a folder for the files. `on_part` is told how many images were read, of how many."""
     manifest = dataset.manifest
     splits = tuple(manifest.splits)
-    starts = np.concatenate(([0], np.cumsum([manifest.splits[name].count for name in splits], dtype=np.int64)))
+    starts = starts_of(manifest)
     height, width = decoded_size(manifest)
     halved = 2 if (height, width) == (LOOK_SIDE, LOOK_SIDE) else 1
     h, w, n = height // halved, width // halved, int(starts[-1])
@@ -124,7 +101,7 @@ def gather(
                 group = split.read_group(number)
                 rows = slice(at, at + len(group.keys))
                 _keep(found, rows, group.encoded, decoder, config, halved)
-                found.bytes_of[rows] = _hashes([next(hashes)[:16] for _ in group.keys])
+                found.bytes_of[rows] = hashes_of([next(hashes)[:16] for _ in group.keys])
                 if is_single_label(manifest.targets):
                     found.labels[rows] = group.labels
                 at = rows.stop
@@ -144,16 +121,12 @@ def _keep(found: Gathered, rows: slice, encoded: Sequence[Bytes], decoder: Decod
         found.is_bad[rows.start + number] = True
     sizes = found.sizes[rows]
     hashed = [hashlib.blake2b(size.tobytes() + image.tobytes(), digest_size=16).digest() for size, image in zip(sizes, images, strict=True)]
-    found.pixels_of[rows] = _hashes(hashed)
+    found.pixels_of[rows] = hashes_of(hashed)
     details = halved_images(images) if halved == 2 else images
     found.details[rows] = details
     found.thumbs[rows] = thumbs_of(details)
     for name, values in looks_of(images).items():
         found.measures[name][rows] = values
-
-
-def _hashes(raw: Sequence[bytes]) -> Hashes:
-    return np.frombuffer(b"".join(raw), "V16")
 
 
 def halved_images(images: Bytes) -> Bytes:

@@ -1,9 +1,9 @@
 """Finds labels that are probably wrong, by confident learning (Northcutt et al. 2021, "Confident Learning: Estimating Uncertainty in
 Dataset Labels"). Pure; __main__.py calls it with the answers that folds.py collects.
 
-Each image has the answer of a model that was not trained on it. A class's threshold is how sure such models are of it, on average over the
-images that have its label: so a class that the models are seldom sure of does not look mislabelled as a whole. A label is doubted if the
-answer is another class, and at least as sure as that class's threshold. All images are ranked by the margin between the two probabilities.
+Each sample has the answer of a model that was not trained on it. A class's threshold is how sure such models are of it, on average over the
+samples that have its label: so a class that the models are seldom sure of does not look mislabelled as a whole. A label is doubted if the
+answer is another class, and at least as sure as that class's threshold. All samples are ranked by the margin between the two probabilities.
 
 The paper looks at all classes above their thresholds, here only the model's answer is looked at: predictions.parquet has the probability of
 the answer and, as the loss, that of the label. The two differ only where the most probable class is below its threshold and another is not.
@@ -23,7 +23,7 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Answers:
-    """What models that have not seen them say of n images."""
+    """What models that have not seen them say of n samples."""
 
     keys: Sequence[str]
     given: Ints
@@ -60,7 +60,7 @@ class Judged:
     is_doubted: npt.NDArray[np.bool_]
     """(n,)"""
     thresholds: Values
-    """(classes,): NaN for a class without images."""
+    """(classes,): NaN for a class without samples."""
 
     @property
     def doubted(self) -> Ints:
@@ -69,7 +69,7 @@ class Judged:
 
 
 def judge(found: Answers, classes: int) -> Judged:
-    """Rank the labels. Every image counts for its class's threshold, those with a wrong label too."""
+    """Rank the labels. Every sample counts for its class's threshold, those with a wrong label too."""
     counts = np.bincount(found.given, minlength=classes)
     sums = np.bincount(found.given, weights=found.of_given, minlength=classes)
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)  # (classes,)
@@ -93,15 +93,15 @@ def joined(parts: Sequence[Answers]) -> Answers:
 
 
 def agreed(votes: Sequence[Answers], classes: int) -> Answers:
-    """One answer from those of several models for the same images: the class that has the most of their probability, as far as they say
-    it. A model that answers another class counts 0 for it, so the answer is at most as sure as their mean. ValueError if the images differ.
-    """
+    """One answer from those of several models for the same samples: the class that has the most of their probability, as far as they say
+    it. A model that answers another class counts 0 for it, so the answer is at most as sure as their mean. ValueError if the samples
+    differ."""
     first = votes[0]
     rows = np.arange(len(first.given))
     scores = np.zeros((len(rows), classes))
     for each in votes:
         if list(each.keys) != list(first.keys) or not np.array_equal(each.given, first.given):
-            raise ValueError("the models were asked about different images; remove the folder of the folds, and begin again")
+            raise ValueError("the models were asked about different samples; remove the folder of the folds, and begin again")
         scores[rows, each.answers] += each.of_answer / len(votes)
     answers = scores.argmax(1)
     return Answers(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trainer.audit.gather import Gathered, Ints
-from trainer.settings.units import percent
+from trainer.audit.gather import Gathered
+from trainer.audit.kept import Ints
 
 FAR = 3.5
 """Robust standard deviations, as they advise. A black photograph among usual ones is four away, and not five."""
@@ -27,35 +27,31 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Odd:
-    """A way in which an image is unlike the others."""
+    """A way in which an image, or a text, is unlike the others."""
 
-    image: int
+    sample: int
     what: str
-    """`dark`, `blurred`, ...: one of the words below."""
+    """`dark`, `blurred`, ...: one of the words below, or of text_looks.py."""
     value: float
     median: float
     far: float
-    """Robust standard deviations from the median; infinite for an image of one colour."""
+    """Robust standard deviations from the median; infinite for what is so or not, as an image of one colour."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
-    """Two classes that a model which has not seen the images takes for each other."""
+    """Two classes that a model which has not seen the samples takes for each other."""
 
     first: int
     second: int
     first_as_second: int
     second_as_first: int
-    images: int
+    samples: int
     """Of both classes."""
 
     @property
     def share(self) -> float:
-        return (self.first_as_second + self.second_as_first) / self.images
-
-    @property
-    def in_words(self) -> str:
-        return f"{percent(self.share)} of {self.images:,} images"
+        return (self.first_as_second + self.second_as_first) / self.samples
 
 
 def odd_images(found: Gathered) -> list[Odd]:
@@ -64,27 +60,27 @@ def odd_images(found: Gathered) -> list[Odd]:
     height, width = (found.sizes[usable, side].astype(np.float64) for side in (0, 1))
     is_flat = found.measures["colour_range"][usable] <= ONE_COLOUR
     odd = [
-        Odd(image=int(image), what="of one colour", value=float(found.measures["colour_range"][image]), median=ONE_COLOUR, far=np.inf)
+        Odd(sample=int(image), what="of one colour", value=float(found.measures["colour_range"][image]), median=ONE_COLOUR, far=np.inf)
         for image in usable[is_flat]
     ]
     rest = usable[~is_flat]
     of_rest = {name: found.measures[name][rest].astype(np.float64) for name in ("brightness", "contrast", "sharpness")}
-    odd += _far("dark", "bright", of_rest["brightness"], rest)
-    odd += _far("flat", "", of_rest["contrast"], rest)
-    odd += _far("blurred", "", of_rest["sharpness"], rest)
-    odd += _far("small", "large", np.sqrt(np.maximum(height * width, 1)), usable, is_ratio=True)
-    odd += _far("tall", "wide", np.maximum(width, 1) / np.maximum(height, 1), usable, is_ratio=True)
-    return sorted(odd, key=lambda each: (-each.far, each.image, each.what))
+    odd += far_from_median("dark", "bright", of_rest["brightness"], rest)
+    odd += far_from_median("flat", "", of_rest["contrast"], rest)
+    odd += far_from_median("blurred", "", of_rest["sharpness"], rest)
+    odd += far_from_median("small", "large", np.sqrt(np.maximum(height * width, 1)), usable, is_ratio=True)
+    odd += far_from_median("tall", "wide", np.maximum(width, 1) / np.maximum(height, 1), usable, is_ratio=True)
+    return sorted(odd, key=lambda each: (-each.far, each.sample, each.what))
 
 
-def _far(low: str, high: str, values: Values, images: Ints, *, is_ratio: bool = False) -> list[Odd]:
+def far_from_median(low: str, high: str, values: Values, samples: Ints, *, is_ratio: bool = False) -> list[Odd]:
     """Those that are far below the median (`low`) or above it (`high`); "" for a side that is not odd. `is_ratio`: factors count."""
     if not len(values):
         return []
     far = robust_scores(np.log(values) if is_ratio else values)
     median = float(np.median(values))
     return [
-        Odd(image=int(images[row]), what=what, value=float(values[row]), median=median, far=abs(float(far[row])))
+        Odd(sample=int(samples[row]), what=what, value=float(values[row]), median=median, far=abs(float(far[row])))
         for row in np.flatnonzero(np.abs(far) > FAR).tolist()
         if (what := low if far[row] < 0 else high)
     ]
@@ -100,7 +96,7 @@ def robust_scores(values: Values) -> Values:
 
 def overlaps(given: Ints, answers: Ints, classes: int) -> list[Overlap]:
     """Pairs of classes that were taken for each other, those with the largest share first. `given`, `answers` (n,): the label and the
-    answer of a model that has not seen the image."""
+    answer of a model that has not seen the sample."""
     matrix = np.bincount(given * classes + answers, minlength=classes**2).reshape(classes, classes)  # [label][answer]
     counts = matrix.sum(1)
     swaps = np.triu(matrix + matrix.T, 1)
@@ -110,7 +106,7 @@ def overlaps(given: Ints, answers: Ints, classes: int) -> list[Overlap]:
             second=second,
             first_as_second=int(matrix[first, second]),
             second_as_first=int(matrix[second, first]),
-            images=int(counts[first] + counts[second]),
+            samples=int(counts[first] + counts[second]),
         )
         for first, second in np.argwhere(swaps >= FEWEST_SWAPS).tolist()
     ]
@@ -118,8 +114,8 @@ def overlaps(given: Ints, answers: Ints, classes: int) -> list[Overlap]:
 
 
 def words_of(odd: Sequence[Odd]) -> Mapping[int, str]:
-    """Image -> the ways in which it is odd: `dark, blurred`."""
+    """Sample -> the ways in which it is odd: `dark, blurred`."""
     found: dict[int, list[str]] = {}
     for each in odd:
-        found.setdefault(each.image, []).append(each.what)
-    return {image: ", ".join(dict.fromkeys(ways)) for image, ways in found.items()}
+        found.setdefault(each.sample, []).append(each.what)
+    return {sample: ", ".join(dict.fromkeys(ways)) for sample, ways in found.items()}

@@ -94,7 +94,7 @@ def job_of(argv: Sequence[str], console: Terminal) -> Job:
     if run is not None:
         config, identified = invocation.config, model_sha256(described(model_of(run)))
     else:
-        made = settled(invocation, console, surveyed(invocation.config))
+        made = settled(invocation, console, surveyed(invocation.config, console))
         config = made.config
         whole_run = identity(config, made.dataset.manifest.fingerprint, weights_sha256(config.model.weights))
         identified = hashlib.sha256(json.dumps(whole_run, sort_keys=True, default=list).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """The command line `python -m trainer.curve DIR --SETTING VALUE ...` (`finetune curve`): how much more labels would help. Takes the
-settings of `trainer.run`, trains ordinary runs on nested parts of the images (plan.py, trainer.series), fits a power law through their
-errors (power_law.py) and says what twice the labels would bring, which classes gain, and which images to label next.
+settings of `trainer.run`, trains ordinary runs on nested parts of the samples (plan.py, trainer.series), fits a power law through their
+errors (power_law.py) and says what twice the labels would bring, which classes gain, and which samples to label next.
 
 Everything lies in a folder of its own in --storage, named after the settings and the data: the same command, killed anywhere, goes on
 there, and ends in the same curve.json to the byte. More --repeats or --parts add their runs to it.
@@ -16,26 +16,27 @@ if __name__ == "__main__":
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from cluster.storage import Storage, join_uri, open_storage
 from dataio.manifest import Manifest
-from trainer.curve.next_labels import DEFAULT
+from trainer.curve.next_labels import DEFAULT, ToLabel
 from trainer.curve.page import drawn
 from trainer.curve.plan import Planned, Size, cost_lines, planned, size_of, sizes_of
 from trainer.curve.results import Curve, check_measure, curve_of, noise_words, sentences, to_json, wanted_words
 from trainer.drive.identity import automatic_name
 from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import model_of
-from trainer.series.command import guarded_series, settled, surveyed, tell
+from trainer.series.command import asked_line, guarded_series, settled, surveyed, tell
 from trainer.series.train import Member, Summary, finished, left_words, train
-from trainer.settings.cli import DIR_RECIPE, Invocation, SettingsLine, check, parse_line
+from trainer.settings.cli import Invocation, SettingsLine
 from trainer.settings.identity import weights_sha256
 from trainer.settings.length import length_of
 from trainer.settings.programs import program
@@ -45,27 +46,27 @@ from trainer.settings.units import duration, number, percent
 from trainer.tasks.info import info_of
 
 JSON_FILE, PAGE_FILE, NEXT_FILE = "curve.json", "curve.html", "label-next.csv"
-NEXT_HEAD = ("rank", "image", "guess", "margin")
 PARTS = (0.125, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(SettingsLine):
-    """Find out how much more labels would help: runs on parts of the images, a power law through their errors, and what twice the labels
+    """Find out how much more labels would help: runs on parts of the samples, a power law through their errors, and what twice the labels
     would bring, with an interval.
 
     All other arguments are those of a run: DIR as the first word, --config, and its settings. The runs are ordinary ones, in a folder of
     their own in --storage (--run names it). The same command goes on after any kill.
     """
 
+    takes_texts = True
     parts: tuple[float, ...] = PARTS
-    """Sizes: up to 1 fractions of the training images, above it numbers of images. A smaller one lies within a larger one."""
+    """Sizes: up to 1 fractions of the training samples, above it numbers of samples. A smaller one lies within a larger one."""
     repeats: int = 3
-    """Runs of each size, each with other images and another seed."""
+    """Runs of each size, each with other samples and another seed."""
     unlabelled: str = ""
-    """A folder of images without a label: label-next.csv then says which of them to label next."""
+    """Images without a label, a folder of them, or texts, a folder or a table: label-next.csv then says which of them to label next."""
     next: Annotated[int, tyro.conf.arg(name="next")] = DEFAULT
-    """How many images label-next.csv names."""
+    """How many of them label-next.csv names."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object instead of text: what curve.json holds, and where."""
 
@@ -80,7 +81,11 @@ class Job:
     sizes: tuple[Size, ...]
     runs: tuple[Planned, ...]
     whole: int
-    """Training images that there are."""
+    """Training samples that there are."""
+    unit: str
+    """What they are, in the plural."""
+    text_column: str
+    """Of the samples without a label, if they are a table's."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,11 +94,10 @@ def main(argv: Sequence[str]) -> int:
     console: Console = Terminal(stderr=True) if "--json" in argv else Terminal()
 
     def work() -> int:
-        invocation, line = parse_line(argv, Arguments, prog=program("curve"))
-        check(invocation.config)
+        invocation, line = asked_line(argv, Arguments, prog=program("curve"))
         _check_arguments(invocation.config, line)
         if invocation.takes_dir_recipe:
-            tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
+            tell(console, f"settings of the recipe {invocation.recipes[0]}; flags change them")
         job = prepared_job(invocation, line, console)
         curve = curve_of(trained(job, line.repeats, console))
         shown(job, curve, asked_next(job, line, console) if line.unlabelled else None, line)
@@ -108,7 +112,9 @@ def _check_arguments(config: RunConfig, line: Arguments) -> None:
     if line.repeats < 1:
         raise ValueError(f"--repeats {line.repeats} trains nothing; use 1 or more, 3 is the default")
     if line.next < 1:
-        raise ValueError(f"--next {line.next} names no image; use 1 or more, {DEFAULT} is the default")
+        raise ValueError(f"--next {line.next} names no sample; use 1 or more, {DEFAULT} is the default")
+    if line.unlabelled and not os.path.exists(line.unlabelled):
+        raise ValueError(f"--unlabelled {line.unlabelled} does not exist; give a folder of images, or a folder or table of texts")
 
 
 # --- before the runs --------------------------------------------------------------------------------------------------------------------
@@ -116,7 +122,7 @@ def _check_arguments(config: RunConfig, line: Arguments) -> None:
 
 def prepared_job(invocation: Invocation, line: Arguments, console: Console) -> Job:
     """Open the data, find what stands against a run on all of it, and plan the runs. ValueError that says what is wrong."""
-    made, asked = settled(invocation, console, surveyed(invocation.config)), invocation.config
+    made, asked = settled(invocation, console, surveyed(invocation.config, console)), invocation.config
     manifest, ranks = made.dataset.manifest, made.ranks
     sizes = planned_sizes(made.config, manifest, line.parts, ranks=ranks, from_recipes=invocation.from_recipes)
     largest = sizes[-1].config
@@ -124,7 +130,15 @@ def prepared_job(invocation: Invocation, line: Arguments, console: Console) -> J
     name = asked.run or automatic_name(made.config, manifest.fingerprint, f"curve-{made.prefix}", weights)
     storage = open_storage(join_uri(open_storage(asked.storage).uri, name), largest.cluster.storage_retry_seconds)
     runs = tuple(planned(sizes, line.repeats))
-    return Job(name=name, storage=storage, sizes=sizes, runs=runs, whole=manifest.splits["train"].count)
+    return Job(
+        name=name,
+        storage=storage,
+        sizes=sizes,
+        runs=runs,
+        whole=manifest.splits["train"].count,
+        unit=manifest.unit,
+        text_column=asked.data.text_column,
+    )
 
 
 def planned_sizes(
@@ -134,7 +148,8 @@ def planned_sizes(
     whole = manifest.splits["train"].count
     length = length_of(config, manifest, workers=ranks, from_recipes=from_recipes)
     warmup = min(1.0, length.config.optim.warmup_of(length.total_steps) / length.total_steps)
-    return tuple(size_of(config, images, whole=whole, ranks=ranks, warmup_fraction=round(warmup, 6)) for images in sizes_of(parts, whole))
+    sizes = sizes_of(parts, whole, manifest.unit)
+    return tuple(size_of(config, samples, whole=whole, ranks=ranks, warmup_fraction=round(warmup, 6)) for samples in sizes)
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------------------------
@@ -145,7 +160,7 @@ def trained(job: Job, repeats: int, console: Console) -> list[tuple[Planned, Sum
     by_name = {planned.member.name: planned for planned in job.runs}
     members = [planned.member for planned in job.runs]
     known = [(member, summary) for member in members if (summary := finished(job.storage, member)) is not None]
-    for text in cost_lines(job.sizes, repeats, job.whole):
+    for text in cost_lines(job.sizes, repeats, job.whole, job.unit):
         tell(console, text)
     if known:
         there = {member.name for member, _ in known}
@@ -155,7 +170,7 @@ def trained(job: Job, repeats: int, console: Console) -> list[tuple[Planned, Sum
 
     def on_run(member: Member, place: int) -> None:
         folder = join_uri(job.storage.uri, member.name)
-        tell(console, f"run {place + 1} of {len(members)}: {number(by_name[member.name].images)} images ({program('watch')} {folder})")
+        tell(console, f"run {place + 1} of {len(members)}: {number(by_name[member.name].samples)} {job.unit} ({program('watch')} {folder})")
 
     for member, summary in train(members, job.storage, on_run):
         check_measure(summary)
@@ -175,30 +190,34 @@ def _measured(summary: Summary) -> str:
 # --- after them -------------------------------------------------------------------------------------------------------------------------
 
 
-def asked_next(job: Job, line: Arguments, console: Console) -> list[tuple[int, str, str, str]]:
-    """The images to label next, by the model of the first run on the most images."""
+def asked_next(job: Job, line: Arguments, console: Console) -> list[ToLabel]:
+    """The samples to label next, by the model of the first run on the most samples."""
     from trainer.curve.asking import asked  # imports torch
 
-    most = max(planned.images for planned in job.runs)
-    member = next(planned.member for planned in job.runs if planned.images == most)
+    most = max(planned.samples for planned in job.runs)
+    member = next(planned.member for planned in job.runs if planned.samples == most)
     with console.status("") as status:
         found = asked(
             line.unlabelled,
             model_of(RunFolder(storage=job.storage, name=member.name)),
             line.next,
-            lambda done, of: status.update(f"asked about {number(done)} of {number(of)} images"),
+            lambda done: status.update(f"asked about {number(done)} {job.unit}"),
+            text_column=job.text_column,
         )
     if found.unreadable:
-        tell(console, f"{number(found.unreadable)} of {number(found.images)} images in {line.unlabelled} cannot be read and are left out")
+        tell(
+            console,
+            f"{number(found.unreadable)} of {number(found.samples)} {job.unit} in {line.unlabelled} cannot be read and are left out",
+        )
     return found.rows
 
 
-def shown(job: Job, curve: Curve, next_rows: list[tuple[int, str, str, str]] | None, line: Arguments) -> None:
+def shown(job: Job, curve: Curve, next_rows: list[ToLabel] | None, line: Arguments) -> None:
     """Write the files and say the result."""
     result = to_json(curve)
     files = {JSON_FILE: (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode(), PAGE_FILE: drawn(curve, next_rows).encode()}
     if next_rows is not None:
-        files[NEXT_FILE] = _csv(next_rows)
+        files[NEXT_FILE] = _csv(next_rows, job.unit)
     where = {name: _written(job.storage, name, data) for name, data in files.items()}
     if line.json:
         named = {"folder": job.storage.uri, "page": where[PAGE_FILE], "label_next": where.get(NEXT_FILE)}
@@ -209,7 +228,7 @@ def shown(job: Job, curve: Curve, next_rows: list[tuple[int, str, str, str]] | N
     if words := noise_words(curve):
         say(words)
     say(f"the curve: {where[PAGE_FILE]}")
-    say(f"{len(next_rows)} images to label next: {where[NEXT_FILE]}" if next_rows is not None else wanted_words(curve))
+    say(f"{len(next_rows)} {job.unit} to label next: {where[NEXT_FILE]}" if next_rows is not None else wanted_words(curve))
 
 
 def _written(storage: Storage, name: str, data: bytes) -> str:
@@ -217,11 +236,15 @@ def _written(storage: Storage, name: str, data: bytes) -> str:
     return join_uri(storage.uri, name)
 
 
-def _csv(rows: Sequence[Sequence[Any]]) -> bytes:
+def _csv(rows: Sequence[ToLabel], unit: str) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(NEXT_HEAD)
-    writer.writerows(rows)
+    if unit == "texts":
+        writer.writerow(("rank", "key", "text", "guess", "margin"))
+        writer.writerows((each.rank, each.name, each.text, each.guess, each.margin) for each in rows)
+    else:
+        writer.writerow(("rank", "image", "guess", "margin"))
+        writer.writerows((each.rank, each.name, each.guess, each.margin) for each in rows)
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 

@@ -1,21 +1,25 @@
-"""Asks a curve's model about images without a label. __main__.py calls it; next_labels.py chooses among the answers. Takes torch.
+"""Asks a curve's model about images or texts without a label. __main__.py calls it; next_labels.py chooses among the answers. Takes torch.
 
-Images are decoded and resized as in training (trainer.export has the rules); what cannot be read is left out and counted.
+Images are decoded and resized, and texts become tokens, as in training (trainer.export has the rules); what cannot be read is left out and
+counted.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dataio.codecs.image.decode import Decoder
+from dataio.codecs.text.tokens import TextFacts, Tokenizer
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import images_below
-from trainer.curve.next_labels import POOL, Floats, Pool, chosen, margins_of, rows_of
-from trainer.export.model_folder import Exported, load_export
+from trainer.curve.next_labels import POOL, Floats, Pool, Seen, ToLabel, margins_of, to_label
+from trainer.export.model_folder import Exported, TextExport, load_export
+from trainer.inference.texts import padded_rows, texts_of
 from trainer.models.features import features_of
 from trainer.runs.folder import RunFolder
 from trainer.tasks.score_log import parts_of
@@ -25,70 +29,99 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """What came of a folder of images."""
+    """What came of the samples without a label."""
 
-    rows: list[tuple[int, str, str, str]]
-    """(rank, image, guess, margin): images by their path inside the folder."""
-    images: int
+    rows: list[ToLabel]
+    """Images and texts of files by their path inside the folder, texts of a table by the table and the row."""
+    samples: int
     unreadable: int
 
 
-def asked(folder: str, model: RunFolder, count: int, on_batch: Callable[[int, int], None] = lambda done, of: None) -> Asked:
-    """The `count` images below `folder` to label next, by the model in `model`. ValueError if there are none, or if the model's task has no
-    probabilities of classes."""
-    names = [os.path.relpath(path, folder) for path in sorted(images_below(folder))]
-    if not names:
-        raise ValueError(f"--unlabelled {folder} holds no image (.jpg, .png, .webp, ...); give the folder of the images without a label")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Batch:
+    """Samples as the model is asked about them."""
+
+    samples: Tensor
+    """(n, 3, H, W) uint8 or (n, T) int32, those that could be read; n may be 0."""
+    names: Sequence[str]
+    """Of the n."""
+    texts: Sequence[str]
+    """Of the n; empty ones for images."""
+    count: int
+    """With those that could not be read."""
+
+
+def asked(given: str, model: RunFolder, count: int, on_batch: Callable[[int], None] = lambda done: None, *, text_column: str = "") -> Asked:
+    """The `count` samples to label next, by the model in `model`: of the images below the folder `given`, or of the texts of a folder or a
+    table. `on_batch` is told how many were asked about. ValueError if there are none, or if the model's task has no probabilities of
+    classes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    exported = load_export(model, device)
+    exported = load_export(model, device, may_be_of_texts=True)
     if not parts_of(exported.task):
-        raise ValueError("--unlabelled: this model's task says nothing in probabilities, so it cannot tell of which images it is unsure")
-    pool, guesses, unreadable = Pool(POOL * count), dict[int, str](), 0
-    seen: list[int] = []  # the pool's places count the images that could be read
-    for start, margins, features, words, places in _batches(folder, names, exported, device):
-        guesses |= {len(seen) + number: word for number, word in enumerate(words)}
-        seen += places
-        pool.add(margins, features)
-        on_batch(min(start + BATCH, len(names)), len(names))
-    unreadable = len(names) - len(seen)
-    kept, margins, features = pool.taken()
-    order = chosen(margins, features, count)
-    rows = rows_of([names[seen[place]] for place in kept], [guesses[int(place)] for place in kept], margins, order)
-    return Asked(rows=rows, images=len(names), unreadable=unreadable)
+        raise ValueError(
+            "--unlabelled: this model's task says nothing in probabilities, so it cannot tell of which "
+            f"{exported.task.info.unit} it is unsure"
+        )
+    batches = _images(given, exported) if exported.texts is None else _texts(given, exported.texts, text_column)
+    pool, done, unreadable = Pool(POOL * count), 0, 0
+    for batch in batches:
+        done += batch.count
+        unreadable += batch.count - len(batch.names)
+        if batch.names:
+            with torch.inference_mode(), features_of(exported.model) as features:
+                outputs = exported.model(exported.preprocess(batch.samples.to(device))).float().cpu()
+            guesses = [exported.task.sentence(answer) for answer in exported.task.answers(outputs, top=1)]
+            seen = [Seen(name=name, guess=guess, text=text) for name, guess, text in zip(batch.names, guesses, batch.texts, strict=True)]
+            pool.add(seen, _margins(exported, outputs), features.taken().cpu().numpy())
+        on_batch(done)
+    return Asked(rows=to_label(pool, count), samples=done, unreadable=unreadable)
 
 
-def _batches(
-    folder: str, names: Sequence[str], exported: Exported, device: torch.device
-) -> Iterator[tuple[int, Floats, Floats, list[str], list[int]]]:
-    """(start, margins (n,), features (n, f), guesses, places among `names`) of the images that can be read."""
+def _images(folder: str, exported: Exported) -> Iterator[_Batch]:
+    paths = sorted(images_below(folder))
+    if not paths:
+        raise ValueError(f"--unlabelled {folder} holds no image (.jpg, .png, .webp, ...); give the folder of the images without a label")
     height, width = exported.image_size
     fit = "crop" if exported.fit == "refuse" else exported.fit  # an image that is only asked about need not have the size
     decoder = Decoder(
         height=height, width=width, fit=fit, background=exported.background, max_pixels=exported.max_image_pixels, batch_size=BATCH
     )
-    with decoder, torch.inference_mode():
-        for start in range(0, len(names), BATCH):
-            encoded, places = [], []
-            for place in range(start, min(start + BATCH, len(names))):
+    with decoder:
+        for start in range(0, len(paths), BATCH):
+            encoded, read = [], []
+            for path in paths[start : start + BATCH]:
                 try:
-                    encoded.append(read_regular(os.path.join(folder, names[place]), MAX_IMAGE_BYTES))
-                    places.append(place)
+                    encoded.append(read_regular(path, MAX_IMAGE_BYTES))
+                    read.append(path)
                 except OSError:
                     continue
+            count = len(paths[start : start + BATCH])
             if not encoded:
+                yield _Batch(samples=torch.empty(0), names=(), texts=(), count=count)
                 continue
             decoded = decoder.decode(encoded)
             bad = {index for index, _ in decoded.bad}
             good = [index for index in range(len(encoded)) if index not in bad]
-            images = torch.from_numpy(decoded.images[good]).permute(0, 3, 1, 2).to(device)  # (n, 3, H, W) uint8
-            if not good:
-                continue
-            with features_of(exported.model) as features:
-                outputs = exported.model(exported.preprocess(images)).float().cpu()
-            margins = _margins(exported, outputs)
-            answers = exported.task.answers(outputs, top=1)
-            words = [exported.task.sentence(answer) for answer in answers]
-            yield start, margins, features.taken().cpu().numpy(), words, [places[index] for index in good]
+            yield _Batch(
+                samples=torch.from_numpy(decoded.images[good]).permute(0, 3, 1, 2),
+                names=[os.path.relpath(read[index], folder) for index in good],
+                texts=[""] * len(good),
+                count=count,
+            )
+
+
+def _texts(given: str, form: TextExport, text_column: str) -> Iterator[_Batch]:
+    tokenizer = Tokenizer(form.tokenizer, max_tokens=form.max_tokens, too_long=form.too_long, where="the model's folder")
+    is_folder, texts = os.path.isdir(given), texts_of([given], text_column=text_column)
+    while part := list(islice(texts, BATCH)):
+        facts = tokenizer.facts([each.data for each in part])
+        good = [(each.key, fact) for each, fact in zip(part, facts, strict=True) if not each.error and isinstance(fact, TextFacts)]
+        yield _Batch(
+            samples=torch.from_numpy(padded_rows([fact for _, fact in good])),
+            names=[os.path.relpath(key, given) if is_folder else key for key, _ in good],
+            texts=[fact.text for _, fact in good],
+            count=len(part),
+        )
 
 
 def _nearest_to_a_toss(logits: Tensor) -> Floats:
@@ -98,7 +131,7 @@ def _nearest_to_a_toss(logits: Tensor) -> Floats:
 
 
 def _margins(exported: Exported, outputs: Tensor) -> Floats:
-    """(n,): the smallest margin of an image's targets, at the temperatures that the run fitted."""
+    """(n,): the smallest margin of a sample's targets, at the temperatures that the run fitted."""
     found = np.ones(len(outputs), dtype=np.float32)
     for part in parts_of(exported.task):
         temperature = exported.temperatures[part.name].value if part.name in exported.temperatures else 1.0

@@ -6,11 +6,11 @@ twice the labels bring is a + (error - a) 2^-c, and every bound is a box. The fi
 best curve: with four sizes many curves fit, and their spread is the interval. A grid has no start to choose, no step that fails, and gives
 the same bits everywhere.
 
-What the points may be off by has two parts. Runs of one size differ by the images drawn, the seed, and the test images that they get wrong
-by chance: noise, from the repeats of near sizes together, in units of the binomial variance of the test set (which is also where it stays
-without repeats). And no real curve is a power law: MISFIT, a share of the error that each size may be off by, and growing with the way
-beyond the last size. Nine of ten errors at twice the labels are to lie in the interval; benchmarks/curve.py counts them on real curves, by
-which MISFIT was chosen: with linear heads half of it would do, but runs of whole networks are less regular than those.
+What the points may be off by has two parts. Runs of one size differ by the samples drawn, the seed, and the test samples that they get
+wrong by chance: noise, from the repeats of near sizes together, in units of the binomial variance of the test set (which is also where it
+stays without repeats). And no real curve is a power law: MISFIT, a share of the error that each size may be off by, and growing with the
+way beyond the last size. Nine of ten errors at twice the labels are to lie in the interval; benchmarks/curve.py counts them on real curves,
+by which MISFIT was chosen: with linear heads half of it would do, but runs of whole networks are less regular than those.
 
 Sources: Cortes et al. 1994 (the law for learning curves), Hestness et al. 2017 and Rosenfeld et al. 2020 (exponents of deep networks, most
 between 0.07 and 0.7), Viering and Loog 2023 (curves that are no power laws).
@@ -50,7 +50,7 @@ Values = npt.NDArray[np.float64]
 class Point:
     """The errors of the runs of one size."""
 
-    images: int
+    samples: int
     errors: tuple[float, ...]
     """Each in [0, 1]; one a run."""
 
@@ -63,15 +63,15 @@ class Law:
     b: float
     c: float
 
-    def at(self, images: float) -> float:
-        return float(self.a + self.b * images**-self.c)
+    def at(self, samples: float) -> float:
+        return float(self.a + self.b * samples**-self.c)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Foretold:
-    """The error at a number of images: the median, and the interval that is to hold a run's error in LEVEL of cases."""
+    """The error at a number of samples: the median, and the interval that is to hold a run's error in LEVEL of cases."""
 
-    images: int
+    samples: int
     error: float
     low: float
     high: float
@@ -86,7 +86,7 @@ class Fit:
     """At the largest size that was measured."""
     twice: Foretold
     gain: Foretold
-    """By how much the error falls from now to twice the images, a run's noise left out; in `error`, `low` and `high`."""
+    """By how much the error falls from now to twice the samples, a run's noise left out; in `error`, `low` and `high`."""
     noise: float
     """Standard deviation of a run's error at the largest size."""
     sizes: int
@@ -95,15 +95,15 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CannotTell:
-    """Why the points say nothing of more images, as a sentence, and what would help."""
+    """Why the points say nothing of more samples, as a sentence, and what would help."""
 
     reason: str
 
 
-def fitted(points: Sequence[Point], *, tested: int | None) -> Fit | CannotTell:
-    """The curve through `points`. `tested`: test images of which an error is a share; None if it is no such share, and then only repeats
-    tell its noise."""
-    points = sorted(points, key=lambda point: point.images)
+def fitted(points: Sequence[Point], *, tested: int | None, unit: str = "images") -> Fit | CannotTell:
+    """The curve through `points`. `tested`: test samples of which an error is a share; None if it is no such share, and then only
+    repeats tell its noise. `unit`: what the samples are, for what is said of them."""
+    points = sorted(points, key=lambda point: point.samples)
     if len(points) < FEWEST_SIZES:
         return CannotTell(
             reason=f"{len(points)} size{'' if len(points) == 1 else 's'} cannot tell a curve from a line; "
@@ -111,15 +111,15 @@ def fitted(points: Sequence[Point], *, tested: int | None) -> Fit | CannotTell:
         )
     if tested is None and max(len(point.errors) for point in points) < 2:
         return CannotTell(reason="one run of each size does not say how much runs differ; give --repeats 3")
-    images = np.array([point.images for point in points], dtype=np.float64)  # (sizes,)
+    samples = np.array([point.samples for point in points], dtype=np.float64)  # (sizes,)
     level = np.array([_centre(point.errors) for point in points])  # (sizes,)
     of_run = _variances(points, level, tested)
     variance = of_run / np.array([len(point.errors) for point in points])  # (sizes,) of each size's mean
-    if (reason := _not_falling(images, level, variance)) is not None:
+    if (reason := _not_falling(samples, level, variance, unit)) is not None:
         return CannotTell(reason=reason)
-    grid = _grid(images, level, variance)
+    grid = _grid(samples, level, variance)
     new_variance = float(of_run[-1])
-    last = int(images[-1])
+    last = int(samples[-1])
     return Fit(
         law=grid.middle(),
         now=grid.foretold(last, new_variance),
@@ -147,8 +147,8 @@ def _centre(errors: Sequence[float]) -> float:
 
 def _variances(points: Sequence[Point], level: Values, tested: int | None) -> Values:
     """(sizes,): the variance of one run's error at each size: a factor times the binomial variance of the test set, or for an error that is
-    no share of images times the square of the error, which is about how far runs scatter. The factor comes from the repeats of all sizes,
-    those a doubling away counting half: few images scatter more than the test set's chance, many less. One repeat that went wrong counts
+    no share of samples times the square of the error, which is about how far runs scatter. The factor comes from the repeats of all sizes,
+    those a doubling away counting half: few samples scatter more than the test set's chance, many less. One repeat that went wrong counts
     as if it were OUTLIER typical ones away."""
     if tested is not None:
         share = (level * tested + 1) / (tested + 2)  # never 0, also where all are right
@@ -161,7 +161,7 @@ def _variances(points: Sequence[Point], level: Values, tested: int | None) -> Va
     if repeated.any():
         typical = float(np.median(squares[repeated] / freedom[repeated]))
         squares = np.minimum(squares, OUTLIER**2 * max(typical, LEAST_NOISE) * freedom)
-    doublings = np.log2([point.images for point in points])
+    doublings = np.log2([point.samples for point in points])
     near = 0.5 ** np.abs(doublings[:, None] - doublings[None, :])  # (sizes, sizes)
     prior = PRIOR_REPEATS if tested is not None else 0.0
     factor = (near @ squares + prior) / (near @ freedom + prior)
@@ -169,10 +169,10 @@ def _variances(points: Sequence[Point], level: Values, tested: int | None) -> Va
     return found
 
 
-def _not_falling(images: Values, level: Values, variance: Values) -> str | None:
-    """Why the errors do not fall with the images beyond what noise does; None if they do. The test is that of a weighted line through the
+def _not_falling(samples: Values, level: Values, variance: Values, unit: str) -> str | None:
+    """Why the errors do not fall with the samples beyond what noise does; None if they do. The test is that of a weighted line through the
     logarithms of the sizes."""
-    x = np.log(images)
+    x = np.log(samples)
     weights = 1 / variance
     centre = float((weights * x).sum() / weights.sum())
     spread = float((weights * (x - centre) ** 2).sum())
@@ -180,13 +180,13 @@ def _not_falling(images: Values, level: Values, variance: Values) -> str | None:
     steps = slope * spread**0.5  # standard deviations
     if steps > -_normal_quantile(SURE):
         return (
-            "the error rises with the images, beyond noise: something else differs between the sizes (steps, rate, a run that failed to "
+            f"the error rises with the {unit}, beyond noise: something else differs between the sizes (steps, rate, a run that failed to "
             "learn); look at the runs before labelling more"
         )
     if steps > _normal_quantile(SURE):
         return (
-            "the errors of the sizes differ by no more than noise does: the curve is flat, or too few runs and test images show its fall; "
-            "give more --repeats, smaller --parts, or more test images"
+            "the errors of the sizes differ by no more than noise does: the curve is flat, or too few runs and test "
+            f"{unit} show its fall; give more --repeats, smaller --parts, or more test {unit}"
         )
     return None
 
@@ -205,9 +205,9 @@ class _Grid:
     error: Values  # (m,) at the largest size
     weight: Values  # (m,), adding up to 1
 
-    def at(self, images: float) -> Values:
+    def at(self, samples: float) -> Values:
         """(m,) error of each curve."""
-        fall: Values = (images / self.last) ** -self.exponent
+        fall: Values = (samples / self.last) ** -self.exponent
         at: Values = self.floor + (self.error - self.floor) * fall
         return at
 
@@ -218,27 +218,27 @@ class _Grid:
         c = float(np.log2((now - a) / (twice - a)))  # a < twice < now, as in each of them
         return Law(a=a, b=(now - a) * self.last**c, c=c)
 
-    def foretold(self, images: int, variance: float) -> Foretold:
-        curve = self.at(images)
-        doublings = np.log2(images / self.last) if images > self.last else 0.0
+    def foretold(self, samples: int, variance: float) -> Foretold:
+        curve = self.at(samples)
+        doublings = np.log2(samples / self.last) if samples > self.last else 0.0
         of_run = variance * curve / np.maximum(self.error, 1e-6)  # chance falls with the error
         spread = np.sqrt(of_run + (MISFIT * (1 + doublings) * curve) ** 2)
         low, middle, high = (_mixture_quantile(curve, spread, self.weight, share) for share in _SHARES)
-        return Foretold(images=images, error=middle, low=max(0.0, low), high=min(1.0, high))
+        return Foretold(samples=samples, error=middle, low=max(0.0, low), high=min(1.0, high))
 
-    def gain(self, images: int) -> Foretold:
+    def gain(self, samples: int) -> Foretold:
         """The fall of the law itself from the largest size on."""
-        fall = self.error - self.at(images)
-        spread = np.maximum(MISFIT * np.log2(images / self.last) * self.error, 1e-9)
+        fall = self.error - self.at(samples)
+        spread = np.maximum(MISFIT * np.log2(samples / self.last) * self.error, 1e-9)
         low, middle, high = (_mixture_quantile(fall, spread, self.weight, share) for share in _SHARES)
-        return Foretold(images=images, error=middle, low=low, high=high)
+        return Foretold(samples=samples, error=middle, low=low, high=high)
 
 
 _SHARES = ((1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2)
 
 
-def _grid(images: Values, level: Values, variance: Values) -> _Grid:
-    last = float(images[-1])
+def _grid(samples: Values, level: Values, variance: Values) -> _Grid:
+    last = float(samples[-1])
     scale = np.sqrt(variance + (MISFIT * level) ** 2)
     reach = 5 * float(scale[-1]) + 0.1 * float(level[-1])  # the law may pass the last size at some distance
     errors = np.linspace(max(1e-6, float(level[-1]) - reach), min(1.0, float(level[-1]) + reach), GRID)
@@ -248,7 +248,7 @@ def _grid(images: Values, level: Values, variance: Values) -> _Grid:
     floor = share * error
     prior = -0.5 * (np.log(exponent / USUAL_EXPONENT) / EXPONENT_SPREAD) ** 2
     score = prior.copy()
-    for size, seen, var in zip(images, level, variance, strict=True):
+    for size, seen, var in zip(samples, level, variance, strict=True):
         curve = floor + (error - floor) * (size / last) ** -exponent
         square = (seen - curve) ** 2 / (var + (MISFIT * curve) ** 2)
         score -= (FREEDOM + 1) / 2 * np.log1p(square / FREEDOM) + 0.5 * np.log(var + (MISFIT * curve) ** 2)

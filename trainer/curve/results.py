@@ -1,8 +1,8 @@
 """From the runs' summaries to the curve: the error of each run, the law through them, the same class by class, and what all of it says in a
 sentence. Pure. __main__.py hands the summaries in; page.py draws what comes out, and `to_json` is the file curve.json.
 
-The error is 1 minus the task's headline measure, which has to be a ratio. Where it is a share of test images (accuracy, exact match), their
-number says how much chance there is in it; for others (mAP, a mean score) the repeats alone do. Nothing here knows how long anything
+The error is 1 minus the task's headline measure, which has to be a ratio. Where it is a share of test samples (accuracy, exact match),
+their number says how much chance there is in it; for others (mAP, a mean score) the repeats alone do. Nothing here knows how long anything
 took, so the same runs give the same file.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainer.curve.plan import RULE, Planned
+from trainer.curve.plan import Planned, rule_words
 from trainer.curve.power_law import LEVEL, CannotTell, Fit, Foretold, Point, fitted
 from trainer.runs.certainty import FEW, interval_of
 from trainer.runs.measures import in_words
@@ -27,7 +27,7 @@ class Measured:
     """One run of the curve."""
 
     run: str
-    images: int
+    samples: int
     repeat: int
     error: float
     weights_sha256: str
@@ -40,7 +40,7 @@ class OfClass:
     name: str
     tested: int
     points: tuple[Point, ...]
-    """Errors: the share of the class's test images that are not found."""
+    """Errors: the share of the class's test samples that are not found."""
     outcome: Fit | CannotTell
 
 
@@ -82,51 +82,51 @@ def curve_of(found: Sequence[tuple[Planned, Summary]]) -> Curve:
     runs = tuple(
         Measured(
             run=planned.member.name,
-            images=planned.images,
+            samples=planned.samples,
             repeat=planned.repeat,
             error=1.0 - float(summary[info.headline.key]),
             weights_sha256=str(summary.get("weights_sha256")),
         )
-        for planned, summary in sorted(found, key=lambda pair: (pair[0].images, pair[0].repeat))
+        for planned, summary in sorted(found, key=lambda pair: (pair[0].samples, pair[0].repeat))
     )
     tested, is_share = int(first.get("test_count") or 0), interval_of(first, info.headline) is not None
-    points = _points((run.images, run.error) for run in runs)
+    points = _points((run.samples, run.error) for run in runs)
     return Curve(
         info=info,
         runs=runs,
         tested=tested,
         is_share=is_share,
         points=points,
-        outcome=fitted(points, tested=tested if is_share else None),
+        outcome=fitted(points, tested=tested if is_share else None, unit=info.unit),
         classes=tuple(sorted(_classes(found), key=_by_gain)),
     )
 
 
 def _points(pairs: Iterator[tuple[int, float]]) -> tuple[Point, ...]:
     errors: dict[int, list[float]] = {}
-    for images, error in pairs:
-        errors.setdefault(images, []).append(error)
-    return tuple(Point(images=images, errors=tuple(errors[images])) for images in sorted(errors))
+    for samples, error in pairs:
+        errors.setdefault(samples, []).append(error)
+    return tuple(Point(samples=samples, errors=tuple(errors[samples])) for samples in sorted(errors))
 
 
 def _classes(found: Sequence[tuple[Planned, Summary]]) -> Iterator[OfClass]:
     first = found[0][1]
-    names, entries = first.get("classes"), first.get("per_class")
+    names, entries, unit = first.get("classes"), first.get("per_class"), info_of(first).unit
     if not isinstance(names, list) or not isinstance(entries, list) or len(names) != len(entries):
         return
     for index, name in enumerate(names):
         tested = int(entries[index].get("support") or 0)
         points = _points(
-            (planned.images, 1.0 - float(summary["per_class"][index]["recall"]))
-            for planned, summary in sorted(found, key=lambda pair: (pair[0].images, pair[0].repeat))
+            (planned.samples, 1.0 - float(summary["per_class"][index]["recall"]))
+            for planned, summary in sorted(found, key=lambda pair: (pair[0].samples, pair[0].repeat))
         )
-        yield OfClass(name=str(name), tested=tested, points=points, outcome=_of_class(points, tested))
+        yield OfClass(name=str(name), tested=tested, points=points, outcome=_of_class(points, tested, unit))
 
 
-def _of_class(points: Sequence[Point], tested: int) -> Fit | CannotTell:
+def _of_class(points: Sequence[Point], tested: int, unit: str) -> Fit | CannotTell:
     if tested < FEW:
-        return CannotTell(reason=f"{tested} test images say nothing of it; {FEW} are the least")
-    return fitted(points, tested=tested)
+        return CannotTell(reason=f"{tested} test {unit} say nothing of it; {FEW} are the least")
+    return fitted(points, tested=tested, unit=unit)
 
 
 def _by_gain(one: OfClass) -> tuple[bool, float, str]:
@@ -144,9 +144,9 @@ def sentences(curve: Curve) -> list[str]:
         return [f"What more labels would bring cannot be told: {outcome.reason}."]
     now, twice, gain = outcome.now, outcome.twice, outcome.gain
     told = [
-        f"With {number(now.images)} labelled {unit} the {measure} is {percent(1 - now.error)}; with twice as many, {number(twice.images)}, "
-        f"it would be {percent(1 - twice.error)} ({LEVEL:.0%} interval of a run: {_span(1 - twice.high, 1 - twice.low)}): "
-        f"{_points_words(gain)}."
+        f"With {number(now.samples)} labelled {unit} the {measure} is {percent(1 - now.error)}; with twice as many, "
+        f"{number(twice.samples)}, it would be {percent(1 - twice.error)} ({LEVEL:.0%} interval of a run: "
+        f"{_span(1 - twice.high, 1 - twice.low)}): {_points_words(gain)}."
     ]
     if curve.classes:
         told.append(_about_classes(curve))
@@ -182,7 +182,7 @@ def noise_words(curve: Curve) -> str:
         return ""
     of_what = f"the {number(curve.tested)} test {unit}" if curve.is_share else "the repeats"
     return (
-        f"One run on {number(outcome.now.images)} {unit} is off by {100 * outcome.noise:.2f} points (one standard deviation, from "
+        f"One run on {number(outcome.now.samples)} {unit} is off by {100 * outcome.noise:.2f} points (one standard deviation, from "
         f"{of_what} and {outcome.runs} runs of {outcome.sizes} sizes). The interval is of one run, tested on the same {unit}: it holds "
         "that noise, the curves that fit the points, and what real curves differ from a power law by. It says nothing of other test "
         f"{unit}, nor of labels of another kind than these."
@@ -190,7 +190,7 @@ def noise_words(curve: Curve) -> str:
 
 
 def wanted_words(curve: Curve) -> str:
-    """What is needed to say which images to label next."""
+    """What is needed to say which samples to label next."""
     return (
         f"Which {curve.info.unit} to label next cannot be said without {curve.info.unit} that have no label: with --unlabelled FOLDER the "
         "same command lists in label-next.csv those of which the model is least sure and which differ from each other."
@@ -201,29 +201,35 @@ def wanted_words(curve: Curve) -> str:
 
 
 def to_json(curve: Curve) -> dict[str, Any]:
-    """curve.json: a function of the runs alone."""
+    """curve.json: a function of the runs alone. Numbers of samples are called by what the samples are."""
+    unit = curve.info.unit
     return {
         "version": 1,
         "measure": curve.info.headline.name,
         "tested": curve.tested,
         "level": LEVEL,
-        "rule": RULE,
+        "rule": rule_words(unit),
         "said": sentences(curve),
-        **_outcome_json(curve.outcome),
-        "runs": [asdict(run) for run in curve.runs],
+        **_outcome_json(curve.outcome, unit),
+        "runs": [_called(asdict(run), unit) for run in curve.runs],
         "classes": [
             {
                 "name": each.name,
                 "tested": each.tested,
-                "points": [{"images": point.images, "errors": list(point.errors)} for point in each.points],
-                **_outcome_json(each.outcome),
+                "points": [{unit: point.samples, "errors": list(point.errors)} for point in each.points],
+                **_outcome_json(each.outcome, unit),
             }
             for each in curve.classes
         ],
     }
 
 
-def _outcome_json(outcome: Fit | CannotTell) -> dict[str, Any]:
+def _outcome_json(outcome: Fit | CannotTell, unit: str) -> dict[str, Any]:
     if isinstance(outcome, CannotTell):
         return {"cannot_tell": outcome.reason, "fit": None}
-    return {"cannot_tell": "", "fit": asdict(outcome)}
+    return {"cannot_tell": "", "fit": _called(asdict(outcome), unit)}
+
+
+def _called(value: dict[str, Any], unit: str) -> dict[str, Any]:
+    """With `unit` in the place of the key `samples`, at every depth."""
+    return {unit if key == "samples" else key: _called(each, unit) if isinstance(each, dict) else each for key, each in value.items()}

@@ -15,9 +15,9 @@ from rich.console import Console
 from cluster.names import QUARANTINE
 from cluster.quarantined import STAGE
 from cluster.storage import Storage
-from dataio.convert import Prepared, prepared
-from dataio.convert import Progress as ConvertProgress
+from dataio.conversion import Progress as ConvertProgress
 from dataio.parquet import QUARANTINE_NAME, Dataset
+from dataio.prepared import Prepared, prepared
 from dataio.reading import described, warnings
 from dataio.schema import UNLABELLED
 from dataio.selection import Selected, selected
@@ -33,14 +33,20 @@ MOST_COMPARED = 5_000_000
 def open_data(config: RunConfig, console: Console) -> tuple[str, Dataset]:
     """The folder or URI of the run's converted data set, and the data set with the training samples that the run chooses. A source not
     converted yet is converted into `data.root`. ValueError if there are fewer samples than are asked for."""
-    on_progress = _Told(config.data.path, console)
-    found = prepared(config.data, on_progress=on_progress)
-    if on_progress.has_told:
-        console.print(f"converted into {found.dataset.where}", soft_wrap=True, markup=False)
+    found = convert_data(config, console)
     dataset = selected(found.dataset, config.data)
     for line in (*lines_about(found, config), *about_choice(dataset.selected)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     return found.location, dataset
+
+
+def convert_data(config: RunConfig, console: Console) -> Prepared:
+    """The run's converted data set. A source not converted yet is converted into `data.root`; of this alone something is said."""
+    on_progress = _Told(config.data.path, console)
+    found = prepared(config.data, on_progress=on_progress)
+    if on_progress.has_told:
+        console.print(f"converted into {found.dataset.where}", soft_wrap=True, markup=False)
+    return found
 
 
 class _Told:

@@ -32,14 +32,15 @@ class _Answers(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model.answer(input_ids=input_ids, attention_mask=attention_mask)
+        return self.model.answer(input_ids=self.model.known_ids(input_ids), attention_mask=attention_mask)
 
 
 class _AnswersPairs(_Answers):
     """The same of an encoder that is told which of a pair of texts a token is of."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:  # type: ignore[override]
-        return self.model.answer(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        known = self.model.known_ids(input_ids)
+        return self.model.answer(input_ids=known, attention_mask=attention_mask, token_type_ids=token_type_ids)
 
 
 def graph_of_texts(exported: Exported, texts: TextExport) -> Graph:
@@ -80,6 +81,7 @@ def graph_of_texts(exported: Exported, texts: TextExport) -> Graph:
                     "model_max_length": texts.max_tokens,
                     "model_input_names": list(example),
                     "pad_token": pad_token,
+                    "padding_side": "right",
                 }
             ),
             CONFIG_FILE: _json(_config(exported, texts)),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -109,9 +110,10 @@ class TextPredictor:
         """Not thread-safe, but another thread may call `ask` meanwhile."""
         facts = self._tokenizer.facts(list(encoded))
         good = [found for found in facts if isinstance(found, TextFacts)]
-        rows = torch.zeros(len(facts), _length_of(good), dtype=torch.int32)
+        tokens = torch.from_numpy(padded_rows(good))
+        rows = torch.zeros(len(facts), tokens.shape[1], dtype=torch.int32)
         rows[:, 1:] = PAD
-        rows[[index for index, found in enumerate(facts) if isinstance(found, TextFacts)]] = _rows(good)
+        rows[[index for index, found in enumerate(facts) if isinstance(found, TextFacts)]] = tokens
         return Tokenised(
             rows=rows,
             bad=tuple((index, found.reason) for index, found in enumerate(facts) if isinstance(found, Refusal)),
@@ -134,7 +136,7 @@ class TextPredictor:
             for text, found in zip(texts, self._tokenizer.facts([text.data for text in texts]), strict=True)
         ]
         good = [found for found in facts if isinstance(found, TextFacts)]
-        rows = _rows(good).to(self._device)  # (n, T) int32
+        rows = torch.from_numpy(padded_rows(good)).to(self._device)  # (n, T) int32
         answers = iter(self._answers(rows, top=top) if good else ())
         marks = iter(self._marks(good, rows) if good and self._explains else [None] * len(good))
         for text, found in zip(texts, facts, strict=True):
@@ -151,16 +153,12 @@ class TextPredictor:
         return marks_of_texts(self._model, self._preprocess, self._tokenizer, texts, rows, lambda outputs: answer_score(self.task, outputs))
 
 
-def _rows(good: Sequence[TextFacts]) -> Tensor:
-    """(n, T) int32 of their tokens, padded."""
-    rows = np.full((len(good), _length_of(good)), PAD, np.int32)
-    for row, each in zip(rows, good, strict=True):
+def padded_rows(texts: Sequence[TextFacts]) -> npt.NDArray[np.int32]:
+    """(n, T): the tokens of each text, padded to what the longest of them needs."""
+    rows = np.full((len(texts), padded(max((each.length for each in texts), default=1))), PAD, np.int32)
+    for row, each in zip(rows, texts, strict=True):
         row[: each.length] = np.frombuffer(each.stored, "<i4")
-    return torch.from_numpy(rows)
-
-
-def _length_of(good: Sequence[TextFacts]) -> int:
-    return padded(max((each.length for each in good), default=1))
+    return rows
 
 
 def texts_of(given: Sequence[str], *, text_column: str) -> Iterator[_Text]:

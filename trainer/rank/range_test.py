@@ -120,11 +120,11 @@ def range_test(
         on_bad=lambda bad: _left_out(quarantine, bad),
     )
     counts = class_counts_of(config, dataset)
-    learner = build_learner(config, task_of(config, dataset.manifest), loader.image_size, device, class_counts=counts)
+    learner = build_learner(config, task_of(config, dataset.manifest), loader.shape, device, class_counts=counts)
     # What trains longest: with lp-ft everything, as after its first epochs.
     learner.set_trainable(config.model.lp_epochs if config.model.freeze == "lp-ft" else 0)
     stepper = learner.stepper(order=order)
-    stepper.compile_ahead((3, *loader.image_size))
+    stepper.compile_ahead((3, *loader.shape))  # of images: a model of texts is not compiled
 
     def arrived() -> Generator[float, None, None]:
         with closing(loader.train(0, len(rates))) as batches:

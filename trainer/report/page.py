@@ -41,6 +41,11 @@ def image(*, src: str, alt: str, **attributes: str) -> Html:
     return Html(tag("img", src=Html(src), alt=alt, **attributes).removesuffix("</img>"))
 
 
+def quoted(*text: object, **attributes: str) -> Html:
+    """A text of the data, or its beginning, as `tag` takes it."""
+    return tag("blockquote", *text, style="margin:0;overflow-wrap:anywhere;white-space:pre-line;font-size:.85rem", **attributes)
+
+
 def join(parts: Iterable[Html]) -> Html:
     return Html("".join(parts))
 

@@ -32,10 +32,10 @@ from trainer.search.page import drawn
 from trainer.search.record import RECORD_FILE, record_of
 from trainer.search.results import SOUP, Search, Souped, score_words, sentences, time_words, to_json, values_words
 from trainer.search.running import Running, searched
-from trainer.search.space import DEFAULT_SPACE, Space, load_space, trial_config, values_of
+from trainer.search.space import Space, default_space, load_space, trial_config, values_of
 from trainer.search.trials import Trial
-from trainer.series.command import guarded_series, same_job, settled, surveyed, tell
-from trainer.settings.cli import DIR_RECIPE, Invocation, SettingsLine, check, parse_line
+from trainer.series.command import asked_line, guarded_series, same_job, settled, surveyed, tell
+from trainer.settings.cli import Invocation, SettingsLine, check
 from trainer.settings.fields import replaced
 from trainer.settings.identity import weights_sha256
 from trainer.settings.length import length_of
@@ -63,10 +63,12 @@ class Arguments(SettingsLine):
     runs, in a folder of their own in --storage (--run names it). The same command goes on after any kill, and ends in the same result.
     """
 
+    takes_texts = True
     trials: int = 12
     """How many settings are tried, those that were given included."""
-    space: str = DEFAULT_SPACE
-    """What is tried: a shipped space (rates, augmentation) or a TOML file (docs/search.md)."""
+    space: str = ""
+    """What is tried: a shipped space (rates, augmentation, texts) or a TOML file (docs/search.md). Empty: rates for images, texts for
+    texts."""
     eta: int = 3
     """One in so many trials is trained further, so many times as long."""
     least_epochs: int = 1
@@ -74,7 +76,7 @@ class Arguments(SettingsLine):
     jobs: int = 1
     """Trials at once. Each is a run with its --workers; on a cluster they share it."""
     image_epochs: int = 0
-    """No new trial begins once all together have seen an epoch's images so many times as they hold images; 0: no limit."""
+    """No new trial begins once all together have seen so many images, or texts; 0: no limit."""
     minutes: float = 0.0
     """No new trial begins after so many minutes; 0: no limit. What follows then depends on the machine's speed."""
     soup: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -96,7 +98,7 @@ class Prepared:
     rule: Rule
     info: TaskInfo
     ladder: Ladder
-    images: int
+    samples: int
     """In an epoch."""
     given: RunConfig
     """Trial 0's settings without what is the search's: what best.toml changes."""
@@ -108,12 +110,12 @@ def main(argv: Sequence[str]) -> int:
     console: Console = Terminal(stderr=True) if "--json" in argv else Terminal()
 
     def work() -> int:
-        invocation, line = parse_line(argv, Arguments, prog=program("search"))
-        check(invocation.config)
+        invocation, line = asked_line(argv, Arguments, prog=program("search"))
         _check_arguments(invocation.config, line)
+        line = replace(line, space=line.space or default_space(invocation.config))
         load_space(line.space, invocation.config)  # a mistake in it is told before the data are opened
         if invocation.takes_dir_recipe:
-            tell(console, f"settings of the recipe {DIR_RECIPE}; flags change them")
+            tell(console, f"settings of the recipe {invocation.recipes[0]}; flags change them")
         prepared = prepare(invocation, line, console)
         shown(prepared, *trained(prepared, line, console), line)
         return 0
@@ -146,14 +148,15 @@ def _check_arguments(config: RunConfig, line: Arguments) -> None:
 
 def prepare(invocation: Invocation, line: Arguments, console: Console) -> Prepared:
     """Open the data, find what stands against a run with each trial's settings, and plan the trials. ValueError that says what is wrong."""
-    facts, asked = surveyed(invocation.config), invocation.config
+    facts, asked = surveyed(invocation.config, console), invocation.config
     if holds_out := not asked.data.fold and facts.manifest is not None and not has_validation(facts.manifest):
         tell(
             console,
-            f"the data have no validation split, which a search chooses by: a fifth of the training images is held out (fold {FOLD})",
+            f"the data have no validation split, which a search chooses by: a fifth of the training {facts.manifest.unit} is held out "
+            f"(fold {FOLD})",
         )
         invocation = replace(invocation, config=replaced(asked, "data.fold", FOLD))
-        facts = surveyed(invocation.config)
+        facts = surveyed(invocation.config, console)
     made = settled(invocation, console, facts)
     own, dataset, ranks = made.config, made.dataset, made.ranks
     for key, value in OF_TRIALS.items():
@@ -166,8 +169,8 @@ def prepare(invocation: Invocation, line: Arguments, console: Console) -> Prepar
     steps = [_steps_per_epoch(each, trial, space, dataset.manifest, ranks) for trial, each in enumerate(configs)]
     trials = tuple(Trial(number=trial, config=each, steps_per_epoch=steps[trial]) for trial, each in enumerate(configs))
     rungs = rungs_of(own.train.epochs, line.eta, own.train.eval_every_epochs, line.least_epochs)
-    images = dataset.manifest.splits["train"].count
-    ladder = Ladder(rungs, trials=line.trials, slots=line.jobs, eta=line.eta, epochs=_budget(line, images, rungs[-1]))
+    samples = dataset.manifest.splits["train"].count
+    ladder = Ladder(rungs, trials=line.trials, slots=line.jobs, eta=line.eta, epochs=_budget(line, samples, rungs[-1], info.unit))
     record = record_of(own, space, line.search_seed, rungs, line.eta, dataset.manifest.fingerprint)
     base = automatic_name(own, dataset.manifest.fingerprint, f"search-{made.prefix}", weights_sha256(own.model.weights))
     name = asked.run or f"{base}-{hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]}"
@@ -181,7 +184,7 @@ def prepare(invocation: Invocation, line: Arguments, console: Console) -> Prepar
         rule=rule_of(length.config.train, info),
         info=info,
         ladder=ladder,
-        images=images,
+        samples=samples,
         given=replaced(made.config, "data.fold", "") if holds_out else made.config,
     )
 
@@ -201,14 +204,14 @@ def _steps_per_epoch(config: RunConfig, trial: int, space: Space, manifest: Mani
         raise ValueError(f"trial {trial} ({values_words(values_of(config, space))}) cannot be trained: {error}; change the space") from None
 
 
-def _budget(line: Arguments, images: int, epochs: int) -> int | None:
+def _budget(line: Arguments, samples: int, epochs: int, unit: str) -> int | None:
     """--image-epochs as epochs. ValueError for one that is too small."""
     if not line.image_epochs:
         return None
-    if (found := line.image_epochs // images) < 2 * epochs:
+    if (found := line.image_epochs // samples) < 2 * epochs:
         raise ValueError(
-            f"--image-epochs {line.image_epochs} are {found} epochs of {number(images)} images, less than the two whole runs of {epochs} "
-            f"epochs that a search trains in any case; give {2 * epochs * images} or more, or fewer --train.epochs"
+            f"--image-epochs {line.image_epochs} are {found} epochs of {number(samples)} {unit}, less than the two whole runs of {epochs} "
+            f"epochs that a search trains in any case; give {2 * epochs * samples} or more, or fewer --train.epochs"
         )
     return found
 
@@ -239,7 +242,7 @@ def trained(prepared: Prepared, line: Arguments, console: Console) -> tuple[Sear
         found = {trial: running.seen(trial) for trial in range(ladder.begun)}
     search = search_of(
         ladder, {trial: (prepared.trials[trial], seen) for trial, seen in found.items()}, prepared.storage,
-        rule=prepared.rule, info=prepared.info, space=prepared.space, images=prepared.images,
+        rule=prepared.rule, info=prepared.info, space=prepared.space, samples=prepared.samples,
     )  # fmt: skip
     if line.soup:
         search = replace(search, soup=_soup(prepared, search))
@@ -301,11 +304,11 @@ def shown(prepared: Prepared, search: Search, seconds: dict[str, float], line: A
         say(f"the model: {join_uri(prepared.storage.uri, search.winner.name)}")
         if search.soup is not None and len(search.soup.members) > 1:
             say(f"the soup: {join_uri(prepared.storage.uri, SOUP)}")
-        say(f"a run with its settings on all images: {program('run')} --config {where[BEST_FILE]}")
+        say(f"a run with its settings on all {prepared.info.unit}: {program('run')} --config {where[BEST_FILE]}")
 
 
 def best_toml(prepared: Prepared, trial: int) -> str:
-    """The trial's settings as a recipe, without what was the search's own: a run with it learns from all training images."""
+    """The trial's settings as a recipe, without what was the search's own: a run with it learns from all training samples."""
     config = replace(prepared.given, run="", storage=RunConfig().storage)  # of the next run the user's command says them
     for key, value in values_of(prepared.trials[trial].config, prepared.space).items():
         config = replaced(config, key, value)

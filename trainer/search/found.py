@@ -28,7 +28,7 @@ def search_of(
     rule: Rule,
     info: TaskInfo,
     space: Space,
-    images: int,
+    samples: int,
 ) -> Search:
     """The result of a ladder that has come to its end."""
     tried = []
@@ -64,7 +64,7 @@ def search_of(
         best=best,
         gain=_gain(storage, trials, best, info),
         matters=importance(space, [(values_of(trials[number][0].config, space), first[number]) for number in sorted(first)]),
-        cost=Cost(epochs=ladder.spent_epochs, whole_epochs=ladder.begun * ladder.rungs[-1], images=images),
+        cost=Cost(epochs=ladder.spent_epochs, whole_epochs=ladder.begun * ladder.rungs[-1], samples=samples),
     )
 
 

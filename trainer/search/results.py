@@ -2,7 +2,7 @@
 Pure. __main__.py hands in what the runs say; page.py draws what comes out, and `to_json` is the file search.json.
 
 Only the validation split chooses. The best of many trials is better there partly by chance, so that number says too much of it. The test
-split, which every whole run reads once at its end, chose nothing: there the best is compared with the given settings, image by image.
+split, which every whole run reads once at its end, chose nothing: there the best is compared with the given settings, sample by sample.
 """
 
 from collections.abc import Mapping
@@ -47,9 +47,9 @@ class Gain:
     best: float
     own: float
     interval: Interval | None
-    """Of the difference, 95 %; None where the measure is no share of images."""
+    """Of the difference, 95 %; None where the measure is no share of samples."""
     is_paired: bool = False
-    """Both were asked about the same images."""
+    """Both were asked about the same samples."""
 
     @property
     def is_sure(self) -> bool:
@@ -79,7 +79,7 @@ class Cost:
     """Trained by all trials together."""
     whole_epochs: int
     """What all trials would have needed to the end."""
-    images: int
+    samples: int
     """In an epoch."""
 
     @property
@@ -223,6 +223,7 @@ def to_json(search: Search) -> dict[str, Any]:
         }
 
     gain = search.gain
+    cost = {"epochs": search.cost.epochs, "whole_epochs": search.cost.whole_epochs, f"{search.info.unit}_per_epoch": search.cost.samples}
     return {
         "measure": f"validation_{search.measure.name}",
         "best": None if search.winner is None else search.winner.name,
@@ -249,5 +250,5 @@ def to_json(search: Search) -> dict[str, Any]:
             search.info.headline.key: search.soup.test,
             "weights_sha256": search.soup.weights_sha256 or None,
         },
-        "cost": {"epochs": search.cost.epochs, "whole_epochs": search.cost.whole_epochs, "images_per_epoch": search.cost.images},
+        "cost": cost,
     }

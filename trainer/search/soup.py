@@ -38,7 +38,7 @@ LEARNING_BATCHES = 100
 
 
 def mixable(configs: Sequence[RunConfig]) -> list[int]:
-    """Which of the trials, the best first, have the best one's model and images, so that their weights mean the same."""
+    """Which of the trials, the best first, have the best one's model and samples, so that their weights mean the same."""
 
     def what(config: RunConfig) -> dict[str, Any]:
         return {key: value for key, value in deciding_settings(config, "").items() if key.startswith(("model.", "data.mean", "data.std"))}
@@ -49,7 +49,7 @@ def mixable(configs: Sequence[RunConfig]) -> list[int]:
 def soup(storage: Storage, names: Sequence[str], configs: Sequence[RunConfig], rule: Rule, device: torch.device) -> Souped:
     """Make the soup of the runs `names`, the best first, and write it if it has more than one in it. ValueError, OSError."""
     usable = [names[number] for number in mixable(configs)]
-    opened = open_finished(RunFolder(storage=storage, name=usable[0]), {}, split=VALIDATION, device=device)
+    opened = open_finished(RunFolder(storage=storage, name=usable[0]), {}, split=VALIDATION, device=device, may_be_of_texts=True)
     model, weights = opened.exported.model, [_weights(storage, name) for name in usable]
     members, best = [0], _score(opened, model, rule)
     for number in range(1, len(usable)):
@@ -89,8 +89,9 @@ def soup(storage: Storage, names: Sequence[str], configs: Sequence[RunConfig], r
         tensors=model.state_dict(),
         config=config,
         task=opened.exported.task,
-        data_image_size=opened.exported.image_size,
+        data_image_size=opened.loader.shape,
         summary=summary,
+        texts=opened.exported.texts,
     )
     storage.write_atomic(f"{SOUP}/summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     test = entry.get(headline.key)

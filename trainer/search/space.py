@@ -25,12 +25,12 @@ from typing import Any, Literal
 from dataio.config import FREE
 from dataio.foreign import MAX_SETTINGS_BYTES, read_regular
 from trainer.settings.fields import declared, replaced, settings
+from trainer.settings.texts import is_of_other_samples, is_text
 from trainer.settings.toml import RECIPES_FOLDER, checked_value
 from trainer.settings.tree import RunConfig
 from trainer.settings.words import did_you_mean
 
 SPACES_FOLDER = RECIPES_FOLDER / "spaces"
-DEFAULT_SPACE = "rates"
 DIGITS = 3
 """Significant digits of a number that was drawn: nobody wants to read more, and none would change the result."""
 NOT_SEARCHED = {
@@ -39,9 +39,9 @@ NOT_SEARCHED = {
     "train.patience": "the search ends the bad trials itself",
     "train.seed": "a seed that did well by chance is no better setting",
     "train.init_seed": "a seed that did well by chance is no better setting",
-    "data.choice_seed": "trials that are scored on other images do not compare",
-    "data.fold": "trials that are scored on other images do not compare",
-    "data.part": "trials that learn from other images do not compare",
+    "data.choice_seed": "trials that are scored on other samples do not compare",
+    "data.fold": "trials that are scored on other samples do not compare",
+    "data.part": "trials that learn from other samples do not compare",
     "train.select": "trials that are scored in different ways do not compare",
     "train.select_measure": "trials that are scored in different ways do not compare",
 }
@@ -94,6 +94,11 @@ Space = tuple[Axis, ...]
 def space_names() -> list[str]:
     """The shipped spaces."""
     return sorted(path.stem for path in SPACES_FOLDER.glob("*.toml"))
+
+
+def default_space(base: RunConfig) -> str:
+    """The shipped space of a search that names none."""
+    return "texts" if is_text(base.model) else "rates"
 
 
 def load_space(name: str, base: RunConfig) -> Space:
@@ -199,6 +204,11 @@ def _axis(key: str, value: Any, base: RunConfig, *, origin: str) -> Axis:
     setting, where = declared(RunConfig)[key], f"{origin}: [{key}]"
     if key in NOT_SEARCHED:
         raise ValueError(f"{where} cannot be searched: {NOT_SEARCHED[key]}; leave it out, and give it as a flag if it is to be another")
+    if is_of_other_samples(key, base.model):
+        takes = "texts" if is_text(base.model) else "images"
+        raise ValueError(
+            f"{where} cannot be searched: model.name={base.model.name} takes {takes}, of which {key} says nothing; leave it out"
+        )
     if FREE in setting.notes:
         raise ValueError(f"{where} cannot be searched: it does not change what the model learns; leave it out")
     if not isinstance(value, Mapping):

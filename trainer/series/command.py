@@ -19,7 +19,7 @@ from rich.console import Console
 from cluster.storage import Storage, open_storage
 from dataio.foreign import json_of
 from dataio.parquet import Dataset
-from trainer.drive.data import open_data
+from trainer.drive.data import convert_data, open_data
 from trainer.drive.guarded import guarded
 from trainer.drive.identity import run_prefix
 from trainer.drive.problems import Facts, choice_for, refuse_if_wrong, with_balance, with_length
@@ -27,11 +27,12 @@ from trainer.drive.survey import survey
 from trainer.runs.folder import RunFolder, find_run, located
 from trainer.runs.started import SETTINGS_FILE, started_with
 from trainer.series.train import RunFailed, RunStopped
-from trainer.settings.cli import DIR_RECIPE, Invocation
+from trainer.settings.cli import DIR_RECIPE, Invocation, Line, check, parse_line
 from trainer.settings.fields import replaced
 from trainer.settings.photos import choice_of
 from trainer.settings.rules import worker_count
 from trainer.settings.say import complain
+from trainer.settings.texts import with_text_model
 from trainer.settings.toml import recipe_names, to_toml
 from trainer.settings.tree import RunConfig
 
@@ -57,6 +58,13 @@ def guarded_series(work: Callable[[], int]) -> int:
 def tell(console: Console, text: str) -> None:
     """A line for people, as it is."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def asked_line(argv: Sequence[str], kind: type[Line], *, prog: str) -> tuple[Invocation, Line]:
+    """The command line of a series, parsed and checked, with what follows from a model of texts. ValueError for what is wrong with it."""
+    invocation, line = parse_line(argv, kind, prog=prog)
+    check(invocation.config)
+    return replace(invocation, config=with_text_model(invocation.config)), line
 
 
 # --- a run as the first word ------------------------------------------------------------------------------------------------------------
@@ -106,7 +114,7 @@ def _check_is_data(word: str, storage: str) -> None:
         try:
             find_run(word, storage)
         except ValueError as error:
-            raise ValueError(f"{word} is neither images here nor a run: {error}") from None
+            raise ValueError(f"{word} is neither data here nor a run: {error}") from None
 
 
 # --- settings that fit the data ---------------------------------------------------------------------------------------------------------
@@ -125,9 +133,19 @@ class Settled:
     """How the name of such a run begins."""
 
 
-def surveyed(config: RunConfig) -> Facts:
-    """What is known of a run with these settings before it starts."""
-    return survey(config, workers=lambda: worker_count(config), in_job=False)
+def surveyed(config: RunConfig, console: Console) -> Facts:
+    """What is known of a run with these settings before it starts. Data of which only a conversion can tell are converted, unless something
+    stands against the run already. ValueError that says what does."""
+
+    def found() -> Facts:
+        return survey(config, workers=lambda: worker_count(config), in_job=False)
+
+    facts = found()
+    if facts.looked is not None and facts.looked.manifest is None:
+        refuse_if_wrong(facts)
+        convert_data(config, console)
+        facts = found()
+    return facts
 
 
 def settled(invocation: Invocation, console: Console, facts: Facts) -> Settled:

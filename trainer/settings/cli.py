@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -57,6 +57,9 @@ class Invocation:
 class SettingsLine:
     """What every command line of a run's settings has."""
 
+    takes_texts: ClassVar[bool] = False
+    """The command works for models of texts, too."""
+
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A shipped recipe (article, quickstart, best, photos, texts, text-quickstart) or a TOML file; later ones win, flags win over all."""
@@ -76,6 +79,7 @@ class _CommandLine(SettingsLine):
     A flag such as --data.flip turns a true-or-false setting on, and --data.no-flip turns it off; --data.flip true and false work too.
     """
 
+    takes_texts = True
     profile: tyro.conf.FlagCreatePairsOff[bool] = False
     """Short for --train.profile."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -115,7 +119,7 @@ def parse_line(argv: Sequence[str], kind: type[Line], *, prog: str) -> tuple[Inv
     line = tyro.cli(kind, prog=prog, args=list(_in_tyros_words(argv)), default=kind(run=config), registry=_REGISTRY)
     config = resolve_paths(line.run, Path.cwd(), only=marked(RunConfig, PATH))
     config = replaced(config, "model.weights", _weights_in(config.model.weights))
-    if kind is not _CommandLine:
+    if not kind.takes_texts:
         refuse_texts(config.model, prog)
     given = _given(argv) | ({"data.path"} if directory else set())
     invocation = Invocation(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from trainer.report.files import RunFiles
 from trainer.report.marked import marked
-from trainer.report.page import Html, image, short, tag
+from trainer.report.page import Html, image, quoted, short, tag
 from trainer.report.thumbnails import Cell, Thumbnails
 from trainer.settings.units import percent
 from trainer.tasks.predictions import Predictions
@@ -33,8 +33,7 @@ def picture(row: int, thumbnails: Thumbnails, lines: Sequence[Html], *, alt: str
     """The image, beside it its map of where the answer comes from, if there is one; or the text, with its marks."""
     source = thumbnails.sources[row]
     if thumbnails.are_texts:
-        style = "margin:0;overflow-wrap:anywhere;white-space:pre-line;font-size:.85rem"
-        read = tag("blockquote", *marked(source, thumbnails.marks.get(row, ())), style=style)
+        read = quoted(*marked(source, thumbnails.marks.get(row, ())))
         return tag("figure", read, tag("figcaption", *lines), class_=kind, title=title)
     pixels = "pixels" if source.startswith("data:image/png") else ""
     shown = image(src=source, alt=alt, class_=pixels)
