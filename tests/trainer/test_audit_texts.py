@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.storage import open_storage
-from dataio.convert import prepared
+from dataio.prepared import prepared
 from tests.texts import make_model, make_tokenizer, write_csv, write_json_lines
 from tests.trainer.text_run import finished_text_run, text_config
 from trainer.audit import folds
