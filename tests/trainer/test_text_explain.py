@@ -6,6 +6,7 @@ import html
 import io
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cluster.storage import open_storage
 from dataio.codecs.text.tokens import PAD, TextFacts, Tokenizer
 from dataio.texts import BETWEEN
 from tests.texts import BAD, GOOD, WORDS, make_tokenizer, sentence
@@ -26,16 +28,20 @@ from tests.trainer.small_text_run import TEST, TRAIN, train_on_texts
 from tests.trainer.test_text_formats import encoder
 from trainer.models.attribution import NoEmbeddingsError, token_strengths
 from trainer.predict import main
+from trainer.rank.explain import explain
 from trainer.rank.explain_texts import BATCH, highlights
 from trainer.rank.finished import Opened, evaluate_finished, open_finished
+from trainer.report.files import read_files
 from trainer.report.marked import marked
 from trainer.report.page import tag
 from trainer.report.panels.pictures import labelled_picture
+from trainer.report.sections import render
 from trainer.report.thumbnails import look_up, rows_to_show
 from trainer.runs.folder import find_run
 from trainer.settings.cli import parse
+from trainer.settings.fields import replaced
 from trainer.settings.texts import TYPES, with_text_model
-from trainer.tasks.explanations import Explanations
+from trainer.tasks.explanations import EXPLANATIONS_FILE, Explanations
 from trainer.tasks.highlights import AboutMarks, Highlights, Mark, marks_of, read_explanations
 from trainer.tasks.predictions import Predictions
 
@@ -285,6 +291,25 @@ def test_what_the_report_shows_is_marked_by_the_words_that_decide(run: Path, ope
     none = look_up(found, opened.dataset, 2)
     assert not none.marks
     assert none.sources == thumbnails.sources
+
+
+@pytest.mark.parametrize("most", [20, 0])
+def test_a_run_leaves_the_marks_that_its_report_shows(most: int, run: Path, opened: Opened, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "texts"))
+    evaluate_finished(find_run(str(run)), {}, split="test", device=torch.device("cpu"), predictions=str(folder / "predictions.parquet"))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "status": "finished", "steps": 0, "classes": ["neg", "pos"]}))
+    me = cast(Any, SimpleNamespace(config=replaced(opened.config, "train.explain", most)))
+    me.waits = SimpleNamespace(call=lambda operation, what: operation())
+    me.heartbeat = SimpleNamespace(tick=lambda phase: None)
+    learner = cast(Any, SimpleNamespace(model=opened.exported.model, task=opened.exported.task, preprocess=opened.exported.preprocess))
+    learner.config, learner.device = opened.config, opened.device
+    explain(me, open_storage(tmp_path), learner, cast(Any, opened), ema=None, step=0)
+    assert (folder / EXPLANATIONS_FILE).exists() == bool(most)
+    page = render(read_files(find_run(str(folder)), opened.dataset))
+    assert page.count("<mark") >= most
+    assert ("Marked in some: the words on which the answer rests (gradient x input)" in page) == ("<mark" in page) == bool(most)
+    assert "<script" not in page
 
 
 def test_a_network_that_cannot_be_explained_says_so(run: Path, opened: Opened) -> None:
