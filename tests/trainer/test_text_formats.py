@@ -1,6 +1,7 @@
 """`finetune export` of models of texts: graphs with the names that users of transformers know, which answer as the model does for texts of
 any length, and take them by the tokenizer beside the graph."""
 
+import argparse
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.exported import CASES, measure, table
 from dataio.codecs.text.tokens import PAD, TextFacts, Tokenizer
 from dataio.schema import Target, single_label
 from tests.texts import WORDS, make_tokenizer, tiny_description
@@ -157,6 +159,14 @@ def test_what_is_of_images_is_refused(
         main([str(run), *arguments, "--out", str(tmp_path)])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_benchmark_of_exports_times_texts_too(run: Path) -> None:
+    found = measure(argparse.Namespace(run=str(run), threads=1, rounds=2))
+    assert found["input_shape"] == [32]
+    assert {batch: set(cases) for batch, cases in found["milliseconds"].items()} == {batch: set(CASES) for batch in ("1", "32")}
+    assert found["compared"]["onnx"]["answers_changed"] == 0
+    assert len(table(found)) == 1 + len(CASES)
 
 
 def encoder(kind: str, place: Path, targets: tuple[Target, ...] = single_label(("neg", "pos"))) -> Exported:
