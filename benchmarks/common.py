@@ -299,10 +299,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
-    assert doc is not None
-    # argparse treats % as its own.
     return argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=doc.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
