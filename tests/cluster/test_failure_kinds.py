@@ -28,6 +28,7 @@ from dataio.unlabelled import UnlabelledError
 from tests.cluster.told import failure_on_a_rank
 from trainer.drive.check import ModelCheckDied
 from trainer.learn.state import StateError
+from trainer.models.attribution import NoEmbeddingsError
 from trainer.models.cam import NoPlacesError
 from trainer.models.own import OwnCodeError
 from trainer.models.weights import WeightsError
@@ -78,6 +79,7 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (WeightsError("x"), "user"),
     (OwnCodeError("x"), "user"),
     (NoPlacesError("x"), "user"),
+    (NoEmbeddingsError("x"), "user"),
 ]
 
 

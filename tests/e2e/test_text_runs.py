@@ -5,6 +5,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.dataset as pads
 import pytest
 import safetensors.torch
 
@@ -119,10 +121,12 @@ def test_what_cannot_be_used_is_counted_and_what_came_out_is_told(alone: Run) ->
 
 def test_the_report_shows_texts_where_those_of_images_show_images(alone: Run) -> None:
     page = (alone.folder / "report.html").read_text()
-    assert html.escape(HOSTILE) in page
+    assert html.escape(HOSTILE) in re.sub("</?mark[^>]*>", "", page)
     assert "<script>" not in page
     assert "<img" not in page
     assert page.count("<blockquote") > 6
+    assert page.count("<mark") > 20
+    assert "Marked in some: the words on which the answer rests (gradient x input)" in page
     assert "MCC" in page
 
 
@@ -169,19 +173,32 @@ def test_training_goes_on_from_an_exported_model(place: Path, alone: Run) -> Non
     assert "its head is kept, as it was trained for the same classes" in more.output()
 
 
-@pytest.mark.parametrize(
-    ("module", "arguments"),
-    [
-        ("trainer.formats", []),
-        ("trainer.prune", []),
-        ("trainer.predict", ["texts.csv", "--out", "answers"]),
-        ("trainer.predict", ["texts.csv", "--explain", "answers"]),
-    ],
-)
-def test_what_does_not_work_for_texts_yet_says_so(module: str, arguments: Sequence[str], alone: Run) -> None:
-    said = command(module, str(alone.folder), *arguments, status=2)
+def test_what_does_not_work_for_texts_yet_says_so(alone: Run) -> None:
+    said = command("trainer.prune", str(alone.folder), status=2)
     assert "of texts" in said, said
     assert "Traceback" not in said
+
+
+def test_any_number_of_texts_is_answered_into_files_by_ray(place: Path, alone: Run, tmp_path: Path) -> None:
+    other = write_csv(tmp_path / "other.csv", rows(range(2000, 2150)))
+    words = (str(alone.folder), str(other), "--out", str(tmp_path / "out"), "--shard-images", "40", "--workers", "1")
+    said = command("trainer.predict", *words)
+    assert "150 texts in 4 Parquet files" in said
+    found = pads.dataset(tmp_path / "out").to_table().to_pylist()
+    assert [row["row"] for row in found] == list(range(150))
+    answers = [json.loads(line) for line in command("trainer.predict", str(alone.folder), str(other), "--json").splitlines()]
+    assert [row["label"] for row in found] == [answer["predictions"][0]["class"] for answer in answers]
+    assert "150 of 150 texts are done" in command("trainer.predict", *words)
+
+
+def test_the_model_is_exported_and_its_answers_are_explained(place: Path, alone: Run, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    said = command("trainer.formats", str(alone.folder), "--out", str(tmp_path / "exports"))
+    assert f"all answers are the model's on {TEST_TEXTS + 1} texts of the test split" in said
+    (tmp_path / "a.txt").write_text(HOSTILE)
+    words = (str(alone.folder), str(tmp_path / "a.txt"), "--json", "--explain", str(tmp_path / "why"))
+    assert json.loads(command("trainer.predict", *words).splitlines()[0])["explanation"]
+    assert "<script>" not in (tmp_path / "why" / "texts.html").read_text()
 
 
 def test_a_dry_run_says_what_would_run_whether_the_texts_are_converted_or_not(place: Path, alone: Run, tmp_path: Path) -> None:

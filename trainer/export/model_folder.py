@@ -169,7 +169,7 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
     if takes_texts(description):
         if not may_be_of_texts:
             raise ValueError(
-                f"{folder.location} is a model of texts, and this does not work for them yet; run, evaluate, predict and report do"
+                f"{folder.location} is a model of texts, and this does not work for them yet; run, evaluate, predict, export and report do"
             )
         return _load_of_texts(folder, description, device)
     height, width = description["data_image_size"]

@@ -56,21 +56,33 @@ class TextModel(nn.Module):
         self.encoder = encoder
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, outputs)
-        self._pooling, self._pad, self._known, self._has_parts = pooling, pad, known, has_parts
+        self.pad, self.known, self._pooling, self._has_parts = pad, known, pooling, has_parts
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.answer(**self.inputs_of(tokens))
+
+    def inputs_of(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What the encoder takes, by the names that transformers has for it: each (n, T) int64."""
         is_text = tokens >= 0  # (n, T)
         ids = tokens & (MOST_TOKENS_KNOWN - 1)  # what is behind a text is then the largest, and no token
-        inputs = {"input_ids": torch.where(ids < self._known, ids, self._pad), "attention_mask": is_text.long()}
+        inputs = {"input_ids": self.known_ids(ids), "attention_mask": is_text.long()}
         if self._has_parts:
             inputs["token_type_ids"] = torch.where(is_text, tokens >> PART_BIT, 0)
+        return inputs
+
+    def known_ids(self, ids: Tensor) -> Tensor:
+        """Tokens without an embedding as `pad`."""
+        return torch.where(ids < self.known, ids, self.pad)
+
+    def answer(self, **inputs: Tensor) -> Tensor:
+        """(n, outputs) of what `inputs_of` gives."""
         hidden = self.encoder(**inputs).last_hidden_state  # (n, T, width)
         if self._pooling == "first":
             pooled = hidden[:, 0]
         elif self._pooling == "last":
-            pooled = hidden[torch.arange(len(hidden), device=hidden.device), is_text.sum(1) - 1]  # every row has a token
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), inputs["attention_mask"].sum(1) - 1]  # every row has a token
         else:
-            weights = is_text.to(hidden.dtype)[:, :, None]  # (n, T, 1)
+            weights = inputs["attention_mask"].to(hidden.dtype)[:, :, None]  # (n, T, 1)
             pooled = (hidden * weights).sum(1) / weights.sum(1)  # every row has a token
         logits: Tensor = self.head(self.dropout(pooled))
         return logits

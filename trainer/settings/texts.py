@@ -162,7 +162,8 @@ def refuse_texts(model: ModelConfig, command: str) -> None:
     """ValueError if the model takes texts, from a command that does not work for them yet."""
     if is_text(model):
         raise ValueError(
-            f"{command} does not work for texts yet, and model.name={model.name} takes texts; run, evaluate, predict, report and track do"
+            f"{command} does not work for texts yet, and model.name={model.name} takes texts; run, evaluate, predict, export, report and "
+            "track do"
         )
 
 

@@ -220,8 +220,8 @@ class TrainConfig:
     """A finished run (its folder or name) that did the same without `data.unlabelled`: the report says by how much the two differ. Empty:
     one that lies in the same storage, if there is one."""
     explain: Annotated[int, FREE, Ge(0), "0 explains none, 100 is the default"] = 100
-    """Test images whose answer is explained at the end, by a map of where in the image it comes from: the worst mistakes and the cells of
-    the confusion matrix, for the report. 0 explains none. Changes no result."""
+    """Test images, or texts, whose answer is explained at the end, by a map of where in the image it comes from, or by marked words: the
+    worst mistakes and the cells of the confusion matrix, for the report. 0 explains none. Changes no result."""
     novelty: Annotated[int, FREE, Ge(0), "0 remembers none, 300 is usual"] = 0
     """Training images that the exported model remembers by their features (4 MB at most), so that `predict` can say what is unlike all of
     them. 0 remembers none. Changes no result."""
