@@ -65,7 +65,7 @@ faults: .venv/.dev
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing Python packages (about 7 GB, most of it PyTorch's) into .venv; pip shows each as it comes"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[quickstart,text-quickstart,timm,hub,onnx,prune,serve,wandb,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[quickstart,text-quickstart,lora,timm,hub,onnx,prune,serve,wandb,dev]'
 	@touch $@ .venv/.quickstart .venv/.text-quickstart
 
 # Prometheus, Chromium and the full Fashion-MNIST for the tests that use them; those skip with a reason where they cannot be installed.

@@ -1,7 +1,7 @@
 """What `finetune audit` finds of what was planted in real images: wrong labels, copies, leaks; and what correcting the labels is worth.
 
-    python -m benchmarks.audit [--images 6000] [--test 5000] [--folds 5] [--seeds 3] [--cases NAME...] [--keep FOLDER] [--json] [--out FILE]
-                               [-- FLAGS of the runs]
+    python -m benchmarks.audit [--images 6000] [--test 5000] [--folds 5] [--seeds 3] [--cases NAME...] [--compared "FLAGS"] [--keep FOLDER]
+                               [--json] [--out FILE] [-- FLAGS of the runs]
 
 The images are the first of Fashion-MNIST (Debian's dataset-fashion-mnist; the shipped sample where it is not installed), the settings those
 of the recipe quickstart, or FLAGS. The test images are never changed, but for the leaks.
@@ -13,8 +13,9 @@ copies       50 training images once more in training, and 20 of them in the tes
 
 For wrong labels the audit ranks all training images; what is judged is the 5 % that it doubts most. A person looks at these and corrects
 the wrong ones (`data.corrections`); then runs with the labels as they were (once for both kinds), with the planted ones and with the
-corrected ones are compared on the test images, in turns. For copies what is judged is findings.json: an image counts as falsely found if it
-is in a group without a planted copy. Fashion-MNIST has such pairs of its own.
+corrected ones are compared on the test images, in turns. `--compared` gives these runs more flags than the audit's: wrong labels cost
+little where a network does not learn for long enough to know them by heart. For copies what is judged is findings.json: an image counts
+as falsely found if it is in a group without a planted copy. Fashion-MNIST has such pairs of its own.
 
 `--keep` keeps the folders, and the same command goes on there. An audit and a run cost the same as outside of a benchmark.
 """
@@ -35,8 +36,8 @@ from PIL import Image
 
 from benchmarks.common import SAMPLE, add_arguments, best_source, described, finish, parser_of, run_process, spread, target
 from dataio.config import DataConfig
-from dataio.convert import is_converted, source_of
 from dataio.parquet import open_dataset
+from dataio.prepared import is_converted, source_of
 from trainer.audit.labels import Answers, joined, judge
 from trainer.tasks.predictions import Predictions
 
@@ -178,9 +179,18 @@ def judged_copies(findings: Mapping[str, Any], planted: Sequence[Row], images: i
 
 
 def measured_labels(
-    case: str, place: Path, found: Mapping[str, Sequence[Picture]], names: Sequence[str], *, folds: int, seeds: int, flags: Sequence[str]
+    case: str,
+    place: Path,
+    found: Mapping[str, Sequence[Picture]],
+    names: Sequence[str],
+    *,
+    folds: int,
+    seeds: int,
+    flags: Sequence[str],
+    compared: Sequence[str],
 ) -> Row:
-    """What an audit doubts, and what correcting that is worth. The runs with the labels as they were are those of all cases."""
+    """What an audit doubts, and what correcting that is worth, in runs with the flags `compared` besides. The runs with the labels as they
+    were are those of all cases."""
     wrong = flipped([picture.label for picture in found["train"]], case, len(names))
     clean = place.parent / "clean"
     for folder, planted in ((place / "noisy", wrong), (clean, {})):
@@ -205,7 +215,7 @@ def measured_labels(
     for seed in range(seeds):
         for name, words in cases.items():
             run, storage = f"{name}-{seed}", (clean if name == "clean" else place) / "runs"
-            arguments = [*words, *data, "--storage", str(storage), "--run", run, "--train.seed", str(seed)]
+            arguments = [*words, *data, *compared, "--storage", str(storage), "--run", run, "--train.seed", str(seed)]
             run_process(["-m", "trainer.run", *arguments], timeout_seconds=SECONDS).checked()
             accuracies[name].append(json.loads((storage / run / "summary.json").read_text())["test_accuracy"])
             print(f"{case}: {run} {accuracies[name][-1]:.2%}", file=sys.stderr, flush=True)
@@ -285,6 +295,7 @@ def main() -> int:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (%(default)s)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--compared", type=str.split, default=[], metavar="FLAGS", help="more flags of the runs that are compared (none)")
     parser.add_argument("--keep", type=Path, help="folder to keep, and to go on in")
     add_arguments(parser)
     options = parser.parse_args(own)
@@ -301,8 +312,15 @@ def main() -> int:
                 cases[case] = measured_copies(place, found, names)
             else:
                 more = flags or ["--config", "quickstart"]
-                cases[case] = measured_labels(case, place, found, names, folds=options.folds, seeds=options.seeds, flags=more)
-    result |= {"images": {split: len(each) for split, each in found.items()}, "folds": options.folds, "cases": cases}
+                cases[case] = measured_labels(
+                    case, place, found, names, folds=options.folds, seeds=options.seeds, flags=more, compared=options.compared
+                )
+    result |= {
+        "compared": options.compared,
+        "images": {split: len(each) for split, each in found.items()},
+        "folds": options.folds,
+        "cases": cases,
+    }
     result["targets"] = targets_of(cases)
     return finish(result, options, lines_of(cases))
 

@@ -237,6 +237,19 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> dict[s
     }
 
 
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond, 2.26 is a little wide."""
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and its 95 % interval by Student's t, for a few paired seeds; no interval for one value."""
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = T_QUANTILES[min(count - 2, len(T_QUANTILES) - 1)] * statistics.stdev(values) / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
     """`median_interval` of the differences ours - theirs, round by round: a disturbance of a whole round cancels."""
     return median_interval([a - b for a, b in zip(ours, theirs, strict=True)], confidence)
@@ -286,10 +299,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
-    assert doc is not None
-    # argparse treats % as its own.
     return argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=doc.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
@@ -401,7 +412,7 @@ def cifar_like(folder: Path, source: str, *, train: int, test: int) -> tuple[Pat
     sideways each time, to measure speed."""
     from benchmarks.parity import write_cifar_archive
     from dataio.config import DataConfig
-    from dataio.convert import is_converted, prepare
+    from dataio.prepared import is_converted, prepare
 
     archive = folder / "cifar-10-python.tar.gz"
     if is_converted(source):

@@ -3,8 +3,9 @@
     python -m benchmarks.exported RUN [--threads 1] [--rounds 100] [--json] [--out FILE]
 
 `finetune export` writes the model as ONNX and as int8, and compares both with the model on the whole test set. Then the network itself
-(eager PyTorch, float32, channels_last), ONNX Runtime and ONNX Runtime in int8 answer the same prepared images in turns, in one process,
-with the same number of threads. RUN is a finished run, such as the one that `make run` leaves.
+(eager PyTorch, float32, of images channels_last), ONNX Runtime and ONNX Runtime in int8 answer the same prepared images, or texts of as
+many tokens as there may be, in turns, in one process, with the same number of threads. RUN is a finished run, such as the ones that `make
+run` and `make run-text` leave.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,18 @@ from benchmarks.common import add_arguments, described, finish, interleave, pars
 from trainer.export.model_folder import load_export
 from trainer.formats.__main__ import INT8
 from trainer.formats.__main__ import main as export
-from trainer.formats.onnx_graph import ONNX_FILE, session_of
+from trainer.formats.made import INPUT, ONNX_FILE
+from trainer.formats.onnx_graph import session_of
 from trainer.runs.model_files import find_model
 
 BATCHES = (1, 32)
 SIZE_GOAL, DROP_GOAL_POINTS = 0.35, 1.0
+_COMMON_TOKENS = 20
+"""Every vocabulary has so many."""
 CASES = ("PyTorch", "onnx", INT8)
 
-Ask = Callable[[npt.NDArray[np.float32]], object]
+Inputs = Mapping[str, npt.NDArray[Any]]
+Ask = Callable[[Inputs], object]
 
 
 def main() -> int:
@@ -54,10 +59,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if status:
             raise RuntimeError(f"the export ended with {status}")
         manifests = {name: json.loads((out / name / "manifest.json").read_text()) for name in ("onnx", INT8)}
-        found = load_export(find_model(options.run), torch.device("cpu"))
+        found = load_export(find_model(options.run), torch.device("cpu"), may_be_of_texts=True)
         asks = cases(found.model, {name: (out / name / ONNX_FILE).read_bytes() for name in manifests}, options.threads)
-    _, *shape = manifests["onnx"]["input"]["shape"]
-    milliseconds = {str(batch): timed(asks, (batch, *shape), options.rounds) for batch in BATCHES}
+    takes = manifests["onnx"]["input"]
+    milliseconds = {str(batch): timed(asks, inputs_of(takes, batch), options.rounds) for batch in BATCHES}
     bytes_of = {name: manifest["files"][ONNX_FILE]["bytes"] for name, manifest in manifests.items()}
     compared = {name: manifest["compared"] for name, manifest in manifests.items()}
     low, high = compared[INT8]["accuracy_lost_95_percent"]
@@ -66,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "threads": options.threads,
         "rounds": options.rounds,
-        "input_shape": shape,
+        "input_shape": [takes["max_tokens"]] if "tokenizer" in takes else takes["shape"][1:],
         "bytes": bytes_of,
         "compared": compared,
         "milliseconds": milliseconds,
@@ -82,27 +87,39 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def cases(model: torch.nn.Module, graphs: Mapping[str, bytes], threads: int) -> dict[str, Ask]:
     """A function for each case, from a prepared batch."""
 
-    def eager(images: npt.NDArray[np.float32]) -> object:
+    def eager(inputs: Inputs) -> object:
+        given = {name: torch.from_numpy(each) for name, each in inputs.items()}
         with torch.inference_mode():
-            return model(torch.from_numpy(images).contiguous(memory_format=torch.channels_last))
+            if INPUT in given:
+                return model(given[INPUT].contiguous(memory_format=torch.channels_last))
+            return model.answer(**given)  # type: ignore[operator]
 
     def of_graph(data: bytes) -> Ask:
         session = session_of(data, threads)
-        return lambda images: session.run(None, {"images": images})
+        return lambda inputs: session.run(None, dict(inputs))
 
     return {"PyTorch": eager, **{name: of_graph(data) for name, data in graphs.items()}}
 
 
-def timed(asks: Mapping[str, Ask], shape: Sequence[int], rounds: int) -> dict[str, dict[str, float]]:
+def inputs_of(takes: Mapping[str, Any], batch: int) -> Inputs:
+    """A batch of noise as the manifest's input asks for it."""
+    draw = np.random.default_rng(0)
+    if "tokenizer" not in takes:
+        return {takes["name"]: draw.standard_normal((batch, *takes["shape"][1:]), dtype=np.float32)}
+    shape = (batch, takes["max_tokens"])
+    ids = draw.integers(0, _COMMON_TOKENS, shape)  # the network's time does not depend on which
+    return {name: ids if name == "input_ids" else np.full(shape, int(name == "attention_mask")) for name in takes["names"]}
+
+
+def timed(asks: Mapping[str, Ask], inputs: Inputs, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each case, in turns."""
-    images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     for ask in asks.values():
         for _ in range(3):
-            ask(images)
+            ask(inputs)
     taken: dict[str, list[float]] = {name: [] for name in asks}
     for _, name in interleave(list(asks), rounds):
         begin = time.perf_counter()
-        asks[name](images)
+        asks[name](inputs)
         taken[name].append(1e3 * (time.perf_counter() - begin))
     return {
         name: {"median": statistics.median(values), "p99": float(np.quantile(values, 0.99)), "least": min(values)}

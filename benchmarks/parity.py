@@ -27,9 +27,9 @@ import torch
 
 from cluster.preflight import versions
 from dataio.codecs.image.augment import draw, reference
-from dataio.convert import prepare
 from dataio.order import Order
 from dataio.parquet import open_dataset
+from dataio.prepared import prepare
 from dataio.sources import open_source
 from trainer.models.vision import build_model
 from trainer.settings.toml import load

@@ -23,9 +23,9 @@ import torch
 
 from benchmarks.bare import decided, loader_of
 from benchmarks.common import SAMPLE, add_arguments, described, finish, interleave, median_interval, parser_of, spread
-from dataio.convert import prepare
 from dataio.manifest import image_size_of
 from dataio.parquet import Dataset, open_dataset
+from dataio.prepared import prepare
 from trainer.learn.build import build_learner, task_of
 from trainer.learn.step import train_steps
 from trainer.models.vision import WeightsError, build_model

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from benchmarks.bare import decided, loader_of, refuse
-from benchmarks.common import Kept, add_arguments, add_keep, described, finish, interleave, parser_of
-from benchmarks.learning.measure import mean_interval, target_of, verdict_of
+from benchmarks.common import Kept, add_arguments, add_keep, described, finish, interleave, mean_interval, parser_of
+from benchmarks.learning.measure import target_of, verdict_of
 from benchmarks.learning.tasks import NAMES, Arrays, fashion_mnist, write_idx
-from dataio.convert import prepared
 from dataio.loader import Loader
+from dataio.prepared import prepared
 from dataio.schema import UNLABELLED
 from dataio.unlabelled import pin, prepare_unlabelled
 from trainer.learn.build import SecondStream, build_learner, task_of

@@ -126,6 +126,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="step", kind="gauge", help="Global step, counted over all attempts."),
     Metric(name="epoch", kind="gauge", help="Epoch as a fraction: global step over steps per epoch."),
     Metric(name="samples_total", kind="counter", help="Samples this rank trained on."),
+    Metric(name="tokens_total", kind="counter", help="Tokens of the texts this rank trained on, without those that pad; 0 of images."),
+    Metric(name="padded_tokens_total", kind="counter", help="Tokens this rank trained on with those that pad a batch; 0 of images."),
     Metric(name="loss", kind="gauge", help="Mean training loss of the newest logged step."),
     Metric(name="learning_rate", kind="gauge", help="Learning rate of the newest logged step."),
     Metric(name="gradient_norm", kind="gauge", help="L2 norm of a step's gradient, before any clipping, every few seconds."),

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataio.config import DataConfig
-from dataio.convert import ORIGIN_NAME
 from dataio.foreign import MAX_MANIFEST_BYTES, MAX_SETTINGS_BYTES, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, ManifestError
+from dataio.prepared import ORIGIN_NAME
 from dataio.reading import targets_described
 from dataio.terminal import tell
 from dataio.text import shown

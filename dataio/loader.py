@@ -124,6 +124,8 @@ class Loader:
         self._side_stream = _side_stream(self.device)
         self.wait_seconds = 0.0
         """Total time that the consumer of `train` waited."""
+        self.tokens_given = self.padded_tokens_given = 0
+        """Tokens of the texts that `train` has yielded, without and with those that pad a batch; 0 of images."""
         self.evaluation_wait_seconds = 0.0
         encoded_bytes = sum(shard.size_bytes for shard in dataset.manifest.splits[split].shards)
         if self.cache == "none" and order.window == 0 and encoded_bytes > self._memory_bytes * TRAIN_PART:
@@ -206,7 +208,13 @@ class Loader:
         window_steps = -(-self._order.window // self._order.batch_per_virtual_rank)
         fetches = supply.fetch(plan(), horizon=2 * window_steps + STEPS_PLANNED)
         with closing(self._ahead((self._block(supply.codec, fetched) for fetched in fetches), wait, "train", fetches, supply)) as ahead:
-            yield from ahead
+            yield from self._counted(ahead, self._order) if isinstance(self._order, LengthOrder) else ahead
+
+    def _counted(self, steps: Iterator[tuple[Batch, ...]], order: LengthOrder) -> Iterator[tuple[Batch, ...]]:
+        for batches in steps:
+            self.tokens_given += sum(int(order.lengths[batch.ids].sum()) for batch in batches)
+            self.padded_tokens_given += sum(batch.samples.shape[0] * batch.samples.shape[1] for batch in batches)
+            yield batches
 
     def evaluate(self, split: str, ids: range | Ids, batch_size: int) -> Generator[Batch, None, None]:
         """Yields the given samples of a split in the given order, without augmentation, `batch_size` at a time (the last batch may be

@@ -17,14 +17,16 @@ from dataio.codecs.codec import Refusal
 from dataio.codecs.make import looked_at
 from dataio.codecs.text.form import text_form
 from dataio.config import DataConfig
-from dataio.convert import checked_values, conversion_identities, refuse_corrections, source_of
+from dataio.conversion import conversion_identities
 from dataio.foreign import MAX_IMAGE_BYTES, open_regular, read_regular
 from dataio.manifest import MANIFEST_NAME, Manifest, SplitInfo
 from dataio.parquet import Dataset, open_dataset
+from dataio.prepared import refuse_corrections, source_of
 from dataio.quarantine import BadSample
 from dataio.remote import is_remote, is_uri, local_path
 from dataio.schema import SPLITS, UNLABELLED, Target, single_label
 from dataio.sources import Corrected, HasFiles, Source, SourceFile
+from dataio.values import checked_values
 
 THREADS = 8
 GLANCE_BYTES = 1 << 20

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from dataio.config import PIN, DataConfig, unpinned
-from dataio.convert import Prepared, Progress, conversion_identities, prepared
+from dataio.conversion import Progress, conversion_identities
 from dataio.manifest import MANIFEST_NAME, Manifest
 from dataio.parquet import Dataset, open_dataset
+from dataio.prepared import Prepared, prepared
 from dataio.remote import is_remote, is_uri, local_path
 from dataio.scan import Looked, scan
 from dataio.schema import UNLABELLED, Target, single_label

@@ -41,7 +41,7 @@ from test_sources_cifar import cifar_content, cifar_members, write_tar
 from cluster.storage import open_storage
 from dataio.codecs.image.decode import Checker
 from dataio.codecs.image.sniff import sniff
-from dataio.convert import convert
+from dataio.conversion import convert
 from dataio.manifest import Manifest, ManifestError
 from dataio.parquet import open_dataset
 from dataio.sources import SourceError, open_source

@@ -35,17 +35,54 @@ def make_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> Path:
     return folder / "tokenizer.json"
 
 
-def make_model(folder: Path, **changes: Any) -> Path:
-    """Write a tiny BERT with random weights, as its library saves one, and its tokenizer into `folder`."""
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40}
+_TINY_OTHERWISE = {
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 40},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40},
+}
+
+
+def tiny_description(kind: str, **changes: Any) -> dict[str, Any]:
+    """The content of a tiny model's config.json, of the type `kind`, as the hub's models have it: a decoder has no padding token."""
+    from trainer.settings.texts import TYPES
+
+    sizes: dict[str, Any] = {"model_type": kind, "vocab_size": 4 + len(WORDS), **_TINY_OTHERWISE.get(kind, TINY)}
+    if TYPES[kind].is_decoder:
+        sizes |= {} if kind in ("gpt2", "gpt_neox") else {"num_key_value_heads": 1, "head_dim": 8}
+        sizes |= {"pad_token_id": None, "eos_token_id": 3}
+    else:
+        sizes |= {"pad_token_id": 1 if TYPES[kind].idle_positions else 0} | (
+            {"embedding_size": 16} if kind in ("albert", "electra") else {}
+        )
+    return {**sizes, **changes}
+
+
+def make_model(folder: Path, words: Sequence[str] = WORDS, **changes: Any) -> Path:
+    """Write a tiny BERT with random weights, as its library saves one, and a tokenizer that knows `words` into `folder`."""
+    make_tokenizer(folder, words)
+    transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.BertModel(transformers.BertConfig(**{"vocab_size": 4 + len(words), **TINY, **changes}))
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_decoder(folder: Path, kind: str = "llama", *, head: bool = True, shard_bytes: int | None = None, **changes: Any) -> Path:
+    """Write a tiny decoder with random weights, as its library saves one (with the head that says the next token), and its tokenizer into
+    `folder`. `shard_bytes`: in files of this size at most."""
     make_tokenizer(folder)
     transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
     import torch
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40}
+    described = tiny_description(kind, **changes)
+    config = transformers.AutoConfig.for_model(described.pop("model_type"), **described)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.BertModel(transformers.BertConfig(vocab_size=4 + len(WORDS), **{**sizes, **changes}))
-    model.save_pretrained(folder)
+        model = (transformers.AutoModelForCausalLM if head else transformers.AutoModel).from_config(config)
+    model.save_pretrained(folder, **({"max_shard_size": shard_bytes} if shard_bytes is not None else {}))
     return folder
 
 

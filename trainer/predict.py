@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -61,8 +62,8 @@ class Arguments:
     """Image files, or folders of them. With --out also Parquet files, folders of them, and URIs of all these. For a model of texts .txt
     files, folders of them, and tables (.csv, .tsv, .jsonl, .parquet)."""
     out: str = ""
-    """Folder or URI, new or empty, for Parquet files with the answers to any number of images, by Ray on this machine or a cluster. Stopped
-    or killed, the same command goes on."""
+    """Folder or URI, new or empty, for Parquet files with the answers to any number of images or texts, by Ray on this machine or a
+    cluster. Stopped or killed, the same command goes on."""
     top: int = 3
     """Number of classes or labels to show for each image."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -71,7 +72,7 @@ class Arguments:
     """Probabilities as the network gives them, not calibrated by the temperature that the run fitted. The answers are the same."""
     explain: str = ""
     """Folder, which is made if it is not there, for a picture of each image beside a map of where in it the answer comes from (Grad-CAM; of
-    tokens, LayerCAM)."""
+    tokens, LayerCAM); of texts, for a page on which the words are marked that the answers come from."""
     fit: Literal["run", "refuse", "stretch", "crop"] = "run"
     """How to handle images whose size differs from the one the model was trained on. `run` uses the run's own `data.fit`."""
     storage: str = RunConfig().storage
@@ -81,7 +82,7 @@ class Arguments:
     workers: int = 0
     """With --out: processes that answer. 0: one a GPU, or one for 4 CPUs."""
     shard_images: int = 2048
-    """With --out: images a file. What is killed loses at most the files that are under way."""
+    """With --out: images or texts a file. What is killed loses at most the files that are under way."""
     image_column: str = ""
     """With --out: of Parquet files, the column with the images, where its name does not say so."""
     text_column: str = ""
@@ -98,8 +99,7 @@ def main(argv: Sequence[str]) -> int:
         folder = find_model(arguments.run, arguments.storage)
         if takes_texts(described(folder)):
             return _of_texts(folder, arguments)
-        if arguments.text_column:
-            raise ValueError(f"--text-column {arguments.text_column} is of texts, and {arguments.run} is a model of images; leave it out")
+        _check_flags(arguments, of_texts=False)
         paths = list(image_paths(arguments.images))
         predictor = Predictor(
             folder,
@@ -126,28 +126,45 @@ def main(argv: Sequence[str]) -> int:
 
 def _of_texts(folder: RunFolder, arguments: Arguments) -> int:
     """Answer texts: 0; 1 if some could not be answered. ValueError for what does not work for them."""
-    for flag, value in (("--explain", arguments.explain), ("--fit", "" if arguments.fit == "run" else arguments.fit)):
-        if value:
-            raise ValueError(f"{flag} {value} is of images, and {arguments.run} is a model of texts; leave it out")
+    _check_flags(arguments, of_texts=True)
+    from trainer.inference.text_page import TextPage
     from trainer.inference.texts import TextPredictor
 
     device = None if arguments.device == "auto" else torch.device(arguments.device)
-    predictor = TextPredictor(folder, device=device, is_calibrated=not arguments.raw)
+    predictor = TextPredictor(folder, device=device, is_calibrated=not arguments.raw, explains=bool(arguments.explain))
     count = bad = cut = 0
-    for answer in predictor.predict(arguments.images, text_column=arguments.text_column, top=arguments.top):
-        count, bad, cut = count + 1, bad + bool(answer.error), cut + answer.was_cut
-        if arguments.json:
-            say_json(answer.to_json())
-        elif answer.error:
-            complain(f"{shown(answer.key, LONGEST_PATH)}: {shown(answer.error)}")
-        else:
-            said = shown(predictor.task.sentence(answer.answer), LONGEST_PATH)
-            say(f"{shown(answer.key, LONGEST_PATH)}: {said}  {shown(' '.join(answer.text.split()), MOST_OF_TEXT)}")
+    with ExitStack() as stack:
+        page = stack.enter_context(TextPage(Path(arguments.explain), title=arguments.run)) if arguments.explain else None
+        for answer in predictor.predict(arguments.images, text_column=arguments.text_column, top=arguments.top):
+            count, bad, cut = count + 1, bad + bool(answer.error), cut + answer.was_cut
+            said = "" if answer.error else shown(predictor.task.sentence(answer.answer), LONGEST_PATH)
+            if arguments.json:
+                say_json(answer.to_json())
+            elif answer.error:
+                complain(f"{shown(answer.key, LONGEST_PATH)}: {shown(answer.error)}")
+            else:
+                say(f"{shown(answer.key, LONGEST_PATH)}: {said}  {shown(' '.join(answer.text.split()), MOST_OF_TEXT)}")
+            if page is not None and not answer.error:
+                page.add(answer, said)
+    if page is not None:
+        complain(f"where the answers come from: {shown(page.path, LONGEST_PATH)}")
     if cut:
         complain(f"{cut} of {count} texts have more tokens than the model was trained with: their beginning was answered")
     if bad:
         complain(f"{bad} of {count} texts could not be answered")
     return 1 if bad else 0
+
+
+def _check_flags(arguments: Arguments, *, of_texts: bool) -> None:
+    """ValueError for a flag of the other kind of model."""
+    if of_texts:
+        given = {"--fit": "" if arguments.fit == "run" else arguments.fit, "--image-column": arguments.image_column}
+    else:
+        given = {"--text-column": arguments.text_column}
+    one, other = ("images", "texts") if of_texts else ("texts", "images")
+    for flag, value in given.items():
+        if value:
+            raise ValueError(f"{flag} {value} is of {one}, and {arguments.run} is a model of {other}; leave it out")
 
 
 def _check(arguments: Arguments) -> None:
@@ -167,7 +184,7 @@ def _check(arguments: Arguments) -> None:
 
 
 def _to_files(arguments: Arguments) -> int:
-    """Answer all images into files of --out: 0; 1 if some could not be read, or if Ray or a storage was lost; 128 + signal if stopped."""
+    """Answer all into files of --out: 0; 1 if some could not be read, or if Ray or a storage was lost; 128 + signal if stopped."""
     from cluster.belongings import belongings
 
     prepare_output(survive=True)  # it may take hours: the work does not depend on who reads along
@@ -186,8 +203,8 @@ def _to_files(arguments: Arguments) -> int:
 
 def _asked(arguments: Arguments) -> Asked:
     folder = find_model(arguments.run, arguments.storage)
-    if takes_texts(described(folder)):
-        raise ValueError(f"--out does not work for texts yet, and {arguments.run} is a model of texts; leave it out, and use --json")
+    of_texts = takes_texts(described(folder))
+    _check_flags(arguments, of_texts=of_texts)
     is_local_out = not is_uri(arguments.out) and not arguments.out.startswith("file:")
     out = os.path.abspath(os.path.expanduser(arguments.out)) if is_local_out else arguments.out
     job = Job(
@@ -200,11 +217,12 @@ def _asked(arguments: Arguments) -> Asked:
         calibrated=not arguments.raw,
         device=arguments.device,
         threads=1,
+        unit="texts" if of_texts else "images",
     )
     return Asked(
         out=out,
         inputs=arguments.images,
-        image_column=arguments.image_column,
+        column=arguments.text_column if of_texts else arguments.image_column,
         job=job,
         shard_images=arguments.shard_images,
         workers=arguments.workers,
@@ -244,14 +262,14 @@ def _show_ended(ended: Ended, asked: Asked, begun: Begun, *, as_json: bool) -> N
     if as_json:
         say_json(ended.to_json())
         return
-    counts = ended.counts
-    say(f"{number(counts.images)} images in {number(begun.plan.shards)} Parquet files in {address_of(asked.out)}")
+    counts, unit = ended.counts, asked.job.unit
+    say(f"{number(counts.images)} {unit} in {number(begun.plan.shards)} Parquet files in {address_of(asked.out)}")
     if ended.here:
         spent = asdict(ended.spent)
         whole = sum(spent.values()) or 1.0
-        words = ("waiting for images", "the model", "writing")
+        words = (f"waiting for {unit}", "the model", "writing")
         shares = ", ".join(f"{percent(seconds / whole, 0)} {word}" for word, seconds in zip(words, spent.values(), strict=True))
-        say(f"  {number(ended.here)} of them now, {ended.here / ended.seconds:.0f} images/s; of the workers' time {shares}")
+        say(f"  {number(ended.here)} of them now, {ended.here / ended.seconds:.0f} {unit}/s; of the workers' time {shares}")
     largest = sorted(counts.answers.items(), key=lambda item: -item[1])[:MOST_CLASSES]
     if largest:
         more = f", and {len(counts.answers) - len(largest)} more classes" if len(counts.answers) > len(largest) else ""
@@ -260,8 +278,10 @@ def _show_ended(ended: Ended, asked: Asked, begun: Begun, *, as_json: bool) -> N
         say(f"  {number(counts.unlike)} unlike anything seen in training (column unlike_training)")
     if counts.transparent:
         say(f"  {number(counts.transparent)} with transparency, treated as in this run's training (data.background)")
+    if counts.cut:
+        say(f"  {number(counts.cut)} with more tokens than the model was trained with: their beginning was answered (column cut)")
     if counts.bad:
-        complain(f"{number(counts.bad)} of {number(counts.images)} images could not be read (column error says why)")
+        complain(f"{number(counts.bad)} of {number(counts.images)} {unit} could not be read (column error says why)")
 
 
 def image_paths(arguments: Sequence[str]) -> Iterator[str]:

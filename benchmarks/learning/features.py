@@ -60,6 +60,7 @@ LISTED = (
         teacher=("--model.image-size", "96", "--train.epochs", "4"),  # as the recipe: 88 % where the student alone has some 80
         tasks=("quickstart", "noise"),
     ),
+    Feature(name="enlarged_to_96", on=("--model.image-size", "96"), off=("--model.image-size", "0"), tasks=("quickstart",)),
     Feature(name="250_steps", on=("--train.epochs", "40"), off=("--train.epochs", "20"), tasks=("few",)),
     Feature(name="500_steps", on=("--train.epochs", "80"), off=("--train.epochs", "20"), tasks=("few",)),
     Feature(name="1000_steps", on=("--train.epochs", "160"), off=("--train.epochs", "20"), tasks=("few",)),

@@ -7,7 +7,6 @@ lives outside them (Feature.whole_run) is measured by `trainer.run` as a process
 import dataclasses
 import hashlib
 import json
-import math
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +17,12 @@ from typing import Any
 import torch
 
 from benchmarks.bare import decided, loader_of
-from benchmarks.common import Kept, interleave, run_process, target
+from benchmarks.common import Kept, interleave, mean_interval, run_process, target
 from benchmarks.learning.features import Feature
 from benchmarks.learning.tasks import Sizes, Task
 from dataio.balance import class_counts
-from dataio.convert import prepared
 from dataio.parquet import Dataset
+from dataio.prepared import prepared
 from trainer.learn.build import build_learner, class_counts_of, task_of
 from trainer.learn.step import train_steps
 from trainer.rank.evaluation import evaluate
@@ -36,8 +35,6 @@ from trainer.settings.spec import make_order
 from trainer.settings.tree import RunConfig
 
 RUN_SECONDS = 3600.0
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond, 2.26 is a little wide."""
 
 Row = Mapping[str, float]
 """Measures of one run: loss, accuracy, balanced_accuracy, macro_f1."""
@@ -199,15 +196,6 @@ def cases_of(features: Sequence[Feature], measures: Mapping[str, str], rows: Map
                 "points": interval,
                 "verdict": verdict_of(interval),
             }
-
-
-def mean_interval(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean and its 95 % interval by Student's t, for a few paired seeds; no interval for one value."""
-    mean, count = statistics.fmean(values), len(values)
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None}
-    half = T_QUANTILES[min(count - 2, len(T_QUANTILES) - 1)] * statistics.stdev(values) / math.sqrt(count)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def verdict_of(interval: Mapping[str, float | None]) -> str:

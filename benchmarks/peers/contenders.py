@@ -1,4 +1,5 @@
-"""Everybody's command for the job, and how its evaluations are read. `watch.py` runs the commands.
+"""What a job is, what a contender is, and how the evaluations are read that it says. `images.py` and `texts.py` have the jobs and
+everybody's commands; `watch.py` runs them.
 
 A command is the same when it is given again after a SIGKILL, except where its tool wants to be told (timm's `--resume`).
 """
@@ -7,29 +8,14 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PEERS = Path(__file__).parent
 OURS = "ours"
 LOG, STARTED = "output.log", "--- started"
 """What a command printed, and the line before each of its lives."""
-PEER_NAMES = ("timm", "hf trainer", "plain ray train", "tutorial")
-TUTORIAL_EPOCHS = 10
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What all of them do."""
-
-    images: Path
-    """train/CLASS/*.png and test/CLASS/*.png."""
-    train_images: int
-    weights: Path
-    """EfficientNet-Lite0's, a state_dict by timm's names."""
-    epochs: int
-    """Of everybody but the tutorial, which has TUTORIAL_EPOCHS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,80 +27,56 @@ class Contender:
     """The folder of its files -> the words of the command."""
     accuracies: Callable[[Path], list[float]]
     """The folder of its files -> the test accuracies that it has said, oldest first; what a killed life said counts too."""
+    ledger: str = ""
+    """Where, in the folder of its files, it records which samples each step saw (cluster.ledger); "" if it does not."""
 
 
-def contenders(job: Job, *, timm_script: Path | None, peers_python: str, flags: Mapping[str, list[str]]) -> dict[str, Contender]:
-    """Everybody who can be run; timm needs its script. `flags`: name -> more words of its command."""
-    known = {
-        OURS: Contender(name=OURS, command=lambda place: ours(job, place), accuracies=of_journal),
-        "hf trainer": Contender(name="hf trainer", command=lambda place: own("hf_trainer", job, place, peers_python), accuracies=of_log),
-        "plain ray train": Contender(
-            name="plain ray train", command=lambda place: own("plain_ray", job, place, sys.executable), accuracies=of_log
-        ),
-        "tutorial": Contender(name="tutorial", command=lambda place: tutorial(job), accuracies=of_log),
-    }
-    if timm_script is not None:
-        known["timm"] = Contender(name="timm", command=lambda place: timm(job, place, timm_script), accuracies=of_summary)
-    return {name: with_flags(known[name], flags.get(name, [])) for name in (OURS, *PEER_NAMES) if name in known}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What all of them do."""
+
+    data: Path
+    """What everybody reads, as the job lays it out."""
+    pretrained: Path
+    """The weights or the model that everybody begins with."""
+    train_samples: int
+    epochs: int
 
 
-def with_flags(contender: Contender, words: list[str]) -> Contender:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """A kind of job, and who else does it."""
+
+    recipe: str
+    unit: str
+    peers: tuple[str, ...]
+    accuracy: float
+    """To be reached, unless it is said otherwise."""
+    epochs: int
+    samples: Mapping[str, int]
+    """Split -> how many there are."""
+    lay_out: Callable[[Path, Mapping[str, int]], None]
+    """(folder, how many of each split): writes what everybody reads."""
+    pretrained: Callable[[Path], Path]
+    """(a folder to write in) -> what everybody begins with."""
+    contenders: Callable[[Job, Path | None, str], dict[str, Contender]]
+    """(job, timm's script, the interpreter with the peers' packages) -> everybody who can be run, ours first."""
+
+
+def with_flags(contender: Contender, words: Sequence[str]) -> Contender:
     command = contender.command
-    return Contender(name=contender.name, command=lambda place: [*command(place), *words], accuracies=contender.accuracies)
+    return replace(contender, command=lambda place: [*command(place), *words])
 
 
-# -- commands ---------------------------------------------------------------------------------------------------------------------------
-
-
-def ours(job: Job, place: Path) -> list[str]:
-    """The quickstart, on the same images: a folder in place of the sample."""
-    words = [
-        sys.executable,
-        "-m",
-        "trainer.run",
-        "--config",
-        "quickstart",
-        "--data.path",
-        str(job.images),
-        "--data.root",
-        str(place / "data"),
-    ]
-    return [*words, "--train.epochs", str(job.epochs), "--storage", str(place), "--run", "ours"]
-
-
-def own(script: str, job: Job, place: Path, python: str) -> list[str]:
-    words = [python, str(PEERS / f"{script}.py"), "--images", str(job.images), "--weights", str(job.weights)]
-    return [*words, "--output", str(place / "run"), "--epochs", str(job.epochs)]
-
-
-def tutorial(job: Job) -> list[str]:
-    words = [sys.executable, str(PEERS / "tutorial.py"), "--images", str(job.images), "--weights", str(job.weights)]
-    return [*words, "--epochs", str(TUTORIAL_EPOCHS)]
-
-
-def timm(job: Job, place: Path, script: Path) -> list[str]:
-    """timm's training script with the quickstart's recipe, as far as it has it. Its checkpoint of the last epoch is resumed as its help
-    says: `--resume`."""
-    last = place / "run" / "last.pth.tar"
-    return [
-        *(sys.executable, str(script), "--data-dir", str(job.images), "--train-split", "train", "--val-split", "test"),
-        *("--model", "tf_efficientnet_lite0", "--pretrained", "--pretrained-path", str(job.weights), "--num-classes", "10"),
-        *("--input-size", "3", "96", "96", "--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5", "--crop-pct", "1.0"),
-        *("--interpolation", "bicubic", "--train-interpolation", "bicubic", "--scale", "0.8", "1.0", "--ratio", "1.0", "1.0"),
-        *("--color-jitter", "0", "-b", "50", "--opt", "sgd", "--momentum", "0.9", "--lr", "0.02", "--weight-decay", "5e-4"),
-        *("--smoothing", "0.05", "--sched", "cosine", "--sched-on-updates", "--warmup-epochs", "1", "--warmup-lr", "0.001"),
-        *("--epochs", str(job.epochs), "--cooldown-epochs", "0", "--device", "cpu", "--workers", "1"),
-        *("--output", str(place), "--experiment", "run"),
-        *(("--resume", str(last)) if last.exists() else ()),
-    ]
-
-
-# -- evaluations ------------------------------------------------------------------------------------------------------------------------
+def our_run(recipe: str, job: Job, place: Path, flags: Sequence[str] = ()) -> list[str]:
+    """The recipe, on the job's data in place of its own."""
+    words = [sys.executable, "-m", "trainer.run", "--config", recipe, "--data.path", str(job.data), "--data.root", str(place / "data")]
+    return [*words, "--train.epochs", str(job.epochs), "--storage", str(place), "--run", OURS, *flags]
 
 
 def of_journal(place: Path) -> list[float]:
     """Ours, from the run's journal."""
-    lines = text_of(place / "ours" / "journal.jsonl").splitlines()
+    lines = text_of(place / OURS / "journal.jsonl").splitlines()
     events = [json.loads(line) for line in lines if line.endswith("}")]
     found = [event for event in events if event["event"] == "evaluation"]
     return [float(event["test_accuracy"]) for event in sorted(found, key=lambda event: float(event["time"]))]

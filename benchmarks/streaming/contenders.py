@@ -430,7 +430,7 @@ class Ours(Contender):
     @staticmethod
     def convert(images: Images, dest: Path) -> None:
         from dataio.config import DataConfig
-        from dataio.convert import convert
+        from dataio.conversion import convert
 
         convert(_Shuffled(images), dest, max_bad_fraction=0.0, max_image_pixels=DataConfig().max_image_pixels)
 

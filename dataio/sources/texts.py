@@ -103,8 +103,8 @@ def _tables_in(folder: Path) -> dict[str, list[Path]]:
 def read_texts(path: Path, text_column: str = "") -> Iterator[tuple[str, bytes, str | None]]:
     """Yields (key, text, refusal or None) of each row of a file, whatever else it holds: for texts whose labels are not known. SourceError
     for a file that cannot be read."""
-    for row, (_, cells) in enumerate(rows_of(path, _text_columns(path, text_column))):
-        sample = _sample(key_of_row(None, path.stem, row), cells, ())
+    for row, (_, cells) in enumerate(rows_of(path, columns_meant(path, column_names(path), text_column))):
+        sample = sample_of(key_of_row(None, path.stem, row), cells, ())
         yield sample.key, sample.data, sample.refusal
 
 
@@ -126,7 +126,7 @@ class Texts:
             if len(files) > 1 or "" not in files
             else ()
         )
-        self._texts = _text_columns(train[0], options.text_column)
+        self._texts = columns_meant(train[0], column_names(train[0]), options.text_column)
         content, self._starts = _read(self._files, self._texts, options)
         columns = [typed(content, number) for number in range(len(content.asked))]
         self.targets = tuple(target for target, _ in columns)
@@ -166,10 +166,11 @@ class Texts:
                 if row > last:
                     break
                 if row in here:
-                    yield _sample(self._keys[row], cells, values_at(self.targets, self._columns, row))
+                    yield sample_of(self._keys[row], cells, values_at(self.targets, self._columns, row))
 
 
-def _sample(key: str, cells: Sequence[Any], values: tuple[Any, ...]) -> Sample:
+def sample_of(key: str, cells: Sequence[Any], values: tuple[Any, ...]) -> Sample:
+    """The text of a row, or of its pair of texts; with the reason to refuse it, if its cells hold none."""
     for cell in cells:
         if cell is not None and not isinstance(cell, str):
             return Sample(key=key, data=b"", values=values, refusal=f"no text: {type(cell).__name__} {cell!s:.60}")
@@ -247,18 +248,17 @@ def _cell_text(path: Path, line: int, column: str, cell: Any) -> str | None:
     raise SourceError(f"{path}, line {line}, column {column!r}: {cell!s:.80} is no label, number or list of labels")
 
 
-def _text_columns(path: Path, given: str) -> tuple[str, ...]:
-    """The columns of the texts: one, or two for pairs."""
-    names = column_names(path)
+def columns_meant(where: object, names: Sequence[str], given: str) -> tuple[str, ...]:
+    """Which of the columns `names` of the file `where` hold the texts: one, or two for pairs. SourceError if none does."""
     asked = text_columns_of(given)
     if asked:
         if missing := [name for name in asked if name not in names]:
-            raise SourceError(f"data.text_column names {missing[0]!r}, which is no column of {path}; its columns are {listed(names)}")
+            raise SourceError(f"data.text_column names {missing[0]!r}, which is no column of {where}; its columns are {listed(names)}")
         return asked
     found = next((name for name in TEXT_COLUMNS if name in names), None) or alike(names, TEXT_COLUMNS)
     if found is None:
         raise SourceError(
-            f"{path} has no column {', '.join(TEXT_COLUMNS[:4])}, ...; its columns are {listed(names)}: --data.text-column NAME"
+            f"{where} has no column {', '.join(TEXT_COLUMNS[:4])}, ...; its columns are {listed(names)}: --data.text-column NAME"
         )
     return (found,)
 

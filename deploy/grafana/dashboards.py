@@ -360,6 +360,17 @@ RUN = Dashboard(
                     minimum=0,
                 ),
                 Panel(
+                    title="Tokens a second",
+                    description="Of a run on texts: tokens of texts, and with those that pad a batch. Far apart, texts of very different "
+                    "lengths share a batch: raise data.sort_steps.",
+                    queries=(
+                        Query(expr=f"sum(rate({{tokens_total}}{R}{I}))", legend="of texts"),
+                        Query(expr=f"sum(rate({{padded_tokens_total}}{R}{I}))", legend="with padding"),
+                    ),
+                    unit="tokens/s",
+                    minimum=0,
+                ),
+                Panel(
                     title="Where a step's time goes",
                     description="Seconds a step, mean over ranks. Wait for others is the exchange of gradients, slower ranks included; "
                     "checkpoint is what a step waits for a snapshot.",

@@ -18,7 +18,7 @@ from deploy.grafana.panels import Annotation, Dashboard, Panel, Query, Variable,
 
 DATASOURCE = "${datasource}"
 TAG = "finetune"
-_UNITS = {"images/s": "suffix:images/s", "steps/s": "suffix:steps/s"}
+_UNITS = {"images/s": "suffix:images/s", "tokens/s": "suffix:tokens/s", "steps/s": "suffix:steps/s"}
 
 
 def to_json(dashboard: Dashboard) -> str:

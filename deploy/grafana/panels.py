@@ -34,7 +34,7 @@ the restart after it, a change of the number of workers, the run's end, its firs
 exporter, of a DCGM exporter."""
 Kind = Literal["stat", "state", "timeseries", "bargauge", "table"]
 """A `state` is a stat that shows a series' name in place of its value."""
-Unit = Literal["short", "none", "percentunit", "s", "bytes", "Bps", "watt", "images/s", "steps/s", "celsius", "hertz"]
+Unit = Literal["short", "none", "percentunit", "s", "bytes", "Bps", "watt", "images/s", "tokens/s", "steps/s", "celsius", "hertz"]
 COLUMNS = 24
 
 

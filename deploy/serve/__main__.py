@@ -2,7 +2,7 @@
 
     finetune export quickstart --preprocessing
     python -m deploy.serve ~/finetune-runs/quickstart/exports/onnx
-    curl --data-binary @picture.png http://127.0.0.1:8000/predict
+    curl --data-binary @picture.png http://127.0.0.1:8000/predict      # of a model of texts: --data-binary @note.txt
 
 On a cluster, a Ray Serve config file or deploy/kubernetes/serve does the same by `deploy.serve.app:build`.
 """
@@ -39,6 +39,7 @@ from deploy.serve.settings import THROUGHPUT, ServeConfig, settings_of
 from trainer.drive.guarded import guarded
 from trainer.drive.signals import Signals
 from trainer.settings.say import complain, say
+from trainer.settings.texts import EXTRA
 
 PROJECT = Path(__file__).resolve().parents[2]
 _PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
@@ -56,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
         config = settings_of(given, flags=True)
         _check(config, options.host, options.port)
         export = open_export(config.export)
+        if export.takes_texts and importlib.util.find_spec("tokenizers") is None:
+            raise ValueError(f"{export.folder} takes texts, which need the package tokenizers: {EXTRA}")
         read_model(export)  # before Ray starts: each replica verifies it again
         with belongings(leave_by=leave_by) as ours, signals.leaving_by(ours.end_at_once):
             _serve(config, export, options.host, options.port, ours)
@@ -99,8 +102,8 @@ def _parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
 _FLAGS = {
     "replicas": "processes that hold the model",
     "threads": "CPU threads of each",
-    "max_batch": "most images that the network is asked about at once",
-    "batch_wait_ms": "how long a batch that is not full waits for more images",
+    "max_batch": "most images or texts that the network is asked about at once",
+    "batch_wait_ms": "how long a batch that is not full waits for more",
     "max_body_bytes": "a longer body is refused (413)",
     "max_image_pixels": "an image of more pixels is refused (413); 0 for the run's own limit",
     "max_queued": "requests under way at once; the next one is refused (503)",

@@ -18,7 +18,8 @@ from starlette.responses import Response
 from deploy.serve.exports import open_export
 from deploy.serve.front import Front, ModelAway
 from deploy.serve.limits import TOKEN_VARIABLE, Tokens, read_tokens
-from deploy.serve.predictor import Answer, Predictor, Question
+from deploy.serve.predictor import Predictor
+from deploy.serve.questions import Answer, Question
 from deploy.serve.settings import ServeConfig
 
 APPLICATION = "finetune"

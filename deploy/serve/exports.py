@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.storage import join_uri, open_storage
 from cluster.text import address, shown
+from dataio.codecs.text.form import TOKENIZER_FILE
 from dataio.foreign import json_of
 from dataio.schema import Target, fault_of_targets
 from trainer.formats.manifest import FORMAT_VERSION, MANIFEST_FILE
@@ -19,6 +20,8 @@ from trainer.formats.onnx_graph import LARGEST_BYTES
 MOST_MANIFEST_BYTES = 64 << 20
 FILTERS = ("bilinear", "bicubic", "nearest")
 AGAIN = "export the run again (`finetune export RUN`)"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""Of a model of texts, by their usual names (trainer.formats.texts)."""
 _PUBLIC = ("of", "format", "file", "files", "input", "output", "classes", "targets", "temperatures", "compared")
 
 
@@ -35,6 +38,10 @@ class Export:
     @property
     def file(self) -> str:
         return str(self.manifest["file"])
+
+    @property
+    def takes_texts(self) -> bool:
+        return "tokenizer" in self.manifest["input"]
 
     @property
     def sha256(self) -> str:
@@ -75,7 +82,10 @@ def open_export(location: str) -> Export:
     try:
         targets = _targets(manifest)
         _check_files(manifest)
-        _check_input(manifest["input"])
+        if "tokenizer" in manifest["input"]:
+            _check_texts(manifest)
+        else:
+            _check_images(manifest["input"])
     except _Unservable as error:
         raise ValueError(f"{folder}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -85,15 +95,20 @@ def open_export(location: str) -> Export:
 
 def read_model(export: Export) -> bytes:
     """The model's file, verified by the manifest's SHA-256. ValueError if it is missing or is another one."""
-    where = f"{export.folder}/{export.file}"
+    return read_beside(export, export.file)
+
+
+def read_beside(export: Export, name: str) -> bytes:
+    """A file that the manifest names, verified by its SHA-256. ValueError if it is missing or is another one."""
+    where, sha256 = f"{export.folder}/{name}", str(export.manifest["files"][name]["sha256"])
     try:
-        data = _read(export.location, export.file, LARGEST_BYTES)
+        data = _read(export.location, name, LARGEST_BYTES)
     except FileNotFoundError:
         raise ValueError(f"{where} is missing, which the manifest names; copy the whole folder, or {AGAIN}") from None
     found = hashlib.sha256(data).hexdigest()
-    if found != export.sha256:
+    if found != sha256:
         raise ValueError(
-            f"{where} is damaged or another file: its SHA-256 is {found[:16]}..., the manifest says {shown(export.sha256)[:16]}...; "
+            f"{where} is damaged or another file: its SHA-256 is {found[:16]}..., the manifest says {shown(sha256)[:16]}...; "
             f"copy the whole folder, or {AGAIN}"
         )
     return data
@@ -150,7 +165,20 @@ def _check_files(manifest: Mapping[str, Any]) -> None:
         raise ValueError("a temperature is no number above 0")
 
 
-def _check_input(takes: Mapping[str, Any]) -> None:
+def _check_texts(manifest: Mapping[str, Any]) -> None:
+    takes = manifest["input"]
+    if not isinstance(manifest["files"][takes["tokenizer"]]["sha256"], str) or takes["tokenizer"] != TOKENIZER_FILE:
+        raise ValueError(f"tokenizer is not {TOKENIZER_FILE}")
+    if takes["names"] not in (list(INPUTS[:2]), list(INPUTS)):
+        raise ValueError(f"names are not {', '.join(INPUTS)}, with or without the last")
+    for name, least in (("max_tokens", 1), ("pad_token_id", 0)):
+        if not isinstance(takes[name], int) or takes[name] < least:
+            raise ValueError(f"{name} is no number from {least} up")
+    if takes["too_long"] not in ("cut", "refuse"):
+        raise ValueError("too_long is neither cut nor refuse")
+
+
+def _check_images(takes: Mapping[str, Any]) -> None:
     height, width = takes["decoded_to"]
     if not all(isinstance(side, int) and side > 0 for side in (height, width)):
         raise ValueError("decoded_to is no size")

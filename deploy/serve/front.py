@@ -19,7 +19,7 @@ from starlette.responses import Response
 from cluster.text import json_line, shown
 from deploy.serve.limits import SECOND_NS, Admission, Full, Rates, Tokens
 from deploy.serve.meters import GONE, Meters
-from deploy.serve.predictor import NOT_FINITE, Answer, Question
+from deploy.serve.questions import NOT_FINITE, Answer, Question
 from deploy.serve.settings import ServeConfig
 
 ROUTES = {"/predict": "POST", "/health": "GET", "/model": "GET", "/metrics": "GET"}
@@ -143,14 +143,15 @@ class Front:
             raise Refused(503, why, {**_retry(FULL_RETRY_SECONDS), **_CLOSE}) from None
 
     async def _asked(self, request: Request, top: int) -> Response:
+        is_json = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
         try:
             async with asyncio.timeout(self._config.body_seconds):
-                image = await self._body(request)
+                body = await self._body(request)
         except TimeoutError:
             raise Refused(408, f"the body took longer than {self._config.body_seconds:g} s", _CLOSE) from None
         try:
             async with asyncio.timeout(self._config.answer_seconds):
-                answer = await self._ask(Question(image=image, top=top))
+                answer = await self._ask(Question(body=body, top=top, is_json=is_json))
         except (ModelAway, TimeoutError):
             self._is_ready = False
             self.look_for_the_model()
@@ -172,15 +173,16 @@ class Front:
     def _check_length(self, size: int) -> None:
         most = self._config.max_body_bytes
         if size > most:
-            raise Refused(413, f"the body has more than {most} bytes, the most that is taken; send a smaller image", _CLOSE)
+            raise Refused(413, f"the body has more than {most} bytes, the most that is taken; send a smaller one", _CLOSE)
 
 
 def status_of(reason: str) -> int:
-    """The HTTP status for a reason of the codec: 415 for a format that is not read, 413 for too many pixels, 400 for a bad image."""
+    """The HTTP status for a reason of the codec: 415 for a format that is not read, 413 for too many pixels or tokens, 400 for what is bad
+    otherwise."""
     kind = reason.partition(":")[0]
     if kind in _UNSUPPORTED:
         return 415
-    if kind == "too large":
+    if kind in ("too large", "too long"):
         return 413
     return 500 if reason == NOT_FINITE else 400
 

@@ -87,7 +87,7 @@ class Meters:
         self._made[REQUESTS].labels(route, status).inc()
 
     def took(self, seconds: float) -> None:
-        """Count an image that was answered."""
+        """Count an image or a text that was answered."""
         self._made[REQUEST_SECONDS].observe(seconds)
 
     def computed(self, images: int, seconds: float) -> None:

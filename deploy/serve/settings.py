@@ -27,9 +27,9 @@ class ServeConfig(BaseModel):
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of each, and the CPUs that Ray keeps for it."""
     max_batch: Annotated[int, Field(ge=1, le=MOST_IN_A_BATCH)] = 16
-    """Most images that the network is asked about at once."""
+    """Most images or texts that the network is asked about at once."""
     batch_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 2.0
-    """How long a batch that is not full waits for more images."""
+    """How long a batch that is not full waits for more."""
     max_body_bytes: Annotated[int, Field(ge=1, le=MAX_IMAGE_BYTES)] = 8 << 20
     """A longer body is refused (413)."""
     max_image_pixels: Annotated[int, Field(ge=0)] = 0

@@ -27,6 +27,7 @@ from benchmarks import (
     kernels,
     loader,
     overhead,
+    quickstart,
     readme,
     remainder,
     startup,
@@ -380,9 +381,16 @@ def test_a_row_is_measured_once_over_commands_and_what_an_end_tore_is_measured_a
 
 
 def test_an_encoder_is_judged_against_random_weights_and_against_words_alone():
-    of = {name: {"test_accuracy": accuracy} for name, accuracy in (("pretrained", 0.84), ("random", 0.70), ("tfidf", 0.766))}
-    random_weights, words = text_quickstart.targets_of({**of, "points_gained": 14.0})
+    def judged(pretrained, random):
+        runs = {"pretrained": pretrained, "random": random}
+        found = quickstart.joined({name: [{"test_accuracy": one, "test_count": 9} for one in each] for name, each in runs.items()})
+        return text_quickstart.targets_of({**found, "tfidf": {"test_accuracy": 0.766}})
+
+    random_weights, words = judged([0.84], [0.70])
     assert (random_weights["met"], words["met"], words["measured"]) == (False, True, pytest.approx(7.4))
+    random_weights, words = judged([0.83, 0.84, 0.85], [0.66, 0.67, 0.68])
+    assert (random_weights["met"], random_weights["measured"], words["met"]) == (True, pytest.approx(17), True)
+    assert judged([0.80, 0.84, 0.88], [0.68, 0.67, 0.66])[0]["met"] is None, "the margin is within the noise"
 
 
 def test_images_without_labels_are_judged_seed_by_seed_against_the_control_of_as_many_labels():

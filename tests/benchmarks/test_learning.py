@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.common import mean_interval
 from benchmarks.learning.features import FEATURES, LISTED, Feature
-from benchmarks.learning.measure import cases_of, lines_of, mean_interval, measure, target_of, variants_of, verdict_of
+from benchmarks.learning.measure import cases_of, lines_of, measure, target_of, variants_of, verdict_of
 from benchmarks.learning.tasks import NAMES, NOISE, SMALL, TASKS, Arrays, Sizes, longtail_counts, longtailed, noisy, write_idx
 from dataio.balance import class_counts, imbalance_of
 from dataio.config import DataConfig
-from dataio.convert import prepared
+from dataio.prepared import prepared
 from trainer.settings.cli import parse
 
 SIZES = Sizes(largest_class=100, train=500, test=50, flags=())

@@ -18,7 +18,7 @@ from cluster.storage import StorageOutage, StorageRefused
 from cluster.store import AlreadyCommitted, CorruptCheckpoint, Fenced, NoValidCheckpoint, StagedFileLost, StorageFull, UnknownFormat
 from cluster.surroundings import NoSuchInterface
 from cluster.zygote import ForeignZygote
-from dataio.convert import DiskFull
+from dataio.conversion import DiskFull
 from dataio.manifest import ManifestError
 from dataio.parquet import CorruptShard
 from dataio.quarantine import TooManyBadSamples
@@ -28,6 +28,7 @@ from dataio.unlabelled import UnlabelledError
 from tests.cluster.told import failure_on_a_rank
 from trainer.drive.check import ModelCheckDied
 from trainer.learn.state import StateError
+from trainer.models.attribution import NoEmbeddingsError
 from trainer.models.cam import NoPlacesError
 from trainer.models.own import OwnCodeError
 from trainer.models.weights import WeightsError
@@ -78,6 +79,7 @@ KIND_OF: list[tuple[BaseException, str]] = [
     (WeightsError("x"), "user"),
     (OwnCodeError("x"), "user"),
     (NoPlacesError("x"), "user"),
+    (NoEmbeddingsError("x"), "user"),
 ]
 
 
@@ -157,7 +159,7 @@ MAY_BE_BARE = {
     ("trainer/inference/refusals.py", "writing_to"): "likewise",
     ("trainer/track/tensorboard.py", "__init__"): "caught two lines below and put into words",
     ("trainer/compress/measure.py", "timed"): "likewise, of a command that compresses",
-    ("dataio/convert.py", "convert"): "as the system would raise it; caught five lines below and put into words",
+    ("dataio/conversion.py", "convert"): "as the system would raise it; caught five lines below and put into words",
 }
 
 

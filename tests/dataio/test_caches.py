@@ -9,7 +9,7 @@ from made import write_folder
 
 from dataio.caches import caches, main
 from dataio.config import DataConfig
-from dataio.convert import prepared
+from dataio.prepared import prepared
 
 
 @pytest.fixture

@@ -20,16 +20,19 @@ from corpus import MAX_PIXELS, Bad, bad, encode, good, picture, pillow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataio import convert as module
+from dataio import convert as command
 from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
-from dataio.convert import DiskFull, Progress, convert, is_converted, main, prepare
+from dataio.conversion import DiskFull, Progress, convert
+from dataio.convert import main
 from dataio.manifest import Manifest
 from dataio.parquet import ShardWriter, open_dataset
+from dataio.prepared import is_converted, prepare
 from dataio.quarantine import BadSample, TooManyBadSamples
 from dataio.resident import decode_split
 from dataio.schema import Target, single_label
 from dataio.sources import Sample, open_source
+from dataio.staging import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [encode(picture(seed, 2, 2)) for seed in range(16)]
@@ -263,7 +266,7 @@ def test_progress_is_told_in_words():
 def test_too_many_bad_samples_fail_naming_the_first_and_a_higher_limit_goes_on(
     tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "SMALL_SOURCE", 100)
+    monkeypatch.setattr("dataio.conversion.SMALL_SOURCE", 100)
     with pytest.raises(TooManyBadSamples) as caught:
         run(Memory(bad_every=100, known=known), tmp_path / "dest", max_bad_fraction=0.005)
     text = str(caught.value)
@@ -328,7 +331,7 @@ def test_the_folder_is_held_by_one_at_a_time_while_others_make_and_remove_it(tmp
         nonlocal holders, most
         try:
             for _ in range(200):
-                with module._locked(folder):
+                with locked(folder):
                     holders += 1
                     most = max(most, holders)
                     holders -= 1
@@ -478,7 +481,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(folder: Path, tmp_path: Path,
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "convert", interrupted)
+    monkeypatch.setattr(command, "convert", interrupted)
     assert main([str(folder), str(tmp_path / "dest")]) == 130
     assert "run the same command again" in capsys.readouterr().err
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from dataio.codecs.image import decode
 from dataio.config import DataConfig
-from dataio.convert import open_prepared, prepared
 from dataio.known_good import RULES_NAME
 from dataio.parquet import Dataset
+from dataio.prepared import open_prepared, prepared
 
 
 @pytest.fixture

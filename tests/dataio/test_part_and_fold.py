@@ -20,7 +20,7 @@ from made import read, write_folder, write_table
 from dataio.balance import class_counts, known_class_counts
 from dataio.batch import Batch
 from dataio.config import DataConfig
-from dataio.convert import convert
+from dataio.conversion import convert
 from dataio.fold import MAX_FOLDS, Choice, Fold, fold_of, part_of
 from dataio.loader import Loader
 from dataio.manifest import SplitInfo

@@ -8,9 +8,11 @@ from corpus import MAX_PIXELS, encode, picture
 from made import write_folder, write_table
 
 from dataio.config import DataConfig
-from dataio.convert import convert, main, prepared
+from dataio.conversion import convert
+from dataio.convert import main
 from dataio.manifest import Manifest
 from dataio.parquet import Dataset, open_dataset
+from dataio.prepared import prepared
 from dataio.reading import READING_NAME, REPEATS_NAME, Reading, described, names_alike, warnings
 from dataio.schema import Target, single_label
 from dataio.sources import open_source

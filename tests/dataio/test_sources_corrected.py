@@ -15,8 +15,10 @@ from test_sources_cifar import cifar_members, write_tar
 
 from dataio.codecs.image import decode
 from dataio.config import DataConfig
-from dataio.convert import convert, main, prepared
+from dataio.conversion import convert
+from dataio.convert import main
 from dataio.parquet import Dataset, open_dataset
+from dataio.prepared import prepared
 from dataio.scan import look_at
 from dataio.sources import Source, SourceError
 from dataio.sources.corrected import read_corrections
@@ -163,7 +165,7 @@ def test_a_stopped_conversion_goes_on_and_holds_the_same(folder: Path, tmp_path:
     def go(on: Any = None) -> None:
         convert(source, tmp_path / "d", max_bad_fraction=0.5, max_image_pixels=10_000, shard_bytes=1, on_progress=on)
 
-    import dataio.convert as module
+    import dataio.conversion as module
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "ROWS_PER_GROUP", 1)
@@ -233,7 +235,7 @@ def test_a_key_of_no_sample_is_found_where_only_reading_shows_the_keys(tmp_path:
     assert not list((tmp_path / "root").glob("*")), "nothing is left that no corrected file would go on with"
     prepared(replace(config, corrections=""))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("dataio.convert.convert", lambda *args, **more: pytest.fail("it is known before"))
+        patched.setattr("dataio.prepared.convert", lambda *args, **more: pytest.fail("it is known before"))
         with pytest.raises(SourceError, match="names no sample"):
             prepared(config)
 

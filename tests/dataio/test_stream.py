@@ -24,11 +24,11 @@ from PIL import Image
 from dataio import ahead
 from dataio.batch import Batch
 from dataio.config import DataConfig
-from dataio.convert import is_converted, open_prepared, prepare
 from dataio.loader import Loader
 from dataio.manifest import Manifest, SplitInfo
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import CorruptShard, Dataset, RowGroup, ShardWriter, Split, open_dataset
+from dataio.prepared import is_converted, open_prepared, prepare
 from dataio.quarantine import BadSample
 from dataio.remote import DataOutage, DataRefused
 from dataio.schema import single_label

@@ -20,16 +20,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataio.config import DataConfig
-from dataio.convert import conversion_identities, convert, measured, prepare
+from dataio.conversion import conversion_identities, convert
 from dataio.known_good import RULES_NAME
 from dataio.loader import Loader
 from dataio.manifest import MANIFEST_NAME, Fingerprint, Manifest, ManifestError, SplitInfo
 from dataio.order import Order, blocks_of_virtual_ranks
 from dataio.parquet import CorruptShard, Dataset, ShardWriter, Split, open_dataset
+from dataio.prepared import prepare
 from dataio.quarantine import BadSample
 from dataio.reading import READING_NAME, REPEATS_NAME
 from dataio.schema import Target, single_label
 from dataio.sources import Sample
+from dataio.values import measured
 
 SPECIES = Target(name="species", kind="label", classes=("ant", "bee", "cat"))
 TAGS = Target(name="tags of größe", kind="labels", classes=("wet", "old", "red", "big"))
@@ -469,7 +471,7 @@ def test_a_conversion_made_by_an_older_rule_is_found_and_used_and_a_new_one_is_m
 ) -> None:
     config = DataConfig(path="somewhere", root=str(tmp_path / "root"), max_bad_fraction=0.5)
     opened = ["old"]
-    monkeypatch.setattr("dataio.convert.open_source", lambda *_, **__: Changed(*opened))
+    monkeypatch.setattr("dataio.prepared.open_source", lambda *_, **__: Changed(*opened))
     old = prepare(config)
     opened[:] = ["new", "old"]
     assert prepare(config) == old

@@ -18,12 +18,13 @@ from dataio.codecs.codec import Refusal
 from dataio.codecs.text.form import TextForm, text_form, tokenizer_bytes
 from dataio.codecs.text.tokens import PAD, PART_BIT, TextFacts, Tokenizer
 from dataio.config import DataConfig
-from dataio.convert import main, open_prepared, prepare
+from dataio.convert import main
 from dataio.length_order import LengthOrder
 from dataio.loader import Loader
 from dataio.manifest import Manifest
 from dataio.order import Order
 from dataio.parquet import Dataset, open_dataset
+from dataio.prepared import open_prepared, prepare
 from dataio.quarantine import TooManyBadSamples
 from dataio.reading import described
 from dataio.scan import look_at
@@ -369,6 +370,8 @@ def test_batches_hold_the_tokens_padded_to_the_steps_need(cache: Any, tmp_path: 
             assert batch.targets["label"].tolist() == split.labels()[batch.ids].tolist()
             seen += batch.ids.tolist()
     assert sorted(seen) == list(range(split.count))
+    assert loader.tokens_given == sum(map(len, stored))
+    assert loader.padded_tokens_given == sum(order.batch_count(number) * order.width(number) for number in range(order.steps_per_epoch))
 
 
 def test_workers_and_restarts_make_the_same_batches(tmp_path: Path, config: DataConfig) -> None:

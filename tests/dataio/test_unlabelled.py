@@ -11,7 +11,7 @@ from corpus import encode, picture
 from made import hf_rows, write_folder, write_hf, write_idx
 
 from dataio.config import DataConfig
-from dataio.convert import prepared
+from dataio.prepared import prepared
 from dataio.schema import UNLABELLED
 from dataio.sources import SourceError
 from dataio.sources.unlabelled import open_unlabelled

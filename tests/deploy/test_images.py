@@ -35,7 +35,7 @@ def test_the_image_is_rays_own_of_our_version_and_of_our_python() -> None:
     assert re.findall(r"^ARG RAY_IMAGE=(.*)$", text, re.MULTILINE) == [f"{RAY_VERSION}-py311-cpu"]
     assert re.findall(r"^FROM (.*)$", text, re.MULTILINE) == ["rayproject/ray:${RAY_IMAGE}"]
     assert f"--build-arg RAY_IMAGE={RAY_VERSION}-py311-gpu" in text
-    assert "pip install --no-cache-dir -c constraints.txt '.[quickstart,serve]'" in text
+    assert "pip install --no-cache-dir -c constraints.txt '.[quickstart,text-quickstart,serve]'" in text
 
 
 def test_the_image_ends_as_a_user_that_is_not_root() -> None:

@@ -35,7 +35,8 @@ from deploy.serve import meters
 from deploy.serve.exports import open_export, read_model
 from deploy.serve.front import Front, ModelAway, status_of
 from deploy.serve.limits import SECOND_NS, TOKEN_VARIABLE, Admission, Full, Rates, TokenBucket, Tokens, read_tokens
-from deploy.serve.predictor import NOT_FINITE, Answer, Predictor, Question
+from deploy.serve.predictor import Predictor
+from deploy.serve.questions import NOT_FINITE, Answer, Question
 from deploy.serve.settings import ServeConfig, settings_of
 
 TOKEN, OTHER = "0123456789abcdef-one", "fedcba9876543210-two"
@@ -261,7 +262,7 @@ def test_answers_are_those_of_predict_and_of_onnxruntime(flags: tuple[str, ...],
     opened = open_export(str(where))
     served = Predictor(opened, ServeConfig(export=str(where), max_batch=4))
     images = pictures(9)
-    answers = served.answers([Question(image=image, top=10) for image in images])
+    answers = served.answers([Question(body=image, top=10) for image in images])
     # ... directly, as the manifest tells anybody
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in images]).transpose(0, 3, 1, 2)  # (n, 3, H, W)
     takes = opened.manifest["input"]
@@ -287,7 +288,7 @@ def test_answers_are_those_of_predict_and_of_onnxruntime(flags: tuple[str, ...],
     model = find_model(str(folder / "runs" / "plain"))
     assert load_export(model, torch.device("cpu")).temperatures == {}
     changed(where, lambda m: m["temperatures"].clear())
-    plain = Predictor(open_export(str(where)), ServeConfig(export=str(where))).answers([Question(image=image, top=3) for image in images])
+    plain = Predictor(open_export(str(where)), ServeConfig(export=str(where))).answers([Question(body=image, top=3) for image in images])
     for answer, prediction in zip(plain, RunsPredictor(model).predict(files, top=3), strict=True):
         own = prediction.answer["predictions"]
         assert [each["class"] for each in answer.said["predictions"]] == [each["class"] for each in own]
@@ -297,8 +298,8 @@ def test_answers_are_those_of_predict_and_of_onnxruntime(flags: tuple[str, ...],
 def test_a_bad_image_does_not_touch_the_others_of_its_batch_and_the_batch_counts_once(exported: Path) -> None:
     served = Predictor(open_export(str(exported)), ServeConfig(export=str(exported)))
     one, other = pictures(2)
-    alone = [served.answers([Question(image=image, top=3)])[0] for image in (one, other)]
-    together = served.answers([Question(image=image, top=3) for image in (one, b"no image", other, b"")])
+    alone = [served.answers([Question(body=image, top=3)])[0] for image in (one, other)]
+    together = served.answers([Question(body=image, top=3) for image in (one, b"no image", other, b"")])
     assert np.allclose([together[index].said["probability"] for index in (0, 2)], [each.said["probability"] for each in alone], atol=1e-6)
     assert [each.said["label"] for each in (together[0], together[2])] == [each.said["label"] for each in alone]
     assert together[1].refusal.startswith("unknown format: begins with 6e6f")
@@ -316,9 +317,9 @@ def test_several_targets_are_answered_as_predict_does(copied: Path) -> None:
     ]
     changed(copied, lambda m: m.update(targets=targets, temperatures={}))
     served = Predictor(open_export(str(copied)), ServeConfig(export=str(copied), threshold=0.01))
-    (answer,) = served.answers([Question(image=pictures(1)[0], top=2)])
+    (answer,) = served.answers([Question(body=pictures(1)[0], top=2)])
     decoded = np.asarray(Image.open(io.BytesIO(pictures(1)[0])).convert("RGB"))[None]
-    (row,) = served.outputs(decoded)
+    (row,) = served.outputs(served.preparation.inputs(decoded))
     heads = answer.said["heads"]
     assert heads["animal"]["index"] == int(row[:3].argmax())
     assert [each["index"] for each in heads["animal"]["predictions"]] == np.argsort(-row[:3])[:2].tolist()
@@ -337,7 +338,7 @@ def test_images_are_resized_by_the_filter_that_the_manifest_names(folder: Path, 
         path.write_bytes(image)
     runs = RunsPredictor(find_model(str(folder / "runs" / "resized")), device=torch.device("cpu"))
     expected = list(runs.predict(list(map(str, paths)), top=3))
-    answers = served.answers([Question(image=image, top=3) for image in images])
+    answers = served.answers([Question(body=image, top=3) for image in images])
     for answer, own in zip(answers, expected, strict=True):
         assert [each["class"] for each in answer.said["predictions"]] == [each["class"] for each in own.answer["predictions"]]
         probabilities = [each["probability"] for each in own.answer["predictions"]]
@@ -348,7 +349,7 @@ def test_images_are_resized_by_the_filter_that_the_manifest_names(folder: Path, 
 def test_the_limit_of_an_image_is_the_runs_own_unless_one_is_given(given: dict[str, Any], expected: int, copied: Path) -> None:
     changed(copied, lambda m: m["input"].update(max_image_pixels=700))
     served = Predictor(open_export(str(copied)), ServeConfig(export=str(copied), **given))
-    (answer,) = served.answers([Question(image=pictures(1)[0], top=3)])  # 28x28
+    (answer,) = served.answers([Question(body=pictures(1)[0], top=3)])  # 28x28
     assert answer.refusal.startswith("too large") == (expected < 28 * 28)
 
 
@@ -357,7 +358,7 @@ def test_the_threshold_is_the_runs_own_unless_one_is_given(own: float, given: di
     targets = [{"name": "seen", "kind": "labels", "classes": [f"label {number}" for number in range(10)], "outputs": [0, 10]}]
     changed(copied, lambda m: m.update(targets=targets, temperatures={}, threshold=own))
     served = Predictor(open_export(str(copied)), ServeConfig(export=str(copied), **given))
-    (answer,) = served.answers([Question(image=pictures(1)[0], top=10)])
+    (answer,) = served.answers([Question(body=pictures(1)[0], top=10)])
     assert len(answer.said["labels"]) == labels
 
 
@@ -427,7 +428,7 @@ async def _pieces(body: bytes) -> AsyncIterator[bytes]:
 
 
 async def said(question: Question) -> Answer:
-    return Answer(said={"label": "bee", "top": question.top, "bytes": len(question.image)}, batch_images=1, batch_seconds=0.5)
+    return Answer(said={"label": "bee", "top": question.top, "bytes": len(question.body)}, batch_images=1, batch_seconds=0.5)
 
 
 def test_routes_and_their_statuses() -> None:
@@ -488,7 +489,7 @@ def test_a_long_body_is_refused_before_it_is_read() -> None:
 
         status, headers, answer = await client.send("POST", "/predict", endless(), {"content-length": "11"})
         assert (status, headers["connection"], read) == (413, "close", [])
-        assert answer == {"error": "the body has more than 10 bytes, the most that is taken; send a smaller image"}
+        assert answer == {"error": "the body has more than 10 bytes, the most that is taken; send a smaller one"}
         assert (await client.send("POST", "/predict", endless()))[0] == 413  # nothing announced, or a lie
         assert sum(read) == 12
         assert (await client.send("POST", "/predict", b"1234567890"))[0] == 200

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from dataio.config import DataConfig
-from dataio.convert import prepare
 from dataio.manifest import SplitInfo
 from dataio.parquet import ShardWriter, open_dataset
+from dataio.prepared import prepare
 from deploy.grafana import queries
 from tests.e2e.running import Run
 from tests.ports import free_ports

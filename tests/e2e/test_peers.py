@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.__main__ import lay_out
-from benchmarks.peers.contenders import STARTED, Contender, Job, contenders
+from benchmarks.peers.contenders import STARTED, Contender, Job
+from benchmarks.peers.images import contenders, lay_out
 from benchmarks.peers.watch import live
 from benchmarks.timm_weights import write_weights
 
@@ -15,8 +15,8 @@ from benchmarks.timm_weights import write_weights
 @pytest.mark.timeout(400)
 def test_a_plain_ray_train_loop_goes_on_after_the_epoch_that_it_reported(tmp_path: Path) -> None:
     lay_out(tmp_path / "images", {"train": 100, "test": 20})
-    job = Job(images=tmp_path / "images", train_images=100, weights=write_weights(tmp_path / "weights.pth"), epochs=3)
-    plain = contenders(job, timm_script=None, peers_python="", flags={})["plain ray train"]
+    job = Job(data=tmp_path / "images", train_samples=100, pretrained=write_weights(tmp_path / "weights.pth"), epochs=3)
+    plain = contenders(job, None, "")["plain ray train"]
     place = tmp_path / "place"
     counted = Contender(
         name=plain.name, command=plain.command, accuracies=lambda place: [float(number) for number, _ in enumerate(plain.accuracies(place))]

@@ -5,6 +5,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.dataset as pads
 import pytest
+import safetensors.torch
 
 from cluster.ledger import read_ledger
 from dataio.parquet import open_dataset
 from tests.e2e.running import PROJECT, Run
-from tests.texts import make_model, rows, sentence, write_csv
+from tests.texts import make_decoder, make_model, rows, sentence, write_csv
 
 pytest.importorskip("transformers", reason="the extra `text` is not installed")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -81,6 +84,27 @@ def test_workers_and_kills_change_no_bit_and_repeat_no_text(place: Path, alone: 
     assert again.summary()["restarts"] == 1
 
 
+@pytest.mark.long
+def test_ten_kills_on_one_two_and_three_workers_change_no_bit_and_repeat_no_text(place: Path) -> None:
+    epochs = 10
+    more = ("--train.epochs", str(epochs), "--data.sort-steps", "8")
+    undisturbed = finished(started(place, "undisturbed", 2, more))
+    for life in range(5):
+        workers = 1 + life % 3
+        run = started(place, "killed", workers, more)
+        attempt = run.wait_for("first_step")["attempt"]
+        run.wait_for("checkpoint_committed")
+        run.kill_worker(life % workers)
+        run.wait_for("first_step", attempt=attempt + 1)
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+    again = finished(started(place, "killed", 3, more))
+    assert again.summary()["weights_sha256"] == undisturbed.summary()["weights_sha256"]
+    wanted = Counter({(epoch, sample): 1 for epoch in range(epochs) for sample in range(TEXTS)})
+    assert seen(undisturbed) == seen(again) == wanted
+    assert again.summary()["restarts"] == 5
+
+
 def test_what_cannot_be_used_is_counted_and_what_came_out_is_told(alone: Run) -> None:
     summary = alone.summary()
     assert (summary["quarantined"], summary["test_count"], summary["task"]["unit"]) == (3, TEST_TEXTS + 1, "texts")
@@ -97,10 +121,12 @@ def test_what_cannot_be_used_is_counted_and_what_came_out_is_told(alone: Run) ->
 
 def test_the_report_shows_texts_where_those_of_images_show_images(alone: Run) -> None:
     page = (alone.folder / "report.html").read_text()
-    assert html.escape(HOSTILE) in page
+    assert html.escape(HOSTILE) in re.sub("</?mark[^>]*>", "", page)
     assert "<script>" not in page
     assert "<img" not in page
     assert page.count("<blockquote") > 6
+    assert page.count("<mark") > 20
+    assert "Marked in some: the words on which the answer rests (gradient x input)" in page
     assert "MCC" in page
 
 
@@ -147,19 +173,32 @@ def test_training_goes_on_from_an_exported_model(place: Path, alone: Run) -> Non
     assert "its head is kept, as it was trained for the same classes" in more.output()
 
 
-@pytest.mark.parametrize(
-    ("module", "arguments"),
-    [
-        ("trainer.formats", []),
-        ("trainer.prune", []),
-        ("trainer.predict", ["texts.csv", "--out", "answers"]),
-        ("trainer.predict", ["texts.csv", "--explain", "answers"]),
-    ],
-)
-def test_what_does_not_work_for_texts_yet_says_so(module: str, arguments: Sequence[str], alone: Run) -> None:
-    said = command(module, str(alone.folder), *arguments, status=2)
+def test_what_does_not_work_for_texts_yet_says_so(alone: Run) -> None:
+    said = command("trainer.prune", str(alone.folder), status=2)
     assert "of texts" in said, said
     assert "Traceback" not in said
+
+
+def test_any_number_of_texts_is_answered_into_files_by_ray(place: Path, alone: Run, tmp_path: Path) -> None:
+    other = write_csv(tmp_path / "other.csv", rows(range(2000, 2150)))
+    words = (str(alone.folder), str(other), "--out", str(tmp_path / "out"), "--shard-images", "40", "--workers", "1")
+    said = command("trainer.predict", *words)
+    assert "150 texts in 4 Parquet files" in said
+    found = pads.dataset(tmp_path / "out").to_table().to_pylist()
+    assert [row["row"] for row in found] == list(range(150))
+    answers = [json.loads(line) for line in command("trainer.predict", str(alone.folder), str(other), "--json").splitlines()]
+    assert [row["label"] for row in found] == [answer["predictions"][0]["class"] for answer in answers]
+    assert "150 of 150 texts are done" in command("trainer.predict", *words)
+
+
+def test_the_model_is_exported_and_its_answers_are_explained(place: Path, alone: Run, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    said = command("trainer.formats", str(alone.folder), "--out", str(tmp_path / "exports"))
+    assert f"all answers are the model's on {TEST_TEXTS + 1} texts of the test split" in said
+    (tmp_path / "a.txt").write_text(HOSTILE)
+    words = (str(alone.folder), str(tmp_path / "a.txt"), "--json", "--explain", str(tmp_path / "why"))
+    assert json.loads(command("trainer.predict", *words).splitlines()[0])["explanation"]
+    assert "<script>" not in (tmp_path / "why" / "texts.html").read_text()
 
 
 def test_a_dry_run_says_what_would_run_whether_the_texts_are_converted_or_not(place: Path, alone: Run, tmp_path: Path) -> None:
@@ -204,6 +243,34 @@ def test_what_the_learner_can_do_for_images_it_does_for_texts(place: Path, alone
     assert (summary["status"], summary["test_count"]) == ("finished", TEST_TEXTS + 1)
     evaluated = json.loads(command("trainer.evaluate", str(run.folder), "--json"))
     assert evaluated["accuracy"] == summary["test_accuracy"]
+
+
+def test_a_decoders_adapters_are_the_same_for_any_workers_and_kills_and_the_exported_model_needs_none(place: Path) -> None:
+    pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    model = make_decoder(place / "decoder")
+
+    def adapted(name: str, workers: int) -> Run:
+        return Run(
+            *("--model.name", f"hf/{model}", "--model.lora-rank", "4", "--model.lora-dropout", "0.1", "--workers", str(workers)),
+            *("--train.ema", "0.9", "--data.validation-fraction", "0.2"),  # the best evaluation's average is exported
+            storage=place / "runs",
+            name=name,
+            data=place / "texts.csv",
+            settings=SETTINGS,
+        )
+
+    several = adapted("adapted-several", 2)
+    several.wait_for("checkpoint_committed", step=4)
+    several.kill_worker(1)
+    finished(several)
+    one = finished(adapted("adapted-one", 1))
+    assert several.summary()["restarts"] == 1
+    assert several.summary()["weights_sha256"] == one.summary()["weights_sha256"]
+    assert several.summary()["test_accuracy"] == one.summary()["test_accuracy"]
+    exported = safetensors.torch.load_file(one.folder / "model" / "model.safetensors")
+    assert not [name for name in exported if "lora" in name or "base_layer" in name]
+    evaluated = json.loads(command("trainer.evaluate", str(one.folder), "--json"))
+    assert evaluated["accuracy"] == one.summary()["test_accuracy"]
 
 
 def test_a_setting_of_images_ends_the_command_before_anything_is_made(place: Path) -> None:

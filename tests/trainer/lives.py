@@ -25,7 +25,7 @@ from cluster.coordinator import Coordinator
 from cluster.rank import Placement, RankContext
 from cluster.storage import open_storage
 from cluster.store import Commit, Store
-from dataio.convert import prepared
+from dataio.prepared import prepared
 from dataio.selection import selected
 from trainer.rank import evaluation, saving
 from trainer.rank.worker import train_rank

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from dataio.config import DataConfig
-from dataio.convert import prepare
 from dataio.parquet import Dataset, open_dataset
+from dataio.prepared import prepare
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataio" / "samples" / "fashion_mnist"
 

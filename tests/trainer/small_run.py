@@ -10,7 +10,7 @@ import torch
 from cluster.storage import open_storage
 from dataio.loader import Loader
 from dataio.parquet import open_dataset
-from trainer.export.model_folder import export_model
+from trainer.export.model_folder import export_model, text_export
 from trainer.learn.build import build_learner, task_of
 from trainer.learn.step import train_steps
 from trainer.rank.evaluation import evaluate
@@ -28,7 +28,7 @@ def train(storage: Path, config: RunConfig, steps: int = 40) -> Path:
     loader = Loader(
         dataset, config.data, order=order, virtual_ranks=range(2), device=device, seed=0, on_bad=lambda bad: pytest.fail(str(bad))
     )
-    learner = build_learner(config, task_of(config, dataset.manifest), loader.image_size, device)
+    learner = build_learner(config, task_of(config, dataset.manifest), loader.shape, device)
     learner.set_trainable(0)
     for _ in train_steps(
         learner.stepper(),
@@ -55,7 +55,8 @@ def train(storage: Path, config: RunConfig, steps: int = 40) -> Path:
         tensors=learner.ema.weights(),
         config=config,
         task=learner.task,
-        data_image_size=loader.image_size,
+        data_image_size=loader.shape,
         summary=summary,
+        texts=text_export(config, dataset.manifest.texts),
     )
     return storage / config.run

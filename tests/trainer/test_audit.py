@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataio.config import DataConfig
-from dataio.convert import prepared
 from dataio.parquet import open_dataset
+from dataio.prepared import prepared
 from dataio.schema import single_label
 from tests.trainer.planted import SAMPLE, Plant, changed, groups_of, real
 from trainer.audit import copies, folds
@@ -27,7 +27,7 @@ from trainer.audit.copies import Pair, find_copies, grouped, mirror, neighbours
 from trainer.audit.findings import ACTIONS, Change, Copies, Doubt, Findings, Oddity, Sample, changes_of, to_csv, with_labels
 from trainer.audit.folds import cost, folds_of, prepare, remaining_seconds
 from trainer.audit.gather import THUMB_SIDE, area_weights, blur_weights, decoded_size, gather, halved_images
-from trainer.audit.labels import Answers, agreed, joined, judge
+from trainer.audit.labels import Answers, agreed, doubts_of, joined, judge
 from trainer.audit.looks import Overlap, odd_images, overlaps, robust_scores
 from trainer.audit.page import render
 from trainer.audit.shown import PAGE_BYTES, chosen
@@ -147,8 +147,10 @@ def test_blocks_find_the_neighbours_that_all_distances_at_once_show(n: int, k: i
     plain, turned = (((every[:, None] - other[None]) ** 2).sum(2) for other in (every, mirror(thumbs).astype(np.float64)))
     away = np.minimum(plain, turned)
     np.fill_diagonal(away, np.inf)
-    assert np.array_equal(found.places, np.argsort(away, axis=1)[:, :k])  # distances of random images differ
-    assert np.allclose(found.distances, np.sqrt(np.sort(away, axis=1)[:, :k]), rtol=1e-4)
+    nearest = np.sqrt(np.sort(away, axis=1)[:, :k])
+    assert np.allclose(found.distances, nearest, rtol=1e-4)
+    assert np.allclose(np.sqrt(np.take_along_axis(away, found.places, axis=1)), nearest, rtol=1e-6)  # or one as near
+    assert all(len(set(row)) == k for row in found.places.tolist())
     assert np.array_equal(found.mirrored, np.take_along_axis(turned < plain, found.places, axis=1))
 
 
@@ -296,16 +298,22 @@ def test_planted_wrong_labels_are_ranked_first(seed: int, noise: float) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6))
-def test_the_ranking_is_a_permutation_of_all_with_the_doubted_in_front(seed: int, classes: int) -> None:
+def test_the_ranking_is_a_permutation_of_all_with_other_answers_in_front(seed: int, classes: int) -> None:
     found, _ = simulated(200, classes, noise=0.2, seed=seed)
     judged = judge(found, classes)
     assert sorted(judged.order.tolist()) == list(range(200))
-    count = len(judged.doubted)
-    assert judged.is_doubted[judged.order[:count]].all()
-    assert not judged.is_doubted[judged.order[count:]].any()
-    for part in (judged.order[:count], judged.order[count:]):
-        assert np.all(np.diff(judged.margins[part]) <= 0)
-    assert (found.answers != found.given)[judged.doubted].all()
+    differs = found.answers != found.given
+    count = int(differs.sum())
+    assert differs[judged.order[:count]].all()
+    assert np.all(np.diff(doubts_of(found.of_answer, found.of_given)[judged.order[:count]]) <= 0)
+    assert np.all(np.diff(found.of_given[judged.order[count:]]) >= 0)
+    assert differs[judged.doubted].all()
+    assert judged.doubted.tolist() == [place for place in judged.order.tolist() if judged.is_doubted[place]]
+
+
+def test_a_label_is_the_more_doubtful_the_surer_the_answer_and_the_less_probable_the_label() -> None:
+    of_answer, of_given = np.array([0.9, 0.9, 0.6, 0.6, 0.9]), np.array([0.001, 0.05, 0.001, 0.05, 0.0])
+    assert np.argsort(-doubts_of(of_answer, of_given)).tolist() == [4, 0, 2, 1, 3]
 
 
 def test_a_class_of_which_models_are_seldom_sure_has_a_lower_threshold() -> None:

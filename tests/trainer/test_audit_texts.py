@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.storage import open_storage
-from dataio.convert import prepared
-from tests.texts import make_model, make_tokenizer, write_csv, write_json_lines
+from dataio.prepared import prepared
+from tests.texts import make_model, write_csv, write_json_lines
 from tests.trainer.text_run import finished_text_run, text_config
 from trainer.audit import folds, text_copies
 from trainer.audit import texts as texts_module
@@ -92,9 +92,8 @@ ROWS = [*TRAIN, *PLANTED, *TEST]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder with a tokenizer that knows the words of the real texts."""
-    folder = make_model(tmp_path_factory.mktemp("model"))
-    make_tokenizer(folder, sorted({word for row in (*TRAIN, *TEST) for word in re.findall(r"\w+|[^\w\s]+", row.text.lower())}))
-    return folder
+    words = sorted({word for row in (*TRAIN, *TEST) for word in re.findall(r"\w+|[^\w\s]+", row.text.lower())})
+    return make_model(tmp_path_factory.mktemp("model"), words)
 
 
 def csv_of(folder: Path) -> Path:

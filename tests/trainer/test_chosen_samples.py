@@ -13,7 +13,7 @@ import torch
 
 from cluster.ledger import read_ledger
 from dataio.config import DataConfig
-from dataio.convert import prepared
+from dataio.prepared import prepared
 from dataio.scan import look_at
 from dataio.selection import selected
 from tests.trainer.lives import TINY, Killed, Lives, write_images

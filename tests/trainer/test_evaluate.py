@@ -16,7 +16,7 @@ from PIL import Image
 from cluster.storage import open_storage
 from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
-from dataio.convert import convert
+from dataio.conversion import convert
 from dataio.parquet import RowGroup, Split, open_dataset
 from dataio.resident import decode_split
 from dataio.sources import open_source

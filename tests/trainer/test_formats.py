@@ -28,6 +28,7 @@ from trainer.formats import manifest, quantise
 from trainer.formats.__main__ import main
 from trainer.formats.check import decisions, is_decision
 from trainer.formats.library import make_weights
+from trainer.formats.made import Axis
 from trainer.formats.traced import traced
 from trainer.rank.finished import open_finished
 from trainer.runs.folder import find_run
@@ -160,7 +161,7 @@ class TwoInputs(torch.nn.Module):
 )
 def test_a_network_of_one_batch_or_of_two_inputs_is_refused(network: torch.nn.Module, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        traced(network, torch.zeros(2, 3, 4, 4))
+        traced(network, [torch.zeros(2, 3, 4, 4)], {0: Axis(name="batch", most=64)})
 
 
 def test_int8_keeps_the_accuracy_and_is_smaller(runs: Path, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ DECIDES = frozenset(
         "data": "batch_size remainder balance class_weights image_size fit background pad flip augment mean std shuffle_window "
         "max_image_pixels part fold choice_seed crop crop_scale crop_ratio rotate policy policy_ops policy_magnitude jitter erase "
         "unlabelled augment_backend sort_steps",
-        "model": "name weights stem image_size interpolation normalise widths pooling freeze lp_epochs",
+        "model": "name weights stem image_size interpolation normalise widths pooling lora_rank lora_alpha lora_dropout freeze lp_epochs",
         "optim": "name lr momentum nesterov weight_decay decay_all schedule warmup_steps warmup_fraction final_lr_fraction head_lr_factor "
         "layer_decay loss label_smoothing clip_norm",
         "train": "epochs max_steps seed precision channels_last small_maps compile accumulate reduce_dtype virtual_ranks reduction "

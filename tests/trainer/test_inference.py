@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def asked_for(run: Path, out: object, *inputs: object, shard_images: int = 40, c
     return Asked(
         out=str(out),
         inputs=tuple(map(str, inputs)),
-        image_column=column,
+        column=column,
         job=replace(job, **changes),
         shard_images=shard_images,
         workers=1,
@@ -287,7 +287,7 @@ def test_the_answers_are_those_of_predict_each_image_once(exported_run: Path, im
         assert (row["label"], row["label_probability"]) == (answer["predictions"][0]["class"], row["label_ranking"][0]["probability"])
     assert (ended.counts.images, ended.counts.bad, sum(ended.counts.answers.values())) == (COUNT, 1, COUNT - 1)
     assert set(ended.counts.answers) <= set(CLASSES)
-    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["counts"] == asdict(ended.counts)
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["counts"] == ended.counts.to_json()
 
 
 def test_rows_are_answered_as_files_are(exported_run: Path, images: Path, rows: Path, tmp_path: Path, here: list[int]) -> None:
@@ -390,14 +390,14 @@ def test_a_list_that_another_command_wrote_meanwhile_is_the_one_that_counts(
 ) -> None:
     asked, out = asked_for(exported_run, tmp_path / "out", images), open_storage(tmp_path / "out")
 
-    def listed_by_another_first(inputs: Sequence[str], *, column: str) -> Listed:
+    def listed_by_another_first(inputs: Sequence[str], **options: Any) -> Listed:
         """Another command is a moment faster: it has answered half."""
         monkeypatch.undo()
         with monkeypatch.context() as alone:
             alone.setattr(job_module, "_answers", lambda job, shards, *_: map(answered_by(job), list(shards)[:2]))
             with pytest.raises(WorkersLost):
                 do(theirs)
-        return listed(inputs, column=column)
+        return listed(inputs, **options)
 
     def answered_by(job: Job) -> Callable[[int], Mapping[str, Any]]:
         return Worker(job).answer

@@ -14,8 +14,8 @@ from cluster.names import QUARANTINE
 from cluster.quarantined import Quarantined
 from cluster.storage import open_storage
 from dataio.config import DataConfig
-from dataio.convert import open_prepared
 from dataio.parquet import Dataset
+from dataio.prepared import open_prepared
 from tests.trainer.report_runs import write_pictured
 from tests.trainer.test_report import Page
 from trainer.drive.data import record_left_out

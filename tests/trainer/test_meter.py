@@ -41,6 +41,7 @@ class Loaded:
     """A loader's counts."""
 
     bytes_read, read_wait_seconds, decode_seconds, memory_held_bytes = 1000, 0.5, 2.0, 700
+    tokens_given, padded_tokens_given = 0, 0
 
 
 def value(metrics: Metrics, name: str) -> float | None:
@@ -452,6 +453,17 @@ def test_the_norm_and_what_else_costs_is_looked_at_every_few_seconds() -> None:
     assert 10e6 < (value(metrics, "host_memory_bytes") or 0) < 1e12
     assert value(metrics, "device_memory_bytes") is None  # of a CPU
     assert value(metrics, "planned_steps") == 40
+
+
+def test_tokens_are_counted_as_the_loader_gives_them() -> None:
+    metrics, clock, loaded = Metrics("run", 0, 1), Clock(), Loaded()
+    meter = meter_of(metrics, clock=clock, reads=loaded)
+    meter.look()
+    assert value(metrics, "tokens_total") == 0
+    for count in (10, 25):
+        loaded.tokens_given, loaded.padded_tokens_given = count, 2 * count
+        meter.look()
+        assert (value(metrics, "tokens_total"), value(metrics, "padded_tokens_total")) == (count, 2 * count)
 
 
 def test_resident_memory_is_what_the_kernel_says() -> None:

@@ -20,9 +20,10 @@ from trainer.drive.dry_run import dry_run
 from trainer.drive.set_up import SetUp
 from trainer.drive.stages import Asked, Environment, WithData
 from trainer.drive.start import place, with_data
+from trainer.models.stem import is_resnet_like
 from trainer.settings.cli import Invocation, parse
 from trainer.settings.fields import declared, replaced, settings
-from trainer.settings.photos import CHOSEN, LEAST_SEEN, MOST_EVALUATIONS, RATES_AT_32, TABLE, choice_of, row_of
+from trainer.settings.photos import CHOSEN, LEAST_SEEN, MOST_EVALUATIONS, RATES_AT_32, TABLE, choice_of, is_enlarged, row_of
 from trainer.settings.toml import load, to_toml
 from trainer.settings.tree import RunConfig
 
@@ -144,6 +145,41 @@ def test_a_warm_up_in_steps_is_a_users_warm_up() -> None:
 def test_the_batch_can_be_shared_among_any_number_of_workers(workers: int, images: int) -> None:
     found = choice_of(RunConfig(), manifest_of(images), given=set(), recipes=(), workers=workers)
     assert found.config.data.batch_size % workers == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "side", "enlarged"),
+    [
+        (["--model.name", "timm/tf_efficientnet_lite0", "--model.weights", "w.pth"], 28, 96),
+        (["--model.name", "mobilenet_v3_small"], 64, 96),
+        (["--model.name", "mobilenet_v3_small"], 65, 0),
+        (["--model.name", "mobilenet_v3_small", "--model.image-size", "48"], 28, 48),
+        (["--model.name", "mobilenet_v3_small", "--model.weights", "none"], 28, 0),
+        (["--model.name", "resnet18"], 28, 0),
+        (["--model.name", "resnet18", "--model.stem", "native"], 28, 96),
+    ],
+)
+def test_small_images_are_enlarged_for_a_network_that_was_pretrained_on_larger_ones(words: list[str], side: int, enlarged: int) -> None:
+    manifest = manifest_of(1_200, {f"{side}x{side}": 1_210})
+    found = chosen(["--config", "photos", *words], manifest)
+    assert (found.model.image_size, found.model.interpolation == "bicubic") == (enlarged, enlarged == 96)
+    assert chosen(["--config", "photos", *words], manifest, saved=found) == found
+    said = " ".join(choice_of(parse(words).config, manifest, given=parse(words).given, recipes=("photos",)).said)
+    assert ("enlarged, by model.image_size=96" in said) == (enlarged == 96)
+
+
+def test_networks_that_fold_their_stem_are_known_by_their_names() -> None:
+    import torch
+    import torchvision
+
+    for name in torchvision.models.list_models(module=torchvision.models):
+        if "res" in name:
+            with torch.device("meta"):
+                folds = is_resnet_like(torchvision.models.get_model(name))
+            assert is_enlarged(28, parse(["--model.name", name]).config) != folds, name
+    for name in ("timm/resnet18", "timm/resnet50.a1_in1k", "timm/resnext50_32x4d"):
+        assert not is_enlarged(28, parse(["--model.name", name]).config)
+    assert is_enlarged(28, parse(["--model.name", "timm/resnet50d"]).config), "its stem is another one"
 
 
 def test_a_run_that_goes_on_keeps_what_was_chosen_for_it() -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from cluster.zygote import Zygote
-from dataio.convert import open_prepared, source_of
 from dataio.manifest import Manifest, SplitInfo
+from dataio.prepared import open_prepared, source_of
 from dataio.quarantine import BadSample
 from dataio.scan import GLANCE_BYTES, Looked, look_at, scan
 from dataio.schema import Target, single_label

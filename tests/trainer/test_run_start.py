@@ -280,7 +280,7 @@ def test_a_full_disk_while_converting_is_no_traceback(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dataio.parquet.ShardWriter.write_group", full)
-    monkeypatch.setattr("dataio.convert.ShardWriter.write_group", full)
+    monkeypatch.setattr("dataio.conversion.ShardWriter.write_group", full)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     data = ["--data.path", config.data.path, "--data.root", config.data.root, "--data.max-bad-fraction", "0.1"]
     assert main([*SMALL, "--storage", config.storage, *data]) == 1

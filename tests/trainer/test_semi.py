@@ -28,7 +28,7 @@ from cluster.storage import open_storage
 from dataio.batch import Batch
 from dataio.codecs.image.codec import ImageCodec
 from dataio.config import DataConfig
-from dataio.convert import prepared
+from dataio.prepared import prepared
 from dataio.schema import UNLABELLED, single_label
 from dataio.unlabelled import pin, prepare_unlabelled
 from tests.trainer.lives import TINY, Killed, Lives, write_images

@@ -15,7 +15,7 @@ from PIL import Image
 import trainer.evaluate
 import trainer.predict
 from dataio.config import DataConfig
-from dataio.convert import convert
+from dataio.conversion import convert
 from dataio.parquet import open_dataset
 from dataio.schema import Target
 from dataio.sources import Sample

@@ -7,7 +7,7 @@ import pytest
 
 from tests.e2e.running import PROJECT
 
-OF_TEXTS = ("transformers", "tokenizers", "trainer.models.text")
+OF_TEXTS = ("transformers", "tokenizers", "peft", "trainer.models.text")
 
 
 @pytest.mark.parametrize("module", ["trainer.run", "trainer.rank.worker", "trainer.predict", "trainer.evaluate", "trainer.report.__main__"])

@@ -1,5 +1,6 @@
 """Models and tasks of texts: built from a folder alone, with its weights, by no code of its own; what the settings may say of them."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -15,17 +16,19 @@ from hypothesis import strategies as st
 
 from dataio.codecs.text.tokens import PAD, stored_tokens
 from dataio.config import DataConfig
-from dataio.convert import open_prepared
+from dataio.prepared import open_prepared
 from dataio.schema import Target, single_label
-from tests.texts import make_model, make_tokenizer, rows, write_csv
+from tests.texts import WORDS, make_decoder, make_model, make_tokenizer, rows, tiny_description, write_csv
 from trainer.drive.identity import automatic_name, run_prefix
 from trainer.learn.build import build_learner, preprocess_of, task_of
 from trainer.learn.depth import depths_of
 from trainer.models.vision import head_of
 from trainer.settings.cli import parse, parse_line
 from trainer.settings.fields import replaced
+from trainer.settings.identity import weights_sha256
+from trainer.settings.packages import lacking
 from trainer.settings.rules import validate
-from trainer.settings.texts import ENCODERS, problem_of_field, with_text_model
+from trainer.settings.texts import TYPES, modules_of, problem_of_field, with_text_model
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.tasks.make import make_task
 from trainer.tasks.text import mcc
@@ -106,31 +109,22 @@ def test_what_is_random_depends_on_the_seed_alone_and_draws_nothing_from_others(
     assert not torch.equal(one["head.weight"], other["head.weight"])
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
-def test_every_kind_of_encoder_trains_each_of_its_parameters(kind: str, tmp_path: Path) -> None:
-    small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    small |= {"max_position_embeddings": 40, "embedding_size": 16, "pad_token_id": 1 if ENCODERS[kind] else 0}
-    if kind == "distilbert":
-        small = {
-            "vocab_size": 40,
-            "dim": 16,
-            "n_layers": 2,
-            "n_heads": 2,
-            "hidden_dim": 32,
-            "max_position_embeddings": 40,
-            "pad_token_id": 0,
-        }
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_trains_each_of_its_parameters_and_takes_as_many_tokens_as_it_says(kind: str, tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **small}))
+    (tmp_path / "config.json").write_text(json.dumps(tiny_description(kind)))
     model = built(tmp_path, model__weights="none")
     model(text.Tokens()(rows_of([2, 5, 9, 3], [2, 3]))).sum().backward()
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not idle
-    most = with_text_model(config_of(tmp_path, model__weights="none", data__max_tokens=40 - ENCODERS[kind]))
+    most = with_text_model(config_of(tmp_path, model__weights="none", data__max_tokens=40 - TYPES[kind].idle_positions))
     longest = torch.full((1, most.data.max_tokens), 5, dtype=torch.int32)
     assert text.build_text_model(most.model, outputs=2, seed=0)(text.Tokens()(longest)).shape == (1, 2)
+    with pytest.raises(ValueError, match="tokens at most"):
+        with_text_model(replaced(most, "data.max_tokens", most.data.max_tokens + 1))
     depths = depths_of(model, f"hf/{kind}", head_of(model)[0])
     assert len(set(depths.values())) == (3 if kind == "albert" else 4)  # the embeddings, the blocks (albert's are one), the head
+    assert [module for module in modules_of(most.model) if importlib.util.find_spec(module) is None] == []
 
 
 def test_layers_learn_slower_the_earlier_they_are(folder: Path, tmp_path: Path) -> None:
@@ -153,6 +147,122 @@ def test_a_frozen_encoder_leaves_the_head_alone_to_train(folder: Path) -> None:
     assert not learner.model.encoder.training
     learner.set_trainable(1)
     assert all(parameter.requires_grad for parameter in learner.model.parameters())
+
+
+# --- decoders -------------------------------------------------------------------------------------------------------------------------
+
+DECODERS = [kind for kind, known in TYPES.items() if known.is_decoder]
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoders_head_is_given_its_last_token_whatever_stands_behind_it(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    folder = make_decoder(tmp_path, kind)
+    theirs = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    ours = built(folder).eval()
+    ids, longer = [2, 5, 9, 7, 3], [2, *range(4, 24), 3]
+    with torch.no_grad():
+        wanted = ours.head(theirs(input_ids=torch.tensor([ids])).last_hidden_state[:, -1])
+        assert torch.equal(ours(text.Tokens()(rows_of(ids))), wanted)
+        # No token sees what is behind it, so that but for the rounding of larger products the padding is nothing.
+        assert torch.allclose(ours(text.Tokens()(rows_of(ids, longer)))[:1], wanted, atol=1e-6)
+        assert not torch.allclose(ours(text.Tokens()(rows_of(ids[:-1]))), wanted, atol=1e-4)
+        mean = built(folder, model__pooling="mean").eval()
+        assert torch.allclose(mean(text.Tokens()(rows_of(ids, longer)))[:1], mean(text.Tokens()(rows_of(ids))), atol=1e-6)
+
+
+def test_the_last_token_of_an_encoder_and_the_mean_of_a_decoder_may_be_asked_for(folder: Path, tmp_path: Path) -> None:
+    decoder = make_decoder(tmp_path / "decoder")
+    for place, pooling in ((folder, "last"), (folder, "first"), (decoder, "mean")):
+        validate(with_text_model(config_of(place, model__pooling=pooling)))
+    with pytest.raises(ValueError, match=r"model\.pooling=first gives the head a token that saw nothing of the text: .* use last or mean"):
+        with_text_model(config_of(decoder, model__pooling="first"))
+    ids = rows_of([2, 5, 9, 3])
+    auto, mean = built(folder).eval(), built(folder, model__pooling="mean").eval()
+    with torch.no_grad():
+        assert torch.equal(auto(text.Tokens()(ids)), mean(text.Tokens()(ids)))  # of an encoder `auto` is the mean
+
+
+@pytest.mark.parametrize("pad", [None, -1, 4 + len(WORDS)])
+def test_a_decoder_needs_no_padding_token(pad: int | None, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_description("mistral")))
+    wanted = built(tmp_path, model__weights="none").eval()
+    described = tiny_description("mistral", pad_token_id=pad)
+    if pad is not None and pad > 0:
+        del described["pad_token_id"]  # such as its library builds it
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    ours = built(tmp_path, model__weights="none").eval()
+    ours.load_state_dict(wanted.state_dict())
+    ids = text.Tokens()(rows_of([2, 5, 3], [2, 5, 9, 7, 3]))
+    with torch.no_grad():
+        assert torch.equal(ours(ids), wanted(ids))
+
+
+def test_a_special_token_without_an_embedding_is_read_as_padding(tmp_path: Path) -> None:
+    """As Gemma 3's for images: a text that names it must not end a run."""
+    import tokenizers
+
+    folder = make_decoder(tmp_path)
+    known = 4 + len(WORDS)
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.add_special_tokens(["<image>"])
+    made.save(str(folder / "tokenizer.json"))
+    table = write_csv(tmp_path / "t.csv", [*rows(range(40)), {"text": "a <image> film", "label": "pos"}])
+    config = with_text_model(config_of(folder, data__root=str(tmp_path), data__path=str(table)))
+    manifest = open_prepared(config.data)[1].manifest
+    assert manifest.texts is not None
+    assert manifest.texts.vocabulary == known + 1
+    assert problem_of_field(config, manifest) is None
+    model = built(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(model(text.Tokens()(rows_of([2, known, 3]))), model(text.Tokens()(rows_of([2, 0, 3]))))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_weights_in_several_files_are_those_of_one(kind: str, tmp_path: Path) -> None:
+    one, several = make_decoder(tmp_path / "one", kind), make_decoder(tmp_path / "several", kind, shard_bytes=4000)
+    assert len(list(several.glob("model-0*.safetensors"))) > 2
+    assert not (several / "model.safetensors").exists()
+    wanted, found = built(one).state_dict(), built(several).state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    # A run is known by all of them: one that another file follows is another run.
+    config = with_text_model(config_of(several))
+    assert config.model.weights == str(several / "model.safetensors.index.json")
+    before = weights_sha256(config.model.weights)
+    last = sorted(several.glob("model-0*.safetensors"))[-1]
+    state = safetensors.torch.load_file(last)
+    safetensors.torch.save_file({name: tensor + 1 for name, tensor in state.items()}, last)
+    assert weights_sha256(config.model.weights) != before
+    last.unlink()
+    assert lacking(config.model) == [f"{config.model.weights} names {last.name}, which is not there; copy the whole folder of the model"]
+    with pytest.raises(ValueError, match=f"names {last.name}, which is not there"):
+        built(several)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "cannot be read as an index of weights"),
+        ('{"weight_map": {}}', "names no file of weights"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', r"names '\.\./model\.safetensors'; weights lie beside their index"),
+        ('{"weight_map": {"a": "model.bin"}}', r"names 'model\.bin'; weights lie beside their index, in files that end in \.safetensors"),
+    ],
+)
+def test_an_index_that_is_none_says_so(index: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=message):
+        weights_sha256(str(tmp_path / "model.safetensors.index.json"))
+
+
+def test_weights_that_are_quantised_are_refused(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    described = tiny_description("llama", quantization_config={"quant_method": "gptq"})
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="a model whose weights are quantised; name the folder of the model that it was made from"):
+        with_text_model(config_of(tmp_path, model__weights="none"))
 
 
 # --- files of weights -----------------------------------------------------------------------------------------------------------------
@@ -201,8 +311,8 @@ def test_weights_that_lack_a_layer_are_refused_by_name(folder: Path, tmp_path: P
         (lambda place: (place / "tokenizer.json").unlink(), r"has no tokenizer\.json; save it with transformers"),
         (lambda place: (place / "config.json").unlink(), r"config\.json cannot be read"),
         (
-            lambda place: (place / "config.json").write_text('{"model_type": "gpt2"}'),
-            "describes a model of the type 'gpt2'; encoders of the types",
+            lambda place: (place / "config.json").write_text('{"model_type": "t5"}'),
+            "describes a model of the type 't5'; models of the types",
         ),
         (lambda place: (place / "config.json").write_text("[]"), "describes a model of the type None"),
     ],
@@ -290,6 +400,9 @@ def test_data_and_model_must_be_of_one_kind_and_one_tokenizer(folder: Path, tmp_
     assert "holds texts, and model.name=resnet18 takes images" in str(problem_of_field(RunConfig(), manifest))
     images = replace(manifest, texts=None)
     assert "holds images, and model.name=hf/" in str(problem_of_field(config, images))
+    small = make_model(tmp_path / "small", vocab_size=20)
+    wrong = str(problem_of_field(with_text_model(config_of(small, data__max_tokens=32)), manifest))
+    assert f"knows {4 + len(WORDS) - 20} tokens that hf/{small} has no embeddings of; name the model's own" in wrong
     short = make_model(tmp_path / "short", max_position_embeddings=16)
     assert "of 24 tokens, and" in str(problem_of_field(with_text_model(config_of(short, data__max_tokens=16)), manifest))
 
@@ -377,4 +490,4 @@ def test_a_changed_package_is_refused(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_the_defaults_of_a_text_run_obey_the_rules(folder: Path) -> None:
     validate(with_text_model(config_of(folder)))
     assert DataConfig().sort_steps > 1
-    assert ModelConfig().pooling == "mean"
+    assert ModelConfig().pooling == "auto"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cluster.storage import Storage
-from dataio.convert import open_prepared
 from dataio.manifest import Manifest
+from dataio.prepared import open_prepared
 from dataio.selection import selected
 from trainer.export.model_folder import export_model, text_export
 from trainer.learn.build import task_of

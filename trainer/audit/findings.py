@@ -17,7 +17,7 @@ from dataio.manifest import Manifest
 from dataio.schema import LABEL, Target
 from trainer.audit.copies import EXACT, Group, How
 from trainer.audit.kept import Kept
-from trainer.audit.labels import Answers, judge
+from trainer.audit.labels import Answers, doubts_of, judge
 from trainer.audit.looks import Odd, Overlap, overlaps, words_of
 from trainer.settings.units import percent
 
@@ -91,6 +91,11 @@ class Doubt:
     @property
     def margin(self) -> float:
         return self.of_answer - self.of_label
+
+    @property
+    def weight(self) -> float:
+        """The larger, the more doubtful."""
+        return float(doubts_of(np.array([self.of_answer]), np.array([self.of_label]))[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,7 +262,7 @@ def with_labels(findings: Findings, answers: Mapping[str, Answers], rows: Mappin
     train = answers["train"]
     return replace(
         findings,
-        doubts=tuple(sorted(doubts, key=lambda doubt: -doubt.margin)),  # stable: by split, then as they were judged
+        doubts=tuple(sorted(doubts, key=lambda doubt: -doubt.weight)),  # stable: by split, then as they were judged
         overlaps=tuple(overlaps(train.given, train.answers, len(classes))),
         folds=folds,
         right=float((train.given == train.answers).mean()),

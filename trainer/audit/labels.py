@@ -3,7 +3,9 @@ Dataset Labels"). Pure; __main__.py calls it with the answers that folds.py coll
 
 Each sample has the answer of a model that was not trained on it. A class's threshold is how sure such models are of it, on average over the
 samples that have its label: so a class that the models are seldom sure of does not look mislabelled as a whole. A label is doubted if the
-answer is another class, and at least as sure as that class's threshold. All samples are ranked by the margin between the two probabilities.
+answer is another class, and at least as sure as that class's threshold. All samples are ranked by how many times as probable the answer is
+as the label, times its own probability. The ratio alone puts first what no model would take for its label, and the difference alone what
+models are sure of; of labels that are wrong at random the first finds more, of those of a similar class the second (docs/audit.md).
 
 The paper looks at all classes above their thresholds, here only the model's answer is looked at: predictions.parquet has the probability of
 the answer and, as the loss, that of the label. The two differ only where the most probable class is below its threshold and another is not.
@@ -17,6 +19,8 @@ import numpy.typing as npt
 
 from trainer.tasks.predictions import Predictions
 
+TINY = 1e-12
+"""The least probability that is told from none."""
 Ints = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
 
@@ -54,7 +58,7 @@ class Judged:
     """Labels by how much they are doubted."""
 
     order: Ints
-    """(n,) places in the answers, the most doubtful first: those that are doubted, then the others; each by their margin."""
+    """(n,) places in the answers, the most doubtful first; those whose answer is the label come last, the least sure first."""
     margins: Values
     """(n,): the probability of the answer less that of the label; where they are the same class, the probability below zero."""
     is_doubted: npt.NDArray[np.bool_]
@@ -65,7 +69,12 @@ class Judged:
     @property
     def doubted(self) -> Ints:
         """Places of those that are doubted, the most doubtful first."""
-        return self.order[: int(self.is_doubted.sum())]
+        return self.order[self.is_doubted[self.order]]
+
+
+def doubts_of(of_answer: Values, of_given: Values) -> Values:
+    """(n,): how doubtful labels are of which a model gives this probability to its answer and this one to the label."""
+    return 2 * np.log(np.maximum(of_answer, TINY)) - np.log(np.maximum(of_given, TINY))
 
 
 def judge(found: Answers, classes: int) -> Judged:
@@ -77,7 +86,8 @@ def judge(found: Answers, classes: int) -> Judged:
     needed = np.nan_to_num(thresholds, nan=1.0)[found.answers]  # of a class that nobody has shown, one has to be sure
     is_doubted = differs & (found.of_answer >= needed)
     margins = np.where(differs, found.of_answer - found.of_given, -found.of_given)
-    order = np.lexsort((np.arange(len(margins)), -margins, ~is_doubted))
+    doubts = np.where(differs, doubts_of(found.of_answer, found.of_given), -found.of_given)
+    order = np.lexsort((np.arange(len(doubts)), -doubts, ~differs))
     return Judged(order=order, margins=margins, is_doubted=is_doubted, thresholds=thresholds)
 
 

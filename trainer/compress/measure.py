@@ -18,9 +18,9 @@ from trainer.compress.results import Answered, Timed
 from trainer.export.model_folder import outputs_of
 from trainer.formats import quantise
 from trainer.formats.check import compare, points_lost
-from trainer.formats.made import Made
+from trainer.formats.made import ONNX_FILE, Made
 from trainer.formats.manifest import card_of, manifest_of, write
-from trainer.formats.onnx_graph import ONNX_FILE, make_onnx
+from trainer.formats.onnx_graph import make_onnx
 from trainer.rank.finished import Opened, open_finished
 from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import described, model_of, model_sha256

@@ -50,6 +50,8 @@ class Checked:
     task: TaskInfo
     weights_bytes: int
     """Of its parameters and buffers: a checkpoint holds them, some of them more than once."""
+    resting_bytes: int = 0
+    """Of its parameters that are never trained, because adapters are: the optimiser keeps nothing for them."""
     notes: tuple[str, ...] = ()
     """What was decided about its weights, for the user."""
     norm_momentum: float = 0.0
@@ -135,6 +137,7 @@ def built(question: Question) -> Checked | Refused:
     from trainer.learn.depth import depths_of
     from trainer.learn.own import try_own
     from trainer.learn.teacher import try_teacher
+    from trainer.models.adapters import resting
     from trainer.models.vision import has_depthwise, head_of, least_momentum
     from trainer.tasks.make import make_task
 
@@ -151,10 +154,12 @@ def built(question: Question) -> Checked | Refused:
         if question.teacher:
             try_teacher(question.teacher, task, image_hw=size)
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        rest = resting(model)
         return Checked(
             has_depthwise=has_depthwise(model),
             task=task.info,
             weights_bytes=weights_bytes,
+            resting_bytes=sum(parameter.nbytes for name, parameter in model.named_parameters() if name in rest),
             notes=tuple(notes.lines),
             norm_momentum=least_momentum(model) if begins_at_random(question.model) else 0.0,
         )

@@ -15,9 +15,9 @@ from rich.console import Console
 from cluster.names import QUARANTINE
 from cluster.quarantined import STAGE
 from cluster.storage import Storage
-from dataio.convert import Prepared, prepared
-from dataio.convert import Progress as ConvertProgress
+from dataio.conversion import Progress as ConvertProgress
 from dataio.parquet import QUARANTINE_NAME, Dataset
+from dataio.prepared import Prepared, prepared
 from dataio.reading import described, warnings
 from dataio.schema import UNLABELLED
 from dataio.selection import Selected, selected

@@ -15,13 +15,13 @@ from trainer.settings.tree import RunConfig
 from trainer.settings.units import size
 
 
-def check_room(storage: Storage, config: RunConfig, weights_bytes: int, tell: Callable[[str], None]) -> None:
+def check_room(storage: Storage, config: RunConfig, weights_bytes: int, tell: Callable[[str], None], *, resting_bytes: int = 0) -> None:
     """ValueError if not even one checkpoint fits; a line to `tell` if not all that are to be kept do. A remote storage has no such number.
 
-    `weights_bytes`: of the model's parameters and buffers."""
+    `weights_bytes`: of the model's parameters and buffers, of which those of `resting_bytes` are never trained."""
     if not storage.is_local:
         return
-    state, keep = state_bytes(config, weights_bytes), config.cluster.keep_checkpoints
+    state, keep = state_bytes(config, weights_bytes, resting_bytes), config.cluster.keep_checkpoints
     has_already = min(keep, len(Store.open(storage, config.run).commits()))
     found = os.statvfs(storage.root)
     free = found.f_bavail * found.f_frsize
@@ -52,7 +52,8 @@ def needed_bytes(state_bytes: int, keep: int, has_already: int) -> int:
     return state_bytes * (max(0, keep - has_already) + 2)
 
 
-def state_bytes(config: RunConfig, weights_bytes: int) -> int:
-    """Size of a checkpoint, from above: as if all parameters were trained."""
+def state_bytes(config: RunConfig, weights_bytes: int, resting_bytes: int = 0) -> int:
+    """Size of a checkpoint, from above: as if all parameters but those of `resting_bytes` were trained."""
     moments = 2 if config.optim.name == "adamw" else 1 if config.optim.momentum > 0 else 0
-    return weights_bytes * (1 + moments + bool(config.train.ema) + (config.train.select == "best"))
+    copies = 1 + bool(config.train.ema) + (config.train.select == "best")
+    return weights_bytes * copies + (weights_bytes - resting_bytes) * moments

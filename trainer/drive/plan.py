@@ -14,6 +14,7 @@ from torch import nn
 from cluster.interval import AUTO, steps_between
 from dataio.codecs.make import row_of
 from dataio.manifest import Manifest, image_hw, shape_of
+from trainer.models.adapters import resting
 from trainer.models.vision import has_depthwise, head_of
 from trainer.rank.profile import count_work
 from trainer.settings.length import length_of
@@ -46,7 +47,7 @@ class ModelFacts:
 
     parameters: int
     trainable: int
-    """Parameters that `model.freeze` lets change at the end of training."""
+    """Parameters that `model.freeze` and `model.lora_rank` let change at the end of training."""
     buffer_bytes: int
     flops_per_image: float | None
     """Forward and backward of one image; None if an operation of the model cannot be counted."""
@@ -87,7 +88,10 @@ def model_facts(task: Task, config: ModelConfig, *, shape: tuple[int, ...]) -> M
     (tokens,) of the longest text; the work on a text depends on its length and is not counted."""
     model = task.build(dataclasses.replace(config, weights="none"), shape=shape, seed=0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in head_of(model)[1].parameters()) if config.freeze == "backbone" else parameters
+    rest = resting(model)
+    trainable = parameters - sum(parameter.numel() for name, parameter in model.named_parameters() if name in rest)
+    if config.freeze == "backbone":
+        trainable = sum(parameter.numel() for parameter in head_of(model)[1].parameters())
     seen = (config.image_size, config.image_size) if config.image_size else shape
     return ModelFacts(
         parameters=parameters,

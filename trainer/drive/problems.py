@@ -255,7 +255,7 @@ def room_for_checkpoints(facts: Facts) -> str | None:
     room = facts.storage_room
     if room is None or not isinstance(facts.model, Checked):
         return None
-    needed = state_bytes(facts.config, facts.model.weights_bytes)
+    needed = state_bytes(facts.config, facts.model.weights_bytes, facts.model.resting_bytes)
     keep = facts.config.cluster.keep_checkpoints
     if judge(free_bytes=room.free_bytes, state_bytes=needed, keep=keep, has_already=0, has_spill=facts.has_spill) != "refuse":
         return None

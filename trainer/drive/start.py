@@ -370,8 +370,10 @@ def decide(
         steps = total_steps_of(placed.config, order_of(placed.config, data.dataset.manifest, placed.workers).steps_per_epoch)
         for line in (*checked.notes, *said_of_norms(placed.config, checked, steps)):
             tell(line)
-    weights_bytes = checked.weights_bytes
-    set_up.call("the room for checkpoints", lambda: check_room(data.storage, placed.config, weights_bytes, tell))
+    weights_bytes, resting_bytes = checked.weights_bytes, checked.resting_bytes
+    set_up.call(
+        "the room for checkpoints", lambda: check_room(data.storage, placed.config, weights_bytes, tell, resting_bytes=resting_bytes)
+    )
     config = settled(
         placed.config,
         capability,

@@ -30,7 +30,7 @@ from trainer.models.vision import Preprocess
 from trainer.runs.folder import RunFolder
 from trainer.runs.measures import one_of
 from trainer.runs.model_files import CONFIG_FILE, MODEL_FOLDER, TOKENIZER_FILE, WEIGHTS_FILE, described, takes_texts
-from trainer.settings.texts import PREFIX, check_libraries, description_of, is_text, model_place
+from trainer.settings.texts import ADAPTERS, PREFIX, check_libraries, description_of, is_text, model_place, pooling_of
 from trainer.settings.tree import ModelConfig, RunConfig, TaskConfig
 from trainer.settings.units import percent
 from trainer.settings.values import widths_of
@@ -169,7 +169,7 @@ def load_export(folder: RunFolder, device: torch.device, *, channels_last: bool 
     if takes_texts(description):
         if not may_be_of_texts:
             raise ValueError(
-                f"{folder.location} is a model of texts, and this does not work for them yet; run, evaluate, predict and report do"
+                f"{folder.location} is a model of texts, and this does not work for them yet; run, evaluate, predict, export and report do"
             )
         return _load_of_texts(folder, description, device)
     height, width = description["data_image_size"]
@@ -262,6 +262,7 @@ def _model_description(model: ModelConfig) -> dict[str, Any]:
     """The settings by which the model is built. Without later ones that are at their defaults: earlier releases know no such key."""
     defaults = ModelConfig()
     later = [key for key in ("widths", "pooling") if getattr(model, key) == getattr(defaults, key)]
+    later += [key.removeprefix("model.") for key in ADAPTERS]  # they are merged into the weights
     settings = {key: value for key, value in dataclasses.asdict(model).items() if key not in later}
     if is_text(model):  # the folder that it began from is no matter, and its path nobody's
         settings |= {"name": f"{PREFIX}{Path(model.name).name}", "weights": Path(model.weights).name}
@@ -402,7 +403,10 @@ def _facts(config: RunConfig, task: Task, data_image_size: tuple[int, ...], summ
         shown = percent(value, 2) if headline.unit == "ratio" else f"{value:.4g}"
         yield f"Test {headline.in_words}", f"{shown}{loss} ({task.info.unit} of the held-out split, none of them trained on)"
     if is_text(config.model):
-        yield "Encoder", f"`{_inline(Path(config.model.name).name)}`, of which the head is given the {config.model.pooling} of the tokens"
+        given = pooling_of(config.model, description_of(model_place(config.model.name)))
+        yield "Encoder", f"`{_inline(Path(config.model.name).name)}`, of which the head is given the {given} of the tokens"
+        if config.model.lora_rank:
+            yield "Adapters", f"LoRA of rank {config.model.lora_rank}, merged into the weights"
         yield "Texts", f"{data_image_size[0]} tokens at most"
     else:
         yield from _facts_of_images(config, image_hw(data_image_size))

@@ -1,7 +1,7 @@
 """The command line `finetune export RUN --to FORMAT` (`python -m trainer.formats`): a finished run's model for other programs.
 
-What is made is first asked about every image of the run's test set, and compared with the model itself. Only what agrees is written, with
-a manifest that says what was compared.
+What is made is first asked about every sample of the run's test set, and compared with the model itself. Only what agrees is written,
+with a manifest that says what was compared.
 """
 
 from dataio.leaving import Leaving
@@ -34,7 +34,7 @@ from trainer.formats.onnx_graph import make_onnx, require_onnx
 from trainer.formats.program import make_program
 from trainer.rank.finished import Opened, open_finished
 from trainer.runs.folder import RunFolder, find_run
-from trainer.runs.model_files import described, model_of, model_sha256
+from trainer.runs.model_files import described, model_of, model_sha256, takes_texts
 from trainer.settings.programs import program
 from trainer.settings.say import complain, say, say_json
 from trainer.settings.tree import ModelConfig, RunConfig
@@ -61,7 +61,7 @@ class Arguments:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder (path or URI), or its name under --storage."""
     to: tuple[Format, ...] = ("onnx",)
-    """onnx: a graph for ONNX Runtime. torch: a program for PyTorch alone. safetensors: weights for timm or torchvision."""
+    """onnx: a graph for ONNX Runtime. torch: a program for PyTorch alone. safetensors: weights for timm or torchvision, of images alone."""
     int8: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also an ONNX graph with int8 weights and activations, of little more than a quarter of the size."""
     preprocessing: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -103,10 +103,11 @@ def main(argv: Sequence[str]) -> int:
 def _carry_out(arguments: Arguments) -> int:
     _check_arguments(arguments)
     run = find_run(arguments.run, arguments.storage)
-    described(model_of(run))  # says first what is missing of an unfinished run
+    if takes_texts(described(model_of(run))):  # which says first what is missing of an unfinished run
+        _check_for_texts(arguments)
     storage, base = _place(run, arguments.out)
     changes = {name: value for name, value in asdict(arguments.data).items() if value}
-    opened = open_finished(run, changes, split="auto", device=torch.device("cpu"))
+    opened = open_finished(run, changes, split="auto", device=torch.device("cpu"), may_be_of_texts=True)
     refused = 0
     for job in _jobs(arguments, run, opened):
         refused += not _export(job, arguments, run, opened, storage, f"{base}/{job.name}")
@@ -128,6 +129,20 @@ def _check_arguments(arguments: Arguments) -> None:
         raise ValueError(f"--calibration {arguments.calibration} is for --int8, which is not asked for; add it")
     if "onnx" in arguments.to:
         require_onnx()
+
+
+def _check_for_texts(arguments: Arguments) -> None:
+    """ValueError for what is of images."""
+    if arguments.preprocessing:
+        raise ValueError(
+            f"--preprocessing is of images: no graph holds a tokenizer, and {arguments.run} is a model of texts; leave it out, and use the "
+            "tokenizer.json beside the graph"
+        )
+    if arguments.calibration or arguments.calibration_images != quantise.IMAGES:
+        raise ValueError(
+            f"--calibration is of images: in int8 a model of texts, such as {arguments.run}, measures its activations as they come; "
+            "leave it out"
+        )
 
 
 def _place(run: RunFolder, out: str) -> tuple[Storage, str]:
@@ -154,6 +169,8 @@ def _jobs(arguments: Arguments, run: RunFolder, opened: Opened) -> Iterator[_Job
 
 
 def _quantised(graph: Callable[[], Made], arguments: Arguments, opened: Opened) -> Made:
+    if opened.exported.texts is not None:
+        return quantise.quantised_as_it_goes(graph(), opened.exported, threads=opened.threads)
     images = list(_calibration(arguments, opened))
     inside = arguments.preprocessing
     return quantise.quantised(graph(), opened.exported, images, is_prepared_inside=inside, threads=opened.threads)
@@ -205,7 +222,7 @@ def refusal(job: _Job, compared: Compared, arguments: Arguments, opened: Opened)
             return ""
         return (
             f"outputs differ by {compared.largest_difference:.2g} of the largest output"
-            + ("" if compared.changed is None else f", and {compared.changed} of {compared.images} answers with them")
+            + ("" if compared.changed is None else f", and {compared.changed} of {compared.samples} answers with them")
             + f"; --max-difference allows {arguments.max_difference:g}"
         )
     own, theirs = compared.own.measures[headline.name], compared.result.measures[headline.name]
@@ -218,10 +235,12 @@ def refusal(job: _Job, compared: Compared, arguments: Arguments, opened: Opened)
         if is_ratio
         else f"{own:.4g} to {theirs:.4g}, by {points:.2f} %"
     )
+    lost = f"{headline.in_words} goes from {what}{interval}; --max-drop allows {arguments.max_drop:g}"
+    if opened.exported.texts is not None:
+        return f"{lost}; use the graph in float32"
     return (
-        f"{headline.in_words} goes from {what}{interval}; --max-drop allows {arguments.max_drop:g}. Calibrate by images like those of the "
-        "data (--calibration), or by more of them (--calibration-images), or train the model with this rounding: "
-        f"{program('compress')} {arguments.run} --int8"
+        f"{lost}. Calibrate by images like those of the data (--calibration), or by more of them (--calibration-images), or train the "
+        f"model with this rounding: {program('compress')} {arguments.run} --int8"
     )
 
 

@@ -1,8 +1,8 @@
-"""Compares a model in another format with the model itself, on a whole split of the run's data: every image through both. Called by
-trainer.formats.command, which refuses what is not the same.
+"""Compares a model in another format with the model itself, on a whole split of the run's data: every image, or text, through both. Called
+by trainer.formats.command, which refuses what is not the same.
 
 The model is asked twice: in float32, which is what the format has to reproduce, and in the run's own precision, whose answers the run has
-reported. Both see the same decoded images, so nothing but the format can differ.
+reported. Both see the same decoded images or the same tokens, so nothing but the format can differ.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,27 +26,29 @@ class Compared:
     """What a comparison found."""
 
     split: str
-    images: int
+    unit: str
+    """`images` or `texts`."""
+    samples: int
     largest_difference: float
     """Of an output from the float32 model's, as a fraction of the largest output."""
     changed: int | None
-    """Images whose answer is not the float32 model's; None where an answer is a number, and nothing but the outputs can be compared."""
+    """Samples whose answer is not the float32 model's; None where an answer is a number, and nothing but the outputs can be compared."""
     changed_from_run: int | None
-    """Images whose answer is not the model's in the run's own precision."""
+    """Samples whose answer is not the model's in the run's own precision."""
     precision: str
     result: Result
     """The format's."""
     own: Result
     """The float32 model's."""
     drop: Interval | None
-    """The 95 % interval of how much of the headline is lost, float32 minus format; None if the headline is no share of the images."""
+    """The 95 % interval of how much of the headline is lost, float32 minus format; None if the headline is no share of the samples."""
     right: tuple[bool, ...] = ()
-    """Whether the format's answer is right, by image, of those with a known label; empty where answers are not right or wrong."""
+    """Whether the format's answer is right, by sample, of those with a known label; empty where answers are not right or wrong."""
 
     def to_json(self, headline: str) -> dict[str, Any]:
         return {
             "split": self.split,
-            "images": self.images,
+            self.unit: self.samples,
             "largest_difference": self.largest_difference,
             "answers_changed": self.changed,
             f"answers_changed_from_{self.precision}": self.changed_from_run,
@@ -58,7 +60,8 @@ class Compared:
 
 @torch.inference_mode()
 def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callable[[int, int], None] = lambda done, of: None) -> Compared:
-    """Ask both about every image of the split. `ask`: (n, 3, H, W) uint8 -> (n, outputs). `on_batch` hears of images done."""
+    """Ask both about every sample of the split. `ask`: images (n, 3, H, W) uint8, or texts (n, T) int32 -> (n, outputs). `on_batch` hears
+    of samples done."""
     exported, task, device = opened.exported, opened.exported.task, opened.device
     theirs, own = task.evaluation(device), task.evaluation(device)
     largest = torch.zeros(())
@@ -95,7 +98,8 @@ def compare(opened: Opened, ask: Callable[[Tensor], Tensor], *, on_batch: Callab
             on_batch(done, opened.count)
     return Compared(
         split=opened.split,
-        images=done,
+        unit=opened.dataset.manifest.unit,
+        samples=done,
         largest_difference=float(largest / scale) if float(scale) else float(largest),
         changed=changed if decides else None,
         changed_from_run=changed_from_run if decides else None,

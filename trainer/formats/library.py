@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from trainer.export.elsewhere import library_of
 from trainer.export.model_folder import Exported, outputs_of
-from trainer.formats.made import Made, enlarged_by, graph_of, takes_of
+from trainer.formats.graph import enlarged_by, graph_of, takes_of
+from trainer.formats.made import INPUT, Made
 from trainer.models.architecture import torchvision_options
 from trainer.settings.tree import ModelConfig
 
@@ -21,6 +22,11 @@ WEIGHTS_FILE = "model.safetensors"
 
 def make_weights(exported: Exported, config: ModelConfig) -> Made:
     """ValueError if the network is no library's."""
+    if exported.texts is not None:
+        raise ValueError(
+            "--to safetensors gives weights to timm or torchvision, and this is a model of texts, whose weights lie in the run's model/ "
+            "under the names of transformers; use --to onnx or --to torch"
+        )
     library = library_of(config)
     if library is None:
         if ":" in config.name:
@@ -29,7 +35,7 @@ def make_weights(exported: Exported, config: ModelConfig) -> Made:
             what = "a pruned one" if config.widths else f"one whose first layers (model.stem={config.stem}) are not theirs"
         raise ValueError(f"--to safetensors gives weights to timm or torchvision, and this is {what}; use --to onnx or --to torch")
     times = enlarged_by(exported)
-    _, example = graph_of(exported, is_prepared_inside=False)
+    example = graph_of(exported, is_prepared_inside=False).example[INPUT]
     height, width = (side * times for side in example.shape[-2:])
     outputs = outputs_of(exported.task)
     bilinear = config.stem == "folded_bilinear"

@@ -1,22 +1,46 @@
-"""What a format is made of: the files, and a way to ask them. onnx_graph, quantise, program and library of this package make it; check and
-the command use it.
+"""What a format is made from, a graph, and what it is made of: the files, and a way to ask them. onnx_graph, quantise, program and library
+of this package make it; check and the command use it. graph.py makes graphs.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-
-from trainer.export.model_folder import Exported
-from trainer.models.stem import enlarging_of
-from trainer.models.vision import Preprocess
 
 Format = Literal["onnx", "torch", "safetensors"]
 FORMATS: tuple[Format, ...] = ("onnx", "torch", "safetensors")
 INPUT, OUTPUT, BATCH = "images", "outputs", "batch"
+ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 MOST_IN_A_BATCH = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """A dimension whose size is free."""
+
+    name: str
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graph:
+    """The network to export, on the CPU in eval mode, and how it is asked."""
+
+    network: nn.Module
+    example: Mapping[str, Tensor]
+    """By the name of the input, in the order of `forward`."""
+    free: Mapping[int, Axis]
+    """Of each input, by the number of the dimension."""
+    output: str
+    given: Callable[[Tensor], Mapping[str, Tensor]]
+    """Samples as the loader gives them, images (n, 3, H, W) uint8 or texts (n, T) int32, as the inputs."""
+    takes: Mapping[str, Any]
+    """The input, as the manifest says it: name, shape, type, and what is left to the caller."""
+    code: Mapping[Format, tuple[str, ...]]
+    """Python that opens the graph's file without this program, of each format that holds a graph."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What lies beside the graph for whoever asks it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,70 +52,13 @@ class Made:
     main: str
     """The file that another program opens, of `files`."""
     takes: Mapping[str, Any]
-    """The input, as the manifest says it: name, shape, type, and what is left to the caller."""
+    """The input, as in `Graph`."""
     ask: Callable[[Tensor], Tensor]
-    """What the files answer: (n, 3, H, W) uint8 as decoded -> (n, outputs) float32. The network is that of `files` alone."""
+    """What the files answer: images (n, 3, H, W) uint8 as decoded, or texts (n, T) int32 as stored -> (n, outputs) float32. The network is
+    that of `files` alone."""
     code: tuple[str, ...]
     """Python that opens it without this program."""
+    output: str = OUTPUT
+    """The name of what it gives."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What else the manifest says of this format."""
-
-
-class WithPreparation(nn.Module):
-    """The network and what is done to an image before it, as one: (n, 3, H, W) uint8 -> (n, outputs)."""
-
-    def __init__(self, preprocess: nn.Module, model: nn.Module) -> None:
-        super().__init__()
-        self.preprocess, self.model = preprocess, model
-
-    def forward(self, images: Tensor) -> Tensor:
-        outputs: Tensor = self.model(self.preprocess(images))
-        return outputs
-
-
-def graph_of(exported: Exported, *, is_prepared_inside: bool) -> tuple[nn.Module, Tensor]:
-    """The network to export, on the CPU in eval mode, and an input of the right shape for it. `is_prepared_inside`: it takes images as they
-    are decoded, and resizes and normalises them itself."""
-    height, width = exported.image_size
-    images = torch.zeros(2, 3, height, width, dtype=torch.uint8)
-    if is_prepared_inside:
-        return WithPreparation(exported.preprocess, exported.model).eval(), images
-    return exported.model.eval(), exported.preprocess(images)
-
-
-def takes_of(exported: Exported, example: Tensor, *, is_prepared_inside: bool) -> dict[str, Any]:
-    """The manifest's description of the input."""
-    height, width = exported.image_size
-    _, _, sees_height, sees_width = example.shape
-    preprocess = exported.preprocess
-    assert isinstance(preprocess, Preprocess)
-    mean, std = (buffer.flatten().tolist() for buffer in (preprocess.mean, preprocess.std))
-    decoded = {
-        "decoded_to": [height, width],
-        "colours": "RGB",
-        "fit": exported.fit,
-        **({"background": exported.background} if exported.background else {}),
-    }
-    if is_prepared_inside:
-        return {
-            "name": INPUT,
-            "shape": [BATCH, 3, height, width],
-            "type": "uint8",
-            "prepared": "in the graph",
-            **decoded,
-        }
-    return {
-        "name": INPUT,
-        "shape": [BATCH, 3, sees_height, sees_width],
-        "type": "float32",
-        "prepared": "by the caller",
-        **decoded,
-        **({"resized_to": [sees_height, sees_width]} if (sees_height, sees_width) != (height, width) else {}),
-        "mean": mean,
-        "std": std,
-        "formula": "(pixel / 255 - mean) / std",
-    }
-
-
-def enlarged_by(exported: Exported) -> int:
-    return enlarging_of(exported.model)

@@ -13,14 +13,15 @@ from cluster.storage import Storage, join_uri
 from cluster.text import json_line
 from trainer.export.model_folder import Exported, output_names, outputs_of
 from trainer.formats.check import Compared
-from trainer.formats.made import BATCH, OUTPUT, Made
+from trainer.formats.made import BATCH, Made
+from trainer.runs.model_files import takes_texts
 from trainer.settings.units import number, percent, size
 from trainer.tasks.info import Measure
 from trainer.tasks.task import Task
 
 MANIFEST_FILE, CARD_FILE = "manifest.json", "README.md"
 FORMAT_VERSION = 1
-_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxruntime", "onnxscript", "ray-finetune")
+_PACKAGES = ("torch", "torchvision", "timm", "transformers", "tokenizers", "onnx", "onnxruntime", "onnxscript", "ray-finetune")
 
 
 def manifest_of(
@@ -43,7 +44,7 @@ def manifest_of(
         "files": {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in made.files.items()},
         "of": {"run": run, "model_sha256": model_sha256},
         "input": input_of(made.takes, description),
-        "output": {"name": OUTPUT, "shape": [BATCH, outputs], "type": "float32", "meaning": "before softmax or sigmoid"},
+        "output": {"name": made.output, "shape": [BATCH, outputs], "type": "float32", "meaning": "before softmax or sigmoid"},
         **({"classes": names} if names is not None else {}),
         "targets": targets_of(exported.task, outputs),
         **({"threshold": description["task"]["threshold"]} if any(each.kind == "labels" for each in exported.task.targets) else {}),
@@ -56,6 +57,8 @@ def manifest_of(
 
 def input_of(takes: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
     """What the model takes, with what only the run's settings say: the filter of a resizing, and the limit of an image."""
+    if takes_texts(description):
+        return dict(takes)
     resized = {"resized_by": description["model"]["interpolation"]} if "resized_to" in takes else {}
     return {**takes, **resized, "max_image_pixels": description["max_image_pixels"]}
 
@@ -116,7 +119,7 @@ def card_of(made: Made, compared: Compared, exported: Exported, *, run: str) -> 
 
 def in_words(compared: Compared, headline: Measure) -> Iterator[str]:
     """What a comparison found, in parts of a sentence."""
-    unit = f"{number(compared.images)} images of the {compared.split} split"
+    unit = f"{number(compared.samples)} {compared.unit} of the {compared.split} split"
     if compared.changed is not None:
         same = f"all answers are the model's on {unit}"
         yield f"{number(compared.changed)} of the answers on {unit} are not the model's" if compared.changed else same
@@ -131,6 +134,14 @@ def in_words(compared: Compared, headline: Measure) -> Iterator[str]:
 
 
 def _input_in_words(takes: Mapping[str, Any]) -> Iterator[str]:
+    if "tokenizer" in takes:
+        names = " and ".join(f"`{name}`" for name in takes["names"])
+        yield f"{names} are (n, tokens) int64, of any n and of up to {takes['max_tokens']} tokens."
+        yield f"`{takes['tokenizer']}` makes them of texts: it cuts those that are longer, and pads the others to the longest."
+        if takes["too_long"] == "refuse":
+            yield "No text that was cut was trained on (`--data.too-long refuse`): refuse longer ones too."
+        yield "transformers opens the tokenizer and the names of the classes by this folder: `AutoTokenizer`, `AutoConfig`."
+        return
     height, width = takes["decoded_to"]
     _, _, rows, columns = takes["shape"]
     yield f"An image is decoded to RGB and brought to {width}x{height} pixels (`fit`: {takes['fit']})."

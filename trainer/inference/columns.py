@@ -14,9 +14,10 @@ from trainer.tasks.task import Task
 _RANKED = pa.list_(pa.struct([("class", pa.string()), ("probability", pa.float32())]))
 
 
-def schema_of(task: Task, *, knows_novelty: bool) -> pa.Schema:
-    """Columns of the answers: `row` and `key` of the image; for each target its answer, and for classes the probability of that and the
-    ranking; `unlike_training`, where the model can tell; `error`, why there is no answer. The answer of a task of your own is JSON."""
+def schema_of(task: Task, *, knows_novelty: bool, of_texts: bool = False) -> pa.Schema:
+    """Columns of the answers: `row` and `key` of the sample; for each target its answer, and for classes the probability of that and the
+    ranking; `unlike_training`, where the model can tell; of a text `cut`, whether its beginning was answered; `error`, why there is no
+    answer. The answer of a task of your own is JSON."""
     fields = [pa.field("row", pa.int64(), nullable=False), pa.field("key", pa.string(), nullable=False)]
     for target in targets_of(task):
         fields += _fields(target)
@@ -24,11 +25,13 @@ def schema_of(task: Task, *, knows_novelty: bool) -> pa.Schema:
         fields.append(pa.field("answer", pa.string()))
     if knows_novelty:
         fields.append(pa.field("unlike_training", pa.bool_()))
+    if of_texts:
+        fields.append(pa.field("cut", pa.bool_()))
     return pa.schema([*fields, pa.field("error", pa.string())])
 
 
 def columns_of(task: Task, answers: Sequence[Mapping[str, Any] | None]) -> dict[str, list[Any]]:
-    """The columns of these answers; None for an image without one."""
+    """The columns of these answers; None for a sample without one."""
     targets = targets_of(task)
     if not targets:
         return {"answer": [None if answer is None else json.dumps(answer, sort_keys=True) for answer in answers]}

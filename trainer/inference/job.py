@@ -18,7 +18,7 @@ from cluster.storage import Storage, is_uri, open_storage
 from trainer.inference.inputs import listed
 from trainer.inference.plan import PLAN, SUMMARY, Plan, differences, part_name, read_plan, shard_of, write_plan
 from trainer.inference.refusals import reading, writing_to
-from trainer.inference.shard import UNDER_WAY, Counts, Job, Reporting, Spent, counts_in
+from trainer.inference.shard import UNDER_WAY, Counts, Job, Reporting, Spent, counts_in, sort_of
 from trainer.settings.units import duration, number
 
 MAX_THREADS = 4
@@ -38,7 +38,8 @@ class Asked:
 
     out: str
     inputs: tuple[str, ...]
-    image_column: str
+    column: str
+    """The one that holds the images or the texts; "" finds it by its usual names."""
     job: Job
     shard_images: int
     workers: int
@@ -50,7 +51,7 @@ class Asked:
         return {
             "model": self.job.model_sha256,
             "inputs": [each if is_uri(each) else os.path.abspath(os.path.expanduser(each)) for each in self.inputs],
-            "image_column": self.image_column,
+            f"{self.job.unit.removesuffix('s')}_column": self.column,
             "top": self.job.top,
             "calibrated": self.job.calibrated,
             "fit": self.job.fit,
@@ -84,7 +85,7 @@ class Ended:
     """Of all workers, added up."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "images_per_second": self.here / self.seconds if self.seconds else 0.0}
+        return {**asdict(self), "counts": self.counts.to_json(), "images_per_second": self.here / self.seconds if self.seconds else 0.0}
 
 
 def begin(asked: Asked, say: Say) -> Begun:
@@ -98,9 +99,10 @@ def begin(asked: Asked, say: Say) -> Begun:
     if strange is not None:
         raise ValueError(f"--out {storage.address} holds {strange}, and no predictions; name a folder that is new or empty")
     if plan is None:
-        say("listing the images")
-        with reading("IMAGE...", "name what you may read"):
-            found = listed(asked.inputs, column=asked.image_column)
+        say(f"listing the {asked.job.unit}")
+        sort = sort_of(asked.job.unit)
+        with reading(f"{sort.one.upper()}...", "name what you may read"):
+            found = listed(asked.inputs, sort=sort, column=asked.column, most_rows=asked.shard_images)
         with writing_to(storage):
             mine = None if storage.exists(PLAN) else write_plan(storage, found, asked.settings, asked.shard_images)
             plan = read_plan(storage)  # another command may have written one since, before this one or after it
@@ -115,13 +117,13 @@ def begin(asked: Asked, say: Say) -> Begun:
     with writing_to(storage):
         _forget_under_way(storage)
         done = _done(storage, plan)
-    images = sum(counts.images for counts in done.values())
-    say(f"{number(images)} of {number(plan.images)} images are done; going on with the list in {PLAN}, as it was made at first")
+    count = sum(counts.images for counts in done.values())
+    say(f"{number(count)} of {number(plan.images)} {asked.job.unit} are done; going on with the list in {PLAN}, as it was made at first")
     return Begun(plan=plan, done=done)
 
 
 def _check_out(out: Storage) -> None:
-    """Refuse at once what could not be written to after all images have been listed. ValueError for it."""
+    """Refuse at once what could not be written to after all samples have been listed. ValueError for it."""
     if not out.root:
         raise ValueError(f"--out {out.address} names no folder; give one, such as s3://BUCKET/FOLDER")
     if not out.is_local:
@@ -185,7 +187,8 @@ def carry_out(asked: Asked, begun: Begun, hardware: ClusterHardware, say: Say) -
     before, spent = counts.images, Spent()
     began, said_at = time.monotonic(), -SAY_SECONDS
     each = "a GPU" if gpus else f"{cpus} CPU{'s' * (cpus != 1)}"
-    say(f"{number(plan.images - before)} images in {number(len(left))} shards; workers: {workers}, of {each} each")
+    unit = asked.job.unit
+    say(f"{number(plan.images - before)} {unit} in {number(len(left))} shards; workers: {workers}, of {each} each")
     for row in _answers(job, left, workers, cpus, gpus):
         counts = counts + Counts(**row["counts"])
         spent = Spent(**{name: getattr(spent, name) + seconds for name, seconds in row["spent"].items()})
@@ -195,7 +198,7 @@ def carry_out(asked: Asked, begun: Begun, hardware: ClusterHardware, say: Say) -
             rate = here / (now - began)
             remaining = (plan.images - counts.images) / rate
             left_words = "" if counts.images == plan.images else f", {duration(remaining)} left"
-            say(f"{number(counts.images)} of {number(plan.images)} images, {rate:.0f} images/s{left_words}")
+            say(f"{number(counts.images)} of {number(plan.images)} {unit}, {rate:.0f} {unit}/s{left_words}")
     with writing_to(storage):
         done = _done(storage, plan)
     if lacking := [shard for shard in range(plan.shards) if shard not in done]:

@@ -1,5 +1,5 @@
-"""The plan of a job: which images it answers, cut into shards, and with what. Written once, before the first answer; every worker reads its
-shard's part of it, and a later command goes on with it, whatever has come to lie beside the images since.
+"""The plan of a job: which images or texts it answers, cut into shards, and with what. Written once, before the first answer; every worker
+reads its shard's part of it, and a later command goes on with it, whatever has come to lie beside them since.
 
     OUT/_plan.parquet               the list of images, a row group a shard; the settings in its metadata
     OUT/predictions-00007.parquet   the answers of shard 7, in the list's order; complete if it is there
@@ -33,6 +33,7 @@ _IN_WORDS = {
     "model": "the model",
     "inputs": "IMAGE...",
     "image_column": "--image-column",
+    "text_column": "--text-column",
     "top": "--top",
     "calibrated": "--raw",
     "fit": "--fit",
@@ -85,7 +86,7 @@ def write_plan(storage: Storage, listed: Listed, settings: Mapping[str, Any], sh
     """Write the plan of a new job. ValueError if there is nothing to answer."""
     parts = parts_of(listed, shard_images)
     if not parts:
-        raise ValueError("the Parquet files hold no row")
+        raise ValueError("the files hold no row")
     about = {
         "format": FORMAT,
         "ident": secrets.token_hex(8),

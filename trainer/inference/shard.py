@@ -1,5 +1,5 @@
-"""Answers a shard of images, in a worker: reads, decodes, asks the model, writes one file. The file appears whole or not at all, and is the
-same to the byte whoever writes it, so that a shard may be done twice without harm.
+"""Answers a shard of images or texts, in a worker: reads, decodes, asks the model, writes one file. The file appears whole or not at all,
+and is the same to the byte whoever writes it, so that a shard may be done twice without harm.
 """
 
 import io
@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +19,9 @@ import pyarrow.parquet as pq
 import torch
 
 from cluster.storage import Storage, open_storage
-from dataio.codecs.image.decode import Decoded
 from dataio.foreign import json_of
 from trainer.inference.columns import columns_of, schema_of, targets_of
-from trainer.inference.inputs import Encoded, encoded
+from trainer.inference.inputs import IMAGES, Encoded, Sort, encoded
 from trainer.inference.parquet import opened_parquet
 from trainer.inference.plan import PLAN, Parts, part_name
 from trainer.inference.predictor import Predictor
@@ -30,6 +29,7 @@ from trainer.inference.refusals import in_words, is_refusal, writing_to
 from trainer.runs.folder import RunFolder
 from trainer.runs.model_files import described
 
+Unit = Literal["images", "texts"]
 _COUNTS = b"finetune.counts"
 UNDER_WAY = "_under_way"
 """Folder of the job that says how often each shard was begun and not ended."""
@@ -56,6 +56,7 @@ class Job:
     calibrated: bool
     device: str
     threads: int
+    unit: Unit = "images"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,13 @@ class Counts:
     transparent: int = 0
     unlike: int = 0
     answers: Mapping[str, int] = field(default_factory=dict)
-    """Class -> images, where the model answers with one class."""
+    """Class -> samples, where the model answers with one class."""
+    cut: int = 0
+    """Texts whose beginning was answered."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what no image has."""
+        return {name: value for name, value in asdict(self).items() if value or name != "cut"}
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -76,6 +83,7 @@ class Counts:
             transparent=self.transparent + other.transparent,
             unlike=self.unlike + other.unlike,
             answers=dict(sorted((Counter(self.answers) + Counter(other.answers)).items())),
+            cut=self.cut + other.cut,
         )
 
 
@@ -116,9 +124,9 @@ class Worker:
         folder = RunFolder(storage=open_storage(job.model), name=job.model_name)
         if (now := described(folder)["file_sha256"]) != job.model_sha256:
             raise ValueError(f"{job.model_name} holds another model by now ({now[:12]}, not {job.model_sha256[:12]}); give another --out")
-        fit: Any = job.fit or None
-        self._predictor = Predictor(folder, fit=fit, device=torch.device(job.device), is_calibrated=job.calibrated, threads=job.threads)
-        self._schema = schema_of(self._predictor.task, knows_novelty=self._predictor.knows_novelty)
+        self._sort = sort_of(job.unit)
+        self._predictor = _predictor(folder, job)
+        self._schema = schema_of(self._predictor.task, knows_novelty=self._predictor.knows_novelty, of_texts=job.unit == "texts")
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Answer the shards of a batch; a row of JSON for each."""
@@ -132,7 +140,7 @@ class Worker:
         waiting = model = 0.0
         before = self._predictor.transparent
         tables, counts = [], Counter[str]()
-        bad = unlike = images = 0
+        bad = unlike = images = cut = 0
         part, row = self._parts.part(shard)
         began = time.perf_counter()
         for keys, decoded, errors in self._decoded(part):
@@ -145,6 +153,9 @@ class Worker:
             if self._predictor.knows_novelty:
                 columns["unlike_training"] = [None if error is not None else each for each, error in zip(strange, errors, strict=True)]
                 unlike += sum(bool(each) for each in columns["unlike_training"])
+            if self._job.unit == "texts":
+                columns["cut"] = [None if error is not None else each for each, error in zip(decoded.cut, errors, strict=True)]
+                cut += sum(bool(each) for each in columns["cut"])
             tables.append(pa.Table.from_pydict({name: columns[name] for name in self._schema.names}, schema=self._schema))
             bad += sum(error is not None for error in errors)
             counts.update(self._classes(columns))
@@ -160,13 +171,14 @@ class Worker:
             transparent=self._predictor.transparent - before,
             unlike=unlike,
             answers=dict(sorted(counts.items())),
+            cut=cut,
         )
         data = self._file(tables, found)
         with writing_to(self._storage):
             self._storage.write_atomic(part_name(shard), data)
             self._storage.delete_file(note)
         spent = Spent(waiting=waiting, model=model, writing=time.perf_counter() - began)
-        return {"shard": shard, "counts": asdict(found), "spent": asdict(spent)}
+        return {"shard": shard, "counts": found.to_json(), "spent": asdict(spent)}
 
     def _begin(self, shard: int) -> str:
         """Note that the shard is under way; returns where. ValueError if workers died of it."""
@@ -177,8 +189,8 @@ class Worker:
             tries = 0
         if tries >= TRIES:
             raise ValueError(
-                f"shard {shard} (row {self._parts.part(shard)[1]} of {PLAN} on) has taken {tries} workers down with it; look for an image "
-                "there that is no honest one, leave it out, and give another --out; FINETUNE_VERBOSE=1 shows what the workers say"
+                f"shard {shard} (row {self._parts.part(shard)[1]} of {PLAN} on) has taken {tries} workers down with it; look for one "
+                "there that is not honest, leave it out, and give another --out; FINETUNE_VERBOSE=1 shows what the workers say"
             )
         self._storage.write_atomic(note, str(tries + 1).encode())
         return note
@@ -189,13 +201,13 @@ class Worker:
             yield from (each for each in columns[targets[0].name] if each is not None)
 
     def _file(self, tables: Sequence[pa.Table], counts: Counts) -> bytes:
-        schema = self._schema.with_metadata({_COUNTS: json.dumps(asdict(counts)).encode()})
+        schema = self._schema.with_metadata({_COUNTS: json.dumps(counts.to_json()).encode()})
         buffer = io.BytesIO()
         pq.write_table(pa.concat_tables(tables).cast(schema), buffer, compression="zstd")
         return buffer.getvalue()
 
-    def _decoded(self, part: pa.Table) -> Iterator[tuple[list[str], Decoded, list[str | None]]]:
-        """Batches of keys, images and the reasons why there are none, read and decoded in a thread ahead of the model."""
+    def _decoded(self, part: pa.Table) -> Iterator[tuple[list[str], Any, list[str | None]]]:
+        """Batches of keys, decoded samples and the reasons why there are none, read and decoded in a thread ahead of the model."""
         ready: queue.Queue[Any] = queue.Queue(AHEAD)
         stop = threading.Event()
 
@@ -211,7 +223,7 @@ class Worker:
         def work() -> None:
             try:
                 plan = self._parts.plan
-                for batch in encoded(plan.kind, plan.places, plan.column, part):
+                for batch in encoded(plan.kind, plan.places, plan.column, part, sort=self._sort):
                     if not put(self._decode(batch)):
                         return
             except BaseException as error:
@@ -230,13 +242,33 @@ class Worker:
             stop.set()
             thread.join()
 
-    def _decode(self, batch: Sequence[Encoded]) -> tuple[list[str], Decoded, list[str | None]]:
+    def _decode(self, batch: Sequence[Encoded]) -> tuple[list[str], Any, list[str | None]]:
         decoded = self._predictor.decode([each.data for each in batch])
         reasons = dict(decoded.bad)
         errors = [
             each.error or (self._predictor.explained(reasons[index]) if index in reasons else None) for index, each in enumerate(batch)
         ]
         return [each.key for each in batch], decoded, errors
+
+
+def sort_of(unit: Unit) -> Sort:
+    """What a job on images, or on texts, lists and reads."""
+    if unit == "images":
+        return IMAGES
+    from trainer.inference.text_inputs import TEXTS  # here: no job on images waits for what texts need
+
+    return TEXTS
+
+
+def _predictor(folder: RunFolder, job: Job) -> Any:
+    """Predictor or TextPredictor: both `decode` what is stored and `ask` what was decoded."""
+    device = torch.device(job.device)
+    if job.unit == "texts":
+        from trainer.inference.texts import TextPredictor  # here: it imports tokenizers
+
+        return TextPredictor(folder, device=device, is_calibrated=job.calibrated)
+    fit: Any = job.fit or None
+    return Predictor(folder, fit=fit, device=device, is_calibrated=job.calibrated, threads=job.threads)
 
 
 class Reporting:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer.learn.cpu_optim import CpuAdamW, CpuSGD
 from trainer.learn.one_cycle import one_cycle_momentum, one_cycle_rate
+from trainer.models.adapters import resting
 from trainer.settings.tree import Freeze, OptimConfig
 
 
@@ -62,16 +63,19 @@ def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
 def parameter_groups(
     model: nn.Module, config: OptimConfig, head_name: str, depths: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Up to four groups: backbone and head, each with and without weight decay. They hold all parameters, including frozen ones. With
-    `depths` (trainer.learn.depth) the backbone has up to two for each depth, and `config.layer_decay` makes earlier ones learn slower: a
-    block's rate is the next one's times it. The head keeps its own rate.
+    """Up to four groups: backbone and head, each with and without weight decay. They hold all parameters, including frozen ones, but not
+    those that rest beside adapters (trainer.models.adapters). With `depths` (trainer.learn.depth) the backbone has up to two for each
+    depth, and `config.layer_decay` makes earlier ones learn slower: a block's rate is the next one's times it. The head keeps its own rate.
 
     Vectors and scalars (biases, normalisation, layer scales) do not decay unless `decay_all`.
     """
     depths = depths or {}
     last = max((depth for name, depth in depths.items() if not name.startswith(f"{head_name}.")), default=0)
     parts: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
+    rest = resting(model)
     for name, parameter in model.named_parameters():
+        if name in rest:
+            continue
         in_head = name.startswith(f"{head_name}.")
         decays = config.decay_all or parameter.ndim > 1
         parts.setdefault((in_head, 0 if in_head or not depths else depths[name], not decays), []).append(parameter)
@@ -113,13 +117,14 @@ def set_trainable(model: nn.Module, freeze: Freeze, epoch: int, *, lp_epochs: in
     """Put the model into the training mode for `epoch`. Returns whether the backbone is frozen in it.
 
     A frozen backbone has no gradient and runs in eval mode, so that BatchNorm keeps the pretrained statistics; only the head trains.
-    `lp-ft` (Kumar et al. 2022) freezes the backbone for the first `lp_epochs` epochs.
+    `lp-ft` (Kumar et al. 2022) freezes the backbone for the first `lp_epochs` epochs. Of a backbone with adapters these alone are trained.
     """
     frozen = freeze == "backbone" or (freeze == "lp-ft" and epoch < lp_epochs)
     model.train(not frozen)
     model.get_submodule(head_name).train()
+    rest = resting(model)
     for name, parameter in model.named_parameters():
-        trains = not frozen or name.startswith(f"{head_name}.")
+        trains = (not frozen and name not in rest) or name.startswith(f"{head_name}.")
         parameter.requires_grad_(trains)
         if not trains:
             parameter.grad = None

@@ -1,4 +1,5 @@
-"""Explains a finished model's answers: where in the image each comes from. trainer.models.cam makes the maps.
+"""Explains a finished model's answers: where in the image each comes from. trainer.models.cam makes the maps. explain_texts.py explains
+answers to texts.
 
 `explain` does so for the test samples that the report shows. Rank 0 calls it at a run's end (trainer.rank.finishing), since the report and
 its caller import no torch. `Explainer` does it for `trainer.predict`. Nothing here may cost a finished run its model:
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from cluster.beat import EXPORTING
 from cluster.storage import Storage
-from trainer.export.model_folder import Exported
+from trainer.export.model_folder import Exported, text_export
 from trainer.learn.build import Learner
 from trainer.learn.ema import Ema
 from trainer.learn.gradients import evaluating
@@ -28,7 +29,6 @@ from trainer.rank.data import RankData
 from trainer.rank.this_rank import ThisRank
 from trainer.report.overlay import overlay, sized
 from trainer.report.thumbnails import rows_to_show
-from trainer.settings.texts import is_text
 from trainer.tasks.explained import answer_score
 from trainer.tasks.explanations import EXPLANATIONS_FILE, AboutMaps, Explanations
 from trainer.tasks.predictions import PREDICTIONS_FILE, Predictions
@@ -38,10 +38,10 @@ DRAWN_SIDE = 256  # pixels; larger images keep their size
 
 
 def explain(me: ThisRank, storage: Storage, learner: Learner, data: RankData, *, ema: Ema | None, step: int) -> None:
-    """Write explanations.parquet into the run's folder: `train.explain` maps at most, those first that the report shows first. Without the
-    predictions of `step`, of which the report says what is wrong with them, there are none."""
+    """Write explanations.parquet into the run's folder: `train.explain` samples at most, those first that the report shows first. Without
+    the predictions of `step`, of which the report says what is wrong with them, there are none."""
     run, most = me.config.run, me.config.train.explain
-    if not most or is_text(me.config.model):  # the maps are of places in an image
+    if not most:
         return
     try:
         encoded = me.waits.call(lambda: storage.read(f"{run}/{PREDICTIONS_FILE}"), PREDICTIONS_FILE)
@@ -50,7 +50,17 @@ def explain(me: ThisRank, storage: Storage, learner: Learner, data: RankData, *,
         return
     if found.about.step != step:
         return
-    written = explanations(found, learner, data, ema=ema, most=most, on_batch=lambda: me.heartbeat.tick(EXPORTING)).to_parquet()
+
+    def on_batch() -> None:
+        me.heartbeat.tick(EXPORTING)
+
+    texts = text_export(me.config, data.dataset.manifest.texts)
+    if texts is None:
+        written = explanations(found, learner, data, ema=ema, most=most, on_batch=on_batch).to_parquet()
+    else:
+        from trainer.rank.explain_texts import highlights  # here: no run on images waits for tokenizers
+
+        written = highlights(found, learner, data, texts, ema=ema, most=most, on_batch=on_batch).to_parquet()
     try:
         me.waits.call(lambda: storage.write_atomic(f"{run}/{EXPLANATIONS_FILE}", written), EXPLANATIONS_FILE)
     except OSError as error:

@@ -17,11 +17,12 @@ import torch
 from cluster.machine import available_memory_bytes
 from dataio.batch import Targets
 from dataio.config import DataConfig
-from dataio.convert import Prepared, Progress, already_prepared, prepared
+from dataio.conversion import Progress
 from dataio.loader import Loader
 from dataio.manifest import Manifest
 from dataio.order import Order
 from dataio.parquet import Dataset
+from dataio.prepared import Prepared, already_prepared, prepared
 from dataio.quarantine import BadSample, Quarantine
 from dataio.reading import Repeats, described, warnings
 from dataio.remote import is_uri

@@ -11,6 +11,7 @@ from cluster.storage import Storage
 from trainer.export.model_folder import export_model, text_export
 from trainer.learn.build import Learner
 from trainer.learn.state import weights_sha256
+from trainer.models.adapters import merged
 from trainer.models.stem import enlarging_of
 from trainer.rank.data import RankData
 from trainer.rank.explain import explain
@@ -64,7 +65,7 @@ def finish(
             export_model,
             storage=storage,
             run=me.config.run,
-            tensors=ema.weights() if ema is not None else learner.model.state_dict(),
+            tensors=merged(learner.model, ema.weights() if ema is not None else learner.model.state_dict()),
             config=me.config,
             task=learner.task,
             data_image_size=loader.shape,

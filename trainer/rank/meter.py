@@ -40,6 +40,10 @@ class Reads(Protocol):
     def bytes_read(self) -> int: ...
     @property
     def read_wait_seconds(self) -> float: ...
+    @property
+    def tokens_given(self) -> int: ...
+    @property
+    def padded_tokens_given(self) -> int: ...
 
 
 class Split:
@@ -128,7 +132,7 @@ class Meter:
         self._takes_norm = True
         self._left_seconds = 0.0  # below 0: waits of a GPU in earlier steps, of which the host's seconds have yet to come
         self._told = [0.0, 0.0]  # the split's seconds that Prometheus already has
-        self._reads_told = [0.0, 0.0, 0.0]
+        self._reads_told: dict[str, float] = {}
         self._slow_at = -math.inf
         self._counting: threading.Thread | None = None
         self.peak_flops_per_second = peak_flops_per_second
@@ -216,10 +220,15 @@ class Meter:
         metrics.set("loader_memory_bytes", reads.memory_held_bytes)
         if self._device.type == "cuda":
             metrics.set("device_memory_bytes", torch.cuda.max_memory_allocated(self._device))
-        totals = [float(reads.bytes_read), reads.read_wait_seconds, reads.decode_seconds]
-        names = ("read_bytes_total", "read_wait_seconds_total", "decode_seconds_total")
-        for name, total, told in zip(names, totals, self._reads_told, strict=True):
-            metrics.add(name, max(0.0, total - told))
+        totals = {
+            "read_bytes_total": float(reads.bytes_read),
+            "read_wait_seconds_total": reads.read_wait_seconds,
+            "decode_seconds_total": reads.decode_seconds,
+            "tokens_total": float(reads.tokens_given),
+            "padded_tokens_total": float(reads.padded_tokens_given),
+        }
+        for name, total in totals.items():
+            metrics.add(name, max(0.0, total - self._reads_told.get(name, 0.0)))
         self._reads_told = totals
 
 

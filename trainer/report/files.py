@@ -22,6 +22,7 @@ from trainer.runs.measures import known_info
 from trainer.settings.toml import from_toml
 from trainer.settings.units import number
 from trainer.tasks.explanations import EXPLANATIONS_FILE, Explanations
+from trainer.tasks.highlights import Highlights, read_explanations
 from trainer.tasks.info import CLASSIFICATION, TaskInfo
 from trainer.tasks.predictions import PREDICTIONS_FILE, Predictions
 
@@ -50,7 +51,7 @@ class RunFiles:
     thumbnails: Thumbnails = NO_THUMBNAILS
     no_thumbnails: str = ""
     """Why there are no images; empty if there are."""
-    explanations: Explanations | None = None
+    explanations: Explanations | Highlights | None = None
     """Of the model that made the predictions."""
 
 
@@ -152,13 +153,13 @@ def _predictions(folder: RunFolder, summary: Mapping[str, Any]) -> tuple[Predict
     return (None, f"{PREDICTIONS_FILE} is not used: {problem}.") if problem else (found, "")
 
 
-def _explanations(folder: RunFolder, predictions: Predictions | None, missing: list[str]) -> Explanations | None:
-    """The maps, if they belong to the predictions: a run that went on has those of its end."""
+def _explanations(folder: RunFolder, predictions: Predictions | None, missing: list[str]) -> Explanations | Highlights | None:
+    """The maps or marks, if they belong to the predictions: a run that went on has those of its end."""
     data = folder.read(EXPLANATIONS_FILE) if predictions is not None else None
     if data is None or predictions is None:
         return None
     try:
-        found = Explanations.from_parquet(data)
+        found = read_explanations(data)
     except ValueError as error:
         missing.append(f"{EXPLANATIONS_FILE} cannot be read: {error}.")
         return None

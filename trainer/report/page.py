@@ -41,9 +41,9 @@ def image(*, src: str, alt: str, **attributes: str) -> Html:
     return Html(tag("img", src=Html(src), alt=alt, **attributes).removesuffix("</img>"))
 
 
-def quoted(text: str, **attributes: str) -> Html:
-    """A text of the data, or its beginning."""
-    return tag("blockquote", text, style="margin:0;overflow-wrap:anywhere;white-space:pre-line;font-size:.85rem", **attributes)
+def quoted(*text: object, **attributes: str) -> Html:
+    """A text of the data, or its beginning, as `tag` takes it."""
+    return tag("blockquote", *text, style="margin:0;overflow-wrap:anywhere;white-space:pre-line;font-size:.85rem", **attributes)
 
 
 def join(parts: Iterable[Html]) -> Html:
@@ -72,6 +72,12 @@ def section(title: str, *parts: Html) -> Html:
 
 def page(title: str, *parts: Html) -> str:
     """The whole file as HTML."""
+    begin, end = frame(title)
+    return f"{begin}{join(parts)}{end}"
+
+
+def frame(title: str) -> tuple[str, str]:
+    """What stands before and behind the parts of a page."""
     head = join(
         [
             Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
@@ -82,7 +88,7 @@ def page(title: str, *parts: Html) -> str:
             Html(f"<style>{STYLE}</style>"),
         ]
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{join(parts)}</main></body></html>\n'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>', "</main></body></html>\n"
 
 
 def shade(share: float, *, is_right: bool) -> str:

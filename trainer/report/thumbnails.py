@@ -25,6 +25,7 @@ from dataio.selection import selected
 from trainer.report.overlay import overlay, seen
 from trainer.settings.units import number, size
 from trainer.tasks.explanations import Explanations
+from trainer.tasks.highlights import Highlights, Mark
 from trainer.tasks.predictions import Predictions, worst_first
 
 SHOWN_CLASSES = 30
@@ -37,6 +38,8 @@ LOSSLESS_SIDE = 64
 PAGE_BYTES = 2_000_000  # for all images, in their form in the page
 TEXT_CHARACTERS = 600
 """Of a text, the beginning."""
+MARK_BYTES = 72
+"""What a mark adds to the page."""
 READ_BYTES = 256_000_000  # of the data set; row groups are read whole
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # those that a data set may hold (dataio.codecs.image.sniff)
 _TURNS: Mapping[object, Image.Transpose] = {  # by the orientation in an image's EXIF
@@ -68,6 +71,8 @@ class Thumbnails:
     """Sentences: what is left out, and why."""
     why: Mapping[int, str] = field(default_factory=dict)
     """Row -> the image with the map of where the answer comes from, as a data: URI."""
+    marks: Mapping[int, Sequence[Mark]] = field(default_factory=dict)
+    """Row -> the characters of the text that the answer comes from."""
 
 
 NO_THUMBNAILS = Thumbnails(cells={}, sources={})
@@ -147,12 +152,12 @@ def rows_to_show(found: Predictions, split: Split, classes: int) -> list[int]:
     return [row for row in uses if row in readable]
 
 
-def look_up(found: Predictions, dataset: Dataset, classes: int, explanations: Explanations | None = None) -> Thumbnails:
+def look_up(found: Predictions, dataset: Dataset, classes: int, explanations: Explanations | Highlights | None = None) -> Thumbnails:
     """Reads the chosen images from `dataset`. Raises what reading raises."""
     worst, cells = choose(found, classes)
     uses = _uses(found, classes, worst, cells)
     if (split := dataset.split(found.about.split)).holds_texts:
-        return _texts(found, split, worst, cells, uses)
+        return _texts(found, split, worst, cells, uses, explanations if isinstance(explanations, Highlights) else None)
     encoded, unread = _read(split, found, list(uses))
     sources: dict[int, str] = {}
     used = unfit = undecodable = 0
@@ -167,7 +172,8 @@ def look_up(found: Predictions, dataset: Dataset, classes: int, explanations: Ex
         else:
             used += times * len(source)
             sources[row] = source
-    why = _explained(found, explanations, {row: encoded[row] for row in sources}, uses, PAGE_BYTES - used)
+    maps = explanations if isinstance(explanations, Explanations) else None
+    why = _explained(found, maps, {row: encoded[row] for row in sources}, uses, PAGE_BYTES - used)
     notes = []
     if unfit:
         notes.append(f"{number(unfit)} more images would make this page larger than {size(PAGE_BYTES)} and are left out.")
@@ -179,7 +185,12 @@ def look_up(found: Predictions, dataset: Dataset, classes: int, explanations: Ex
 
 
 def _texts(
-    found: Predictions, split: Split, worst: Sequence[int], cells: Mapping[Cell, Sequence[int]], uses: Mapping[int, int]
+    found: Predictions,
+    split: Split,
+    worst: Sequence[int],
+    cells: Mapping[Cell, Sequence[int]],
+    uses: Mapping[int, int],
+    highlights: Highlights | None,
 ) -> Thumbnails:
     """The chosen texts, as far as they fit into the page."""
     sources: dict[int, str] = {}
@@ -192,7 +203,14 @@ def _texts(
         else:
             sources[row] = text
     notes = [f"{number(unfit)} more texts would make this page larger than {size(PAGE_BYTES)} and are left out."] if unfit else []
-    return Thumbnails(worst=worst, cells=cells, sources=sources, notes=notes, are_texts=True)
+    by_id = {} if highlights is None else highlights.by_id()
+    marks: dict[int, Sequence[Mark]] = {}
+    for row in sources:
+        each = by_id.get(int(found.ids[row]), ())
+        used += uses[row] * MARK_BYTES * len(each)
+        if each and used <= PAGE_BYTES:
+            marks[row] = each
+    return Thumbnails(worst=worst, cells=cells, sources=sources, notes=notes, are_texts=True, marks=marks)
 
 
 def _explained(

@@ -16,6 +16,7 @@ from trainer.settings.fields import declared, settings
 from trainer.settings.sources import OWN, source_sha256
 from trainer.settings.texts import is_text, name_in_identity
 from trainer.settings.tree import RunConfig
+from trainer.settings.weight_files import content_sha256
 
 WEIGHTS = "model.weights"
 EVALUATES = "train.eval_every_epochs"
@@ -31,15 +32,14 @@ def names_file(weights: str) -> bool:
 
 
 def weights_sha256(weights: str) -> str:
-    """SHA-256 of the file that `model.weights` names; "" if it names none: weights of a library or a package are known by their name.
-    ValueError if there is no such file."""
+    """SHA-256 of the file that `model.weights` names, or of the files that an index names; "" if it names none: weights of a library or a
+    package are known by their name. ValueError if there is no such file."""
     if not names_file(weights):
         return ""
     path = Path(weights).expanduser()
     if not path.is_file():
         raise ValueError(f"model.weights={weights}: no such file; weights are imagenet, none, package:efficientnet_lite0, or a file")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return content_sha256(path)
 
 
 def description_sha256(weights: str) -> str:

@@ -7,6 +7,7 @@ what TABLE has for that many images. A setting that the user gives is never chan
 few numbers suffice, chosen by the size of the data alone.
 """
 
+import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,9 +49,15 @@ RATES_AT_32 = {"sgd": 0.01, "adamw": 3e-4}
 """`optim.lr` for a batch of 32 images; it grows with the batch (Goyal et al. 2017)."""
 WARMUP_FRACTION = 0.1
 MOST_PAD = 8
+SMALL_SIDE = 64
+ENLARGED_SIDE = 96
+"""What a network that was pretrained on larger images gets where all of them have SMALL_SIDE pixels or less: it divides each side by 32,
+and nearly nothing would be left."""
+_FOLDS = re.compile(r"(timm/)?(wide_)?res(net|next)\d+(_\d+x\d+d|_2)?(\..*)?")
+"""Networks whose own stem does that, at a lower price (trainer.models.stem)."""
 CHOSEN = (
     *("data.batch_size", "train.epochs", "optim.lr", "optim.warmup_fraction", "data.pad"),
-    *("train.eval_every_epochs", "train.checkpoint_every"),
+    *("train.eval_every_epochs", "train.checkpoint_every", "model.image_size", "model.interpolation"),
 )
 """What follows from the images' number and size; the rest is the recipe's."""
 
@@ -127,19 +134,30 @@ def _by_data(images: int, side: int, given: Set[str], config: RunConfig, workers
     epochs = config.train.epochs if "train.epochs" in given else row.epochs
     every = max(1, -(-epochs // MOST_EVALUATIONS))
     lr = float(f"{RATES_AT_32[name] * batch / 32:.3g}")
-    wanted = dict(zip(CHOSEN, (batch, row.epochs, lr, WARMUP_FRACTION, min(MOST_PAD, side // 8)), strict=False))
+    wanted: dict[str, Any] = dict(zip(CHOSEN, (batch, row.epochs, lr, WARMUP_FRACTION, min(MOST_PAD, side // 8)), strict=False))
     if every > 1:  # an epoch is too short for an evaluation and a checkpoint of its own
         wanted |= {"train.eval_every_epochs": every, "train.checkpoint_every": every * -(-images // batch)}
+    if "model.image_size" not in given and is_enlarged(side, config):
+        wanted |= {"model.image_size": ENLARGED_SIDE, "model.interpolation": "bicubic"}
     return wanted
+
+
+def is_enlarged(side: int, config: RunConfig) -> bool:
+    """Whether images of `side` pixels are too small for the network as it was pretrained."""
+    model = config.model
+    return side <= SMALL_SIDE and model.weights != "none" and not (model.stem == "auto" and _FOLDS.fullmatch(model.name))
 
 
 def _said(config: RunConfig, manifest: Manifest, count: int, chosen: Mapping[str, Any], takes_recipe: bool) -> list[str]:
     sizes = len(manifest.image_sizes)
     height, width = image_size_of(manifest, config.data)
     what = f"{number(count)} training images of {number(sizes)} size{'' if sizes == 1 else 's'}"
-    by_count = ", ".join(f"{key}={chosen[key]:g}" for key in CHOSEN if key in chosen)
+    numbers = {key: value for key in CHOSEN if isinstance(value := chosen.get(key), int | float) and key != "model.image_size"}
+    by_count = ", ".join(f"{key}={value:g}" for key, value in numbers.items())
     lines = [f"chosen for {what}: {by_count}; flags change them"] if by_count else []
     if takes_recipe:
         shape = f"{'cropped' if config.data.fit == 'crop' else 'resized'} to {width} x {height} pixels"
         lines.insert(0, f"the images have several sizes: they are {shape}, and the run takes the recipe {RECIPE}")
+    if chosen.get("model.image_size"):
+        lines.append(f"the network was pretrained on larger images: it sees these enlarged, by model.image_size={config.model.image_size}")
     return lines

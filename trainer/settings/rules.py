@@ -25,7 +25,7 @@ from dataio.config import Before, Mark
 from trainer.settings.augmentation import augmentation_problems
 from trainer.settings.fields import Setting, declared, settings
 from trainer.settings.identity import names_file
-from trainer.settings.texts import is_text, text_problems
+from trainer.settings.texts import adapter_problems, is_text, text_problems
 from trainer.settings.tree import RunConfig, TrainConfig
 from trainer.settings.unlabelled import unlabelled_problems
 from trainer.settings.values import workers_of
@@ -122,6 +122,7 @@ def _problems(config: RunConfig, *, workers: int | None, shape: tuple[int, ...] 
             yield f"train.{name} is set, but there is no teacher; give the run that teaches (--train.teacher RUN), or leave it out"
     yield from unlabelled_problems(config)
     yield from text_problems(config)
+    yield from adapter_problems(config)
     if model.freeze == "lp-ft" and model.lp_epochs >= train.epochs:
         yield (
             f"model.lp_epochs={model.lp_epochs} leaves nothing of train.epochs={train.epochs} to train the whole model in; "

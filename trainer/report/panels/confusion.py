@@ -111,9 +111,8 @@ def _popover(run: RunFiles, matrix: Counts, cell: Cell, names: Sequence[str]) ->
     count = int(matrix[cell])
     which = "the least sure ones" if cell[0] == cell[1] else "the surest mistakes"
     amount = f"{number(len(rows))} of {number(count)}: {which} first" if len(rows) < count else f"{number(count)}, {which} first"
-    told = f"{amount}. {why_words(run)}" if any(row in thumbnails.why for row in rows) else amount
-    is_text, why, sources = thumbnails.are_texts, thumbnails.why, thumbnails.sources
-    pictures = (labelled_picture(row, names, found, sources[row], why=why.get(row), is_text=is_text) for row in rows)
+    told = f"{amount}. {why_words(run)}" if any(row in thumbnails.why or row in thumbnails.marks for row in rows) else amount
+    pictures = (labelled_picture(row, names, found, thumbnails) for row in rows)
     ident = _ident(cell)
     close = tag("button", "Close", type="button", popovertarget=ident, popovertargetaction="hide")
     return tag(

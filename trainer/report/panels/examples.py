@@ -30,8 +30,7 @@ def _mistakes(run: RunFiles, found: Predictions, worst: Sequence[int]) -> Html:
     sources = run.thumbnails.sources
     pictured = [row for row in worst if row in sources]
     if pictured:
-        why, is_text = run.thumbnails.why, run.thumbnails.are_texts
-        figures = (labelled_picture(row, names, found, sources[row], said=True, why=why.get(row), is_text=is_text) for row in pictured)
+        figures = (labelled_picture(row, names, found, run.thumbnails, said=True) for row in pictured)
         return section("Worst mistakes", tag("p", about, class_="soft"), shown_samples(run, figures, "worst"))
     rows = [
         (
@@ -53,7 +52,7 @@ def _largest_losses(run: RunFiles, found: Predictions, worst: Sequence[int]) -> 
     sources = run.thumbnails.sources
     pictured = [row for row in worst if row in sources]
     if pictured:
-        figures = (_picture(run, found, row, names, sources[row]) for row in pictured)
+        figures = (_picture(run, found, row, names) for row in pictured)
         notes = tag("p", " ".join(filter(None, [about, why_words(run), *run.thumbnails.notes])), class_="soft")
         return section(f"Worst {run.info.unit}", notes, shown_samples(run, figures, "worst wide"))
     said = [answers_of(found, row, names) for row in worst]
@@ -70,19 +69,18 @@ def _titled(word: str, name: str) -> str:
     return f"{name}: {word}" if name else word
 
 
-def _picture(run: RunFiles, found: Predictions, row: int, names: Mapping[str, Names], source: str) -> Html:
+def _picture(run: RunFiles, found: Predictions, row: int, names: Mapping[str, Names]) -> Html:
     key, loss = short(found.keys[row], 200), f"loss {_loss(found, row)}"
     answers = answers_of(found, row, names)
     lines = [line for answer in answers for line in _lines(answer)]
     what = "; ".join(_titled(f"{answer.true}, said {answer.said}", answer.name) for answer in answers)
     return picture(
-        source,
+        row,
+        run.thumbnails,
         [*lines, tag("span", loss), tag("span", key, class_="id")],
         alt=f"{key}: {what}, {loss}",
         title=f"{key}, {loss}",
         kind="wrong",
-        why=run.thumbnails.why.get(row),
-        is_text=run.thumbnails.are_texts,
     )
 
 

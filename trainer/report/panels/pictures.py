@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from trainer.report.files import RunFiles
+from trainer.report.marked import marked
 from trainer.report.page import Html, image, quoted, short, tag
-from trainer.report.thumbnails import Cell
+from trainer.report.thumbnails import Cell, Thumbnails
 from trainer.settings.units import percent
 from trainer.tasks.predictions import Predictions
 
@@ -15,17 +16,8 @@ def shown_samples(run: RunFiles, figures: Iterable[Html], kind: str = "") -> Htm
     return tag("div", *figures, class_=f"thumbnails {kind}".strip(), **texts)
 
 
-def labelled_picture(
-    row: int,
-    names: Sequence[str],
-    found: Predictions,
-    source: str,
-    *,
-    said: bool = False,
-    why: str | None = None,
-    is_text: bool = False,
-) -> Html:
-    """For classification. `said`: with class and answer, where the position does not show them. `why`: the image with its map."""
+def labelled_picture(row: int, names: Sequence[str], found: Predictions, thumbnails: Thumbnails, *, said: bool = False) -> Html:
+    """For classification. `said`: with class and answer, where the position does not show them."""
     key, sure = short(found.keys[row], 200), percent(float(found.confidence[row]))
     cell = (int(found.labels[row]), int(found.answers[row]))
     lines: list[Html] = []
@@ -34,15 +26,18 @@ def labelled_picture(
     lines += [tag("span", f"{sure} sure"), tag("span", key, class_="id")]
     what = f"{key}: {named_cell(cell, names)}, {sure} sure"
     title = f"{key}, loss {found.losses[row]:.2f}"
-    return picture(source, lines, alt=what, title=title, kind="right" if cell[0] == cell[1] else "wrong", why=why, is_text=is_text)
+    return picture(row, thumbnails, lines, alt=what, title=title, kind="right" if cell[0] == cell[1] else "wrong")
 
 
-def picture(source: str, lines: Sequence[Html], *, alt: str, title: str, kind: str, why: str | None = None, is_text: bool = False) -> Html:
-    """`why`: the image with the map of where the answer comes from, which is shown beside it. `is_text`: `source` is the sample itself."""
-    if is_text:
-        return tag("figure", quoted(source), tag("figcaption", *lines), class_=kind, title=title)
+def picture(row: int, thumbnails: Thumbnails, lines: Sequence[Html], *, alt: str, title: str, kind: str) -> Html:
+    """The image, beside it its map of where the answer comes from, if there is one; or the text, with its marks."""
+    source = thumbnails.sources[row]
+    if thumbnails.are_texts:
+        read = quoted(*marked(source, thumbnails.marks.get(row, ())))
+        return tag("figure", read, tag("figcaption", *lines), class_=kind, title=title)
     pixels = "pixels" if source.startswith("data:image/png") else ""
     shown = image(src=source, alt=alt, class_=pixels)
+    why = thumbnails.why.get(row)
     if why is not None:
         shown = tag("div", shown, image(src=why, alt="where the answer comes from"), class_="pair")
     classes = kind if why is None else f"{kind} explained"
@@ -50,12 +45,14 @@ def picture(source: str, lines: Sequence[Html], *, alt: str, title: str, kind: s
 
 
 def why_words(run: RunFiles) -> str:
-    """A sentence on the maps; "" if there are none."""
+    """A sentence on the maps, or the marks; "" if there are none."""
     about = run.explanations.about if run.explanations is not None else None
     if about is None:
         return ""
     if about.note:
         return f"Answers are not explained: {short(about.note, 300)}."
+    if run.thumbnails.marks:
+        return f"Marked in some: the words on which the answer rests ({short(about.method, 20)}), the stronger the more."
     if not run.thumbnails.why:
         return ""
     return f"Beside some: where in the image the answer comes from ({short(about.method, 20)}), red where it rests on a place, yellow most."
