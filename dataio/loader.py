@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,16 @@ BAD = -1
 `missing` value of schema.Target for labels; targets of other kinds hold theirs."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class Tokens:
+    """A count of them."""
+
+    given: int = 0
+    """Those of texts."""
+    padded: int = 0
+    """With those that pad a batch."""
 
 
 class Loader:
@@ -124,8 +135,8 @@ class Loader:
         self._side_stream = _side_stream(self.device)
         self.wait_seconds = 0.0
         """Total time that the consumer of `train` waited."""
-        self.tokens_given = self.padded_tokens_given = 0
-        """Tokens of the texts that `train` has yielded, without and with those that pad a batch; 0 of images."""
+        self.tokens = Tokens()
+        """Of the texts that `train` has yielded; 0 of images."""
         self.evaluation_wait_seconds = 0.0
         encoded_bytes = sum(shard.size_bytes for shard in dataset.manifest.splits[split].shards)
         if self.cache == "none" and order.window == 0 and encoded_bytes > self._memory_bytes * TRAIN_PART:
@@ -212,8 +223,8 @@ class Loader:
 
     def _counted(self, steps: Iterator[tuple[Batch, ...]], order: LengthOrder) -> Iterator[tuple[Batch, ...]]:
         for batches in steps:
-            self.tokens_given += sum(int(order.lengths[batch.ids].sum()) for batch in batches)
-            self.padded_tokens_given += sum(batch.samples.shape[0] * batch.samples.shape[1] for batch in batches)
+            self.tokens.given += sum(int(order.lengths[batch.ids].sum()) for batch in batches)
+            self.tokens.padded += sum(batch.samples.shape[0] * batch.samples.shape[1] for batch in batches)
             yield batches
 
     def evaluate(self, split: str, ids: range | Ids, batch_size: int) -> Generator[Batch, None, None]:

@@ -370,8 +370,8 @@ def test_batches_hold_the_tokens_padded_to_the_steps_need(cache: Any, tmp_path: 
             assert batch.targets["label"].tolist() == split.labels()[batch.ids].tolist()
             seen += batch.ids.tolist()
     assert sorted(seen) == list(range(split.count))
-    assert loader.tokens_given == sum(map(len, stored))
-    assert loader.padded_tokens_given == sum(order.batch_count(number) * order.width(number) for number in range(order.steps_per_epoch))
+    assert loader.tokens.given == sum(map(len, stored))
+    assert loader.tokens.padded == sum(order.batch_count(number) * order.width(number) for number in range(order.steps_per_epoch))
 
 
 def test_workers_and_restarts_make_the_same_batches(tmp_path: Path, config: DataConfig) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from cluster.metrics import Metrics
 from cluster.straggler import StragglerWatch
+from dataio.loader import Tokens
 from tests.trainer.test_step import CPU, FOUR, Net, Residual, batches_of, loop, make, order_of, same_bits, sgd
 from trainer.learn.gradients import StepObserver
 from trainer.learn.step import Stepper, StepStats, train_steps
@@ -41,7 +42,7 @@ class Loaded:
     """A loader's counts."""
 
     bytes_read, read_wait_seconds, decode_seconds, memory_held_bytes = 1000, 0.5, 2.0, 700
-    tokens_given, padded_tokens_given = 0, 0
+    tokens = Tokens()
 
 
 def value(metrics: Metrics, name: str) -> float | None:
@@ -461,7 +462,7 @@ def test_tokens_are_counted_as_the_loader_gives_them() -> None:
     meter.look()
     assert value(metrics, "tokens_total") == 0
     for count in (10, 25):
-        loaded.tokens_given, loaded.padded_tokens_given = count, 2 * count
+        loaded.tokens = Tokens(given=count, padded=2 * count)
         meter.look()
         assert (value(metrics, "tokens_total"), value(metrics, "padded_tokens_total")) == (count, 2 * count)
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from cluster.metrics import Metrics
+from dataio.loader import Tokens
 from trainer.learn.step import StepStats
 from trainer.rank.history import Speed
 from trainer.rank.profile import FlopCount
@@ -41,9 +42,7 @@ class Reads(Protocol):
     @property
     def read_wait_seconds(self) -> float: ...
     @property
-    def tokens_given(self) -> int: ...
-    @property
-    def padded_tokens_given(self) -> int: ...
+    def tokens(self) -> Tokens: ...
 
 
 class Split:
@@ -224,8 +223,8 @@ class Meter:
             "read_bytes_total": float(reads.bytes_read),
             "read_wait_seconds_total": reads.read_wait_seconds,
             "decode_seconds_total": reads.decode_seconds,
-            "tokens_total": float(reads.tokens_given),
-            "padded_tokens_total": float(reads.padded_tokens_given),
+            "tokens_total": float(reads.tokens.given),
+            "padded_tokens_total": float(reads.tokens.padded),
         }
         for name, total in totals.items():
             metrics.add(name, max(0.0, total - self._reads_told.get(name, 0.0)))
