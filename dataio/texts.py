@@ -14,3 +14,9 @@ def padded(tokens: int) -> int:
     80."""
     step = next((step for most, step in PARTS if tokens <= most), LONG)
     return max(1, -(-tokens // step)) * step
+
+
+def longest_padded_within(most: int) -> int:
+    """The length of the longest texts that are padded to no more than `most` tokens; 0 if all are padded to more."""
+    step = next((step for limit, step in PARTS if most <= limit), LONG)
+    return most // step * step

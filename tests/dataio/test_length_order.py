@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dataio.length_order import LengthOrder
 from dataio.order import Order, blocks_of_virtual_ranks
-from dataio.texts import padded
+from dataio.texts import longest_padded_within, padded
 
 
 def make(lengths: np.ndarray, **changes: object) -> LengthOrder:
@@ -129,6 +129,13 @@ def test_short_texts_do_not_come_first_and_no_virtual_rank_gets_the_long_ones() 
 def test_another_epoch_has_other_batches() -> None:
     order = make(np.random.default_rng(0).integers(3, 250, 500).astype(np.int32))
     assert not any(set(order.samples(0, step, 0)) == set(order.samples(1, step, 0)) for step in range(order.steps_per_epoch))
+
+
+@given(st.integers(0, 5000))
+def test_the_longest_texts_that_are_padded_to_no_more_than_so_many_tokens(most: int) -> None:
+    fits = longest_padded_within(most)
+    assert fits == 0 or padded(fits) <= most
+    assert padded(fits + 1) > most
 
 
 @given(st.integers(1, 5000))

@@ -15,6 +15,7 @@ from typing import Any
 
 from dataio.foreign import MAX_SETTINGS_BYTES, json_of, read_regular
 from dataio.manifest import Manifest
+from dataio.texts import longest_padded_within, padded
 from trainer.settings.fields import declared, replaced, settings
 from trainer.settings.tree import ModelConfig, RunConfig
 from trainer.settings.weight_files import INDEX_FILE
@@ -251,9 +252,10 @@ def with_text_model(config: RunConfig) -> RunConfig:
         if settings(config)[key] == "auto":
             config = replaced(config, key, nothing)
     most = most_positions(description)
-    if most is not None and config.data.max_tokens > most:
+    if most is not None and config.data.max_tokens > (fits := longest_padded_within(most)):
+        padding = "" if fits == most else f", and texts are padded to multiples of {padded(most) - fits}"
         raise ValueError(
-            f"data.max_tokens={config.data.max_tokens}, but {config.model.name} takes {most} tokens at most; use {most} or fewer"
+            f"data.max_tokens={config.data.max_tokens}, but {config.model.name} takes {most} tokens at most{padding}; use {fits} or fewer"
         )
     return config
 
