@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dataio.codecs.codec import Refusal
-from dataio.codecs.text.tokens import MOST_TOKENS_KNOWN, PAD, PART_BIT, TextFacts, Tokenizer
+from dataio.codecs.text.tokens import MOST_TOKENS_KNOWN, PAD, PART_BIT, TextFacts, Tokenizer, padded_rows
 from dataio.foreign import json_of
-from dataio.texts import BETWEEN, padded
+from dataio.texts import BETWEEN
 from deploy.serve.exports import Export, read_beside
 from deploy.serve.questions import Inputs, Prepared, Question
 
@@ -41,11 +41,8 @@ class Texts:
             )
         ]
         good = [found for found in facts if isinstance(found, TextFacts)]
-        rows = np.full((len(good), padded(max((each.length for each in good), default=1))), PAD, np.int32)
-        for row, each in zip(rows, good, strict=True):
-            row[: each.length] = np.frombuffer(each.stored, "<i4")
         return Prepared(
-            inputs=self._inputs(rows),
+            inputs=self._inputs(padded_rows(good)),
             bad={index: found.reason for index, found in enumerate(facts) if isinstance(found, Refusal)},
             cut=frozenset(index for index, found in enumerate(facts) if isinstance(found, TextFacts) and found.was_cut),
         )

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from dataio.codecs.image.decode import Decoder
-from dataio.codecs.text.tokens import TextFacts, Tokenizer
+from dataio.codecs.text.tokens import TextFacts, Tokenizer, padded_rows
 from dataio.foreign import MAX_IMAGE_BYTES, read_regular
 from dataio.formats import images_below
 from trainer.curve.next_labels import POOL, Floats, Pool, Seen, ToLabel, margins_of, to_label
 from trainer.export.model_folder import Exported, TextExport, load_export
-from trainer.inference.texts import padded_rows, texts_of
+from trainer.inference.texts import texts_of
 from trainer.models.features import features_of
 from trainer.runs.folder import RunFolder
 from trainer.tasks.score_log import parts_of

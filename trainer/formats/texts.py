@@ -94,9 +94,7 @@ def _tokenizer(texts: TextExport, pad: int) -> tuple[bytes, int, str]:
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_str(texts.tokenizer.decode())
-    if (
-        tokenizer.id_to_token(pad) is None
-    ):  # the encoder's configuration is not its tokenizer's; attention sees none of them, so any will do
+    if tokenizer.id_to_token(pad) is None:  # the configuration is not of this tokenizer; attention does not see it, so any will do
         pad = 0
     token = str(tokenizer.id_to_token(pad))
     tokenizer.enable_truncation(texts.max_tokens)

@@ -9,16 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dataio.codecs.codec import Refusal
-from dataio.codecs.text.tokens import PAD, TextFacts, Tokenizer
+from dataio.codecs.text.tokens import PAD, TextFacts, Tokenizer, padded_rows
 from dataio.foreign import MAX_TEXT_FILE_BYTES, read_regular
 from dataio.sources.texts import is_row_file, read_texts
-from dataio.texts import padded
 from trainer.export.model_folder import load_export
 from trainer.inference.text_inputs import text_files_below
 from trainer.rank.explain_texts import marks_of_texts
@@ -151,14 +148,6 @@ class TextPredictor:
     def _marks(self, good: Sequence[TextFacts], rows: Tensor) -> Sequence[Sequence[Mark]]:
         texts = [each.text for each in good]
         return marks_of_texts(self._model, self._preprocess, self._tokenizer, texts, rows, lambda outputs: answer_score(self.task, outputs))
-
-
-def padded_rows(texts: Sequence[TextFacts]) -> npt.NDArray[np.int32]:
-    """(n, T): the tokens of each text, padded to what the longest of them needs."""
-    rows = np.full((len(texts), padded(max((each.length for each in texts), default=1))), PAD, np.int32)
-    for row, each in zip(rows, texts, strict=True):
-        row[: each.length] = np.frombuffer(each.stored, "<i4")
-    return rows
 
 
 def texts_of(given: Sequence[str], *, text_column: str) -> Iterator[_Text]:

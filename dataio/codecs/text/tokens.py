@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dataio.codecs.codec import Encoded, Refusal
 from dataio.codecs.text.form import TextForm, tokenizer_bytes
 from dataio.config import TooLong
-from dataio.texts import BETWEEN
+from dataio.texts import BETWEEN, padded
 
 PAD = -1
 PART_BIT = 24
@@ -44,6 +44,14 @@ class TextFacts:
     @property
     def size(self) -> str:
         return str(self.length)
+
+
+def padded_rows(texts: Sequence[TextFacts]) -> npt.NDArray[np.int32]:
+    """(n, T): the tokens of each text, padded to what the longest of them needs."""
+    rows = np.full((len(texts), padded(max((each.length for each in texts), default=1))), PAD, np.int32)
+    for row, each in zip(rows, texts, strict=True):
+        row[: each.length] = np.frombuffer(each.stored, "<i4")
+    return rows
 
 
 class Tokenizer:
